@@ -1,0 +1,78 @@
+"""The entry point: all commands, and one place where errors become exit codes."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from placer import __version__
+from placer.errors import PlacerError
+
+app = typer.Typer(
+    name="placer",
+    help="Decide where the experts of a Mixture-of-Experts model live.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"placer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the version.",
+    ),
+) -> None:
+    """Decide where the experts of a Mixture-of-Experts model live."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the documented code.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no solution, 4 not proved in time
+    (only with ``--require-optimal``), 5 verification failed. ``PLACER_DEBUG=1`` shows
+    the traceback of a failure.
+    """
+    try:
+        app(args=list(argv) if argv is not None else None, prog_name="placer")
+    except PlacerError as error:
+        if os.environ.get("PLACER_DEBUG"):
+            raise
+        _fail(error.message, error.hint, error.exit_code)
+    except OSError as error:
+        if os.environ.get("PLACER_DEBUG"):
+            raise
+        _fail(*_explain(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", None, 130)
+
+
+def _explain(error: OSError) -> tuple[str, str | None]:
+    place = error.filename or "the output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left on the device of {place}", "free some space: df -h"
+    return f"{place}: {error.strerror or error}", None
+
+
+def _fail(message: str, hint: str | None, exit_code: int) -> None:
+    sys.stderr.write(f"placer: {message}\n")
+    if hint:
+        sys.stderr.write(f"hint: {hint}\n")
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The demo: text that every Python carries, and the whole road over it."""

@@ -1,0 +1,44 @@
+"""What placer refuses, each with the exit code that the command line documents."""
+
+
+class PlacerError(Exception):
+    """A failure that the user can act on.
+
+    Parameters
+    ----------
+    message
+        What is wrong, with both values where two disagree.
+    hint
+        The remedy, as a command to run or a choice to make.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(PlacerError):
+    """The command line asks for something that cannot be meant."""
+
+    exit_code = 2
+
+
+class NoSolutionError(PlacerError):
+    """The placement problem has no solution."""
+
+    exit_code = 3
+
+
+class NotProvedError(PlacerError):
+    """``--require-optimal``: the limit came before the proof."""
+
+    exit_code = 4
+
+
+class VerificationError(PlacerError):
+    """An exported checkpoint differs from what its plan promises."""
+
+    exit_code = 5

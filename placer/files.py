@@ -1,0 +1,147 @@
+"""Outputs that are whole or absent, and hashes of files.
+
+Every output is written beside its place under the suffix ``.partial`` and renamed last,
+so a command that fails or is killed leaves nothing that looks complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from placer.errors import PlacerError
+
+_READ_BYTES = 1 << 20
+
+
+def partial_path(path: Path) -> Path:
+    """Return the place beside ``path`` where it is written until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it becomes ``path`` on success, else it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise PlacerError(
+            f"{path} is a directory, but a file is to be written there",
+            f"choose another --out, or remove it: rm -r {path}",
+        )
+    partial = partial_path(path)
+    try:
+        yield partial
+        _flush_to_disk(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill; it becomes ``path`` on success, else it is removed.
+
+    Raises
+    ------
+    PlacerError
+        If ``path`` already exists: a directory is never overwritten.
+    """
+    require_absent(path)
+    partial = partial_path(path)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def require_absent(path: Path) -> None:
+    """Refuse to write a directory over something that exists."""
+    if path.exists():
+        raise PlacerError(
+            f"{path} already exists and is not overwritten",
+            f"choose another --out, or remove it: rm -r {path}",
+        )
+
+
+def require_file(path: Path, what: str) -> None:
+    """Raise a :class:`PlacerError` unless ``path`` is a file."""
+    if not path.is_file():
+        raise PlacerError(
+            f"{what} {path} does not exist"
+            if not path.exists()
+            else f"{what} {path} is not a file",
+            f"check the path: ls -l {path.parent}",
+        )
+
+
+def require_free_space(path: Path, num_bytes: int) -> None:
+    """Refuse to start writing ``num_bytes`` at ``path`` where they cannot fit."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise PlacerError(
+            f"{path} needs {num_bytes} bytes, but {place} has {free} bytes free",
+            f"free some space or choose another --out: df -h {place}",
+        )
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of ``value``: sorted keys, no spaces, UTF-8 unescaped."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def sha256_json(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    PlacerError
+        If the file is missing, is not JSON or holds no object.
+    """
+    require_file(path, what)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlacerError(
+            f"{what} {path} is not JSON: {error}", "write the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise PlacerError(
+            f"{what} {path} holds {type(value).__name__}, not a JSON object",
+            "check that the file is what you mean: placer inspect " + str(path),
+        )
+    return value
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

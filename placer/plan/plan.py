@@ -1,0 +1,191 @@
+"""The plan file: a placement, what it was solved for, and how good it is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from placer.errors import PlacerError
+from placer.files import atomic_file, read_json, sha256_file
+from placer.model import ModelSpec
+from placer.plan.placement import Placement
+
+SCHEMA_VERSION = 1
+_FIELDS = {
+    "schema_version",
+    "model",
+    "num_ranks",
+    "num_nodes",
+    "policy",
+    "exchange",
+    "max_imbalance",
+    "physical_to_logical_map",
+    "solver",
+    "metrics",
+    "provenance",
+}
+
+Policy = Literal["fixed", "follow"]
+Exchange = Literal["per-rank"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverReport:
+    """How good a placement is, and what proves it.
+
+    Attributes
+    ----------
+    status
+        ``optimal`` (the bound is reached) or ``feasible``.
+    objective_name
+        What ``objective`` counts.
+    objective
+        The value reached, to be minimised.
+    bound
+        A proved lower bound of the objective, or ``None``.
+    gap
+        ``(objective - bound) / objective``, or ``None``.
+    bound_method
+        How the bound was proved, or the reason why there is none.
+    seconds
+        Wall-clock seconds; not written to the plan file, whose bytes depend on the
+        input and the seed alone.
+    seed
+        Seed of the search.
+    reproducible
+        Whether the same input and seed give the same plan.
+    relaxed_layers
+        MoE layers whose load cap was out of reach and relaxed, with the value reached.
+    """
+
+    status: Literal["optimal", "feasible"]
+    objective_name: str
+    objective: float
+    bound: float | None
+    gap: float | None
+    bound_method: str
+    seconds: float | None
+    seed: int
+    reproducible: bool = True
+    relaxed_layers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A solved placement, as ``plan.json`` holds it.
+
+    Attributes
+    ----------
+    model
+        The model that it is for.
+    placement
+        Experts in slots.
+    policy, exchange
+        The home policy and the exchange that it was solved for.
+    max_imbalance
+        The cap on max/mean rank load that was asked for.
+    solver
+        Objective, bound and gap.
+    metrics
+        ``profile``, ``heldout`` and ``baselines``, with the keys of ``placer simulate``.
+    provenance
+        Tool version, hashes of the inputs, options that shaped the result.
+    """
+
+    model: ModelSpec
+    placement: Placement
+    policy: str
+    exchange: str
+    max_imbalance: float
+    solver: SolverReport
+    metrics: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.placement.num_experts != self.model.num_experts:
+            raise PlacerError(
+                f"the placement has {self.placement.num_experts} experts per layer, "
+                f"the model {self.model.num_experts}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``plan.json``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.to_json(),
+            "num_ranks": self.placement.num_ranks,
+            "num_nodes": self.placement.num_nodes,
+            "policy": self.policy,
+            "exchange": self.exchange,
+            "max_imbalance": self.max_imbalance,
+            "physical_to_logical_map": self.placement.to_json(),
+            "solver": asdict(self.solver) | {"seconds": None},
+            "metrics": dict(self.metrics),
+            "provenance": dict(self.provenance),
+        }
+
+    def write(self, path: Path) -> None:
+        """Write ``plan.json``: the same plan gives the same bytes."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(_layered_json(self.to_json()), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read ``plan.json``.
+
+        Raises
+        ------
+        PlacerError
+            If it is no plan, of another schema version, or its map is invalid.
+        """
+        value = read_json(path, "plan")
+        if "physical_to_logical_map" not in value:
+            raise PlacerError(
+                f"{path} is no plan: it has no physical_to_logical_map",
+                "write one: placer solve TRACE --out PLAN",
+            )
+        version = value.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise PlacerError(
+                f"{path} has schema_version {version}, this placer reads {SCHEMA_VERSION}",
+                "install the placer that wrote it, or solve again",
+            )
+        if set(value) != _FIELDS:
+            odd = sorted(set(value) ^ _FIELDS)
+            raise PlacerError(f"{path} has missing or unknown fields: {', '.join(odd)}")
+        try:
+            model = ModelSpec.from_json(value["model"])
+            return cls(
+                model=model,
+                placement=Placement.from_json(
+                    value["physical_to_logical_map"],
+                    model.num_experts,
+                    value["num_ranks"],
+                    value["num_nodes"],
+                ),
+                policy=value["policy"],
+                exchange=value["exchange"],
+                max_imbalance=value["max_imbalance"],
+                solver=SolverReport(**value["solver"]),
+                metrics=value["metrics"],
+                provenance=value["provenance"],
+            )
+        except (KeyError, TypeError) as error:
+            raise PlacerError(f"{path} is damaged: {error}") from error
+        except PlacerError as error:
+            raise PlacerError(f"{path}: {error}", error.hint) from error
+
+
+def plan_sha256(path: Path) -> str:
+    """Return the SHA-256 of a plan file, which binds tables and checkpoints to it."""
+    return sha256_file(path)
+
+
+def _layered_json(value: Mapping[str, Any]) -> str:
+    """Format with one line per layer of the map, so that plans can be read and diffed."""
+    rows = value["physical_to_logical_map"]
+    marker = "@physical_to_logical_map@"
+    text = json.dumps(dict(value) | {"physical_to_logical_map": marker}, indent=1)
+    lines = ",\n".join("  " + json.dumps(row, separators=(",", ":")) for row in rows)
+    return text.replace(f'"{marker}"', f"[\n{lines}\n ]") + "\n"

@@ -1,0 +1,12 @@
+"""Router traces: which experts the router chose for every token.
+
+Legend of the shapes: T tokens, L MoE layers, k experts per token (top-k), E logical
+experts of a layer.
+"""
+
+from placer.trace.chunk import Chunk
+from placer.trace.fold import Fold
+from placer.trace.reader import Trace
+from placer.trace.writer import TraceWriter
+
+__all__ = ["Chunk", "Fold", "Trace", "TraceWriter"]

@@ -1,0 +1,217 @@
+"""One chunk of a trace: whole sequences, one tensor per MoE layer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError
+from placer.model import ModelSpec
+
+Array = npt.NDArray[Any]
+
+_TOKEN_FIELDS: dict[str, type[np.generic]] = {
+    "token_ids": np.int32,
+    "sequence_ids": np.int32,
+    "positions": np.int32,
+    "domain_ids": np.uint8,
+    "phase": np.uint8,
+    "step_ids": np.int32,
+}
+_REQUIRED_FIELDS = ("sequence_ids", "positions")
+
+
+def expert_dtype(num_experts: int) -> type[np.generic]:
+    """Return the dtype of expert ids: uint8 up to 256 experts, else int16."""
+    return np.uint8 if num_experts <= 256 else np.int16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The routing of T tokens.
+
+    Attributes
+    ----------
+    experts
+        L arrays ``[T, k]``, uint8 or int16: logical expert ids by descending router
+        weight, as the router chose them, before any capacity drop.
+    weights
+        L arrays ``[T, k]`` float16: the router weights of those experts, or ``None``.
+    token_ids
+        ``[T]`` int32 vocabulary ids, -1 where unknown, or ``None``.
+    sequence_ids
+        ``[T]`` int32, non-decreasing.
+    positions
+        ``[T]`` int32 position of the token in its sequence.
+    domain_ids
+        ``[T]`` uint8 index into the trace's domains, or ``None``.
+    phase
+        ``[T]`` uint8: 0 prefill, 1 decode, or ``None``.
+    step_ids
+        ``[T]`` int32: the forward pass that computed the token, or ``None``.
+    """
+
+    experts: tuple[Array, ...]
+    weights: tuple[Array, ...] | None = None
+    token_ids: Array | None = None
+    sequence_ids: Array
+    positions: Array
+    domain_ids: Array | None = None
+    phase: Array | None = None
+    step_ids: Array | None = None
+
+    def __post_init__(self) -> None:
+        shape = (self.num_tokens, self.experts[0].shape[-1])
+        for layer, ids in enumerate(self.experts):
+            if ids.shape != shape:
+                raise PlacerError(
+                    f"experts.{layer} has shape {list(ids.shape)}, expected {list(shape)}"
+                )
+        for name in _TOKEN_FIELDS:
+            values = getattr(self, name)
+            if values is not None and values.shape != (self.num_tokens,):
+                raise PlacerError(
+                    f"{name} has shape {list(values.shape)}, expected [{self.num_tokens}]"
+                )
+        if (np.diff(self.sequence_ids) < 0).any():
+            raise PlacerError("sequence_ids decrease inside a chunk")
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, T."""
+        return len(self.sequence_ids)
+
+    def tensors(self) -> dict[str, Array]:
+        """Return the chunk under the tensor names of the file format."""
+        named = {f"experts.{n}": ids for n, ids in enumerate(self.experts)}
+        for layer, weights in enumerate(self.weights or ()):
+            named[f"weights.{layer}"] = weights
+        for name in _TOKEN_FIELDS:
+            if (values := getattr(self, name)) is not None:
+                named[name] = values
+        return {name: np.ascontiguousarray(values) for name, values in named.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Array], num_layers: int) -> Self:
+        """Read the inverse of :meth:`tensors`.
+
+        Raises
+        ------
+        PlacerError
+            If a tensor is missing, unknown, or of another dtype than the format's.
+        """
+        names = [f"experts.{n}" for n in range(num_layers)]
+        weight_names = [f"weights.{n}" for n in range(num_layers)]
+        unknown = set(tensors) - {*names, *weight_names, *_TOKEN_FIELDS}
+        if unknown:
+            raise PlacerError(f"unknown tensors: {', '.join(sorted(unknown))}")
+        for name in (*names, *_REQUIRED_FIELDS):
+            if name not in tensors:
+                raise PlacerError(f"tensor {name} is missing")
+        for name, dtype in _TOKEN_FIELDS.items():
+            if name in tensors and tensors[name].dtype != dtype:
+                raise PlacerError(
+                    f"{name} is {tensors[name].dtype}, expected {np.dtype(dtype)}"
+                )
+        has_weights = weight_names[0] in tensors
+        return cls(
+            experts=tuple(tensors[name] for name in names),
+            weights=tuple(tensors[name] for name in weight_names) if has_weights else None,
+            **{name: tensors.get(name) for name in _TOKEN_FIELDS},  # type: ignore[arg-type]
+        )
+
+    def select(self, index: Array) -> "Chunk":
+        """Return the tokens at ``index`` ([T] bool or int64 positions)."""
+        return self._map(lambda values: values[index])
+
+    def layers(self, start: int, stop: int) -> "Chunk":
+        """Return the same tokens with only the MoE layers ``start`` to ``stop - 1``."""
+        return Chunk(
+            experts=self.experts[start:stop],
+            weights=None if self.weights is None else self.weights[start:stop],
+            **{name: getattr(self, name) for name in _TOKEN_FIELDS},
+        )
+
+    def _map(self, change: Callable[[Array], Array]) -> "Chunk":
+        fields = {
+            name: None if (v := getattr(self, name)) is None else change(v)
+            for name in _TOKEN_FIELDS
+        }
+        return Chunk(
+            experts=tuple(change(ids) for ids in self.experts),
+            weights=None
+            if self.weights is None
+            else tuple(change(w) for w in self.weights),
+            **fields,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def concatenate(cls, chunks: Iterable["Chunk"]) -> "Chunk":
+        """Join chunks of one trace in order; optional fields must agree."""
+        parts = list(chunks)
+        if not parts:
+            raise PlacerError(
+                "no token is left to read", "choose another --fold, or record more text"
+            )
+        first = parts[0]
+
+        def join(values: list[Array | None]) -> Array | None:
+            present = [v for v in values if v is not None]
+            return np.concatenate(present) if len(present) == len(parts) else None
+
+        return cls(
+            experts=tuple(
+                np.concatenate([p.experts[n] for p in parts])
+                for n in range(len(first.experts))
+            ),
+            weights=tuple(
+                np.concatenate([p.weights[n] for p in parts if p.weights is not None])
+                for n in range(len(first.experts))
+            )
+            if all(p.weights is not None for p in parts)
+            else None,
+            **{name: join([getattr(p, name) for p in parts]) for name in _TOKEN_FIELDS},  # type: ignore[arg-type]
+        )
+
+    def require_within(self, model: ModelSpec) -> None:
+        """Refuse ids that the model cannot have emitted.
+
+        Raises
+        ------
+        PlacerError
+            If the number of layers or top-k differs, an expert id is out of range, or a
+            token lists one expert twice.
+        """
+        if len(self.experts) != model.num_layers:
+            raise PlacerError(
+                f"{len(self.experts)} MoE layers recorded, the model has {model.num_layers}"
+            )
+        for layer, (ids, size) in enumerate(
+            zip(self.experts, model.num_experts, strict=True)
+        ):
+            if ids.shape[1] != model.top_k:
+                raise PlacerError(
+                    f"MoE layer {layer}: {ids.shape[1]} experts per token recorded, "
+                    f"the model's top_k is {model.top_k}"
+                )
+            if ids.size == 0:
+                continue
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= size:
+                raise PlacerError(
+                    f"MoE layer {layer}: expert id {high if high >= size else low} is "
+                    f"outside 0..{size - 1}",
+                    "check that the trace is of this model and holds logical ids",
+                )
+            ordered = np.sort(ids, axis=1)
+            twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+            if twice.any():
+                row = int(twice.argmax())
+                raise PlacerError(
+                    f"MoE layer {layer}: token {row} lists an expert twice: "
+                    f"{ids[row].tolist()}",
+                    "a layer that is not captured often comes back as zeros: "
+                    "record again, or leave that layer out",
+                )

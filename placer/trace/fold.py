@@ -1,0 +1,47 @@
+"""Folds: which sequences a command sees."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """The sequences whose id mod ``parts`` is ``part``, or all others if ``inverted``."""
+
+    part: int
+    parts: int
+    inverted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parts < 2 or not 0 <= self.part < self.parts:
+            raise UsageError(
+                f"a fold is K/N with N of at least 2 and 0 <= K < N, got {self}",
+                "for example --fold 0/2 (profile) and --fold 1/2 (held out)",
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, inverted: bool = False) -> Self:
+        """Read ``K/N``."""
+        part, slash, parts = text.partition("/")
+        if not slash or not part.isdigit() or not parts.isdigit():
+            raise UsageError(
+                f"a fold is written K/N, got {text!r}", "for example --fold 0/2"
+            )
+        return cls(int(part), int(parts), inverted)
+
+    def complement(self) -> "Fold":
+        """Return the fold of all other sequences."""
+        return Fold(self.part, self.parts, not self.inverted)
+
+    def keep(self, sequence_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Return ``[T]``: whether each token's sequence is in the fold."""
+        mask: npt.NDArray[np.bool_] = sequence_ids % self.parts == self.part
+        return ~mask if self.inverted else mask
+
+    def __str__(self) -> str:
+        return f"{'not ' if self.inverted else ''}{self.part}/{self.parts}"

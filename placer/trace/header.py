@@ -1,0 +1,129 @@
+"""The header of a trace, ``trace.json``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from placer.errors import PlacerError
+from placer.files import read_json
+from placer.model import ModelSpec
+
+SCHEMA_VERSION = 1
+HEADER_NAME = "trace.json"
+_FIELDS = {
+    "schema_version",
+    "model",
+    "id_space",
+    "num_tokens",
+    "num_sequences",
+    "domains",
+    "provenance",
+    "chunks",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkInfo:
+    """A chunk file as the header lists it: its name, tokens and SHA-256."""
+
+    file: str
+    num_tokens: int
+    num_sequences: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "file": self.file,
+            "num_tokens": self.num_tokens,
+            "num_sequences": self.num_sequences,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceHeader:
+    """What a trace holds.
+
+    Attributes
+    ----------
+    model
+        The model whose router was recorded.
+    domains
+        Names of the domains; ``domain_ids`` index them.
+    provenance
+        Where the trace came from: tool version, corpus, dtype. No times, no host.
+    chunks
+        The chunk files in order.
+    """
+
+    model: ModelSpec
+    domains: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    chunks: tuple[ChunkInfo, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all chunks."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences over all chunks (a chunk holds whole sequences)."""
+        return sum(chunk.num_sequences for chunk in self.chunks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as the JSON object of ``trace.json``."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.to_json(),
+            "id_space": "logical",
+            "num_tokens": self.num_tokens,
+            "num_sequences": self.num_sequences,
+            "domains": list(self.domains),
+            "provenance": dict(self.provenance),
+            "chunks": [chunk.to_json() for chunk in self.chunks],
+        }
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read ``trace.json`` of a trace directory.
+
+        Raises
+        ------
+        PlacerError
+            If the directory is no complete trace, or of another schema version.
+        """
+        if not directory.exists():
+            raise PlacerError(
+                f"trace {directory} does not exist",
+                f"write one: placer record MODEL --corpus FILE --out {directory}",
+            )
+        value = read_json(directory / HEADER_NAME, "trace header")
+        version = value.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise PlacerError(
+                f"{directory} has schema_version {version}, "
+                f"this placer reads {SCHEMA_VERSION}",
+                "install the placer that wrote it, or record again",
+            )
+        if set(value) != _FIELDS:
+            odd = sorted(set(value) ^ _FIELDS)
+            raise PlacerError(
+                f"{directory / HEADER_NAME} has missing or unknown fields: {', '.join(odd)}"
+            )
+        if value["id_space"] != "logical":
+            raise PlacerError(
+                f"{directory} holds {value['id_space']} expert ids, "
+                "placer needs logical ones"
+            )
+        try:
+            return cls(
+                model=ModelSpec.from_json(value["model"]),
+                domains=tuple(value["domains"]),
+                provenance=value["provenance"],
+                chunks=tuple(ChunkInfo(**chunk) for chunk in value["chunks"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise PlacerError(f"{directory / HEADER_NAME} is damaged: {error}") from error

@@ -1,0 +1,85 @@
+"""Reading a trace, chunk by chunk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from placer.errors import PlacerError
+from placer.files import sha256_file
+from placer.model import ModelSpec
+from placer.trace.chunk import Chunk
+from placer.trace.fold import Fold
+from placer.trace.header import HEADER_NAME, ChunkInfo, TraceHeader
+
+
+class Trace:
+    """A trace directory, opened for reading.
+
+    Parameters
+    ----------
+    directory
+        The directory that ``placer record`` or ``placer import`` wrote.
+
+    Raises
+    ------
+    PlacerError
+        If it is no complete trace.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.header = TraceHeader.read(directory)
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model whose router was recorded."""
+        return self.header.model
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of ``trace.json``, which holds the hashes of all chunks."""
+        return sha256_file(self.directory / HEADER_NAME)
+
+    def chunks(self, fold: Fold | None = None) -> Iterator[Chunk]:
+        """Yield the chunks in order, verified, restricted to the sequences of ``fold``."""
+        for info in self.header.chunks:
+            chunk = self._read(info)
+            if fold is not None:
+                chunk = chunk.select(fold.keep(chunk.sequence_ids))
+            if chunk.num_tokens:
+                yield chunk
+
+    def read(self, fold: Fold | None = None) -> Chunk:
+        """Return all tokens (of ``fold``) in memory as one chunk."""
+        return Chunk.concatenate(self.chunks(fold))
+
+    def _read(self, info: ChunkInfo) -> Chunk:
+        path = self.directory / info.file
+        if Path(info.file).name != info.file:
+            raise PlacerError(f"{self.directory}: chunk name {info.file!r} is a path")
+        if not path.is_file():
+            raise PlacerError(
+                f"{self.directory} lists chunk {info.file}, which does not exist",
+                "record or import the trace again",
+            )
+        data = path.read_bytes()
+        found = sha256_file(path)
+        if found != info.sha256:
+            raise PlacerError(
+                f"chunk {path} is damaged: SHA-256 {found[:12]}, "
+                f"but trace.json says {info.sha256[:12]} ({len(data)} bytes on disk)",
+                "copy the trace again, or record it again",
+            )
+        try:
+            chunk = Chunk.from_tensors(load(data), self.model.num_layers)
+            chunk.require_within(self.model)
+        except (SafetensorError, PlacerError) as error:
+            raise PlacerError(f"chunk {path}: {error}") from error
+        if chunk.num_tokens != info.num_tokens:
+            raise PlacerError(
+                f"chunk {path} holds {chunk.num_tokens} tokens, "
+                f"but trace.json says {info.num_tokens}"
+            )
+        return chunk
