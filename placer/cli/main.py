@@ -8,6 +8,16 @@ from collections.abc import Sequence
 import typer
 
 from placer import __version__
+from placer.cli.affinity import affinity
+from placer.cli.demo import demo
+from placer.cli.export import export
+from placer.cli.import_ import import_
+from placer.cli.inspect import inspect
+from placer.cli.record import record
+from placer.cli.simulate import simulate
+from placer.cli.solve import solve
+from placer.cli.tables import tables
+from placer.cli.verify import verify
 from placer.errors import PlacerError
 
 app = typer.Typer(
@@ -37,6 +47,18 @@ def _common(
     ),
 ) -> None:
     """Decide where the experts of a Mixture-of-Experts model live."""
+
+
+app.command("record")(record)
+app.command("import")(import_)
+app.command("affinity")(affinity)
+app.command("solve")(solve)
+app.command("tables")(tables)
+app.command("export")(export)
+app.command("verify")(verify)
+app.command("simulate")(simulate)
+app.command("inspect")(inspect)
+app.command("demo")(demo)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

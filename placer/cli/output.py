@@ -2,13 +2,19 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from placer.errors import UsageError
+
+if TYPE_CHECKING:
+    from placer.trace import Fold
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FoldOption = Annotated[
@@ -22,6 +28,49 @@ NotFoldOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
+
+
+def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":
+    """Return the fold that ``--fold`` or ``--not-fold`` asks for."""
+    from placer.trace.fold import Fold
+
+    if fold is not None and not_fold is not None:
+        raise UsageError("--fold and --not-fold exclude each other", "give one of the two")
+    if not_fold is not None:
+        return Fold.parse(not_fold, inverted=True)
+    return None if fold is None else Fold.parse(fold)
+
+
+@contextmanager
+def progress_line(title: str) -> Iterator[Callable[[str], None] | None]:
+    """Yield a function that shows one changing line on stderr; ``None`` off a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Console(stderr=True).status(title) as status:
+        yield lambda text: status.update(f"{title}: {text}")
+
+
+@contextmanager
+def token_progress() -> Iterator[Callable[[int], None] | None]:
+    """Yield a function told the tokens done, shown on stderr; ``None`` off a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("loading the model")
+        began: list[tuple[int, float]] = []
+
+        def show(num_tokens: int) -> None:
+            began.append((num_tokens, bar.get_time()))
+            done, seconds = num_tokens - began[0][0], bar.get_time() - began[0][1]
+            rate = f", {done / seconds:,.0f} tokens/s" if done else ""
+            bar.update(task, description=f"recorded {num_tokens:,} tokens{rate}")
+
+        yield show
 
 
 def print_json(value: Any) -> None:

@@ -64,7 +64,7 @@ class Document:
 
 
 def documents(split: Split | None = None) -> list[Document]:
-    """Return all documents of ``split`` (all splits by default), sorted by domain and name."""
+    """Return the documents of ``split``, or all of them, by domain and name."""
     found = [*_library_documents(), *_topic_documents()]
     chosen = [one for one in found if split is None or one.split == split]
     return sorted(chosen, key=lambda one: (one.domain, one.name))

@@ -94,7 +94,8 @@ class Placement:
 
     def expert_rank(self, layer: int) -> IntArray:
         """Return ``[E_l]`` int64: the rank of each expert's first copy."""
-        return self.holds(layer).argmax(axis=1).astype(np.int64)
+        first: IntArray = self.holds(layer).argmax(axis=1)
+        return first
 
     def permutation(self, layer: int) -> IntArray:
         """Return the map of a layer without replicas: new expert p is old expert map[p].

@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 from placer.errors import UsageError
 
+_INVERTED = "not "
+
 
 @dataclass(frozen=True, slots=True)
 class Fold:
@@ -34,6 +36,12 @@ class Fold:
             )
         return cls(int(part), int(parts), inverted)
 
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read the inverse of ``str``: ``K/N``, or ``not K/N``."""
+        rest = text.removeprefix(_INVERTED)
+        return cls.parse(rest, inverted=rest != text)
+
     def complement(self) -> "Fold":
         """Return the fold of all other sequences."""
         return Fold(self.part, self.parts, not self.inverted)
@@ -44,4 +52,4 @@ class Fold:
         return ~mask if self.inverted else mask
 
     def __str__(self) -> str:
-        return f"{'not ' if self.inverted else ''}{self.part}/{self.parts}"
+        return f"{_INVERTED if self.inverted else ''}{self.part}/{self.parts}"

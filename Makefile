@@ -1,0 +1,68 @@
+# Each target sets up what it needs: `make demo` and `make test` work on a fresh checkout.
+
+PYTHON ?= python3
+# Where to look for torch besides PyPI, whose Linux build brings gigabytes of CUDA:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+GENERATED := README.md docs/cli.md
+COG := $(BIN)/cog -I docs --verbosity=1
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs notebooks demo-model demo-traces clean
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
+	    | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+demo: $(INSTALLED)  ## Run the whole road on the model and text that ship here
+	@rm -rf build/demo
+	@$(BIN)/placer demo --out build/demo
+
+test: $(INSTALLED)  ## Run the tests
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks
+
+check: $(INSTALLED)  ## Format, lint, types, generated documentation, stripped notebooks
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(COG) --check --diff --check-fail-msg='Write it anew: make docs' $(GENERATED)
+	@$(BIN)/nbstripout --verify $(NOTEBOOKS)
+
+bench: $(INSTALLED)  ## Measure: see tests/benchmarks
+	@echo 'The benchmarks are in tests/benchmarks.'
+	@if [ -d tests/benchmarks ]; then $(BIN)/python -m pytest -s tests/benchmarks; fi
+
+docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
+	@$(COG) -r $(GENERATED)
+
+notebooks: $(INSTALLED)  ## Execute the notebooks into build/notebooks
+	@$(BIN)/python docs/run_notebooks.py --out build/notebooks $(NOTEBOOKS)
+
+demo-model: $(INSTALLED)  ## Train the demo model from nothing (an hour on 2 cores)
+	@$(BIN)/python traces/demo/train.py --out build/demo-training
+
+demo-traces: $(INSTALLED)  ## Record the demo traces from the trained checkpoints
+	@$(BIN)/python traces/demo/record.py --training build/demo-training --out build/demo-traces
+
+clean:  ## Remove .venv, caches and all that was built (build/demo-training too)
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find placer tests docs traces -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is asked for the build of torch that the index prefers; a local version such as
+# 2.13.0+cpu satisfies torch==2.13.0 and wins over the plain one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'placer needs Python 3.11 or newer. Name one: make PYTHON=python3.11'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo 'This Python cannot make a virtual environment. On Debian: sudo apt install python3-venv'; exit 1; }
+	@echo 'Installing placer into $(VENV); this happens once and can take some minutes.'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	    --constraint constraints.txt --editable '.[dev]'
+	@touch $@

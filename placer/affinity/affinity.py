@@ -1,0 +1,192 @@
+"""The affinity file: exact int64 counts that add up over traces."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from placer.affinity.sparse import SparseCounts
+from placer.errors import PlacerError
+from placer.files import atomic_file, canonical_json, require_file
+from placer.model import ModelSpec, require_same_model
+
+IntArray = npt.NDArray[np.int64]
+SCHEMA_VERSION = 1
+KIND = "affinity"
+_SPARSE = ("token_expert", "sequence_expert")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Affinity:
+    """Counts of a trace.
+
+    Attributes
+    ----------
+    model
+        Shape of the routing.
+    num_tokens
+        Tokens counted.
+    load
+        L arrays ``[E]``: (token, expert) pairs of each expert.
+    transition
+        L-1 arrays ``[E_l, E_{l+1}]``: pairs (i of the token's experts in layer l, j of
+        those in layer l+1); ExFlow (arXiv 2401.08383), section III, for any top-k.
+    coactivation
+        L arrays ``[E, E]``, symmetric with zero diagonal: tokens that use both experts.
+    token_expert
+        L sparse ``[V, E]``: pairs per token id, or ``None`` where ids were not recorded.
+    sequence_expert
+        L sparse ``[S, E]``: pairs per sequence id, or ``None``.
+    provenance
+        Hashes of the traces, fold, tool version.
+    """
+
+    model: ModelSpec
+    num_tokens: int
+    load: tuple[IntArray, ...]
+    transition: tuple[IntArray, ...]
+    coactivation: tuple[IntArray, ...]
+    token_expert: tuple[SparseCounts, ...] | None
+    sequence_expert: tuple[SparseCounts, ...] | None
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        sizes = self.model.num_experts
+        expected = {
+            "load": [(size,) for size in sizes],
+            "coactivation": [(size, size) for size in sizes],
+            "transition": list(itertools.pairwise(sizes)),
+        }
+        for name, shapes in expected.items():
+            found = [counts.shape for counts in getattr(self, name)]
+            if found != shapes:
+                raise PlacerError(f"{name} has shapes {found}, expected {shapes}")
+
+    def add(self, other: "Affinity") -> "Affinity":
+        """Return the sum of two counts of one model; optional rows must be in both.
+
+        Raises
+        ------
+        PlacerError
+            If the counts are of different models.
+        """
+        require_same_model(self.model, "the first affinity", other.model, "the second")
+
+        def rows(name: str) -> tuple[SparseCounts, ...] | None:
+            one, two = getattr(self, name), getattr(other, name)
+            if one is None or two is None:
+                return None
+            return tuple(a.add(b) for a, b in zip(one, two, strict=True))
+
+        def counts(name: str) -> tuple[IntArray, ...]:
+            pairs = zip(getattr(self, name), getattr(other, name), strict=True)
+            return tuple(a + b for a, b in pairs)
+
+        return Affinity(
+            model=self.model,
+            num_tokens=self.num_tokens + other.num_tokens,
+            load=counts("load"),
+            transition=counts("transition"),
+            coactivation=counts("coactivation"),
+            token_expert=rows("token_expert"),
+            sequence_expert=rows("sequence_expert"),
+            provenance=self.provenance,
+        )
+
+    def without_sequences(self) -> "Affinity":
+        """Return the same counts without the rows per sequence."""
+        return replace(self, sequence_expert=None)
+
+    def tensors(self) -> dict[str, IntArray]:
+        """Return the counts under the tensor names of the file format."""
+        named: dict[str, IntArray] = {}
+        for name in ("load", "transition", "coactivation"):
+            for layer, counts in enumerate(getattr(self, name)):
+                named[f"{name}.{layer}"] = np.ascontiguousarray(counts, dtype=np.int64)
+        for name in _SPARSE:
+            for layer, sparse in enumerate(getattr(self, name) or ()):
+                named[f"{name}.{layer}.indptr"] = sparse.indptr
+                named[f"{name}.{layer}.indices"] = sparse.indices
+                named[f"{name}.{layer}.counts"] = sparse.counts
+        return named
+
+    def write(self, path: Path) -> None:
+        """Write one safetensors file: the same counts give the same bytes."""
+        header = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.to_json(),
+            "num_tokens": self.num_tokens,
+            "provenance": dict(self.provenance),
+        }
+        with atomic_file(path) as temporary:
+            save_file(
+                self.tensors(), temporary, metadata={"placer": canonical_json(header)}
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an affinity file.
+
+        Raises
+        ------
+        PlacerError
+            If it is no affinity file, truncated, or of another schema version.
+        """
+        require_file(path, "affinity")
+        try:
+            with safe_open(path, "np") as opened:
+                metadata = (opened.metadata() or {}).get("placer", "{}")
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            header = json.loads(metadata)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise PlacerError(
+                f"affinity {path} cannot be read: {error}",
+                f"count again: placer affinity TRACE --out {path}",
+            ) from error
+        if header.get("kind") != KIND or header.get("schema_version") != SCHEMA_VERSION:
+            raise PlacerError(
+                f"{path} is no affinity file of schema version {SCHEMA_VERSION}",
+                "write one: placer affinity TRACE --out AFFINITY",
+            )
+        model = ModelSpec.from_json(header["model"])
+        try:
+            return cls(
+                model=model,
+                num_tokens=header["num_tokens"],
+                load=tuple(tensors[f"load.{n}"] for n in range(model.num_layers)),
+                transition=tuple(
+                    tensors[f"transition.{n}"] for n in range(model.num_layers - 1)
+                ),
+                coactivation=tuple(
+                    tensors[f"coactivation.{n}"] for n in range(model.num_layers)
+                ),
+                token_expert=_read_rows("token_expert", tensors, model),
+                sequence_expert=_read_rows("sequence_expert", tensors, model),
+                provenance=header["provenance"],
+            )
+        except KeyError as error:
+            raise PlacerError(f"affinity {path} lacks {error}") from error
+
+
+def _read_rows(
+    name: str, tensors: Mapping[str, IntArray], model: ModelSpec
+) -> tuple[SparseCounts, ...] | None:
+    if f"{name}.0.indptr" not in tensors:
+        return None
+    return tuple(
+        SparseCounts(
+            indptr=tensors[f"{name}.{n}.indptr"],
+            indices=tensors[f"{name}.{n}.indices"],
+            counts=tensors[f"{name}.{n}.counts"],
+            num_columns=size,
+        )
+        for n, size in enumerate(model.num_experts)
+    )

@@ -1,0 +1,89 @@
+"""Sparse exact counts, for tokens and sequences of which most experts never see."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SparseCounts:
+    """A ``[num_rows, num_columns]`` matrix of counts in CSR form.
+
+    Attributes
+    ----------
+    indptr
+        ``[num_rows + 1]`` int64: where each row starts in ``indices``.
+    indices
+        ``[nnz]`` int64 columns, ascending inside a row.
+    counts
+        ``[nnz]`` int64, positive.
+    num_columns
+        Number of columns.
+    """
+
+    indptr: IntArray
+    indices: IntArray
+    counts: IntArray
+    num_columns: int
+
+    def __post_init__(self) -> None:
+        nnz = len(self.indices)
+        ordered = len(self.indptr) and self.indptr[0] == 0 and self.indptr[-1] == nnz
+        if not ordered or (np.diff(self.indptr) < 0).any() or len(self.counts) != nnz:
+            raise PlacerError("sparse counts are damaged: indptr, indices, counts disagree")
+        if nnz and (self.indices.min() < 0 or self.indices.max() >= self.num_columns):
+            raise PlacerError(
+                f"sparse counts are damaged: a column is outside 0..{self.num_columns - 1}"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+    @classmethod
+    def from_keys(
+        cls, keys: IntArray, counts: IntArray, num_rows: int, num_columns: int
+    ) -> Self:
+        """Sum counts over keys ``row * num_columns + column``, which may repeat."""
+        unique, position = np.unique(keys, return_inverse=True)
+        summed = np.zeros(len(unique), dtype=np.int64)
+        np.add.at(summed, position, counts)
+        rows = unique // num_columns
+        return cls(
+            indptr=np.searchsorted(rows, np.arange(num_rows + 1)).astype(np.int64),
+            indices=unique % num_columns,
+            counts=summed,
+            num_columns=num_columns,
+        )
+
+    def keys(self) -> IntArray:
+        """Return ``[nnz]``: ``row * num_columns + column`` of every entry, ascending."""
+        rows = np.repeat(np.arange(self.num_rows), np.diff(self.indptr))
+        return rows * self.num_columns + self.indices
+
+    def add(self, other: "SparseCounts") -> "SparseCounts":
+        """Return the sum; the taller matrix decides the number of rows."""
+        if self.num_columns != other.num_columns:
+            raise PlacerError(
+                f"counts over {self.num_columns} and {other.num_columns} experts "
+                "cannot be added"
+            )
+        return SparseCounts.from_keys(
+            np.concatenate([self.keys(), other.keys()]),
+            np.concatenate([self.counts, other.counts]),
+            max(self.num_rows, other.num_rows),
+            self.num_columns,
+        )
+
+    def dense(self) -> IntArray:
+        """Return the matrix, ``[num_rows, num_columns]`` int64."""
+        matrix = np.zeros(self.num_rows * self.num_columns, dtype=np.int64)
+        matrix[self.keys()] = self.counts
+        return matrix.reshape(self.num_rows, self.num_columns)

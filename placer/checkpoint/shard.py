@@ -1,0 +1,194 @@
+"""One safetensors file at the level of its bytes: the header, and where tensors lie.
+
+Format: eight bytes of header length N (little-endian), N bytes of JSON padded with spaces,
+then the tensors' bytes (https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from placer.errors import PlacerError
+from placer.files import require_file
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+}
+# A JSON string that is a key: the names of tensors, in a header or in an index.
+_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"(?=\s*:)')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    shape
+        Its shape.
+    start, stop
+        First byte, and the byte after the last, counted from the start of the data.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A safetensors file whose header was read and found to be true.
+
+    Attributes
+    ----------
+    path
+        The file.
+    header_text
+        The JSON of the header as it stands there, padding stripped.
+    header_bytes
+        Length of the header with its padding.
+    tensors
+        Every tensor by name.
+    """
+
+    path: Path
+    header_text: str
+    header_bytes: int
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def data_start(self) -> int:
+        """Offset of the tensors' bytes in the file."""
+        return _LENGTH_BYTES + self.header_bytes
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read and check the header.
+
+        Raises
+        ------
+        PlacerError
+            If the file is truncated, or its header contradicts itself or the file.
+        """
+        require_file(path, "shard")
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+            if size < _LENGTH_BYTES or length > min(
+                size - _LENGTH_BYTES, _MAX_HEADER_BYTES
+            ):
+                raise _damaged(
+                    path, f"a header of {length} bytes does not fit its {size} bytes"
+                )
+            raw = stream.read(length)
+        try:
+            text = raw.decode().rstrip(" ")
+            header = json.loads(text, object_pairs_hook=_no_duplicates)
+        except (UnicodeDecodeError, ValueError) as error:
+            raise _damaged(path, f"its header is no JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise _damaged(path, "its header is no JSON object")
+        tensors = {
+            name: _tensor_info(path, name, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        _require_contiguous(path, tensors, size - _LENGTH_BYTES - length)
+        return cls(path=path, header_text=text, header_bytes=length, tensors=tensors)
+
+    def renamed_header(
+        self, names: Mapping[str, str], header_bytes: int | None = None
+    ) -> bytes:
+        """Return length and header with tensors renamed and all else as it stands.
+
+        Parameters
+        ----------
+        names
+            New name by old name; others stay.
+        header_bytes
+            Length to pad to; the next multiple of eight by default.
+        """
+        text = rename_keys(self.header_text, names).encode()
+        length = header_bytes or -(-len(text) // 8) * 8
+        if len(text) > length:
+            raise _damaged(
+                self.path, f"its header of {len(text)} bytes is longer than {length}"
+            )
+        return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length, b" ")
+
+
+def rename_keys(text: str, names: Mapping[str, str]) -> str:
+    """Rename keys in a JSON text, byte for byte the same elsewhere."""
+
+    def renamed(match: re.Match[str]) -> str:
+        new = names.get(json.loads(match.group(0)))
+        return match.group(0) if new is None else json.dumps(new)
+
+    return _KEY.sub(renamed, text)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice")
+    return value
+
+
+def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    try:
+        shape = tuple(int(n) for n in entry["shape"])
+        start, stop = (int(n) for n in entry["data_offsets"])
+        bits = _DTYPE_BITS[entry["dtype"]] * math.prod(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"tensor {name} has no valid dtype, shape, offsets") from error
+    if min((*shape, start, 0)) < 0 or stop - start != -(-bits // 8):
+        raise _damaged(
+            path,
+            f"tensor {name} of shape {list(shape)}, {entry['dtype']}, "
+            f"claims bytes {start} to {stop}",
+        )
+    return TensorInfo(shape=shape, start=start, stop=stop)
+
+
+def _require_contiguous(
+    path: Path, tensors: Mapping[str, TensorInfo], data_bytes: int
+) -> None:
+    end = 0
+    for name, info in sorted(
+        tensors.items(), key=lambda item: (item[1].start, item[1].stop)
+    ):
+        if info.start != end:
+            raise _damaged(path, f"tensor {name} starts at byte {info.start}, not at {end}")
+        end = info.stop
+    if end != data_bytes:
+        raise _damaged(path, f"its tensors end at byte {end}, its data at {data_bytes}")
+
+
+def _damaged(path: Path, reason: str) -> PlacerError:
+    return PlacerError(
+        f"shard {path} is damaged: {reason}",
+        "fetch the checkpoint again, or compare hashes",
+    )

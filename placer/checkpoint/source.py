@@ -1,0 +1,120 @@
+"""A checkpoint directory as it is found: shards, index and other files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from placer.checkpoint.shard import Shard
+from placer.errors import PlacerError
+from placer.files import read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+RECORD_NAME = "placer.json"
+# Weights in formats that are not rewritten would contradict those that are.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSource:
+    """The files of a Hugging Face checkpoint.
+
+    Attributes
+    ----------
+    directory
+        Where it is.
+    shards
+        The safetensors files, by name.
+    index_text
+        The index as it stands in its file, or ``None`` for a single file.
+    other_files
+        All other files, relative to the directory.
+    """
+
+    directory: Path
+    shards: tuple[Shard, ...]
+    index_text: str | None
+    other_files: tuple[Path, ...]
+
+    @property
+    def tensor_shard(self) -> Mapping[str, Shard]:
+        """The shard of every tensor."""
+        return {name: shard for shard in self.shards for name in shard.tensors}
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Find and check all files.
+
+        Raises
+        ------
+        PlacerError
+            If there is no safetensors checkpoint, a file is damaged, the index and the
+            shards disagree, or weights of another format lie beside them.
+        """
+        index_path = directory / INDEX_NAME
+        if index_path.is_file():
+            index_text = index_path.read_text(encoding="utf-8")
+            names = _shard_names(index_path)
+        else:
+            index_text, names = None, [SINGLE_NAME]
+        if not (directory / names[0]).is_file():
+            raise PlacerError(
+                f"{directory} holds no {names[0]}",
+                "give a Hugging Face directory with safetensors weights",
+            )
+        shards = tuple(Shard.open(directory / name) for name in names)
+        if index_text is not None:
+            _require_agreement(index_path, json.loads(index_text)["weight_map"], shards)
+        return cls(
+            directory=directory,
+            shards=shards,
+            index_text=index_text,
+            other_files=_other_files(directory, {*names, INDEX_NAME}),
+        )
+
+
+def _shard_names(index_path: Path) -> list[str]:
+    index = read_json(index_path, "index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PlacerError(f"index {index_path} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise PlacerError(
+                f"index {index_path} names the shard {name!r}, "
+                "which is no plain safetensors file name",
+                "do not use this checkpoint: its index reaches outside its directory",
+            )
+    return names
+
+
+def _require_agreement(
+    index_path: Path, weight_map: Mapping[str, str], shards: tuple[Shard, ...]
+) -> None:
+    held = {name: shard.path.name for shard in shards for name in shard.tensors}
+    for name in sorted({*held, *weight_map}):
+        if held.get(name) != weight_map.get(name):
+            raise PlacerError(
+                f"index {index_path} says that {name} is in {weight_map.get(name)}, "
+                f"but it is in {held.get(name)}",
+                "fetch the checkpoint again",
+            )
+
+
+def _other_files(directory: Path, weights: set[str]) -> tuple[Path, ...]:
+    found = []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if not path.is_file() or str(relative) in weights:
+            continue
+        if path.suffix in (*_OTHER_WEIGHTS, ".safetensors"):
+            raise PlacerError(
+                f"{path} holds weights that the index does not name; "
+                "they would not be permuted",
+                "move them out of the directory",
+            )
+        found.append(relative)
+    return tuple(found)

@@ -1,0 +1,51 @@
+"""``placer affinity``: count a trace."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    OutOption,
+    parse_fold,
+    print_json,
+    print_table,
+)
+
+
+def affinity(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="Trace directories.")
+    ],
+    out: OutOption,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count load, transitions, co-activation and experts per token and per sequence.
+
+    Counts are exact and add up: several traces of one model give one file.
+    """
+    from placer.affinity.from_traces import affinity_of_traces
+    from placer.trace import Trace
+
+    chosen = parse_fold(fold, not_fold)
+    counted = affinity_of_traces([Trace(path) for path in traces], chosen)
+    counted.write(out)
+    facts = {
+        "out": str(out),
+        "num_tokens": counted.num_tokens,
+        "num_layers": counted.model.num_layers,
+        "num_experts": list(counted.model.num_experts),
+        "top_k": counted.model.top_k,
+        "transition_pairs": int(sum(pairs.sum() for pairs in counted.transition)),
+        "coactivated_pairs": int(sum(pairs.sum() for pairs in counted.coactivation)) // 2,
+        "token_rows": counted.token_expert is not None,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_table(("affinity", ""), [(key, str(value)) for key, value in facts.items()])

@@ -1,0 +1,49 @@
+"""``placer demo``: all of it, on what ships."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import JsonOption, note, print_json, print_line, print_table
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path(
+        "placer-demo"
+    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Model; the one that ships by default."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole road on the model that ships and text that every Python carries.
+
+    Records the model's routing, solves on one half of the text, judges on the other half
+    on 4 ranks, exports a permuted checkpoint and proves that it is the same function.
+    """
+    from placer.demo.road import NUM_RANKS, POLICIES, run_demo, shipped_model
+    from placer.report.comparison import COLUMNS, comparison_rows
+
+    report = run_demo(model or shipped_model(), out, note)
+    verification = report.verification
+    if as_json:
+        print_json(
+            {
+                "figures": report.figures,
+                "verification": verification.to_json(),
+                "files": {name: str(out / path) for name, path in report.files.items()},
+            }
+        )
+        return
+    print_line(f"\nHeld-out text, {NUM_RANKS} ranks:\n")
+    print_table(COLUMNS, comparison_rows(report.figures, POLICIES))
+    print_line(
+        f"\nVerified: {verification.num_tensors} tensors equal bit for bit, "
+        f"{verification.num_routed_pairs} routing choices exactly permuted "
+        f"({verification.num_ties} tokens behind a tie), largest difference of a logit "
+        f"{verification.max_logit_difference:.1g} (allowed {verification.tolerance:.1g}).\n"
+    )
+    for name, path in report.files.items():
+        print_line(f"{name}: {out / path}")

@@ -1,0 +1,77 @@
+"""``placer record``: run a model over text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    JsonOption,
+    OutOption,
+    print_json,
+    print_table,
+    token_progress,
+)
+
+
+def record(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face directory.")],
+    out: OutOption,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Text file or directory; may be repeated."),
+    ] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="The same, with the name of its domain."),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Sequences of one forward pass.")] = 16,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens per corpus; documents are then drawn.")
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk file.")] = 65_536,
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Keep the router weights too.")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Order of documents under --max-tokens.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a transformers MoE model over text and write which experts its routers chose.
+
+    Killed and started again with the same options, it goes on where it was.
+    """
+    from placer.trace.corpus import name_corpora
+    from placer.trace.record import RecordOptions
+    from placer.trace.record import record as record_trace
+
+    options = RecordOptions(
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        chunk_tokens=chunk_tokens,
+        with_weights=weights,
+        dtype=dtype,  # type: ignore[arg-type]  # RecordOptions refuses other names
+        device=device,
+        seed=seed,
+    )
+    corpora = name_corpora(corpus or [], domain or [])
+    with token_progress() as progress:
+        header = record_trace(model, corpora, out, options, progress)
+    facts = {
+        "out": str(out),
+        "num_tokens": header.num_tokens,
+        "num_sequences": header.num_sequences,
+        "domains": list(header.domains),
+        "num_layers": header.model.num_layers,
+        "num_experts": list(header.model.num_experts),
+        "top_k": header.model.top_k,
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_table(("trace", ""), [(name, str(value)) for name, value in facts.items()])

@@ -1,0 +1,72 @@
+"""``placer simulate``: what a plan costs on a trace."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    parse_fold,
+    print_json,
+    print_line,
+    print_table,
+    warn,
+)
+
+
+def simulate(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="The tokens to serve from it.")
+    ],
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="The plan's token-shuffle table (placer tables)."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Tokens of one forward pass, from all sequences in turn.")
+    ] = 4096,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Placement to compare with: contiguous, balanced or random; repeatable. "
+            "Default: contiguous and balanced.",
+        ),
+    ] = None,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the traffic and balance of a plan on a trace, under every home policy.
+
+    Policies: fixed (the sequence's data-parallel rank), follow (the rank that served most
+    of the previous layer), oracle (the best home of every layer), and with --table token,
+    token_equal (equal slices of every batch) and request (one home per sequence). Judge
+    on sequences that the plan was not solved on: --fold or --not-fold.
+    """
+    from placer.report.comparison import COLUMNS, comparison_rows
+    from placer.simulation.judge import DEFAULT_BASELINES, judge_plan
+    from placer.trace import Trace
+
+    judgement = judge_plan(
+        plan,
+        Trace(trace),
+        fold=parse_fold(fold, not_fold),
+        table_path=table,
+        batch_size=batch_size,
+        baselines=baseline or DEFAULT_BASELINES,
+    )
+    for warning in judgement.warnings:
+        warn(warning)
+    if as_json:
+        print_json(judgement.to_json())
+        return
+    figures = judgement.to_json()
+    placements = {**figures["baselines"], "plan": figures["policies"]}
+    print_table(COLUMNS, comparison_rows(placements, tuple(judgement.policies)))
+    for fact in judgement.facts():
+        print_line(fact)

@@ -1,0 +1,117 @@
+"""``placer solve``: experts to ranks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    OutOption,
+    note,
+    parse_fold,
+    print_json,
+    print_line,
+    print_table,
+    progress_line,
+    warn,
+)
+from placer.errors import NotProvedError, UsageError
+
+
+def solve(
+    source: Annotated[
+        Path, typer.Argument(metavar="TRACE|AFFINITY", help="What to profile on.")
+    ],
+    out: OutOption,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    exchange: Annotated[str, typer.Option(help="Exchange: per-rank.")] = "per-rank",
+    max_imbalance: Annotated[
+        float, typer.Option(help="Cap on max/mean rank load in every layer.")
+    ] = 1.10,
+    relax_cap: Annotated[
+        bool,
+        typer.Option("--relax-cap", help="Where the cap is out of reach, take the best."),
+    ] = False,
+    inter_cost: Annotated[int, typer.Option(help="Cost of a copy between nodes.")] = 8,
+    intra_cost: Annotated[int, typer.Option(help="Cost of a copy inside a node.")] = 1,
+    num_rounds: Annotated[int, typer.Option(min=0, help="Shakes of the search.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    require_optimal: Annotated[
+        bool, typer.Option("--require-optimal", help="Fail (exit 4) without a proof.")
+    ] = False,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Place experts on ranks: least traffic, equal slots, load under the cap.
+
+    Profiles on the sequences of --fold and judges on all others. Deterministic: the same
+    input and seed give the same plan.
+    """
+    from placer.plan.planner import EXCHANGE, plan_from_affinity, plan_from_trace
+    from placer.plan.problem import Topology
+    from placer.plan.search import SearchLimits
+    from placer.plan.solve import SolveOptions
+    from placer.report.comparison import COLUMNS, plan_rows
+    from placer.trace import Trace
+
+    if exchange != EXCHANGE:
+        raise UsageError(
+            f"--exchange {exchange} cannot be solved for", f"choose --exchange {EXCHANGE}"
+        )
+    options = SolveOptions(
+        topology=Topology(
+            num_nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            inter_cost=inter_cost,
+            intra_cost=intra_cost,
+        ),
+        policy=policy,  # type: ignore[arg-type]  # SolveOptions refuses other names
+        max_imbalance=max_imbalance,
+        relax_cap=relax_cap,
+        seed=seed,
+        limits=SearchLimits(num_rounds=num_rounds),
+    )
+    chosen = parse_fold(fold, not_fold)
+    with progress_line("solve") as progress:
+        if source.is_dir() or not source.exists():
+            plan = plan_from_trace(Trace(source), options, chosen, progress)
+        elif chosen is not None:
+            raise UsageError(
+                f"{source} holds counts, which cannot be folded any more",
+                "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
+            )
+        else:
+            plan = plan_from_affinity(source, options, progress)
+    report = plan.solver
+    if require_optimal and report.status != "optimal":
+        raise NotProvedError(
+            f"no proof of optimality: objective {report.objective:.0f}, "
+            f"bound {report.bound}, gap {report.gap}",
+            "solve without --require-optimal to get the best plan found",
+        )
+    plan.write(out)
+    if plan.metrics["profile"] is None:
+        warn("solved from counts: only pairs are known, no held-out figure is given")
+    elif chosen is None:
+        warn("nothing was held out: the figures are those of the profile itself")
+    for layer, value in report.relaxed_layers.items():
+        note(f"MoE layer {layer}: load cap relaxed to its best reachable value {value:.4f}")
+    if as_json:
+        print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
+        return
+    rows = plan_rows(plan)
+    if rows:
+        print_table(COLUMNS, rows)
+    print_line(
+        f"{report.status}: objective {report.objective:.0f} ({report.objective_name}), "
+        f"bound {report.bound:.0f}, gap {report.gap:.1%} ({report.bound_method})"
+    )
+    print_line(f"plan written to {out}")

@@ -1,0 +1,92 @@
+"""``placer tables``: the token-shuffle table of a plan."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    OutOption,
+    note,
+    parse_fold,
+    print_json,
+    print_line,
+    print_table,
+    warn,
+)
+
+
+def tables(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace with token ids.")],
+    out: OutOption,
+    lookback: Annotated[
+        int, typer.Option(help="Past majority ranks that index the history table.")
+    ] = 2,
+    shrinkage: Annotated[
+        float, typer.Option(help="Tokens of the layer's average added to every row.")
+    ] = 2.0,
+    token_score: Annotated[
+        bool,
+        typer.Option("--token-score", help="Also hold the second choices of tokens."),
+    ] = False,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Checkpoint whose embedding gives ids never seen a neighbour's row.",
+        ),
+    ] = None,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the table that names, by token id and by past ranks, a token's home.
+
+    Built from the sequences that the plan was solved on, unless --fold says otherwise,
+    and tried on all others.
+    """
+    from placer.table.make import TableOptions, make_table
+    from placer.trace import Trace
+
+    options = TableOptions(
+        lookback=lookback,
+        shrinkage=shrinkage,
+        with_token_score=token_score,
+        embeddings=embeddings,
+    )
+    chosen = parse_fold(fold, not_fold)
+    result = make_table(plan, Trace(trace), fold=chosen, options=options)
+    result.table.write(out)
+    for warning in result.warnings:
+        warn(warning)
+    if result.profile is None:
+        warn("built from all sequences: nothing was held out, no figure is given")
+    elif chosen is None:
+        note(f"built from the fold that the plan was solved on: {result.profile}")
+    if as_json:
+        print_json({"out": str(out)} | result.to_json())
+        return
+    if result.heldout is not None:
+        print_table(
+            ("policy", "local rate", "copies/token", "home max"),
+            [
+                [
+                    policy,
+                    metrics.local_activation_rate,
+                    metrics.remote_rank_copies_per_token,
+                    metrics.home_imbalance_max,
+                ]
+                for policy, metrics in result.heldout.items()
+            ],
+            title="On the sequences outside the profile",
+        )
+    table = result.table
+    print_line(
+        f"{table.vocab_size:,} token ids ({result.num_seen_ids:,} of them in the profile), "
+        f"{table.num_ranks} ranks: a home by chance serves {1 / table.num_ranks:.3f}"
+    )
+    print_line(f"table written to {out}")

@@ -1,0 +1,166 @@
+"""The whole road on the demo model: record, solve, tables, export, verify, simulate."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from placer.affinity import Affinity
+from placer.affinity.from_traces import affinity_of_traces
+from placer.checkpoint.export import export_checkpoint
+from placer.checkpoint.verify import VerificationReport, verify
+from placer.demo.text import DOMAINS, Split, documents
+from placer.errors import PlacerError
+from placer.files import require_absent
+from placer.plan import Placement, Plan
+from placer.plan.plan import Policy
+from placer.plan.planner import plan_from_trace
+from placer.plan.problem import Topology
+from placer.plan.solve import SolveOptions
+from placer.report.html import write_html
+from placer.runtime_map.sglang import export_sglang
+from placer.simulation.baselines import balanced, contiguous
+from placer.simulation.simulate import simulate
+from placer.table import build_table
+from placer.trace import Chunk, Trace
+from placer.trace.corpus import Corpus
+from placer.trace.record import RecordOptions, record
+
+NUM_RANKS = 4
+TOKENS_PER_DOMAIN = 16_384
+VERIFIED_TOKENS = 2048
+POLICIES = ("fixed", "follow", "token")
+SOLVED_POLICIES: tuple[Policy, ...] = ("fixed", "follow")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoReport:
+    """What the demo found.
+
+    Attributes
+    ----------
+    figures
+        Metrics on held-out text, by placement, policy and name.
+    verification
+        What ``placer verify`` found of the exported checkpoint.
+    files
+        What was written, by meaning, relative to the directory given.
+    """
+
+    figures: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    verification: VerificationReport
+    files: Mapping[str, str]
+
+
+def shipped_model() -> Path:
+    """Return the directory of the model that ships with placer.
+
+    Raises
+    ------
+    PlacerError
+        If this installation has none.
+    """
+    package = Path(__file__).parent
+    for place in (package / "model", package.parents[1] / "traces" / "demo" / "model"):
+        if (place / "config.json").is_file():
+            return place
+    raise PlacerError(
+        "this installation ships no demo model", "name one: placer demo --model DIRECTORY"
+    )
+
+
+def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
+    """Walk the whole road; ``say`` is told every step as the command that it equals.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face directory.
+    out
+        The directory to write, which must not exist.
+
+    Raises
+    ------
+    VerificationError
+        If the exported checkpoint is not the same function.
+    """
+    require_absent(out)
+    traces = {split: _record(model, split, out, say) for split in ("profile", "heldout")}
+    profile, heldout = traces["profile"], traces["heldout"]
+    affinity = affinity_of_traces([profile], None)
+    plans = {policy: _solve(profile, policy, out, say) for policy in SOLVED_POLICIES}
+    say("simulate on the held-out text, with a table of each placement's own")
+    figures = _figures(plans, affinity, profile.read(), heldout.read())
+    plan_path, checkpoint = out / "plan-fixed.json", out / "checkpoint"
+    say(f"placer export checkpoint {plan_path} {model} --out {checkpoint}")
+    export_checkpoint(plan_path, model, checkpoint)
+    say(f"placer export sglang {plan_path} {model} --out {out / 'sglang.json'}")
+    export_sglang(plan_path, model, out / "sglang.json")
+    say(f"placer verify {model} {checkpoint} {plan_path}")
+    texts = [one.text for one in documents("heldout")]
+    verification = verify(model, checkpoint, plan_path, texts, VERIFIED_TOKENS)
+    say(f"placer inspect {plan_path} --html {out / 'report.html'}")
+    write_html(out / "report.html", plan_path.name, plans["fixed"], affinity.load)
+    return DemoReport(
+        figures=figures,
+        verification=verification,
+        files={
+            "report": "report.html",
+            "plan": plan_path.name,
+            "checkpoint": checkpoint.name,
+            "SGLang map": "sglang.json",
+        },
+    )
+
+
+def _record(model: Path, split: Split, out: Path, say: Say) -> Trace:
+    folder = out / "text" / split
+    for document in documents(split):
+        path = folder / document.domain / (document.name.removesuffix(".txt") + ".txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text, encoding="utf-8")
+    given = " ".join(f"--corpus {folder / domain}" for domain in DOMAINS)
+    limit = f"--max-tokens {TOKENS_PER_DOMAIN}"
+    say(f"placer record {model} {given} {limit} --out {out / split}")
+    record(
+        model,
+        [Corpus(domain=domain, path=folder / domain) for domain in DOMAINS],
+        out / split,
+        RecordOptions(max_tokens=TOKENS_PER_DOMAIN),
+    )
+    return Trace(out / split)
+
+
+def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
+    path = out / f"plan-{policy}.json"
+    say(
+        f"placer solve {profile.directory} --gpus-per-node {NUM_RANKS} --policy {policy} "
+        f"--out {path}"
+    )
+    options = SolveOptions(topology=Topology(gpus_per_node=NUM_RANKS), policy=policy)
+    plan = plan_from_trace(profile, options, None)
+    plan.write(path)
+    return plan
+
+
+def _figures(
+    plans: Mapping[Policy, Plan], affinity: Affinity, profile: Chunk, heldout: Chunk
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return held-out metrics by placement and policy; each policy has its own plan."""
+    model = affinity.model
+    blind = {
+        "contiguous": contiguous(model.num_experts, NUM_RANKS),
+        "balanced": balanced(affinity.load, NUM_RANKS),
+    }
+
+    def judged(placement: Placement) -> dict[str, dict[str, Any]]:
+        vocab_size = model.vocab_size or int(profile.token_ids.max()) + 1  # type: ignore[union-attr]
+        table = build_table(placement, profile, vocab_size=vocab_size)
+        found = simulate(placement, heldout, table=table)
+        return {policy: found[policy].to_json() for policy in POLICIES}
+
+    figures = {name: judged(placement) for name, placement in blind.items()}
+    fixed, follow = (judged(plans[policy].placement) for policy in SOLVED_POLICIES)
+    figures["placer"] = {**follow, "fixed": fixed["fixed"]}
+    return figures

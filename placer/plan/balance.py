@@ -1,0 +1,168 @@
+"""Balanced layers: which load caps can be met at all, and where a search may start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from placer.errors import NoSolutionError, PlacerError
+from placer.plan.placement import require_divisible_slots
+from placer.plan.problem import FloatArray, IntArray, rank_load
+
+# Deterministic time of CP-SAT, so that the answer does not depend on the machine.
+_DETERMINISTIC_TIME = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BalancedLayer:
+    """The best balanced assignment found for one layer.
+
+    Attributes
+    ----------
+    expert_rank
+        ``[E]`` int64: rank of every expert, E/R on each.
+    max_load
+        Load of the busiest rank, in pairs.
+    proved_max_load
+        No assignment with equal slots has a smaller one than this.
+    """
+
+    expert_rank: IntArray
+    max_load: float
+    proved_max_load: float
+
+
+def greedy_balance(load: FloatArray, num_ranks: int) -> IntArray:
+    """Place experts by descending load on the least loaded rank with a free slot.
+
+    Returns ``[E]`` int64, the rank of every expert: the longest-processing-time rule
+    with equal counts, as EPLB packs experts into GPUs.
+    """
+    ranks = np.empty(len(load), dtype=np.int64)
+    total, free = np.zeros(num_ranks), np.full(num_ranks, len(load) // num_ranks)
+    for expert in np.argsort(-load, kind="stable"):
+        rank = int(np.where(free > 0, total, np.inf).argmin())
+        ranks[expert] = rank
+        total[rank] += load[expert]
+        free[rank] -= 1
+    return ranks
+
+
+def balance_layer(load: FloatArray, num_ranks: int, max_load: float) -> BalancedLayer:
+    """Find an assignment under ``max_load``, or the best balanced one there is.
+
+    Greedy and swaps first; where they stay above the cap, CP-SAT minimises the busiest
+    rank's load within a fixed deterministic time.
+    """
+    ranks = _swap_down(load, greedy_balance(load, num_ranks), num_ranks)
+    reached = float(rank_load(ranks, load, num_ranks).max())
+    if reached <= max_load:
+        mean = float(np.ceil(load.sum() / num_ranks))
+        return BalancedLayer(expert_rank=ranks, max_load=reached, proved_max_load=mean)
+    return _minimise_max_load(load, ranks, num_ranks)
+
+
+def load_caps(
+    loads: Sequence[FloatArray], num_ranks: int, max_imbalance: float, *, relax_cap: bool
+) -> tuple[list[float], list[IntArray], dict[int, float]]:
+    """Turn the cap on imbalance into load caps per layer, and find a feasible start.
+
+    Parameters
+    ----------
+    loads
+        L arrays ``[E]`` of whole numbers, in pairs.
+    num_ranks
+        R.
+    max_imbalance
+        Cap on max/mean rank load.
+    relax_cap
+        Where the cap is out of reach, take the best reachable value instead.
+
+    Returns
+    -------
+    tuple
+        Load cap per layer in pairs; a feasible start (L arrays ``[E]``, rank of every
+        expert); the imbalance of the layers whose cap was relaxed.
+
+    Raises
+    ------
+    NoSolutionError
+        If a cap is out of reach and ``relax_cap`` is false.
+    """
+    if max_imbalance < 1:
+        raise PlacerError(
+            f"--max-imbalance is max/mean rank load, at least 1, got {max_imbalance}"
+        )
+    caps, start, relaxed = [], [], {}
+    for layer, load in enumerate(loads):
+        require_divisible_slots(len(load), num_ranks, layer)
+        mean = load.sum() / num_ranks
+        cap = float(np.floor(max_imbalance * mean + 1e-9))
+        found = balance_layer(load, num_ranks, cap)
+        if found.max_load > cap:
+            relaxed[layer] = float(found.max_load / mean)
+            cap = found.max_load
+        caps.append(cap)
+        start.append(found.expert_rank)
+    if relaxed and not relax_cap:
+        worst = max(relaxed.values())
+        listed = ", ".join(f"{layer}: {value:.4f}" for layer, value in relaxed.items())
+        raise NoSolutionError(
+            f"--max-imbalance {max_imbalance} is out of reach in {len(relaxed)} of "
+            f"{len(loads)} MoE layers; best reachable (layer: imbalance) {listed}",
+            f"take the best reachable per layer with --relax-cap, or ask for "
+            f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+        )
+    return caps, start, relaxed
+
+
+def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:
+    """Swap experts of the busiest rank for lighter ones while its load falls."""
+    ranks = ranks.copy()
+    while True:
+        total = rank_load(ranks, load, num_ranks)
+        busiest = int(total.argmax())
+        mine, others = np.flatnonzero(ranks == busiest), np.flatnonzero(ranks != busiest)
+        shed = load[mine][:, None] - load[others]
+        after = np.maximum(total[busiest] - shed, total[ranks[others]] + shed)
+        if not after.size or after.min() >= total[busiest]:
+            return ranks
+        one, two = divmod(int(after.argmin()), len(others))
+        ranks[mine[one]], ranks[others[two]] = ranks[others[two]], busiest
+
+
+def _minimise_max_load(load: FloatArray, hint: IntArray, num_ranks: int) -> BalancedLayer:
+    weights = load.astype(np.int64).tolist()
+    model = cp_model.CpModel()
+    on = [
+        [model.new_bool_var(f"expert_{e}_rank_{r}") for r in range(num_ranks)]
+        for e in range(len(weights))
+    ]
+    busiest = model.new_int_var(0, sum(weights), "busiest")
+    for e, row in enumerate(on):
+        model.add_exactly_one(row)
+        for r, variable in enumerate(row):
+            model.add_hint(variable, int(hint[e]) == r)
+    for r in range(num_ranks):
+        column = [row[r] for row in on]
+        model.add(sum(column) == len(weights) // num_ranks)
+        model.add(cp_model.LinearExpr.weighted_sum(column, weights) <= busiest)
+    model.minimize(busiest)
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.max_deterministic_time = _DETERMINISTIC_TIME
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        ranks = hint
+    else:
+        ranks = np.asarray(
+            [next(r for r, v in enumerate(row) if solver.boolean_value(v)) for row in on],
+            dtype=np.int64,
+        )
+    return BalancedLayer(
+        expert_rank=ranks,
+        max_load=float(rank_load(ranks, load, num_ranks).max()),
+        proved_max_load=float(np.ceil(solver.best_objective_bound - 1e-6)),
+    )

@@ -1,0 +1,101 @@
+"""From a trace, or from counts alone, to a plan with its metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placer import __version__
+from placer.affinity import Affinity, count_affinity
+from placer.files import sha256_file
+from placer.plan.plan import Plan
+from placer.plan.solve import Progress, SolveOptions, solve
+from placer.simulation.baselines import balanced, contiguous
+from placer.simulation.simulate import simulate
+from placer.trace import Chunk, Fold, Trace
+
+EXCHANGE = "per-rank"
+
+
+def plan_from_trace(
+    trace: Trace, options: SolveOptions, fold: Fold | None, progress: Progress | None = None
+) -> Plan:
+    """Profile on the sequences of ``fold``, solve, and judge on all others.
+
+    Without a fold every sequence is profiled and nothing is held out.
+
+    Raises
+    ------
+    PlacerError
+        If the trace is damaged or the fold empty.
+    NoSolutionError
+        If the load cap is out of reach.
+    """
+    affinity = count_affinity(trace.chunks(fold), trace.model, {}, with_rows=False)
+    placement, report = solve(affinity, options, progress)
+    profile = trace.read(fold)
+    heldout = None if fold is None else trace.read(fold.complement())
+    judged = profile if heldout is None else heldout
+    topology = options.topology
+    baselines = {
+        "contiguous": contiguous(
+            trace.model.num_experts, topology.num_ranks, topology.num_nodes
+        ),
+        "balanced": balanced(affinity.load, topology.num_ranks, topology.num_nodes),
+    }
+
+    def metrics(tokens: Chunk, placed: Any) -> dict[str, Any]:
+        result = simulate(placed, tokens)
+        return {policy: value.to_json() for policy, value in result.items()}
+
+    return Plan(
+        model=trace.model,
+        placement=placement,
+        policy=options.policy,
+        exchange=EXCHANGE,
+        max_imbalance=options.max_imbalance,
+        solver=report,
+        metrics={
+            "profile": metrics(profile, placement),
+            "heldout": None if heldout is None else metrics(heldout, placement),
+            "baselines": {name: metrics(judged, one) for name, one in baselines.items()},
+        },
+        provenance=_provenance(options)
+        | {
+            "trace_sha256": trace.sha256,
+            "fold": None if fold is None else str(fold),
+            "profile_sequences": len(np.unique(profile.sequence_ids)),
+        },
+    )
+
+
+def plan_from_affinity(
+    path: Path, options: SolveOptions, progress: Progress | None = None
+) -> Plan:
+    """Solve from counts alone, which know pairs but no held-out figure."""
+    affinity = Affinity.read(path)
+    placement, report = solve(affinity, options, progress)
+    return Plan(
+        model=affinity.model,
+        placement=placement,
+        policy=options.policy,
+        exchange=EXCHANGE,
+        max_imbalance=options.max_imbalance,
+        solver=report,
+        metrics={"profile": None, "heldout": None, "baselines": {}},
+        provenance=_provenance(options)
+        | {
+            "affinity_sha256": sha256_file(path),
+            "fold": affinity.provenance.get("fold"),
+        },
+    )
+
+
+def _provenance(options: SolveOptions) -> dict[str, Any]:
+    return {
+        "placer": __version__,
+        "inter_cost": options.topology.inter_cost,
+        "intra_cost": options.topology.intra_cost,
+        "num_rounds": options.limits.num_rounds,
+        "relax_cap": options.relax_cap,
+    }

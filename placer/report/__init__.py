@@ -1,0 +1,1 @@
+"""Reports: what is in a file that placer reads or writes, told and drawn."""

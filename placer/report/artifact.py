@@ -1,0 +1,106 @@
+"""Opening whatever placer reads or writes, by its content."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from placer.affinity import Affinity
+from placer.errors import PlacerError
+from placer.files import read_json
+from placer.plan import Plan
+from placer.report.checkpoint import Checkpoint
+from placer.report.statistics import TraceStatistics
+from placer.table import Table
+from placer.trace import Trace
+
+Artifact = TraceStatistics | Affinity | Plan | Table | Checkpoint
+
+_EXPECTED = (
+    "expected a trace directory (trace.json), a checkpoint directory (config.json), "
+    "plan.json, an affinity or a table"
+)
+_LENGTH_BYTES = 8
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Read a trace, affinity, plan, table or checkpoint.
+
+    Raises
+    ------
+    PlacerError
+        If ``path`` is none of them, or is damaged.
+    """
+    if not path.exists():
+        raise PlacerError(f"{path} does not exist", f"check the path: ls -l {path.parent}")
+    return _open_directory(path) if path.is_dir() else _open_file(path)
+
+
+def _open_directory(path: Path) -> Artifact:
+    if (path / "trace.json").is_file():
+        return TraceStatistics.of(Trace(path))
+    if (path / "config.json").is_file():
+        return Checkpoint.read(path)
+    if (path / "journal.json").is_file():
+        raise PlacerError(
+            f"{path} is a recording that is not finished",
+            "give the same `placer record` command again: it goes on where it stopped",
+        )
+    raise PlacerError(f"{path} holds nothing that placer knows", _EXPECTED)
+
+
+def _open_file(path: Path) -> Artifact:
+    header = _safetensors_header(path)
+    if header is None:
+        return _open_json(path)
+    kind = _metadata(header).get("kind")
+    if kind == "affinity":
+        return Affinity.read(path)
+    if kind == "table":
+        return Table.read(path)
+    if "sequence_ids" in header:
+        raise PlacerError(
+            f"{path} is one chunk of a trace",
+            f"name the trace: placer inspect {path.parent}",
+        )
+    if (path.parent / "config.json").is_file():
+        raise PlacerError(
+            f"{path} is one file of a checkpoint",
+            f"name the checkpoint: placer inspect {path.parent}",
+        )
+    raise PlacerError(f"{path} holds tensors, but nothing that placer wrote", _EXPECTED)
+
+
+def _open_json(path: Path) -> Artifact:
+    if not path.read_bytes().lstrip().startswith(b"{"):
+        raise PlacerError(f"{path} is no file that placer knows", _EXPECTED)
+    value = read_json(path, "file")
+    if "physical_to_logical_map" in value:
+        return Plan.read(path)
+    if path.name in ("trace.json", "config.json"):
+        raise PlacerError(
+            f"{path} is the header of a directory",
+            f"name the directory: placer inspect {path.parent}",
+        )
+    raise PlacerError(f"{path} is JSON, but no plan", _EXPECTED)
+
+
+def _safetensors_header(path: Path) -> dict[str, Any] | None:
+    """Return the header of a safetensors file, or ``None`` if it is none."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        if length > path.stat().st_size - _LENGTH_BYTES:
+            return None
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return None
+    return header if isinstance(header, dict) else None
+
+
+def _metadata(header: dict[str, Any]) -> dict[str, Any]:
+    """Return what the one metadata key ``placer`` says, empty if it says nothing."""
+    try:
+        value = json.loads(header["__metadata__"]["placer"])
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

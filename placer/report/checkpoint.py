@@ -1,0 +1,96 @@
+"""What lies in a Hugging Face checkpoint: bytes per kind of tensor, from headers alone."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from placer.checkpoint.source import RECORD_NAME, CheckpointSource
+from placer.files import read_json
+from placer.model import Architecture, ModelSpec, name_pattern
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorGroup:
+    """Tensors of one kind: their number, data types and bytes."""
+
+    num_tensors: int
+    dtypes: tuple[str, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint directory, read without its tensors.
+
+    Attributes
+    ----------
+    model
+        Shape of its routing.
+    groups
+        ``experts``, ``router`` and ``other``.
+    num_shards
+        Files of tensors.
+    record
+        ``placer.json``, if placer exported the checkpoint.
+    """
+
+    model: ModelSpec
+    groups: Mapping[str, TensorGroup]
+    num_shards: int
+    record: Mapping[str, Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(group.num_bytes for group in self.groups.values())
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read config and tensor headers.
+
+        Raises
+        ------
+        PlacerError
+            If the family is unknown, or a tensor file is missing or damaged.
+        """
+        model = ModelSpec.from_checkpoint(directory)
+        config = read_json(directory / "config.json", "model config")
+        source = CheckpointSource.open(directory)
+        record = directory / RECORD_NAME
+        return cls(
+            model=model,
+            groups=_groups(Architecture.of(config, directory), source),
+            num_shards=len(source.shards),
+            record=read_json(record, "export record") if record.is_file() else None,
+        )
+
+
+def _groups(architecture: Architecture, source: CheckpointSource) -> dict[str, TensorGroup]:
+    patterns = {
+        "experts": [name_pattern(one) for one in architecture.expert_tensors],
+        "router": [name_pattern(one) for one in architecture.router_tensors],
+        "other": [name_pattern("{name}")],
+    }
+    sizes: dict[str, list[int]] = defaultdict(list)
+    dtypes: dict[str, set[str]] = defaultdict(set)
+    for shard in source.shards:
+        header = json.loads(shard.header_text)
+        for name, info in shard.tensors.items():
+            group = next(
+                group
+                for group, expressions in patterns.items()
+                if any(one.fullmatch(name) for one in expressions)
+            )
+            sizes[group].append(info.stop - info.start)
+            dtypes[group].add(header[name]["dtype"])
+    return {
+        group: TensorGroup(
+            num_tensors=len(sizes[group]),
+            dtypes=tuple(sorted(dtypes[group])),
+            num_bytes=sum(sizes[group]),
+        )
+        for group in patterns
+    }

@@ -1,0 +1,71 @@
+"""The table that sets a plan beside its baselines."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from placer.plan import Plan
+
+PolicyFigures = Mapping[str, Mapping[str, Any]]
+
+COLUMNS = (
+    "policy",
+    "placement",
+    "local rate",
+    "copies/token",
+    "of contiguous",
+    "imbalance",
+    "max",
+    "straggler",
+    "bottleneck",
+    "home max",
+)
+
+
+def comparison_rows(
+    placements: Mapping[str, PolicyFigures], policies: Sequence[str]
+) -> list[list[object]]:
+    """Return rows of :data:`COLUMNS`, policy by policy.
+
+    Parameters
+    ----------
+    placements
+        Metrics per placement name and policy, as ``placer simulate --json`` prints them.
+        ``of contiguous`` relates remote rank copies to those of ``contiguous``.
+    policies
+        Which home policies to show; a placement without one is left out there.
+    """
+    rows: list[list[object]] = []
+    for policy in policies:
+        base = placements.get("contiguous", {}).get(policy)
+        for name, figures in placements.items():
+            if policy not in figures:
+                continue
+            of = figures[policy]
+            copies = of["remote_rank_copies_per_token"]
+            whole = base["remote_rank_copies_per_token"] if base else 0
+            rows.append(
+                [
+                    policy,
+                    name,
+                    of["local_activation_rate"],
+                    copies,
+                    copies / whole if whole else None,
+                    of["load_imbalance_mean"],
+                    of["load_imbalance_max"],
+                    of["straggler_mean"],
+                    of["bottleneck_rank_copies_per_token"],
+                    of["home_imbalance_max"],
+                ]
+            )
+    return rows
+
+
+def plan_rows(plan: Plan) -> list[list[object]]:
+    """Return the rows of a plan's own policy: its baselines, then the plan.
+
+    Empty for a plan that was solved from counts alone.
+    """
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    if own is None:
+        return []
+    return comparison_rows({**plan.metrics["baselines"], "placer": own}, [plan.policy])

@@ -1,0 +1,470 @@
+"""Drawings of what placer reads and writes, as plotly figures.
+
+Legend of the shapes: L MoE layers, E logical experts of a layer, R ranks, D domains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.affinity import Affinity, count_affinity
+from placer.errors import PlacerError
+from placer.plan import Plan
+from placer.report.artifact import Artifact
+from placer.report.checkpoint import Checkpoint
+from placer.report.load import rank_load
+from placer.report.statistics import TraceStatistics, mutual_information, skew
+from placer.table import Table
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+_HEIGHT = 460
+_SQUARE_HEIGHT = 640
+_SLIDER_HEIGHT = 90
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+# Okabe and Ito's colours, which people who see fewer colours can tell apart.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+_NUM_BINS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """A figure with its place on the page.
+
+    Attributes
+    ----------
+    name
+        Identifies the figure on the page: letters and hyphens.
+    title
+        What it shows.
+    caption
+        How to read it.
+    figure
+        A ``plotly.graph_objects.Figure``.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Matrix:
+    """One choice of a heatmap that shows one matrix at a time."""
+
+    label: str
+    values: FloatArray
+
+
+def draw(artifact: Artifact, load: Sequence[IntArray] | None = None) -> list[Drawing]:
+    """Draw an artifact.
+
+    Parameters
+    ----------
+    artifact
+        What to draw.
+    load
+        L arrays ``[E]``: for a plan, the pairs per expert whose rank loads are drawn.
+
+    Raises
+    ------
+    PlacerError
+        If plotly is not installed.
+    """
+    require_plotly()
+    match artifact:
+        case TraceStatistics():
+            return _draw_trace(artifact)
+        case Affinity():
+            return [_draw_load([("all tokens", artifact.load)]), *_draw_pairs(artifact)]
+        case Plan():
+            return _draw_plan(artifact, load)
+        case Table():
+            return _draw_table(artifact)
+        case Checkpoint():
+            return [_draw_bytes(artifact)]
+
+
+def require_plotly() -> None:
+    """Raise a :class:`PlacerError` that says how to install what draws."""
+    try:
+        import plotly.graph_objects  # noqa: F401
+    except ImportError as error:
+        raise PlacerError(
+            "the HTML report needs plotly, which is not installed",
+            "pip install 'placer[html]'",
+        ) from error
+
+
+def _draw_trace(statistics: TraceStatistics) -> list[Drawing]:
+    trace = statistics.trace
+    choices = [("all tokens", tuple(load.sum(axis=0) for load in statistics.load))]
+    if len(statistics.domains) > 1:
+        choices += [
+            (f"domain {name}", tuple(load[number] for load in statistics.load))
+            for number, name in enumerate(statistics.domains)
+        ]
+    counted = count_affinity(trace.chunks(), trace.model, {}, with_rows=False)
+    return [_draw_load(choices), *_draw_pairs(counted)]
+
+
+def _draw_load(choices: Sequence[tuple[str, Sequence[IntArray]]]) -> Drawing:
+    return Drawing(
+        name="load",
+        title="Load of every expert",
+        caption="Pairs of a token and an expert, over the mean of the layer: 1 is an even "
+        "share. White: the layer has no such expert.",
+        figure=_heatmap(
+            [_Matrix(label=label, values=_padded(loads)) for label, loads in choices],
+            x_title="logical expert",
+            y_title="MoE layer",
+            z_title="load / mean",
+        ),
+    )
+
+
+def _padded(loads: Sequence[IntArray]) -> FloatArray:
+    """Stack the load over the mean of layers ([E_l] each) to ``[L, E]``, NaN past E_l."""
+    values = np.full((len(loads), max(map(len, loads))), np.nan, dtype=np.float32)
+    for layer, load in enumerate(loads):
+        values[layer, : len(load)] = skew(load)
+    return values
+
+
+def _draw_pairs(affinity: Affinity) -> list[Drawing]:
+    drawings = []
+    if affinity.transition:
+        drawings += [_draw_transition(affinity), _draw_information(affinity)]
+    shares = [
+        _Matrix(label=f"layer {layer}", values=_rows_over(pairs, affinity.load[layer]))
+        for layer, pairs in enumerate(affinity.coactivation)
+    ]
+    coactivation = Drawing(
+        name="coactivation",
+        title="Experts that are used together",
+        caption="Of the tokens that use an expert, the share that also uses another expert "
+        "of the same layer. Experts of one rank share one copy of the token.",
+        figure=_heatmap(
+            shares,
+            x_title="other logical expert",
+            y_title="logical expert",
+            z_title="share of tokens",
+            square=True,
+        ),
+    )
+    return [*drawings, coactivation]
+
+
+def _draw_transition(affinity: Affinity) -> Drawing:
+    return Drawing(
+        name="transition",
+        title="From one layer to the next",
+        caption="P(next | current): of the pairs that leave an expert, the share that goes "
+        "to each expert of the next MoE layer. Rows sum to 1.",
+        figure=_heatmap(
+            [
+                _Matrix(
+                    label=f"layer {n} to {n + 1}",
+                    values=_rows_over(pairs, pairs.sum(axis=1)),
+                )
+                for n, pairs in enumerate(affinity.transition)
+            ],
+            x_title="logical expert, next layer",
+            y_title="logical expert, current layer",
+            z_title="P(next | current)",
+            square=True,
+        ),
+    )
+
+
+def _draw_information(affinity: Affinity) -> Drawing:
+    import plotly.graph_objects as go
+
+    values = [mutual_information(pairs) for pairs in affinity.transition]
+    figure = go.Figure(
+        go.Bar(
+            x=[f"{n} to {n + 1}" for n in range(len(values))],
+            y=values,
+            marker_color=_COLOURS[0],
+            hovertemplate="layer %{x}: %{y:.3f} bits<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="MoE layers", type="category")
+    figure.update_yaxes(title="mutual information (bits)", rangemode="tozero")
+    return Drawing(
+        name="information",
+        title="What an expert says about the next layer",
+        caption="Mutual information of one expert of a token, drawn at random, and one "
+        "of its experts in the next MoE layer: a plug-in estimate, too high on few tokens.",
+        figure=_styled(figure),
+    )
+
+
+def _rows_over(pairs: IntArray, whole: IntArray) -> FloatArray:
+    """Return ``[N, M]`` float32: each row over its whole, zero where that is zero."""
+    return (pairs / np.maximum(whole, 1)[:, None]).astype(np.float32)
+
+
+def _draw_plan(plan: Plan, load: Sequence[IntArray] | None) -> list[Drawing]:
+    drawings = [_draw_placement(plan)]
+    if load is not None:
+        drawings.append(_draw_rank_load(plan, load))
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    if own is not None:
+        drawings.append(_draw_comparison({**plan.metrics["baselines"], "placer": own}))
+    return drawings
+
+
+def _draw_placement(plan: Plan) -> Drawing:
+    import plotly.graph_objects as go
+
+    placement = plan.placement
+    width = max(placement.num_experts)
+    first = np.full((placement.num_layers, width), np.nan, dtype=np.float32)
+    text = np.full(first.shape, "", dtype=object)
+    for layer, size in enumerate(placement.num_experts):
+        held = placement.holds(layer)
+        first[layer, :size] = placement.expert_rank(layer)
+        text[layer, :size] = [", ".join(map(str, np.flatnonzero(row))) for row in held]
+    figure = go.Figure(
+        go.Heatmap(
+            z=first,
+            text=text.tolist(),
+            colorscale=_rank_colours(placement.num_ranks),
+            zmin=-0.5,
+            zmax=placement.num_ranks - 0.5,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": "rank", "dtick": max(1, placement.num_ranks // 16)},
+            hovertemplate="layer %{y}, expert %{x}: rank %{text}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="logical expert")
+    figure.update_yaxes(title="MoE layer", autorange="reversed")
+    return Drawing(
+        name="placement",
+        title="The rank of every expert",
+        caption="Colour: the rank of an expert's first copy; hover for all of its copies.",
+        figure=_styled(figure),
+    )
+
+
+def _rank_colours(num_ranks: int) -> list[tuple[float, str]]:
+    """Return a stepped colour scale, one step per rank."""
+    from plotly.colors import sample_colorscale
+
+    colours = sample_colorscale("Turbo", [(r + 0.5) / num_ranks for r in range(num_ranks)])
+    return [
+        (edge / num_ranks, colours[rank])
+        for rank in range(num_ranks)
+        for edge in (rank, rank + 1)
+    ]
+
+
+def _draw_rank_load(plan: Plan, load: Sequence[IntArray]) -> Drawing:
+    values = np.stack(
+        [skew(rank_load(plan.placement, n, counts)) for n, counts in enumerate(load)]
+    )
+    return Drawing(
+        name="rank-load",
+        title="Load of every rank",
+        caption="Pairs served by a rank, over the mean of the layer. The plan was asked "
+        f"for at most {plan.max_imbalance:g} on its profile.",
+        figure=_heatmap(
+            [_Matrix(label="all tokens", values=values.astype(np.float32))],
+            x_title="rank",
+            y_title="MoE layer",
+            z_title="load / mean",
+            around_one=True,
+        ),
+    )
+
+
+def _draw_comparison(placements: dict[str, Any]) -> Drawing:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for (name, figures), colour in zip(
+        placements.items(), _cycled(placements), strict=True
+    ):
+        values = [of["remote_rank_copies_per_token"] for of in figures.values()]
+        figure.add_bar(
+            name=name,
+            x=list(figures),
+            y=values,
+            text=[f"{value:.2f}" for value in values],
+            marker_color=colour,
+            hovertemplate=f"{name}, %{{x}}: %{{y:.3f}} copies<extra></extra>",
+        )
+    figure.update_xaxes(title="home policy")
+    figure.update_yaxes(title="remote rank copies per token and layer", rangemode="tozero")
+    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.08})
+    return Drawing(
+        name="comparison",
+        title="Traffic beside the baselines",
+        caption="Hidden states that leave the home rank, duplicates removed; less is "
+        "better. Measured on the sequences that the table below names.",
+        figure=_styled(figure),
+    )
+
+
+def _cycled(names: Sequence[Any] | dict[str, Any]) -> list[str]:
+    return [_COLOURS[n % len(_COLOURS)] for n in range(len(names))]
+
+
+def _draw_table(table: Table) -> list[Drawing]:
+    import plotly.graph_objects as go
+
+    edges = np.linspace(0, 1, _NUM_BINS + 1)
+    kinds = {"token (T)": table.token_confidence, "history (A)": table.history_confidence}
+    figure = go.Figure()
+    for (name, values), colour in zip(kinds.items(), _COLOURS, strict=False):
+        counts, _ = np.histogram(values.astype(np.float32), bins=edges)
+        figure.add_bar(
+            name=name,
+            x=(edges[:-1] + edges[1:]) / 2,
+            y=counts / max(values.size, 1),
+            marker_color=colour,
+            opacity=0.75,
+            hovertemplate="confidence %{x:.2f}: %{y:.1%} of entries<extra></extra>",
+        )
+    chance = 1 / table.num_ranks
+    figure.add_vline(x=chance, line_dash="dot", annotation_text="chance, 1/R")
+    figure.update_xaxes(title="expected local activation rate", range=[0, 1])
+    figure.update_yaxes(title="share of entries", tickformat=".0%")
+    figure.update_layout(
+        barmode="overlay", bargap=0, legend={"orientation": "h", "y": 1.12}
+    )
+    medians = go.Figure()
+    for (name, values), colour in zip(kinds.items(), _COLOURS, strict=False):
+        medians.add_scatter(
+            name=name,
+            x=list(range(table.model.num_layers)),
+            y=np.median(values.astype(np.float32), axis=1),
+            mode="lines+markers",
+            line_color=colour,
+            hovertemplate="layer %{x}: %{y:.3f}<extra></extra>",
+        )
+    medians.add_hline(y=chance, line_dash="dot", annotation_text="chance, 1/R")
+    medians.update_xaxes(title="MoE layer", dtick=max(1, table.model.num_layers // 16))
+    medians.update_yaxes(title="median expected local activation rate", range=[0, 1])
+    medians.update_layout(legend={"orientation": "h", "y": 1.12})
+    return [
+        Drawing(
+            name="confidence",
+            title="How sure the table is",
+            caption="Every token id and history counts once per layer, however often it "
+            "occurs in text.",
+            figure=_styled(figure),
+        ),
+        Drawing(
+            name="confidence-by-layer",
+            title="How sure it is in each layer",
+            caption="Medians over token ids and over histories.",
+            figure=_styled(medians),
+        ),
+    ]
+
+
+def _draw_bytes(checkpoint: Checkpoint) -> Drawing:
+    import plotly.graph_objects as go
+
+    groups = checkpoint.groups
+    figure = go.Figure(
+        go.Bar(
+            x=[group.num_bytes / 1e6 for group in groups.values()],
+            y=list(groups),
+            orientation="h",
+            text=[f"{group.num_bytes / 1e6:,.1f} MB" for group in groups.values()],
+            marker_color=_COLOURS[0],
+            hovertemplate="%{y}: %{x:,.3f} MB<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="size (MB = 1,000,000 bytes)", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed")
+    return Drawing(
+        name="bytes",
+        title="Where the bytes are",
+        caption="Experts and routers move with a placement; everything else stays.",
+        figure=_styled(figure),
+    )
+
+
+def _heatmap(
+    matrices: Sequence[_Matrix],
+    *,
+    x_title: str,
+    y_title: str,
+    z_title: str,
+    square: bool = False,
+    around_one: bool = False,
+) -> Any:
+    """Show one matrix at a time, the choice by a slider where there are several.
+
+    All share one colour scale, so that they can be compared; ``around_one`` tells what
+    is below 1 from what is above.
+    """
+    import plotly.graph_objects as go
+
+    place = f"{y_title} %{{y}}, {x_title} %{{x}}"
+    colours = _colour_range(matrices, around_one)
+    figure = go.Figure(
+        [
+            go.Heatmap(
+                z=matrix.values,
+                visible=number == 0,
+                **colours,
+                colorbar={"title": z_title},
+                hovertemplate=place + ": %{z:.3f}<extra></extra>",
+            )
+            for number, matrix in enumerate(matrices)
+        ]
+    )
+    figure.update_xaxes(title=x_title, constrain="domain")
+    figure.update_yaxes(title=y_title, autorange="reversed")
+    if square:
+        figure.update_yaxes(scaleanchor="x", constrain="domain")
+    if len(matrices) > 1:
+        figure.update_layout(sliders=[_slider([matrix.label for matrix in matrices])])
+    height = _SQUARE_HEIGHT if square else _HEIGHT
+    return _styled(figure, height + (_SLIDER_HEIGHT if len(matrices) > 1 else 0))
+
+
+def _colour_range(matrices: Sequence[_Matrix], around_one: bool) -> dict[str, Any]:
+    values = np.concatenate([matrix.values.ravel() for matrix in matrices])
+    if around_one:
+        reach = float(np.nanmax(np.abs(values - 1), initial=0.01))
+        return {"colorscale": "RdBu_r", "zmin": 1 - reach, "zmax": 1 + reach}
+    highest = float(np.nanmax(values, initial=0))
+    return {"colorscale": "Viridis", "zmin": 0, "zmax": highest or 1.0}
+
+
+def _slider(labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "currentvalue": {"prefix": "", "font": {"size": 14}},
+        "pad": {"t": 55},
+        "steps": [
+            {
+                "label": label,
+                "method": "update",
+                "args": [{"visible": [n == number for n in range(len(labels))]}],
+            }
+            for number, label in enumerate(labels)
+        ],
+    }
+
+
+def _styled(figure: Any, height: int = _HEIGHT) -> Any:
+    """Give all figures one look."""
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": _FONT, "size": 13, "color": "#222"},
+        height=height,
+        margin={"l": 70, "r": 30, "t": 40, "b": 60},
+    )
+    return figure

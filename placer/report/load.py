@@ -1,0 +1,50 @@
+"""The load of ranks, from a trace or an affinity.
+
+Legend of the shapes: L MoE layers, E logical experts of a layer, R ranks.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.affinity import Affinity
+from placer.errors import UsageError
+from placer.model import require_same_model
+from placer.plan import Placement, Plan
+from placer.report.artifact import Artifact, open_artifact
+from placer.report.statistics import TraceStatistics
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+def load_for(plan: Artifact, plan_path: Path, path: Path) -> tuple[IntArray, ...]:
+    """Return L arrays ``[E]``: the pairs per expert that a trace or affinity counts.
+
+    Raises
+    ------
+    UsageError
+        If ``plan`` is no plan, or ``path`` neither a trace nor an affinity.
+    PlacerError
+        If they are of different models.
+    """
+    counted = open_artifact(path)
+    if not isinstance(plan, Plan) or not isinstance(counted, TraceStatistics | Affinity):
+        raise UsageError(
+            f"--load {path} cannot be set against {plan_path}: "
+            "it takes a trace or an affinity, and goes with a plan",
+            "placer inspect PLAN --load TRACE",
+        )
+    if isinstance(counted, Affinity):
+        require_same_model(plan.model, str(plan_path), counted.model, str(path))
+        return counted.load
+    require_same_model(plan.model, str(plan_path), counted.trace.model, str(path))
+    return tuple(load.sum(axis=0) for load in counted.load)
+
+
+def rank_load(placement: Placement, layer: int, load: IntArray) -> FloatArray:
+    """Return ``[R]``: pairs that each rank serves, an expert's split over its copies."""
+    held = placement.holds(layer)
+    served: FloatArray = (load / held.sum(axis=1)) @ held
+    return served

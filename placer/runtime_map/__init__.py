@@ -1,0 +1,1 @@
+"""Runtime maps: a plan in the format that an engine loads at start."""

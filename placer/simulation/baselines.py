@@ -1,0 +1,86 @@
+"""Placements to compare with: what engines do on their own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.plan.balance import greedy_balance
+from placer.plan.placement import Placement, require_divisible_slots
+
+Load = Sequence[npt.NDArray[Any]]
+
+
+def contiguous(num_experts: Sequence[int], num_ranks: int, num_nodes: int = 1) -> Placement:
+    """Place expert e of a layer on rank ``e // (E / R)``: what engines do by default.
+
+    Raises
+    ------
+    UsageError
+        If the experts of a layer do not divide over the ranks.
+    """
+    return _placed([np.arange(size) for size in num_experts], num_ranks, num_nodes)
+
+
+def balanced(load: Load, num_ranks: int, num_nodes: int = 1) -> Placement:
+    """Balance the load alone: experts by descending load, each to the least loaded rank.
+
+    Equal counts per rank; a load balancer such as EPLB without redundant experts.
+
+    Parameters
+    ----------
+    load
+        L arrays ``[E]``: pairs per expert.
+    num_ranks, num_nodes
+        The topology.
+
+    Raises
+    ------
+    UsageError
+        If the experts of a layer do not divide over the ranks.
+    """
+    for layer, counts in enumerate(load):
+        require_divisible_slots(len(counts), num_ranks, layer)
+    return Placement.from_expert_rank(
+        [greedy_balance(counts.astype(np.float64), num_ranks) for counts in load],
+        num_ranks,
+        num_nodes,
+    )
+
+
+def random(
+    num_experts: Sequence[int], num_ranks: int, num_nodes: int = 1, *, seed: int = 0
+) -> Placement:
+    """Place the experts of every layer at random, the same number on every rank.
+
+    Raises
+    ------
+    UsageError
+        If the experts of a layer do not divide over the ranks.
+    """
+    rng = np.random.default_rng(seed)
+    return _placed([rng.permutation(size) for size in num_experts], num_ranks, num_nodes)
+
+
+def _placed(
+    rows: Sequence[npt.NDArray[np.int64]], num_ranks: int, num_nodes: int
+) -> Placement:
+    return Placement(
+        physical_to_logical_map=tuple(rows),
+        num_experts=tuple(len(row) for row in rows),
+        num_ranks=num_ranks,
+        num_nodes=num_nodes,
+    )
+
+
+def _sizes(load: Load) -> tuple[int, ...]:
+    return tuple(len(counts) for counts in load)
+
+
+#: Baselines by name, each from the profile's load (L arrays ``[E]``), ranks and nodes.
+BASELINES: Mapping[str, Callable[[Load, int, int], Placement]] = {
+    "contiguous": lambda load, ranks, nodes: contiguous(_sizes(load), ranks, nodes),
+    "balanced": balanced,
+    "random": lambda load, ranks, nodes: random(_sizes(load), ranks, nodes),
+}

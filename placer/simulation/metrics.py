@@ -1,0 +1,162 @@
+"""The metrics of a home policy, and how they add up over the layers."""
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.simulation.homes import Batches
+from placer.simulation.serving import RankArray, first_occurrence
+
+FloatArray = npt.NDArray[np.float64]
+_DECIMALS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyMetrics:
+    """Traffic and balance of one placement under one home policy.
+
+    Copies are hidden states sent, per token and MoE layer (``problem.md``, section 5).
+
+    Attributes
+    ----------
+    local_activation_rate
+        Share of the (token, expert) pairs that are served at home; 1/R for chance.
+    remote_pairs_per_token
+        Dispatch with exchange ``per-expert``: pairs served elsewhere.
+    remote_rank_copies_per_token
+        Dispatch with exchange ``per-rank``: distinct ranks other than the home.
+    combine_rank_copies_per_token
+        Copies back, to the home; for ``follow`` to the next home.
+    crossing_rank_copies_per_token
+        Of the rank copies, those that leave the home's node.
+    remote_node_copies_per_token
+        Dispatch with exchange ``per-node``: distinct nodes other than the home's.
+    load_imbalance_mean, load_imbalance_max
+        Max/mean pairs per rank of a layer; its mean and maximum over the layers.
+    straggler_mean
+        Max/mean pairs per rank of a batch; mean over full batches and layers.
+    bottleneck_rank_copies_per_token
+        R x the copies that the busiest rank of a batch receives / the tokens of the
+        batch; equals the remote rank copies per token where receivers are even.
+    home_imbalance_max
+        Max/mean tokens per home rank; the maximum over the layers.
+    """
+
+    local_activation_rate: float
+    remote_pairs_per_token: float
+    remote_rank_copies_per_token: float
+    combine_rank_copies_per_token: float
+    crossing_rank_copies_per_token: float
+    remote_node_copies_per_token: float
+    load_imbalance_mean: float
+    load_imbalance_max: float
+    straggler_mean: float
+    bottleneck_rank_copies_per_token: float
+    home_imbalance_max: float
+
+    def to_json(self) -> dict[str, float]:
+        """Return the metrics by name, rounded to five decimals."""
+        return {f.name: round(getattr(self, f.name), _DECIMALS) for f in fields(self)}
+
+
+@dataclass(slots=True, kw_only=True)
+class PolicyTally:
+    """Counts of one home policy, added up layer by layer.
+
+    Attributes
+    ----------
+    num_ranks, ranks_per_node
+        The topology.
+    batches
+        Which tokens share a batch.
+    """
+
+    num_ranks: int
+    ranks_per_node: int
+    batches: Batches
+    _num_pairs: int = 0
+    _num_tokens: int = 0
+    _local: int = 0
+    _rank_copies: int = 0
+    _combine: int = 0
+    _crossing: int = 0
+    _node_copies: int = 0
+    _load_imbalance: list[float] = field(default_factory=list)
+    _home_imbalance: list[float] = field(default_factory=list)
+    _straggler: list[float] = field(default_factory=list)
+    _bottleneck: list[float] = field(default_factory=list)
+
+    def add(
+        self, ranks: RankArray, home: RankArray, combine_home: RankArray | None = None
+    ) -> None:
+        """Count one layer.
+
+        Parameters
+        ----------
+        ranks
+            ``[k, T]``: the rank that serves each pair.
+        home
+            ``[T]``: the rank that dispatches each token.
+        combine_home
+            ``[T]``: where the outputs go; ``None`` for the home.
+        """
+        at_home = ranks == home
+        first = first_occurrence(ranks)
+        remote = first & ~at_home
+        rank_copies = int(np.count_nonzero(remote))
+        self._num_pairs += ranks.size
+        self._num_tokens += len(home)
+        self._local += int(np.count_nonzero(at_home))
+        self._rank_copies += rank_copies
+        self._combine += (
+            rank_copies
+            if combine_home is None
+            else int(np.count_nonzero(first & (ranks != combine_home)))
+        )
+        if self.ranks_per_node < self.num_ranks:
+            self._add_nodes(ranks, home, first)
+        self._add_balance(ranks, home, remote)
+
+    def _add_nodes(self, ranks: RankArray, home: RankArray, first: RankArray) -> None:
+        node = ranks // self.ranks_per_node
+        away = node != home // self.ranks_per_node
+        self._crossing += int(np.count_nonzero(first & away))
+        self._node_copies += int(np.count_nonzero(first_occurrence(node) & away))
+
+    def _add_balance(self, ranks: RankArray, home: RankArray, remote: RankArray) -> None:
+        cell = self.batches.batch_of_token * self.num_ranks + ranks
+        load, received = self._per_batch(cell.ravel()), self._per_batch(cell[remote])
+        self._load_imbalance.append(_max_over_mean(load.sum(axis=0)))
+        homes = np.bincount(home, minlength=self.num_ranks).astype(np.float64)
+        self._home_imbalance.append(_max_over_mean(homes))
+        full = load[: self.batches.num_full]
+        self._straggler.append(float((full.max(axis=1) / full.mean(axis=1)).mean()))
+        busiest = received[: self.batches.num_full].max(axis=1)
+        self._bottleneck.append(float(busiest.mean()) * self.num_ranks / self.batches.size)
+
+    def _per_batch(self, cell: npt.NDArray[np.int64]) -> FloatArray:
+        """Return ``[batches, R]``: how often each (batch, rank) occurs."""
+        shape = (self.batches.num_batches, self.num_ranks)
+        counts = np.bincount(cell, minlength=shape[0] * shape[1])
+        return counts.reshape(shape).astype(np.float64)
+
+    def metrics(self) -> PolicyMetrics:
+        """Return the metrics over all layers counted."""
+        return PolicyMetrics(
+            local_activation_rate=self._local / self._num_pairs,
+            remote_pairs_per_token=(self._num_pairs - self._local) / self._num_tokens,
+            remote_rank_copies_per_token=self._rank_copies / self._num_tokens,
+            combine_rank_copies_per_token=self._combine / self._num_tokens,
+            crossing_rank_copies_per_token=self._crossing / self._num_tokens,
+            remote_node_copies_per_token=self._node_copies / self._num_tokens,
+            load_imbalance_mean=float(np.mean(self._load_imbalance)),
+            load_imbalance_max=max(self._load_imbalance),
+            straggler_mean=float(np.mean(self._straggler)),
+            bottleneck_rank_copies_per_token=float(np.mean(self._bottleneck)),
+            home_imbalance_max=max(self._home_imbalance),
+        )
+
+
+def _max_over_mean(counts: FloatArray) -> float:
+    return float(counts.max() / counts.mean())

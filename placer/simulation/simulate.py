@@ -1,0 +1,161 @@
+"""Traffic and balance of a placement on recorded tokens, under every home policy."""
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError
+from placer.plan.placement import Placement
+from placer.simulation.homes import Batches, fixed_homes
+from placer.simulation.metrics import PolicyMetrics, PolicyTally
+from placer.simulation.serving import LayerServing, RankArray, majority_rank
+from placer.table.lookup import LayerTable, equal_homes, known_ids, request_homes
+from placer.table.table import Table
+from placer.trace import Chunk
+
+DEFAULT_BATCH_SIZE = 4096
+
+
+def simulate(
+    placement: Placement,
+    tokens: Chunk,
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    table: Table | None = None,
+) -> dict[str, PolicyMetrics]:
+    """Serve recorded tokens from a placement and count what crosses the wire.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots; with replicas, the replica choice is ``local-first``.
+    tokens
+        Whole sequences. Homes of ``fixed`` follow their order in these tokens.
+    batch_size
+        Tokens of one forward pass, drawn from the sequences in turn.
+    table
+        The placement's token-shuffle table, for the policies ``token``, ``token_equal``
+        and ``request``.
+
+    Returns
+    -------
+    dict
+        Metrics by home policy: ``fixed``, ``follow`` and ``oracle`` (the home that serves
+        most of the token's experts in that very layer: the highest local activation rate
+        that any policy can reach), with a table also ``token``, ``token_equal`` and
+        ``request``.
+
+    Raises
+    ------
+    PlacerError
+        If the tokens or the table do not fit the placement, or there is no token.
+    UsageError
+        If ``batch_size`` is not positive.
+    """
+    _require_fitting(placement, tokens, table)
+    batches = Batches.of(tokens.sequence_ids, batch_size)
+    fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
+    content = _ContentPolicies(placement, batches, fixed)
+    shuffled = None if table is None else _TablePolicies(content, tokens, table)
+    for layer in range(placement.num_layers):
+        serving = LayerServing.of(placement, layer)
+        experts = np.ascontiguousarray(tokens.experts[layer].T)
+        content.add(serving, experts)
+        if shuffled is not None:
+            shuffled.add(layer, serving, experts)
+    tallies = content.tallies | ({} if shuffled is None else shuffled.tallies)
+    return {policy: tally.metrics() for policy, tally in tallies.items()}
+
+
+class _ContentPolicies:
+    """``fixed``, ``follow`` and ``oracle``: homes that need no table."""
+
+    def __init__(self, placement: Placement, batches: Batches, fixed: RankArray) -> None:
+        self.placement = placement
+        self.batches = batches
+        self.fixed = fixed
+        self.tallies = {name: self.new_tally() for name in ("fixed", "follow", "oracle")}
+        self._follow = fixed
+
+    def new_tally(self) -> PolicyTally:
+        """Return an empty tally of this placement."""
+        return PolicyTally(
+            num_ranks=self.placement.num_ranks,
+            ranks_per_node=self.placement.ranks_per_node,
+            batches=self.batches,
+        )
+
+    def add(self, serving: LayerServing, experts: npt.NDArray[np.generic]) -> None:
+        """Count one layer; ``experts`` is ``[k, T]``."""
+        self.tallies["fixed"].add(serving.ranks(experts, self.fixed), self.fixed)
+        ranks = serving.ranks(experts, self._follow)
+        following = majority_rank(ranks)
+        self.tallies["follow"].add(ranks, self._follow, combine_home=following)
+        best = serving.most_held_rank(experts, following)
+        self.tallies["oracle"].add(serving.ranks(experts, best), best)
+        self._follow = following
+
+
+class _TablePolicies:
+    """``token``, ``token_equal`` and ``request``: homes from a token-shuffle table."""
+
+    def __init__(self, content: _ContentPolicies, tokens: Chunk, table: Table) -> None:
+        num_ranks = content.placement.num_ranks
+        self._table, self._batches, self._fixed = table, content.batches, content.fixed
+        self._ids = known_ids(tokens.token_ids, tokens.num_tokens, table.vocab_size)
+        self._request = request_homes(
+            table.request_score, tokens.sequence_ids, self._ids, num_ranks
+        ).astype(content.fixed.dtype)
+        self._history: list[RankArray] = []
+        self.tallies = {
+            name: content.new_tally() for name in ("token", "token_equal", "request")
+        }
+
+    def add(
+        self, layer: int, serving: LayerServing, experts: npt.NDArray[np.generic]
+    ) -> None:
+        """Count one layer; ``experts`` is ``[k, T]``."""
+        table = self._table
+        rows = LayerTable.of(table, layer)
+        home, confidence = rows.homes(self._ids, self._history, self._fixed)
+        ranks = serving.ranks(experts, home)
+        self.tallies["token"].add(ranks, home)
+        self._history = [*self._history, majority_rank(ranks)]
+        self._history = self._history[max(0, len(self._history) - table.lookback) :]
+        score = None
+        if table.token_score is not None:
+            score = table.token_score[layer][np.maximum(self._ids, 0)].astype(np.float32)
+        even = equal_homes(home, confidence, table.num_ranks, self._batches, score)
+        self.tallies["token_equal"].add(serving.ranks(experts, even), even)
+        self.tallies["request"].add(serving.ranks(experts, self._request), self._request)
+
+
+def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -> None:
+    if len(tokens.experts) != placement.num_layers:
+        raise PlacerError(
+            f"{len(tokens.experts)} MoE layers recorded, "
+            f"the plan places {placement.num_layers}",
+            "simulate a trace of the plan's model: placer inspect PLAN",
+        )
+    if tokens.num_tokens == 0:
+        raise PlacerError(
+            "no token is left to simulate", "choose another --fold, or record more text"
+        )
+    for layer, (ids, size) in enumerate(
+        zip(tokens.experts, placement.num_experts, strict=True)
+    ):
+        if ids.min() < 0 or ids.max() >= size:
+            raise PlacerError(
+                f"MoE layer {layer}: expert id {ids.max()} is outside 0..{size - 1}",
+                "simulate a trace of the plan's model: placer inspect PLAN",
+            )
+    if table is None:
+        return
+    for name, theirs, ours in (
+        ("ranks", table.num_ranks, placement.num_ranks),
+        ("MoE layers", table.model.num_layers, placement.num_layers),
+    ):
+        if theirs != ours:
+            raise PlacerError(
+                f"the table is for {theirs} {name}, the plan has {ours}",
+                "write the plan's own table: placer tables PLAN TRACE --out TABLE",
+            )

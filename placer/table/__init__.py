@@ -1,0 +1,10 @@
+"""Token-shuffle tables: which rank a token prefers as its home, by what it is.
+
+Legend of the shapes: T tokens, L MoE layers, k experts per token (top-k), E logical
+experts of a layer, R ranks, V token ids.
+"""
+
+from placer.table.build import build_table
+from placer.table.table import Table
+
+__all__ = ["Table", "build_table"]

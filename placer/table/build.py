@@ -1,0 +1,254 @@
+"""Building a table from recorded tokens.
+
+A home is judged by its expected local activation rate: the share of a token's
+(token, expert) pairs that the home could serve itself. It is estimated from the tokens of
+the profile with the same id (T) or the same past majority ranks (A), shrunk towards the
+rate over all tokens of the layer::
+
+    rate[x, r] = (pairs[x, r] + s k prior[r]) / (k tokens[x] + s k)
+
+where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
+counts and the prior alike, and a row never seen has the prior itself.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError, UsageError
+from placer.model import ModelSpec
+from placer.plan.placement import Placement
+from placer.simulation.homes import fixed_homes
+from placer.simulation.serving import (
+    LayerServing,
+    RankArray,
+    majority_rank,
+    rank_dtype,
+)
+from placer.table.embeddings import Embeddings, nearest_seen
+from placer.table.lookup import LayerTable, history_index, known_ids
+from placer.table.table import Table, expert_rank_rows
+from placer.trace import Chunk
+
+Array = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+DEFAULT_LOOKBACK = 2
+DEFAULT_SHRINKAGE = 2.0
+# R^lookback rows per layer: above this, a table is no longer something to ship.
+_MOST_HISTORIES = 1 << 22
+
+
+def build_table(
+    placement: Placement,
+    tokens: Chunk,
+    *,
+    vocab_size: int,
+    lookback: int = DEFAULT_LOOKBACK,
+    shrinkage: float = DEFAULT_SHRINKAGE,
+    with_token_score: bool = False,
+    embeddings: Embeddings | None = None,
+) -> Table:
+    """Build the token-shuffle table of a placement.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    tokens
+        The profile, whole sequences with token ids.
+    vocab_size
+        V. Ids never seen get the row of their nearest neighbour among the seen ones,
+        by cosine of ``embeddings``; without those, the row of the layer's prior.
+    lookback
+        Number of past majority ranks that index A.
+    shrinkage
+        s, in tokens; see the module's formula.
+    with_token_score
+        Also hold the rate of every home, ``[L, V, R]``: the second choices of equal
+        slices.
+    embeddings
+        Embedding rows of at least ``vocab_size`` ids, or ``None``.
+
+    Raises
+    ------
+    PlacerError
+        If the tokens have no ids, or an id at or past ``vocab_size``.
+    UsageError
+        If ``lookback`` or ``shrinkage`` is out of range.
+    """
+    _require_options(lookback, shrinkage, placement.num_ranks)
+    ids = _require_ids(tokens, vocab_size)
+    seen, row = np.unique(ids[ids >= 0], return_inverse=True)
+    token_row = np.full(len(ids), -1, dtype=np.int64)
+    token_row[ids >= 0] = row
+    builder = _Builder(
+        placement=placement,
+        vocab_row=_vocabulary_rows(seen, vocab_size, embeddings),
+        token_row=token_row,
+        token_ids=ids,
+        fixed=fixed_homes(tokens.sequence_ids, placement.num_ranks),
+        lookback=lookback,
+        shrinkage=shrinkage,
+    )
+    layers = []
+    history: list[RankArray] = []
+    request = np.zeros((len(seen) + 1, placement.num_ranks))
+    for layer, chosen in enumerate(tokens.experts):
+        experts = np.ascontiguousarray(chosen.T)
+        rates, rows, majority = builder.layer(layer, experts, history)
+        request += rates
+        history = [*history, majority][-lookback:] if lookback else []
+        score = rates.astype(np.float16)[builder.vocab_row] if with_token_score else None
+        layers.append((rows, score))
+    return Table(
+        model=ModelSpec(
+            num_experts=placement.num_experts, top_k=tokens.experts[0].shape[1]
+        ),
+        num_ranks=placement.num_ranks,
+        num_nodes=placement.num_nodes,
+        lookback=lookback,
+        token_rank=np.stack([rows.token_rank for rows, _ in layers]),
+        token_confidence=np.stack([rows.token_confidence for rows, _ in layers]),
+        history_rank=np.stack([rows.history_rank for rows, _ in layers]),
+        history_confidence=np.stack([rows.history_confidence for rows, _ in layers]),
+        request_score=request.astype(np.float16)[builder.vocab_row],
+        expert_rank=expert_rank_rows(
+            [placement.expert_rank(n) for n in range(placement.num_layers)],
+            placement.num_ranks,
+        ),
+        token_score=np.stack([s for _, s in layers if s is not None])
+        if with_token_score
+        else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Builder:
+    """What is the same for all layers.
+
+    ``vocab_row`` [V] and ``token_row`` [T] index the rows of the ids seen in the profile;
+    the row after the last is the prior, and -1 is a token of unknown id.
+    """
+
+    placement: Placement
+    vocab_row: IntArray
+    token_row: IntArray
+    token_ids: IntArray
+    fixed: RankArray
+    lookback: int
+    shrinkage: float
+
+    def layer(
+        self, layer: int, experts: Array, history: list[RankArray]
+    ) -> tuple[FloatArray, LayerTable, RankArray]:
+        """Return rates ``[seen + 1, R]``, the layer's rows, and majority ranks ``[T]``."""
+        serving = LayerServing.of(self.placement, layer)
+        everyone = np.zeros(experts.shape[1], dtype=np.int64)
+        prior = serving.count_held(experts, everyone, 1)[0] / experts.size
+        num_seen = int(self.token_row.max()) + 1
+        seen = self._rates(serving, experts, self.token_row, num_seen, prior)
+        rates = np.vstack([seen, prior])
+        token_rank, token_confidence = self._best(rates)
+        history_rank, history_confidence = self._history(serving, experts, history, prior)
+        rows = LayerTable(
+            token_rank=token_rank[self.vocab_row],
+            token_confidence=token_confidence[self.vocab_row],
+            history_rank=history_rank,
+            history_confidence=history_confidence,
+            num_ranks=self.placement.num_ranks,
+            lookback=self.lookback,
+        )
+        home, _ = rows.homes(self.token_ids, history, self.fixed)
+        majority = majority_rank(serving.ranks(experts, home))
+        return rates, rows, majority
+
+    def _rates(
+        self,
+        serving: LayerServing,
+        experts: Array,
+        group: IntArray,
+        num_groups: int,
+        prior: FloatArray,
+    ) -> FloatArray:
+        """Return ``[groups, R]``: expected local activation rate of every home."""
+        top_k = len(experts)
+        pairs = serving.count_held(experts, group, num_groups)
+        tokens = np.bincount(group[group >= 0], minlength=num_groups)[:, None]
+        weight = self.shrinkage * top_k
+        rates: FloatArray = (pairs + weight * prior) / (top_k * tokens + weight)
+        return rates
+
+    def _history(
+        self,
+        serving: LayerServing,
+        experts: Array,
+        history: list[RankArray],
+        prior: FloatArray,
+    ) -> tuple[RankArray, Array]:
+        """Return A and its confidence, ``[R^lookback]``; rows never seen hold the prior."""
+        num_ranks = self.placement.num_ranks
+        num_histories = num_ranks**self.lookback
+        rank, confidence = (
+            np.repeat(best, num_histories) for best in self._best(prior[None])
+        )
+        if 0 < self.lookback <= len(history):
+            index = history_index(history, num_ranks)
+            met, group = np.unique(index, return_inverse=True)
+            rates = self._rates(serving, experts, group, len(met), prior)
+            rank[met], confidence[met] = self._best(rates)
+        return rank, confidence
+
+    def _best(self, rates: FloatArray) -> tuple[RankArray, Array]:
+        """Return the best home of each row (the lowest of equals) and its rate."""
+        rank = rates.argmax(axis=1).astype(rank_dtype(rates.shape[1] - 1))
+        return rank, rates.max(axis=1).astype(np.float16)
+
+
+def _vocabulary_rows(
+    seen: IntArray, vocab_size: int, embeddings: Embeddings | None
+) -> IntArray:
+    """Return ``[V]``: the row of every id; ``len(seen)`` is the prior's."""
+    rows = np.full(vocab_size, len(seen), dtype=np.int64)
+    rows[seen] = np.arange(len(seen))
+    if embeddings is not None:
+        unseen = np.flatnonzero(rows == len(seen))
+        rows[unseen] = nearest_seen(embeddings, seen, unseen)
+    return rows
+
+
+def _require_options(lookback: int, shrinkage: float, num_ranks: int) -> None:
+    if lookback < 0 or num_ranks**lookback > _MOST_HISTORIES:
+        raise UsageError(
+            f"--lookback {lookback} needs {num_ranks}^{lookback} rows per layer, "
+            f"at most {_MOST_HISTORIES} can be held",
+            "choose a smaller one, for example --lookback 2",
+        )
+    if not 0 < shrinkage < np.inf:
+        raise UsageError(
+            f"--shrinkage must be positive, got {shrinkage}",
+            f"the default is --shrinkage {DEFAULT_SHRINKAGE:g}",
+        )
+
+
+def _require_ids(tokens: Chunk, vocab_size: int) -> IntArray:
+    if tokens.num_tokens == 0:
+        raise PlacerError(
+            "no token is left to build a table from",
+            "choose another --fold, or record more text",
+        )
+    if tokens.token_ids is None or tokens.token_ids.max() < 0:
+        raise PlacerError(
+            "the trace has no token ids: a table is indexed by them",
+            "record with them: placer record MODEL --corpus FILE --out TRACE",
+        )
+    highest = int(tokens.token_ids.max())
+    if highest >= vocab_size:
+        raise PlacerError(
+            f"the trace holds token id {highest}, but the vocabulary has {vocab_size} ids",
+            "check that the trace is of this model: placer inspect TRACE",
+        )
+    return known_ids(tokens.token_ids, tokens.num_tokens, vocab_size)

@@ -1,0 +1,171 @@
+"""From a plan file and a trace to the plan's table."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from placer import __version__
+from placer.files import sha256_file
+from placer.model import ModelSpec, require_same_model
+from placer.plan import Placement, Plan
+from placer.plan.plan import plan_sha256
+from placer.simulation.metrics import PolicyMetrics
+from placer.simulation.profile import profile_fold
+from placer.simulation.simulate import simulate
+from placer.table.build import DEFAULT_LOOKBACK, DEFAULT_SHRINKAGE, build_table
+from placer.table.embeddings import CheckpointEmbeddings
+from placer.table.table import Table
+from placer.trace import Chunk, Fold, Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableOptions:
+    """What shapes a table; see :func:`placer.table.build_table`.
+
+    Attributes
+    ----------
+    lookback
+        Number of past majority ranks that index A.
+    shrinkage
+        Tokens of the layer's prior that are added to every row.
+    with_token_score
+        Also hold the second choices of equal slices.
+    embeddings
+        Checkpoint whose embedding gives unseen ids the row of a neighbour, or ``None``.
+    """
+
+    lookback: int = DEFAULT_LOOKBACK
+    shrinkage: float = DEFAULT_SHRINKAGE
+    with_token_score: bool = False
+    embeddings: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableResult:
+    """A table, and how good it is on sequences that it has not seen.
+
+    Attributes
+    ----------
+    table
+        The table.
+    profile
+        The fold that it was built from; ``None`` for all sequences.
+    num_seen_ids
+        Token ids that occur in the profile.
+    heldout
+        Metrics by home policy on the sequences outside the profile, ``None`` if there
+        are none.
+    warnings
+        What limits the table.
+    """
+
+    table: Table
+    profile: Fold | None
+    num_seen_ids: int
+    heldout: dict[str, PolicyMetrics] | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer tables --json``."""
+        return {
+            "num_token_ids": self.table.vocab_size,
+            "num_seen_ids": self.num_seen_ids,
+            "lookback": self.table.lookback,
+            "fold": None if self.profile is None else str(self.profile),
+            "chance": 1 / self.table.num_ranks,
+            "heldout": None
+            if self.heldout is None
+            else {policy: m.to_json() for policy, m in self.heldout.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+def make_table(
+    plan_path: Path, trace: Trace, *, fold: Fold | None, options: TableOptions
+) -> TableResult:
+    """Build a plan's table and try it on the held-out sequences.
+
+    Without a ``fold``, the sequences that the plan was solved on are the profile.
+
+    Raises
+    ------
+    PlacerError
+        If plan and trace (or checkpoint) are of different models, the trace has no token
+        ids, or an option is out of range.
+    """
+    plan = Plan.read(plan_path)
+    warning = require_same_model(
+        plan.model, str(plan_path), trace.model, str(trace.directory)
+    )
+    profile = profile_fold(plan, trace) if fold is None else fold
+    tokens = trace.read(profile)
+    model = trace.model if trace.model.bound else plan.model
+    table = dataclasses.replace(
+        _build(plan.placement, tokens, model, options),
+        model=model,
+        plan_sha256=plan_sha256(plan_path),
+        trace_sha256=trace.sha256,
+        tokenizer_sha256=_tokenizer_sha256(trace, options.embeddings),
+        provenance={
+            "placer": __version__,
+            "fold": None if profile is None else str(profile),
+            "shrinkage": options.shrinkage,
+            "unseen_ids": "prior" if options.embeddings is None else "nearest embedding",
+        },
+    )
+    return TableResult(
+        table=table,
+        profile=profile,
+        num_seen_ids=_num_ids(tokens),
+        heldout=_heldout(plan.placement, table, trace, profile),
+        warnings=() if warning is None else (warning,),
+    )
+
+
+def _build(
+    placement: Placement, tokens: Chunk, model: ModelSpec, options: TableOptions
+) -> Table:
+    def build(embeddings: CheckpointEmbeddings | None) -> Table:
+        return build_table(
+            placement,
+            tokens,
+            vocab_size=model.vocab_size or _largest_id(tokens) + 1,
+            lookback=options.lookback,
+            shrinkage=options.shrinkage,
+            with_token_score=options.with_token_score,
+            embeddings=embeddings,
+        )
+
+    if options.embeddings is None:
+        return build(None)
+    checkpoint = ModelSpec.from_checkpoint(options.embeddings)
+    require_same_model(model, "the trace", checkpoint, str(options.embeddings))
+    with CheckpointEmbeddings(options.embeddings) as embeddings:
+        return build(embeddings)
+
+
+def _heldout(
+    placement: Placement, table: Table, trace: Trace, profile: Fold | None
+) -> dict[str, PolicyMetrics] | None:
+    if profile is None:
+        return None
+    chunks = list(trace.chunks(profile.complement()))
+    return simulate(placement, Chunk.concatenate(chunks), table=table) if chunks else None
+
+
+def _tokenizer_sha256(trace: Trace, checkpoint: Path | None) -> str | None:
+    """Return the hash that the trace records, else that of the checkpoint's tokenizer."""
+    recorded = trace.header.provenance.get("tokenizer_sha256")
+    if isinstance(recorded, str):
+        return recorded
+    path = None if checkpoint is None else checkpoint / "tokenizer.json"
+    return sha256_file(path) if path is not None and path.is_file() else None
+
+
+def _largest_id(tokens: Chunk) -> int:
+    return -1 if tokens.token_ids is None else int(tokens.token_ids.max())
+
+
+def _num_ids(tokens: Chunk) -> int:
+    return 0 if tokens.token_ids is None else len(set(tokens.token_ids.tolist()) - {-1})

@@ -1,0 +1,315 @@
+"""The table file: one safetensors file that NumPy alone can read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from placer.errors import PlacerError
+from placer.files import atomic_file, canonical_json, require_file
+from placer.model import ModelSpec
+from placer.simulation.serving import rank_dtype
+
+Array = npt.NDArray[Any]
+SCHEMA_VERSION = 1
+KIND = "table"
+ID_SPACE = "logical"
+_HEADER_FIELDS = {
+    "kind",
+    "schema_version",
+    "model",
+    "tokenizer_sha256",
+    "num_ranks",
+    "num_nodes",
+    "lookback",
+    "plan_sha256",
+    "trace_sha256",
+    "id_space",
+    "provenance",
+}
+_RANKS = ("U8", "U16")
+_DTYPES = {
+    "token_rank": _RANKS,
+    "token_confidence": ("F16",),
+    "history_rank": _RANKS,
+    "history_confidence": ("F16",),
+    "lookback": ("I32",),
+    "request_score": ("F16",),
+    "expert_rank": _RANKS,
+    "token_score": ("F16",),
+}
+# What uint16 ranks can name, and more digits than any table has room for.
+_MOST_RANKS = 1 << 16
+_MOST_LOOKBACK = 64
+_OPTIONAL = {"token_score"}
+_REMEDY = "write it again: placer tables PLAN TRACE --out {path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Table:
+    """Homes that tokens prefer, for one placement.
+
+    A runtime takes ``token_rank`` (T) or ``history_rank`` (A), whichever is the more
+    confident; a tie goes to T. An unknown token takes A where there is history, else the
+    home of its sequence (token shuffling of Speculative MoE, arXiv 2503.04398).
+
+    Attributes
+    ----------
+    model
+        Shape of the routing.
+    num_ranks, num_nodes
+        Topology of the placement, R ranks.
+    lookback
+        Number of past layers that index ``history_rank``; the first ``lookback`` layers
+        use T alone.
+    token_rank
+        ``[L, V]`` uint8, or uint16 above 256 ranks: T, the home that a token id prefers.
+    token_confidence
+        ``[L, V]`` float16 in 0..1: expected local activation rate of that home.
+    history_rank
+        ``[L, R^lookback]``: A, the home after the majority ranks of the last ``lookback``
+        layers; their index is written in base R, the oldest first.
+    history_confidence
+        ``[L, R^lookback]`` float16 in 0..1: expected local activation rate of that home.
+    request_score
+        ``[V, R]`` float16: expected local activation rate of each home, summed over the
+        layers; summed over a prompt it says where the whole request is served best.
+    expert_rank
+        ``[L, E]``: the rank of each expert's first copy. E is that of the largest layer;
+        places past the experts of a smaller layer hold ``num_ranks``, which is no rank.
+    token_score
+        ``[L, V, R]`` float16 in 0..1: expected local activation rate of every home, the
+        second choices of equal slices, or ``None``.
+    plan_sha256, trace_sha256, tokenizer_sha256
+        Hashes of the files that the table depends on, ``None`` where not known.
+    provenance
+        Tool version, fold and options that shaped the table.
+    """
+
+    model: ModelSpec
+    num_ranks: int
+    num_nodes: int
+    lookback: int
+    token_rank: Array
+    token_confidence: Array
+    history_rank: Array
+    history_confidence: Array
+    request_score: Array
+    expert_rank: Array
+    token_score: Array | None = None
+    plan_sha256: str | None = None
+    trace_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.lookback < 0:
+            raise PlacerError(f"lookback must not be negative, got {self.lookback}")
+        vocabulary = self.token_rank.shape[-1:]
+        if vocabulary == (0,):
+            raise PlacerError("token_rank has no token id")
+        tokens = (self.model.num_layers, *vocabulary)
+        histories = (self.model.num_layers, self.num_ranks**self.lookback)
+        experts = (self.model.num_layers, max(self.model.num_experts))
+        for name, shape in {
+            "token_rank": tokens,
+            "token_confidence": tokens,
+            "history_rank": histories,
+            "history_confidence": histories,
+            "request_score": (*vocabulary, self.num_ranks),
+            "expert_rank": experts,
+            "token_score": (*tokens, self.num_ranks),
+        }.items():
+            values = getattr(self, name)
+            if values is not None and values.shape != shape:
+                raise PlacerError(
+                    f"{name} has shape {list(values.shape)}, expected {list(shape)}"
+                )
+        self._require_ranks()
+        self._require_rates()
+
+    def _require_ranks(self) -> None:
+        sizes = np.asarray(self.model.num_experts)[:, None]
+        exists = np.arange(self.expert_rank.shape[1]) < sizes
+        for name, values in (
+            ("token_rank", self.token_rank),
+            ("history_rank", self.history_rank),
+            ("expert_rank", self.expert_rank[exists]),
+        ):
+            if values.size and not 0 <= values.min() <= values.max() < self.num_ranks:
+                raise PlacerError(
+                    f"{name} holds rank {values.max()}, outside 0..{self.num_ranks - 1}"
+                )
+        if (self.expert_rank[~exists] != self.num_ranks).any():
+            raise PlacerError(
+                "expert_rank holds a rank for an expert that does not exist: "
+                f"places past num_experts must hold {self.num_ranks}"
+            )
+
+    def _require_rates(self) -> None:
+        for name, highest in (
+            ("token_confidence", 1),
+            ("history_confidence", 1),
+            ("token_score", 1),
+            ("request_score", self.model.num_layers),
+        ):
+            values = getattr(self, name)
+            if values is None or not values.size:
+                continue
+            # A value that is no number fails both comparisons.
+            if not (values.min() >= 0 and values.max() <= highest):
+                raise PlacerError(
+                    f"{name} holds a value outside 0..{highest} or that is no number"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that have a row, V."""
+        return int(self.token_rank.shape[-1])
+
+    def tensors(self) -> dict[str, Array]:
+        """Return the tensors under the names of the file format."""
+        named = {
+            name: np.ascontiguousarray(values)
+            for name in _DTYPES
+            if name != "lookback" and (values := getattr(self, name)) is not None
+        }
+        return named | {"lookback": np.array(self.lookback, dtype=np.int32)}
+
+    def write(self, path: Path) -> None:
+        """Write one safetensors file: the same table gives the same bytes."""
+        header = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.to_json(),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "num_ranks": self.num_ranks,
+            "num_nodes": self.num_nodes,
+            "lookback": self.lookback,
+            "plan_sha256": self.plan_sha256,
+            "trace_sha256": self.trace_sha256,
+            "id_space": ID_SPACE,
+            "provenance": dict(self.provenance),
+        }
+        with atomic_file(path) as temporary:
+            save_file(
+                self.tensors(), temporary, metadata={"placer": canonical_json(header)}
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a table file.
+
+        Raises
+        ------
+        PlacerError
+            If it is no table, truncated, of another schema version, or holds a tensor
+            that is unknown, missing, or of another dtype or shape than the format's, a
+            rank that does not exist, or a confidence outside 0..1.
+        """
+        require_file(path, "table")
+        try:
+            header, tensors = _load(path)
+        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+            raise PlacerError(
+                f"table {path} cannot be read: {error}", _REMEDY.format(path=path)
+            ) from error
+        except PlacerError as error:
+            raise PlacerError(
+                f"table {path}: {error}", error.hint or _REMEDY.format(path=path)
+            ) from error
+        lookback = tensors.pop("lookback")
+        try:
+            if lookback.shape != () or int(lookback) != header["lookback"]:
+                raise PlacerError(
+                    f"lookback is {lookback.tolist()}, the header says {header['lookback']}"
+                )
+            return cls(
+                model=ModelSpec.from_json(header["model"]),
+                **{
+                    name: header[name]
+                    for name in (
+                        "num_ranks",
+                        "num_nodes",
+                        "lookback",
+                        "plan_sha256",
+                        "trace_sha256",
+                        "tokenizer_sha256",
+                        "provenance",
+                    )
+                },
+                **tensors,
+            )
+        except (KeyError, TypeError, AttributeError, PlacerError) as error:
+            raise PlacerError(
+                f"table {path} is damaged: {error}", _REMEDY.format(path=path)
+            ) from error
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read header and tensors, having checked names and dtypes before any is loaded."""
+    with safe_open(path, "np") as opened:
+        header = json.loads((opened.metadata() or {}).get("placer", "{}"))
+        _require_header(header)
+        names = set(opened.keys())
+        for what, odd in (
+            ("unknown tensors", names - set(_DTYPES)),
+            ("missing tensors", set(_DTYPES) - _OPTIONAL - names),
+        ):
+            if odd:
+                raise PlacerError(f"{what}: {', '.join(sorted(odd))}")
+        for name in sorted(names):
+            dtype = opened.get_slice(name).get_dtype()
+            if dtype not in _DTYPES[name]:
+                raise PlacerError(
+                    f"{name} is {dtype}, expected {' or '.join(_DTYPES[name])}"
+                )
+        return header, {name: opened.get_tensor(name) for name in sorted(names)}
+
+
+def _require_header(header: Any) -> None:
+    if not isinstance(header, dict) or header.get("kind") != KIND:
+        raise PlacerError(
+            "this is no token-shuffle table",
+            "write one: placer tables PLAN TRACE --out TABLE",
+        )
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise PlacerError(
+            f"schema_version {header.get('schema_version')}, "
+            f"this placer reads {SCHEMA_VERSION}",
+            "install the placer that wrote it, or write the table again",
+        )
+    if set(header) != _HEADER_FIELDS:
+        odd = sorted(set(header) ^ _HEADER_FIELDS)
+        raise PlacerError(f"missing or unknown header fields: {', '.join(odd)}")
+    if header["id_space"] != ID_SPACE:
+        raise PlacerError(f"id_space is {header['id_space']}, expected {ID_SPACE}")
+    for name, lowest, highest in (
+        ("num_ranks", 1, _MOST_RANKS),
+        ("num_nodes", 1, _MOST_RANKS),
+        ("lookback", 0, _MOST_LOOKBACK),
+    ):
+        if type(header[name]) is not int or not lowest <= header[name] <= highest:
+            raise PlacerError(
+                f"{name} is {header[name]!r}, expected an integer in {lowest}..{highest}"
+            )
+    if not isinstance(header["provenance"], dict):
+        raise PlacerError(f"provenance is {header['provenance']!r}, expected an object")
+
+
+def expert_rank_rows(rows: list[Array], num_ranks: int) -> Array:
+    """Stack the expert ranks of layers ([E_l] each), filled up with ``num_ranks``."""
+    width = max(len(row) for row in rows)
+    padded = any(len(row) < width for row in rows)
+    stacked = np.full(
+        (len(rows), width), num_ranks, dtype=rank_dtype(num_ranks - (not padded))
+    )
+    for layer, row in enumerate(rows):
+        stacked[layer, : len(row)] = row
+    return stacked

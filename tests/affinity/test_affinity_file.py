@@ -1,0 +1,81 @@
+"""The affinity file round-trips, adds up, and refuses what it is not."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.affinity import Affinity, SparseCounts
+from placer.affinity.from_traces import affinity_of_traces
+from placer.errors import PlacerError, UsageError
+from placer.trace import Fold, Trace
+
+
+def test_round_trip_is_exact_and_bytes_are_stable(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    counted = affinity_of_traces([make_trace()], None)
+    counted.write(tmp_path / "one.safetensors")
+    counted.write(tmp_path / "two.safetensors")
+    again = Affinity.read(tmp_path / "one.safetensors")
+    assert again.model == counted.model
+    assert again.num_tokens == counted.num_tokens
+    assert again.provenance == counted.provenance
+    for name, counts in counted.tensors().items():
+        assert np.array_equal(again.tensors()[name], counts), name
+    assert (tmp_path / "one.safetensors").read_bytes() == (
+        tmp_path / "two.safetensors"
+    ).read_bytes()
+
+
+def test_folds_add_up_to_the_whole(make_trace: Callable[..., Trace]) -> None:
+    trace = make_trace()
+    even = affinity_of_traces([trace], Fold(0, 2))
+    odd = affinity_of_traces([trace], Fold(1, 2))
+    whole = affinity_of_traces([trace], None).tensors()
+    for name, counts in even.add(odd).tensors().items():
+        assert np.array_equal(counts, whole[name]), name
+
+
+def test_several_traces_drop_rows_per_sequence(make_trace: Callable[..., Trace]) -> None:
+    traces = [make_trace("a", seed=1), make_trace("b", seed=2)]
+    total = affinity_of_traces(traces, None)
+    assert total.num_tokens == 800
+    assert total.sequence_expert is None
+    assert total.token_expert is not None
+
+
+def test_one_trace_twice_is_refused(make_trace: Callable[..., Trace]) -> None:
+    trace = make_trace()
+    with pytest.raises(UsageError, match="given twice"):
+        affinity_of_traces([trace, trace], None)
+
+
+def test_traces_of_two_models_are_refused(make_trace: Callable[..., Trace]) -> None:
+    traces = [make_trace("a"), make_trace("b", num_experts=(6, 6, 6))]
+    with pytest.raises(PlacerError, match="different models: num_experts 8 x 3 layers"):
+        affinity_of_traces(traces, None)
+
+
+def test_truncated_and_foreign_files_are_refused(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    path = tmp_path / "affinity.safetensors"
+    affinity_of_traces([make_trace()], None).write(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(PlacerError, match="cannot be read") as caught:
+        Affinity.read(path)
+    assert caught.value.hint.startswith("count again: placer affinity")
+    with pytest.raises(PlacerError, match="is no affinity file"):
+        Affinity.read(tmp_path / "trace" / "chunk-00000.safetensors")
+
+
+def test_damaged_sparse_counts_are_refused() -> None:
+    with pytest.raises(PlacerError, match=r"outside 0\.\.2"):
+        SparseCounts(
+            indptr=np.asarray([0, 1]),
+            indices=np.asarray([3]),
+            counts=np.asarray([1]),
+            num_columns=3,
+        )

@@ -1,0 +1,72 @@
+"""``--help`` is instant and complete: no heavy library is imported, nothing is unnamed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer.main
+
+from placer.cli.main import app
+
+HEAVY = ("numpy", "ortools", "pandas", "plotly", "safetensors", "torch", "transformers")
+
+ASK_FOR_HELP = f"""
+import sys
+from placer.cli.main import main
+try:
+    main([*sys.argv[1:], "--help"])
+finally:
+    loaded = sorted(set({HEAVY!r}) & set(sys.modules))
+    sys.stderr.write("loaded: " + " ".join(loaded))
+"""
+
+
+def commands() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All commands, ``placer`` itself first, each with the words that call it."""
+
+    def visit(
+        words: tuple[str, ...], command: Any
+    ) -> Iterator[tuple[tuple[str, ...], Any]]:
+        yield words, command
+        for name, child in getattr(command, "commands", {}).items():
+            yield from visit((*words, name), child)
+
+    yield from visit((), typer.main.get_command(app))
+
+
+def name(words: tuple[str, ...]) -> str:
+    return " ".join(("placer", *words))
+
+
+COMMANDS = dict(commands())
+LEAVES = {words: one for words, one in COMMANDS.items() if not hasattr(one, "commands")}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=name)
+def test_help_answers_without_heavy_imports(words: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_FOR_HELP, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: {name(words)} ")
+    assert done.stderr == "loaded: "
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=name)
+def test_command_and_every_option_say_what_they_do(words: tuple[str, ...]) -> None:
+    command = LEAVES[words]
+    assert command.help, f"{name(words)} has no help"
+    unnamed = [one.name for one in command.params if not getattr(one, "help", None)]
+    assert not unnamed, f"{name(words)}: no help for {', '.join(unnamed)}"
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=name)
+def test_every_command_has_json_and_kebab_case_options(words: tuple[str, ...]) -> None:
+    options = {flag for one in LEAVES[words].params for flag in (*one.opts,)}
+    assert "--json" in options
+    assert not [flag for flag in options if flag.startswith("--") and "_" in flag]

@@ -1,0 +1,122 @@
+"""``placer simulate`` and ``placer tables``, from files to files, as a user runs them."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from placer.cli.simulate import simulate
+from placer.cli.tables import tables
+from placer.errors import PlacerError, UsageError
+from placer.plan import Plan, SolverReport
+from placer.simulation import contiguous
+from placer.table import Table
+
+app = typer.Typer()
+app.command()(simulate)
+app.command()(tables)
+
+
+def call(*words):
+    """Run a command; errors come through, because only ``main`` turns them to codes."""
+    return CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+
+
+@pytest.fixture
+def files(make_trace, tmp_path):
+    """A trace of 60 sequences and the contiguous plan, solved on the even ones."""
+    trace = make_trace(num_sequences=60, num_tokens=2_000)
+    plan = tmp_path / "plan.json"
+    Plan(
+        model=trace.model,
+        placement=contiguous(trace.model.num_experts, 4),
+        policy="fixed",
+        exchange="per-rank",
+        max_imbalance=1.1,
+        solver=SolverReport(
+            status="feasible",
+            objective_name="pairs",
+            objective=0.0,
+            bound=None,
+            gap=None,
+            bound_method="none",
+            seconds=None,
+            seed=0,
+        ),
+        metrics={"profile": None, "heldout": None, "baselines": {}},
+        provenance={"fold": "0/2", "trace_sha256": trace.sha256},
+    ).write(plan)
+    return plan, trace.directory, tmp_path / "table.safetensors"
+
+
+def test_the_table_is_built_from_the_plans_own_fold(files):
+    plan, trace, table = files
+    result = call("tables", plan, trace, "--out", table)
+    assert "built from the fold that the plan was solved on: 0/2" in result.stderr
+    assert "token_equal" in result.stdout
+    assert Table.read(table).provenance["fold"] == "0/2"
+    assert Table.read(table).vocab_size == 50
+    first = table.read_bytes()
+    call("tables", plan, trace, "--out", table)
+    assert table.read_bytes() == first
+
+
+def test_tables_in_json_hold_the_heldout_figures(files):
+    plan, trace, table = files
+    value = json.loads(call("tables", plan, trace, "--out", table, "--json").stdout)
+    assert value["chance"] == 0.25
+    assert value["fold"] == "0/2"
+    heldout = value["heldout"]
+    assert heldout["token"]["local_activation_rate"] > 0.3
+    judged = call("simulate", plan, trace, "--table", table, "--fold", "1/2", "--json")
+    assert json.loads(judged.stdout)["policies"] == heldout
+
+
+def test_an_inverted_fold_of_all_sequences_but_one_part(files):
+    plan, trace, table = files
+    result = call("tables", plan, trace, "--out", table, "--not-fold", "0/3")
+    assert "solved on" not in result.stderr
+    assert Table.read(table).provenance["fold"] == "not 0/3"
+
+
+def test_simulate_in_json_has_policies_and_baselines(files):
+    plan, trace, _ = files
+    value = json.loads(call("simulate", plan, trace, "--fold", "1/2", "--json").stdout)
+    assert set(value["policies"]) == {"fixed", "follow", "oracle"}
+    assert set(value["baselines"]) == {"contiguous", "balanced"}
+    assert value["baselines"]["contiguous"] == value["policies"]
+
+
+def test_simulate_for_people_puts_warnings_on_stderr(files):
+    plan, trace, _ = files
+    result = call("simulate", plan, trace, "--baseline", "random", "--batch-size", "50")
+    assert "flatter" in result.stderr
+    assert "flatter" not in result.stdout
+    assert "random" in result.stdout
+    assert "balanced" not in result.stdout
+    assert "batches of 50 tokens" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [("--fold", "0/2", "--not-fold", "0/2"), ("--fold", "2/2")]
+)
+def test_folds_that_cannot_be_meant_are_wrong_usage(files, words):
+    plan, trace, _ = files
+    with pytest.raises(UsageError) as error:
+        call("simulate", plan, trace, *words)
+    assert error.value.exit_code == 2
+
+
+def test_a_refused_table_leaves_no_file(files):
+    plan, trace, table = files
+    with pytest.raises(UsageError, match="--lookback 99"):
+        call("tables", plan, trace, "--out", table, "--lookback", "99")
+    assert not list(table.parent.glob("table*"))
+
+
+def test_a_table_file_in_place_of_the_plan_is_refused(files):
+    plan, trace, table = files
+    call("tables", plan, trace, "--out", table)
+    with pytest.raises(PlacerError):
+        call("simulate", table, trace)

@@ -1,0 +1,196 @@
+"""Building a table: arithmetic by hand, and against counting in plain loops."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placer.errors import PlacerError, UsageError
+from placer.plan import Placement
+from placer.simulation import contiguous, simulate
+from placer.table import build_table
+from placer.trace import Chunk
+
+
+def chunk_of(experts, token_ids, sequence_ids=None):
+    """A chunk from experts[layer][token][place]; one sequence unless told otherwise."""
+    if sequence_ids is None:
+        sequence_ids = [0] * len(token_ids)
+    return Chunk(
+        experts=tuple(np.asarray(layer, dtype=np.uint8) for layer in experts),
+        sequence_ids=np.asarray(sequence_ids, dtype=np.int32),
+        positions=np.zeros(len(token_ids), dtype=np.int32),
+        token_ids=np.asarray(token_ids, dtype=np.int32),
+    )
+
+
+def test_token_rows_by_hand():
+    """Experts 0, 1 on rank 0 and 2, 3 on rank 1; shrinkage of one token, top-2."""
+    tokens = chunk_of([[[0, 1], [0, 2], [2, 3], [3, 2]]], token_ids=[0, 0, 1, -1])
+    table = build_table(contiguous((4,), 2), tokens, vocab_size=3, shrinkage=1.0)
+    # Pairs on rank 0 over all tokens: 2+1+0+0 of 8, so the prior is (3/8, 5/8).
+    # Id 0: 3 of 4 pairs on rank 0: (3 + 2 x 3/8) / (4 + 2) = 0.625.
+    # Id 1: 2 of 2 pairs on rank 1: (2 + 2 x 5/8) / (2 + 2) = 0.8125.
+    # Id 2 was never seen: the prior, rank 1 at 0.625.
+    assert table.token_rank.tolist() == [[0, 1, 1]]
+    assert table.token_confidence.tolist() == [[0.625, 0.8125, 0.625]]
+    assert table.request_score[0].tolist() == [0.625, 0.375]
+    assert table.expert_rank.tolist() == [[0, 0, 1, 1]]
+    assert table.token_score is None
+
+
+def test_a_replica_serves_at_both_homes():
+    """Expert 0 on both ranks: either home serves it, so rates add up to more than 1."""
+    placement = Placement(
+        physical_to_logical_map=(np.array([0, 1, 0, 2]),),
+        num_experts=(3,),
+        num_ranks=2,
+    )
+    tokens = chunk_of([[[0, 1], [0, 2]]], token_ids=[0, 1])
+    table = build_table(
+        placement, tokens, vocab_size=2, shrinkage=2.0, with_token_score=True
+    )
+    # Prior: 3 of 4 pairs each. Id 0: (2 + 4 x 3/4) / (2 + 4), (1 + 3) / 6.
+    assert table.token_rank.tolist() == [[0, 1]]
+    assert table.token_score[0, 0].tolist() == pytest.approx([5 / 6, 4 / 6], abs=1e-3)
+
+
+def test_history_rows_by_hand():
+    """With one past layer, A of layer 1 is indexed by the majority rank of layer 0."""
+    tokens = chunk_of([[[0], [0], [1], [1]], [[1], [1], [1], [0]]], token_ids=[0, 1, 2, 3])
+    table = build_table(
+        contiguous((2, 2), 2), tokens, vocab_size=4, lookback=1, shrinkage=1.0
+    )
+    # Layer 0 has no history: the prior, (1/2, 1/2), whose best is the lower rank.
+    assert table.history_rank[0].tolist() == [0, 0]
+    assert table.history_confidence[0].tolist() == [0.5, 0.5]
+    # Layer 1, prior (1/4, 3/4). After rank 0: 2 of 2 on rank 1: (2 + 3/4) / 3.
+    # After rank 1: 1 of 2 on rank 1: (1 + 3/4) / 3.
+    assert table.history_rank[1].tolist() == [1, 1]
+    expected = [np.float16(2.75 / 3), np.float16(1.75 / 3)]
+    assert table.history_confidence[1].tolist() == expected
+
+
+def test_histories_are_indexed_oldest_first_in_base_r():
+    """Past ranks 2 then 1 of 3 ranks: index 2 x 3 + 1."""
+    tokens = chunk_of([[[2]], [[1]], [[0]]], token_ids=[0])
+    table = build_table(contiguous((3,) * 3, 3), tokens, vocab_size=1, lookback=2)
+    assert table.history_rank.shape == (3, 9)
+    assert table.history_confidence[2, 7] == 1
+    assert table.history_rank[2, 7] == 0
+
+
+def test_layers_of_unequal_size_fill_expert_rank_with_no_rank():
+    tokens = chunk_of([[[0]], [[3]]], token_ids=[0])
+    table = build_table(contiguous((2, 4), 2), tokens, vocab_size=1)
+    assert table.expert_rank.tolist() == [[0, 1, 2, 2], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "dtype", "padded_dtype"),
+    [(255, np.uint8, np.uint8), (256, np.uint8, np.uint16), (257, np.uint16, np.uint16)],
+)
+def test_ranks_are_stored_in_the_smallest_dtype_that_holds_them(
+    num_ranks, dtype, padded_dtype
+):
+    sizes = (num_ranks, 2 * num_ranks)
+    tokens = chunk_of([[[0]], [[1]]], token_ids=[0])
+    table = build_table(contiguous(sizes, num_ranks), tokens, vocab_size=1, lookback=1)
+    assert table.token_rank.dtype == table.history_rank.dtype == dtype
+    assert table.expert_rank.dtype == padded_dtype
+    assert table.expert_rank[1, -1] == num_ranks - 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 2.0, 7.0]))
+def test_token_rows_agree_with_counting_in_loops(seed, shrinkage):
+    rng = np.random.default_rng(seed)
+    num_ranks, top_k, vocab_size = 4, 3, 5
+    own = rng.permutation(8).reshape(num_ranks, 2)
+    extra = [rng.choice(np.setdiff1d(range(8), held), 1) for held in own]
+    placement = Placement(
+        physical_to_logical_map=(np.hstack([own, extra]).ravel(),),
+        num_experts=(8,),
+        num_ranks=num_ranks,
+    )
+    ids = rng.integers(-1, vocab_size - 1, 30)
+    ids[0] = 0
+    tokens = chunk_of([[rng.permutation(8)[:top_k] for _ in ids]], ids)
+    table = build_table(
+        placement,
+        tokens,
+        vocab_size=vocab_size,
+        shrinkage=shrinkage,
+        with_token_score=True,
+    )
+    holders = defaultdict(set)
+    for slot, expert in enumerate(placement.physical_to_logical_map[0]):
+        holders[expert].add(slot // 3)
+    every = [0] * num_ranks
+    of_id = defaultdict(lambda: [0] * num_ranks)
+    for token_id, experts in zip(ids.tolist(), tokens.experts[0].tolist(), strict=True):
+        for expert in experts:
+            for rank in holders[expert]:
+                every[rank] += 1
+                of_id[token_id][rank] += 1
+    prior = [pairs / (top_k * len(ids)) for pairs in every]
+    for token_id in range(vocab_size):
+        times = ids.tolist().count(token_id)
+        rates = [
+            (of_id[token_id][r] + shrinkage * top_k * prior[r])
+            / (top_k * (times + shrinkage))
+            for r in range(num_ranks)
+        ]
+        stored = table.token_score[0, token_id].astype(float).tolist()
+        assert stored == pytest.approx(rates, abs=1e-3)
+        assert rates[table.token_rank[0, token_id]] == pytest.approx(max(rates))
+        assert table.token_confidence[0, token_id] == np.float16(max(rates))
+
+
+def test_a_table_beats_chance_on_tokens_that_it_has_not_seen(make_chunk):
+    """Routing by token id is learnt: most of what an oracle would have is reached."""
+    tokens = make_chunk(num_tokens=3_000, num_sequences=20)
+    early = tokens.sequence_ids < 10
+    placement = contiguous((8, 8, 8), 4)
+    table = build_table(placement, tokens.select(early), vocab_size=50)
+    metrics = simulate(placement, tokens.select(~early), table=table)
+    assert metrics["fixed"].local_activation_rate == pytest.approx(0.25, abs=0.03)
+    assert metrics["token"].local_activation_rate > 0.4
+    assert metrics["oracle"].local_activation_rate > metrics["token"].local_activation_rate
+    assert metrics["token_equal"].home_imbalance_max == pytest.approx(1, abs=0.01)
+
+
+def test_a_trace_without_token_ids_is_refused(make_chunk):
+    tokens = make_chunk()
+    for ids in (None, np.full(tokens.num_tokens, -1, dtype=np.int32)):
+        bare = Chunk(
+            experts=tokens.experts,
+            sequence_ids=tokens.sequence_ids,
+            positions=tokens.positions,
+            token_ids=ids,
+        )
+        with pytest.raises(PlacerError, match="no token ids") as error:
+            build_table(contiguous((8,) * 3, 4), bare, vocab_size=50)
+        assert "placer record MODEL" in error.value.hint
+
+
+def test_ids_past_the_vocabulary_are_refused(make_chunk):
+    with pytest.raises(PlacerError, match="token id 49, but the vocabulary has 49 ids"):
+        build_table(contiguous((8,) * 3, 4), make_chunk(), vocab_size=49)
+
+
+@pytest.mark.parametrize("options", [{"lookback": -1}, {"lookback": 12}])
+def test_lookbacks_out_of_range_are_refused(make_chunk, options):
+    with pytest.raises(UsageError, match="rows per layer") as error:
+        build_table(contiguous((8,) * 3, 4), make_chunk(), vocab_size=50, **options)
+    assert "--lookback 2" in error.value.hint
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, -1.0, float("nan"), float("inf")])
+def test_shrinkage_out_of_range_is_refused(make_chunk, shrinkage):
+    with pytest.raises(UsageError, match="--shrinkage must be positive"):
+        build_table(
+            contiguous((8,) * 3, 4), make_chunk(), vocab_size=50, shrinkage=shrinkage
+        )
