@@ -35,6 +35,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = partial_path(path)
     try:
         yield partial
+        # Some libraries create files that only their owner may read.
+        partial.chmod(0o666 & ~_umask())
         _flush_to_disk(partial)
         partial.replace(path)
     except BaseException:
@@ -137,6 +139,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             "check that the file is what you mean: placer inspect " + str(path),
         )
     return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush_to_disk(path: Path) -> None:

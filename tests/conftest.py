@@ -69,3 +69,113 @@ def make_trace(tmp_path: Path, make_chunk: Callable[..., Chunk]) -> Callable[...
         return Trace(tmp_path / name)
 
     return build
+
+
+TINY_TEXT = "def add(one, two):\n    return one + two\n\nThe sum of two numbers. " * 12
+
+
+def _save_tiny(model: object, folder: Path, **options: object) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TINY_TEXT], trainer)
+    model.save_pretrained(folder, **options)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE of 4 layers, of which 1 and 3 are MoE layers of 8 experts, top 2."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        decoder_sparse_step=2,
+        norm_topk_prob=True,
+        initializer_range=0.2,
+    )
+    return _save_tiny(
+        Qwen3MoeForCausalLM(config), tmp_path_factory.mktemp("qwen") / "model"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OLMoE of 2 layers of 8 experts, bfloat16, in shards that cut through layers."""
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(1)
+    config = OlmoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
+    model = OlmoeForCausalLM(config).to(torch.bfloat16)
+    folder = tmp_path_factory.mktemp("olmoe") / "model"
+    return _save_tiny(model, folder, max_shard_size="20KB")
+
+
+@pytest.fixture
+def make_plan(tmp_path: Path) -> Callable[..., Path]:
+    """Return a writer of a plan that places experts of a checkpoint at random."""
+    from placer.plan import Placement, Plan, SolverReport
+
+    def build(model_directory: Path, *, seed: int = 0, num_ranks: int = 4) -> Path:
+        model = ModelSpec.from_checkpoint(model_directory)
+        rng = np.random.default_rng(seed)
+        plan = Plan(
+            model=model,
+            placement=Placement(
+                physical_to_logical_map=tuple(
+                    rng.permutation(size) for size in model.num_experts
+                ),
+                num_experts=model.num_experts,
+                num_ranks=num_ranks,
+            ),
+            policy="fixed",
+            exchange="per-rank",
+            max_imbalance=1.1,
+            solver=SolverReport(
+                status="feasible",
+                objective_name="none",
+                objective=0.0,
+                bound=None,
+                gap=None,
+                bound_method="placed at random",
+                seconds=None,
+                seed=seed,
+            ),
+            metrics={"profile": None, "heldout": None, "baselines": {}},
+            provenance={},
+        )
+        path = tmp_path / f"plan-{model_directory.parent.name}-{seed}.json"
+        plan.write(path)
+        return path
+
+    return build

@@ -37,8 +37,9 @@ _DTYPE_BITS = {
     "C64": 64,
     "F4": 4,
 }
-# A JSON string that is a key: the names of tensors, in a header or in an index.
-_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"(?=\s*:)')
+# Every JSON string, and the colon behind it if it is a key. Strings that are no key have to
+# be matched too, or a search could begin at their closing quote.
+_STRING = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +145,11 @@ def rename_keys(text: str, names: Mapping[str, str]) -> str:
     """Rename keys in a JSON text, byte for byte the same elsewhere."""
 
     def renamed(match: re.Match[str]) -> str:
-        new = names.get(json.loads(match.group(0)))
-        return match.group(0) if new is None else json.dumps(new)
+        string, colon = match.groups()
+        new = names.get(json.loads(string)) if colon else None
+        return match.group(0) if new is None else json.dumps(new) + colon
 
-    return _KEY.sub(renamed, text)
+    return _STRING.sub(renamed, text)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from placer.errors import PlacerError, VerificationError
 from placer.files import read_json, sha256_file
 from placer.model import Architecture, ModelSpec, name_pattern, require_same_model
 from placer.plan import Placement, Plan
-from placer.trace.capture import RouterCapture
+from placer.trace.capture import RouterCapture, RouterOutput
 from placer.trace.record import load_model
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ IntArray = npt.NDArray[np.int64]
 # Renumbered experts are summed in another order, which changes the last bits of float32
 # (2**-24 each); over all layers that stays below 1e-4 of the largest logit.
 RELATIVE_TOLERANCE = 1e-4
-# Two router weights closer than this are a tie that rounding may break either way.
-TIE_WEIGHT = 1e-5
+# Experts whose router logits are closer than this are a tie: rounding decides between them.
+TIE_LOGIT = 1e-4
 SEQUENCE_LENGTH = 256
 
 
@@ -52,8 +52,8 @@ class VerificationReport:
     num_routed_pairs
         (token, layer, expert) choices found to be exactly the permuted ones.
     num_ties
-        Tokens behind an exact or near tie of router weights that the two models broke
-        differently; their later logits are not compared.
+        Tokens at or behind a tie of router logits that the two models broke differently;
+        their logits are not compared.
     """
 
     num_tensors: int
@@ -249,19 +249,20 @@ class _Comparison:
             )
 
     def _compare_routing(
-        self, before: list[tuple[Any, Any]], after: list[tuple[Any, Any]]
+        self, before: list[RouterOutput], after: list[RouterOutput]
     ) -> BoolArray:
         """Return ``[T]``: whether a tie was broken otherwise at the token or before it."""
-        flipped = np.zeros(len(before[0][0]), dtype=np.bool_)
-        for layer, ((old_ids, old_weights), (new_ids, new_weights)) in enumerate(
-            zip(before, after, strict=True)
-        ):
+        flipped = np.zeros(len(before[0].ids), dtype=np.bool_)
+        for layer, (old, new) in enumerate(zip(before, after, strict=True)):
             row = self.placement.physical_to_logical_map[layer]
-            old_set = np.sort(old_ids.numpy(), axis=1)
-            new_set = np.sort(row[new_ids.numpy()], axis=1)
+            old_set = np.sort(old.ids.numpy(), axis=1)
+            new_set = np.sort(row[new.ids.numpy()], axis=1)
             differs = (old_set != new_set).any(axis=1)
-            apart = (old_weights[:, -1] - new_weights[:, -1]).abs().numpy()
-            wrong = differs & (apart > TIE_WEIGHT) & ~flipped
+            # The original's own scores say whether the other choice was as good.
+            scores = old.logits.float().numpy()
+            worst_chosen = np.take_along_axis(scores, old_set, axis=1).min(axis=1)
+            worst_other = np.take_along_axis(scores, new_set, axis=1).min(axis=1)
+            wrong = differs & (worst_chosen - worst_other > TIE_LOGIT) & ~flipped
             if wrong.any():
                 token = int(wrong.argmax())
                 raise VerificationError(

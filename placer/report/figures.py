@@ -16,7 +16,12 @@ from placer.plan import Plan
 from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
 from placer.report.load import rank_load
-from placer.report.statistics import TraceStatistics, mutual_information, skew
+from placer.report.statistics import (
+    TraceStatistics,
+    distinct_rows,
+    mutual_information,
+    skew,
+)
 from placer.table import Table
 
 IntArray = npt.NDArray[np.int64]
@@ -29,6 +34,11 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 _NUM_BINS = 50
+_CHANCE = "chance, 1/R"
+_LEGEND = {"orientation": "h", "y": 1.12}
+
+# Per kind of row: the first layer that uses it, and the confidences of its layers.
+_Confidences = dict[str, tuple[int, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,7 +313,7 @@ def _draw_comparison(placements: dict[str, Any]) -> Drawing:
         )
     figure.update_xaxes(title="home policy")
     figure.update_yaxes(title="remote rank copies per token and layer", rangemode="tozero")
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": 1.08})
+    figure.update_layout(barmode="group", legend=_LEGEND)
     return Drawing(
         name="comparison",
         title="Traffic beside the baselines",
@@ -318,12 +328,20 @@ def _cycled(names: Sequence[Any] | dict[str, Any]) -> list[str]:
 
 
 def _draw_table(table: Table) -> list[Drawing]:
+    # The first layers have no history, and use T alone.
+    kinds = {
+        "token (T)": (0, table.token_confidence[:, distinct_rows(table)]),
+        "history (A)": (table.lookback, table.history_confidence[table.lookback :]),
+    }
+    return [_draw_confidence(table, kinds), _draw_confidence_by_layer(table, kinds)]
+
+
+def _draw_confidence(table: Table, kinds: _Confidences) -> Drawing:
     import plotly.graph_objects as go
 
     edges = np.linspace(0, 1, _NUM_BINS + 1)
-    kinds = {"token (T)": table.token_confidence, "history (A)": table.history_confidence}
     figure = go.Figure()
-    for (name, values), colour in zip(kinds.items(), _COLOURS, strict=False):
+    for (name, (_, values)), colour in zip(kinds.items(), _COLOURS, strict=False):
         counts, _ = np.histogram(values.astype(np.float32), bins=edges)
         figure.add_bar(
             name=name,
@@ -333,42 +351,45 @@ def _draw_table(table: Table) -> list[Drawing]:
             opacity=0.75,
             hovertemplate="confidence %{x:.2f}: %{y:.1%} of entries<extra></extra>",
         )
-    chance = 1 / table.num_ranks
-    figure.add_vline(x=chance, line_dash="dot", annotation_text="chance, 1/R")
+    figure.add_vline(x=1 / table.num_ranks, line_dash="dot", annotation_text=_CHANCE)
     figure.update_xaxes(title="expected local activation rate", range=[0, 1])
     figure.update_yaxes(title="share of entries", tickformat=".0%")
-    figure.update_layout(
-        barmode="overlay", bargap=0, legend={"orientation": "h", "y": 1.12}
+    figure.update_layout(barmode="overlay", bargap=0, legend=_LEGEND)
+    return Drawing(
+        name="confidence",
+        title="How sure the table is",
+        caption="Every distinct token row and every history counts once per layer, however "
+        "often it occurs in text.",
+        figure=_styled(figure),
     )
-    medians = go.Figure()
-    for (name, values), colour in zip(kinds.items(), _COLOURS, strict=False):
-        medians.add_scatter(
+
+
+def _draw_confidence_by_layer(table: Table, kinds: _Confidences) -> Drawing:
+    import plotly.graph_objects as go
+
+    num_layers = table.model.num_layers
+    figure = go.Figure()
+    for (name, (first, values)), colour in zip(kinds.items(), _COLOURS, strict=False):
+        figure.add_scatter(
             name=name,
-            x=list(range(table.model.num_layers)),
+            x=list(range(first, num_layers)),
             y=np.median(values.astype(np.float32), axis=1),
             mode="lines+markers",
             line_color=colour,
             hovertemplate="layer %{x}: %{y:.3f}<extra></extra>",
         )
-    medians.add_hline(y=chance, line_dash="dot", annotation_text="chance, 1/R")
-    medians.update_xaxes(title="MoE layer", dtick=max(1, table.model.num_layers // 16))
-    medians.update_yaxes(title="median expected local activation rate", range=[0, 1])
-    medians.update_layout(legend={"orientation": "h", "y": 1.12})
-    return [
-        Drawing(
-            name="confidence",
-            title="How sure the table is",
-            caption="Every token id and history counts once per layer, however often it "
-            "occurs in text.",
-            figure=_styled(figure),
-        ),
-        Drawing(
-            name="confidence-by-layer",
-            title="How sure it is in each layer",
-            caption="Medians over token ids and over histories.",
-            figure=_styled(medians),
-        ),
-    ]
+    figure.add_hline(y=1 / table.num_ranks, line_dash="dot", annotation_text=_CHANCE)
+    figure.update_xaxes(
+        title="MoE layer", dtick=max(1, num_layers // 16), range=[-0.5, num_layers - 0.5]
+    )
+    figure.update_yaxes(title="median expected local activation rate", range=[0, 1])
+    figure.update_layout(legend=_LEGEND)
+    return Drawing(
+        name="confidence-by-layer",
+        title="How sure it is in each layer",
+        caption="Medians over distinct token rows and over histories.",
+        figure=_styled(figure),
+    )
 
 
 def _draw_bytes(checkpoint: Checkpoint) -> Drawing:

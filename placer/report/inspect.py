@@ -17,7 +17,12 @@ from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
 from placer.report.comparison import COLUMNS, comparison_rows
 from placer.report.load import rank_load
-from placer.report.statistics import TraceStatistics, mutual_information, skew
+from placer.report.statistics import (
+    TraceStatistics,
+    distinct_rows,
+    mutual_information,
+    skew,
+)
 from placer.table import Table
 
 IntArray = npt.NDArray[np.int64]
@@ -243,15 +248,18 @@ def _metric_sections(plan: Plan) -> list[Section]:
 
 def _summarize_table(table: Table) -> Summary:
     chance = 1 / table.num_ranks
+    tokens = table.token_confidence[:, distinct_rows(table)]
+    histories = table.history_confidence[table.lookback :]
     facts = _model_facts(table.model) | {
         "num_ranks": table.num_ranks,
         "num_nodes": table.num_nodes,
         "num_token_ids": table.vocab_size,
+        "num_distinct_token_rows": tokens.shape[1],
         "lookback": table.lookback,
         "num_histories": int(table.history_rank.shape[1]),
         "chance": chance,
-        "token_ids_above_chance": float((table.token_confidence > chance).mean()),
-        "histories_above_chance": float((table.history_confidence > chance).mean()),
+        "median_token_confidence": _median(tokens),
+        "median_history_confidence": _median(histories),
         "has_token_score": table.token_score is not None,
         "plan_sha256": table.plan_sha256,
         "trace_sha256": table.trace_sha256,
@@ -260,13 +268,17 @@ def _summarize_table(table: Table) -> Summary:
     }
     names = [f"{what} {q:.0%}" for what in ("token", "history") for q in _QUANTILES]
     layers = Section(
-        title="confidence, quantiles over token ids and histories",
+        title="confidence, quantiles over distinct token rows and over histories",
         columns=("layer", *names),
         rows=tuple(
             (
                 layer,
-                *_quantiles(table.token_confidence[layer]),
-                *_quantiles(table.history_confidence[layer]),
+                *_quantiles(tokens[layer]),
+                *(
+                    _quantiles(table.history_confidence[layer])
+                    if layer >= table.lookback
+                    else [None] * len(_QUANTILES)
+                ),
             )
             for layer in range(table.model.num_layers)
         ),
@@ -351,6 +363,10 @@ def _load_section(
 def _used_rows(rows: Sequence[Any] | None) -> int | None:
     """Return how many ids of sparse rows were counted at all."""
     return None if rows is None else int(np.count_nonzero(np.diff(rows[0].indptr)))
+
+
+def _median(values: npt.NDArray[Any]) -> float | None:
+    return float(np.median(values.astype(np.float32))) if values.size else None
 
 
 def _quantiles(values: npt.NDArray[Any]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""What a trace and an affinity say in a few figures.
+"""What a trace, an affinity and a table say in a few figures.
 
 Legend of the shapes: T tokens, L MoE layers, E logical experts of a layer, D domains.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
+from placer.table import Table
 from placer.trace import Chunk, Trace
 
 IntArray = npt.NDArray[np.int64]
@@ -189,3 +190,21 @@ def mutual_information(pairs: IntArray) -> float:
     product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     used = joint > 0
     return float((joint[used] * np.log2(joint[used] / product[used])).sum())
+
+
+def distinct_rows(table: Table) -> IntArray:
+    """Return the first token id of every distinct row of a table, ascending.
+
+    Ids that the trace never showed share one row, or copy that of a neighbour, so a table
+    has far fewer rows of its own than ids.
+    """
+    columns = np.concatenate(
+        [
+            np.ascontiguousarray(values.T).view(np.uint8).reshape(table.vocab_size, -1)
+            for values in (table.token_rank, table.token_confidence)
+        ],
+        axis=1,
+    )
+    as_words = columns.view(np.dtype((np.void, columns.shape[1]))).ravel()
+    _, first = np.unique(as_words, return_index=True)
+    return np.sort(first)

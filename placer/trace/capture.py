@@ -2,13 +2,31 @@
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from placer.errors import PlacerError
 from placer.model import Architecture
 
 if TYPE_CHECKING:
     import torch
+
+
+class RouterOutput(NamedTuple):
+    """What one router put out for N rows of a batch.
+
+    Attributes
+    ----------
+    ids
+        ``[N, k]`` int64: chosen logical experts, by descending weight.
+    weights
+        ``[N, k]``: their weights.
+    logits
+        ``[N, E]``: scores of all experts, from which the router chose.
+    """
+
+    ids: "torch.Tensor"
+    weights: "torch.Tensor"
+    logits: "torch.Tensor"
 
 
 class RouterCapture:
@@ -39,7 +57,7 @@ class RouterCapture:
             architecture.router_module.format(layer=layer) for layer in layer_ids
         ]
         self._routers = [_router(model, path) for path in self._paths]
-        self._captured: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self._captured: list[list[RouterOutput]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -58,11 +76,11 @@ class RouterCapture:
             handle.remove()
         self._handles.clear()
 
-    def take(self) -> list[tuple["torch.Tensor", "torch.Tensor"]]:
-        """Return, per MoE layer, ids ``[N, k]`` int64 and weights ``[N, k]``.
+    def take(self) -> list[RouterOutput]:
+        """Return the output of every router, in the order of ``layer_ids``.
 
-        N rows in the order of the flattened batch, padding included, of the one forward
-        pass since the last call; experts by descending weight.
+        Rows are in the order of the flattened batch, padding included, of the one forward
+        pass since the last call.
 
         Raises
         ------
@@ -79,13 +97,13 @@ class RouterCapture:
                     "record with a plain forward pass: no gradient checkpointing, no "
                     "replacement of the model's MoE blocks",
                 )
-        return [_by_descending_weight(*captured[0]) for captured in calls]
+        return [_by_descending_weight(captured[0]) for captured in calls]
 
     def _hook(self, position: int) -> Any:
         def keep(module: object, inputs: object, output: Any) -> None:
             # Routers of transformers 5 return (logits, weights, ids).
-            _, weights, ids = output
-            self._captured[position].append((ids.detach(), weights.detach()))
+            logits, weights, ids = (tensor.detach() for tensor in output)
+            self._captured[position].append(RouterOutput(ids, weights, logits))
 
         return keep
 
@@ -100,10 +118,9 @@ def _router(model: "torch.nn.Module", path: str) -> "torch.nn.Module":
         ) from error
 
 
-def _by_descending_weight(
-    ids: "torch.Tensor", weights: "torch.Tensor"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _by_descending_weight(output: RouterOutput) -> RouterOutput:
+    ids, weights, logits = output
     if bool((weights[:, 1:] <= weights[:, :-1]).all()):
-        return ids, weights
+        return output
     order = weights.argsort(dim=-1, descending=True, stable=True)
-    return ids.gather(-1, order), weights.gather(-1, order)
+    return RouterOutput(ids.gather(-1, order), weights.gather(-1, order), logits)

@@ -115,7 +115,15 @@ class Chunk:
                 raise PlacerError(
                     f"{name} is {tensors[name].dtype}, expected {np.dtype(dtype)}"
                 )
-        has_weights = weight_names[0] in tensors
+        for name in names:
+            if tensors[name].dtype not in (np.uint8, np.int16):
+                raise PlacerError(
+                    f"{name} is {tensors[name].dtype}, expected uint8 or int16"
+                )
+        has_weights = any(name in tensors for name in weight_names)
+        for name in weight_names if has_weights else ():
+            if name not in tensors or tensors[name].dtype != np.float16:
+                raise PlacerError(f"{name} must be float16, like the weights of all layers")
         return cls(
             experts=tuple(tensors[name] for name in names),
             weights=tuple(tensors[name] for name in weight_names) if has_weights else None,

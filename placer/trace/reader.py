@@ -44,8 +44,18 @@ class Trace:
 
     def chunks(self, fold: Fold | None = None) -> Iterator[Chunk]:
         """Yield the chunks in order, verified, restricted to the sequences of ``fold``."""
+        last_sequence = -1
         for info in self.header.chunks:
             chunk = self._read(info)
+            if chunk.num_tokens and chunk.sequence_ids[0] == last_sequence:
+                raise PlacerError(
+                    f"sequence {last_sequence} goes on in {self.directory / info.file}, "
+                    "but a chunk holds whole sequences",
+                    "record or import the trace again",
+                )
+            last_sequence = (
+                int(chunk.sequence_ids[-1]) if chunk.num_tokens else last_sequence
+            )
             if fold is not None:
                 chunk = chunk.select(fold.keep(chunk.sequence_ids))
             if chunk.num_tokens:

@@ -191,10 +191,10 @@ class _Runner:
             )
         kept = torch.from_numpy(real.ravel()).to(device)
         experts, weights = [], []
-        for layer, (chosen, weight) in enumerate(self.capture.take()):
+        for layer, output in enumerate(self.capture.take()):
             dtype = expert_dtype(self.spec.num_experts[layer])
-            experts.append(chosen[kept].cpu().numpy().astype(dtype))
-            weights.append(weight[kept].to(torch.float16).cpu().numpy())
+            experts.append(output.ids[kept].cpu().numpy().astype(dtype))
+            weights.append(output.weights[kept].to(torch.float16).cpu().numpy())
         return Chunk(
             experts=tuple(experts),
             weights=tuple(weights) if self.options.with_weights else None,
@@ -221,11 +221,13 @@ def load_model(directory: Path, *, dtype: Dtype, device: str) -> tuple[Any, Any]
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise PlacerError(
             "running a model needs transformers, which is not installed",
             "pip install 'placer[record]'",
         ) from error
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # placer has its own
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -101,18 +101,20 @@ def plan(make_trace: Callable[..., Trace], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def table(make_trace: Callable[..., Trace], tmp_path: Path) -> Path:
-    confidence = np.tile(np.linspace(0, 1, 11, dtype=np.float16), (3, 1))
+    # Ids 11 to 13 repeat the row of id 0.
+    row = np.r_[np.linspace(0, 1, 11), 0, 0, 0].astype(np.float16)
+    confidence = np.tile(row, (3, 1))
     path = tmp_path / "table.safetensors"
     Table(
         model=make_trace("for-table").model,
         num_ranks=2,
         num_nodes=1,
         lookback=1,
-        token_rank=np.zeros((3, 11), np.uint8),
+        token_rank=np.zeros((3, 14), np.uint8),
         token_confidence=confidence,
         history_rank=np.zeros((3, 2), np.uint8),
         history_confidence=np.full((3, 2), 0.75, np.float16),
-        request_score=np.zeros((11, 2), np.float16),
+        request_score=np.zeros((14, 2), np.float16),
         expert_rank=np.zeros((3, 8), np.uint8),
     ).write(path)
     return path
@@ -217,12 +219,12 @@ def test_plan_with_the_load_of_its_ranks(
 def test_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = inspected(capsys, table)
     assert found["kind"] == "table"
-    assert found["facts"]["num_token_ids"] == 11
-    # Of 0.0, 0.1, ..., 1.0, five lie above 1/2.
-    assert found["facts"]["token_ids_above_chance"] == pytest.approx(5 / 11)
+    assert found["facts"]["num_token_ids"] == 14
+    assert found["facts"]["num_distinct_token_rows"] == 11
     (rows,) = found["tables"].values()
     assert rows[0]["token 50%"] == pytest.approx(0.5)
-    assert rows[0]["history 90%"] == pytest.approx(0.75)
+    assert rows[0]["history 90%"] is None, "the first layer has no history"
+    assert rows[1]["history 90%"] == pytest.approx(0.75)
 
 
 def test_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,7 @@ def save(
 
 
 def report(checkpoint: Path, train: np.ndarray, streams: dict[str, np.ndarray]) -> dict:
-    """Held-out loss per domain of the checkpoint as written, beside the unigram baseline."""
+    """Held-out loss per domain of the checkpoint as written, beside unigram entropy."""
     model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     return {
         domain: {
@@ -186,10 +186,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 50 == 0 or step == 1:
             elapsed = time.monotonic() - start
-            print(
-                f"step {step} loss {loss.item():.3f} aux {output.aux_loss.item():.3f} {elapsed:.0f} s",
-                flush=True,
-            )
+            print(f"step {step} loss {loss.item():.3f} after {elapsed:.0f} s", flush=True)
         if step in EARLIER_CHECKPOINTS:
             save(model, tokenizer, args.out / f"step-{step:05d}")
             losses = {

@@ -1,0 +1,93 @@
+"""Headers of safetensors files: renamed byte for byte, and refused when they lie."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from placer.checkpoint.permutation import require_whole_groups
+from placer.checkpoint.shard import Shard, rename_keys
+from placer.errors import PlacerError
+from placer.model import ModelSpec
+
+
+@given(
+    names=st.lists(
+        st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__"),
+        unique=True,
+        min_size=1,
+        max_size=6,
+    ),
+    indent=st.sampled_from([None, 1, 4]),
+    data=st.data(),
+)
+def test_renaming_keys_is_undone_by_its_inverse(
+    names: list[str], indent: int | None, data: st.DataObject
+) -> None:
+    text = json.dumps({name: {"dtype": name} for name in names}, indent=indent)
+    new = dict(zip(names, data.draw(st.permutations(names)), strict=True))
+    renamed = rename_keys(text, new)
+    assert set(json.loads(renamed)) == set(names)
+    for name in names:
+        assert json.loads(renamed)[new[name]] == {"dtype": name}, "values stay"
+    back = rename_keys(renamed, {value: key for key, value in new.items()})
+    assert json.loads(back) == json.loads(text)
+
+
+def test_a_renamed_header_is_one_that_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {"a.1": np.arange(3.0), "b": np.ones((2, 2), np.int8)}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+    shard = Shard.open(path)
+    header = shard.renamed_header({"a.1": "a.1234567"})
+    found = load(header + path.read_bytes()[shard.data_start :])
+    assert found["a.1234567"].tolist() == [0, 1, 2]
+    assert found["b"].tolist() == [[1, 1], [1, 1]]
+
+
+def write_header(path: Path, header: object, data: bytes = bytes(16)) -> Path:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(start: int, stop: int, shape: list[int]) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ({"a": entry(0, 16, [3])}, "claims bytes 0 to 16"),
+        ({"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}, "starts at byte 8, not at 16"),
+        ({"a": entry(0, 8, [2])}, "end at byte 8, its data at 16"),
+        ({"a": entry(8, 16, [2])}, "starts at byte 8, not at 0"),
+        ({"a": entry(0, 16, [-4])}, "claims bytes"),
+        ({"a": {"dtype": "X9", "shape": [], "data_offsets": [0, 1]}}, "no valid dtype"),
+        ({"a": 3}, "no valid dtype"),
+        ([], "no JSON object"),
+    ],
+)
+def test_a_lying_header_is_refused(tmp_path: Path, header: object, match: str) -> None:
+    with pytest.raises(PlacerError, match=match) as caught:
+        Shard.open(write_header(tmp_path / "x.safetensors", header))
+    assert "x.safetensors" in caught.value.message
+
+
+def test_a_header_longer_than_its_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(PlacerError, match="does not fit its 10 bytes"):
+        Shard.open(path)
+
+
+def test_only_whole_router_groups_may_move() -> None:
+    model = ModelSpec(num_experts=(8,), top_k=2, n_group=4, topk_group=2)
+    require_whole_groups(model, [np.asarray([3, 2, 0, 1, 7, 6, 4, 5])])
+    with pytest.raises(PlacerError, match="mixes router groups") as caught:
+        require_whole_groups(model, [np.asarray([0, 2, 1, 3, 4, 5, 6, 7])])
+    assert "placer export sglang" in caught.value.hint

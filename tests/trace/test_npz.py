@@ -1,0 +1,123 @@
+"""Archives become traces as they are, and those that lie are refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.errors import PlacerError
+from placer.trace import Trace
+from placer.trace.npz import import_npz
+
+
+def arrays(num_tokens: int = 30) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((num_tokens, 3, 8)), axis=2)[:, :, :2]
+    return {
+        "experts": experts.astype(np.uint16),
+        "sequence_ids": np.repeat([7, 2, 4], num_tokens // 3),
+        "token_ids": rng.integers(-1, 90, num_tokens),
+        "weights": rng.random((num_tokens, 3, 2)).astype(np.float32),
+        "domain_of_sequence": np.asarray([0, 0, 1, 0, 0, 0, 0, 1]),
+        "domain_names": np.asarray(["prose", "code"]),
+    }
+
+
+def write(path: Path, **changes: object) -> Path:
+    values = {k: v for k, v in (arrays() | changes).items() if v is not None}
+    np.savez(path, **values)
+    return path
+
+
+def test_import_keeps_ids_and_orders_by_sequence(tmp_path: Path) -> None:
+    given = arrays()
+    header = import_npz(write(tmp_path / "a.npz"), tmp_path / "t")
+    tokens = Trace(tmp_path / "t").read()
+    order = np.argsort(given["sequence_ids"], kind="stable")
+    assert tokens.sequence_ids.tolist() == [2] * 10 + [4] * 10 + [7] * 10
+    assert tokens.positions.tolist() == list(range(10)) * 3
+    assert tokens.token_ids.tolist() == given["token_ids"][order].tolist()
+    assert tokens.domain_ids.tolist() == [1] * 10 + [0] * 10 + [1] * 10
+    for layer in range(3):
+        assert tokens.experts[layer].tolist() == given["experts"][order, layer].tolist()
+        weights = given["weights"][order, layer].astype(np.float16)
+        assert (tokens.weights[layer] == weights).all()
+    assert header.domains == ("prose", "code")
+    assert header.model.num_experts == (8, 8, 8), "the largest id of any layer + 1"
+    assert (header.model.fingerprint, header.model.layer_ids) == (None, None)
+
+
+def test_optional_arrays_may_be_absent(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.npz",
+        token_ids=None,
+        weights=None,
+        domain_of_sequence=None,
+        domain_names=None,
+    )
+    import_npz(path, tmp_path / "t")
+    tokens = Trace(tmp_path / "t").read()
+    assert tokens.token_ids is tokens.weights is tokens.domain_ids is None
+
+
+def test_a_model_binds_the_trace(tiny_model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", experts=arrays()["experts"][:, :2], weights=None)
+    header = import_npz(path, tmp_path / "t", tiny_model)
+    assert header.model.layer_ids == (1, 3)
+    assert header.model.fingerprint == header.model.bound_fingerprint()
+    with pytest.raises(PlacerError, match="experts has 3 layers with ids up to 7"):
+        import_npz(write(tmp_path / "b.npz"), tmp_path / "u", tiny_model)
+    assert not (tmp_path / "u").exists()
+
+
+EXPERTS = arrays()["experts"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"experts": None}, "lacks the array experts; it holds sequence_ids"),
+        ({"experts": EXPERTS[:, 0]}, r"shape \[30, 2\], expected \[T, L, k\]"),
+        ({"experts": EXPERTS.astype(float)}, "experts is float64, expected integers"),
+        ({"experts": EXPERTS.astype(int) - 9}, "must not be negative"),
+        ({"experts": EXPERTS * np.asarray([1, 0, 1])[:, None]}, "layer 1 is all zeros"),
+        ({"experts": np.maximum(EXPERTS, 6)}, "lists an expert twice"),
+        ({"sequence_ids": np.zeros(5, int)}, r"sequence_ids has shape \[5\]"),
+        ({"token_ids": np.zeros(5, int)}, r"token_ids has shape \[5\]"),
+        ({"domain_of_sequence": np.zeros(3, int)}, "sequence ids go up to 7"),
+        ({"domain_names": np.asarray(["one"])}, "domain_names has 1 names"),
+        ({"experts": np.asarray([{}], dtype=object)}, r"no readable \.npz"),
+    ],
+)
+def test_an_archive_that_lies_is_refused(
+    tmp_path: Path, changes: dict[str, object], match: str
+) -> None:
+    path = write(tmp_path / "a.npz", **changes)
+    with pytest.raises(PlacerError, match=match):
+        import_npz(path, tmp_path / "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_no_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with pytest.raises(PlacerError, match="does not exist"):
+        import_npz(path, tmp_path / "t")
+    path.write_bytes(b"PK not really")
+    with pytest.raises(PlacerError, match=r"no readable \.npz"):
+        import_npz(path, tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt-oss-20b", "deepseek-v2-lite-intent", "deepseek-v2-lite-summary"]
+)
+def test_real_traces_are_imported_exactly(
+    shared_traces: Path, tmp_path: Path, name: str
+) -> None:
+    header = import_npz(shared_traces / f"{name}.npz", tmp_path / "t")
+    tokens = Trace(tmp_path / "t").read()
+    with np.load(shared_traces / f"{name}.npz") as given:
+        order = np.argsort(given["sequence_ids"], kind="stable")
+        experts = given["experts"]
+        assert header.num_tokens == len(experts)
+        for layer in (0, experts.shape[1] - 1):
+            assert (tokens.experts[layer] == experts[order, layer]).all()

@@ -1,0 +1,182 @@
+"""Recorded ids are those that the experts were called with, and a kill changes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from placer.errors import PlacerError, UsageError
+from placer.model import ModelSpec
+from placer.trace import Trace
+from placer.trace.corpus import Corpus, name_corpora, token_sequences
+from placer.trace.record import RecordOptions, record
+
+CODE = "def add(one, two):\n    return one + two\n"
+PROSE = "The sum of two numbers. "
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> list[Corpus]:
+    code = tmp_path / "text" / "code"
+    code.mkdir(parents=True)
+    for n in range(5):
+        (code / f"{n}.py").write_text(f"# {n}\n" + CODE * (3 + n))
+    (code / ".hidden").write_text("not read")
+    (code / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    prose = tmp_path / "text" / "prose.txt"
+    prose.write_text(PROSE * 30)
+    return [Corpus(domain="code", path=code), Corpus(domain="prose", path=prose)]
+
+
+def experts_called(model: Path, sequence: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Run one sequence alone; return what every experts module was called with."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    called: list[tuple[np.ndarray, np.ndarray]] = []
+    for name, module in loaded.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(
+                lambda _, args: called.append((args[1].numpy(), args[2].numpy()))
+            )
+    with torch.inference_mode():
+        loaded(input_ids=torch.tensor([sequence]))
+    return called
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_sharded_model"])
+def test_recorded_ids_are_those_that_the_experts_were_called_with(
+    name: str, request: pytest.FixtureRequest, corpora: list[Corpus], tmp_path: Path
+) -> None:
+    """Batches of unequal, padded sequences against each sequence run alone."""
+    model = request.getfixturevalue(name)
+    options = RecordOptions(sequence_length=24, batch_size=3, dtype="float32")
+    header = record(model, corpora, tmp_path / "trace", options)
+    tokens = Trace(tmp_path / "trace").read()
+    assert header.model == ModelSpec.from_checkpoint(model)
+    assert header.domains == ("code", "prose")
+    lengths = np.bincount(tokens.sequence_ids)
+    assert len(set(lengths.tolist())) > 2, "padding is put to the test"
+    for sequence in (0, 3, header.num_sequences - 1):
+        mine = tokens.select(tokens.sequence_ids == sequence)
+        assert mine.positions.tolist() == list(range(lengths[sequence]))
+        called = experts_called(model, mine.token_ids.tolist())
+        assert len(called) == len(mine.experts)
+        for layer, (ids, weights) in enumerate(called):
+            assert mine.experts[layer].tolist() == ids.tolist()
+            assert np.allclose(mine.weights[layer], weights, atol=2e-3)
+
+
+def test_text_is_recorded_whole_and_in_order(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path
+) -> None:
+    record(tiny_model, corpora, tmp_path / "t", RecordOptions(sequence_length=16))
+    tokens = Trace(tmp_path / "t").read()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    expected = []
+    for text in [*(f"# {n}\n" + CODE * (3 + n) for n in range(5)), PROSE * 30]:
+        ids = tokenizer(text)["input_ids"]
+        expected += ids[: len(ids) - 1] if len(ids) % 16 == 1 else ids
+    assert tokens.token_ids.tolist() == expected
+    assert np.bincount(tokens.sequence_ids).max() == 16
+    assert (np.diff(tokens.domain_ids.astype(int)) >= 0).all()
+    assert not tokens.phase.any()
+
+
+def test_killed_and_started_again_the_bytes_are_the_same(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path
+) -> None:
+    options = RecordOptions(sequence_length=16, batch_size=2, chunk_tokens=100)
+    record(tiny_model, corpora, tmp_path / "whole", options)
+
+    class KilledError(Exception):
+        pass
+
+    def kill_at(limit: int):
+        def progress(num_tokens: int) -> None:
+            if num_tokens >= limit:
+                raise KilledError
+
+        return progress
+
+    for limit in (100, 250, 300):
+        with pytest.raises(KilledError):
+            record(tiny_model, corpora, tmp_path / "cut", options, kill_at(limit))
+        assert not (tmp_path / "cut").exists()
+        assert (tmp_path / "cut.partial" / "journal.json").exists()
+    record(tiny_model, corpora, tmp_path / "cut", options)
+    whole = sorted((tmp_path / "whole").iterdir())
+    assert len(whole) > 4
+    assert [p.name for p in whole] == [p.name for p in sorted((tmp_path / "cut").iterdir())]
+    for path in whole:
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+def test_an_unfinished_recording_refuses_other_options(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path
+) -> None:
+    def stop(num_tokens: int) -> None:
+        if num_tokens:
+            raise KeyboardInterrupt
+
+    options = RecordOptions(sequence_length=16, chunk_tokens=100)
+    with pytest.raises(KeyboardInterrupt):
+        record(tiny_model, corpora, tmp_path / "t", options, stop)
+    other = RecordOptions(sequence_length=16, chunk_tokens=100, dtype="bfloat16")
+    with pytest.raises(PlacerError, match="begun with another") as caught:
+        record(tiny_model, corpora, tmp_path / "t", other)
+    assert "rm -r" in caught.value.hint
+
+
+def test_max_tokens_cuts_each_corpus_in_an_order_of_the_seed(corpora: list[Corpus]) -> None:
+    def first(seed: int) -> list[list[int]]:
+        return list(
+            token_sequences(
+                corpora[0],
+                lambda t: list(t.encode()),
+                sequence_length=50,
+                max_tokens=120,
+                seed=seed,
+            )
+        )
+
+    assert sum(map(len, first(0))) == 120
+    assert first(0) == first(0)
+    assert any(first(0) != first(seed) for seed in range(1, 6))
+
+
+def test_what_cannot_be_recorded_is_refused_with_the_remedy(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path
+) -> None:
+    out, options = tmp_path / "t", RecordOptions()
+    with pytest.raises(PlacerError, match=r"model config .* does not exist"):
+        record(tmp_path / "nowhere", corpora, out, options)
+    with pytest.raises(PlacerError, match=r"corpus .* does not exist"):
+        Corpus(domain="x", path=tmp_path / "nowhere")
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(PlacerError, match="'llama' is not a family") as caught:
+        record(dense, corpora, out, options)
+    assert "qwen3_moe" in caught.value.hint
+    blank = tmp_path / "blank.txt"
+    blank.write_text("  \n")
+    with pytest.raises(PlacerError, match="holds no readable text"):
+        record(tiny_model, [Corpus(domain="blank", path=blank)], out, options)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="at least 2"):
+        RecordOptions(sequence_length=1)
+
+
+def test_corpora_are_named_once(corpora: list[Corpus]) -> None:
+    path = corpora[1].path
+    assert name_corpora([path], [f"other={path}"]) == [
+        Corpus(domain="prose", path=path),
+        Corpus(domain="other", path=path),
+    ]
+    with pytest.raises(UsageError, match="two corpora are named 'prose'"):
+        name_corpora([path, path], [])
+    with pytest.raises(UsageError, match="written NAME=PATH"):
+        name_corpora([], ["prose"])
+    with pytest.raises(UsageError, match="no text"):
+        name_corpora([], [])

@@ -1,0 +1,208 @@
+"""Traces round-trip, survive a kill, and are refused when damaged."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from placer.errors import PlacerError, UsageError
+from placer.files import sha256_file
+from placer.model import ModelSpec
+from placer.trace import Chunk, Fold, Trace, TraceWriter
+
+MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
+
+
+def same(one: Chunk, two: Chunk) -> bool:
+    left, right = one.tensors(), two.tensors()
+    return left.keys() == right.keys() and all(
+        np.array_equal(left[name], right[name]) and left[name].dtype == right[name].dtype
+        for name in left
+    )
+
+
+def test_round_trip_is_exact(make_chunk: Callable[..., Chunk], tmp_path: Path) -> None:
+    chunk = make_chunk()
+    with TraceWriter(directory=tmp_path / "t", model=MODEL, domains=("a",)) as writer:
+        writer.append(chunk.select(chunk.sequence_ids < 4))
+        writer.append(chunk.select(chunk.sequence_ids >= 4))
+        writer.finish()
+    trace = Trace(tmp_path / "t")
+    assert same(trace.read(), chunk)
+    assert trace.header.num_tokens == 400
+    assert trace.header.num_sequences == len(np.unique(chunk.sequence_ids))
+    assert trace.header.domains == ("a",)
+    assert trace.model == MODEL
+
+
+def test_same_tokens_same_bytes(make_trace: Callable[..., Trace]) -> None:
+    one, two = make_trace("one"), make_trace("two")
+    for name in ("trace.json", "chunk-00000.safetensors"):
+        assert (one.directory / name).read_bytes() == (two.directory / name).read_bytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 30), min_size=1, max_size=40),
+    parts=st.integers(2, 5),
+    data=st.data(),
+)
+def test_a_fold_and_its_complement_part_the_sequences(
+    ids: list[int], parts: int, data: st.DataObject
+) -> None:
+    fold = Fold(data.draw(st.integers(0, parts - 1)), parts)
+    array = np.asarray(ids, np.int32)
+    kept = fold.keep(array)
+    assert kept.tolist() == [n % parts == fold.part for n in ids]
+    assert (fold.complement().keep(array) == ~kept).all()
+    assert Fold.from_text(str(fold)) == fold
+    assert Fold.from_text(str(fold.complement())) == fold.complement()
+
+
+@pytest.mark.parametrize("text", ["", "1", "2/2", "1/1", "-1/2", "a/b", "0/2/3"])
+def test_what_is_no_fold_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="a fold is") as caught:
+        Fold.parse(text)
+    assert "--fold 0/2" in caught.value.hint
+
+
+def test_an_empty_fold_is_refused(make_trace: Callable[..., Trace]) -> None:
+    with pytest.raises(PlacerError, match="no token is left"):
+        make_trace(num_sequences=2).read(Fold(7, 9))
+
+
+def test_a_damaged_chunk_is_named(make_trace: Callable[..., Trace]) -> None:
+    trace = make_trace()
+    path = trace.directory / "chunk-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(PlacerError, match=r"chunk-00000\.safetensors is damaged: SHA-256"):
+        trace.read()
+    path.unlink()
+    with pytest.raises(PlacerError, match="does not exist"):
+        trace.read()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: t.pop("sequence_ids"), "sequence_ids is missing"),
+        (lambda t: t.update(extra=np.zeros(3)), "unknown tensors: extra"),
+        (
+            lambda t: t.update(positions=np.zeros(400)),
+            "positions is float64, expected int32",
+        ),
+        (lambda t: t["experts.1"].__setitem__((5, 0), 9), "expert id 9 is outside 0..7"),
+        (lambda t: t["experts.2"].__setitem__(7, 0), "token 7 lists an expert twice"),
+        (lambda t: t["sequence_ids"].__setitem__(0, 99), "sequence_ids decrease"),
+        (
+            lambda t: t.update({"experts.0": t["experts.0"].astype(np.int64)}),
+            "experts.0 is int64, expected uint8 or int16",
+        ),
+        (
+            lambda t: t.update({"weights.0": np.zeros((400, 2), np.float16)}),
+            "weights.1 must be float16",
+        ),
+        (
+            lambda t: t.update({"experts.0": t["experts.0"][:9]}),
+            r"experts.1 has shape \[400, 2\]|shape",
+        ),
+    ],
+)
+def test_a_chunk_that_breaks_the_format_is_refused(
+    make_trace: Callable[..., Trace], change: Callable[[dict], object], match: str
+) -> None:
+    """The hash is made to fit, so only the content can give it away."""
+    trace = make_trace()
+    path = trace.directory / "chunk-00000.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    header = json.loads((trace.directory / "trace.json").read_text())
+    header["chunks"][0]["sha256"] = sha256_file(path)
+    (trace.directory / "trace.json").write_text(json.dumps(header))
+    with pytest.raises(PlacerError, match=match):
+        Trace(trace.directory).read()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"schema_version": 2}, "schema_version 2, this placer reads 1"),
+        ({"surprise": 1}, "missing or unknown fields: surprise"),
+        ({"id_space": "physical"}, "holds physical expert ids"),
+        ({"chunks": [{"file": "x"}]}, "is damaged"),
+    ],
+)
+def test_a_header_that_breaks_the_format_is_refused(
+    make_trace: Callable[..., Trace], change: dict[str, object], match: str
+) -> None:
+    path = make_trace().directory / "trace.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(PlacerError, match=match):
+        Trace(path.parent)
+
+
+def test_no_trace_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(PlacerError, match="does not exist") as caught:
+        Trace(tmp_path / "nowhere")
+    assert caught.value.hint.startswith("write one: placer record")
+
+
+def test_a_failure_leaves_nothing(make_chunk: Callable[..., Chunk], tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        TraceWriter(directory=tmp_path / "t", model=MODEL) as writer,
+    ):
+        writer.append(make_chunk())
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sequence_that_goes_on_in_the_next_chunk_is_refused(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk()
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        writer.append(chunk.select(np.arange(37)))
+        writer.append(chunk.select(np.arange(37, 400)))
+        writer.finish()
+    with pytest.raises(PlacerError, match="a chunk holds whole sequences"):
+        Trace(tmp_path / "t").read()
+
+
+def test_files_may_be_read_by_others(make_trace: Callable[..., Trace]) -> None:
+    for path in make_trace().directory.iterdir():
+        assert path.stat().st_mode & 0o444 == 0o444 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_an_existing_trace_is_not_overwritten(make_trace: Callable[..., Trace]) -> None:
+    directory = make_trace().directory
+    with pytest.raises(PlacerError, match="already exists") as caught:
+        TraceWriter(directory=directory, model=MODEL)
+    assert f"rm -r {directory}" in caught.value.hint
+
+
+def test_a_resumed_writer_refuses_other_options_and_damage(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    options = {"directory": tmp_path / "t", "model": MODEL, "resumable": True}
+    TraceWriter(**options).append(make_chunk())
+    with pytest.raises(PlacerError, match="begun with another model, corpus or options"):
+        TraceWriter(**options, domains=("other",))
+    assert TraceWriter(**options).num_tokens == 400
+    path = tmp_path / "t.partial" / "chunk-00000.safetensors"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(PlacerError, match="cannot go on"):
+        TraceWriter(**options)
