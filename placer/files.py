@@ -8,14 +8,50 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from placer.errors import PlacerError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 _READ_BYTES = 1 << 20
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, "npt.NDArray[Any]"], header: object = None
+) -> None:
+    """Write a safetensors file; the same tensors and header give the same bytes.
+
+    Parameters
+    ----------
+    path
+        Where to write.
+    tensors
+        Contiguous arrays by name.
+    header
+        Written as canonical JSON under the one metadata key ``placer``: with two keys or
+        more, safetensors orders them at random.
+
+    Raises
+    ------
+    PlacerError
+        If the file cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    metadata = None if header is None else {"placer": canonical_json(header)}
+    with atomic_file(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise PlacerError(
+                f"{path} cannot be written: {error}", f"is there space? df -h {path.parent}"
+            ) from error
 
 
 def partial_path(path: Path) -> Path:

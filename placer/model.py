@@ -76,7 +76,7 @@ class ModelSpec:
         return self.fingerprint is not None
 
     def bound_fingerprint(self) -> str:
-        """Return the fingerprint that ``artifacts.md`` defines, from the fields."""
+        """Return the fingerprint that ``traces/README.md`` defines, from the fields."""
         return sha256_json(
             {
                 "model_type": self.model_type,

@@ -10,11 +10,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from placer.affinity.sparse import SparseCounts
 from placer.errors import PlacerError
-from placer.files import atomic_file, canonical_json, require_file
+from placer.files import require_file, write_tensors
 from placer.model import ModelSpec, require_same_model
 
 IntArray = npt.NDArray[np.int64]
@@ -126,10 +125,7 @@ class Affinity:
             "num_tokens": self.num_tokens,
             "provenance": dict(self.provenance),
         }
-        with atomic_file(path) as temporary:
-            save_file(
-                self.tensors(), temporary, metadata={"placer": canonical_json(header)}
-            )
+        write_tensors(path, self.tensors(), header)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -64,7 +64,8 @@ def shipped_model() -> Path:
     package = Path(__file__).parent
     for place in (package / "model", package.parents[1] / "traces" / "demo" / "model"):
         if (place / "config.json").is_file():
-            return place
+            here = Path.cwd()
+            return place.relative_to(here) if place.is_relative_to(here) else place
     raise PlacerError(
         "this installation ships no demo model", "name one: placer demo --model DIRECTORY"
     )

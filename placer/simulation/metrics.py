@@ -16,7 +16,7 @@ _DECIMALS = 5
 class PolicyMetrics:
     """Traffic and balance of one placement under one home policy.
 
-    Copies are hidden states sent, per token and MoE layer (``problem.md``, section 5).
+    Copies are hidden states sent, per token and MoE layer (``docs/concepts.md``).
 
     Attributes
     ----------

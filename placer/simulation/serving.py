@@ -1,8 +1,7 @@
 """Which rank serves each (token, expert) pair: the replica choice ``local-first``.
 
 The copy at the token's home; else one on the home's node; else any. Equal choices take
-turns by the token's index (``problem.md``, section 1). Without replicas there is nothing
-to choose.
+turns by the token's index. Without replicas there is nothing to choose.
 """
 
 from dataclasses import dataclass

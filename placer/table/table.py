@@ -9,10 +9,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from placer.errors import PlacerError
-from placer.files import atomic_file, canonical_json, require_file
+from placer.files import require_file, write_tensors
 from placer.model import ModelSpec
 from placer.simulation.serving import rank_dtype
 
@@ -197,10 +196,7 @@ class Table:
             "id_space": ID_SPACE,
             "provenance": dict(self.provenance),
         }
-        with atomic_file(path) as temporary:
-            save_file(
-                self.tensors(), temporary, metadata={"placer": canonical_json(header)}
-            )
+        write_tensors(path, self.tensors(), header)
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from placer.errors import PlacerError
 from placer.files import (
@@ -18,6 +17,7 @@ from placer.files import (
     read_json,
     require_absent,
     sha256_file,
+    write_tensors,
 )
 from placer.model import ModelSpec
 from placer.trace.chunk import Chunk
@@ -88,8 +88,7 @@ class TraceWriter:
         chunk.require_within(self.model)
         name = f"chunk-{len(self._chunks):05d}.safetensors"
         path = self._partial / name
-        with atomic_file(path) as temporary:
-            save_file(chunk.tensors(), temporary)
+        write_tensors(path, chunk.tensors())
         self._chunks.append(
             ChunkInfo(
                 file=name,
@@ -148,5 +147,6 @@ class TraceWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._finished and not self.resumable:
+        worth_keeping = self.resumable and self._chunks
+        if not self._finished and not worth_keeping:
             shutil.rmtree(self._partial, ignore_errors=True)
