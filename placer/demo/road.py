@@ -12,6 +12,7 @@ from placer.checkpoint.verify import VerificationReport, verify
 from placer.demo.text import DOMAINS, Split, documents
 from placer.errors import PlacerError
 from placer.files import require_absent
+from placer.model import ModelSpec
 from placer.plan import Placement, Plan
 from placer.plan.plan import Policy
 from placer.plan.planner import plan_from_trace
@@ -87,6 +88,7 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
         If the exported checkpoint is not the same function.
     """
     require_absent(out)
+    ModelSpec.from_checkpoint(model)  # refuse before anything is written
     traces = {split: _record(model, split, out, say) for split in ("profile", "heldout")}
     profile, heldout = traces["profile"], traces["heldout"]
     affinity = affinity_of_traces([profile], None)

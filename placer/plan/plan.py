@@ -151,9 +151,10 @@ class Plan:
                 f"{path} has schema_version {version}, this placer reads {SCHEMA_VERSION}",
                 "install the placer that wrote it, or solve again",
             )
+        again = f"write it anew: placer solve TRACE --out {path}"
         if set(value) != _FIELDS:
-            odd = sorted(set(value) ^ _FIELDS)
-            raise PlacerError(f"{path} has missing or unknown fields: {', '.join(odd)}")
+            odd = ", ".join(sorted(set(value) ^ _FIELDS))
+            raise PlacerError(f"{path} has missing or unknown fields: {odd}", again)
         try:
             model = ModelSpec.from_json(value["model"])
             return cls(
@@ -171,10 +172,10 @@ class Plan:
                 metrics=value["metrics"],
                 provenance=value["provenance"],
             )
-        except (KeyError, TypeError) as error:
-            raise PlacerError(f"{path} is damaged: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlacerError(f"{path} is damaged: {error}", again) from error
         except PlacerError as error:
-            raise PlacerError(f"{path}: {error}", error.hint) from error
+            raise PlacerError(f"{path}: {error}", error.hint or again) from error
 
 
 def plan_sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from placer.model import ModelSpec
 
 SCHEMA_VERSION = 1
 HEADER_NAME = "trace.json"
+AGAIN = "record or import the trace again"
 _FIELDS = {
     "schema_version",
     "model",
@@ -109,9 +110,9 @@ class TraceHeader:
                 "install the placer that wrote it, or record again",
             )
         if set(value) != _FIELDS:
-            odd = sorted(set(value) ^ _FIELDS)
+            odd = ", ".join(sorted(set(value) ^ _FIELDS))
             raise PlacerError(
-                f"{directory / HEADER_NAME} has missing or unknown fields: {', '.join(odd)}"
+                f"{directory / HEADER_NAME} has missing or unknown fields: {odd}", AGAIN
             )
         if value["id_space"] != "logical":
             raise PlacerError(
@@ -126,4 +127,6 @@ class TraceHeader:
                 chunks=tuple(ChunkInfo(**chunk) for chunk in value["chunks"]),
             )
         except (KeyError, TypeError) as error:
-            raise PlacerError(f"{directory / HEADER_NAME} is damaged: {error}") from error
+            raise PlacerError(
+                f"{directory / HEADER_NAME} is damaged: {error}", AGAIN
+            ) from error

@@ -11,7 +11,7 @@ from placer.files import sha256_file
 from placer.model import ModelSpec
 from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
-from placer.trace.header import HEADER_NAME, ChunkInfo, TraceHeader
+from placer.trace.header import AGAIN, HEADER_NAME, ChunkInfo, TraceHeader
 
 
 class Trace:
@@ -51,7 +51,7 @@ class Trace:
                 raise PlacerError(
                     f"sequence {last_sequence} goes on in {self.directory / info.file}, "
                     "but a chunk holds whole sequences",
-                    "record or import the trace again",
+                    AGAIN,
                 )
             last_sequence = (
                 int(chunk.sequence_ids[-1]) if chunk.num_tokens else last_sequence
@@ -68,11 +68,13 @@ class Trace:
     def _read(self, info: ChunkInfo) -> Chunk:
         path = self.directory / info.file
         if Path(info.file).name != info.file:
-            raise PlacerError(f"{self.directory}: chunk name {info.file!r} is a path")
+            raise PlacerError(
+                f"{self.directory}: chunk name {info.file!r} is a path", AGAIN
+            )
         if not path.is_file():
             raise PlacerError(
                 f"{self.directory} lists chunk {info.file}, which does not exist",
-                "record or import the trace again",
+                AGAIN,
             )
         data = path.read_bytes()
         found = sha256_file(path)
@@ -85,11 +87,14 @@ class Trace:
         try:
             chunk = Chunk.from_tensors(load(data), self.model.num_layers)
             chunk.require_within(self.model)
-        except (SafetensorError, PlacerError) as error:
-            raise PlacerError(f"chunk {path}: {error}") from error
+        except SafetensorError as error:
+            raise PlacerError(f"chunk {path}: {error}", AGAIN) from error
+        except PlacerError as error:
+            raise PlacerError(f"chunk {path}: {error}", error.hint or AGAIN) from error
         if chunk.num_tokens != info.num_tokens:
             raise PlacerError(
                 f"chunk {path} holds {chunk.num_tokens} tokens, "
-                f"but trace.json says {info.num_tokens}"
+                f"but trace.json says {info.num_tokens}",
+                AGAIN,
             )
         return chunk

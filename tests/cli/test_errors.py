@@ -1,0 +1,191 @@
+"""Every command refuses with one sentence, the remedy and the documented exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.cli.main import main
+from placer.trace import Trace
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
+    """Return a runner of a command that must fail and leave nothing at ``out``."""
+
+    def command(exit_code: int, *words: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        printed = capsys.readouterr()
+        assert ended.value.code == exit_code, printed.err
+        assert printed.out == ""
+        errors = [
+            e for e in printed.err.splitlines() if not e.startswith(("warning", "prove"))
+        ]
+        assert len(errors) == 2, printed.err
+        assert errors[0].startswith("placer: ")
+        assert errors[1].startswith("hint: ")
+        assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
+        return printed.err
+
+    return command
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path,
+    tiny_model: Path,
+    tiny_sharded_model: Path,
+    make_trace: Callable[..., Trace],
+    make_plan: Callable[..., Path],
+) -> dict[str, Path]:
+    """Return a trace, a plan of another model, a truncated trace and so on."""
+    trace = make_trace().directory
+    truncated = tmp_path / "truncated"
+    shutil.copytree(trace, truncated)
+    chunk = truncated / "chunk-00000.safetensors"
+    chunk.write_bytes(chunk.read_bytes()[:-40])
+    text = tmp_path / "text.txt"
+    text.write_text("some text to read")
+    blob = tmp_path / "blob.bin"
+    blob.write_bytes(bytes(range(256)))
+    return {
+        "trace": trace,
+        "truncated": truncated,
+        "plan": make_plan(tiny_model),
+        "model": tiny_model,
+        "other": tiny_sharded_model,
+        "text": text,
+        "blob": blob,
+        "nowhere": tmp_path / "nowhere",
+        "out": tmp_path / "out",
+    }
+
+
+CASES = [
+    (1, "does not exist", "record nowhere --corpus text --out out"),
+    (1, "corpus .* does not exist", "record model --corpus nowhere --out out"),
+    (2, "no text", "record model --out out"),
+    (1, "already exists", "record model --corpus text --out trace"),
+    (1, "does not exist", "import npz nowhere --out out"),
+    (1, "no readable", "import npz blob --out out"),
+    (2, "format 'zip' is not known", "import zip blob --out out"),
+    (1, "does not exist", "affinity nowhere --out out"),
+    (1, "is damaged: SHA-256", "affinity truncated --out out"),
+    (2, "given twice", "affinity trace trace --out out"),
+    (2, "a fold is written K/N", "affinity trace --fold half --out out"),
+    (2, "exclude each other", "affinity trace --fold 0/2 --not-fold 0/2 --out out"),
+    (1, "does not exist", "solve nowhere --gpus-per-node 2 --out out"),
+    (1, "is damaged: SHA-256", "solve truncated --gpus-per-node 2 --out out"),
+    (1, "affinity .* cannot be read", "solve blob --gpus-per-node 2 --out out"),
+    (2, "8 slots do not divide over 3", "solve trace --gpus-per-node 3 --out out"),
+    (2, "cannot be solved for", "solve trace --gpus-per-node 2 --policy token --out out"),
+    (2, "per-expert", "solve trace --gpus-per-node 2 --exchange per-expert --out out"),
+    (3, "out of reach", "solve trace --gpus-per-node 8 --max-imbalance 1.0 --out out"),
+    (
+        4,
+        "no proof",
+        "solve trace --gpus-per-node 4 --max-imbalance 2 --policy follow "
+        "--require-optimal --out out",
+    ),
+    (1, "does not exist", "tables nowhere trace --out out"),
+    (1, "different models", "tables plan trace --out out"),
+    (1, "does not exist", "simulate nowhere trace"),
+    (1, "different models", "simulate plan trace"),
+    (1, "does not exist", "export checkpoint nowhere model --out out"),
+    (1, "does not exist", "export checkpoint plan nowhere --out out"),
+    (1, "different models", "export checkpoint plan other --out out"),
+    (2, "needs the model", "export checkpoint plan --out out"),
+    (2, "target 'vllm' is not known", "export vllm plan model --out out"),
+    (1, "does not exist", "export checkpoint model --inverse --out out"),
+    (1, r"only if it ends in \.json", "export sglang plan model --out out"),
+    (1, "does not exist", "verify model model plan"),
+    (1, "does not exist", "verify nowhere model plan"),
+    (1, "", "inspect nowhere"),
+    (1, "", "inspect blob"),
+    (1, "does not exist", "demo --model nowhere --out out"),
+]
+
+
+@pytest.mark.parametrize(("exit_code", "match", "line"), CASES, ids=[c[2] for c in CASES])
+def test_refused(
+    world: dict[str, Path], refused: Refused, exit_code: int, match: str, line: str
+) -> None:
+    import re
+
+    words = [world.get(word, word) for word in line.split()]
+    assert re.search(match, refused(exit_code, *words))
+
+
+def test_experts_out_of_range_are_refused(
+    world: dict[str, Path], tiny_model: Path, tmp_path: Path, refused: Refused
+) -> None:
+    path = tmp_path / "archive.npz"
+    experts = np.tile(np.asarray([3, 400]), (5, 2, 1))
+    np.savez(path, experts=experts, sequence_ids=np.zeros(5, int))
+    words = ("import", "npz", path, "--model", tiny_model, "--out", world["out"])
+    assert "ids up to 400" in refused(1, *words)
+
+
+def test_a_plan_edited_by_hand_is_refused(world: dict[str, Path], refused: Refused) -> None:
+    value = json.loads(world["plan"].read_text())
+    for change, match in (
+        ({"physical_to_logical_map": [[0] * 8, [1] * 8]}, "expert 1 has no slot"),
+        ({"num_ranks": 3}, "8 slots do not divide over 3 ranks"),
+        ({"solver": {}}, "is damaged"),
+        ({"schema_version": 9}, "schema_version 9"),
+    ):
+        world["plan"].write_text(json.dumps(value | change))
+        assert match in refused(1, "simulate", world["plan"], world["trace"])
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Path:
+    """A file system of 64 KiB; only root may mount one."""
+    place = tmp_path / "full"
+    place.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this system does not let root mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_nothing(
+    world: dict[str, Path], full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (full_disk / "ballast").write_bytes(bytes(61_000))
+    outs = (full_disk / f"{name}.json" for name in "abcde")
+    for words in (
+        ("record", world["model"], "--corpus", world["text"], "--out", next(outs)),
+        ("affinity", world["trace"], "--out", next(outs)),
+        (
+            "solve",
+            world["trace"],
+            "--gpus-per-node",
+            "2",
+            "--max-imbalance",
+            "3",
+            "--out",
+            next(outs),
+        ),
+        ("export", "checkpoint", world["plan"], world["model"], "--out", next(outs)),
+        ("inspect", world["plan"], "--html", next(outs)),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        printed = capsys.readouterr().err
+        assert ended.value.code == 1, printed
+        assert "df -h" in printed, words
+        left = {path.name for path in full_disk.iterdir()} - {"ballast"}
+        assert all(name.endswith(".partial") for name in left), words
