@@ -142,22 +142,19 @@ def tiny_sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_plan(tmp_path: Path) -> Callable[..., Path]:
-    """Return a writer of a plan that places experts of a checkpoint at random."""
+def write_plan(tmp_path: Path) -> Callable[..., Path]:
+    """Return a writer of a plan that was not solved: of a placement as it is given."""
     from placer.plan import Placement, Plan, SolverReport
 
-    def build(model_directory: Path, *, seed: int = 0, num_ranks: int = 4) -> Path:
-        model = ModelSpec.from_checkpoint(model_directory)
-        rng = np.random.default_rng(seed)
+    def write(
+        model: ModelSpec,
+        placement: Placement,
+        name: str = "plan.json",
+        **provenance: object,
+    ) -> Path:
         plan = Plan(
             model=model,
-            placement=Placement(
-                physical_to_logical_map=tuple(
-                    rng.permutation(size) for size in model.num_experts
-                ),
-                num_experts=model.num_experts,
-                num_ranks=num_ranks,
-            ),
+            placement=placement,
             policy="fixed",
             exchange="per-rank",
             max_imbalance=1.1,
@@ -167,15 +164,27 @@ def make_plan(tmp_path: Path) -> Callable[..., Path]:
                 objective=0.0,
                 bound=None,
                 gap=None,
-                bound_method="placed at random",
+                bound_method="placed without a solver",
                 seconds=None,
-                seed=seed,
+                seed=0,
             ),
             metrics={"profile": None, "heldout": None, "baselines": {}},
-            provenance={},
+            provenance=provenance,
         )
-        path = tmp_path / f"plan-{model_directory.parent.name}-{seed}.json"
-        plan.write(path)
-        return path
+        plan.write(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def make_plan(write_plan: Callable[..., Path]) -> Callable[..., Path]:
+    """Return a writer of a plan that places experts of a checkpoint at random."""
+    from placer.simulation.baselines import random
+
+    def build(model_directory: Path, *, seed: int = 0, num_ranks: int = 4) -> Path:
+        model = ModelSpec.from_checkpoint(model_directory)
+        name = f"plan-{model_directory.parent.name}-{seed}.json"
+        return write_plan(model, random(model.num_experts, num_ranks, seed=seed), name)
 
     return build

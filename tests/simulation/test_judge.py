@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from placer.errors import PlacerError, UsageError
-from placer.plan import Placement, Plan, SolverReport
+from placer.plan import Placement
 from placer.simulation import balanced, contiguous, simulate
 from placer.simulation.judge import judge_plan
 from placer.simulation.profile import expert_load
@@ -15,40 +15,20 @@ from placer.trace import Fold
 
 
 @pytest.fixture
-def write_plan(tmp_path):
-    """Return a writer of the contiguous plan of a trace, with provenance."""
+def plan_of(write_plan):
+    """Return a writer of a plan for a trace, contiguous unless another is given."""
 
     def write(trace, placement=None, **provenance):
-        sizes = trace.model.num_experts
-        path = tmp_path / "plan.json"
-        Plan(
-            model=trace.model,
-            placement=placement or contiguous(sizes, 4),
-            policy="fixed",
-            exchange="per-rank",
-            max_imbalance=1.1,
-            solver=SolverReport(
-                status="feasible",
-                objective_name="pairs",
-                objective=0.0,
-                bound=None,
-                gap=None,
-                bound_method="none",
-                seconds=None,
-                seed=0,
-            ),
-            metrics={"profile": None, "heldout": None, "baselines": {}},
-            provenance=provenance,
-        ).write(path)
-        return path
+        placed = placement or contiguous(trace.model.num_experts, 4)
+        return write_plan(trace.model, placed, **provenance)
 
     return write
 
 
-def test_policies_and_baselines_are_those_of_simulate(make_trace, write_plan):
+def test_policies_and_baselines_are_those_of_simulate(make_trace, plan_of):
     """Balanced sees the load of the plan's own profile fold, and nothing else."""
     trace = make_trace(num_sequences=40)
-    plan = write_plan(trace, fold="0/2", trace_sha256=trace.sha256)
+    plan = plan_of(trace, fold="0/2", trace_sha256=trace.sha256)
     judged = judge_plan(plan, trace, fold=Fold(1, 2), batch_size=64)
     tokens = trace.read(Fold(1, 2))
     load = expert_load(trace, Fold(0, 2))
@@ -69,12 +49,12 @@ def test_the_load_of_a_fold_is_counted_exactly(make_trace):
         assert counts.tolist() == [int((experts == e).sum()) for e in range(8)]
 
 
-def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, write_plan):
+def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
     trace = make_trace(num_sequences=40)
     num_sequences = len(np.unique(trace.read().sequence_ids))
 
     def warnings(judged_on, **provenance):
-        judged = judge_plan(write_plan(trace, **provenance), trace, fold=judged_on)
+        judged = judge_plan(plan_of(trace, **provenance), trace, fold=judged_on)
         return " ".join(w for w in judged.warnings if "flatter" in w)
 
     assert f"{num_sequences} of the {num_sequences}" in warnings(None)
@@ -91,16 +71,16 @@ def test_without_a_profile_fold_balanced_says_that_it_sees_everything(
     make_trace, write_plan
 ):
     trace = make_trace(num_sequences=40)
-    judged = judge_plan(write_plan(trace), trace)
+    judged = judge_plan(plan_of(trace), trace)
     assert any("balanced is given the load of all" in w for w in judged.warnings)
-    alone = judge_plan(write_plan(trace), trace, baselines=("contiguous",))
+    alone = judge_plan(plan_of(trace), trace, baselines=("contiguous",))
     assert not any("balanced" in w for w in alone.warnings)
 
 
 @pytest.mark.parametrize(("num_sequences", "warned"), [(8, True), (60, False)])
-def test_few_sequences_support_no_verdict(make_trace, write_plan, num_sequences, warned):
+def test_few_sequences_support_no_verdict(make_trace, plan_of, num_sequences, warned):
     trace = make_trace(num_sequences=num_sequences)
-    judged = judge_plan(write_plan(trace), trace)
+    judged = judge_plan(plan_of(trace), trace)
     assert (
         any("too few for an interval or a verdict" in w for w in judged.warnings) == warned
     )
@@ -115,14 +95,14 @@ def test_redundant_experts_that_leave_no_even_baseline_are_explained(
     placement = Placement(
         physical_to_logical_map=(row,) * 3, num_experts=(6,) * 3, num_ranks=4
     )
-    judged = judge_plan(write_plan(trace, placement), trace)
+    judged = judge_plan(plan_of(trace, placement), trace)
     assert judged.baselines == {}
     assert any("6 experts do not divide over 4 ranks" in w for w in judged.warnings)
 
 
-def test_a_table_of_another_plan_is_refused(make_trace, write_plan, tmp_path):
+def test_a_table_of_another_plan_is_refused(make_trace, plan_of, tmp_path):
     trace = make_trace()
-    plan, table = write_plan(trace), tmp_path / "table.safetensors"
+    plan, table = plan_of(trace), tmp_path / "table.safetensors"
     dataclasses.replace(
         build_table(contiguous((8,) * 3, 4), trace.read(), vocab_size=50),
         plan_sha256="0" * 64,
@@ -132,24 +112,24 @@ def test_a_table_of_another_plan_is_refused(make_trace, write_plan, tmp_path):
     assert f"placer tables {plan} TRACE" in error.value.hint
 
 
-def test_a_trace_of_another_model_is_refused(make_trace, write_plan):
-    plan = write_plan(make_trace())
+def test_a_trace_of_another_model_is_refused(make_trace, plan_of):
+    plan = plan_of(make_trace())
     other = make_trace("other", num_experts=(8, 8))
     with pytest.raises(PlacerError, match="different models") as error:
         judge_plan(plan, other)
     assert "placer inspect" in error.value.hint
 
 
-def test_an_unknown_baseline_is_refused(make_trace, write_plan):
+def test_an_unknown_baseline_is_refused(make_trace, plan_of):
     trace = make_trace()
     with pytest.raises(UsageError, match="--baseline best is not known") as error:
-        judge_plan(write_plan(trace), trace, baselines=("best",))
+        judge_plan(plan_of(trace), trace, baselines=("best",))
     assert "contiguous, balanced, random" in error.value.hint
 
 
-def test_facts_name_the_bytes_of_a_hidden_state(make_trace, write_plan):
+def test_facts_name_the_bytes_of_a_hidden_state(make_trace, plan_of):
     trace = make_trace()
-    judged = judge_plan(write_plan(trace), trace)
+    judged = judge_plan(plan_of(trace), trace)
     assert not any("bytes" in fact for fact in judged.facts())
     wide = dataclasses.replace(judged, hidden_size=100)
     copies = judged.policies["fixed"].remote_rank_copies_per_token

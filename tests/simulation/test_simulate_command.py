@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
 from placer.errors import PlacerError, UsageError
-from placer.plan import Plan, SolverReport
 from placer.simulation import contiguous
 from placer.table import Table
 
@@ -24,29 +23,11 @@ def call(*words):
 
 
 @pytest.fixture
-def files(make_trace, tmp_path):
+def files(make_trace, write_plan, tmp_path):
     """A trace of 60 sequences and the contiguous plan, solved on the even ones."""
     trace = make_trace(num_sequences=60, num_tokens=2_000)
-    plan = tmp_path / "plan.json"
-    Plan(
-        model=trace.model,
-        placement=contiguous(trace.model.num_experts, 4),
-        policy="fixed",
-        exchange="per-rank",
-        max_imbalance=1.1,
-        solver=SolverReport(
-            status="feasible",
-            objective_name="pairs",
-            objective=0.0,
-            bound=None,
-            gap=None,
-            bound_method="none",
-            seconds=None,
-            seed=0,
-        ),
-        metrics={"profile": None, "heldout": None, "baselines": {}},
-        provenance={"fold": "0/2", "trace_sha256": trace.sha256},
-    ).write(plan)
+    placement = contiguous(trace.model.num_experts, 4)
+    plan = write_plan(trace.model, placement, fold="0/2", trace_sha256=trace.sha256)
     return plan, trace.directory, tmp_path / "table.safetensors"
 
 

@@ -11,38 +11,17 @@ from safetensors.torch import save_file
 from placer import __version__
 from placer.errors import PlacerError
 from placer.files import sha256_file
-from placer.plan import Plan, SolverReport
 from placer.simulation import contiguous
 from placer.table.make import TableOptions, make_table
 from placer.trace import Chunk, Fold, Trace, TraceWriter
 
 
 @pytest.fixture
-def write_plan(tmp_path):
+def plan_of(write_plan):
     """Return a writer of the contiguous plan of a trace."""
 
     def write(trace, **provenance):
-        path = tmp_path / "plan.json"
-        Plan(
-            model=trace.model,
-            placement=contiguous(trace.model.num_experts, 4),
-            policy="fixed",
-            exchange="per-rank",
-            max_imbalance=1.1,
-            solver=SolverReport(
-                status="feasible",
-                objective_name="pairs",
-                objective=0.0,
-                bound=None,
-                gap=None,
-                bound_method="none",
-                seconds=None,
-                seed=0,
-            ),
-            metrics={"profile": None, "heldout": None, "baselines": {}},
-            provenance=provenance,
-        ).write(path)
-        return path
+        return write_plan(trace.model, contiguous(trace.model.num_experts, 4), **provenance)
 
     return write
 
@@ -67,9 +46,9 @@ def write_checkpoint(folder, rows, num_experts=8):
     return folder
 
 
-def test_the_table_names_the_files_that_it_depends_on(make_trace, write_plan):
+def test_the_table_names_the_files_that_it_depends_on(make_trace, plan_of):
     trace = make_trace()
-    plan = write_plan(trace)
+    plan = plan_of(trace)
     table = make_table(plan, trace, fold=None, options=TableOptions()).table
     assert table.plan_sha256 == sha256_file(plan)
     assert table.trace_sha256 == trace.sha256
@@ -82,12 +61,12 @@ def test_the_table_names_the_files_that_it_depends_on(make_trace, write_plan):
     }
 
 
-def test_the_profile_is_the_plans_own_unless_a_fold_is_given(make_trace, write_plan):
+def test_the_profile_is_the_plans_own_unless_a_fold_is_given(make_trace, plan_of):
     trace = make_trace()
-    plan = write_plan(trace, fold="0/2", trace_sha256=trace.sha256)
+    plan = plan_of(trace, fold="0/2", trace_sha256=trace.sha256)
     own = make_table(plan, trace, fold=None, options=TableOptions())
     given = make_table(plan, trace, fold=Fold(1, 2), options=TableOptions())
-    elsewhere = write_plan(trace, fold="0/2", trace_sha256="of another trace")
+    elsewhere = plan_of(trace, fold="0/2", trace_sha256="of another trace")
     every = make_table(elsewhere, trace, fold=None, options=TableOptions())
     assert own.profile == Fold(0, 2)
     assert given.profile == Fold(1, 2)
@@ -97,15 +76,15 @@ def test_the_profile_is_the_plans_own_unless_a_fold_is_given(make_trace, write_p
     assert not np.array_equal(own.table.token_confidence, given.table.token_confidence)
 
 
-def test_the_vocabulary_of_an_unbound_trace_ends_at_the_largest_id(make_trace, write_plan):
+def test_the_vocabulary_of_an_unbound_trace_ends_at_the_largest_id(make_trace, plan_of):
     trace = make_trace()
-    result = make_table(write_plan(trace), trace, fold=None, options=TableOptions())
+    result = make_table(plan_of(trace), trace, fold=None, options=TableOptions())
     assert result.table.vocab_size == int(trace.read().token_ids.max()) + 1
     assert result.num_seen_ids == len(np.unique(trace.read().token_ids))
 
 
 def test_a_checkpoint_gives_unseen_ids_a_row_and_the_tokenizer_a_hash(
-    make_trace, write_plan, tmp_path
+    make_trace, plan_of, tmp_path
 ):
     """The trace of 50 ids knows that its vocabulary has 100; id 50 + n is like id n."""
     rows = np.random.default_rng(0).normal(size=(50, 16))
@@ -119,21 +98,21 @@ def test_a_checkpoint_gives_unseen_ids_a_row_and_the_tokenizer_a_hash(
         writer.finish()
     trace = Trace(tmp_path / "wide")
     options = TableOptions(embeddings=folder)
-    table = make_table(write_plan(trace), trace, fold=None, options=options).table
+    table = make_table(plan_of(trace), trace, fold=None, options=options).table
     assert np.array_equal(table.token_rank[:, 50:], table.token_rank[:, :50])
     assert table.tokenizer_sha256 == sha256_file(folder / "tokenizer.json")
     assert table.provenance["unseen_ids"] == "nearest embedding"
 
 
-def test_a_checkpoint_of_another_model_is_refused(make_trace, write_plan, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(make_trace, plan_of, tmp_path):
     trace = make_trace()
     folder = write_checkpoint(tmp_path / "model", np.ones((50, 4)), num_experts=16)
     options = TableOptions(embeddings=folder)
     with pytest.raises(PlacerError, match="different models"):
-        make_table(write_plan(trace), trace, fold=None, options=options)
+        make_table(plan_of(trace), trace, fold=None, options=options)
 
 
-def test_a_trace_without_token_ids_is_refused(make_trace, write_plan, tmp_path):
+def test_a_trace_without_token_ids_is_refused(make_trace, plan_of, tmp_path):
     plain = make_trace()
     tokens = plain.read()
     with TraceWriter(directory=tmp_path / "bare", model=plain.model) as writer:
@@ -147,5 +126,5 @@ def test_a_trace_without_token_ids_is_refused(make_trace, write_plan, tmp_path):
         writer.finish()
     trace = Trace(tmp_path / "bare")
     with pytest.raises(PlacerError, match="no token ids") as error:
-        make_table(write_plan(trace), trace, fold=None, options=TableOptions())
+        make_table(plan_of(trace), trace, fold=None, options=TableOptions())
     assert "placer record MODEL" in error.value.hint
