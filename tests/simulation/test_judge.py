@@ -67,9 +67,7 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
     assert warnings(None, trace_sha256="of another trace") == ""
 
 
-def test_without_a_profile_fold_balanced_says_that_it_sees_everything(
-    make_trace, write_plan
-):
+def test_without_a_profile_fold_balanced_says_that_it_sees_everything(make_trace, plan_of):
     trace = make_trace(num_sequences=40)
     judged = judge_plan(plan_of(trace), trace)
     assert any("balanced is given the load of all" in w for w in judged.warnings)
@@ -86,9 +84,7 @@ def test_few_sequences_support_no_verdict(make_trace, plan_of, num_sequences, wa
     )
 
 
-def test_redundant_experts_that_leave_no_even_baseline_are_explained(
-    make_trace, write_plan
-):
+def test_redundant_experts_that_leave_no_even_baseline_are_explained(make_trace, plan_of):
     """Six experts on four ranks fit only with two replicas, which no baseline has."""
     trace = make_trace(num_experts=(6, 6, 6))
     row = np.array([0, 1, 2, 3, 4, 5, 0, 1])
