@@ -12,6 +12,7 @@ import inspect
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -58,30 +59,36 @@ class Document:
     @property
     def split(self) -> Split:
         """Two tenths of the names are never trained on: one to profile, one held out."""
-        digest = hashlib.sha256(self.name.encode()).digest()
-        tenth = digest[0] % 10
-        return "heldout" if tenth == 0 else "profile" if tenth == 1 else "train"
+        return split_of(self.name)
 
 
-def documents(split: Split | None = None) -> list[Document]:
-    """Return the documents of ``split``, or all of them, by domain and name."""
-    found = [*_library_documents(), *_topic_documents()]
-    chosen = [one for one in found if split is None or one.split == split]
-    return sorted(chosen, key=lambda one: (one.domain, one.name))
+def split_of(name: str) -> Split:
+    """Return the split of all documents of a name."""
+    tenth = hashlib.sha256(name.encode()).digest()[0] % 10
+    return "heldout" if tenth == 0 else "profile" if tenth == 1 else "train"
 
 
-def _topic_documents() -> Iterator[Document]:
+@cache
+def documents(split: Split) -> tuple[Document, ...]:
+    """Return the documents of a split, sorted by domain and name."""
+    found = [*_library_documents(split), *_topic_documents(split)]
+    return tuple(sorted(found, key=lambda one: (one.domain, one.name)))
+
+
+def _topic_documents(split: Split) -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
-        yield Document(name=name, domain="topics", text=text.strip() + "\n")
+        if split_of(name) == split:
+            yield Document(name=name, domain="topics", text=text.strip() + "\n")
 
 
-def _library_documents() -> Iterator[Document]:
+def _library_documents(split: Split) -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if _SKIPPED_DIRECTORIES.intersection(relative.parts):
+        name = relative.as_posix()
+        if _SKIPPED_DIRECTORIES.intersection(relative.parts) or split_of(name) != split:
             continue
         try:
             source = path.read_text(encoding="utf-8")
@@ -89,7 +96,6 @@ def _library_documents() -> Iterator[Document]:
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue  # deliberately broken or foreign files are no text to learn from
         docstrings, code = _separate(source, tree)
-        name = relative.as_posix()
         if code.strip():
             yield Document(name=name, domain="code", text=code)
         if docstrings:

@@ -1,0 +1,127 @@
+"""The demo's text and model are what their pages say."""
+
+import json
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from placer.checkpoint.export import export_checkpoint
+from placer.demo.road import run_demo, shipped_model
+from placer.demo.text import DOMAINS, documents
+from placer.model import ModelSpec
+from placer.trace import Trace
+
+SPLITS = ("train", "profile", "heldout")
+MODEL = Path(__file__).resolve().parents[2] / "traces" / "demo" / "model"
+
+
+def test_splits_share_no_document_and_leave_none_out() -> None:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    names = {split: {d.name for d in documents(split)} for split in SPLITS}
+    assert not names["train"] & names["profile"] | names["profile"] & names["heldout"]
+    assert not names["train"] & names["heldout"]
+    everything = set.union(*names.values())
+    assert everything >= {"bisect.py", "json/decoder.py", "operator-summary", "with"}
+    assert everything >= {p.name for p in library.glob("[c-z]*.py") if p.stat().st_size}
+    for split in SPLITS:
+        assert {one.domain for one in documents(split)} == set(DOMAINS)
+        assert {one.split for one in documents(split)} == {split}
+
+
+def test_code_has_no_docstrings_left() -> None:
+    found = {
+        d.domain: d.text
+        for split in SPLITS
+        for d in documents(split)
+        if d.name == "bisect.py"
+    }
+    code, prose = found["code"], found["docstrings"]
+    assert "def insort_right(" in code
+    assert '"""' not in code
+    assert prose.startswith("Bisection algorithms.")
+    assert "Insert item x in list a" in prose
+
+
+def test_the_shipped_model_is_small_and_of_the_stated_shape() -> None:
+    assert shipped_model().resolve() == MODEL
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 16_000_000
+    model = ModelSpec.from_checkpoint(MODEL)
+    assert model.num_experts == (32,) * 8
+    assert model.top_k == 4
+    for folder in sorted((MODEL.parent / "traces").iterdir()):
+        assert Trace(folder).model.fingerprint == model.fingerprint
+        assert Trace(folder).read().num_tokens > 40_000
+
+
+def test_the_shipped_model_has_the_held_out_loss_of_its_card() -> None:
+    card = json.loads((MODEL / "training.json").read_text())
+    if card["python"].rsplit(".", 1)[0] != f"{sys.version_info[0]}.{sys.version_info[1]}":
+        pytest.skip("the text of the card is that of another Python version")
+    figures = card["domains"]["topics"]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    total, count = 0.0, 0
+    for document in documents("heldout"):
+        if document.domain != "topics":
+            continue
+        ids = torch.tensor(tokenizer(document.text, verbose=False)["input_ids"])
+        for start in range(0, len(ids) - 1, 256):
+            window = ids[None, start : start + 257]
+            with torch.inference_mode():
+                logits = model(input_ids=window[:, :-1]).logits[0]
+            total += float(
+                torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum")
+            )
+            count += window.shape[1] - 1
+    assert total / count == pytest.approx(figures["heldout_loss_nats"], abs=0.1)
+    assert total / count < 0.5 * figures["unigram_cross_entropy_nats"]
+
+
+def test_greedy_text_of_the_exported_demo_model_is_the_same(
+    make_plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Eight prompts of 64 new tokens in float32, by plain transformers."""
+    export_checkpoint(make_plan(MODEL), MODEL, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    chosen = [d for domain in DOMAINS for d in documents("heldout") if d.domain == domain]
+    prompts = torch.tensor([tokenizer(d.text)["input_ids"][:16] for d in chosen[::8][:8]])
+    assert len(prompts) == 8
+    written = []
+    for folder in (MODEL, tmp_path / "out"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ids = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+        )
+        written.append(tokenizer.batch_decode(ids))
+    assert written[0] == written[1]
+    assert len(set(written[0])) == 8
+
+
+def test_the_demo_walks_the_whole_road(tiny_model: Path, tmp_path: Path) -> None:
+    """On a model of random weights, for speed; ``make check`` runs it on the real one."""
+    said: list[str] = []
+    report = run_demo(tiny_model, tmp_path / "out", said.append)
+    assert set(report.figures) == {"contiguous", "balanced", "placer"}
+    assert report.verification.num_tensors > 0
+    for path in report.files.values():
+        assert (tmp_path / "out" / path).exists()
+    commands = [line.split()[1] for line in said if line.startswith("placer")]
+    assert commands == [
+        "record",
+        "record",
+        "solve",
+        "solve",
+        "export",
+        "export",
+        "verify",
+        "inspect",
+    ]
