@@ -19,6 +19,7 @@ from placer.model import ModelSpec, require_same_model
 IntArray = npt.NDArray[np.int64]
 SCHEMA_VERSION = 1
 KIND = "affinity"
+_HEADER_FIELDS = ("kind", "schema_version", "model", "num_tokens", "provenance")
 _SPARSE = ("token_expert", "sequence_expert")
 
 
@@ -64,9 +65,12 @@ class Affinity:
             "transition": list(itertools.pairwise(sizes)),
         }
         for name, shapes in expected.items():
-            found = [counts.shape for counts in getattr(self, name)]
+            counts = getattr(self, name)
+            found = [one.shape for one in counts]
             if found != shapes:
                 raise PlacerError(f"{name} has shapes {found}, expected {shapes}")
+            if any(one.dtype != np.int64 or (one < 0).any() for one in counts):
+                raise PlacerError(f"{name} must hold int64 counts, none negative")
 
     def add(self, other: "Affinity") -> "Affinity":
         """Return the sum of two counts of one model; optional rows must be in both.
@@ -137,39 +141,54 @@ class Affinity:
             If it is no affinity file, truncated, or of another schema version.
         """
         require_file(path, "affinity")
+        again = f"count again: placer affinity TRACE --out {path}"
         try:
             with safe_open(path, "np") as opened:
-                metadata = (opened.metadata() or {}).get("placer", "{}")
+                header = json.loads((opened.metadata() or {}).get("placer", "{}"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            header = json.loads(metadata)
         except (SafetensorError, json.JSONDecodeError) as error:
+            raise PlacerError(f"affinity {path} cannot be read: {error}", again) from error
+        if not isinstance(header, dict) or header.get("kind") != KIND:
             raise PlacerError(
-                f"affinity {path} cannot be read: {error}",
-                f"count again: placer affinity TRACE --out {path}",
-            ) from error
-        if header.get("kind") != KIND or header.get("schema_version") != SCHEMA_VERSION:
-            raise PlacerError(
-                f"{path} is no affinity file of schema version {SCHEMA_VERSION}",
+                f"{path} is no affinity file",
                 "write one: placer affinity TRACE --out AFFINITY",
             )
-        model = ModelSpec.from_json(header["model"])
-        try:
-            return cls(
-                model=model,
-                num_tokens=header["num_tokens"],
-                load=tuple(tensors[f"load.{n}"] for n in range(model.num_layers)),
-                transition=tuple(
-                    tensors[f"transition.{n}"] for n in range(model.num_layers - 1)
-                ),
-                coactivation=tuple(
-                    tensors[f"coactivation.{n}"] for n in range(model.num_layers)
-                ),
-                token_expert=_read_rows("token_expert", tensors, model),
-                sequence_expert=_read_rows("sequence_expert", tensors, model),
-                provenance=header["provenance"],
+        if header.get("schema_version") != SCHEMA_VERSION:
+            raise PlacerError(
+                f"{path} has schema_version {header.get('schema_version')}, "
+                f"this placer reads {SCHEMA_VERSION}",
+                again,
             )
-        except KeyError as error:
-            raise PlacerError(f"affinity {path} lacks {error}") from error
+        try:
+            read = cls._from_tensors(header, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, PlacerError) as error:
+            raise PlacerError(f"affinity {path} is damaged: {error}", again) from error
+        odd = sorted({*header, *tensors} ^ {*_HEADER_FIELDS, *read.tensors()})
+        if odd:
+            raise PlacerError(
+                f"affinity {path} has missing or unknown fields: {', '.join(odd)}", again
+            )
+        return read
+
+    @classmethod
+    def _from_tensors(
+        cls, header: Mapping[str, Any], tensors: Mapping[str, IntArray]
+    ) -> Self:
+        model = ModelSpec.from_json(header["model"])
+
+        def layers(name: str, number: int) -> tuple[IntArray, ...]:
+            return tuple(tensors[f"{name}.{n}"] for n in range(number))
+
+        return cls(
+            model=model,
+            num_tokens=header["num_tokens"],
+            load=layers("load", model.num_layers),
+            transition=layers("transition", model.num_layers - 1),
+            coactivation=layers("coactivation", model.num_layers),
+            token_expert=_read_rows("token_expert", tensors, model),
+            sequence_expert=_read_rows("sequence_expert", tensors, model),
+            provenance=header["provenance"],
+        )
 
 
 def _read_rows(

@@ -126,7 +126,7 @@ class TraceHeader:
                 provenance=value["provenance"],
                 chunks=tuple(ChunkInfo(**chunk) for chunk in value["chunks"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlacerError(
                 f"{directory / HEADER_NAME} is damaged: {error}", AGAIN
             ) from error

@@ -1,14 +1,17 @@
 """The affinity file round-trips, adds up, and refuses what it is not."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from placer.affinity import Affinity, SparseCounts
 from placer.affinity.from_traces import affinity_of_traces
 from placer.errors import PlacerError, UsageError
+from placer.files import write_tensors
 from placer.trace import Fold, Trace
 
 
@@ -69,6 +72,38 @@ def test_truncated_and_foreign_files_are_refused(
     assert caught.value.hint.startswith("count again: placer affinity")
     with pytest.raises(PlacerError, match="is no affinity file"):
         Affinity.read(tmp_path / "trace" / "chunk-00000.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "match"),
+    [
+        ({"kind": "table"}, {}, "is no affinity file"),
+        ({"schema_version": 2}, {}, "schema_version 2, this placer reads 1"),
+        ({"model": {}}, {}, "is damaged: 'num_experts'"),
+        ({"model": "x"}, {}, "is damaged"),
+        ({"surprise": 1}, {}, "unknown fields: surprise"),
+        ({}, {"load.9": np.zeros(3, np.int64)}, r"unknown fields: load\.9"),
+        ({}, {"load.0": np.zeros(3, np.int64)}, "load has shapes"),
+        ({}, {"load.0": np.zeros(8)}, "load must hold int64 counts"),
+        ({}, {"load.0": np.full(8, -1)}, "load must hold int64 counts, none negative"),
+        ({}, {"token_expert.1.indptr": np.arange(3)}, "sparse counts are damaged"),
+    ],
+)
+def test_a_file_that_breaks_the_format_is_refused(
+    make_trace: Callable[..., Trace],
+    tmp_path: Path,
+    header: dict[str, object],
+    tensors: dict[str, np.ndarray],
+    match: str,
+) -> None:
+    counted = affinity_of_traces([make_trace()], None)
+    path = tmp_path / "affinity.safetensors"
+    counted.write(path)
+    with safe_open(path, "np") as opened:
+        written = json.loads(opened.metadata()["placer"])
+    write_tensors(path, counted.tensors() | tensors, written | header)
+    with pytest.raises(PlacerError, match=match):
+        Affinity.read(path)
 
 
 def test_damaged_sparse_counts_are_refused() -> None:
