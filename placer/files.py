@@ -165,7 +165,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     require_file(path, what)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlacerError(
             f"{what} {path} is not JSON: {error}", "write the file again"
         ) from error

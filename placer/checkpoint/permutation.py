@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +81,8 @@ def tensor_changes(
                     architecture,
                     f"its shape is {list(info.shape)}, not [{size}, ...]",
                 )
+            if (info.stop - info.start) % size:
+                raise _unknown(name, architecture, "its rows end within a byte")
             rows[name] = permutation[n]
             continue
         if expert >= size:
@@ -91,6 +95,37 @@ def tensor_changes(
     return TensorChanges(
         names={old: new for old, new in names.items() if old != new}, rows=rows
     )
+
+
+def require_no_expert_by_number(value: Any, source: Path) -> None:
+    """Refuse a config that names single experts, whose numbers are about to change.
+
+    Quantised checkpoints list layers that were left out, for example
+    ``model.layers.3.mlp.experts.5.down_proj``.
+
+    Parameters
+    ----------
+    value
+        A JSON value: the config, or the metadata of a shard.
+    source
+        The file it stands in, for the error.
+
+    Raises
+    ------
+    PlacerError
+        If any text in it, keys included, holds ``experts.`` and a number.
+    """
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for one in value:
+            require_no_expert_by_number(one, source)
+    elif isinstance(value, str) and re.search(r"\bexperts?\.\d", value):
+        raise PlacerError(
+            f"{source} names single experts: {value}",
+            "remove it if it does not matter, or export a runtime map: "
+            "placer export sglang",
+        )
 
 
 def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> None:
@@ -122,22 +157,29 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
 def _match(
     architecture: Architecture, name: str
 ) -> tuple[str, int, int | None, str] | None:
-    """Return template, layer, expert and rest of a name that a rule of the family fits."""
-    for template in architecture.router_tensors:
+    """Return template, layer, expert and rest of a name that a rule of the family fits.
+
+    A number written otherwise than Python would write it (``07``) fits no rule.
+    """
+    for template in (*architecture.router_tensors, *architecture.expert_tensors):
         if match := name_pattern(template).fullmatch(name):
-            return template, int(match["layer"]), None, ""
-    for template in architecture.expert_tensors:
-        if match := name_pattern(template).fullmatch(name):
-            return template, int(match["layer"]), int(match["expert"]), match["name"]
+            found = match.groupdict()
+            layer, part = int(found["layer"]), found.get("name") or ""
+            expert = int(found["expert"]) if "expert" in found else None
+            if template.format(layer=layer, expert=expert, name=part) == name:
+                return template, layer, expert, part
     return None
 
 
 def _suspicious(architecture: Architecture) -> re.Pattern[str]:
-    """Return what marks a tensor as belonging to experts or a router."""
+    """Return what marks a tensor as belonging to experts or a router.
+
+    ``shared_expert`` is no routed expert, ``expert_bias`` belongs to the routed ones.
+    """
     router = name_pattern(architecture.router_module + ".").pattern.replace(
         "?P<layer>", "?:"
     )
-    return re.compile(rf"\bexperts?\b|^{router}")
+    return re.compile(rf"\bexperts?(?![a-z])|^{router}")
 
 
 def _require_complete(

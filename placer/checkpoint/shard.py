@@ -6,8 +6,7 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +23,8 @@ _DTYPE_BITS = {
     "F8_E4M3": 8,
     "F8_E5M2": 8,
     "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "I16": 16,
     "U16": 16,
     "F16": 16,
@@ -36,10 +37,9 @@ _DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
     "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
 }
-# Every JSON string, and the colon behind it if it is a key. Strings that are no key have to
-# be matched too, or a search could begin at their closing quote.
-_STRING = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +73,15 @@ class Shard:
         Length of the header with its padding.
     tensors
         Every tensor by name.
+    metadata
+        ``__metadata__`` of the header.
     """
 
     path: Path
     header_text: str
     header_bytes: int
     tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
 
     @property
     def data_start(self) -> int:
@@ -108,17 +111,21 @@ class Shard:
         try:
             text = raw.decode().rstrip(" ")
             header = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (UnicodeDecodeError, ValueError) as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, f"its header is no JSON: {error}") from error
         if not isinstance(header, dict):
             raise _damaged(path, "its header is no JSON object")
-        tensors = {
-            name: _tensor_info(path, name, entry)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        metadata = header.pop("__metadata__", {})
+        _require_texts(path, metadata)
+        tensors = {name: _tensor_info(path, name, entry) for name, entry in header.items()}
         _require_contiguous(path, tensors, size - _LENGTH_BYTES - length)
-        return cls(path=path, header_text=text, header_bytes=length, tensors=tensors)
+        return cls(
+            path=path,
+            header_text=text,
+            header_bytes=length,
+            tensors=tensors,
+            metadata=metadata,
+        )
 
     def renamed_header(
         self, names: Mapping[str, str], header_bytes: int | None = None
@@ -132,7 +139,7 @@ class Shard:
         header_bytes
             Length to pad to; the next multiple of eight by default.
         """
-        text = rename_keys(self.header_text, names).encode()
+        text = rename_keys(self.header_text, names, self.path).encode()
         length = header_bytes or -(-len(text) // 8) * 8
         if len(text) > length:
             raise _damaged(
@@ -141,15 +148,63 @@ class Shard:
         return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length, b" ")
 
 
-def rename_keys(text: str, names: Mapping[str, str]) -> str:
-    """Rename keys in a JSON text, byte for byte the same elsewhere."""
+def rename_keys(
+    text: str, names: Mapping[str, str], path: Path, member: str | None = None
+) -> str:
+    """Rename keys of a JSON object, byte for byte the same elsewhere.
 
-    def renamed(match: re.Match[str]) -> str:
-        string, colon = match.groups()
-        new = names.get(json.loads(string)) if colon else None
-        return match.group(0) if new is None else json.dumps(new) + colon
+    Parameters
+    ----------
+    text
+        The JSON text of an object.
+    names
+        New key by old key, no two of them to the same.
+    path
+        The file it stands in, for the error.
+    member
+        Rename the keys of this member, itself an object, instead of those of the whole.
 
-    return _STRING.sub(renamed, text)
+    Raises
+    ------
+    PlacerError
+        If a key to be renamed is spelled with escapes: renaming it back would not give
+        the same bytes.
+    """
+    start = text.index("{")
+    if member is not None:
+        start = next(value for _, _, key, value in _keys(text, start) if key == member)
+    pieces, done = [], 0
+    for begin, end, key, _ in _keys(text, start):
+        if key not in names:
+            continue
+        if json.dumps(key) != text[begin:end]:
+            raise _damaged(path, f"it spells the name {key} as {text[begin:end]}")
+        pieces += [text[done:begin], json.dumps(names[key])]
+        done = end
+    return "".join((*pieces, text[done:]))
+
+
+def _keys(text: str, start: int) -> Iterator[tuple[int, int, str, int]]:
+    """Yield begin, end and value of every key, and where what it names begins.
+
+    ``text`` is known to be JSON, with an object at ``start``.
+    """
+    decoder = json.JSONDecoder()
+    position = _after_space(text, start + 1)
+    while text[position] != "}":
+        key, end = decoder.raw_decode(text, position)
+        value = _after_space(text, _after_space(text, end) + len(":"))
+        yield position, end, key, value
+        _, position = decoder.raw_decode(text, value)
+        position = _after_space(text, position)
+        if text[position] == ",":
+            position = _after_space(text, position + 1)
+
+
+def _after_space(text: str, position: int) -> int:
+    while text[position] in " \t\r\n":
+        position += 1
+    return position
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,10 +214,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _require_texts(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise _damaged(path, "its __metadata__ holds more than names and texts")
+
+
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     try:
-        shape = tuple(int(n) for n in entry["shape"])
-        start, stop = (int(n) for n in entry["data_offsets"])
+        shape = tuple(_integer(n) for n in entry["shape"])
+        start, stop = (_integer(n) for n in entry["data_offsets"])
         bits = _DTYPE_BITS[entry["dtype"]] * math.prod(shape)
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"tensor {name} has no valid dtype, shape, offsets") from error
@@ -173,6 +235,13 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
             f"claims bytes {start} to {stop}",
         )
     return TensorInfo(shape=shape, start=start, stop=stop)
+
+
+def _integer(value: Any) -> int:
+    # A bool is an int to Python, and int() would take 2.5 or "2" for one.
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no integer")
+    return value
 
 
 def _require_contiguous(

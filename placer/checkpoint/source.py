@@ -15,6 +15,8 @@ SINGLE_NAME = "model.safetensors"
 RECORD_NAME = "placer.json"
 # Weights in formats that are not rewritten would contradict those that are.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+# What git and the Hugging Face client keep beside a checkpoint is no part of it.
+_FOREIGN_FOLDERS = (".git", ".cache")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,8 @@ class CheckpointSource:
     index_text
         The index as it stands in its file, or ``None`` for a single file.
     other_files
-        All other files, relative to the directory.
+        All other files, relative to the directory; those of ``.git`` and ``.cache``
+        are left out.
     """
 
     directory: Path
@@ -39,9 +42,9 @@ class CheckpointSource:
     other_files: tuple[Path, ...]
 
     @property
-    def tensor_shard(self) -> Mapping[str, Shard]:
-        """The shard of every tensor."""
-        return {name: shard for shard in self.shards for name in shard.tensors}
+    def shard_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.path.stat().st_size for shard in self.shards)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -51,12 +54,14 @@ class CheckpointSource:
         ------
         PlacerError
             If there is no safetensors checkpoint, a file is damaged, the index and the
-            shards disagree, or weights of another format lie beside them.
+            shards disagree, weights of another format lie beside them, or a link leads
+            out of the checkpoint.
         """
         index_path = directory / INDEX_NAME
         if index_path.is_file():
-            index_text = index_path.read_text(encoding="utf-8")
             names = _shard_names(index_path)
+            # Not read_text, which would turn CRLF into LF.
+            index_text = index_path.read_bytes().decode()
         else:
             index_text, names = None, [SINGLE_NAME]
         if not (directory / names[0]).is_file():
@@ -64,6 +69,7 @@ class CheckpointSource:
                 f"{directory} holds no {names[0]}",
                 "give a Hugging Face directory with safetensors weights",
             )
+        other_files = _other_files(directory, {*names, INDEX_NAME})
         shards = tuple(Shard.open(directory / name) for name in names)
         if index_text is not None:
             _require_agreement(index_path, json.loads(index_text)["weight_map"], shards)
@@ -71,7 +77,7 @@ class CheckpointSource:
             directory=directory,
             shards=shards,
             index_text=index_text,
-            other_files=_other_files(directory, {*names, INDEX_NAME}),
+            other_files=other_files,
         )
 
 
@@ -108,6 +114,9 @@ def _other_files(directory: Path, weights: set[str]) -> tuple[Path, ...]:
     found = []
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)
+        if relative.parts[0] in _FOREIGN_FOLDERS:
+            continue
+        _require_inside(directory, path)
         if not path.is_file() or str(relative) in weights:
             continue
         if path.suffix in (*_OTHER_WEIGHTS, ".safetensors"):
@@ -118,3 +127,21 @@ def _other_files(directory: Path, weights: set[str]) -> tuple[Path, ...]:
             )
         found.append(relative)
     return tuple(found)
+
+
+def _require_inside(directory: Path, path: Path) -> None:
+    """Refuse a link out of the checkpoint, whose target would be copied as part of it.
+
+    The cache of Hugging Face is made of links too: ``snapshots/REVISION/FILE`` points to
+    ``blobs``, beside ``snapshots``.
+    """
+    if not path.is_symlink():
+        return
+    own, target = directory.resolve(), path.resolve()
+    blobs = own.parent.parent / "blobs"
+    if path.is_file() and (target.is_relative_to(own) or target.parent == blobs):
+        return
+    raise PlacerError(
+        f"{path} is a link that leads to no file of the checkpoint, but to {target}",
+        f"if that is meant, copy it with its files: cp -rL {directory} COPY",
+    )

@@ -13,18 +13,20 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, SINGLE_NAME
+from placer.checkpoint.record import ExportRecord
+from placer.checkpoint.source import INDEX_NAME, SINGLE_NAME
 from placer.errors import PlacerError, VerificationError
 from placer.files import read_json, sha256_file
 from placer.model import Architecture, ModelSpec, name_pattern, require_same_model
 from placer.plan import Placement, Plan
-from placer.trace.capture import RouterCapture, RouterOutput
+from placer.trace.capture import RouterCapture
 from placer.trace.record import load_model
 
 if TYPE_CHECKING:
     import torch
 
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
 # Renumbered experts are summed in another order, which changes the last bits of float32
@@ -33,6 +35,7 @@ RELATIVE_TOLERANCE = 1e-4
 # Experts whose router logits are closer than this are a tie: rounding decides between them.
 TIE_LOGIT = 1e-4
 SEQUENCE_LENGTH = 256
+_NOT_THE_SAME = "the export is not the same function: do not serve it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +102,17 @@ def verify(
         model, str(original), ModelSpec.from_checkpoint(exported), str(exported)
     )
     _require_plan(exported, plan_path)
+    for layer in range(model.num_layers):
+        plan.placement.permutation(layer)
     config = read_json(original / "config.json", "model config")
     architecture = Architecture.of(config, original)
     num_tensors, num_bytes = _compare_tensors(
         original, exported, architecture, model, plan.placement
     )
-    comparison = _Comparison(model, architecture, plan.placement)
+    comparison = _Comparison(plan.placement)
     if max_tokens:
-        comparison.run(original, exported, texts, max_tokens)
+        runs = _Runs(architecture, model.layer_ids or (), texts, max_tokens)
+        comparison.compare(runs.run(original), runs.run(exported))
     return VerificationReport(
         num_tensors=num_tensors,
         num_bytes=num_bytes,
@@ -119,11 +125,11 @@ def verify(
 
 
 def _require_plan(exported: Path, plan_path: Path) -> None:
-    record = read_json(exported / RECORD_NAME, "export record")
-    if record.get("plan_sha256") != sha256_file(plan_path):
+    record, found = ExportRecord.read(exported), sha256_file(plan_path)
+    if record.plan_sha256 != found:
         raise VerificationError(
             f"{exported} was exported from another plan than {plan_path}: SHA-256 "
-            f"{str(record.get('plan_sha256'))[:12]} against {sha256_file(plan_path)[:12]}",
+            f"{record.plan_sha256[:12]} against {found[:12]}",
             f"export it again: placer export checkpoint {plan_path} ORIGINAL --out NEW",
         )
 
@@ -135,24 +141,26 @@ def _compare_tensors(
     model: ModelSpec,
     placement: Placement,
 ) -> tuple[int, int]:
-    where = {name: path for path in _shards(exported) for name in _names(path)}
+    again = f"export it again: placer export checkpoint PLAN {original} --out NEW"
+    where = _tensor_files(exported, VerificationError)
     num_tensors, num_bytes = 0, 0
-    for path in _shards(original):
-        for name in _names(path):
-            counterpart, rows = _counterpart(name, architecture, model, placement)
-            if counterpart not in where:
-                raise VerificationError(f"{exported} lacks {counterpart}, which is {name}")
-            old, new = _read(path, name), _read(where.pop(counterpart), counterpart)
-            expected = old if rows is None else old[rows]
-            if new.dtype != old.dtype or new.shape != old.shape or not _same(new, expected):
-                raise VerificationError(
-                    f"{counterpart} of {exported} differs from {name} of {original}",
-                    f"export it again: placer export checkpoint PLAN {original} --out NEW",
-                )
-            num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes
+    for name, path in _tensor_files(original, PlacerError).items():
+        counterpart, rows = _counterpart(name, architecture, model, placement)
+        if counterpart not in where:
+            raise VerificationError(
+                f"{exported} lacks {counterpart}, which is {name} of {original}", again
+            )
+        old, new = _read(path, name), _read(where.pop(counterpart), counterpart)
+        if difference := _difference(old, new, rows):
+            raise VerificationError(
+                f"{counterpart} of {exported} differs from {name} of {original}: "
+                + difference,
+                again,
+            )
+        num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes
     if where:
         raise VerificationError(
-            f"{exported} holds {min(where)}, which {original} does not have"
+            f"{exported} holds {min(where)}, which {original} does not have", again
         )
     return num_tensors, num_bytes
 
@@ -161,32 +169,56 @@ def _counterpart(
     name: str, architecture: Architecture, model: ModelSpec, placement: Placement
 ) -> tuple[str, IntArray | None]:
     """Return the new name of a tensor, and the old row of each new row of a router."""
-    ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
+    row_of = dict(
+        zip(model.layer_ids or (), placement.physical_to_logical_map, strict=True)
+    )
     for template in architecture.router_tensors:
         if found := name_pattern(template).fullmatch(name):
-            return name, placement.physical_to_logical_map[ordinal[int(found["layer"])]]
+            return name, row_of.get(int(found["layer"]))
     for template in architecture.expert_tensors:
-        if found := name_pattern(template).fullmatch(name):
-            row = placement.physical_to_logical_map[ordinal[int(found["layer"])]]
-            new = int(np.flatnonzero(row == int(found["expert"]))[0])
-            fields = {"layer": found["layer"], "expert": new, "name": found["name"]}
+        found = name_pattern(template).fullmatch(name)
+        if found and int(found["layer"]) in row_of:
+            holders = np.flatnonzero(row_of[int(found["layer"])] == int(found["expert"]))
+            fields = found.groupdict() | {
+                "expert": int(holders[0]) if len(holders) else "?"
+            }
             return template.format(**fields), None
     return name, None
 
 
-def _shards(directory: Path) -> list[Path]:
-    if (directory / INDEX_NAME).is_file():
-        index = read_json(directory / INDEX_NAME, "index")
-        return [directory / name for name in sorted(set(index["weight_map"].values()))]
-    return [directory / SINGLE_NAME]
+def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path]:
+    """Return the file of every tensor, as the files themselves have it."""
+    index_path = directory / INDEX_NAME
+    weight_map = None
+    files = [SINGLE_NAME]
+    if index_path.is_file():
+        weight_map = read_json(index_path, "index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise refusal(
+                f"index {index_path} has no weight_map", "export or fetch it again"
+            )
+        files = sorted({Path(str(name)).name for name in weight_map.values()})
+    found = {name: file for file in files for name in _names(directory / file, refusal)}
+    if weight_map is not None and found != weight_map:
+        odd = min(
+            name
+            for name in {*found, *weight_map}
+            if found.get(name) != weight_map.get(name)
+        )
+        raise refusal(
+            f"index {index_path} says that {odd} is in {weight_map.get(odd)}, "
+            f"but it is in {found.get(odd)}",
+            "export or fetch it again",
+        )
+    return {name: directory / file for name, file in found.items()}
 
 
-def _names(path: Path) -> list[str]:
+def _names(path: Path, refusal: type[PlacerError]) -> list[str]:
     try:
         with safe_open(path, "pt") as opened:
             return sorted(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise PlacerError(
+        raise refusal(
             f"shard {path} cannot be read: {error}", "export or fetch it again"
         ) from error
 
@@ -197,26 +229,90 @@ def _read(path: Path, name: str) -> "torch.Tensor":
     return tensor
 
 
-def _same(one: "torch.Tensor", two: "torch.Tensor") -> bool:
-    """Compare bits, so that NaN equals itself and zero has a sign."""
+def _difference(
+    old: "torch.Tensor", new: "torch.Tensor", rows: IntArray | None
+) -> str | None:
+    """Say how ``new`` differs from the (permuted) ``old``, ``None`` if it does not."""
+    if (old.dtype, old.shape) != (new.dtype, new.shape):
+        return f"{new.dtype} {list(new.shape)} against {old.dtype} {list(old.shape)}"
+    expected, found = _bytes(old), _bytes(new)
+    if rows is not None:
+        expected = expected.reshape(len(rows), -1)[rows].reshape(-1)
+    different = (expected != found).nonzero()
+    return f"first at byte {int(different[0])}" if len(different) else None
+
+
+def _bytes(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Return the bytes of a tensor: NaN is then equal to itself, in any dtype."""
     import torch
 
-    return bool(
-        torch.equal(
-            one.contiguous().view(-1).view(torch.uint8),
-            two.contiguous().view(-1).view(torch.uint8),
-        )
-    )
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Output:
+    """What a model makes of one window of T tokens.
+
+    Attributes
+    ----------
+    logits
+        ``[T, V]`` float32.
+    chosen
+        Per MoE layer ``[T, k]``: ids of the chosen experts.
+    scores
+        Per MoE layer ``[T, E]`` float32: router logits.
+    """
+
+    logits: FloatArray
+    chosen: tuple[IntArray, ...]
+    scores: tuple[FloatArray, ...]
+
+
+class _Runs:
+    """The same text through one model after the other, never two in memory at once."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layer_ids: Sequence[int],
+        texts: Sequence[str],
+        max_tokens: int,
+    ) -> None:
+        self.architecture = architecture
+        self.layer_ids = layer_ids
+        self.texts = texts
+        self.max_tokens = max_tokens
+        self.windows: list[list[int]] | None = None
+
+    def run(self, directory: Path) -> list[_Output]:
+        """Run a model in float32 over windows that the first model's tokenizer cuts."""
+        import torch
+
+        model, tokenizer = load_model(directory, dtype="float32", device="cpu")
+        if self.windows is None:
+            self.windows = list(_token_windows(tokenizer, self.texts, self.max_tokens))
+        outputs = []
+        with (
+            torch.inference_mode(),
+            RouterCapture(model, self.architecture, self.layer_ids) as routers,
+        ):
+            for ids in self.windows:
+                logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+                taken = routers.take()
+                outputs.append(
+                    _Output(
+                        logits=logits.numpy(),
+                        chosen=tuple(one.ids.numpy() for one in taken),
+                        scores=tuple(one.logits.float().numpy() for one in taken),
+                    )
+                )
+        return outputs
 
 
 class _Comparison:
-    """Both models on the same text: logits and choices of the routers."""
+    """Figures of the comparison, gathered window by window."""
 
-    def __init__(
-        self, model: ModelSpec, architecture: Architecture, placement: Placement
-    ) -> None:
-        self.model = model
-        self.architecture = architecture
+    def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self.num_tokens = 0
         self.num_routed_pairs = 0
@@ -224,74 +320,73 @@ class _Comparison:
         self.max_difference = 0.0
         self.tolerance = 0.0
 
-    def run(
-        self, original: Path, exported: Path, texts: Sequence[str], max_tokens: int
-    ) -> None:
-        import torch
-
-        old, tokenizer = load_model(original, dtype="float32", device="cpu")
-        new, _ = load_model(exported, dtype="float32", device="cpu")
-        layer_ids = self.model.layer_ids or ()
-        with (
-            torch.inference_mode(),
-            RouterCapture(old, self.architecture, layer_ids) as old_routers,
-            RouterCapture(new, self.architecture, layer_ids) as new_routers,
-        ):
-            for ids in _token_windows(tokenizer, texts, max_tokens):
-                batch = torch.tensor([ids])
-                before = old(input_ids=batch).logits[0].numpy()
-                after = new(input_ids=batch).logits[0].numpy()
-                flipped = self._compare_routing(old_routers.take(), new_routers.take())
-                self._compare_logits(before, after, flipped)
-        if not self.num_tokens:
+    def compare(self, before: list[_Output], after: list[_Output]) -> None:
+        largest = max((float(np.abs(one.logits).max()) for one in before), default=None)
+        if largest is None:
             raise PlacerError(
                 "there is no text to compare the models on", "give --corpus FILE"
             )
+        self.tolerance = RELATIVE_TOLERANCE * largest
+        for old, new in zip(before, after, strict=True):
+            flipped = self._compare_routing(old, new)
+            self._compare_logits(old, new, flipped)
+            self.num_tokens += len(flipped)
+        if self.num_ties == self.num_tokens:
+            raise PlacerError(
+                f"all {self.num_tokens} tokens are at or behind a tie of router logits, "
+                "so nothing was compared",
+                "give other text with --corpus, or compare tensors only: --max-tokens 0",
+            )
 
-    def _compare_routing(
-        self, before: list[RouterOutput], after: list[RouterOutput]
-    ) -> BoolArray:
+    def _compare_routing(self, before: _Output, after: _Output) -> BoolArray:
         """Return ``[T]``: whether a tie was broken otherwise at the token or before it."""
-        flipped = np.zeros(len(before[0].ids), dtype=np.bool_)
-        for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+        flipped = np.zeros(len(before.logits), dtype=np.bool_)
+        for layer, scores in enumerate(before.scores):
             row = self.placement.physical_to_logical_map[layer]
-            old_set = np.sort(old.ids.numpy(), axis=1)
-            new_set = np.sort(row[new.ids.numpy()], axis=1)
-            differs = (old_set != new_set).any(axis=1)
-            # The original's own scores say whether the other choice was as good.
-            scores = old.logits.float().numpy()
-            worst_chosen = np.take_along_axis(scores, old_set, axis=1).min(axis=1)
-            worst_other = np.take_along_axis(scores, new_set, axis=1).min(axis=1)
-            wrong = differs & (worst_chosen - worst_other > TIE_LOGIT) & ~flipped
+            old, new = before.chosen[layer], row[after.chosen[layer]]
+            differs = (np.sort(old, axis=1) != np.sort(new, axis=1)).any(axis=1)
+            wrong = differs & ~_tied(scores, old, new) & ~flipped
             if wrong.any():
                 token = int(wrong.argmax())
                 raise VerificationError(
                     f"MoE layer {layer}: token {self.num_tokens + token} of the text is "
-                    f"routed to logical experts {new_set[token].tolist()}, "
-                    f"by the original to {old_set[token].tolist()}",
-                    "the export is not the same function: do not serve it",
+                    f"routed to logical experts {sorted(new[token].tolist())}, "
+                    f"by the original to {sorted(old[token].tolist())}",
+                    _NOT_THE_SAME,
                 )
             flipped |= np.maximum.accumulate(differs)
-            self.num_routed_pairs += int((~differs).sum()) * old_set.shape[1]
+            self.num_routed_pairs += int((~differs).sum()) * old.shape[1]
         self.num_ties += int(flipped.sum())
         return flipped
 
-    def _compare_logits(
-        self, before: npt.NDArray[Any], after: npt.NDArray[Any], flipped: BoolArray
-    ) -> None:
-        difference = np.abs(before - after).max(axis=1)
+    def _compare_logits(self, before: _Output, after: _Output, flipped: BoolArray) -> None:
+        difference = np.abs(before.logits - after.logits).max(axis=1)
         difference[flipped] = 0
-        self.tolerance = max(
-            self.tolerance, RELATIVE_TOLERANCE * float(np.abs(before).max())
-        )
-        self.max_difference = max(self.max_difference, float(difference.max()))
-        if not self.max_difference <= self.tolerance:
+        # Written so that NaN, which is not larger than anything, fails.
+        wrong = ~(difference <= self.tolerance)
+        if wrong.any():
+            token = int(wrong.argmax())
             raise VerificationError(
-                f"logits of token {self.num_tokens + int(difference.argmax())} of the text "
-                f"differ by {self.max_difference:.3g}, more than {self.tolerance:.3g}",
-                "the export is not the same function: do not serve it",
+                f"logits of token {self.num_tokens + token} of the text differ by "
+                f"{difference[token]:.3g}, more than {self.tolerance:.3g}",
+                _NOT_THE_SAME,
             )
-        self.num_tokens += len(before)
+        self.max_difference = max(self.max_difference, float(difference.max()))
+
+
+def _tied(scores: FloatArray, old: IntArray, new: IntArray) -> BoolArray:
+    """Return ``[T]``: whether choosing ``new`` instead of ``old`` is a matter of rounding.
+
+    By the original's own scores ``[T, E]``, every expert left out must be as good as
+    every one taken instead.
+    """
+    in_old, in_new = (np.zeros(scores.shape, dtype=np.bool_) for _ in range(2))
+    np.put_along_axis(in_old, old, True, axis=1)
+    np.put_along_axis(in_new, new, True, axis=1)
+    left_out = np.where(in_old & ~in_new, scores, -np.inf).max(axis=1)
+    taken = np.where(in_new & ~in_old, scores, np.inf).min(axis=1)
+    tied: BoolArray = np.abs(left_out - taken) <= TIE_LOGIT
+    return tied
 
 
 def _token_windows(

@@ -172,7 +172,7 @@ class Plan:
                 metrics=value["metrics"],
                 provenance=value["provenance"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise PlacerError(f"{path} is damaged: {error}", again) from error
         except PlacerError as error:
             raise PlacerError(f"{path}: {error}", error.hint or again) from error

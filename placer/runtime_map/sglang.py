@@ -7,6 +7,7 @@ SGLang checks none of this itself.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class SglangMap:
     num_rows
         Hidden layers of the model, one row each.
     flags
-        Flags of ``python -m sglang.launch_server``.
+        Flags of ``python -m sglang.launch_server``, quoted for a shell.
     conditions
         When SGLang would ignore the map, or it could do no good.
     warnings
@@ -103,6 +104,7 @@ def export_sglang(plan_path: Path, directory: Path, out: Path) -> SglangMap:
             "placement cannot cut traffic there",
             "drafted (MTP) layers beyond the map use the identity",
             "--enable-eplb would replace the map at its first rebalance",
+            "SGLang checks neither the map nor the flags: both must be of this plan",
         ),
         warnings=tuple(warnings),
     )
@@ -117,7 +119,8 @@ def _rows(
         raise PlacerError(
             "SGLang's map needs the same number of slots in every layer, "
             f"got {sorted(widths)}",
-            "serve a permuted checkpoint: placer export checkpoint",
+            "solve with --redundant-experts 0, or, where layers differ in experts, serve a "
+            "permuted checkpoint: placer export checkpoint",
         )
     num_slots, num_experts = widths.pop(), model.num_experts[0]
     filler = _filler(num_slots, num_experts, placement.num_ranks)
@@ -143,10 +146,11 @@ def _filler(num_slots: int, num_experts: int, num_ranks: int) -> list[int]:
 
 def _flags(placement: Placement, out: Path) -> str:
     redundant = len(placement.physical_to_logical_map[0]) - placement.num_experts[0]
-    parts: list[Any] = ["--init-expert-location", out]
-    parts += ["--ep-size", placement.num_ranks, "--moe-a2a-backend", "deepep"]
+    # With this backend SGLang sets ep_size to tp_size, whatever --ep-size says.
+    parts: list[Any] = ["--init-expert-location", out, "--moe-a2a-backend", "deepep"]
+    parts += ["--tp-size", placement.num_ranks, "--ep-size", placement.num_ranks]
     if redundant:
         parts += ["--ep-num-redundant-experts", redundant]
     if placement.num_nodes > 1:
         parts += ["--nnodes", placement.num_nodes]
-    return " ".join(str(part) for part in parts)
+    return shlex.join(str(part) for part in parts)

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from placer.checkpoint.permutation import require_whole_groups
+from placer.checkpoint.permutation import (
+    require_no_expert_by_number,
+    require_whole_groups,
+)
 from placer.checkpoint.shard import Shard, rename_keys
 from placer.errors import PlacerError
 from placer.model import ModelSpec
@@ -30,12 +33,32 @@ def test_renaming_keys_is_undone_by_its_inverse(
 ) -> None:
     text = json.dumps({name: {"dtype": name} for name in names}, indent=indent)
     new = dict(zip(names, data.draw(st.permutations(names)), strict=True))
-    renamed = rename_keys(text, new)
+    renamed = rename_keys(text, new, Path("x.safetensors"))
     assert set(json.loads(renamed)) == set(names)
     for name in names:
         assert json.loads(renamed)[new[name]] == {"dtype": name}, "values stay"
-    back = rename_keys(renamed, {value: key for key, value in new.items()})
-    assert json.loads(back) == json.loads(text)
+    back = rename_keys(
+        renamed, {value: key for key, value in new.items()}, Path("x.safetensors")
+    )
+    assert back == text
+
+
+def test_only_the_names_of_tensors_are_renamed() -> None:
+    """Not keys of the same spelling in metadata or below, and no values."""
+    path = Path("x")
+    text = '{"a": {"b": "a", "a": 1}, "b" : [{"a": 2}]}'
+    assert rename_keys(text, {"a": "b", "b": "a"}, path) == (
+        '{"b": {"b": "a", "a": 1}, "a" : [{"a": 2}]}'
+    )
+    assert rename_keys(text, {"a": "cc"}, path, "a") == text.replace('"a": 1', '"cc": 1')
+    assert rename_keys(" { } ", {"a": "b"}, path) == " { } "
+
+
+def test_a_name_spelled_with_escapes_is_refused() -> None:
+    """Renamed and renamed back it would be spelled otherwise: not the same bytes."""
+    with pytest.raises(PlacerError, match=r'spells the name a as "\\u0061"'):
+        rename_keys('{"\\u0061": 1}', {"a": "b"}, Path("x.safetensors"))
+    assert rename_keys('{"\\u0061": 1}', {"b": "a"}, Path("x")) == '{"\\u0061": 1}'
 
 
 def test_a_renamed_header_is_one_that_safetensors_reads(tmp_path: Path) -> None:
@@ -69,6 +92,16 @@ def entry(start: int, stop: int, shape: list[int]) -> dict[str, object]:
         ({"a": entry(0, 16, [-4])}, "claims bytes"),
         ({"a": {"dtype": "X9", "shape": [], "data_offsets": [0, 1]}}, "no valid dtype"),
         ({"a": 3}, "no valid dtype"),
+        (
+            {"a": {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}},
+            "no valid dtype",
+        ),
+        ({"a": entry(0, 16, [4.0])}, "no valid dtype"),
+        ({"a": entry(0, 16, [True, 4])}, "no valid dtype"),
+        ({"a": entry(0, 16, [float("inf")])}, "no valid dtype"),
+        ({"a": entry(0, "16", [4])}, "no valid dtype"),
+        ({"a": entry(0, 16, [4]), "__metadata__": {"format": 1}}, "__metadata__"),
+        ({"a": entry(0, 16, [4]), "__metadata__": []}, "__metadata__"),
         ([], "no JSON object"),
     ],
 )
@@ -83,6 +116,45 @@ def test_a_header_longer_than_its_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     with pytest.raises(PlacerError, match="does not fit its 10 bytes"):
         Shard.open(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"a": 1, "a": 2}', "{", "\xff", "{}x", '{"a":' + "9" * 5000 + "}"],
+)
+def test_a_header_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    raw = text.encode("latin-1")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(PlacerError, match="its header is no JSON") as caught:
+        Shard.open(path)
+    assert caught.value.hint
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(PlacerError, match="does not fit its 0 bytes"):
+        Shard.open(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"num_experts": 8, "names": ["model.layers.1.mlp.gate"]}, None),
+        ({"quantization_config": {"ignore": ["lm_head", "l.0.mlp.experts.5.up"]}}, "5.up"),
+        ({"a": [[{"b": "re:.*experts.12$"}]]}, "experts.12"),
+        ({"a": {"l.0.mlp.experts.7": {"bits": 4}}}, "experts.7"),
+    ],
+)
+def test_a_config_that_names_single_experts_is_refused(
+    config: dict[str, object], found: str | None
+) -> None:
+    if found is None:
+        require_no_expert_by_number(config, Path("config.json"))
+        return
+    with pytest.raises(PlacerError, match=found) as caught:
+        require_no_expert_by_number(config, Path("config.json"))
+    assert "placer export sglang" in caught.value.hint
 
 
 def test_only_whole_router_groups_may_move() -> None:

@@ -1,0 +1,138 @@
+"""``placer.json``: what was done to a checkpoint, so that it can be undone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer import __version__
+from placer.checkpoint.source import RECORD_NAME
+from placer.errors import PlacerError
+from placer.files import canonical_json, read_json
+from placer.model import ModelSpec
+
+IntArray = npt.NDArray[np.int64]
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExportRecord:
+    """The record that lies in an exported checkpoint.
+
+    Attributes
+    ----------
+    plan_sha256
+        SHA-256 of the plan file.
+    source_fingerprint
+        Fingerprint of the model.
+    layer_ids
+        ``[L]``: the model's own number of each MoE layer.
+    permutation
+        L arrays ``[E]`` int64: the original expert that each new expert is.
+    header_bytes
+        Length of the header of each original shard.
+    source_sha256
+        SHA-256 of each original shard, and of the index.
+    """
+
+    plan_sha256: str
+    source_fingerprint: str
+    layer_ids: tuple[int, ...]
+    permutation: tuple[IntArray, ...]
+    header_bytes: Mapping[str, int]
+    source_sha256: Mapping[str, str]
+
+    @property
+    def inverse(self) -> tuple[IntArray, ...]:
+        """L arrays ``[E]`` int64: the new expert that each original expert is."""
+        return tuple(np.argsort(row) for row in self.permutation)
+
+    def write(self, directory: Path) -> None:
+        """Write ``placer.json``: the same export gives the same bytes."""
+        value = {
+            "schema_version": SCHEMA_VERSION,
+            "placer": __version__,
+            "plan_sha256": self.plan_sha256,
+            "source_fingerprint": self.source_fingerprint,
+            "layer_ids": list(self.layer_ids),
+            "permutation": [row.tolist() for row in self.permutation],
+            "inverse": [row.tolist() for row in self.inverse],
+            "header_bytes": dict(self.header_bytes),
+            "source_sha256": dict(self.source_sha256),
+        }
+        text = canonical_json(value) + "\n"
+        (directory / RECORD_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read ``placer.json``.
+
+        Raises
+        ------
+        PlacerError
+            If there is none, it is of another schema version, or damaged.
+        """
+        path = directory / RECORD_NAME
+        value = read_json(path, "export record")
+        if value.get("schema_version") != SCHEMA_VERSION:
+            raise PlacerError(
+                f"{path} has schema_version {value.get('schema_version')}, "
+                f"this placer reads {SCHEMA_VERSION}",
+                "restore with the placer that exported it",
+            )
+        try:
+            record = cls(
+                plan_sha256=value["plan_sha256"],
+                source_fingerprint=value["source_fingerprint"],
+                layer_ids=tuple(value["layer_ids"]),
+                permutation=_permutations(value["permutation"]),
+                header_bytes=_mapping(value["header_bytes"], int),
+                source_sha256=_mapping(value["source_sha256"], str),
+            )
+            inverse = _permutations(value["inverse"])
+            if [row.tolist() for row in inverse] != [r.tolist() for r in record.inverse]:
+                raise ValueError("permutation and inverse do not undo each other")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise PlacerError(
+                f"{path} is damaged: {error}", "take it from an unchanged copy"
+            ) from error
+        return record
+
+    def require_model(self, model: ModelSpec, directory: Path) -> None:
+        """Refuse a record that is not of the model beside it.
+
+        Raises
+        ------
+        PlacerError
+            If fingerprints, layers or numbers of experts differ.
+        """
+        sizes = tuple(len(row) for row in self.permutation)
+        if (
+            self.source_fingerprint != model.fingerprint
+            or self.layer_ids != model.layer_ids
+            or sizes != model.num_experts
+        ):
+            raise PlacerError(
+                f"{directory / RECORD_NAME} is of another model than its config.json: "
+                f"fingerprint {str(self.source_fingerprint)[:12]} against "
+                f"{str(model.fingerprint)[:12]}",
+                "restore from an unchanged copy of the export",
+            )
+
+
+def _permutations(rows: Any) -> tuple[IntArray, ...]:
+    found = tuple(np.asarray(row, dtype=np.int64) for row in rows)
+    for layer, row in enumerate(found):
+        if not np.array_equal(np.sort(row), np.arange(len(row))):
+            raise ValueError(f"row {layer} is no permutation")
+    return found
+
+
+def _mapping(value: Any, kind: type) -> dict[str, Any]:
+    found = dict(value)
+    if not all(type(one) is kind for one in found.values()):
+        raise TypeError(f"a value is no {kind.__name__}")
+    return found
