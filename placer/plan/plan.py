@@ -186,7 +186,8 @@ def plan_sha256(path: Path) -> str:
 def _layered_json(value: Mapping[str, Any]) -> str:
     """Format with one line per layer of the map, so that plans can be read and diffed."""
     rows = value["physical_to_logical_map"]
-    marker = "@physical_to_logical_map@"
-    text = json.dumps(dict(value) | {"physical_to_logical_map": marker}, indent=1)
+    text = json.dumps(dict(value) | {"physical_to_logical_map": None}, indent=1)
     lines = ",\n".join("  " + json.dumps(row, separators=(",", ":")) for row in rows)
-    return text.replace(f'"{marker}"', f"[\n{lines}\n ]") + "\n"
+    # A line that begins so is at the top level: inside a text a line break is escaped.
+    key = '\n "physical_to_logical_map": '
+    return text.replace(f"{key}null", f"{key}[\n{lines}\n ]") + "\n"

@@ -1,4 +1,4 @@
-"""Any layout of shards and any spelling of headers: the export is right, and undone exactly.
+"""Any layout of shards, any spelling of headers: the export is right and undone exactly.
 
 The oracle is the safetensors library, by name; the files are written here byte by byte.
 """
