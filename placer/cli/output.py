@@ -16,6 +16,9 @@ from placer.errors import UsageError
 if TYPE_CHECKING:
     from placer.trace import Fold
 
+# Cells are never cut: whoever reads a path wants all of it.
+_WIDEST = 10_000
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FoldOption = Annotated[
     str | None,
@@ -91,7 +94,7 @@ def print_table(
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    Console(highlight=False, width=120, markup=False).print(table)
+    Console(highlight=False, width=_WIDEST, markup=False, soft_wrap=True).print(table)
 
 
 def print_line(text: str) -> None:

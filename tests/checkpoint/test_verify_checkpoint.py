@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from placer.checkpoint.export import export_checkpoint
-from placer.checkpoint.verify import TIE_LOGIT, _tied, verify
+from placer.checkpoint.verify import TIE_LOGIT, _Comparison, _Output, _tied, verify
 from placer.cli.main import main
 from placer.errors import PlacerError, VerificationError
 from placer.files import sha256_file
@@ -204,6 +204,45 @@ def test_only_experts_as_good_as_those_left_out_are_a_tie() -> None:
             np.asarray([scores], np.float32), np.asarray([[0, 1]]), np.asarray([new])
         )
         assert found.tolist() == [expected], (scores, new)
+
+
+def output(chosen: list[list[int]], logits: list[float]) -> _Output:
+    """Two layers, three tokens, top 1 of 3; in layer 0 experts 0 and 1 tie at token 1."""
+    scores = np.asarray([[3, 2, 1], [2, 2, 1], [3, 2, 1]], np.float32)
+    return _Output(
+        logits=np.asarray(logits, np.float32)[:, None],
+        chosen=tuple(np.asarray(layer)[:, None] for layer in chosen),
+        scores=(scores, np.asarray([[3, 2, 1]] * 3, np.float32)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "logits", "match"),
+    [
+        ([[0, 1, 0], [0, 0, 0]], [1, 9, 9], None),
+        ([[0, 1, 0], [0, 2, 2]], [1, 9, 9], None),
+        ([[0, 1, 0], [2, 0, 0]], [1, 1, 1], "MoE layer 1: token 0"),
+        ([[0, 1, 1], [0, 0, 0]], [1, 1, 1], "MoE layer 0: token 2"),
+        ([[0, 0, 0], [0, 0, 2]], [1, 1, 1], "MoE layer 1: token 2"),
+        ([[0, 1, 0], [0, 0, 0]], [9, 1, 1], "logits of token 0"),
+    ],
+)
+def test_a_tie_excuses_what_it_can_reach_and_nothing_else(
+    chosen: list[list[int]], logits: list[float], match: str | None
+) -> None:
+    """Later tokens in later layers and their logits; not the same layer, not before."""
+    row = np.arange(3)
+    placement = Placement(
+        physical_to_logical_map=(row, row), num_experts=(3, 3), num_ranks=1
+    )
+    comparison = _Comparison(placement)
+    before = output([[0, 0, 0], [0, 0, 0]], [1, 1, 1])
+    if match is None:
+        comparison.compare([before], [output(chosen, logits)])
+        assert (comparison.num_ties, comparison.num_tokens) == (2, 3)
+        return
+    with pytest.raises(VerificationError, match=match):
+        comparison.compare([before], [output(chosen, logits)])
 
 
 def test_missing_and_added_tensors_are_named(
