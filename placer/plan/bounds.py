@@ -11,6 +11,8 @@ is bounded term by term. Load caps and pins only take placements away, so the bo
 valid; replicas would break it.
 """
 
+import math
+
 import numpy as np
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
@@ -20,14 +22,14 @@ METHOD = "b-matching per layer and pair of neighbouring layers"
 
 
 def pair_bound(problem: PlacementProblem) -> float:
-    """Return a lower bound of ``problem.objective`` over all placements."""
+    """Return a lower bound of ``problem.objective`` over all placements, a whole number."""
     topology = problem.topology
-    if topology.num_nodes == 1:
-        return _cut_bound(problem, problem.num_ranks)
-    across = topology.inter_cost - topology.intra_cost
-    return topology.intra_cost * _cut_bound(
-        problem, problem.num_ranks
-    ) + across * _cut_bound(problem, topology.num_nodes)
+    bound = _cut_bound(problem, problem.num_ranks)
+    if topology.num_nodes > 1:
+        across = topology.inter_cost - topology.intra_cost
+        between_nodes = _cut_bound(problem, topology.num_nodes)
+        bound = topology.intra_cost * bound + across * between_nodes
+    return float(math.ceil(bound))  # objectives are whole numbers
 
 
 def _cut_bound(problem: PlacementProblem, num_groups: int) -> float:
