@@ -19,11 +19,15 @@ def record(
     out: OutOption,
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="Text file or directory; may be repeated."),
+        typer.Option(metavar="PATH", help="Text or .jsonl file, directory, or - (stdin)."),
     ] = None,
     domain: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="The same, with the name of its domain."),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Field of .jsonl lines: a text or a chat."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sequences of one forward pass.")] = 16,
@@ -59,7 +63,7 @@ def record(
         device=device,
         seed=seed,
     )
-    corpora = name_corpora(corpus or [], domain or [])
+    corpora = name_corpora(corpus or [], domain or [], field)
     with token_progress() as progress:
         header = record_trace(model, corpora, out, options, progress)
     facts = {

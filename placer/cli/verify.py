@@ -31,7 +31,8 @@ def verify(
     from placer.trace.corpus import name_corpora
 
     if corpus:
-        texts = [text for one in name_corpora(corpus, []) for text in one.documents()]
+        found = (text for one in name_corpora(corpus, []) for text in one.documents())
+        texts = [text for text in found if isinstance(text, str)]
     else:
         texts = [one.text for one in documents("heldout")] if max_tokens else []
     report = verify_export(original, exported, plan, texts, max_tokens)

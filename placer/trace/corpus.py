@@ -1,15 +1,24 @@
 """Text to record over: files and directories, one domain each, cut into sequences."""
 
 import hashlib
+import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from placer.errors import PlacerError, UsageError
 
-Encode = Callable[[str], Sequence[int]]
+#: A text, or the messages of a chat, each with its role and content.
+Document = str | list[dict[str, Any]]
+Encode = Callable[[Document], Sequence[int]]
+
+STANDARD_INPUT = Path("-")
+_TEXT_FIELD = "text"
+_CHAT_FIELD = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,14 +31,22 @@ class Corpus:
         Its name in the trace.
     path
         A UTF-8 text file, or a directory of such files (searched recursively; hidden
-        files and those that are no UTF-8 are left out). Each file is one document.
+        files and those that are no UTF-8 are left out). Each file is one document, and
+        so is each line of a ``.jsonl`` file.
+    field
+        The field of a ``.jsonl`` line that holds its text, or its chat: a list of
+        messages. By default ``text``, or ``messages`` where there is none.
+    content
+        The text itself, for standard input; ``path`` then only names it.
     """
 
     domain: str
     path: Path
+    field: str | None = None
+    content: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.path.exists():
+        if self.content is None and not self.path.exists():
             raise PlacerError(
                 f"corpus {self.path} does not exist",
                 f"check the path: ls {self.path.parent}",
@@ -38,13 +55,15 @@ class Corpus:
             raise UsageError(f"the corpus {self.path} needs a domain name")
 
     def files(self) -> list[Path]:
-        """Return the files of the corpus, sorted by path.
+        """Return the files of the corpus, sorted by path; none for standard input.
 
         Raises
         ------
         PlacerError
-            If there is none.
+            If there is none in its directory.
         """
+        if self.content is not None:
+            return []
         if self.path.is_file():
             return [self.path]
         found = sorted(
@@ -59,38 +78,82 @@ class Corpus:
             )
         return found
 
-    def documents(self, seed: int | None = None) -> Iterator[str]:
-        """Yield the texts, by path, or in an order drawn from ``seed``."""
-        files = self.files()
+    def documents(self, seed: int | None = None) -> Iterator[Document]:
+        """Yield the documents, by path and line, or in an order drawn from ``seed``.
+
+        Raises
+        ------
+        PlacerError
+            If a line of a ``.jsonl`` file is no JSON object or lacks the field.
+        """
+        if self.content is not None:
+            yield from [self.content] if self.content.strip() else []
+            return
+        places = [place for path in self.files() for place in _places(path)]
         if seed is not None:
-            order = np.random.default_rng(seed).permutation(len(files))
-            files = [files[n] for n in order]
-        for path in files:
-            text = _read_text(path)
-            if text and text.strip():
-                yield text
+            order = np.random.default_rng(seed).permutation(len(places))
+            places = [places[n] for n in order]
+        for place in places:
+            document = self._read(place)
+            if document and (not isinstance(document, str) or document.strip()):
+                yield document
 
     def sha256(self) -> str:
         """Return one hash over names and contents of all files."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256((self.content or "").encode())
         for path in self.files():
-            name = (
-                path.name if path == self.path else path.relative_to(self.path).as_posix()
-            )
+            whole = path == self.path
+            name = path.name if whole else path.relative_to(self.path).as_posix()
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             digest.update(f"{name}\0{content}\n".encode())
         return digest.hexdigest()
 
+    def _read(self, place: "_Place") -> Document | None:
+        if place.offset is None:
+            return _read_text(place.path)
+        with place.path.open("rb") as stream:
+            stream.seek(place.offset)
+            line = stream.readline()
+        where = f"{place.path}, line at byte {place.offset}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise PlacerError(
+                f"{where}, is no JSON: {error}", "give one JSON object per line"
+            ) from error
+        fields = [self.field] if self.field else [_TEXT_FIELD, _CHAT_FIELD]
+        found = value if isinstance(value, dict) else {}
+        document = next((found[name] for name in fields if name in found), None)
+        if not isinstance(document, str) and not _is_chat(document):
+            raise PlacerError(
+                f"{where}, holds no text or chat in {' or '.join(fields)}; "
+                f"it has {', '.join(map(str, found)) or 'no field'}",
+                "name the field: --field NAME",
+            )
+        return document
 
-def name_corpora(paths: Sequence[Path], named: Sequence[str]) -> list[Corpus]:
-    """Build corpora from ``--corpus PATH`` and ``--domain NAME=PATH``.
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a document stands: a file, or the byte at which a line of one begins."""
+
+    path: Path
+    offset: int | None
+
+
+def name_corpora(
+    paths: Sequence[Path], named: Sequence[str], field: str | None = None
+) -> list[Corpus]:
+    """Build corpora from ``--corpus PATH``, ``--domain NAME=PATH`` and ``--field NAME``.
+
+    The path ``-`` stands for standard input, which is read here.
 
     Raises
     ------
     UsageError
         If none is given, two share a domain, or ``--domain`` has no ``=``.
     """
-    corpora = [Corpus(domain=path.resolve().stem, path=path) for path in paths]
+    corpora = [_corpus(None, path, field) for path in paths]
     for text in named:
         domain, equals, path = text.partition("=")
         if not equals or not domain or not path:
@@ -98,7 +161,7 @@ def name_corpora(paths: Sequence[Path], named: Sequence[str]) -> list[Corpus]:
                 f"--domain is written NAME=PATH, got {text!r}",
                 "for example --domain code=src/",
             )
-        corpora.append(Corpus(domain=domain, path=Path(path)))
+        corpora.append(_corpus(domain, Path(path), field))
     if not corpora:
         raise UsageError(
             "no text to record over", "give --corpus FILE, or --domain NAME=PATH"
@@ -147,6 +210,31 @@ def token_sequences(
                 yield sequence
             if left is not None and left < 2:
                 return
+
+
+def _corpus(domain: str | None, path: Path, field: str | None) -> Corpus:
+    if path == STANDARD_INPUT:
+        content = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+        return Corpus(domain=domain or "stdin", path=path, content=content)
+    return Corpus(domain=domain or path.resolve().stem, path=path, field=field)
+
+
+def _places(path: Path) -> Iterator[_Place]:
+    if path.suffix != ".jsonl":
+        yield _Place(path, None)
+        return
+    offset = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if line.strip():
+                yield _Place(path, offset)
+            offset += len(line)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and {"role", "content"} <= set(one) for one in value
+    )
 
 
 def _hidden(relative: Path) -> bool:

@@ -14,7 +14,7 @@ from placer.files import partial_path, read_json, require_absent, sha256_file
 from placer.model import Architecture, ModelSpec
 from placer.trace.capture import RouterCapture
 from placer.trace.chunk import Chunk, expert_dtype
-from placer.trace.corpus import Corpus, token_sequences
+from placer.trace.corpus import Corpus, Document, Encode, token_sequences
 from placer.trace.header import TraceHeader
 from placer.trace.writer import TraceWriter
 
@@ -160,8 +160,18 @@ class _Runner:
         )
         self.capture = RouterCapture(self.model, architecture, spec.layer_ids or ())
 
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+    def encode(self, document: Document) -> list[int]:
+        if isinstance(document, str):
+            return list(self.tokenizer(document, verbose=False)["input_ids"])
+        try:
+            text = self.tokenizer.apply_chat_template(document, tokenize=False)
+        except Exception as error:  # templates are programs, and raise what they like
+            raise PlacerError(
+                f"the tokenizer cannot apply a chat template: {error}",
+                "give plain text in a field of its own: --field NAME",
+            ) from error
+        # The template has put the special tokens where they belong.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def run(self, group: Sequence[_Sequence], first_sequence: int) -> Chunk:
         """Run the sequences of one chunk, ``batch_size`` at a time."""
@@ -242,7 +252,7 @@ def load_model(directory: Path, *, dtype: Dtype, device: str) -> tuple[Any, Any]
 
 
 def _sequences(
-    corpora: Sequence[Corpus], encode: Callable[[str], list[int]], options: RecordOptions
+    corpora: Sequence[Corpus], encode: Encode, options: RecordOptions
 ) -> Iterator[_Sequence]:
     for domain, corpus in enumerate(corpora):
         sequences = token_sequences(
