@@ -65,6 +65,24 @@ def help_of(*command: str) -> None:
     cog.outl(f"{_FENCE}text\n{_run(' '.join(['placer', *command, '--help']))}{_FENCE}")
 
 
+def families() -> None:
+    """Write the table of model families, from their data files."""
+    from placer.model import known_architectures
+
+    rows = [
+        (
+            model_type,
+            f"refused: {one.unsupported}" if one.unsupported else "recorded",
+            "permuted checkpoint" if one.expert_tensors else "",
+        )
+        for one in known_architectures()
+        for model_type in one.model_types
+    ]
+    cog.outl("| `model_type` | `placer record` | `placer export checkpoint` |\n|---|---|---|")
+    for model_type, recorded, exported in sorted(rows):
+        cog.outl(f"| `{model_type}` | {recorded} | {exported} |")
+
+
 def clear(directory: str) -> None:
     """Remove what an earlier run wrote below ``build/``: placer overwrites no directory."""
     path = (ROOT / directory).resolve()

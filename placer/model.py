@@ -134,17 +134,18 @@ class ModelSpec:
         layer_ids = architecture.moe_layers(config)
         if not layer_ids:
             raise PlacerError(f"{directory} has no MoE layer, by its config.json")
-        num_experts = architecture.config_value(config, "num_experts")
+        grouped = architecture.is_grouped(config)
         unbound = cls(
             id=directory.resolve().name,
             model_type=config["model_type"],
             layer_ids=tuple(layer_ids),
-            num_experts=(num_experts,) * len(layer_ids),
+            num_experts=(architecture.config_value(config, "num_experts"),)
+            * len(layer_ids),
             top_k=architecture.config_value(config, "top_k"),
-            hidden_size=config["hidden_size"],
-            vocab_size=config["vocab_size"],
-            n_group=config.get("n_group") or 1,
-            topk_group=config.get("topk_group") or 1,
+            hidden_size=architecture.config_value(config, "hidden_size"),
+            vocab_size=architecture.config_value(config, "vocab_size"),
+            n_group=architecture.config_value(config, "n_group", 1) if grouped else 1,
+            topk_group=architecture.config_value(config, "topk_group", 1) if grouped else 1,
         )
         fields = unbound.to_json() | {"fingerprint": unbound.bound_fingerprint()}
         return cls.from_json(fields)
@@ -194,6 +195,17 @@ def _brief(value: object) -> str:
     return str(value)
 
 
+LayerRule = Literal[
+    "all",
+    "dense_prefix",
+    "expert_layer_period",
+    "layers_block_type",
+    "moe_layer_interval",
+    "moe_layers",
+    "sparse_step",
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """How one family names its config keys, modules and tensors.
@@ -202,12 +214,23 @@ class Architecture:
     ----------
     model_types
         The ``model_type`` values of the family.
+    unsupported
+        Why the family is refused, or ``None``.
     config
-        Config keys, in order of preference, of ``num_experts`` and ``top_k``.
+        Config keys, in order of preference, by what they mean; a dot goes into a nested
+        object.
     layers
-        Rule for which layers are MoE layers: ``all`` or ``sparse_step``.
+        Rule for which layers are MoE layers (see :meth:`moe_layers`).
+    grouped_if
+        Config key and value without which the router ignores groups, or ``None``.
+    experts_module
+        Module path, with ``{layer}``, of the experts, which transformers calls with
+        hidden states, ids and weights.
+    scores_module
+        Module path of a router whose first output is a ``[T, E]`` matrix of weights, zero
+        but for the chosen experts, where the experts are not called with ids.
     router_module
-        Module path of the router, with ``{layer}``.
+        Module path of a router whose first output is its logits, or ``None``.
     router_tensors
         Patterns of tensors whose first axis is the logical expert, with ``{layer}``.
     expert_tensors
@@ -215,42 +238,149 @@ class Architecture:
     """
 
     model_types: tuple[str, ...]
+    unsupported: str | None = None
     config: Mapping[str, tuple[str, ...]]
-    layers: Literal["all", "sparse_step"]
-    router_module: str
-    router_tensors: tuple[str, ...]
-    expert_tensors: tuple[str, ...]
+    layers: LayerRule
+    grouped_if: tuple[str, str] | None = None
+    experts_module: str
+    scores_module: str | None = None
+    router_module: str | None = None
+    router_tensors: tuple[str, ...] = ()
+    expert_tensors: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path) -> "Architecture":
         """Return the family of a config; ``source`` names it in the error."""
         model_type = config.get("model_type")
+        known: list[str] = []
         for architecture in known_architectures():
             if model_type in architecture.model_types:
-                return architecture
-        known = sorted(t for a in known_architectures() for t in a.model_types)
+                if architecture.unsupported is None:
+                    return architecture
+                raise PlacerError(
+                    f"{source}: {model_type} is not supported: {architecture.unsupported}",
+                    "import what an engine recorded of it: placer import --help",
+                )
+            known += architecture.model_types if architecture.unsupported is None else ()
         raise PlacerError(
             f"{source}: model_type {model_type!r} is not a family that placer knows",
-            f"known families: {', '.join(known)}",
+            f"known families: {', '.join(sorted(known))}",
         )
 
-    def config_value(self, config: Mapping[str, Any], field: str) -> int:
-        """Return the first of the family's keys for ``field`` that the config has."""
-        for key in self.config[field]:
-            if config.get(key) is not None:
-                return int(config[key])
-        raise PlacerError(
-            f"config.json has none of the keys {', '.join(self.config[field])}"
+    def require_tensor_names(self) -> None:
+        """Refuse a family whose checkpoints placer cannot rewrite.
+
+        Raises
+        ------
+        PlacerError
+            If its data file names no tensors.
+        """
+        if not self.expert_tensors:
+            raise PlacerError(
+                f"placer does not know the checkpoint tensors of {self.model_types[0]}",
+                "export a runtime map, which needs none: placer export sglang",
+            )
+
+    def config_value(
+        self, config: Mapping[str, Any], field: str, default: int | None = None
+    ) -> int:
+        """Return the first of the family's keys for ``field`` that the config has.
+
+        Raises
+        ------
+        PlacerError
+            If it has none and there is no default, or the value is no whole number.
+        """
+        keys = self.config[field]
+        value = next(
+            (v for key in keys if (v := _nested(config, key)) is not None), default
         )
+        if type(value) is not int:
+            raise PlacerError(
+                f"config.json of {config.get('model_type')} gives {value!r} for "
+                f"{' or '.join(keys)}, expected a whole number",
+                "check that config.json is that of the model",
+            )
+        return value
+
+    def is_grouped(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the router limits a token to some groups of experts."""
+        if self.grouped_if is None:
+            return True
+        key, value = self.grouped_if
+        return bool(config.get(key) == value)
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
-        """Return the model's own numbers of its MoE layers, ascending."""
-        every = range(config["num_hidden_layers"])
-        if self.layers == "all":
-            return list(every)
-        step = config.get("decoder_sparse_step") or 1
-        dense = set(config.get("mlp_only_layers") or ())
-        return [n for n in every if n not in dense and (n + 1) % step == 0]
+        """Return the model's own numbers of its MoE layers, ascending.
+
+        Rules: ``all``; ``sparse_step`` (``decoder_sparse_step``, ``mlp_only_layers``);
+        ``dense_prefix`` (``mlp_layer_types``, else the first ``first_k_dense_replace`` or
+        ``num_dense_layers`` are dense, and of the others every ``moe_layer_freq``-th is
+        an MoE layer); ``moe_layers`` (the list, else ``interleave_moe_layer_step``);
+        ``layers_block_type`` (those of type moe); ``expert_layer_period`` (and offset);
+        ``moe_layer_interval`` (and start and end index).
+        """
+        if self.layers == "layers_block_type":
+            num_layers = len(config.get("layers_block_type") or ())
+        else:
+            num_layers = self.config_value(config, "num_layers")
+        return [n for n in range(num_layers) if _is_moe_layer(self.layers, config, n)]
+
+
+def _is_moe_layer(rule: LayerRule, config: Mapping[str, Any], layer: int) -> bool:
+    if rule == "all":
+        return True
+    if rule == "sparse_step":
+        dense = config.get("mlp_only_layers") or ()
+        return (
+            layer not in dense
+            and (layer + 1) % _whole(config, "decoder_sparse_step", 1) == 0
+        )
+    if rule == "dense_prefix":
+        kinds = config.get("mlp_layer_types")
+        if kinds is not None:
+            return "sparse" in kinds[layer] or "moe" in kinds[layer]
+        prefix = _whole(
+            config, "first_k_dense_replace", _whole(config, "num_dense_layers", 0)
+        )
+        return layer >= prefix and layer % _whole(config, "moe_layer_freq", 1) == 0
+    if rule == "moe_layers":
+        listed = config.get("moe_layers")
+        step = _whole(config, "interleave_moe_layer_step", 1)
+        return (layer + 1) % step == 0 if listed is None else layer in listed
+    if rule == "layers_block_type":
+        return bool(config["layers_block_type"][layer] == "moe")
+    if rule == "expert_layer_period":
+        offset = _whole(config, "expert_layer_offset", 0)
+        return (layer - offset) % _whole(config, "expert_layer_period", 1) == 0
+    start = _whole(config, "moe_layer_start_index", 0)
+    end = _whole(config, "moe_layer_end_index", -1)
+    interval = _whole(config, "moe_layer_interval", 1)
+    return start <= layer <= (end if end >= 0 else layer) and (layer + 1) % interval == 0
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key)
+    return default if value is None else int(value)
+
+
+def _nested(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+# What configs call these unless a family's file says otherwise.
+_USUAL_KEYS = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "top_k": ("num_experts_per_tok",),
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "vocab_size": ("vocab_size",),
+    "n_group": ("n_group", "num_expert_group"),
+    "topk_group": ("topk_group",),
+}
 
 
 @cache
@@ -264,13 +394,22 @@ def known_architectures() -> tuple[Architecture, ...]:
 
 
 def _read_architecture(value: Mapping[str, Any]) -> Architecture:
+    config, modules = dict(value.get("config", {})), dict(value.get("modules", {}))
+    tensors = value.get("tensors", {})
+    layers = config.pop("layers", "all")
+    grouped_if = config.pop("grouped_if", None)
+    keys = _USUAL_KEYS | {field: tuple(names) for field, names in config.items()}
     return Architecture(
         model_types=tuple(value["model_types"]),
-        config={field: tuple(value["config"][field]) for field in ("num_experts", "top_k")},
-        layers=value["config"]["layers"],
-        router_module=value["modules"]["router"],
-        router_tensors=tuple(value["tensors"]["router"]),
-        expert_tensors=tuple(value["tensors"]["expert"]),
+        unsupported=value.get("unsupported"),
+        config=keys,
+        layers=layers,
+        grouped_if=None if grouped_if is None else (grouped_if[0], grouped_if[1]),
+        experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),
+        scores_module=modules.get("scores"),
+        router_module=modules.get("router"),
+        router_tensors=tuple(tensors.get("router", ())),
+        expert_tensors=tuple(tensors.get("expert", ())),
     )
 
 

@@ -137,6 +137,7 @@ def _changes(
 ) -> TensorChanges:
     config = read_json(source.directory / "config.json", "model config")
     architecture = Architecture.of(config, source.directory)
+    architecture.require_tensor_names()
     tensors = {
         name: info for shard in source.shards for name, info in shard.tensors.items()
     }

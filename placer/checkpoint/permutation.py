@@ -176,10 +176,11 @@ def _suspicious(architecture: Architecture) -> re.Pattern[str]:
 
     ``shared_expert`` is no routed expert, ``expert_bias`` belongs to the routed ones.
     """
-    router = name_pattern(architecture.router_module + ".").pattern.replace(
-        "?P<layer>", "?:"
+    routers = "|".join(
+        name_pattern(template.rpartition(".")[0] + ".").pattern.replace("?P<layer>", "?:")
+        for template in architecture.router_tensors
     )
-    return re.compile(rf"\bexperts?(?![a-z])|^{router}")
+    return re.compile(rf"\bexperts?(?![a-z])|^(?:{routers})")
 
 
 def _require_complete(

@@ -106,12 +106,13 @@ def verify(
         plan.placement.permutation(layer)
     config = read_json(original / "config.json", "model config")
     architecture = Architecture.of(config, original)
+    architecture.require_tensor_names()
     num_tensors, num_bytes = _compare_tensors(
         original, exported, architecture, model, plan.placement
     )
     comparison = _Comparison(plan.placement)
     if max_tokens:
-        runs = _Runs(architecture, model.layer_ids or (), texts, max_tokens)
+        runs = _Runs(architecture, model, texts, max_tokens)
         comparison.compare(runs.run(original), runs.run(exported))
     return VerificationReport(
         num_tensors=num_tensors,
@@ -274,12 +275,12 @@ class _Runs:
     def __init__(
         self,
         architecture: Architecture,
-        layer_ids: Sequence[int],
+        spec: ModelSpec,
         texts: Sequence[str],
         max_tokens: int,
     ) -> None:
         self.architecture = architecture
-        self.layer_ids = layer_ids
+        self.spec = spec
         self.texts = texts
         self.max_tokens = max_tokens
         self.windows: list[list[int]] | None = None
@@ -294,7 +295,7 @@ class _Runs:
         outputs = []
         with (
             torch.inference_mode(),
-            RouterCapture(model, self.architecture, self.layer_ids) as routers,
+            RouterCapture(model, self.architecture, self.spec, with_logits=True) as routers,
         ):
             for ids in self.windows:
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -303,7 +304,11 @@ class _Runs:
                     _Output(
                         logits=logits.numpy(),
                         chosen=tuple(one.ids.numpy() for one in taken),
-                        scores=tuple(one.logits.float().numpy() for one in taken),
+                        scores=tuple(
+                            one.logits.float().numpy()
+                            for one in taken
+                            if one.logits is not None
+                        ),
                     )
                 )
         return outputs

@@ -158,7 +158,7 @@ class _Runner:
         architecture = Architecture.of(
             read_json(directory / "config.json", "config"), directory
         )
-        self.capture = RouterCapture(self.model, architecture, spec.layer_ids or ())
+        self.capture = RouterCapture(self.model, architecture, spec)
 
     def encode(self, document: Document) -> list[int]:
         if isinstance(document, str):
