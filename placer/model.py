@@ -310,6 +310,12 @@ class Architecture:
         key, value = self.grouped_if
         return bool(config.get(key) == value)
 
+    def num_hidden_layers(self, config: Mapping[str, Any]) -> int:
+        """Return the number of hidden layers, dense ones included."""
+        if self.layers == "layers_block_type":
+            return len(config.get("layers_block_type") or ())
+        return self.config_value(config, "num_layers")
+
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Return the model's own numbers of its MoE layers, ascending.
 
@@ -320,10 +326,7 @@ class Architecture:
         ``layers_block_type`` (those of type moe); ``expert_layer_period`` (and offset);
         ``moe_layer_interval`` (and start and end index).
         """
-        if self.layers == "layers_block_type":
-            num_layers = len(config.get("layers_block_type") or ())
-        else:
-            num_layers = self.config_value(config, "num_layers")
+        num_layers = self.num_hidden_layers(config)
         return [n for n in range(num_layers) if _is_moe_layer(self.layers, config, n)]
 
 

@@ -8,7 +8,7 @@ import typer
 from placer.cli.output import JsonOption, OutOption, print_json, print_table, warn
 from placer.errors import UsageError
 
-_FORMATS = ("npz",)
+_FORMATS = ("npz", "exflow", "sglang-routed", "vllm-routed")
 
 
 def import_(
@@ -23,14 +23,23 @@ def import_(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a recorded file into a trace; sequence ids are kept."""
-    from placer.trace.npz import import_npz
+    """Turn routing that something else recorded into a trace.
 
+    npz: arrays experts [T, L, k], sequence_ids [T] and optional others. exflow: .npy
+    [tokens, layers]. sglang-routed, vllm-routed: JSON lines of responses with
+    return_routed_experts.
+    """
+    from placer.trace.imported import import_file
+    from placer.trace.npz import read_exflow, read_npz
+    from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
+
+    readers = (read_npz, read_exflow, read_sglang_routed, read_vllm_routed)
     if format_ not in _FORMATS:
         raise UsageError(
             f"format {format_!r} is not known", f"known formats: {', '.join(_FORMATS)}"
         )
-    header = import_npz(file, out, model)
+    reader = dict(zip(_FORMATS, readers, strict=True))[format_]
+    header = import_file(reader, format_, file, out, model)
     if not header.model.bound:
         warn(
             "the trace is bound to no checkpoint: the number of experts is the largest id "

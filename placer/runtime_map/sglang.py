@@ -16,7 +16,7 @@ import numpy as np
 
 from placer.errors import PlacerError
 from placer.files import atomic_file, read_json
-from placer.model import ModelSpec, require_same_model
+from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Placement, Plan
 
 # Model types whose SGLang class has get_model_config_for_expert_location; for any other the
@@ -87,7 +87,9 @@ def export_sglang(plan_path: Path, directory: Path, out: Path) -> SglangMap:
             f"SGLang reads a map of {out} only if it ends in .json", f"--out {out}.json"
         )
     config = read_json(directory / "config.json", "model config")
-    rows = _rows(plan.placement, model, int(config["num_hidden_layers"]))
+    rows = _rows(
+        plan.placement, model, Architecture.of(config, directory).num_hidden_layers(config)
+    )
     with atomic_file(out) as temporary:
         temporary.write_text(json.dumps({"physical_to_logical_map": rows}) + "\n")
     warnings = [] if warning is None else [warning]

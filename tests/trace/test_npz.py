@@ -7,7 +7,13 @@ import pytest
 
 from placer.errors import PlacerError
 from placer.trace import Trace
-from placer.trace.npz import import_npz
+from placer.trace.header import TraceHeader
+from placer.trace.imported import import_file
+from placer.trace.npz import read_npz
+
+
+def import_npz(file: Path, out: Path, model: Path | None = None) -> TraceHeader:
+    return import_file(read_npz, "npz", file, out, model)
 
 
 def arrays(num_tokens: int = 30) -> dict[str, np.ndarray]:
@@ -65,7 +71,9 @@ def test_a_model_binds_the_trace(tiny_model: Path, tmp_path: Path) -> None:
     header = import_npz(path, tmp_path / "t", tiny_model)
     assert header.model.layer_ids == (1, 3)
     assert header.model.fingerprint == header.model.bound_fingerprint()
-    with pytest.raises(PlacerError, match="experts has 3 layers with ids up to 7"):
+    with pytest.raises(
+        PlacerError, match="experts has 3 layers, the model 2 MoE layers of 4"
+    ):
         import_npz(write(tmp_path / "b.npz"), tmp_path / "u", tiny_model)
     assert not (tmp_path / "u").exists()
 
