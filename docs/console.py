@@ -78,7 +78,9 @@ def families() -> None:
         for one in known_architectures()
         for model_type in one.model_types
     ]
-    cog.outl("| `model_type` | `placer record` | `placer export checkpoint` |\n|---|---|---|")
+    cog.outl(
+        "| `model_type` | `placer record` | `placer export checkpoint` |\n|---|---|---|"
+    )
     for model_type, recorded, exported in sorted(rows):
         cog.outl(f"| `{model_type}` | {recorded} | {exported} |")
 
