@@ -35,7 +35,7 @@ check: $(INSTALLED)  ## Format, lint, types, generated documentation, stripped n
 
 bench: $(INSTALLED)  ## Measure: see tests/benchmarks
 	@echo 'The benchmarks are in tests/benchmarks.'
-	@if [ -d tests/benchmarks ]; then $(BIN)/python -m pytest -s tests/benchmarks; fi
+	@$(BIN)/python -m pytest -s tests/benchmarks/bench_*.py
 
 docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
 	@$(COG) -r $(GENERATED)

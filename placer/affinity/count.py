@@ -78,8 +78,7 @@ def _count_chunk(
             for n in range(len(experts) - 1)
         ),
         coactivation=tuple(
-            _without_diagonal(_count_pairs(ids, ids, size, size))
-            for ids, size in zip(experts, sizes, strict=True)
+            _count_coactivation(ids, size) for ids, size in zip(experts, sizes, strict=True)
         ),
         token_expert=rows(chunk.token_ids),
         sequence_expert=rows(chunk.sequence_ids),
@@ -99,9 +98,12 @@ def _count_pairs(
     return counts.reshape(num_first, num_second)
 
 
-def _without_diagonal(counts: IntArray) -> IntArray:
-    np.fill_diagonal(counts, 0)
-    return counts
+def _count_coactivation(experts: npt.NDArray[Any], size: int) -> IntArray:
+    """Count pairs of two columns of ``experts`` [T, k], each once, both ways round."""
+    counts = np.zeros((size, size), dtype=np.int64)
+    for a in range(experts.shape[1] - 1):
+        counts += _count_pairs(experts[:, a : a + 1], experts[:, a + 1 :], size, size)
+    return counts + counts.T
 
 
 def _count_rows(
