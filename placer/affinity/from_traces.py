@@ -1,12 +1,15 @@
-"""Affinity of one or several trace directories."""
+"""Affinity of several traces, or of several machines."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
+from pathlib import Path
 
 from placer import __version__
 from placer.affinity.affinity import Affinity
 from placer.affinity.count import count_affinity
 from placer.errors import UsageError
+from placer.files import sha256_file
 from placer.trace import Fold, Trace
 
 
@@ -39,3 +42,27 @@ def affinity_of_traces(traces: Sequence[Trace], fold: Fold | None) -> Affinity:
     ]
     total = reduce(Affinity.add, parts)
     return total if len(parts) == 1 else total.without_sequences()
+
+
+def merged_affinity(paths: Sequence[Path]) -> Affinity:
+    """Add affinity files of one model, counted on several machines.
+
+    Addition is exact and associative, so the counts do not depend on the order. Rows per
+    sequence are left out: ids of several machines name different sequences.
+
+    Raises
+    ------
+    PlacerError
+        If a file cannot be read, or the files are of different models.
+    UsageError
+        If one file is given twice.
+    """
+    hashes = [sha256_file(path) for path in paths if path.is_file()]
+    if len(set(hashes)) < len(hashes):
+        raise UsageError(
+            "one affinity file is given twice, so its tokens would count twice",
+            "give each file once",
+        )
+    total = reduce(Affinity.add, [Affinity.read(path) for path in paths])
+    provenance = {"placer": __version__, "affinity_sha256": sorted(hashes)}
+    return replace(total.without_sequences(), provenance=provenance)

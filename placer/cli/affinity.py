@@ -14,13 +14,20 @@ from placer.cli.output import (
     print_json,
     print_table,
 )
+from placer.errors import UsageError
 
 
 def affinity(
     traces: Annotated[
-        list[Path], typer.Argument(metavar="TRACE...", help="Trace directories.")
+        list[Path],
+        typer.Argument(
+            metavar="TRACE...", help="Trace directories; with --merge, affinity files."
+        ),
     ],
     out: OutOption,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add affinity files of several machines.")
+    ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
@@ -29,11 +36,20 @@ def affinity(
 
     Counts are exact and add up: several traces of one model give one file.
     """
-    from placer.affinity.from_traces import affinity_of_traces
+    from placer.affinity.from_traces import affinity_of_traces, merged_affinity
     from placer.trace import Trace
 
     chosen = parse_fold(fold, not_fold)
-    counted = affinity_of_traces([Trace(path) for path in traces], chosen)
+    if merge and chosen is not None:
+        raise UsageError(
+            "affinity files hold counts, which cannot be folded any more",
+            "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
+        )
+    counted = (
+        merged_affinity(traces)
+        if merge
+        else affinity_of_traces([Trace(path) for path in traces], chosen)
+    )
     counted.write(out)
     facts = {
         "out": str(out),

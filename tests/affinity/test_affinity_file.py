@@ -1,5 +1,6 @@
 """The affinity file round-trips, adds up, and refuses what it is not."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from placer.affinity import Affinity, SparseCounts
-from placer.affinity.from_traces import affinity_of_traces
+from placer.affinity.from_traces import affinity_of_traces, merged_affinity
 from placer.errors import PlacerError, UsageError
 from placer.files import write_tensors
 from placer.trace import Fold, Trace
@@ -47,6 +48,24 @@ def test_several_traces_drop_rows_per_sequence(make_trace: Callable[..., Trace])
     assert total.num_tokens == 800
     assert total.sequence_expert is None
     assert total.token_expert is not None
+
+
+def test_merging_files_is_counting_all_traces_in_any_order(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    traces = [make_trace(name, seed=seed) for seed, name in enumerate("abc")]
+    paths = [tmp_path / f"{n}.safetensors" for n in range(3)]
+    for trace, path in zip(traces, paths, strict=True):
+        affinity_of_traces([trace], None).write(path)
+    whole = affinity_of_traces(traces, None).tensors()
+    for order in itertools.permutations(paths):
+        merged = merged_affinity(order)
+        assert merged.num_tokens == 1200
+        assert merged.tensors().keys() == whole.keys()
+        for name, counts in merged.tensors().items():
+            assert np.array_equal(counts, whole[name]), name
+    with pytest.raises(UsageError, match="given twice"):
+        merged_affinity([paths[0], paths[0]])
 
 
 def test_one_trace_twice_is_refused(make_trace: Callable[..., Trace]) -> None:
