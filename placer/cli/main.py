@@ -17,6 +17,7 @@ from placer.cli.record import record
 from placer.cli.simulate import simulate
 from placer.cli.solve import solve
 from placer.cli.tables import tables
+from placer.cli.trace import trace_app
 from placer.cli.verify import verify
 from placer.errors import PlacerError
 
@@ -51,6 +52,7 @@ def _common(
 
 app.command("record")(record)
 app.command("import")(import_)
+app.add_typer(trace_app, name="trace")
 app.command("affinity")(affinity)
 app.command("solve")(solve)
 app.command("tables")(tables)

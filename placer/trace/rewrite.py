@@ -1,0 +1,186 @@
+"""Traces made from traces: parts, unions and samples, chunk by chunk."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer import __version__
+from placer.errors import PlacerError, UsageError
+from placer.model import require_same_model
+from placer.trace.chunk import Chunk
+from placer.trace.fold import Fold
+from placer.trace.header import TraceHeader
+from placer.trace.reader import Trace
+from placer.trace.writer import TraceWriter
+
+IntArray = npt.NDArray[np.int64]
+_OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")
+
+
+def validate_trace(trace: Trace) -> TraceHeader:
+    """Read every chunk: hashes, format, ids, and that a sequence id stands in one chunk.
+
+    Raises
+    ------
+    PlacerError
+        If a chunk is damaged or breaks the format, by name.
+    """
+    seen: set[int] = set()
+    num_sequences = 0
+    for info, chunk in zip(trace.header.chunks, trace.chunks(), strict=True):
+        ids = np.unique(chunk.sequence_ids).tolist()
+        if not seen.isdisjoint(ids):
+            raise PlacerError(
+                f"sequence {min(seen.intersection(ids))} of {trace.directory / info.file} "
+                "stands in an earlier chunk too",
+                "record or import the trace again",
+            )
+        seen.update(ids)
+        num_sequences += len(ids)
+        if len(ids) != info.num_sequences:
+            raise PlacerError(
+                f"{trace.directory / info.file} holds {len(ids)} sequences, "
+                f"but trace.json says {info.num_sequences}",
+                "record or import the trace again",
+            )
+    return trace.header
+
+
+def split_trace(
+    trace: Trace, out: Path, *, fold: Fold | None = None, domain: str | None = None
+) -> TraceHeader:
+    """Write the sequences of a fold, of a domain, or of both; ids are kept.
+
+    Raises
+    ------
+    UsageError
+        If neither is given, or the trace has no such domain.
+    PlacerError
+        If no sequence is left, or the trace is damaged.
+    """
+    if fold is None and domain is None:
+        raise UsageError("nothing to split by", "give --fold K/N or --domain NAME")
+    domains = trace.header.domains
+    if domain is not None and domain not in domains:
+        raise UsageError(
+            f"{trace.directory} has no domain {domain!r}",
+            f"its domains: {', '.join(domains) or 'none'}",
+        )
+
+    def parts() -> Iterator[Chunk]:
+        for chunk in trace.chunks(fold):
+            if domain is None:
+                yield chunk
+            elif chunk.domain_ids is not None:
+                yield chunk.select(chunk.domain_ids == domains.index(domain))
+
+    made = {"fold": None if fold is None else str(fold), "domain": domain}
+    return _write(trace, out, parts(), {"source": "split", **made})
+
+
+def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> TraceHeader:
+    """Write so many sequences, drawn at random without replacement; ids are kept.
+
+    Raises
+    ------
+    UsageError
+        If there are not so many, or none are asked for.
+    """
+    ids = np.concatenate([np.unique(chunk.sequence_ids) for chunk in trace.chunks()])
+    if not 1 <= num_sequences <= len(ids):
+        raise UsageError(
+            f"{num_sequences} sequences asked for, {trace.directory} has {len(ids)}",
+            f"give --sequences from 1 to {len(ids)}",
+        )
+    chosen = np.random.default_rng(seed).choice(ids, num_sequences, replace=False)
+    parts = (c.select(np.isin(c.sequence_ids, chosen)) for c in trace.chunks())
+    made = {"source": "sample", "sequences": num_sequences, "seed": seed}
+    return _write(trace, out, parts, made)
+
+
+def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
+    """Write all tokens of traces of one model as one trace.
+
+    Sequences are renumbered: those of a later trace follow those of the earlier ones, by
+    an offset that the provenance records. What not all traces hold is left out.
+
+    Raises
+    ------
+    PlacerError
+        If the traces are of different models.
+    UsageError
+        If one trace is given twice.
+    """
+    first = traces[0]
+    for other in traces[1:]:
+        require_same_model(
+            first.model, str(first.directory), other.model, str(other.directory)
+        )
+    if len({trace.sha256 for trace in traces}) < len(traces):
+        raise UsageError(
+            "one trace is given twice, so its tokens would count twice",
+            "give each trace once",
+        )
+    domains = tuple(dict.fromkeys(d for trace in traces for d in trace.header.domains))
+    if len(domains) > 256:
+        raise PlacerError(f"{len(domains)} domains in all, a trace holds at most 256")
+    shared = _shared_fields(traces)
+    offsets = [0]
+    for trace in traces:
+        last = max(int(chunk.sequence_ids[-1]) for chunk in trace.chunks())
+        offsets.append(offsets[-1] + last + 1)
+
+    def parts() -> Iterator[Chunk]:
+        for trace, offset in zip(traces, offsets, strict=False):
+            place = np.asarray([domains.index(d) for d in trace.header.domains], np.uint8)
+            for chunk in trace.chunks():
+                fields: dict[str, Any] = {
+                    name: getattr(chunk, name) if name in shared else None
+                    for name in _OPTIONAL
+                }
+                if fields["domain_ids"] is not None:
+                    fields["domain_ids"] = place[fields["domain_ids"]]
+                ids = (chunk.sequence_ids + offset).astype(np.int32)
+                yield replace(chunk, sequence_ids=ids, **fields)
+
+    made = {
+        "source": "merge",
+        "traces": [
+            {"sha256": trace.sha256, "sequence_offset": offset}
+            for trace, offset in zip(traces, offsets, strict=False)
+        ],
+    }
+    return _write(first, out, parts(), made, domains)
+
+
+def _shared_fields(traces: Sequence[Trace]) -> set[str]:
+    shared = set(_OPTIONAL)
+    for trace in traces:
+        chunk = next(trace.chunks())
+        shared &= {name for name in _OPTIONAL if getattr(chunk, name) is not None}
+    return shared
+
+
+def _write(
+    trace: Trace,
+    out: Path,
+    chunks: Iterable[Chunk],
+    made: dict[str, Any],
+    domains: tuple[str, ...] | None = None,
+) -> TraceHeader:
+    provenance = {"placer": __version__, "trace_sha256": trace.sha256, **made}
+    with TraceWriter(
+        directory=out,
+        model=trace.model,
+        domains=trace.header.domains if domains is None else domains,
+        provenance=provenance,
+    ) as writer:
+        for chunk in chunks:
+            if chunk.num_tokens:
+                writer.append(chunk)
+        writer.finish()
+    return TraceHeader.read(out)
