@@ -129,7 +129,8 @@ def test_refused(
 ) -> None:
     import re
 
-    words = [world.get(word, word) for word in line.split()]
+    command, *words = line.split()
+    words = [command, *(world.get(word, word) for word in words)]
     assert re.search(match, refused(exit_code, *words))
 
 
