@@ -154,13 +154,13 @@ def _figures(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Return held-out metrics by placement and policy; each policy has its own plan."""
     model = affinity.model
+    vocab_size = model.vocab_size or 0  # a recorded trace is bound, and so has one
     blind = {
         "contiguous": contiguous(model.num_experts, NUM_RANKS),
         "balanced": balanced(affinity.load, NUM_RANKS),
     }
 
     def judged(placement: Placement) -> dict[str, dict[str, Any]]:
-        vocab_size = model.vocab_size or int(profile.token_ids.max()) + 1  # type: ignore[union-attr]
         table = build_table(placement, profile, vocab_size=vocab_size)
         found = simulate(placement, heldout, table=table)
         return {policy: found[policy].to_json() for policy in POLICIES}
