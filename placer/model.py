@@ -219,6 +219,9 @@ class Architecture:
     config
         Config keys, in order of preference, by what they mean; a dot goes into a nested
         object.
+    nested_in
+        Config key of the language model's own config, read where a config has it, as
+        those of vision-language models do; or ``None``.
     layers
         Rule for which layers are MoE layers (see :meth:`moe_layers`).
     grouped_if
@@ -240,6 +243,7 @@ class Architecture:
     model_types: tuple[str, ...]
     unsupported: str | None = None
     config: Mapping[str, tuple[str, ...]]
+    nested_in: str | None = None
     layers: LayerRule
     grouped_if: tuple[str, str] | None = None
     experts_module: str
@@ -292,8 +296,9 @@ class Architecture:
             If it has none and there is no default, or the value is no whole number.
         """
         keys = self.config[field]
+        language = self._language_config(config)
         value = next(
-            (v for key in keys if (v := _nested(config, key)) is not None), default
+            (v for key in keys if (v := _nested(language, key)) is not None), default
         )
         if type(value) is not int:
             raise PlacerError(
@@ -308,12 +313,12 @@ class Architecture:
         if self.grouped_if is None:
             return True
         key, value = self.grouped_if
-        return bool(config.get(key) == value)
+        return bool(self._language_config(config).get(key) == value)
 
     def num_hidden_layers(self, config: Mapping[str, Any]) -> int:
         """Return the number of hidden layers, dense ones included."""
         if self.layers == "layers_block_type":
-            return len(config.get("layers_block_type") or ())
+            return len(self._language_config(config).get("layers_block_type") or ())
         return self.config_value(config, "num_layers")
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
@@ -327,7 +332,12 @@ class Architecture:
         ``moe_layer_interval`` (and start and end index).
         """
         num_layers = self.num_hidden_layers(config)
-        return [n for n in range(num_layers) if _is_moe_layer(self.layers, config, n)]
+        language = self._language_config(config)
+        return [n for n in range(num_layers) if _is_moe_layer(self.layers, language, n)]
+
+    def _language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        nested = config.get(self.nested_in) if self.nested_in else None
+        return nested if isinstance(nested, dict) else config
 
 
 def _is_moe_layer(rule: LayerRule, config: Mapping[str, Any], layer: int) -> bool:
@@ -401,11 +411,13 @@ def _read_architecture(value: Mapping[str, Any]) -> Architecture:
     tensors = value.get("tensors", {})
     layers = config.pop("layers", "all")
     grouped_if = config.pop("grouped_if", None)
+    nested_in = config.pop("nested_in", None)
     keys = _USUAL_KEYS | {field: tuple(names) for field, names in config.items()}
     return Architecture(
         model_types=tuple(value["model_types"]),
         unsupported=value.get("unsupported"),
         config=keys,
+        nested_in=nested_in,
         layers=layers,
         grouped_if=None if grouped_if is None else (grouped_if[0], grouped_if[1]),
         experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),

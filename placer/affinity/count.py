@@ -1,6 +1,15 @@
-"""Counting affinity from the chunks of a trace, exactly and in one pass."""
+"""Counting affinity from the chunks of a trace, exactly and in one pass.
 
-from collections.abc import Iterable, Mapping
+Counts are integers and add up, so the result depends neither on how tokens are cut into
+chunks nor on how many processes count them.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +22,10 @@ from placer.model import ModelSpec
 from placer.trace import Chunk
 
 IntArray = npt.NDArray[np.int64]
+ChunkSource = Callable[[], Iterable[Chunk]]
+
+# So many tokens at a time, the keys of all pairs stay in the processor's cache.
+_BLOCK_TOKENS = 8192
 
 
 def count_affinity(
@@ -40,15 +53,107 @@ def count_affinity(
     PlacerError
         If there is no token.
     """
-    total: Affinity | None = None
-    for chunk in chunks:
-        part = _count_chunk(chunk, model, provenance, with_rows)
-        total = part if total is None else total.add(part)
+    total = _count(chunks, model, provenance, with_rows)
     if total is None:
-        raise PlacerError(
-            "no token is left to count", "choose another --fold, or record more text"
-        )
+        raise _no_token()
     return total
+
+
+def count_sources(
+    sources: Sequence[ChunkSource],
+    model: ModelSpec,
+    provenance: Mapping[str, Any],
+    *,
+    with_rows: bool = True,
+) -> Affinity:
+    """Count several streams of chunks, each in a process of its own.
+
+    Parameters
+    ----------
+    sources
+        Functions that yield chunks; they are sent to the processes, so they must be
+        picklable, such as ``functools.partial`` of a module's function. A single one is
+        counted in this process.
+    model, provenance, with_rows
+        As for :func:`count_affinity`.
+
+    Raises
+    ------
+    PlacerError
+        If there is no token, or a process was killed.
+    """
+    task = partial(_count_source, model=model, provenance=provenance, with_rows=with_rows)
+    total = _Sum()
+    if len(sources) == 1:
+        total.add(task(sources[0]))
+    else:
+        # A fork would copy the threads' locks of libraries that are already loaded.
+        context = multiprocessing.get_context("spawn")
+        try:
+            with ProcessPoolExecutor(len(sources), mp_context=context) as pool:
+                for part in pool.map(task, sources):
+                    total.add(part)
+        except BrokenProcessPool as error:
+            raise PlacerError(
+                "a counting process was killed, perhaps for want of memory",
+                "count in one process: --workers 1",
+            ) from error
+    if (counted := total.result()) is None:
+        raise _no_token()
+    return counted
+
+
+def _no_token() -> PlacerError:
+    return PlacerError(
+        "no token is left to count", "choose another --fold, or record more text"
+    )
+
+
+def _count_source(
+    source: ChunkSource, *, model: ModelSpec, provenance: Mapping[str, Any], with_rows: bool
+) -> Affinity | None:
+    return _count(source(), model, provenance, with_rows)
+
+
+def _count(
+    chunks: Iterable[Chunk],
+    model: ModelSpec,
+    provenance: Mapping[str, Any],
+    with_rows: bool,
+) -> Affinity | None:
+    total = _Sum()
+    for chunk in chunks:
+        total.add(_count_chunk(chunk, model, provenance, with_rows))
+    return total.result()
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Adds counts in pairs of equal age, like the digits of a binary counter.
+
+    Rows per token and sequence grow with the trace: added one by one to a running total,
+    they would cost a time quadratic in its length.
+    """
+
+    _digits: list[Affinity | None] = field(default_factory=list)
+
+    def add(self, part: Affinity | None) -> None:
+        if part is None:
+            return
+        for place, held in enumerate(self._digits):
+            if held is None:
+                self._digits[place] = part
+                return
+            part = held.add(part)
+            self._digits[place] = None
+        self._digits.append(part)
+
+    def result(self) -> Affinity | None:
+        total: Affinity | None = None
+        for held in self._digits:
+            if held is not None:
+                total = held if total is None else held.add(total)
+        return total
 
 
 def _count_chunk(
@@ -88,13 +193,14 @@ def _count_chunk(
 def _count_pairs(
     first: npt.NDArray[Any], second: npt.NDArray[Any], num_first: int, num_second: int
 ) -> IntArray:
-    """Count pairs of a column of ``first`` [T, k] with one of ``second`` [T, k]."""
+    """Count pairs of a column of ``first`` [T, a] with one of ``second`` [T, b]."""
     counts = np.zeros(num_first * num_second, dtype=np.int64)
-    columns = [second[:, b].astype(np.intp) for b in range(second.shape[1])]
-    for a in range(first.shape[1]):
-        base = first[:, a].astype(np.intp) * num_second
-        for column in columns:
-            counts += np.bincount(base + column, minlength=len(counts))
+    for begin in range(0, len(first), _BLOCK_TOKENS):
+        block = slice(begin, begin + _BLOCK_TOKENS)
+        rows = first[block].T.astype(np.intp, order="C") * num_second
+        columns = second[block].T.astype(np.intp, order="C")
+        for row in rows:
+            counts += np.bincount((row + columns).ravel(), minlength=len(counts))
     return counts.reshape(num_first, num_second)
 
 

@@ -1,20 +1,29 @@
 """Affinity of several traces, or of several machines."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 from placer import __version__
 from placer.affinity.affinity import Affinity
-from placer.affinity.count import count_affinity
+from placer.affinity.count import ChunkSource, count_sources
 from placer.errors import UsageError
 from placer.files import sha256_file
-from placer.trace import Fold, Trace
+from placer.trace import Chunk, Fold, Trace
+
+# Starting a process costs about as much as counting so many tokens.
+_WORTH_A_WORKER = 250_000
 
 
-def affinity_of_traces(traces: Sequence[Trace], fold: Fold | None) -> Affinity:
+def affinity_of_traces(
+    traces: Sequence[Trace], fold: Fold | None, num_workers: int = 1
+) -> Affinity:
     """Count the sequences of ``fold`` in traces of one model.
+
+    At most ``num_workers`` processes share the chunks of a trace; small traces are not
+    shared. The counts are the same.
 
     Sequence ids of several traces name different sequences, so rows per sequence are
     kept for a single trace only.
@@ -38,10 +47,29 @@ def affinity_of_traces(traces: Sequence[Trace], fold: Fold | None) -> Affinity:
         "fold": None if fold is None else str(fold),
     }
     parts = [
-        count_affinity(trace.chunks(fold), trace.model, provenance) for trace in traces
+        count_sources(_sources(trace, fold, num_workers), trace.model, provenance)
+        for trace in traces
     ]
     total = reduce(Affinity.add, parts)
     return total if len(parts) == 1 else total.without_sequences()
+
+
+def _sources(trace: Trace, fold: Fold | None, num_workers: int) -> list[ChunkSource]:
+    """Cut the list of chunks into one run for each process that is worth its start."""
+    chunks = trace.header.chunks
+    worth = trace.header.num_tokens // _WORTH_A_WORKER
+    number = max(1, min(num_workers, len(chunks), worth))
+    cuts = [len(chunks) * n // number for n in range(number + 1)]
+    return [
+        partial(_read_chunks, trace.directory, fold, start, stop)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+
+
+def _read_chunks(
+    directory: Path, fold: Fold | None, start: int, stop: int
+) -> Iterator[Chunk]:
+    return Trace(directory).chunks(fold, start, stop)
 
 
 def merged_affinity(paths: Sequence[Path]) -> Affinity:

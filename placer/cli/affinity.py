@@ -30,12 +30,18 @@ def affinity(
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that count.", show_default="all cores"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count load, transitions, co-activation and experts per token and per sequence.
 
     Counts are exact and add up: several traces of one model give one file.
     """
+    import os
+
     from placer.affinity.from_traces import affinity_of_traces, merged_affinity
     from placer.trace import Trace
 
@@ -45,11 +51,11 @@ def affinity(
             "affinity files hold counts, which cannot be folded any more",
             "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
         )
-    counted = (
-        merged_affinity(traces)
-        if merge
-        else affinity_of_traces([Trace(path) for path in traces], chosen)
-    )
+    if merge:
+        counted = merged_affinity(traces)
+    else:
+        opened = [Trace(path) for path in traces]
+        counted = affinity_of_traces(opened, chosen, workers or os.cpu_count() or 1)
     counted.write(out)
     facts = {
         "out": str(out),

@@ -1,6 +1,8 @@
 """``placer trace``: work on traces."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,12 +16,13 @@ from placer.cli.output import (
     print_json,
     print_table,
 )
+from placer.errors import UsageError
 
 if TYPE_CHECKING:
     from placer.trace.header import TraceHeader
 
 trace_app = typer.Typer(
-    help="Work on traces: validate, split, sample, merge.", no_args_is_help=True
+    help="Work on traces: validate, split, sample, merge, dedup.", no_args_is_help=True
 )
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")]
 
@@ -38,16 +41,23 @@ def split(
     trace: TraceArgument,
     out: OutOption,
     domain: Annotated[str | None, typer.Option(help="Only this domain.")] = None,
+    period: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N", help="Only part K of N (from 0) in the order of recording."
+        ),
+    ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the sequences of a fold or a domain as a trace of their own."""
+    """Write the sequences of a fold, a domain or a period as a trace of their own."""
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
 
     chosen = parse_fold(fold, not_fold)
-    _show(out, split_trace(Trace(trace), out, fold=chosen, domain=domain), as_json)
+    header = split_trace(Trace(trace), out, fold=chosen, domain=domain, period=period)
+    _show(out, header, as_json)
 
 
 @trace_app.command("sample")
@@ -78,13 +88,57 @@ def merge(
     _show(out, merge_traces([Trace(path) for path in traces], out), as_json)
 
 
-def _show(path: Path, header: "TraceHeader", as_json: bool) -> None:
+@trace_app.command("dedup")
+def dedup(
+    trace: TraceArgument,
+    out: OutOption,
+    prefixes: Annotated[
+        bool, typer.Option(help="Remove prefixes that began a sequence before.")
+    ] = True,
+    rows: Annotated[
+        bool,
+        typer.Option(help="Remove tokens that repeat another's experts in all layers."),
+    ] = True,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a trace without repeated prefixes and rows; both shares are reported.
+
+    With a fold, the fold stays whole and the rest loses what the fold holds: profile on
+    the fold, judge on the rest.
+    """
+    from placer.trace import Trace
+    from placer.trace.dedup import KINDS, dedup_trace
+
+    wanted = {"prefixes": prefixes, "rows": rows}
+    kinds = tuple(kind for kind in KINDS if wanted[kind])
+    if not kinds:
+        raise UsageError("nothing to remove", "leave out --no-prefixes or --no-rows")
+    chosen = parse_fold(fold, not_fold)
+    header, found = dedup_trace(Trace(trace), out, kinds=kinds, fold=chosen)
+    shares = {
+        "tokens_searched": found.num_tokens,
+        "prefix_share": found.prefix_share,
+        "repeated_row_share": found.row_share,
+        "tokens_removed": found.num_removed,
+    }
+    _show(out, header, as_json, shares)
+
+
+def _show(
+    path: Path,
+    header: "TraceHeader",
+    as_json: bool,
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     facts = {
         "trace": str(path),
         "num_tokens": header.num_tokens,
         "num_sequences": header.num_sequences,
         "num_chunks": len(header.chunks),
         "domains": list(header.domains),
+        **more,
     }
     if as_json:
         print_json(facts)

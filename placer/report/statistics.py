@@ -9,16 +9,15 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+# Named here for the reports and notebooks that show it beside the other figures.
+from placer.affinity.information import mutual_information as mutual_information
 from placer.errors import PlacerError
 from placer.table import Table
 from placer.trace import Chunk, Trace
+from placer.trace.hashing import HashArray, sequence_hash, token_hash
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-HashArray = npt.NDArray[np.uint64]
-
-# An odd 64-bit multiplier (Steele and Vigna, arXiv 2001.05304): arithmetic modulo 2^64.
-_MULTIPLIER = np.uint64(0xD1342543DE82EF95)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -147,49 +146,11 @@ class _Counter:
         return chunk.domain_ids.astype(np.int64)
 
 
-def token_hash(chunk: Chunk) -> HashArray:
-    """Return ``[T]`` uint64: equal for tokens that use the same experts in all layers."""
-    digest = np.zeros(chunk.num_tokens, dtype=np.uint64)
-    for ids in chunk.experts:
-        for column in range(ids.shape[1]):
-            digest = _mixed(digest * _MULTIPLIER + ids[:, column].astype(np.uint64))
-    return digest
-
-
-def sequence_hash(tokens: HashArray, starts: IntArray) -> HashArray:
-    """Return ``[S]`` uint64: equal for sequences of equal token hashes in equal order."""
-    lengths = np.diff(starts, append=len(tokens))
-    place = (np.arange(len(tokens)) - np.repeat(starts, lengths)).astype(np.uint64)
-    return np.add.reduceat(_mixed(tokens + place * _MULTIPLIER), starts)
-
-
-def _mixed(values: HashArray) -> HashArray:
-    """Spread every bit over the word, so that sums do not cancel."""
-    folded: HashArray = (values ^ (values >> np.uint64(32))) * _MULTIPLIER
-    return folded ^ (folded >> np.uint64(29))
-
-
 def skew(load: npt.NDArray[Any]) -> FloatArray:
     """Return ``[E]``: load of each expert of a layer over the mean (0 without load)."""
     mean = load.mean()
     ratio: FloatArray = load / mean if mean else np.zeros(len(load))
     return ratio
-
-
-def mutual_information(pairs: IntArray) -> float:
-    """Return the plug-in mutual information, in bits, of a table of counts ``[N, M]``.
-
-    Of a transition table: what one of a token's experts in a layer, drawn at random, says
-    about one of its experts in the next. The estimate is biased upwards, by about
-    (N - 1)(M - 1) / (2 ln 2 x independent pairs).
-    """
-    total = pairs.sum()
-    if not total:
-        return 0.0
-    joint = pairs / total
-    product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    used = joint > 0
-    return float((joint[used] * np.log2(joint[used] / product[used])).sum())
 
 
 def distinct_rows(table: Table) -> IntArray:

@@ -42,10 +42,18 @@ class Trace:
         """SHA-256 of ``trace.json``, which holds the hashes of all chunks."""
         return sha256_file(self.directory / HEADER_NAME)
 
-    def chunks(self, fold: Fold | None = None) -> Iterator[Chunk]:
-        """Yield the chunks in order, verified, restricted to the sequences of ``fold``."""
+    def chunks(
+        self, fold: Fold | None = None, start: int = 0, stop: int | None = None
+    ) -> Iterator[Chunk]:
+        """Yield the chunks in order, verified, restricted to the sequences of ``fold``.
+
+        Only those at ``start`` to ``stop - 1`` of the header's list, where given.
+        """
         last_sequence = -1
-        for info in self.header.chunks:
+        if start:
+            before = self._read(self.header.chunks[start - 1])
+            last_sequence = int(before.sequence_ids[-1]) if before.num_tokens else -1
+        for info in self.header.chunks[start:stop]:
             chunk = self._read(info)
             if chunk.num_tokens and chunk.sequence_ids[0] == last_sequence:
                 raise PlacerError(

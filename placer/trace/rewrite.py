@@ -51,19 +51,40 @@ def validate_trace(trace: Trace) -> TraceHeader:
 
 
 def split_trace(
-    trace: Trace, out: Path, *, fold: Fold | None = None, domain: str | None = None
+    trace: Trace,
+    out: Path,
+    *,
+    fold: Fold | None = None,
+    domain: str | None = None,
+    period: str | None = None,
 ) -> TraceHeader:
-    """Write the sequences of a fold, of a domain, or of both; ids are kept.
+    """Write the sequences of a fold, a domain, a period, or of several; ids are kept.
+
+    Parameters
+    ----------
+    trace
+        The trace to split.
+    out
+        Where to write.
+    fold
+        Only the sequences of this fold.
+    domain
+        Only this domain.
+    period
+        ``K/N``: only period K of N, counted from 0, of about equal tokens, in the order
+        in which the trace was recorded. A sequence belongs to the period it begins in.
 
     Raises
     ------
     UsageError
-        If neither is given, or the trace has no such domain.
+        If none is given, or the trace has no such domain or period.
     PlacerError
         If no sequence is left, or the trace is damaged.
     """
-    if fold is None and domain is None:
-        raise UsageError("nothing to split by", "give --fold K/N or --domain NAME")
+    if fold is None and domain is None and period is None:
+        raise UsageError(
+            "nothing to split by", "give --fold K/N, --domain NAME or --period K/N"
+        )
     domains = trace.header.domains
     if domain is not None and domain not in domains:
         raise UsageError(
@@ -72,14 +93,37 @@ def split_trace(
         )
 
     def parts() -> Iterator[Chunk]:
-        for chunk in trace.chunks(fold):
-            if domain is None:
-                yield chunk
-            elif chunk.domain_ids is not None:
-                yield chunk.select(chunk.domain_ids == domains.index(domain))
+        chunks = trace.chunks() if period is None else _period(trace, period)
+        for chunk in chunks:
+            kept = np.ones(chunk.num_tokens, dtype=np.bool_)
+            if fold is not None:
+                kept &= fold.keep(chunk.sequence_ids)
+            if domain is not None:
+                # Without labels nothing is of the domain.
+                labels = chunk.domain_ids
+                kept &= labels is not None and labels == domains.index(domain)
+            yield chunk.select(kept)
 
-    made = {"fold": None if fold is None else str(fold), "domain": domain}
-    return _write(trace, out, parts(), {"source": "split", **made})
+    fold_text = None if fold is None else str(fold)
+    made = {"fold": fold_text, "domain": domain, "period": period}
+    return write_derived(trace, out, parts(), {"source": "split", **made})
+
+
+def _period(trace: Trace, text: str) -> Iterator[Chunk]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise UsageError(
+            f"a period is K/N with 0 <= K < N, got {text!r}",
+            "for example --period 0/2, the first half",
+        )
+    total, before = trace.header.num_tokens, 0
+    for chunk in trace.chunks():
+        _, starts, lengths = np.unique(
+            chunk.sequence_ids, return_index=True, return_counts=True
+        )
+        of_sequence = (before + starts) * int(parts) // total
+        yield chunk.select(np.repeat(of_sequence == int(number), lengths))
+        before += chunk.num_tokens
 
 
 def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> TraceHeader:
@@ -99,7 +143,7 @@ def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> Trac
     chosen = np.random.default_rng(seed).choice(ids, num_sequences, replace=False)
     parts = (c.select(np.isin(c.sequence_ids, chosen)) for c in trace.chunks())
     made = {"source": "sample", "sequences": num_sequences, "seed": seed}
-    return _write(trace, out, parts, made)
+    return write_derived(trace, out, parts, made)
 
 
 def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
@@ -154,7 +198,7 @@ def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
             for trace, offset in zip(traces, offsets, strict=False)
         ],
     }
-    return _write(first, out, parts(), made, domains)
+    return write_derived(first, out, parts(), made, domains)
 
 
 def _shared_fields(traces: Sequence[Trace]) -> set[str]:
@@ -165,13 +209,20 @@ def _shared_fields(traces: Sequence[Trace]) -> set[str]:
     return shared
 
 
-def _write(
+def write_derived(
     trace: Trace,
     out: Path,
     chunks: Iterable[Chunk],
     made: dict[str, Any],
     domains: tuple[str, ...] | None = None,
 ) -> TraceHeader:
+    """Write chunks that were made from ``trace``; ``made`` says how, in the provenance.
+
+    Raises
+    ------
+    PlacerError
+        If no token is left, or ``out`` exists.
+    """
     provenance = {"placer": __version__, "trace_sha256": trace.sha256, **made}
     with TraceWriter(
         directory=out,

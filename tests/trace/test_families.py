@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from placer.checkpoint.export import export_checkpoint
 from placer.errors import PlacerError
@@ -145,6 +150,32 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "solar_open": ({}, [0, 1, 2, 3]),
 }
 
+#: Vision-language families: the family of their language model, and their vision config.
+VISION: dict[str, tuple[str, dict[str, int]]] = {
+    "llama4": (
+        "llama4_text",
+        {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+        },
+    ),
+}
+
 
 def build(model_type: str) -> Any:
     config_class = CONFIG_MAPPING[model_type]
@@ -210,11 +241,59 @@ def test_captured_ids_are_those_that_the_experts_were_called_with(
         assert (output.weights[:, 1:] <= output.weights[:, :-1]).all()
 
 
+@pytest.mark.parametrize("model_type", sorted(VISION))
+def test_a_vision_language_checkpoint_is_recorded_as_the_whole_model_routes(
+    model_type: str, tmp_path: Path
+) -> None:
+    language_type, vision = VISION[model_type]
+    extra, moe_layers = FAMILIES[language_type]
+    config = CONFIG_MAPPING[model_type](text_config=SMALL | extra, vision_config=vision)
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in whole.parameters():  # some families start theirs at zero
+        parameter.data.normal_(0, 0.1)
+    whole.save_pretrained(tmp_path)
+    raw = read_json(tmp_path / "config.json", "config")
+    assert raw["model_type"] == model_type
+    spec = ModelSpec.from_checkpoint(tmp_path)
+    assert list(spec.layer_ids) == moe_layers
+    assert set(spec.num_experts) == {8}
+    assert (spec.hidden_size, spec.vocab_size) == (32, 64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    architecture = Architecture.of(raw, tmp_path)
+    with RouterCapture(model, architecture, spec) as capture, torch.inference_mode():
+        model.base_model(input_ids=ids)
+        captured = capture.take()
+    called = oracle(whole, ids)
+    assert len(called) == spec.num_layers
+    for layer, output in zip(spec.layer_ids, captured, strict=True):
+        (expected,) = (rows for name, rows in called.items() if f".{layer}." in name)
+        assert [set(row.tolist()) for row in output.ids] == expected
+
+
+def test_every_model_type_is_one_that_transformers_has() -> None:
+    named = {t for a in known_architectures() for t in a.model_types}
+    assert named - set(CONFIG_MAPPING.keys()) == set()
+
+
+def test_families_refused_as_not_loadable_are_not_loadable() -> None:
+    loadable = {config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}
+    refused = {
+        t
+        for a in known_architectures()
+        if a.unsupported is not None and "AutoModelForCausalLM" in a.unsupported
+        for t in a.model_types
+    }
+    assert refused
+    assert not refused & loadable
+
+
 def test_every_family_that_is_not_refused_is_tested_here() -> None:
     supported = {
         t for a in known_architectures() if a.unsupported is None for t in a.model_types
     }
-    assert supported == set(FAMILIES)
+    assert supported == set(FAMILIES) | set(VISION)
 
 
 @pytest.mark.parametrize(
@@ -222,9 +301,9 @@ def test_every_family_that_is_not_refused_is_tested_here() -> None:
     [
         ("longcat_flash", "zero experts"),
         ("switch_transformers", "encoder-decoder"),
-        ("nllb_moe", "encoder-decoder"),
+        ("nllb-moe", "encoder-decoder"),
         ("qwen3_vl_moe", "vision-language"),
-        ("llama4", "vision-language"),
+        ("qwen3_omni_moe", "vision-language"),
     ],
 )
 def test_a_family_that_is_refused_is_named_with_the_reason(

@@ -1,5 +1,6 @@
 """Parts, unions and samples hold exactly the tokens that they should."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,33 @@ def test_split_by_fold_and_domain(make_chunk: Callable[..., Chunk], tmp_path: Pa
         split_trace(trace, tmp_path / "x")
     with pytest.raises(PlacerError, match="no token"):
         split_trace(trace, tmp_path / "x", fold=Fold(98, 99))
+    assert not (tmp_path / "x").exists()
+
+
+def test_split_by_period_cuts_time_between_sequences(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk(num_sequences=40)
+    trace = write(tmp_path / "t", chunk, ("a",))
+    found = []
+    for number in range(4):
+        out = tmp_path / f"period-{number}"
+        split_trace(trace, out, period=f"{number}/4")
+        part = Trace(out).read()
+        assert abs(part.num_tokens - 100) <= np.bincount(chunk.sequence_ids).max()
+        found.append(part)
+    assert [row for part in found for row in rows(part)] == rows(chunk)
+    for earlier, later in itertools.pairwise(found):
+        assert earlier.sequence_ids[-1] < later.sequence_ids[0]
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0"])
+def test_a_wrong_period_is_refused(
+    make_trace: Callable[..., Trace], tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(UsageError, match="a period is K/N") as caught:
+        split_trace(make_trace(), tmp_path / "x", period=text)
+    assert "--period 0/2" in caught.value.hint
     assert not (tmp_path / "x").exists()
 
 

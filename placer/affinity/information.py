@@ -1,0 +1,169 @@
+"""What the expert of one layer says about that of another: probabilities and bits.
+
+A *table* is ``[N, M]`` int64: how often expert i of a layer met expert j of a later one.
+Two kinds are counted. *Top-1* tables hold one pair per token, that of the experts with the
+largest router weight. *All pairs* tables, the transitions of an affinity, hold ``top_k`` x
+``top_k`` pairs per token; their information is that of one of a token's experts, drawn at
+random, about one in the other layer.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.trace import Chunk
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+def conditional_probability(pairs: IntArray) -> FloatArray:
+    """Return ``[N, M]``: P(j | i), rows summing to 1 (zeros for an expert never used).
+
+    The expert affinity of ExFlow (arXiv 2401.08383), section III.
+    """
+    rows = pairs.sum(axis=1, keepdims=True)
+    probability = np.zeros(pairs.shape)
+    np.divide(pairs, rows, out=probability, where=rows > 0)
+    return probability
+
+
+def pointwise_mutual_information(pairs: IntArray) -> FloatArray:
+    """Return ``[N, M]``: log2 P(i, j) / (P(i) P(j)), in bits.
+
+    Minus infinity where both experts are used but never met; NaN where one of them was
+    never used.
+    """
+    total = pairs.sum()
+    expected = pairs.sum(axis=1, keepdims=True) * (pairs.sum(axis=0) / max(total, 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits: FloatArray = np.log2(pairs / expected)
+    return bits
+
+
+def mutual_information(pairs: IntArray) -> float:
+    """Return the plug-in mutual information, in bits, of a table (0 without counts).
+
+    The estimate is biased upwards, by about (N - 1)(M - 1) / (2 ln 2 x independent pairs):
+    see :func:`miller_madow`, and ``controls`` for tables whose bias is measured instead.
+    """
+    total = pairs.sum()
+    if not total:
+        return 0.0
+    joint = pairs / total
+    product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    used = joint > 0
+    return float((joint[used] * np.log2(joint[used] / product[used])).sum())
+
+
+def miller_madow(pairs: IntArray) -> float:
+    """Return the mutual information, in bits, with the Miller-Madow correction.
+
+    Each entropy of I = H(i) + H(j) - H(i, j) gains (cells in use - 1) / (2 x pairs) nats
+    (Miller 1955; for mutual information Roulston, Physica D 125, 1999). It assumes
+    independent pairs, so it is meant for top-1 tables; tokens of one sequence resemble
+    each other, hence some bias may stay. The result can be slightly negative.
+    """
+    total = int(pairs.sum())
+    if not total:
+        return 0.0
+    in_use = [np.count_nonzero(pairs.sum(axis=axis)) for axis in (0, 1)]
+    excess = (np.count_nonzero(pairs) - 1) - sum(cells - 1 for cells in in_use)
+    return mutual_information(pairs) - float(excess / (2 * total * np.log(2)))
+
+
+def jensen_shannon(one: IntArray, two: IntArray) -> float:
+    """Return the Jensen-Shannon divergence of two tables, in bits: 0 equal, 1 disjoint.
+
+    Lin, IEEE Transactions on Information Theory 37, 1991, with equal weights. Small tables
+    look farther apart than they are.
+
+    Raises
+    ------
+    UsageError
+        If a table is empty, so that it has no distribution.
+    """
+    if not one.sum() or not two.sum():
+        raise UsageError(
+            "a table without counts has no distribution", "leave out domains without tokens"
+        )
+    p, q = one.ravel() / one.sum(), two.ravel() / two.sum()
+    middle = _entropy((p + q) / 2)
+    return max(0.0, middle - (_entropy(p) + _entropy(q)) / 2)
+
+
+def domain_distances(tables: Sequence[Sequence[IntArray]]) -> FloatArray:
+    """Return ``[D, D]``: Jensen-Shannon divergence of domains, mean over layer pairs.
+
+    Parameters
+    ----------
+    tables
+        Of each of D domains the tables of all layer pairs.
+    """
+    distances = np.zeros((len(tables), len(tables)))
+    for first in range(len(tables)):
+        for second in range(first):
+            layers = zip(tables[first], tables[second], strict=True)
+            distances[first, second] = np.mean([jensen_shannon(a, b) for a, b in layers])
+    return distances + distances.T
+
+
+def top1_tables(
+    chunks: Iterable[Chunk], model: ModelSpec, distance: int = 1
+) -> list[IntArray]:
+    """Count top-1 tables of the layers l and l + ``distance``, for every such pair.
+
+    Raises
+    ------
+    UsageError
+        If the model has no layers so far apart.
+    """
+    return _tables(chunks, model, distance, columns=1)
+
+
+def pair_tables(
+    chunks: Iterable[Chunk], model: ModelSpec, distance: int = 1
+) -> list[IntArray]:
+    """Count all pairs tables of the layers l and l + ``distance``.
+
+    With distance 1 these are the transitions of the affinity.
+
+    Raises
+    ------
+    UsageError
+        If the model has no layers so far apart.
+    """
+    return _tables(chunks, model, distance, columns=model.top_k)
+
+
+def _tables(
+    chunks: Iterable[Chunk], model: ModelSpec, distance: int, columns: int
+) -> list[IntArray]:
+    if not 1 <= distance < model.num_layers:
+        raise UsageError(
+            f"no MoE layers are {distance} apart: the model has {model.num_layers}",
+            f"give a distance from 1 to {model.num_layers - 1}",
+        )
+    sizes = model.num_experts
+    tables = [
+        np.zeros(one * two, dtype=np.int64)
+        for one, two in zip(sizes, sizes[distance:], strict=False)
+    ]
+    for chunk in chunks:
+        for layer, counts in enumerate(tables):
+            width = sizes[layer + distance]
+            first = chunk.experts[layer][:, :columns].astype(np.intp) * width
+            second = chunk.experts[layer + distance]
+            for i in range(columns):
+                for j in range(columns):
+                    keys = first[:, i] + second[:, j]
+                    counts += np.bincount(keys, minlength=len(counts))
+    return [counts.reshape(sizes[n], -1) for n, counts in enumerate(tables)]
+
+
+def _entropy(probability: FloatArray) -> float:
+    used = probability[probability > 0]
+    return float(-(used * np.log2(used)).sum())

@@ -1,0 +1,186 @@
+"""Removing tokens that a trace holds twice, which make held-out figures look too good.
+
+Two kinds. A *shared prefix*: the tokens with which a sequence begins began another one
+before, as with a common system prompt; a causal model routes them the same way again, and
+an engine with a prefix cache never computes them twice. A *repeated row*: a token that
+uses the same experts as another in all layers, in whatever order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.trace.chunk import Chunk
+from placer.trace.fold import Fold
+from placer.trace.hashing import HashArray, expert_set_hash, prefix_hash
+from placer.trace.header import TraceHeader
+from placer.trace.reader import Trace
+from placer.trace.rewrite import write_derived
+
+BoolArray = npt.NDArray[np.bool_]
+Kind = Literal["prefixes", "rows"]
+KINDS: tuple[Kind, ...] = ("prefixes", "rows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repetition:
+    """How much of a trace is there twice.
+
+    Attributes
+    ----------
+    num_tokens
+        Tokens looked at: all, or those outside the fold.
+    num_prefix_tokens
+        Of those, tokens of a shared prefix.
+    num_repeated_rows
+        Of those, repeated rows, be they in a shared prefix or not.
+    num_removed
+        Tokens that are of a kind to be removed.
+    """
+
+    num_tokens: int
+    num_prefix_tokens: int
+    num_repeated_rows: int
+    num_removed: int
+
+    @property
+    def prefix_share(self) -> float:
+        """Share of the tokens that a shared prefix holds."""
+        return self.num_prefix_tokens / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def row_share(self) -> float:
+        """Share of the tokens that are repeated rows."""
+        return self.num_repeated_rows / self.num_tokens if self.num_tokens else 0.0
+
+
+def dedup_trace(
+    trace: Trace,
+    out: Path,
+    *,
+    kinds: tuple[Kind, ...] = KINDS,
+    fold: Fold | None = None,
+) -> tuple[TraceHeader, Repetition]:
+    """Write a trace without what it holds twice; sequence ids and positions are kept.
+
+    Memory holds 16 bytes per distinct token beside one chunk.
+
+    Parameters
+    ----------
+    trace
+        The trace to clean.
+    out
+        Where to write.
+    kinds
+        What to remove; the shares of both kinds are counted anyway. Prefixes are told by
+        token ids, or by rows where no ids were recorded; from an unknown id on, and in a
+        sequence whose start is missing, nothing counts as a prefix.
+    fold
+        ``None`` keeps the first of equals. A fold keeps itself whole, and what is outside
+        it loses what the fold holds: profile on the fold, judge on the rest.
+
+    Raises
+    ------
+    PlacerError
+        If the trace is damaged, or nothing would be left.
+    """
+    search = _Search(trace, fold)
+
+    def parts() -> Iterator[Chunk]:
+        for chunk, found in search.chunks():
+            removed = np.logical_or.reduce([found[kind] for kind in kinds])
+            search.num_removed += int(np.count_nonzero(removed))
+            yield chunk.select(~removed)
+
+    made = {
+        "source": "dedup",
+        "kinds": list(kinds),
+        "fold": None if fold is None else str(fold),
+    }
+    header = write_derived(trace, out, parts(), made)
+    return header, search.repetition()
+
+
+class _Search:
+    """Looks for what was there before, chunk by chunk."""
+
+    def __init__(self, trace: Trace, fold: Fold | None) -> None:
+        self._trace, self._fold = trace, fold
+        self._seen: dict[Kind, HashArray] = {
+            kind: np.zeros(0, dtype=np.uint64) for kind in KINDS
+        }
+        self._counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        self._num_tokens = 0
+        self.num_removed = 0
+
+    def chunks(self) -> Iterator[tuple[Chunk, dict[Kind, BoolArray]]]:
+        """Yield every chunk with ``[T]`` masks of its repeated tokens."""
+        for chunk in self._trace.chunks(self._fold) if self._fold is not None else ():
+            for kind, (hashes, known) in _hashes(chunk).items():
+                self._keep(kind, hashes[known])
+        for chunk in self._trace.chunks():
+            looked_at = np.ones(chunk.num_tokens, dtype=np.bool_)
+            if self._fold is not None:
+                looked_at = ~self._fold.keep(chunk.sequence_ids)
+            self._num_tokens += int(np.count_nonzero(looked_at))
+            found = {}
+            for kind, (hashes, known) in _hashes(chunk).items():
+                repeated = _contains(self._seen[kind], hashes)
+                if self._fold is None:
+                    repeated |= ~_first(hashes)
+                    self._keep(kind, hashes[known])
+                found[kind] = repeated & known & looked_at
+                self._counts[kind] += int(np.count_nonzero(found[kind]))
+            yield chunk, found
+
+    def repetition(self) -> Repetition:
+        """Return what was found in the chunks so far."""
+        return Repetition(
+            num_tokens=self._num_tokens,
+            num_prefix_tokens=self._counts["prefixes"],
+            num_repeated_rows=self._counts["rows"],
+            num_removed=self.num_removed,
+        )
+
+    def _keep(self, kind: Kind, hashes: HashArray) -> None:
+        self._seen[kind] = np.union1d(self._seen[kind], hashes)
+
+
+def _hashes(chunk: Chunk) -> dict[Kind, tuple[HashArray, BoolArray]]:
+    """Return for each kind ``[T]`` hashes, and where they are known."""
+    rows = expert_set_hash(chunk)
+    _, starts, lengths = np.unique(
+        chunk.sequence_ids, return_index=True, return_counts=True
+    )
+    if chunk.token_ids is None:
+        words, unknown = rows, np.zeros(chunk.num_tokens, dtype=np.int64)
+    else:
+        words = chunk.token_ids.astype(np.uint64)
+        unknown = (chunk.token_ids < 0).astype(np.int64)
+    unknown[starts] += chunk.positions[starts] != 0
+    before = np.concatenate([[0], np.cumsum(unknown)])
+    known = before[1:] == np.repeat(before[starts], lengths)
+    return {
+        "prefixes": (prefix_hash(words, starts), known),
+        "rows": (rows, np.ones(chunk.num_tokens, dtype=np.bool_)),
+    }
+
+
+def _first(hashes: HashArray) -> BoolArray:
+    """Return ``[T]``: whether a hash stands here for the first time."""
+    first = np.zeros(len(hashes), dtype=np.bool_)
+    first[np.unique(hashes, return_index=True)[1]] = True
+    return first
+
+
+def _contains(ordered: HashArray, hashes: HashArray) -> BoolArray:
+    """Return ``[T]``: whether each hash is in a sorted array."""
+    if not len(ordered):
+        return np.zeros(len(hashes), dtype=np.bool_)
+    place = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
+    found: BoolArray = ordered[place] == hashes
+    return found

@@ -1,0 +1,168 @@
+"""Probabilities and bits equal arithmetic by hand, closed forms and known truths."""
+
+from collections.abc import Callable
+from math import inf, log, log2
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placer.affinity import count_affinity
+from placer.affinity.controls import shuffled_across_tokens
+from placer.affinity.information import (
+    conditional_probability,
+    domain_distances,
+    jensen_shannon,
+    miller_madow,
+    mutual_information,
+    pair_tables,
+    pointwise_mutual_information,
+    top1_tables,
+)
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.trace import Chunk, Trace
+from placer.trace.imported import import_file
+from placer.trace.npz import read_npz
+
+# trace: plug-in bits between top-1 experts of neighbouring layers, and links destroyed.
+KNOWN = {
+    "gpt-oss-20b": (1.48, 0.009, 0.01),
+    "deepseek-v2-lite-intent": (2.79, 0.25, 0.04),
+    "deepseek-v2-lite-summary": (1.98, 0.25, 0.04),
+}
+
+
+def test_conditional_probability_by_hand() -> None:
+    pairs = np.asarray([[3, 1], [0, 0], [0, 5]])
+    assert conditional_probability(pairs).tolist() == [[0.75, 0.25], [0, 0], [0, 1]]
+
+
+def test_pointwise_information_by_hand() -> None:
+    bits = pointwise_mutual_information(np.asarray([[3, 1, 0], [1, 3, 0]]))
+    assert bits[:, :2].tolist() == [[log2(1.5), log2(0.5)], [log2(0.5), log2(1.5)]]
+    assert np.isnan(bits[:, 2]).all(), "nothing is known of an expert never used"
+    assert pointwise_mutual_information(np.diag([1, 1]))[0, 1] == -inf
+
+
+@settings(max_examples=50, deadline=None)
+@given(cells=st.lists(st.integers(0, 20), min_size=12, max_size=12))
+def test_total_information_is_the_mean_of_the_pointwise(cells: list[int]) -> None:
+    pairs = np.asarray(cells).reshape(3, 4)
+    used = pairs > 0
+    mean = (pointwise_mutual_information(pairs)[used] * pairs[used]).sum()
+    assert mutual_information(pairs) == pytest.approx(mean / max(pairs.sum(), 1))
+
+
+def test_miller_madow_by_hand() -> None:
+    pairs = np.asarray([[3, 1], [1, 3]])
+    # 4 joint cells, 2 rows and 2 columns in use, 8 pairs: (3 - 1 - 1) / 16 nats.
+    assert miller_madow(pairs) == pytest.approx(mutual_information(pairs) - 1 / 16 / log(2))
+    assert miller_madow(np.zeros((2, 2), dtype=np.int64)) == 0.0
+
+
+def test_miller_madow_removes_the_bias_of_independent_draws() -> None:
+    """Without information the plug-in expects (N-1)(M-1)/(2 n ln 2); most of it goes."""
+    rng = np.random.default_rng(0)
+    plug_in, corrected = [], []
+    for _ in range(60):
+        keys = rng.integers(8, size=1000) * 8 + rng.integers(8, size=1000)
+        pairs = np.bincount(keys, minlength=64).reshape(8, 8)
+        plug_in.append(mutual_information(pairs))
+        corrected.append(miller_madow(pairs))
+    expected = 49 / (2000 * log(2))
+    assert np.mean(plug_in) == pytest.approx(expected, rel=0.1)
+    assert abs(np.mean(corrected)) < expected / 10
+
+
+def test_miller_madow_finds_a_known_information() -> None:
+    """A channel that keeps one of 4 symbols with 0.7 and else draws another evenly."""
+    flip, symbols, draws = 0.3, 4, 300
+    truth = 2 + 0.7 * log2(0.7) + flip * log2(flip / 3)
+    rng = np.random.default_rng(1)
+    plug_in, corrected = [], []
+    for _ in range(300):
+        sent = rng.integers(symbols, size=draws)
+        noise = rng.integers(1, symbols, size=draws) * (rng.random(draws) < flip)
+        keys = sent * symbols + (sent + noise) % symbols
+        pairs = np.bincount(keys, minlength=16).reshape(4, 4)
+        plug_in.append(mutual_information(pairs))
+        corrected.append(miller_madow(pairs))
+    assert abs(np.mean(corrected) - truth) < abs(np.mean(plug_in) - truth) / 3
+
+
+def test_jensen_shannon_and_distances() -> None:
+    one, two = np.asarray([[4, 0], [0, 4]]), np.asarray([[0, 1], [1, 0]])
+    assert jensen_shannon(one, one * 7) == pytest.approx(0.0)
+    assert jensen_shannon(one, two) == pytest.approx(1.0)
+    # (1, 0) and (1/2, 1/2): H(3/4, 1/4) - 1/2.
+    by_hand = -0.75 * log2(0.75) - 0.25 * log2(0.25) - 0.5
+    assert jensen_shannon(np.asarray([[9, 0]]), np.asarray([[3, 3]])) == pytest.approx(
+        by_hand
+    )
+    distances = domain_distances([[one, one], [one, two], [two, two]])
+    assert distances.tolist() == [[0, 0.5, 1], [0.5, 0, 0.5], [1, 0.5, 0]]
+    with pytest.raises(UsageError, match="no distribution") as caught:
+        jensen_shannon(one, np.zeros((2, 2), dtype=np.int64))
+    assert "leave out domains" in caught.value.hint
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3])
+def test_tables_equal_hand_written_loops(
+    make_chunk: Callable[..., Chunk], distance: int
+) -> None:
+    sizes = (4, 6, 5, 7)
+    model = ModelSpec(num_experts=sizes, top_k=3)
+    chunk = make_chunk(num_tokens=50, num_experts=sizes, top_k=3)
+    tops, pairs = (f([chunk], model, distance) for f in (top1_tables, pair_tables))
+    assert len(tops) == len(pairs) == 4 - distance
+    for layer in range(4 - distance):
+        top = np.zeros((sizes[layer], sizes[layer + distance]), int)
+        pair = top.copy()
+        for t in range(50):
+            first = chunk.experts[layer][t].tolist()
+            second = chunk.experts[layer + distance][t].tolist()
+            top[first[0], second[0]] += 1
+            for i in first:
+                for j in second:
+                    pair[i, j] += 1
+        assert tops[layer].tolist() == top.tolist()
+        assert pairs[layer].tolist() == pair.tolist()
+
+
+def test_pair_tables_are_the_transitions(make_chunk: Callable[..., Chunk]) -> None:
+    chunk, model = make_chunk(), ModelSpec(num_experts=(8, 8, 8), top_k=2)
+    counted = count_affinity([chunk], model, {}).transition
+    for one, other in zip(pair_tables([chunk], model), counted, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("distance", [0, 3])
+def test_layers_too_far_apart_are_refused(
+    make_chunk: Callable[..., Chunk], distance: int
+) -> None:
+    model = ModelSpec(num_experts=(8, 8, 8), top_k=2)
+    with pytest.raises(UsageError, match=f"no MoE layers are {distance} apart") as caught:
+        top1_tables([make_chunk()], model, distance)
+    assert "from 1 to 2" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_truths_of_real_traces(
+    shared_traces: Path, tmp_path: Path, name: str
+) -> None:
+    """What the traces' own page states of neighbouring layers, with and without links."""
+    linked, unlinked, tolerance = KNOWN[name]
+    import_file(read_npz, "npz", shared_traces / f"{name}.npz", tmp_path / "trace")
+    trace = Trace(tmp_path / "trace")
+    chunk = trace.read()
+
+    def bits(tokens: Chunk) -> float:
+        tables = top1_tables([tokens], trace.model)
+        return float(np.mean([mutual_information(pairs) for pairs in tables]))
+
+    assert bits(chunk) == pytest.approx(linked, abs=0.01)
+    destroyed = shuffled_across_tokens(chunk, 0)
+    assert bits(destroyed) == pytest.approx(unlinked, abs=min(tolerance, unlinked / 2))
