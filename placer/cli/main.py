@@ -13,6 +13,8 @@ from placer.cli.demo import demo
 from placer.cli.export import export
 from placer.cli.import_ import import_
 from placer.cli.inspect import inspect
+from placer.cli.learning import learning
+from placer.cli.links import links
 from placer.cli.record import record
 from placer.cli.simulate import simulate
 from placer.cli.solve import solve
@@ -52,6 +54,8 @@ def _common(
 
 app.command("record")(record)
 app.command("import")(import_)
+trace_app.command("links")(links)
+trace_app.command("learning")(learning)
 app.add_typer(trace_app, name="trace")
 app.command("affinity")(affinity)
 app.command("solve")(solve)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from placer.trace.header import TraceHeader
 
 trace_app = typer.Typer(
-    help="Work on traces: validate, split, sample, merge, dedup.", no_args_is_help=True
+    help="Work on traces: check, cut, join, clean, and see what they can tell.",
+    no_args_is_help=True,
 )
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")]
 

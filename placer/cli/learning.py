@@ -1,0 +1,63 @@
+"""``placer trace learning``: how many tokens a plan needs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    parse_fold,
+    print_json,
+    print_table,
+)
+
+
+def learning(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")],
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    max_imbalance: Annotated[
+        float, typer.Option(help="Cap on max/mean rank load in every layer.")
+    ] = 1.10,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens to profile; repeat it for several."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample and the search.")] = 0,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Solve from more and more tokens, to see when the plan stops changing.
+
+    Parts of the sequences of --fold (0/2 if none is given) are profiled; all others judge.
+    """
+    from placer.plan.problem import Topology
+    from placer.plan.solve import SolveOptions
+    from placer.report.learning import DEFAULT_TOKENS, learning_curve
+    from placer.trace import Fold, Trace
+
+    options = SolveOptions(
+        topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
+        policy=policy,  # type: ignore[arg-type]  # SolveOptions refuses other names
+        max_imbalance=max_imbalance,
+        seed=seed,
+    )
+    chosen = parse_fold(fold, not_fold) or Fold(0, 2)
+    sizes = tuple(tokens) if tokens else DEFAULT_TOKENS
+    points = learning_curve(Trace(trace), options, chosen, tokens=sizes)
+    rows = [asdict(point) for point in points]
+    if as_json:
+        print_json({"fold": str(chosen), "points": rows})
+        return
+    print_table(
+        ("tokens", "sequences", "copies/token", "of contiguous", "imbalance", "moved"),
+        [tuple(row.values()) for row in rows],
+    )

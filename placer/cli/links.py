@@ -1,0 +1,76 @@
+"""``placer trace links``: what experts say about those of later layers."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    parse_fold,
+    print_json,
+    print_line,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from placer.report.links import Links
+
+
+def links(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="Trace directories.")
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the controls.")] = 0,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much experts foretell those of later layers, and what tells it.
+
+    Mutual information in bits, mean over layers, beside controls that destroy one kind
+    of structure after another; how far links reach; distances between domains. Several
+    traces, such as those of several training steps, are shown one after another.
+    """
+    from placer.report.links import links_of
+    from placer.trace import Trace
+
+    chosen = parse_fold(fold, not_fold)
+    found = {str(path): links_of(Trace(path), chosen, seed=seed) for path in traces}
+    if as_json:
+        print_json({path: _json(one) for path, one in found.items()})
+        return
+    for path, one in found.items():
+        print_line(f"{path}: {one.num_tokens:,} tokens")
+        _show(one)
+
+
+def _show(found: "Links") -> None:
+    print_line("")
+    print_table(
+        ("bits", "top-1 next", "corrected", "all pairs", "within layer"),
+        [tuple(asdict(row).values()) for row in found.information],
+        title="information, and what is left of it when structure is destroyed",
+    )
+    print_line("")
+    print_table(
+        ("layers apart", "top-1", "corrected", "likeliest expert is right"),
+        [tuple(asdict(row).values()) for row in found.reach],
+        title="how far links reach",
+    )
+    print_line("")
+    if found.domains:
+        rows = zip(found.domains, found.domain_distance.tolist(), strict=True)
+        print_table(
+            ("domain", *found.domains),
+            [(name, *row) for name, row in rows],
+            title="distance between domains (Jensen-Shannon, bits)",
+        )
+        print_line("")
+
+
+def _json(found: "Links") -> dict[str, object]:
+    return asdict(found) | {"domain_distance": found.domain_distance.tolist()}

@@ -1,0 +1,202 @@
+"""What experts say about the experts of later layers, and which structure says it.
+
+Legend of the shapes: L MoE layers, D domains.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.affinity.controls import CONTROLS, Control, blocks
+from placer.affinity.count import count_affinity
+from placer.affinity.information import (
+    conditional_probability,
+    domain_distances,
+    miller_madow,
+    mutual_information,
+    top1_tables,
+)
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.trace import Chunk, Fold, Trace
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+# Controls shuffle inside a block of so many tokens, which bounds memory.
+_BLOCK_TOKENS = 500_000
+DEFAULT_DISTANCES = (1, 2, 3, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Information:
+    """Mutual information of one control, in bits, mean over layers.
+
+    Attributes
+    ----------
+    control
+        ``observed``, or which structure was destroyed (``placer.affinity.controls``).
+    top1
+        Between the top-1 experts of neighbouring layers, plug-in.
+    top1_corrected
+        The same with the Miller-Madow correction.
+    pairs
+        Between one of a token's experts, drawn at random, and one in the next layer.
+    within
+        Between two different experts of a token in one layer. Experts are drawn without
+        replacement, so it is above zero even without structure: read the differences.
+    """
+
+    control: str
+    top1: float | None
+    top1_corrected: float | None
+    pairs: float
+    within: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """How far links reach: top-1 experts of layers ``distance`` apart, mean over layers.
+
+    Attributes
+    ----------
+    distance
+        In MoE layers.
+    top1, top1_corrected
+        Mutual information in bits, plug-in and Miller-Madow.
+    best_next
+        Mean probability that the likeliest expert of the later layer is the token's:
+        ExFlow's conditional probability (arXiv 2401.08383, section III), each expert of
+        the earlier layer weighted by its tokens.
+    """
+
+    distance: int
+    top1: float
+    top1_corrected: float
+    best_next: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Links:
+    """The report of one trace.
+
+    Attributes
+    ----------
+    num_tokens
+        Tokens counted.
+    information
+        Observed, then each control, from the mildest to the harshest.
+    reach
+        One row per layer distance.
+    domains
+        Names of the domains that have tokens.
+    domain_distance
+        ``[D, D]`` Jensen-Shannon divergence, in bits, of the top-1 tables of neighbouring
+        layers, mean over layers.
+    """
+
+    num_tokens: int
+    information: tuple[Information, ...]
+    reach: tuple[Reach, ...]
+    domains: tuple[str, ...]
+    domain_distance: FloatArray
+
+
+def links_of(
+    trace: Trace,
+    fold: Fold | None = None,
+    *,
+    distances: Sequence[int] = DEFAULT_DISTANCES,
+    seed: int = 0,
+) -> Links:
+    """Measure the links of a trace.
+
+    Distances that the model does not have are left out; where the router's order was not
+    recorded, the figures of top-1 experts are those of the first expert listed.
+
+    Raises
+    ------
+    UsageError
+        If the model has a single MoE layer, so that nothing can be linked.
+    PlacerError
+        If the trace is damaged or the fold empty.
+    """
+    model = trace.model
+    if model.num_layers < 2:
+        raise UsageError(
+            "the model has one MoE layer, so no layers are linked",
+            "placer inspect TRACE tells the load of its experts",
+        )
+
+    def tokens(control: Control | None = None) -> Iterable[Chunk]:
+        if control is None:
+            return trace.chunks(fold)
+        parts = blocks(trace.chunks(fold), _BLOCK_TOKENS)
+        return (control(block, seed + number) for number, block in enumerate(parts))
+
+    observed = _information("observed", tokens, None, model)
+    controls = (_information(name, tokens, one, model) for name, one in CONTROLS.items())
+    near = [d for d in distances if d < model.num_layers]
+    names, distance = _domains(trace, fold)
+    return Links(
+        num_tokens=sum(chunk.num_tokens for chunk in tokens()),
+        information=(observed, *controls),
+        reach=tuple(_reach(tokens(), model, d) for d in near),
+        domains=names,
+        domain_distance=distance,
+    )
+
+
+def _information(
+    name: str,
+    tokens: Callable[[Control | None], Iterable[Chunk]],
+    control: Control | None,
+    model: ModelSpec,
+) -> Information:
+    counted = count_affinity(tokens(control), model, {}, with_rows=False)
+    # The control that redraws experts has no router's order left.
+    ordered = name != "skew-only"
+    top1 = top1_tables(tokens(control), model) if ordered else []
+    return Information(
+        control=name,
+        top1=_mean(map(mutual_information, top1)) if ordered else None,
+        top1_corrected=_mean(map(miller_madow, top1)) if ordered else None,
+        pairs=_mean(map(mutual_information, counted.transition)),
+        within=_mean(map(mutual_information, counted.coactivation)),
+    )
+
+
+def _reach(chunks: Iterable[Chunk], model: ModelSpec, distance: int) -> Reach:
+    tables = top1_tables(chunks, model, distance)
+    return Reach(
+        distance=distance,
+        top1=_mean(map(mutual_information, tables)),
+        top1_corrected=_mean(map(miller_madow, tables)),
+        best_next=_mean(map(_best_next, tables)),
+    )
+
+
+def _best_next(table: IntArray) -> float:
+    tokens = table.sum(axis=1)
+    return float(np.average(conditional_probability(table).max(axis=1), weights=tokens))
+
+
+def _domains(trace: Trace, fold: Fold | None) -> tuple[tuple[str, ...], FloatArray]:
+    names, tables = [], []
+    for number, name in enumerate(trace.header.domains):
+        parts = (
+            chunk.select(chunk.domain_ids == number)
+            for chunk in trace.chunks(fold)
+            if chunk.domain_ids is not None
+        )
+        counted = top1_tables(parts, trace.model)
+        if counted[0].any():
+            names.append(name)
+            tables.append(counted)
+    return tuple(names), domain_distances(tables)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
