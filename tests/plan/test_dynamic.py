@@ -1,0 +1,148 @@
+"""The exact method against enumeration of every placement."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from placer.errors import NoSolutionError
+from placer.plan.dynamic import num_assignments, solve_exactly
+from placer.plan.problem import PlacementProblem, Topology
+
+ONE_NODE = {ranks: Topology(gpus_per_node=ranks) for ranks in (2, 3, 4)}
+TWO_NODES = Topology(num_nodes=2, gpus_per_node=2, inter_cost=5, intra_cost=2)
+
+
+def random_problem(
+    num_experts: tuple[int, ...], topology: Topology, seed: int, *, linked: bool = True
+) -> PlacementProblem:
+    """Counts with a few hot experts, so that optima are not all alike."""
+    rng = np.random.default_rng(seed)
+
+    def counts(rows: int, columns: int) -> np.ndarray:
+        return np.floor(100 * rng.random((rows, columns)) ** 3)
+
+    within = []
+    for size in num_experts:
+        upper = np.triu(counts(size, size), 1)
+        within.append(upper + upper.T)
+    load = [np.floor(20 + 60 * rng.random(size)) for size in num_experts]
+    cap = rng.choice([1.15, 1.3, 9.0])
+    return PlacementProblem(
+        objective_name="random",
+        between=tuple(counts(*pair) for pair in itertools.pairwise(num_experts))
+        if linked
+        else None,
+        within=tuple(within),
+        load=tuple(load),
+        max_load=tuple(np.floor(cap * one.sum() / topology.num_ranks) for one in load),
+        topology=topology,
+    )
+
+
+def every_layer(num_experts: int, num_ranks: int) -> list[np.ndarray]:
+    slots = num_experts // num_ranks
+    every = itertools.product(range(num_ranks), repeat=num_experts)
+    return [
+        np.asarray(one)
+        for one in every
+        if all(one.count(rank) == slots for rank in range(num_ranks))
+    ]
+
+
+def every_placement(problem: PlacementProblem) -> Iterator[tuple[np.ndarray, ...]]:
+    """All placements with equal slots under the load caps."""
+    layers = []
+    for load, most in zip(problem.load, problem.max_load, strict=True):
+        layers.append(
+            [
+                one
+                for one in every_layer(len(load), problem.num_ranks)
+                if all(load[one == rank].sum() <= most for rank in range(problem.num_ranks))
+            ]
+        )
+    return itertools.product(*layers)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    ("num_experts", "topology"),
+    [
+        ((4, 4, 4), ONE_NODE[2]),
+        ((2, 6, 4), ONE_NODE[2]),
+        ((6, 3), ONE_NODE[3]),
+        ((4, 4), TWO_NODES),
+        ((4, 4), ONE_NODE[4]),
+        ((4,), ONE_NODE[2]),
+    ],
+)
+@pytest.mark.parametrize("linked", [True, False])
+def test_it_is_the_least_cost_of_all_placements(
+    num_experts: tuple[int, ...], topology: Topology, seed: int, linked: bool
+) -> None:
+    problem = random_problem(num_experts, topology, seed, linked=linked)
+    costs = [problem.objective(one) for one in every_placement(problem)]
+    if not costs:
+        with pytest.raises(NoSolutionError, match="no balanced assignment"):
+            solve_exactly(problem)
+        return
+    exact = solve_exactly(problem)
+    assert exact is not None
+    assert exact.objective == min(costs)
+    assert problem.objective(exact.expert_rank) == min(costs)
+    assert problem.is_feasible(exact.expert_rank)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("topology", [ONE_NODE[2], TWO_NODES])
+def test_pins_are_kept_and_the_rest_is_optimal(topology: Topology, seed: int) -> None:
+    problem = random_problem((4, 4), topology, seed)
+    rng = np.random.default_rng(seed)
+    pinned = {(layer, int(rng.integers(4))): seed % 2 for layer in range(2)}
+    allowed = [np.ones((4, topology.num_ranks), dtype=np.bool_) for _ in range(2)]
+    for (layer, expert), rank in pinned.items():
+        allowed[layer][expert] = np.arange(topology.num_ranks) == rank
+    costs = [
+        problem.objective(one)
+        for one in every_placement(problem)
+        if all(one[layer][expert] == rank for (layer, expert), rank in pinned.items())
+    ]
+    if not costs:
+        with pytest.raises(NoSolutionError):
+            solve_exactly(problem, allowed=allowed)
+        return
+    exact = solve_exactly(problem, allowed=allowed)
+    assert exact is not None
+    assert exact.objective == min(costs) == problem.objective(exact.expert_rank)
+    for (layer, expert), rank in pinned.items():
+        assert exact.expert_rank[layer][expert] == rank
+
+
+def test_eight_experts_on_four_ranks_over_32_layers_find_the_planted_groups() -> None:
+    """Mixtral's size: groups that change their rank from layer to layer cost nothing."""
+    rng = np.random.default_rng(0)
+    planted = [rng.permutation(np.repeat(np.arange(4), 2)) for _ in range(32)]
+    problem = PlacementProblem(
+        objective_name="planted",
+        between=tuple(
+            np.where(one[:, None] == two, 100.0, 0.0)
+            for one, two in itertools.pairwise(planted)
+        ),
+        within=(np.zeros((8, 8)),) * 32,
+        load=(np.ones(8),) * 32,
+        max_load=(2.0,) * 32,
+        topology=ONE_NODE[4],
+    )
+    exact = solve_exactly(problem)
+    assert exact is not None
+    assert exact.objective == 0
+    for found, one in zip(exact.expert_rank, planted, strict=True):
+        assert len(set(zip(found.tolist(), one.tolist(), strict=True))) == 4
+
+
+def test_too_many_assignments_are_left_to_other_methods() -> None:
+    assert num_assignments(8, 4) == 2520
+    assert solve_exactly(random_problem((32, 32), ONE_NODE[4], 0)) is None
+    small = random_problem((6, 6), ONE_NODE[2], 1)
+    assert solve_exactly(small, max_operations=10) is None
