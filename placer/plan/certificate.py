@@ -75,11 +75,11 @@ class PairCertificate:
         return self.bound
 
 
-def stable_floor(value: float) -> float:
-    """Round down by less than a millionth, to what every machine computes alike."""
+def stable_floor(value: float, num_bits: int = _STABLE_BITS) -> float:
+    """Round down to so many leading bits, which every machine computes alike."""
     if value == 0:
         return 0.0
-    step = 2.0 ** (math.frexp(value)[1] - _STABLE_BITS)
+    step = 2.0 ** (math.frexp(value)[1] - num_bits)
     return math.floor(value / step) * step
 
 
