@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from placer.plan.certificate import stable_floor
-from placer.plan.problem import FloatArray, IntArray
+from placer.plan.plan import Policy
+from placer.plan.problem import FloatArray, IntArray, Topology
 from placer.plan.relaxation import GroupingProblem, Relaxation
 from placer.trace import Chunk
 
@@ -34,7 +35,7 @@ _BLOCK_SETS = 1 << 14
 # Prices are rounded to multiples of these, so that their sums are exact: of splits in
 # float32, of chords in float64.
 _SPLIT_UNIT = 2.0**-12
-_CHORD_UNIT = 2.0**-24
+_CHORD_UNIT = 2.0**-20
 _MOST_PRICE = 16.0
 _CHORD_STEP = 0.1
 _STABLE_BITS = 14
@@ -89,6 +90,7 @@ class CopiesCertificate:
         max_load: Sequence[float],
         num_groups: int,
     ) -> None:
+        self._num_tokens = float(sets[0].num_tokens.sum())
         self._layers = [
             _Layer(one, expert_load, cap, num_groups)
             for one, expert_load, cap in zip(sets, load, max_load, strict=True)
@@ -96,13 +98,26 @@ class CopiesCertificate:
 
     @property
     def bounds(self) -> list[float]:
-        """For every layer: no placement serves its tokens from fewer ranks in total.
-
-        With ``fixed`` homes and exchange ``per-rank`` a token has (1 - 1/R) |D| remote
-        copies in the mean over homes. With ``follow`` it has at least |D| - 1 in dispatch
-        and |D| - 1 in combine.
-        """
+        """For every layer: no placement serves its tokens from fewer groups in total."""
         return [layer.bound for layer in self._layers]
+
+    def cost_bound(self, policy: Policy, topology: Topology) -> float:
+        """Bound the cost of ``CopiesCost``, of a certificate made for its ranks.
+
+        ``fixed`` homes send a token to each of its ranks but their own, all equally
+        often. A home of ``follow`` is spared at most one of the ranks in dispatch and
+        exactly one in combine.
+        """
+        rank_cost, num_ranks = topology.rank_cost(), topology.num_ranks
+        from_anywhere = float(rank_cost.sum(axis=0).min())
+        if num_ranks == 1:
+            return 0.0
+        if policy == "fixed":
+            return from_anywhere * math.fsum(self.bounds)
+        others = [bound - self._num_tokens for bound in self.bounds]
+        apart = float(rank_cost[~np.eye(num_ranks, dtype=np.bool_)].min())
+        moved = math.fsum(others) + math.fsum(others[1:])  # combine, later dispatch
+        return from_anywhere * self.bounds[0] + num_ranks * apart * moved
 
     def improve(self, num_rounds: int = NUM_ROUNDS) -> float:
         """Improve every layer and return the sum of the bounds."""
@@ -278,6 +293,6 @@ class _ChordEnvelope:
 def _pair_weight(pair: IntArray, weight: FloatArray, num_experts: int) -> FloatArray:
     """Add the weights of every pair up to a symmetric matrix ``[E, E]``."""
     total = np.bincount(pair.ravel(), weight.ravel(), minlength=num_experts**2)
-    square = total.reshape(num_experts, num_experts)
+    square = total.reshape(num_experts, num_experts).astype(np.float64)
     symmetric: FloatArray = square + square.T
     return symmetric

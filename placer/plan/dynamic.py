@@ -287,7 +287,7 @@ class _Path:
             return np.full(len(ends), so_far[first]), np.full(len(ends), first)
         later = cost.later(layer, ends).T
         best, came_from = np.full(len(ends), np.inf), np.zeros(len(ends), dtype=np.int64)
-        size = max(1, _BLOCK_ENTRIES // len(ends))
+        size = max(1, _BLOCK_ENTRIES // max(later.shape))
         for start in range(0, len(so_far), size):
             block = states.assignments[start : start + size]
             total = cost.earlier(layer, block) @ later

@@ -1,0 +1,117 @@
+"""The copies of the exact method against tokens followed one by one, and simulate."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from placer.plan.copies import CopiesCertificate, token_sets
+from placer.plan.copies_cost import CopiesCost
+from placer.plan.dynamic import solve_exactly
+from placer.plan.placement import Placement
+from placer.plan.plan import Policy
+from placer.plan.problem import PlacementProblem, Topology
+from placer.simulation import simulate
+from placer.trace import Chunk
+from tests.plan.enumeration import ONE_NODE, TWO_NODES, every_placement
+
+
+def problem_of(chunk: Chunk, sizes: tuple[int, ...], topology: Topology, cap: float):
+    load = [
+        np.bincount(experts.ravel(), minlength=size).astype(np.float64)
+        for experts, size in zip(chunk.experts, sizes, strict=True)
+    ]
+    return PlacementProblem(
+        objective_name="copies",
+        between=None,
+        within=tuple(np.zeros((size, size)) for size in sizes),
+        load=tuple(load),
+        max_load=tuple(np.floor(cap * one.sum() / topology.num_ranks) for one in load),
+        topology=topology,
+    )
+
+
+def follow_tokens(
+    chunk: Chunk, placement: tuple[np.ndarray, ...], policy: Policy, topology: Topology
+) -> float:
+    """R times the cost of all copies; before the first layer, all homes are as likely."""
+
+    def cost(one: int, two: int) -> int:
+        if one == two:
+            return 0
+        if topology.num_nodes == 1:
+            return 1
+        same = one // topology.gpus_per_node == two // topology.gpus_per_node
+        return topology.intra_cost if same else topology.inter_cost
+
+    num_ranks = topology.num_ranks
+    total = 0.0
+    for token in range(chunk.num_tokens):
+        homes = list(range(num_ranks))
+        for layer, ranks in enumerate(placement):
+            serving = [int(ranks[e]) for e in chunk.experts[layer][token]]
+            sent = sum(cost(home, rank) for home in homes for rank in set(serving))
+            total += sent * num_ranks / len(homes)
+            if policy == "follow":
+                # max() keeps the first of the ranks that serve most.
+                majority = max(serving, key=serving.count)
+                total += num_ranks * sum(cost(rank, majority) for rank in set(serving))
+                homes = [majority]
+    return total
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("sizes", "topology", "top_k"),
+    [
+        ((4, 4, 4), ONE_NODE[2], 2),
+        ((4, 6), ONE_NODE[2], 3),
+        ((4, 4), ONE_NODE[4], 3),
+        ((6, 3), ONE_NODE[3], 2),
+        ((4, 4), TWO_NODES, 2),
+        ((4, 4, 2), ONE_NODE[2], 1),
+    ],
+)
+def test_the_exact_method_finds_the_fewest_copies(
+    make_chunk: Callable[..., Chunk],
+    policy: Policy,
+    seed: int,
+    sizes: tuple[int, ...],
+    topology: Topology,
+    top_k: int,
+) -> None:
+    chunk = make_chunk(num_tokens=12, num_experts=sizes, top_k=top_k, seed=seed)
+    problem = problem_of(chunk, sizes, topology, cap=1.5)
+    costs = [
+        follow_tokens(chunk, one, policy, topology) for one in every_placement(problem)
+    ]
+    if not costs:
+        return
+    exact = solve_exactly(problem, CopiesCost.of([chunk], policy, topology))
+    assert exact is not None
+    assert exact.objective == min(costs)
+    assert follow_tokens(chunk, exact.expert_rank, policy, topology) == min(costs)
+    certificate = CopiesCertificate(
+        token_sets([chunk]), problem.load, problem.max_load, problem.num_ranks
+    )
+    certificate.improve(20)
+    assert certificate.cost_bound(policy, topology) <= exact.objective
+
+
+def test_it_is_what_simulate_reports(make_chunk: Callable[..., Chunk]) -> None:
+    """Mixtral's layers: 8 experts, top 2, here 4 layers on 4 ranks."""
+    chunk = make_chunk(num_tokens=300, num_experts=(8,) * 4, num_sequences=12)
+    problem = problem_of(chunk, (8,) * 4, ONE_NODE[4], cap=1.2)
+    for policy in ("fixed", "follow"):
+        cost = CopiesCost.of([chunk], policy, ONE_NODE[4])
+        exact = solve_exactly(problem, cost)
+        assert exact is not None
+        placed = Placement.from_expert_rank(exact.expert_rank, 4)
+        metrics = simulate(placed, chunk)[policy].to_json()
+        mean = exact.objective / (4 * 4 * chunk.num_tokens)
+        reported = metrics["remote_rank_copies_per_token"]
+        if policy == "follow":
+            reported += metrics["combine_rank_copies_per_token"]
+        # The trace has one home per sequence where the cost has the mean over homes.
+        assert reported == pytest.approx(mean, abs=0.05)
