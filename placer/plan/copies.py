@@ -38,6 +38,7 @@ _SPLIT_UNIT = 2.0**-12
 _CHORD_UNIT = 2.0**-20
 _MOST_PRICE = 16.0
 _CHORD_STEP = 0.1
+_MOMENTUM = 0.7  # of split prices
 _STABLE_BITS = 14
 
 
@@ -201,6 +202,7 @@ class _SplitEnvelope:
         self._num_experts = num_experts
         self._chords = _ChordEnvelope(sets, num_experts)
         self._price = self._chords.pair_slopes().astype(np.float32)
+        self._speed = np.zeros_like(self._price)
 
     def start(self, shared: FloatArray) -> None:
         """Take the prices that chords give at ``shared``."""
@@ -212,7 +214,7 @@ class _SplitEnvelope:
 
         Minima over splits are smoothed, less and less so as the prices settle.
         """
-        smooth = 2 / (40 + num_before)
+        smooth = 1 / (20 + num_before)
         held = shared.ravel()[self._pair].astype(np.float32)
         for start in range(0, len(held), _BLOCK_SETS):
             part = slice(start, start + _BLOCK_SETS)
@@ -222,7 +224,9 @@ class _SplitEnvelope:
             np.exp(chance / np.float32(smooth), out=chance)
             chance /= chance.sum(axis=1, keepdims=True)
             error = held[part] - chance @ self._together
-            self._price[part] += np.float32(2 * smooth) * error
+            self._speed[part] *= np.float32(_MOMENTUM)
+            self._speed[part] += np.float32(2 * smooth) * error
+        self._price += self._speed
         np.clip(self._price, -_MOST_PRICE, _MOST_PRICE, out=self._price)
 
     def linear(self) -> tuple[float, FloatArray]:
