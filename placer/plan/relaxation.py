@@ -12,7 +12,11 @@ H being the projection on rows that sum to zero in every layer (Donath and Hoffm
 Zhao, Karisch, Rendl and Wolkowicz 1998 for the semidefinite program). A load cap adds, for
 every expert i and layer m (each product of a cap and an assignment, summed over groups),
 
-    max(0, total - (G - 1) cap) <= sum over j of layer m of load_j z_ij <= cap.
+    least <= sum over j of layer m of load_j z_ij <= cap,
+
+and for every layer the most that the squares of the groups' loads can add up to,
+
+    sum over i, j of load_i load_j z_ij <= most squares.
 
 Weights are split among these sets and the b-matchings of each two layers; every split
 gives a valid upper bound of what any placement keeps together, the best split the bound of
@@ -71,10 +75,27 @@ class GroupingProblem:
 
     def load_range(self, layer: int) -> tuple[float, float] | None:
         """Return the least and most load of a group, or ``None`` if nothing is capped."""
-        load, cap = self.load[layer], self.max_load[layer]
-        if np.sort(load)[-self.slots(layer) :].sum() <= cap:
+        load, cap = np.sort(self.load[layer]), self.max_load[layer]
+        slots = self.slots(layer)
+        if load[-slots:].sum() <= cap:
             return None
-        return max(0.0, float(load.sum()) - (self.num_groups - 1) * cap), cap
+        left = float(load.sum()) - (self.num_groups - 1) * cap
+        return max(left, float(load[:slots].sum())), cap
+
+    def most_squares(self, layer: int) -> float | None:
+        """Return the most that squared loads of groups add up to, ``None`` if uncapped.
+
+        A convex sum is largest with all but one of the loads at an end of their range.
+        """
+        between = self.load_range(layer)
+        if between is None:
+            return None
+        least, cap = between
+        spare = float(self.load[layer].sum()) - self.num_groups * least
+        full = int(spare // (cap - least)) if cap > least else 0
+        one = least + spare - full * (cap - least)
+        others = self.num_groups - full - 1
+        return full * cap**2 + (one**2 + others * least**2 if others >= 0 else 0.0)
 
     def may_share(self, layer: int) -> FloatArray:
         """Return ``[E, E]``: 0 where two experts cannot share a group, else 1.
@@ -116,11 +137,13 @@ class Relaxation:
             self._most[layer, next_layer] = (
                 problem.may_share(layer) if same else np.ones(shape)
             )
-        self._copies: list[_Cone | _LoadRows] = [
+        self._copies: list[_Cone | _LoadRows | _LoadSquares] = [
             _Cone.of(layers, sizes, problem.num_groups) for layers in self._cliques()
         ]
         for block in self._shared:
             self._copies += _LoadRows.of_block(block, problem)
+            if block[0] == block[1]:
+                self._copies += _LoadSquares.of_layer(block[0], problem)
         self._penalty = 1.0
         self._num_steps = 0
         self._weight = dict(problem.weight)
@@ -427,3 +450,54 @@ class _LoadRows:
         return _upwards(
             math.fsum(np.nextafter(np.maximum(each * least, each * most), np.inf))
         )
+
+
+class _LoadSquares:
+    """The sum of the squared loads of the groups of one layer.
+
+    Attributes
+    ----------
+    price
+        ``[E, E]``: scaled multipliers.
+    """
+
+    def __init__(self, layer: int, load: FloatArray, most: float) -> None:
+        self._block = (layer, layer)
+        self._products = np.outer(load, load)
+        self._norm = float((self._products**2).sum())
+        self._most = most
+        self.price = np.zeros_like(self._products)
+        self._copy = np.zeros_like(self._products)
+
+    @classmethod
+    def of_layer(cls, layer: int, problem: GroupingProblem) -> list[Self]:
+        """Build the sum of a layer where its load cap binds."""
+        most = problem.most_squares(layer)
+        return [] if most is None else [cls(layer, problem.load[layer], most)]
+
+    def project(self, shared: Mapping[Block, FloatArray]) -> float:
+        """Move the copy to the nearest allowed matrix; return how far it is, squared."""
+        wanted = shared[self._block] - self.price
+        excess = max(0.0, float((wanted * self._products).sum()) - self._most)
+        apart = wanted - excess / self._norm * self._products - shared[self._block]
+        self._copy = shared[self._block] + _OVER_RELAXATION * apart
+        return float((apart**2).sum())
+
+    def add_pull(self, pull: dict[Block, FloatArray], count: dict[Block, float]) -> None:
+        """Add where this copy wants the shared block, and its weight."""
+        pull[self._block] += self._copy + self.price
+        count[self._block] += 1.0
+
+    def settle(self, shared: Mapping[Block, FloatArray]) -> None:
+        """Raise the price of the difference that is left."""
+        self.price += self._copy - shared[self._block]
+
+    def bound(self, price: float, rest: Mapping[Block, FloatArray]) -> float:
+        """Take this sum's price off ``rest`` and bound what it is worth."""
+        each = max(0.0, -price * float((self.price * self._products).sum()) / self._norm)
+        # Rounded down, also for products that are: no z is negative.
+        paid = np.floor(each * self._products * (1 - 4 * _EPSILON) * _FINE) / _FINE
+        if not (paid < _MOST_PRICE).all():
+            raise OverflowError("the prices of the relaxation diverged")
+        rest[self._block][...] -= paid
+        return each * self._most * (1 + 16 * _EPSILON)
