@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from placer.checkpoint.export import ExportReport
 
 Facts = dict[str, object]
+# Told on stderr, one line each.
+_TOLD = ("command", "conditions", "warnings")
+MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
+TARGETS = ("checkpoint", *MAPS)
 
 
 def export(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="One of: checkpoint, sglang.")
+        str, typer.Argument(metavar="TARGET", help=f"One of: {', '.join(TARGETS)}.")
     ],
     plan: Annotated[
         Path, typer.Argument(metavar="PLAN", help="The plan; with --inverse, the export.")
@@ -34,11 +38,16 @@ def export(
     """Write a permuted checkpoint, or a map for a runtime.
 
     checkpoint: the model with its experts renumbered, for any engine that splits experts
-    contiguously; nothing is recomputed. sglang: the file of --init-expert-location.
+    contiguously; nothing is recomputed. Maps: sglang (.json, .pt: --init-expert-location),
+    trtllm (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
+    (.safetensors, .npz: phy2log, log2phy, logcnt), csv and json (one slot a line, or rows).
+    The last three need no MODEL.
     """
-    if target not in _TARGETS:
+    if target not in TARGETS:
         raise UsageError(
-            f"target {target!r} is not known", f"targets: {', '.join(_TARGETS)}"
+            f"target {target!r} is not known",
+            f"targets: {', '.join(TARGETS)}; engines that read no map (vLLM, Megatron, "
+            "transformers) serve a permuted checkpoint",
         )
     if inverse and (target != "checkpoint" or model is not None):
         raise UsageError(
@@ -47,17 +56,19 @@ def export(
         )
     if inverse:
         facts = _restore_checkpoint(plan, out)
+    elif target in MAPS:
+        facts = _export_map(target, plan, model, out)
     elif model is None:
         raise UsageError(
-            f"target {target} needs the model: its config says which layers are MoE layers",
+            f"target {target} needs the model, whose experts are renumbered",
             f"placer export {target} {plan} MODEL --out {out}",
         )
     else:
-        facts = _TARGETS[target](plan, model, out)
+        facts = _export_checkpoint(plan, model, out)
     if as_json:
         print_json(facts)
         return
-    rows = [(name, str(value)) for name, value in facts.items() if name != "flags"]
+    rows = [(name, str(value)) for name, value in facts.items() if name not in _TOLD]
     print_table((target, ""), rows)
 
 
@@ -87,16 +98,23 @@ def _checkpoint_facts(report: "ExportReport", out: Path) -> Facts:
     }
 
 
-def _export_sglang(plan: Path, model: Path, out: Path) -> Facts:
-    from placer.runtime_map.sglang import export_sglang
+def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:
+    from placer.runtime_map import export_map
 
-    written = export_sglang(plan, model, out)
+    written = export_map(target, plan, model, out)
     for text in written.warnings:
         warn(text)
-    note(f"start it: python -m sglang.launch_server --model-path {model} {written.flags}")
+    if written.command:
+        note(f"start it: {written.command}")
     for text in written.conditions:
         note(f"mind: {text}")
-    return {"out": str(out), "rows": written.num_rows, "flags": written.flags}
-
-
-_TARGETS = {"checkpoint": _export_checkpoint, "sglang": _export_sglang}
+    if model is not None:
+        note(f"check it: placer verify {model} {out} {plan}")
+    return {
+        "out": str(out),
+        "layers": written.num_layers,
+        "slots": written.num_slots,
+        "command": written.command,
+        "conditions": written.conditions,
+        "warnings": written.warnings,
+    }

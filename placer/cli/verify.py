@@ -10,7 +10,9 @@ from placer.cli.output import JsonOption, print_json, print_line, print_table
 
 def verify(
     original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model.")],
-    exported: Annotated[Path, typer.Argument(metavar="EXPORTED", help="Its export.")],
+    exported: Annotated[
+        Path, typer.Argument(metavar="EXPORTED", help="Its export: checkpoint or map.")
+    ],
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan exported.")],
     corpus: Annotated[
         list[Path] | None,
@@ -24,8 +26,12 @@ def verify(
     """Compare every tensor, then logits and routing on real text; exit 5 if any differs.
 
     Tensors are compared bit for bit under the plan's permutation; logits in float32 to
-    1e-4 of the largest logit, because experts are summed in another order.
+    1e-4 of the largest logit, because experts are summed in another order. A runtime map is
+    checked by the rules of its runtime, then slot by slot against the plan.
     """
+    if exported.is_file():
+        _verify_map(original, exported, plan, as_json)
+        return
     from placer.checkpoint.verify import verify as verify_export
     from placer.demo.text import documents
     from placer.trace.corpus import name_corpora
@@ -57,3 +63,21 @@ def verify(
         ]
     print_table(("check", "result"), rows)
     print_line("verified: the exported checkpoint computes the same function")
+
+
+def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> None:
+    from placer.runtime_map import verify_map
+
+    report = verify_map(exported, plan, original)
+    if as_json:
+        print_json(report.to_json())
+        return
+    slots = f"{report.num_slots} in {report.num_layers} MoE layers on {report.num_ranks}"
+    rows = [
+        ("format", report.runtime),
+        ("slots", f"{slots} ranks, every one as in the plan"),
+        ("coverage", f"every expert has a slot; {report.num_replicas} replicas"),
+        ("duplicates", "no rank holds two copies of one expert"),
+    ]
+    print_table(("check", "result"), rows)
+    print_line("verified: the map is valid for its runtime and is the plan's")

@@ -19,7 +19,7 @@ from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
 from placer.plan.solve import SolveOptions
 from placer.report.html import write_html
-from placer.runtime_map.sglang import export_sglang
+from placer.runtime_map import export_map
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table import build_table
@@ -99,7 +99,7 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
     say(f"placer export checkpoint {plan_path} {model} --out {checkpoint}")
     export_checkpoint(plan_path, model, checkpoint)
     say(f"placer export sglang {plan_path} {model} --out {out / 'sglang.json'}")
-    export_sglang(plan_path, model, out / "sglang.json")
+    export_map("sglang", plan_path, model, out / "sglang.json")
     say(f"placer verify {model} {checkpoint} {plan_path}")
     texts = [one.text for one in documents("heldout")]
     verification = verify(model, checkpoint, plan_path, texts, VERIFIED_TOKENS)

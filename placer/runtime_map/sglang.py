@@ -1,158 +1,160 @@
 """SGLang: the file of ``--init-expert-location``.
 
-Facts from SGLang 0.5.23, ``srt/eplb/expert_location.py``: a JSON object is passed on as
-keyword arguments, so it holds ``physical_to_logical_map`` and nothing else; one row per
-hidden layer of the model, dense layers included; slot p is on rank p // (P / ep_size).
-SGLang checks none of this itself.
+Facts from SGLang 0.5.23, ``srt/eplb/expert_location.py``: a ``.json`` or ``.pt`` file is
+passed on as keyword arguments, so it holds ``physical_to_logical_map`` and nothing else;
+one row per hidden layer of the model, dense layers included; slot p is on rank
+p // (P / ep_size). SGLang checks none of this itself.
+
+The order of slots inside a rank is the plan's. It means nothing to SGLang's static choice
+of a replica (the copy on the same GPU, else the first on the same node where other nodes
+have copies too, else a seeded fair choice): candidates are listed by slot, hence by rank.
 """
 
+import io
 import json
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from placer.errors import PlacerError
-from placer.files import atomic_file, read_json
-from placer.model import Architecture, ModelSpec, require_same_model
-from placer.plan import Placement, Plan
+from placer.files import read_json
+from placer.runtime_map.runtime import (
+    Guide,
+    MapSource,
+    Runtime,
+    require_integers,
+    require_same_width,
+    require_valid_rows,
+)
 
+_KEY = "physical_to_logical_map"
 # Model types whose SGLang class has get_model_config_for_expert_location; for any other the
-# map is silently ignored. gpt_oss has it too, but loads MXFP4 experts contiguously all the
-# same, so it is not among them.
+# map is silently ignored.
 READS_MAP = frozenset(
     {
+        "bailing_hybrid",
         "deepseek_v2",
         "deepseek_v3",
+        "deepseek_v32",
         "deepseek_v4",
+        "exaone_moe",
         "glm4_moe",
-        "qwen2_moe",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_5_moe",
-        "qwen3_vl_moe",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "gpt_oss",
+        "longcat_flash",
+        "mimo_v2_flash",
         "minimax_m2",
         "nemotron_h",
+        "qwen2_moe",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_vl_moe",
     }
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SglangMap:
-    """A written map and how to start SGLang with it.
+def _write(source: MapSource, path: Path, suffix: str) -> None:
+    rows = _rows(source)
+    if suffix == ".pt":
+        import torch
 
-    Attributes
-    ----------
-    num_rows
-        Hidden layers of the model, one row each.
-    flags
-        Flags of ``python -m sglang.launch_server``, quoted for a shell.
-    conditions
-        When SGLang would ignore the map, or it could do no good.
-    warnings
-        What is wrong for this very model, or rests on shapes alone.
-    """
-
-    num_rows: int
-    flags: str
-    conditions: tuple[str, ...]
-    warnings: tuple[str, ...]
+        # Saved to a path, the archive would hold the name of that path.
+        buffer = io.BytesIO()
+        torch.save({_KEY: torch.tensor(rows, dtype=torch.int64)}, buffer)
+        path.write_bytes(buffer.getvalue())
+        return
+    path.write_text(json.dumps({_KEY: rows}) + "\n", encoding="utf-8")
 
 
-def export_sglang(plan_path: Path, directory: Path, out: Path) -> SglangMap:
-    """Write the map of a plan.
-
-    Parameters
-    ----------
-    plan_path
-        The plan.
-    directory
-        The model: its config says how many hidden layers there are and which are dense.
-    out
-        The ``.json`` file to write; SGLang knows the format by that suffix.
-
-    Raises
-    ------
-    PlacerError
-        If plan and model differ, layers have different numbers of slots, or ``out`` has
-        another suffix.
-    """
-    plan = Plan.read(plan_path)
-    model = ModelSpec.from_checkpoint(directory)
-    warning = require_same_model(plan.model, str(plan_path), model, str(directory))
-    if out.suffix != ".json":
-        raise PlacerError(
-            f"SGLang reads a map of {out} only if it ends in .json", f"--out {out}.json"
-        )
-    config = read_json(directory / "config.json", "model config")
-    rows = _rows(
-        plan.placement, model, Architecture.of(config, directory).num_hidden_layers(config)
+def _rows(source: MapSource) -> list[list[int]]:
+    """Return one row per hidden layer; a dense layer's is a valid filler, never used."""
+    placed = dict(
+        zip(source.model.layer_ids or (), source.uniform_rows("SGLang"), strict=True)
     )
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps({"physical_to_logical_map": rows}) + "\n")
-    warnings = [] if warning is None else [warning]
-    if model.model_type not in READS_MAP:
-        warnings.append(
-            f"SGLang ignores a map for {model.model_type}: serve a permuted checkpoint, "
-            f"placer export checkpoint {plan_path} {directory} --out DIR"
+    filler = source.filler()
+    return [placed.get(layer, filler) for layer in range(source.num_hidden_layers)]
+
+
+def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
+    value = _load_pt(path) if suffix == ".pt" else read_json(path, "map")
+    if set(value) != {_KEY}:
+        raise PlacerError(
+            f"SGLang passes every key on as an argument: {sorted(value)}, not [{_KEY!r}]"
         )
-    return SglangMap(
-        num_rows=len(rows),
-        flags=_flags(plan.placement, out),
-        conditions=(
-            "with --moe-a2a-backend none every token goes to every rank: "
-            "placement cannot cut traffic there",
-            "drafted (MTP) layers beyond the map use the identity",
-            "--enable-eplb would replace the map at its first rebalance",
-            "SGLang checks neither the map nor the flags: both must be of this plan",
-        ),
+    rows = value[_KEY]
+    if not isinstance(rows, list) or len(rows) != source.num_hidden_layers:
+        raise PlacerError(
+            f"{_KEY} has {len(rows) if isinstance(rows, list) else 'no'} rows, the model "
+            f"{source.num_hidden_layers} hidden layers"
+        )
+    rows = [require_integers(row, f"row {n}") for n, row in enumerate(rows)]
+    num_experts, num_ranks = source.model.num_experts[0], source.placement.num_ranks
+    require_same_width(rows, len(rows[0]), "row")
+    require_valid_rows(rows, (num_experts,) * len(rows), num_ranks)
+    return [rows[layer] for layer in source.model.layer_ids or ()]
+
+
+def _load_pt(path: Path) -> dict[str, Any]:
+    import pickle
+
+    import torch
+
+    try:
+        value = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PlacerError(f"it cannot be loaded with weights_only: {reason}") from error
+    if not isinstance(value, dict):
+        raise PlacerError(f"it holds {type(value).__name__}, not a dict")
+    rows = value.get(_KEY)
+    if isinstance(rows, torch.Tensor):
+        if rows.dtype != torch.int64:
+            raise PlacerError(f"{_KEY} is {rows.dtype}, not torch.int64")
+        value[_KEY] = rows.tolist()
+    return value
+
+
+def _guide(source: MapSource, out: Path) -> Guide:
+    placement, model_type = source.placement, source.model.model_type
+    redundant = len(placement.physical_to_logical_map[0]) - placement.num_experts[0]
+    # With this backend SGLang sets ep_size to tp_size, whatever --ep-size says.
+    words: list[Any] = ["python", "-m", "sglang.launch_server"]
+    words += ["--model-path", source.directory, "--init-expert-location", out]
+    words += ["--moe-a2a-backend", "deepep"]
+    words += ["--tp-size", placement.num_ranks, "--ep-size", placement.num_ranks]
+    if redundant:
+        words += ["--ep-num-redundant-experts", redundant]
+    if placement.num_nodes > 1:
+        words += ["--nnodes", placement.num_nodes]
+    conditions = (
+        "with --moe-a2a-backend none every token goes to every rank: "
+        "placement cannot cut traffic there",
+        "drafted (MTP) layers beyond the map use the identity",
+        "--enable-eplb would replace the map at its first rebalance",
+        "SGLang checks neither the map nor the flags: both must be of this plan",
+    )
+    warnings = []
+    if model_type not in READS_MAP:
+        warnings.append(
+            f"SGLang ignores a map for {model_type}: serve a permuted checkpoint, "
+            + source.checkpoint_command
+        )
+    elif model_type == "gpt_oss":
+        warnings.append(
+            "SGLang loads the MXFP4 experts of gpt_oss contiguously, whatever the map "
+            "says, so a map is not safe there: serve a permuted checkpoint, "
+            + source.checkpoint_command
+        )
+    return Guide(
+        command=shlex.join(str(word) for word in words),
+        conditions=conditions,
         warnings=tuple(warnings),
     )
 
 
-def _rows(
-    placement: Placement, model: ModelSpec, num_hidden_layers: int
-) -> list[list[int]]:
-    """Return one row per hidden layer; a dense layer's is a valid filler, never used."""
-    widths = {len(row) for row in placement.physical_to_logical_map}
-    if len(widths) > 1 or len(set(model.num_experts)) > 1:
-        raise PlacerError(
-            "SGLang's map needs the same number of slots in every layer, "
-            f"got {sorted(widths)}",
-            "solve with --redundant-experts 0, or, where layers differ in experts, serve a "
-            "permuted checkpoint: placer export checkpoint",
-        )
-    num_slots, num_experts = widths.pop(), model.num_experts[0]
-    filler = _filler(num_slots, num_experts, placement.num_ranks)
-    ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
-    return [
-        placement.physical_to_logical_map[ordinal[layer]].tolist()
-        if layer in ordinal
-        else filler
-        for layer in range(num_hidden_layers)
-    ]
-
-
-def _filler(num_slots: int, num_experts: int, num_ranks: int) -> list[int]:
-    """Return a row without two copies of one expert on a rank: every rank counts on."""
-    row = [slot % num_experts for slot in range(num_slots)]
-    Placement(
-        physical_to_logical_map=(np.asarray(row, dtype=np.int64),),
-        num_experts=(num_experts,),
-        num_ranks=num_ranks,
-    )
-    return row
-
-
-def _flags(placement: Placement, out: Path) -> str:
-    redundant = len(placement.physical_to_logical_map[0]) - placement.num_experts[0]
-    # With this backend SGLang sets ep_size to tp_size, whatever --ep-size says.
-    parts: list[Any] = ["--init-expert-location", out, "--moe-a2a-backend", "deepep"]
-    parts += ["--tp-size", placement.num_ranks, "--ep-size", placement.num_ranks]
-    if redundant:
-        parts += ["--ep-num-redundant-experts", redundant]
-    if placement.num_nodes > 1:
-        parts += ["--nnodes", placement.num_nodes]
-    return shlex.join(str(part) for part in parts)
+SGLANG = Runtime(
+    suffixes=(".json", ".pt"), needs_model=True, write=_write, read=_read, guide=_guide
+)

@@ -114,7 +114,7 @@ CASES = [
     (2, "needs the model", "export checkpoint plan --out out"),
     (2, "target 'vllm' is not known", "export vllm plan model --out out"),
     (1, "does not exist", "export checkpoint model --inverse --out out"),
-    (1, r"only if it ends in \.json", "export sglang plan model --out out"),
+    (2, r"known by its suffix, \.json", "export sglang plan model --out out"),
     (1, "does not exist", "verify model model plan"),
     (1, "does not exist", "verify nowhere model plan"),
     (1, "", "inspect nowhere"),

@@ -1,16 +1,18 @@
 """The SGLang map obeys the rules that SGLang itself does not check."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from placer.cli.main import main
-from placer.errors import PlacerError
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.plan import Placement, Plan
-from placer.runtime_map.sglang import export_sglang
+from placer.runtime_map import export_map, verify_map
 
 MakePlan = Callable[..., Path]
 
@@ -19,7 +21,7 @@ def test_one_row_per_hidden_layer_and_no_other_key(
     tiny_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
     plan_path = make_plan(tiny_model)
-    written = export_sglang(plan_path, tiny_model, tmp_path / "map.json")
+    written = export_map("sglang", plan_path, tiny_model, tmp_path / "map.json")
     value = json.loads((tmp_path / "map.json").read_text())
     assert list(value) == ["physical_to_logical_map"]
     rows = value["physical_to_logical_map"]
@@ -28,7 +30,7 @@ def test_one_row_per_hidden_layer_and_no_other_key(
     assert [rows[1], rows[3]] == placed
     for row in rows:
         assert sorted(row) == list(range(8))
-    assert written.flags.endswith(
+    assert written.command.endswith(
         "map.json --moe-a2a-backend deepep --tp-size 4 --ep-size 4"
     )
     assert written.warnings == ()
@@ -38,7 +40,7 @@ def test_a_family_that_sglang_ignores_is_named(
     tiny_sharded_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
     plan = make_plan(tiny_sharded_model)
-    written = export_sglang(plan, tiny_sharded_model, tmp_path / "map.json")
+    written = export_map("sglang", plan, tiny_sharded_model, tmp_path / "map.json")
     assert "SGLang ignores a map for olmoe" in written.warnings[0]
     assert "placer export checkpoint" in written.warnings[0]
 
@@ -47,10 +49,10 @@ def test_another_suffix_and_another_model_are_refused(
     tiny_model: Path, tiny_sharded_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
     plan = make_plan(tiny_model)
-    with pytest.raises(PlacerError, match=r"only if it ends in \.json"):
-        export_sglang(plan, tiny_model, tmp_path / "map.txt")
+    with pytest.raises(PlacerError, match=r"known by its suffix, \.json or \.pt"):
+        export_map("sglang", plan, tiny_model, tmp_path / "map.txt")
     with pytest.raises(PlacerError, match="different models"):
-        export_sglang(plan, tiny_sharded_model, tmp_path / "map.json")
+        export_map("sglang", plan, tiny_sharded_model, tmp_path / "map.json")
     assert not (tmp_path / "map.json").exists()
 
 
@@ -64,9 +66,9 @@ def test_replicas_and_nodes_are_in_the_flags_and_no_gpu_has_two_copies(
     """The rows of dense layers too: SGLang may count on every row."""
     rows = [[0, 1, 2, 3, 4, 5, 6, 7, 3, 2, 1, 0], [7, 6, 5, 0, 4, 3, 2, 1, 0, 7, 6, 5]]
     plan = write_plan(ModelSpec.from_checkpoint(tiny_model), place(rows, 4, 2))
-    written = export_sglang(plan, tiny_model, tmp_path / "map.json")
-    assert "--ep-num-redundant-experts 4" in written.flags
-    assert "--nnodes 2" in written.flags
+    written = export_map("sglang", plan, tiny_model, tmp_path / "map.json")
+    assert "--ep-num-redundant-experts 4" in written.command
+    assert "--nnodes 2" in written.command
     value = json.loads((tmp_path / "map.json").read_text())
     for row in value["physical_to_logical_map"]:
         assert set(row) == set(range(8))
@@ -81,7 +83,7 @@ def test_layers_with_different_numbers_of_slots_are_refused(
     rows = [list(range(8)), [0, 1, 2, 3, 4, 4, 5, 6, 7, 0]]
     plan = write_plan(ModelSpec.from_checkpoint(tiny_model), place(rows, 2))
     with pytest.raises(PlacerError, match=r"same number of slots .* \[8, 10\]") as caught:
-        export_sglang(plan, tiny_model, tmp_path / "map.json")
+        export_map("sglang", plan, tiny_model, tmp_path / "map.json")
     assert caught.value.hint
     assert not (tmp_path / "map.json").exists()
 
@@ -91,7 +93,7 @@ def test_a_plan_bound_to_no_checkpoint_takes_its_layers_from_the_model(
 ) -> None:
     rows = [[7, 6, 5, 4, 3, 2, 1, 0], [1, 0, 3, 2, 5, 4, 7, 6]]
     plan = write_plan(ModelSpec(num_experts=(8, 8), top_k=2), place(rows, 2))
-    written = export_sglang(plan, tiny_model, tmp_path / "map.json")
+    written = export_map("sglang", plan, tiny_model, tmp_path / "map.json")
     assert "match by shape only" in written.warnings[0]
     value = json.loads((tmp_path / "map.json").read_text())
     assert value["physical_to_logical_map"][1::2] == rows
@@ -112,3 +114,76 @@ def test_the_command_says_how_to_start_sglang(
     assert ended.value.code == 0
     assert f"--init-expert-location '{out}' --moe-a2a-backend deepep" in printed.err
     assert "--moe-a2a-backend none every token goes to every rank" in printed.err
+
+
+def static_choice(row: list[int], num_ranks: int, num_nodes: int) -> list[list[int]]:
+    """Rank that serves each (source rank, expert), by the rule of SGLang 0.5.23.
+
+    The copy on the same GPU; else, where only some copies are on the source's node, the
+    first of these; else a seeded choice in which the copies take turns.
+    """
+    per_rank, per_node = len(row) // num_ranks, num_ranks // num_nodes
+    chooser = random.Random(42)
+    served = [[-1] * (max(row) + 1) for _ in range(num_ranks)]
+    for expert in range(max(row) + 1):
+        copies = [slot // per_rank for slot, held in enumerate(row) if held == expert]
+        left = []
+        for source in range(num_ranks):
+            near = [r for r in copies if r // per_node == source // per_node]
+            if len(copies) == 1 or source in copies:
+                served[source][expert] = source if source in copies else copies[0]
+            elif 0 < len(near) < len(copies):
+                served[source][expert] = near[0]
+            else:
+                left.append(source)
+        turns, rest = divmod(len(left), len(copies))
+        choices = copies * turns + chooser.sample(copies, k=rest)
+        chooser.shuffle(choices)
+        for source, choice in zip(left, choices, strict=True):
+            served[source][expert] = choice
+    return served
+
+
+def test_the_order_of_slots_inside_a_rank_is_nothing_to_the_static_choice() -> None:
+    """So the plan's order is kept, and tables that name ranks stay true."""
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(50):
+        row = [*range(8), *rng.sample(range(8), 4)]
+        ranks = [sorted(row[rank::4]) for rank in range(4)]
+        if any(len(set(held)) < 3 for held in ranks):
+            continue
+        plain = static_choice([e for held in ranks for e in held], 4, 2)
+        for held in ranks:
+            rng.shuffle(held)
+        assert static_choice([e for held in ranks for e in held], 4, 2) == plain
+        seen.add(str(plain))
+    assert len(seen) > 10
+
+
+def test_a_pt_map_holds_the_rows_of_the_json_map(
+    tiny_model: Path, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    """Loaded as SGLang loads it, and the same bytes under any name."""
+    plan = make_plan(tiny_model)
+    for name in ("map.json", "map.pt", "other.pt"):
+        export_map("sglang", plan, tiny_model, tmp_path / name)
+    loaded = torch.load(tmp_path / "map.pt", weights_only=True, map_location="cpu")
+    rows = json.loads((tmp_path / "map.json").read_text())["physical_to_logical_map"]
+    assert list(loaded) == ["physical_to_logical_map"]
+    assert loaded["physical_to_logical_map"].dtype == torch.int64
+    assert loaded["physical_to_logical_map"].tolist() == rows
+    assert (tmp_path / "map.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
+
+
+def test_a_map_that_would_run_code_is_not_loaded(
+    tiny_model: Path, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "touched",))
+
+    torch.save({"physical_to_logical_map": Hostile()}, tmp_path / "map.pt")
+    with pytest.raises(VerificationError, match="weights_only"):
+        verify_map(tmp_path / "map.pt", make_plan(tiny_model), tiny_model)
+    assert not (tmp_path / "touched").exists()

@@ -1,0 +1,92 @@
+"""EPLB: the three arrays that DeepSeek's ``rebalance_experts`` returns.
+
+``phy2log`` [L, P], the expert in each slot; ``log2phy`` [L, E, X], the slots of each expert
+in ascending order, padded with -1 up to X, the most copies that any has; ``logcnt`` [L, E],
+how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placer.errors import PlacerError
+from placer.files import write_tensors
+from placer.runtime_map.runtime import IntArray, MapSource, Runtime, no_engine
+
+_NAMES = ("phy2log", "log2phy", "logcnt")
+
+
+def _arrays(phy2log: IntArray, num_experts: int) -> dict[str, IntArray]:
+    """Return the three arrays that ``phy2log`` implies."""
+    num_layers = len(phy2log)
+    logcnt = np.stack([np.bincount(row, minlength=num_experts) for row in phy2log])
+    log2phy = np.full((num_layers, num_experts, int(logcnt.max())), -1, dtype=np.int64)
+    for layer, row in enumerate(phy2log):
+        slots = np.argsort(row, kind="stable")
+        ends = np.cumsum(logcnt[layer])
+        for expert, (count, end) in enumerate(zip(logcnt[layer], ends, strict=True)):
+            log2phy[layer, expert, :count] = slots[end - count : end]
+    arrays = (phy2log, log2phy, logcnt.astype(np.int64))
+    return dict(zip(_NAMES, arrays, strict=True))
+
+
+def _write(source: MapSource, path: Path, suffix: str) -> None:
+    phy2log = np.asarray(source.uniform_rows("EPLB"), dtype=np.int64)
+    arrays = _arrays(phy2log, source.placement.num_experts[0])
+    if suffix == ".npz":
+        with path.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+        return
+    header = {
+        "kind": "eplb",
+        "model": source.model.to_json(),
+        "num_ranks": source.placement.num_ranks,
+        "num_nodes": source.placement.num_nodes,
+    }
+    write_tensors(path, arrays, header)
+
+
+def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
+    found = _load(path, suffix)
+    if sorted(found) != sorted(_NAMES):
+        raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)}")
+    odd = [name for name in _NAMES if found[name].dtype != np.int64]
+    phy2log = found["phy2log"]
+    if odd or phy2log.ndim != 2 or len(phy2log) != source.model.num_layers:
+        raise PlacerError(
+            f"phy2log has shape {list(phy2log.shape)} for {source.model.num_layers} MoE "
+            f"layers; not int64: {odd}"
+        )
+    num_experts = source.placement.num_experts[0]
+    if phy2log.min(initial=0) < 0 or phy2log.max(initial=0) >= num_experts:
+        raise PlacerError(f"phy2log holds an expert outside 0..{num_experts - 1}")
+    for name, expected in _arrays(phy2log, num_experts).items():
+        if not np.array_equal(found[name], expected):
+            raise PlacerError(f"{name} is not what phy2log implies")
+    rows: list[list[int]] = phy2log.tolist()
+    return rows
+
+
+def _load(path: Path, suffix: str) -> dict[str, Any]:
+    import zipfile
+
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        if suffix != ".npz":
+            return load_file(path)
+        with np.load(path, allow_pickle=False) as opened:
+            return {name: opened[name] for name in opened.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        raise PlacerError(f"it cannot be loaded: {error}") from error
+
+
+EPLB = Runtime(
+    suffixes=(".safetensors", ".npz"),
+    needs_model=False,
+    write=_write,
+    read=_read,
+    guide=no_engine,
+)

@@ -1,0 +1,202 @@
+"""All runtime maps: written, read back by the runtime's own rules, and verified."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from placer.errors import PlacerError, UsageError, VerificationError
+from placer.files import atomic_file, require_file
+from placer.runtime_map import eplb, plain, sglang, trtllm, vllm_ascend
+from placer.runtime_map.runtime import MapSource, Runtime, require_valid_rows
+
+RUNTIMES: dict[str, Runtime] = {
+    "sglang": sglang.SGLANG,
+    "trtllm": trtllm.TRTLLM,
+    "vllm-ascend": vllm_ascend.VLLM_ASCEND,
+    "eplb": eplb.EPLB,
+    "csv": plain.CSV,
+    "json": plain.JSON,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenMap:
+    """A written map and how to start the engine with it.
+
+    Attributes
+    ----------
+    runtime
+        The target.
+    num_layers
+        MoE layers placed.
+    num_slots
+        Slots of all of them together.
+    command
+        A shell command that starts the engine, ``None`` where there is no engine.
+    conditions
+        When the engine would silently ignore the map, or it could do no good.
+    warnings
+        What is wrong for this very model, or rests on shapes alone.
+    """
+
+    runtime: str
+    num_layers: int
+    num_slots: int
+    command: str | None
+    conditions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapReport:
+    """What was found in a map: every slot is the plan's.
+
+    Attributes
+    ----------
+    runtime
+        The format that it is in.
+    num_layers, num_slots, num_ranks
+        MoE layers, slots of all of them together, and ranks.
+    num_replicas
+        Slots beyond one per expert.
+    """
+
+    runtime: str
+    num_layers: int
+    num_slots: int
+    num_ranks: int
+    num_replicas: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) -> WrittenMap:
+    """Write the map of a plan; it is read back by the runtime's rules before it counts.
+
+    Parameters
+    ----------
+    name
+        A key of ``RUNTIMES``.
+    plan_path
+        The plan.
+    directory
+        The model: its config says which layers are MoE layers. ``None`` only for a runtime
+        that needs none.
+    out
+        The file to write; its suffix must be one of the runtime's.
+
+    Raises
+    ------
+    PlacerError
+        If plan and model differ, the runtime cannot express the plan, or ``out`` has
+        another suffix.
+    """
+    runtime = RUNTIMES[name]
+    if directory is None and runtime.needs_model:
+        raise UsageError(
+            f"target {name} needs the model: its config says which layers are MoE layers",
+            f"placer export {name} {plan_path} MODEL --out {out}",
+        )
+    if out.suffix not in runtime.suffixes:
+        raise UsageError(
+            f"a map for {name} is known by its suffix, {' or '.join(runtime.suffixes)}, "
+            f"but {out} has {out.suffix or 'none'}",
+            f"--out {out.with_suffix(runtime.suffixes[0])}",
+        )
+    source = MapSource.read(plan_path, directory)
+    with atomic_file(out) as temporary:
+        runtime.write(source, temporary, out.suffix)
+        _require_plan(runtime.read(source, temporary, out.suffix), source)
+    guide = runtime.guide(source, out)
+    rows = source.placement.physical_to_logical_map
+    return WrittenMap(
+        runtime=name,
+        num_layers=len(rows),
+        num_slots=sum(len(row) for row in rows),
+        command=guide.command,
+        conditions=guide.conditions,
+        warnings=(*([source.warning] if source.warning else ()), *guide.warnings),
+    )
+
+
+def verify_map(path: Path, plan_path: Path, directory: Path) -> MapReport:
+    """Compare a map with the plan: coverage, duplicates, slot counts, every slot.
+
+    Parameters
+    ----------
+    path
+        The map; its format is known by its suffix and content.
+    plan_path, directory
+        The plan and the model that it was exported for.
+
+    Raises
+    ------
+    VerificationError
+        If the map breaks a rule of its runtime, or is not the plan's.
+    PlacerError
+        If the plan or the model cannot be read.
+    """
+    require_file(path, "map")
+    source = MapSource.read(plan_path, directory)
+    name = _format_of(path)
+    again = f"placer export {name} {plan_path} {directory} --out NEW{path.suffix}"
+    try:
+        rows = RUNTIMES[name].read(source, path, path.suffix)
+        _require_plan(rows, source)
+    except PlacerError as error:
+        raise VerificationError(
+            f"{path} is no valid {name} map of {plan_path}: {error.message}",
+            f"export it again: {again}",
+        ) from error
+    num_slots = sum(len(row) for row in rows)
+    return MapReport(
+        runtime=name,
+        num_layers=len(rows),
+        num_slots=num_slots,
+        num_ranks=source.placement.num_ranks,
+        num_replicas=num_slots - sum(source.placement.num_experts),
+    )
+
+
+def _require_plan(rows: Any, source: MapSource) -> None:
+    """Refuse rows that are no placement, or not that of the plan."""
+    placed = source.placement
+    found = require_valid_rows(rows, placed.num_experts, placed.num_ranks).to_json()
+    for layer, (row, expected) in enumerate(zip(found, placed.to_json(), strict=True)):
+        if row == expected:
+            continue
+        if len(row) != len(expected):
+            raise PlacerError(
+                f"MoE layer {layer} has {len(row)} slots, by the plan {len(expected)}"
+            )
+        slot = next(n for n, expert in enumerate(row) if expert != expected[n])
+        raise PlacerError(
+            f"MoE layer {layer}, slot {slot} holds expert {row[slot]}, "
+            f"by the plan {expected[slot]}"
+        )
+
+
+def _format_of(path: Path) -> str:
+    """Return the name of a map's format; three engines' files end in ``.json``."""
+    fitting = [name for name, one in RUNTIMES.items() if path.suffix in one.suffixes]
+    if not fitting:
+        known = sorted({suffix for one in RUNTIMES.values() for suffix in one.suffixes})
+        raise UsageError(
+            f"{path} is no map: its name ends in none of {', '.join(known)}",
+            "give a file that placer export wrote, or an exported checkpoint directory",
+        )
+    if path.suffix != ".json":
+        return fitting[0]
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(
+            f"map {path} is not JSON: {error}", "export it again"
+        ) from error
+    keys = set(value) if isinstance(value, dict) else set()
+    if "layer_list" in keys:
+        return "vllm-ascend"
+    return "json" if "kind" in keys else "sglang"

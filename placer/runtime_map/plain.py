@@ -1,0 +1,97 @@
+"""Plain maps, for programs of one's own: one CSV row per slot, or one JSON object."""
+
+import csv
+import json
+from pathlib import Path
+
+from placer.errors import PlacerError
+from placer.files import read_json
+from placer.runtime_map.runtime import MapSource, Runtime, no_engine, require_integers
+
+SCHEMA_VERSION = 1
+KIND = "placement_map"
+_COLUMNS = ("moe_layer", "layer_id", "rank", "slot", "expert")
+
+
+def _csv_rows(source: MapSource) -> list[tuple[str, ...]]:
+    num_ranks = source.placement.num_ranks
+    rows = []
+    for layer, slots in enumerate(source.placement.to_json()):
+        layer_id = source.model.layer_ids[layer] if source.model.layer_ids else ""
+        for slot, expert in enumerate(slots):
+            rank = slot * num_ranks // len(slots)
+            rows.append(tuple(map(str, (layer, layer_id, rank, slot, expert))))
+    return rows
+
+
+def _write_csv(source: MapSource, path: Path, _suffix: str) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows((_COLUMNS, *_csv_rows(source)))
+
+
+def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            header, *lines = [tuple(line) for line in csv.reader(stream)]
+    except (ValueError, csv.Error) as error:
+        raise PlacerError(f"it is no CSV with a header: {error}") from error
+    if header != _COLUMNS:
+        raise PlacerError(f"its columns are {header}, not {_COLUMNS}")
+    rows: list[list[int]] = [[] for _ in source.placement.num_experts]
+    for number, line in enumerate(lines, 2):
+        try:
+            layer, expert = int(line[0]), int(line[-1])
+            rows[layer].append(expert)
+        except (ValueError, IndexError) as error:
+            raise PlacerError(f"line {number}: {error}") from error
+    # Line by line: rank, slot and layer number must be those of the plan too.
+    for number, pair in enumerate(zip(lines, _csv_rows(source), strict=False), 2):
+        if pair[0] != pair[1]:
+            raise PlacerError(f"line {number} is {pair[0]}, by the plan {pair[1]}")
+    return rows
+
+
+def _json_value(source: MapSource) -> dict[str, object]:
+    layer_ids = source.model.layer_ids
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "num_ranks": source.placement.num_ranks,
+        "num_nodes": source.placement.num_nodes,
+        "layer_ids": None if layer_ids is None else list(layer_ids),
+        "num_experts": list(source.placement.num_experts),
+        "physical_to_logical_map": source.placement.to_json(),
+    }
+
+
+def _write_json(source: MapSource, path: Path, _suffix: str) -> None:
+    path.write_text(json.dumps(_json_value(source)) + "\n", encoding="utf-8")
+
+
+def _read_json(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
+    value, expected = read_json(path, "map"), _json_value(source)
+    if set(value) != set(expected):
+        raise PlacerError(f"it has the fields {sorted(value)}, not {sorted(expected)}")
+    for name in set(expected) - {"physical_to_logical_map"}:
+        if value[name] != expected[name]:
+            raise PlacerError(f"{name} is {value[name]}, by the plan {expected[name]}")
+    rows = value["physical_to_logical_map"]
+    if not isinstance(rows, list):
+        raise PlacerError("physical_to_logical_map is no list")
+    return [require_integers(row, f"row {n}") for n, row in enumerate(rows)]
+
+
+CSV = Runtime(
+    suffixes=(".csv",),
+    needs_model=False,
+    write=_write_csv,
+    read=_read_csv,
+    guide=no_engine,
+)
+JSON = Runtime(
+    suffixes=(".json",),
+    needs_model=False,
+    write=_write_json,
+    read=_read_json,
+    guide=no_engine,
+)

@@ -1,0 +1,203 @@
+"""What every runtime map is made from, and what every runtime must say about its own."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError
+from placer.files import read_json
+from placer.model import Architecture, ModelSpec, require_same_model
+from placer.plan import Placement, Plan
+
+IntArray = npt.NDArray[np.int64]
+
+# Config keys that count multi-token-prediction layers, which come after the hidden layers.
+_MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapSource:
+    """A plan and the model that it is for.
+
+    Attributes
+    ----------
+    plan_path, directory
+        Where they are; the model is ``None`` for formats that need none.
+    placement
+        The plan's placement.
+    model
+        Shape of the routing: the model's, or the plan's own where no model was given.
+    num_hidden_layers, num_mtp_layers
+        Hidden layers, dense ones included, and multi-token-prediction layers behind them;
+        0 without a model.
+    warning
+        What rests on shapes alone, or ``None``.
+    """
+
+    plan_path: Path
+    directory: Path | None
+    placement: Placement
+    model: ModelSpec
+    num_hidden_layers: int = 0
+    num_mtp_layers: int = 0
+    warning: str | None = None
+
+    @classmethod
+    def read(cls, plan_path: Path, directory: Path | None) -> Self:
+        """Read plan and config.
+
+        Raises
+        ------
+        PlacerError
+            If one of them cannot be read, or they are of different models.
+        """
+        plan = Plan.read(plan_path)
+        if directory is None:
+            return cls(
+                plan_path=plan_path,
+                directory=None,
+                placement=plan.placement,
+                model=plan.model,
+            )
+        model = ModelSpec.from_checkpoint(directory)
+        warning = require_same_model(plan.model, str(plan_path), model, str(directory))
+        config = read_json(directory / "config.json", "model config")
+        architecture = Architecture.of(config, directory)
+        return cls(
+            plan_path=plan_path,
+            directory=directory,
+            placement=plan.placement,
+            model=model,
+            num_hidden_layers=architecture.num_hidden_layers(config),
+            num_mtp_layers=_mtp_layers(config, architecture.nested_in),
+            warning=warning,
+        )
+
+    @property
+    def checkpoint_command(self) -> str:
+        """The command that writes the permuted checkpoint instead of a map."""
+        words = ("checkpoint", self.plan_path, self.directory or "MODEL", "--out", "DIR")
+        return shlex.join(("placer", "export", *map(str, words)))
+
+    def uniform_rows(self, runtime: str) -> list[list[int]]:
+        """Return one row of slots per MoE layer, all of one length.
+
+        Raises
+        ------
+        PlacerError
+            If layers differ in slots or experts, which ``runtime`` cannot read.
+        """
+        rows = self.placement.to_json()
+        widths = sorted({len(row) for row in rows})
+        experts = sorted(set(self.placement.num_experts))
+        if len(widths) > 1 or len(experts) > 1:
+            raise PlacerError(
+                f"{runtime}'s map needs the same number of slots in every layer, got "
+                f"{widths} for {experts} experts",
+                "solve with --redundant-experts 0, or, where layers differ in experts, "
+                f"serve a permuted checkpoint: {self.checkpoint_command}",
+            )
+        return rows
+
+    def filler(self) -> list[int]:
+        """Return a valid row for a layer that the plan does not place.
+
+        Experts in order, over and over: no rank has two copies of one.
+        """
+        num_experts = self.placement.num_experts[0]
+        num_slots = len(self.placement.physical_to_logical_map[0])
+        row = [slot % num_experts for slot in range(num_slots)]
+        require_valid_rows([row], (num_experts,), self.placement.num_ranks)
+        return row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """How an engine is started with a map.
+
+    Attributes
+    ----------
+    command
+        A shell command, ``None`` where the format belongs to no engine.
+    conditions
+        When the engine would silently ignore the map, or it could do no good.
+    warnings
+        What is wrong for this very model.
+    """
+
+    command: str | None
+    conditions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """One format of maps.
+
+    Attributes
+    ----------
+    suffixes
+        File names that it is known by, the usual one first.
+    needs_model
+        Whether the plan alone is not enough.
+    write
+        Writes the map of a source to a path, in the format of a suffix.
+    read
+        Reads a map and checks it by the runtime's own rules; returns one row of slots per
+        MoE layer. Raises :class:`PlacerError` where a rule is broken.
+    guide
+        Says how to start the engine with the map at a path.
+    """
+
+    suffixes: tuple[str, ...]
+    needs_model: bool
+    write: Callable[[MapSource, Path, str], None]
+    read: Callable[[MapSource, Path, str], Sequence[Sequence[int]]]
+    guide: Callable[[MapSource, Path], Guide]
+
+
+def no_engine(_source: MapSource, _out: Path) -> Guide:
+    """Return the guide of a format that is for programs, not for an engine."""
+    return Guide(command=None)
+
+
+def require_valid_rows(
+    rows: Sequence[Sequence[int]], num_experts: Sequence[int], num_ranks: int
+) -> Placement:
+    """Return the rows as a placement.
+
+    Raises
+    ------
+    PlacerError
+        If slots do not divide over the ranks, an expert has no slot or does not exist, or
+        a rank holds two copies of one expert.
+    """
+    return Placement.from_json(rows, num_experts, num_ranks, 1)
+
+
+def require_integers(values: Any, what: str) -> list[int]:
+    """Return a list of integers that a file holds, or refuse it as ``what``."""
+    if not isinstance(values, list) or not all(type(one) is int for one in values):
+        raise PlacerError(f"{what} is no list of whole numbers")
+    return values
+
+
+def require_same_width(rows: Sequence[Sequence[int]], num_slots: int, what: str) -> None:
+    """Refuse rows that do not all have ``num_slots`` slots."""
+    for number, row in enumerate(rows):
+        if len(row) != num_slots:
+            raise PlacerError(f"{what} {number} has {len(row)} slots, not {num_slots}")
+
+
+def _mtp_layers(config: dict[str, Any], nested_in: str | None) -> int:
+    nested = config.get(nested_in) if nested_in else None
+    for holder in (config, nested if isinstance(nested, dict) else {}):
+        for key in _MTP_KEYS:
+            if type(value := holder.get(key)) is int:
+                return value
+    return 0

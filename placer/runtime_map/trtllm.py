@@ -1,0 +1,152 @@
+"""TensorRT-LLM: the file of ``moe_config.load_balancer``.
+
+Facts from ``MoeLoadBalancerConfig`` (``tensorrt_llm/llmapi/llm_args.py``) and
+``examples/wide_ep/ep_load_balancer``: ``num_slots``, divisible by the expert-parallel size;
+``layer_updates_per_iter``, 0 for a placement that stays; ``initial_global_assignments`` by
+the model's own layer number, ``num_slots`` experts each, consecutive slots on one rank. A
+layer that is missing is a KeyError at start, that of multi-token prediction included
+(NVIDIA/TensorRT-LLM#13974); an unknown key is refused.
+
+The file is YAML so plain that no library is needed to write it, or to read it back.
+"""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from placer.errors import PlacerError
+from placer.runtime_map.runtime import (
+    Guide,
+    MapSource,
+    Runtime,
+    require_same_width,
+    require_valid_rows,
+)
+
+# Model types of the architectures that TensorRT-LLM gives a load balancer; for any other
+# the file is silently ignored.
+READS_MAP = frozenset(
+    {
+        "deepseek_v3",
+        "deepseek_v32",
+        "deepseek_v4",
+        "glm_moe_dsa",
+        "gpt_oss",
+        "llama4",
+        "llama4_text",
+        "mixtral",
+        "nemotron_h",
+        "qwen2_moe",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_moe",
+        "qwen3_vl_moe",
+    }
+)
+_SCALAR = re.compile(r"(num_slots|layer_updates_per_iter): (\d+)")
+_LAYER = re.compile(r"  (\d+): (\[[\d, ]*\])")
+_ASSIGNMENTS = "initial_global_assignments:"
+
+
+def _layers(source: MapSource) -> tuple[int, ...]:
+    """Return the layers that TensorRT-LLM asks for: the MoE layers, then those of MTP."""
+    first = source.num_hidden_layers
+    return (
+        *(source.model.layer_ids or ()),
+        *range(first, first + source.num_mtp_layers),
+    )
+
+
+def _write(source: MapSource, path: Path, _suffix: str) -> None:
+    rows = source.uniform_rows("TensorRT-LLM")
+    rows += [source.filler()] * source.num_mtp_layers
+    lines = [f"num_slots: {len(rows[0])}", "layer_updates_per_iter: 0", _ASSIGNMENTS]
+    lines += [
+        f"  {layer}: {json.dumps(row)}"
+        for layer, row in zip(_layers(source), rows, strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
+    scalars, assignments = _parse(path)
+    num_slots = scalars.get("num_slots")
+    if num_slots is None or scalars.get("layer_updates_per_iter") != 0:
+        raise PlacerError(
+            "num_slots must be given and layer_updates_per_iter be 0, else TensorRT-LLM "
+            f"moves experts: {scalars}"
+        )
+    layers = _layers(source)
+    missing = [layer for layer in layers if layer not in assignments]
+    if missing or len(assignments) > len(layers):
+        raise PlacerError(
+            f"layers {sorted(assignments)} are assigned, the model's are {sorted(layers)}; "
+            "TensorRT-LLM stops at a layer that is missing"
+        )
+    rows = [assignments[layer] for layer in layers]
+    require_same_width(rows, num_slots, "assignment")
+    num_experts = source.model.num_experts[0]
+    require_valid_rows(rows, (num_experts,) * len(rows), source.placement.num_ranks)
+    return rows[: source.model.num_layers]
+
+
+def _parse(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]:
+    scalars: dict[str, int] = {}
+    assignments: dict[int, list[int]] = {}
+    inside = False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line == _ASSIGNMENTS:
+            inside = True
+        elif (found := _SCALAR.fullmatch(line)) and found[1] not in scalars:
+            scalars[found[1]], inside = int(found[2]), False
+        elif inside and (found := _LAYER.fullmatch(line)):
+            if int(found[1]) in assignments:
+                raise PlacerError(f"line {number}: layer {found[1]} stands twice")
+            assignments[int(found[1])] = _numbers(found[2], number)
+        else:
+            raise PlacerError(
+                f"line {number} is none that placer writes, and TensorRT-LLM refuses "
+                f"unknown keys: {line[:60]!r}"
+            )
+    return scalars, assignments
+
+
+def _numbers(text: str, line: int) -> list[int]:
+    try:
+        values: list[int] = json.loads(text)
+    except ValueError as error:
+        raise PlacerError(f"line {line} is no list of whole numbers") from error
+    return values
+
+
+def _guide(source: MapSource, out: Path) -> Guide:
+    options = (
+        "enable_attention_dp: true\nmoe_config:\n"
+        f"  load_balancer: {json.dumps(str(out), ensure_ascii=False)}\n"
+    )
+    size = str(source.placement.num_ranks)
+    start = ["trtllm-serve", str(source.directory), "--tp_size", size, "--ep_size", size]
+    start += ["--extra_llm_api_options", "options.yaml"]
+    command = f"printf %s {shlex.quote(options)} > options.yaml && {shlex.join(start)}"
+    model_type, warnings = source.model.model_type, []
+    if model_type not in READS_MAP:
+        warnings.append(
+            f"TensorRT-LLM ignores a map for {model_type}: serve a permuted checkpoint, "
+            + source.checkpoint_command
+        )
+    return Guide(
+        command=command,
+        conditions=(
+            "TensorRT-LLM ignores the map without a word where the expert-parallel size is "
+            "1, with moe_cluster_parallel_size above 1, or without enable_attention_dp",
+            "the MoE backends VANILLA, TRITON and MARLIN have no load balancer",
+            f"the expert-parallel size must be {size}: slots go to ranks in order",
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+TRTLLM = Runtime(
+    suffixes=(".yaml", ".yml"), needs_model=True, write=_write, read=_read, guide=_guide
+)

@@ -1,0 +1,100 @@
+"""vllm-ascend: the file of ``eplb_config.expert_map_path``.
+
+Facts from ``vllm_ascend/eplb/core/eplb_utils.py`` and ``ascend_config.py``: layers and
+devices are read by their place in the lists, so ``layer_id`` counts MoE layers from 0; all
+devices of a layer list the same number of experts; the redundancy is what is listed beyond
+the experts. A second copy on one device would hide the first.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from placer.errors import PlacerError
+from placer.files import read_json
+from placer.runtime_map.runtime import (
+    Guide,
+    MapSource,
+    Runtime,
+    require_integers,
+    require_same_width,
+)
+
+
+def _write(source: MapSource, path: Path, _suffix: str) -> None:
+    size = source.placement.num_ranks
+    layers = []
+    for ordinal, row in enumerate(source.uniform_rows("vllm-ascend")):
+        width = len(row) // size
+        devices = [
+            {"device_id": rank, "device_expert": row[rank * width : (rank + 1) * width]}
+            for rank in range(size)
+        ]
+        layers.append({"layer_id": ordinal, "device_count": size, "device_list": devices})
+    value = {"moe_layer_count": len(layers), "layer_list": layers}
+    path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+
+
+def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
+    value = read_json(path, "map")
+    try:
+        layers = value["layer_list"]
+        if (
+            value["moe_layer_count"] != len(layers)
+            or len(layers) != source.model.num_layers
+        ):
+            raise PlacerError(
+                f"moe_layer_count is {value['moe_layer_count']} and {len(layers)} layers "
+                f"are listed; the model has {source.model.num_layers} MoE layers"
+            )
+        rows = [_layer(one, ordinal, source) for ordinal, one in enumerate(layers)]
+    except (KeyError, TypeError) as error:
+        raise PlacerError(f"it lacks a field: {error}") from error
+    require_same_width(rows, len(rows[0]), "layer")
+    return rows
+
+
+def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
+    """Return the slots of a layer, device after device."""
+    devices = value["device_list"]
+    size = source.placement.num_ranks
+    if value["layer_id"] != ordinal:
+        raise PlacerError(f"layer_id {value['layer_id']} stands at place {ordinal}")
+    if not value["device_count"] == len(devices) == size:
+        raise PlacerError(
+            f"layer {ordinal} has device_count {value['device_count']} and {len(devices)} "
+            f"devices; the plan has {size} ranks"
+        )
+    if [one["device_id"] for one in devices] != list(range(size)):
+        raise PlacerError(f"layer {ordinal}: device_id does not count from 0")
+    held = [
+        require_integers(one["device_expert"], f"layer {ordinal}, device_expert")
+        for one in devices
+    ]
+    require_same_width(held, len(held[0]), f"layer {ordinal}, device")
+    return [expert for one in held for expert in one]
+
+
+def _guide(source: MapSource, out: Path) -> Guide:
+    config = json.dumps({"eplb_config": {"expert_map_path": str(out)}})
+    words = ["vllm", "serve", str(source.directory), "--enable-expert-parallel"]
+    words += ["--tensor-parallel-size", str(source.placement.num_ranks)]
+    words += ["--additional-config", config]
+    return Guide(
+        command=shlex.join(words),
+        conditions=(
+            "only model runner v1 reads a static map; v2 refuses it, and vllm-ascend means "
+            "to remove it in v0.25.1: then serve a permuted checkpoint, "
+            + source.checkpoint_command,
+            "data-parallel x tensor-parallel size must be the plan's "
+            f"{source.placement.num_ranks} ranks",
+            "a drafted (MTP) layer behind the last one falls back to the default placement",
+            "with DYNAMIC_EPLB=true the map would be replaced at the first rebalance",
+        ),
+    )
+
+
+VLLM_ASCEND = Runtime(
+    suffixes=(".json",), needs_model=True, write=_write, read=_read, guide=_guide
+)
