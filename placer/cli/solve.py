@@ -31,7 +31,9 @@ def solve(
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
-    exchange: Annotated[str, typer.Option(help="Exchange: per-rank.")] = "per-rank",
+    exchange: Annotated[
+        str, typer.Option(help="Exchange: per-rank or per-node.")
+    ] = "per-rank",
     max_imbalance: Annotated[
         float, typer.Option(help="Cap on max/mean rank load in every layer.")
     ] = 1.10,
@@ -41,6 +43,27 @@ def solve(
     ] = False,
     inter_cost: Annotated[int, typer.Option(help="Cost of a copy between nodes.")] = 8,
     intra_cost: Annotated[int, typer.Option(help="Cost of a copy inside a node.")] = 1,
+    redundant_experts: Annotated[
+        int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")
+    ] = 0,
+    replica_choice: Annotated[
+        str, typer.Option(help="Which copy serves: local-first or hash.")
+    ] = "local-first",
+    robust: Annotated[
+        str, typer.Option(help="Loads to bear beside the profile's: bootstrap or domains.")
+    ] = "none",
+    overflow_price: Annotated[
+        float, typer.Option(help="With --robust: copies that a pair over the cap is worth.")
+    ] = 10.0,
+    receive_price: Annotated[
+        float, typer.Option(help="Copies that one to the busiest receiver is worth.")
+    ] = 0.0,
+    proof: Annotated[
+        str, typer.Option(help="Work that goes into the bound: none, quick or full.")
+    ] = "quick",
+    num_sweeps: Annotated[
+        int, typer.Option(min=0, help="Sweeps over the copies; 0: pairs alone.")
+    ] = 16,
     num_rounds: Annotated[int, typer.Option(min=0, help="Shakes of the search.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
     require_optimal: Annotated[
@@ -55,17 +78,14 @@ def solve(
     Profiles on the sequences of --fold and judges on all others. Deterministic: the same
     input and seed give the same plan.
     """
-    from placer.plan.planner import EXCHANGE, plan_from_affinity, plan_from_trace
+    from placer.plan.planner import plan_from_affinity, plan_from_trace
     from placer.plan.problem import Topology
+    from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
     from placer.plan.solve import SolveOptions
-    from placer.report.comparison import COLUMNS, plan_rows
+    from placer.report.comparison import COLUMNS, certificate_lines, plan_rows
     from placer.trace import Trace
 
-    if exchange != EXCHANGE:
-        raise UsageError(
-            f"--exchange {exchange} cannot be solved for", f"choose --exchange {EXCHANGE}"
-        )
     options = SolveOptions(
         topology=Topology(
             num_nodes=nodes,
@@ -73,11 +93,20 @@ def solve(
             inter_cost=inter_cost,
             intra_cost=intra_cost,
         ),
-        policy=policy,  # type: ignore[arg-type]  # SolveOptions refuses other names
+        # SolveOptions refuses names that it does not know.
+        policy=policy,  # type: ignore[arg-type]
+        exchange=exchange,  # type: ignore[arg-type]
         max_imbalance=max_imbalance,
         relax_cap=relax_cap,
+        redundant_experts=redundant_experts,
+        replica_choice=replica_choice,  # type: ignore[arg-type]
+        robust=robust,  # type: ignore[arg-type]
+        overflow_price=overflow_price,
+        receive_price=receive_price,
+        proof=proof,  # type: ignore[arg-type]
         seed=seed,
         limits=SearchLimits(num_rounds=num_rounds),
+        refine=RefineLimits(num_sweeps=num_sweeps),
     )
     chosen = parse_fold(fold, not_fold)
     with progress_line("solve") as progress:
@@ -93,7 +122,7 @@ def solve(
     report = plan.solver
     if require_optimal and report.status != "optimal":
         raise NotProvedError(
-            f"no proof of optimality: objective {report.objective:.0f}, "
+            f"no proof of optimality: objective {report.objective:g}, "
             f"bound {report.bound}, gap {report.gap}",
             "solve without --require-optimal to get the best plan found",
         )
@@ -110,8 +139,6 @@ def solve(
     rows = plan_rows(plan)
     if rows:
         print_table(COLUMNS, rows)
-    print_line(
-        f"{report.status}: objective {report.objective:.0f} ({report.objective_name}), "
-        f"bound {report.bound:.0f}, gap {report.gap:.1%} ({report.bound_method})"
-    )
+    for line in certificate_lines(report):
+        print_line(line)
     print_line(f"plan written to {out}")

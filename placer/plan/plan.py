@@ -27,7 +27,32 @@ _FIELDS = {
 }
 
 Policy = Literal["fixed", "follow"]
-Exchange = Literal["per-rank"]
+Exchange = Literal["per-rank", "per-node"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """A proved bound of one objective, beside the value that the placement reaches.
+
+    Attributes
+    ----------
+    objective_name
+        What ``objective`` counts.
+    objective
+        The value reached, to be minimised.
+    bound
+        No placement under the load cap has less.
+    gap
+        ``(objective - bound) / objective``.
+    bound_method
+        How the bound was proved.
+    """
+
+    objective_name: str
+    objective: float
+    bound: float
+    gap: float
+    bound_method: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +82,9 @@ class SolverReport:
         Whether the same input and seed give the same plan.
     relaxed_layers
         MoE layers whose load cap was out of reach and relaxed, with the value reached.
+    pairs
+        Certificate of the pair objective, which stands in for traffic; ``None`` where it
+        is the objective itself, or replicas void it.
     """
 
     status: Literal["optimal", "feasible"]
@@ -69,6 +97,13 @@ class SolverReport:
     seed: int
     reproducible: bool = True
     relaxed_layers: Mapping[str, float] = field(default_factory=dict)
+    pairs: Certificate | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Read what ``dataclasses.asdict`` wrote."""
+        pairs = value["pairs"]
+        return cls(**dict(value) | {"pairs": pairs and Certificate(**pairs)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +203,7 @@ class Plan:
                 policy=value["policy"],
                 exchange=value["exchange"],
                 max_imbalance=value["max_imbalance"],
-                solver=SolverReport(**value["solver"]),
+                solver=SolverReport.from_json(value["solver"]),
                 metrics=value["metrics"],
                 provenance=value["provenance"],
             )

@@ -8,13 +8,13 @@ import numpy as np
 from placer import __version__
 from placer.affinity import Affinity, count_affinity
 from placer.files import sha256_file
+from placer.plan.placement import Placement
 from placer.plan.plan import Plan
+from placer.plan.replicas import with_replicas
 from placer.plan.solve import Progress, SolveOptions, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Trace
-
-EXCHANGE = "per-rank"
 
 
 def plan_from_trace(
@@ -32,8 +32,8 @@ def plan_from_trace(
         If the load cap is out of reach.
     """
     affinity = count_affinity(trace.chunks(fold), trace.model, {}, with_rows=False)
-    placement, report = solve(affinity, options, progress)
     profile = trace.read(fold)
+    placement, report = solve(affinity, options, progress, profile)
     heldout = None if fold is None else trace.read(fold.complement())
     judged = profile if heldout is None else heldout
     topology = options.topology
@@ -42,6 +42,7 @@ def plan_from_trace(
             trace.model.num_experts, topology.num_ranks, topology.num_nodes
         ),
         "balanced": balanced(affinity.load, topology.num_ranks, topology.num_nodes),
+        **_with_equal_slots(affinity, options),
     }
 
     def metrics(tokens: Chunk, placed: Any) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def plan_from_trace(
         model=trace.model,
         placement=placement,
         policy=options.policy,
-        exchange=EXCHANGE,
+        exchange=options.exchange,
         max_imbalance=options.max_imbalance,
         solver=report,
         metrics={
@@ -79,7 +80,7 @@ def plan_from_affinity(
         model=affinity.model,
         placement=placement,
         policy=options.policy,
-        exchange=EXCHANGE,
+        exchange=options.exchange,
         max_imbalance=options.max_imbalance,
         solver=report,
         metrics={"profile": None, "heldout": None, "baselines": {}},
@@ -91,11 +92,26 @@ def plan_from_affinity(
     )
 
 
+def _with_equal_slots(affinity: Affinity, options: SolveOptions) -> dict[str, Placement]:
+    """Return the load balancer that has the same redundant experts."""
+    if not options.redundant_experts:
+        return {}
+    topology = options.topology
+    start = balanced(affinity.load, topology.num_ranks, topology.num_nodes)
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    return {"eplb": with_replicas(start, loads, options.redundant_experts)}
+
+
 def _provenance(options: SolveOptions) -> dict[str, Any]:
     return {
         "placer": __version__,
         "inter_cost": options.topology.inter_cost,
         "intra_cost": options.topology.intra_cost,
         "num_rounds": options.limits.num_rounds,
+        "num_sweeps": options.refine.num_sweeps,
+        "robust": options.robust,
+        "overflow_price": options.overflow_price,
+        "receive_price": options.receive_price,
+        "replica_choice": options.replica_choice,
         "relax_cap": options.relax_cap,
     }

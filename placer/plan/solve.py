@@ -1,21 +1,57 @@
-"""Solving: from affinity to a placement with a proved gap."""
+"""Solving: from affinity, and tokens where there are some, to a placement with a proof.
+
+Pairs first: exactly where a layer has few balanced assignments, else by local search. Then
+the copies that the profile's tokens really cause (``refine``), and a certificate of both.
+"""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
 from placer.affinity import Affinity
-from placer.errors import UsageError
+from placer.errors import NoSolutionError, UsageError
 from placer.plan.balance import load_caps
-from placer.plan.bounds import METHOD, pair_bound
+from placer.plan.certificate import PairCertificate
+from placer.plan.copies import METHOD as COPIES_METHOD
+from placer.plan.copies import CopiesCertificate, token_sets
+from placer.plan.copies_cost import CopiesCost
+from placer.plan.dynamic import METHOD as EXACT_METHOD
+from placer.plan.dynamic import solve_exactly
 from placer.plan.placement import Placement
-from placer.plan.plan import Policy, SolverReport
+from placer.plan.plan import Certificate, Exchange, Policy, SolverReport
 from placer.plan.problem import IntArray, PlacementProblem, Topology, placement_problem
+from placer.plan.refine import (
+    RefineLimits,
+    Refinement,
+    ReplicaChoice,
+    TrafficProblem,
+    copy_prices,
+    layer_tokens,
+    sample_sequences,
+)
+from placer.plan.replicas import with_replicas
+from placer.plan.scenarios import Robust, load_scenarios
 from placer.plan.search import Search, SearchLimits
+from placer.trace import Chunk
 
 Progress = Callable[[str], None]
+Proof = Literal["none", "quick", "full"]
+
+COPIES_NAME = {
+    "fixed": "price of the copies sent, per token and layer",
+    "follow": "price of the copies sent and returned, per token and layer",
+}
+# Steps of the pair certificate and rounds of the copies certificate.
+_PROOF_STEPS: dict[Proof, tuple[int, int]] = {
+    "none": (0, 0),
+    "quick": (40, 20),
+    "full": (300, 200),
+}
+_QUICK_EXPERTS = 4096
+_EXACT_OPERATIONS = 2e10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,34 +64,84 @@ class SolveOptions:
         Ranks, nodes and costs.
     policy
         Home policy: ``fixed`` or ``follow``.
+    exchange
+        ``per-rank`` or ``per-node``: what a copy is.
     max_imbalance
         Cap on max/mean rank load in every layer.
     relax_cap
         Take the best reachable cap in layers where ``max_imbalance`` is out of reach.
+    redundant_experts
+        Slots per layer beyond one for each expert.
+    replica_choice
+        Which copy serves: ``local-first`` or ``hash``.
+    robust
+        Which other loads the placement should bear (``scenarios``).
+    overflow_price
+        Copies that a pair above the cap is worth, mean over those other loads.
+    receive_price
+        Copies that a copy to the busiest receiver is worth, beyond itself.
+    proof
+        How much work goes into the bounds: ``none``, ``quick`` or ``full``.
     seed
         Seed of the search.
-    limits
-        How long to search.
+    limits, refine
+        How long to search over pairs, and over copies.
     """
 
     topology: Topology
     policy: Policy = "fixed"
+    exchange: Exchange = "per-rank"
     max_imbalance: float = 1.10
     relax_cap: bool = False
+    redundant_experts: int = 0
+    replica_choice: ReplicaChoice = "local-first"
+    robust: Robust = "none"
+    overflow_price: float = 10.0
+    receive_price: float = 0.0
+    proof: Proof = "quick"
     seed: int = 0
     limits: SearchLimits = field(default_factory=SearchLimits)
+    refine: RefineLimits = field(default_factory=RefineLimits)
 
     def __post_init__(self) -> None:
-        if self.policy not in ("fixed", "follow"):
-            raise UsageError(
-                f"--policy {self.policy} cannot be solved for", "choose fixed or follow"
-            )
-        if self.seed < 0:
-            raise UsageError(f"--seed must not be negative, got {self.seed}")
+        choices = {
+            "--policy": (self.policy, ("fixed", "follow")),
+            "--exchange": (self.exchange, ("per-rank", "per-node")),
+            "--replica-choice": (self.replica_choice, ("local-first", "hash")),
+            "--robust": (self.robust, ("none", "bootstrap", "domains")),
+            "--proof": (self.proof, tuple(_PROOF_STEPS)),
+        }
+        for option, (value, known) in choices.items():
+            if value not in known:
+                raise UsageError(
+                    f"{option} {value} cannot be solved for", f"choose {' or '.join(known)}"
+                )
+        for option, number in {
+            "--seed": self.seed,
+            "--redundant-experts": self.redundant_experts,
+            "--overflow-price": self.overflow_price,
+            "--receive-price": self.receive_price,
+        }.items():
+            if number < 0:
+                raise UsageError(f"{option} must not be negative, got {number}")
+
+    @property
+    def needs_tokens(self) -> str | None:
+        """The first option that counts alone cannot serve, or ``None``."""
+        asked = {
+            "--exchange per-node": self.exchange == "per-node",
+            "--redundant-experts": self.redundant_experts > 0,
+            "--robust": self.robust != "none",
+            "--receive-price": self.receive_price > 0,
+        }
+        return next((option for option, wanted in asked.items() if wanted), None)
 
 
 def solve(
-    affinity: Affinity, options: SolveOptions, progress: Progress | None = None
+    affinity: Affinity,
+    options: SolveOptions,
+    progress: Progress | None = None,
+    tokens: Chunk | None = None,
 ) -> tuple[Placement, SolverReport]:
     """Place the experts of every layer.
 
@@ -67,58 +153,252 @@ def solve(
         What to solve for.
     progress
         Told one line per step of the search.
+    tokens
+        The profile itself: the copies that it causes are minimised. Without it pairs of
+        experts are all that is known.
 
     Raises
     ------
     NoSolutionError
         If a layer cannot meet the load cap and ``relax_cap`` is false.
     UsageError
-        If slots do not divide over the ranks.
+        If slots do not divide over the ranks, or an option needs tokens.
     """
     began = time.monotonic()
-    topology = options.topology
+    if tokens is None and options.needs_tokens is not None:
+        raise UsageError(
+            f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
+            "solve from the trace itself: placer solve TRACE --out PLAN",
+        )
     loads = [counts.astype(np.float64) for counts in affinity.load]
     caps, start, relaxed = load_caps(
-        loads, topology.num_ranks, options.max_imbalance, relax_cap=options.relax_cap
+        loads,
+        options.topology.num_ranks,
+        options.max_imbalance,
+        relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
-    problem = placement_problem(affinity, options.policy, topology, caps)
-    bound = pair_bound(problem)
+    problem = placement_problem(affinity, options.policy, options.topology, caps)
+    judged = None
+    if tokens is not None and options.refine.num_sweeps:
+        judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
+    placement, optimal = _place_pairs(problem, options, start, judged, progress)
+    if judged is None:
+        report = _pair_report(problem, placement, options)
+    else:
+        traffic = _traffic_problem(judged, tokens, problem, options)
+        if not optimal:
+            placement = _refine(placement, traffic, options, progress)
+        if options.redundant_experts:
+            relaxed = _require_cap(placement, traffic, options)
+        report = _copies_report(problem, traffic, judged, placement, optimal, options)
+    return placement, SolverReport(
+        **report,
+        seconds=time.monotonic() - began,
+        seed=options.seed,
+        relaxed_layers={str(layer): value for layer, value in relaxed.items()},
+    )
+
+
+def _place_pairs(
+    problem: PlacementProblem,
+    options: SolveOptions,
+    start: list[IntArray],
+    judged: Chunk | None,
+    progress: Progress | None,
+) -> tuple[Placement, bool]:
+    """Minimise pairs, or copies where that is exact. Return whether it is optimal."""
+    exact = None
+    if judged is None:
+        exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
+    elif options.needs_tokens is None:
+        cost = CopiesCost.of([judged], options.policy, options.topology)
+        exact = solve_exactly(problem, cost, max_operations=_EXACT_OPERATIONS)
+    if exact is not None:
+        return _placed(list(exact.expert_rank), options.topology), True
     search = Search(
         problem=problem,
         expert_rank=_best_start(problem, start),
         rng=np.random.default_rng(options.seed),
         limits=options.limits,
     )
-    objective = search.run(
+    search.run(
         None
         if progress is None
-        else lambda number, value: progress(
-            f"round {number}: objective {value:.0f}, bound {bound:.0f}, "
-            f"gap {_gap(value, bound):.1%}"
-        )
+        else lambda number, value: progress(f"pairs, round {number}: objective {value:.0f}")
     )
-    report = SolverReport(
-        status="optimal" if objective <= bound else "feasible",
+    return _placed(search.expert_rank, options.topology), False
+
+
+def _placed(expert_rank: list[IntArray], topology: Topology) -> Placement:
+    return Placement.from_expert_rank(expert_rank, topology.num_ranks, topology.num_nodes)
+
+
+def _traffic_problem(
+    judged: Chunk, profile: Chunk | None, problem: PlacementProblem, options: SolveOptions
+) -> TrafficProblem:
+    sizes = tuple(len(load) for load in problem.load)
+    load = load_scenarios(profile or judged, sizes, options.robust, options.seed)
+    caps = problem.max_load
+    if options.redundant_experts:
+        # Caps that are out of reach without replicas may be met with them.
+        num_ranks = options.topology.num_ranks
+        caps = tuple(options.max_imbalance * one[0].sum() / num_ranks for one in load)
+    return TrafficProblem(
+        experts=layer_tokens(judged),
+        topology=options.topology,
+        policy=options.policy,
+        exchange=options.exchange,
+        load=load,
+        max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
+        overflow_price=options.overflow_price,
+        receive_price=options.receive_price,
+        replica_choice=options.replica_choice,
+    )
+
+
+def _refine(
+    placement: Placement,
+    traffic: TrafficProblem,
+    options: SolveOptions,
+    progress: Progress | None,
+) -> Placement:
+    if options.redundant_experts:
+        loads = [load[0] for load in traffic.load]
+        placement = with_replicas(placement, loads, options.redundant_experts)
+    refinement = Refinement(problem=traffic, limits=options.refine, seed=options.seed)
+    return refinement.run(
+        placement,
+        None
+        if progress is None
+        else lambda sweep, price: progress(f"copies, sweep {sweep}: {price:.4f} per token"),
+    )
+
+
+def _require_cap(
+    placement: Placement, traffic: TrafficProblem, options: SolveOptions
+) -> dict[int, float]:
+    """Return the layers of a placement with replicas that miss the cap, or refuse."""
+    reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
+    missed = {
+        layer: float(value)
+        for layer, value in enumerate(reached.imbalance)
+        if value > options.max_imbalance + 1e-9
+    }
+    if missed and not options.relax_cap:
+        worst = max(missed.values())
+        raise NoSolutionError(
+            f"--max-imbalance {options.max_imbalance} was not reached in {len(missed)} of "
+            f"{placement.num_layers} MoE layers with {options.redundant_experts} redundant "
+            f"experts; worst {worst:.4f}",
+            f"take the best reached with --relax-cap, ask for more --redundant-experts, or "
+            f"for --max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+        )
+    return missed
+
+
+def _pair_report(
+    problem: PlacementProblem, placement: Placement, options: SolveOptions
+) -> dict[str, Any]:
+    found = _pair_certificate(problem, placement, options.proof)
+    return asdict(found) | {"status": _status(found.objective, found.bound)}
+
+
+def _copies_report(
+    problem: PlacementProblem,
+    traffic: TrafficProblem,
+    judged: Chunk,
+    placement: Placement,
+    optimal: bool,
+    options: SolveOptions,
+) -> dict[str, Any]:
+    reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
+    objective = round(reached.copies, 6)
+    report: dict[str, Any] = {
+        "status": "optimal" if optimal else "feasible",
+        "objective_name": COPIES_NAME[options.policy],
+        "objective": objective,
+        "bound": objective,
+        "gap": 0.0,
+        "bound_method": EXACT_METHOD,
+    }
+    if optimal:
+        return report
+    if options.redundant_experts:
+        why = "none: replicas void the bounds"
+        return report | {"bound": None, "gap": None, "bound_method": why}
+    pairs = _pair_certificate(problem, placement, options.proof)
+    bound = _copies_bound(problem, judged, options)
+    if bound is None:
+        why = "none: no bound of the copies of this policy and exchange was computed"
+        return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
+    return report | {
+        "status": _status(objective, bound),
+        "bound": bound,
+        "gap": _gap(objective, bound),
+        "bound_method": COPIES_METHOD,
+        "pairs": pairs,
+    }
+
+
+def _pair_certificate(
+    problem: PlacementProblem, placement: Placement, proof: Proof
+) -> Certificate:
+    ranks = [placement.expert_rank(layer) for layer in range(placement.num_layers)]
+    objective = problem.objective(ranks)
+    certificate = PairCertificate(problem)
+    if (steps := _steps(problem, proof)[0]) and certificate.bound < objective:
+        certificate.improve(steps)
+    return Certificate(
         objective_name=problem.objective_name,
         objective=objective,
-        bound=bound,
-        gap=_gap(objective, bound),
-        bound_method=METHOD,
-        seconds=time.monotonic() - began,
-        seed=options.seed,
-        relaxed_layers={str(layer): value for layer, value in relaxed.items()},
+        bound=certificate.bound,
+        gap=_gap(objective, certificate.bound),
+        bound_method=certificate.method,
     )
-    placement = Placement.from_expert_rank(
-        search.expert_rank, topology.num_ranks, topology.num_nodes
-    )
-    return placement, report
+
+
+def _copies_bound(
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+) -> float | None:
+    """Return a bound of the price of copies, per token and layer, if there is one."""
+    topology = options.topology
+    rounds = _steps(problem, options.proof)[1]
+    if not rounds or (options.exchange == "per-node" and options.policy != "fixed"):
+        return None
+    sets = token_sets([judged])
+
+    def visited(num_groups: int) -> CopiesCertificate:
+        width = topology.num_ranks // num_groups
+        caps = [width * cap for cap in problem.max_load]
+        found = CopiesCertificate(sets, problem.load, caps, num_groups)
+        found.improve(rounds)
+        return found
+
+    ranks = visited(topology.num_ranks)
+    scale = topology.num_ranks * judged.num_tokens * problem.num_layers
+    if options.exchange == "per-rank":
+        return ranks.cost_bound(options.policy, topology) / scale
+    to_rank, to_node = copy_prices(topology, "per-node")
+    nodes = sum(visited(topology.num_nodes).bounds) if topology.num_nodes > 1 else 0.0
+    price = float(to_rank[-1].min()) * sum(ranks.bounds)
+    return (price + float(to_node[-1].min()) * nodes) / scale
+
+
+def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:
+    """Return the work of a proof; a quick one is left out where it would not be quick."""
+    large = sum(len(load) for load in problem.load) > _QUICK_EXPERTS
+    return (0, 0) if large and proof == "quick" else _PROOF_STEPS[proof]
+
+
+def _status(objective: float, bound: float) -> Literal["optimal", "feasible"]:
+    return "optimal" if objective <= bound else "feasible"
 
 
 def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[IntArray]:
     """Start from the contiguous placement where it is allowed and cheaper.
 
     The search never loses what it starts from, so no plan is worse than contiguous on
-    the profile's own objective unless contiguous breaks the cap.
+    the profile's own pairs unless contiguous breaks the cap.
     """
     contiguous = [
         np.arange(len(load)) // problem.slots_per_rank(layer)
@@ -131,4 +411,4 @@ def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[Int
 
 
 def _gap(objective: float, bound: float) -> float:
-    return (objective - bound) / objective if objective > 0 else 0.0
+    return max(0.0, (objective - bound) / objective) if objective > 0 else 0.0

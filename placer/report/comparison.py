@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from placer.plan import Plan
+from placer.plan.plan import Certificate, SolverReport
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
@@ -69,3 +70,20 @@ def plan_rows(plan: Plan) -> list[list[object]]:
     if own is None:
         return []
     return comparison_rows({**plan.metrics["baselines"], "placer": own}, [plan.policy])
+
+
+def certificate_lines(report: SolverReport) -> list[str]:
+    """Return one line for each objective: what was reached, and what is proved."""
+    lines = [_line(report.status, report)]
+    if report.pairs is not None:
+        lines.append(_line("pairs", report.pairs))
+    return lines
+
+
+def _line(status: str, found: SolverReport | Certificate) -> str:
+    reached = f"{status}: {found.objective_name} {found.objective:g}"
+    if found.bound is None or found.gap is None:
+        return f"{reached}, bound {found.bound_method}"
+    return (
+        f"{reached}, at least {found.bound:g}, gap {found.gap:.1%} ({found.bound_method})"
+    )

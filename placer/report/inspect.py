@@ -187,6 +187,7 @@ def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
         "bound": solver.bound,
         "gap": solver.gap,
         "bound_method": solver.bound_method,
+        "pairs_gap": None if solver.pairs is None else solver.pairs.gap,
         "seed": solver.seed,
         "reproducible": solver.reproducible,
         "experts_off_contiguous_rank": float(np.mean(moved)),

