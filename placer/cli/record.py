@@ -42,7 +42,19 @@ def record(
         str, typer.Option(help="auto, float32, bfloat16 or float16.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Order of documents under --max-tokens.")] = 0,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Spread the model over devices (accelerate): auto, balanced."),
+    ] = None,
+    generate: Annotated[
+        int, typer.Option(help="Generate so many tokens after each sequence: decode.")
+    ] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Of generated tokens; 0 takes the likeliest.")
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(help="Order of documents under --max-tokens, and of draws.")
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Run a transformers MoE model over text and write which experts its routers chose.
@@ -61,6 +73,9 @@ def record(
         with_weights=weights,
         dtype=dtype,  # type: ignore[arg-type]  # RecordOptions refuses other names
         device=device,
+        device_map=device_map,
+        generate=generate,
+        temperature=temperature,
         seed=seed,
     )
     corpora = name_corpora(corpus or [], domain or [], field)

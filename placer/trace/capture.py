@@ -1,6 +1,6 @@
 """Capturing what the routers of a transformers model choose, by forward hooks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -160,6 +160,27 @@ class RouterCapture:
             self._logits[position] = _rows(output[0])
 
         return keep
+
+
+def to_host(
+    outputs: Sequence[RouterOutput],
+) -> list[tuple["torch.Tensor", "torch.Tensor"]]:
+    """Return ids (int64) and weights (float16) of every layer on the host.
+
+    From a GPU they come through pinned memory and are waited for once, not layer by layer.
+    """
+    import torch
+
+    def copied(tensor: "torch.Tensor") -> "torch.Tensor":
+        if not tensor.is_cuda:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    pairs = [(copied(one.ids), copied(one.weights.to(torch.float16))) for one in outputs]
+    for device in {one.ids.device for one in outputs if one.ids.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return pairs
 
 
 def _rows(tensor: "torch.Tensor") -> "torch.Tensor":

@@ -1,5 +1,6 @@
 """Recording: run a transformers model over text and keep what its routers choose."""
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,16 @@ from placer import __version__
 from placer.errors import PlacerError, UsageError
 from placer.files import partial_path, read_json, require_absent, sha256_file
 from placer.model import Architecture, ModelSpec
-from placer.trace.capture import RouterCapture
+from placer.trace.capture import RouterCapture, to_host
 from placer.trace.chunk import Chunk, expert_dtype
 from placer.trace.corpus import Corpus, Document, Encode, token_sequences
+from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
 from placer.trace.writer import TraceWriter
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[int], None]
-_PREFILL = 0
+_PREFILL, _DECODE = 0, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +45,15 @@ class RecordOptions:
         Of the model's weights; ``auto`` takes the checkpoint's own.
     device
         Where to run it, as torch names devices.
+    generate
+        Most tokens to generate after each sequence, recorded as phase decode.
+    temperature
+        0 generates the likeliest token; above it tokens are drawn.
+    device_map
+        How to spread a model over devices, as accelerate names it; or ``None``.
     seed
-        Order in which documents are drawn when ``max_tokens`` cuts.
+        Order in which documents are drawn when ``max_tokens`` cuts, and what is drawn
+        when tokens are generated.
     """
 
     sequence_length: int = 256
@@ -54,6 +63,9 @@ class RecordOptions:
     with_weights: bool = True
     dtype: Dtype = "auto"
     device: str = "cpu"
+    generate: int = 0
+    temperature: float = 0.0
+    device_map: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +77,16 @@ class RecordOptions:
         if self.sequence_length < 2:
             raise UsageError(
                 f"sequence_length must be at least 2, got {self.sequence_length}"
+            )
+        if self.generate < 0 or self.temperature < 0:
+            raise UsageError(
+                f"--generate {self.generate} and --temperature {self.temperature} must not "
+                "be negative"
+            )
+        if self.temperature and not self.generate:
+            raise UsageError(
+                f"--temperature {self.temperature} draws generated tokens, but none are",
+                "say how many: --generate 128",
             )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UsageError(
@@ -153,7 +175,10 @@ class _Runner:
         self.spec = spec
         self.options = options
         self.model, self.tokenizer = load_model(
-            directory, dtype=options.dtype, device=options.device
+            directory,
+            dtype=options.dtype,
+            device=options.device,
+            device_map=options.device_map,
         )
         architecture = Architecture.of(
             read_json(directory / "config.json", "config"), directory
@@ -176,6 +201,8 @@ class _Runner:
     def run(self, group: Sequence[_Sequence], first_sequence: int) -> Chunk:
         """Run the sequences of one chunk, ``batch_size`` at a time."""
         size = self.options.batch_size
+        if self.options.generate:
+            return self._generate(group, first_sequence)
         parts = [
             self._run_batch(group[start : start + size], first_sequence + start)
             for start in range(0, len(group), size)
@@ -191,7 +218,7 @@ class _Runner:
         ids = np.zeros((len(batch), width), dtype=np.int64)
         real = np.arange(width) < lengths[:, None]
         ids[real] = np.concatenate([one.ids for one in batch])
-        device = self.options.device
+        device = self.model.device
         with torch.inference_mode():
             # The base model has all the routers, and no output head to compute.
             self.model.base_model(
@@ -199,12 +226,12 @@ class _Runner:
                 attention_mask=torch.from_numpy(real.astype(np.int64)).to(device),
                 use_cache=False,
             )
-        kept = torch.from_numpy(real.ravel()).to(device)
+        kept = torch.from_numpy(real.ravel())
         experts, weights = [], []
-        for layer, output in enumerate(self.capture.take()):
+        for layer, (chosen, weight) in enumerate(to_host(self.capture.take())):
             dtype = expert_dtype(self.spec.num_experts[layer])
-            experts.append(output.ids[kept].cpu().numpy().astype(dtype))
-            weights.append(output.weights[kept].to(torch.float16).cpu().numpy())
+            experts.append(chosen[kept].numpy().astype(dtype))
+            weights.append(weight[kept].numpy())
         return Chunk(
             experts=tuple(experts),
             weights=tuple(weights) if self.options.with_weights else None,
@@ -220,9 +247,80 @@ class _Runner:
             phase=np.full(int(lengths.sum()), _PREFILL, dtype=np.uint8),
         )
 
+    def _generate(self, group: Sequence[_Sequence], first_sequence: int) -> Chunk:
+        """Run the sequences of one chunk as prompts, and generate after them."""
+        parts: dict[int, Chunk] = {}
+        for places in _of_equal_length(group, self.options.batch_size):
+            numbers = [first_sequence + place for place in places]
+            batch = decode_batch(
+                self.model,
+                self.capture,
+                np.asarray([group[place].ids for place in places], dtype=np.int64),
+                Decoding(
+                    num_tokens=self.options.generate,
+                    temperature=self.options.temperature,
+                    end_ids=_end_ids(self.model),
+                ),
+                [_draw_seed(self.options.seed, number) for number in numbers],
+            )
+            for row, (place, number) in enumerate(zip(places, numbers, strict=True)):
+                parts[place] = self._decoded(batch, row, group[place], number, numbers[0])
+        return Chunk.concatenate([parts[place] for place in range(len(group))])
 
-def load_model(directory: Path, *, dtype: Dtype, device: str) -> tuple[Any, Any]:
+    def _decoded(
+        self, batch: DecodedBatch, row: int, prompt: _Sequence, number: int, first: int
+    ) -> Chunk:
+        """Return one row of a batch as a chunk; ``first`` is the batch's first sequence."""
+        length, prompt_length = int(batch.lengths[row]), len(prompt.ids)
+        positions = np.arange(length, dtype=np.int32)
+        step = np.maximum(positions - prompt_length + 1, 0)
+        weights = tuple(one[row, :length] for one in batch.weights)
+        return Chunk(
+            experts=tuple(
+                ids[row, :length].astype(expert_dtype(size))
+                for ids, size in zip(batch.experts, self.spec.num_experts, strict=True)
+            ),
+            weights=weights if self.options.with_weights else None,
+            token_ids=batch.token_ids[row, :length].astype(np.int32),
+            sequence_ids=np.full(length, number, dtype=np.int32),
+            positions=positions,
+            domain_ids=np.full(length, prompt.domain, dtype=np.uint8),
+            phase=np.where(positions < prompt_length, _PREFILL, _DECODE).astype(np.uint8),
+            # A batch has at most one pass per generated token, and one for the prompts.
+            step_ids=(first * (self.options.generate + 1) + step).astype(np.int32),
+        )
+
+
+def _draw_seed(seed: int, sequence: int) -> int:
+    """Return the seed of what one sequence draws, whenever it is run."""
+    return int(np.random.SeedSequence([seed, sequence]).generate_state(1)[0])
+
+
+def _of_equal_length(group: Sequence[_Sequence], size: int) -> Iterator[list[int]]:
+    """Yield places in ``group``, at most ``size`` at a time, of sequences as long."""
+    by_length: dict[int, list[int]] = {}
+    for place, one in enumerate(group):
+        by_length.setdefault(len(one.ids), []).append(place)
+    for places in by_length.values():
+        for start in range(0, len(places), size):
+            yield places[start : start + size]
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    """Return the token ids that end a generated sequence."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])
+
+
+def load_model(
+    directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer with transformers.
+
+    With ``device_map`` accelerate spreads it over devices, and ``device`` is not used.
 
     Raises
     ------
@@ -237,9 +335,16 @@ def load_model(directory: Path, *, dtype: Dtype, device: str) -> tuple[Any, Any]
             "running a model needs transformers, which is not installed",
             "pip install 'placer[record]'",
         ) from error
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise PlacerError(
+            f"--device-map {device_map} needs accelerate, which is not installed",
+            "pip install accelerate",
+        )
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # placer has its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map=device_map
+        )
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
@@ -248,7 +353,9 @@ def load_model(directory: Path, *, dtype: Dtype, device: str) -> tuple[Any, Any]
             f"check the directory: placer inspect {directory}",
         ) from error
     loaded: Any = model
-    return loaded.to(device).eval(), tokenizer
+    if device_map is None:
+        loaded = loaded.to(device)
+    return loaded.eval(), tokenizer
 
 
 def _sequences(
@@ -307,4 +414,8 @@ def _provenance(
         "dtype": options.dtype,
         "with_weights": options.with_weights,
         "seed": options.seed,
-    }
+    } | (
+        {"generate": options.generate, "temperature": options.temperature}
+        if options.generate
+        else {}
+    )
