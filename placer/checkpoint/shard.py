@@ -88,6 +88,12 @@ class Shard:
         """Offset of the tensors' bytes in the file."""
         return _LENGTH_BYTES + self.header_bytes
 
+    @property
+    def header(self) -> bytes:
+        """Length and header as they stand in the file."""
+        length = self.header_bytes.to_bytes(_LENGTH_BYTES, "little")
+        return length + self.header_text.encode().ljust(self.header_bytes, b" ")
+
     @classmethod
     def open(cls, path: Path) -> Self:
         """Read and check the header.
@@ -137,10 +143,11 @@ class Shard:
         names
             New name by old name; others stay.
         header_bytes
-            Length to pad to; the next multiple of eight by default.
+            Length to pad to; by default that of the file, so that data stays where it is,
+            or where that is too short the next multiple of eight.
         """
         text = rename_keys(self.header_text, names, self.path).encode()
-        length = header_bytes or -(-len(text) // 8) * 8
+        length = header_bytes or max(self.header_bytes, -(-len(text) // 8) * 8)
         if len(text) > length:
             raise _damaged(
                 self.path, f"its header of {len(text)} bytes is longer than {length}"
