@@ -232,7 +232,7 @@ def interrupt(plan: Path, model: Path, out: Path) -> int:
         if int(text.split()[0]) >= 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(PlacerError, match="interrupted; .* shards are finished") as caught:
+    with pytest.raises(PlacerError, match="interrupted; ") as caught:
         prepare_export(plan, model).write(out, ExportOptions(num_workers=1), progress)
     assert "goes on there" in caught.value.hint
     assert not out.exists()
