@@ -56,19 +56,20 @@ def copy_blocks(
     target: int,
     source_start: int,
     target_start: int,
-    num_bytes: int,
+    block_bytes: int,
     order: IntArray,
 ) -> None:
-    """Copy a range of equal blocks in another order.
+    """Copy blocks of one size, in another order or some of them only.
 
     Parameters
     ----------
-    source, target, source_start, target_start, num_bytes
+    source, target, source_start, target_start
         As for :func:`copy_range`.
+    block_bytes
+        Size of a block.
     order
-        ``[B]``: new block b is old block ``order[b]``; B divides ``num_bytes``.
+        The old block that each new block is.
     """
-    size = num_bytes // len(order)
     # Neighbours that stay neighbours are copied in one go.
     breaks = np.flatnonzero(np.diff(order) != 1) + 1
     for run in np.split(np.arange(len(order)), breaks):
@@ -76,9 +77,9 @@ def copy_blocks(
         copy_range(
             source,
             target,
-            source_start + int(order[first]) * size,
-            target_start + first * size,
-            len(run) * size,
+            source_start + int(order[first]) * block_bytes,
+            target_start + first * block_bytes,
+            len(run) * block_bytes,
         )
 
 

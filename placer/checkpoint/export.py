@@ -7,19 +7,13 @@ each file bit for bit.
 """
 
 import hashlib
-import os
-import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from placer.checkpoint.copying import copy_blocks, copy_range, write_all
-from placer.checkpoint.journal import Journal, resumable_directory
 from placer.checkpoint.permutation import (
     TensorChanges,
     require_no_expert_by_number,
@@ -29,76 +23,22 @@ from placer.checkpoint.permutation import (
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.shard import Shard, rename_keys
 from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
-from placer.errors import PlacerError, UsageError, VerificationError
-from placer.files import read_json, require_free_space, sha256_file, sha256_json
+from placer.checkpoint.writing import (
+    ExportOptions,
+    Piece,
+    Progress,
+    ShardWork,
+    bytes_to_write,
+    copy_files,
+    require_outside,
+    written_shards,
+)
+from placer.errors import PlacerError, VerificationError
+from placer.files import read_json, sha256_file
 from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Plan
 
 IntArray = npt.NDArray[np.int64]
-Progress = Callable[[str], None]
-_MOST_WORKERS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """How an export is written; none of it changes a tensor.
-
-    Attributes
-    ----------
-    link
-        Hard-link shards that do not change instead of copying them.
-    with_hashes
-        Record the SHA-256 of every original shard, which takes longer than the copy.
-    num_workers
-        Shards written at the same time; ``None`` for one per CPU, at most 4.
-    """
-
-    link: bool = False
-    with_hashes: bool = False
-    num_workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UsageError(f"{self.num_workers} workers write nothing", "--workers 1")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardWork:
-    """One shard to write.
-
-    Attributes
-    ----------
-    shard
-        The source.
-    header
-        Length and header of the shard to write.
-    rows
-        Per tensor that is reordered (old name), the old block that each new block takes.
-    """
-
-    shard: Shard
-    header: bytes
-    rows: Mapping[str, IntArray]
-
-    @property
-    def name(self) -> str:
-        """File name."""
-        return self.shard.path.name
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the tensors."""
-        return max((info.stop for info in self.shard.tensors.values()), default=0)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the file to write."""
-        return len(self.header) + self.data_bytes
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether the file to write is the file that is there."""
-        return not self.rows and self.header == self.shard.header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,91 +134,41 @@ class ExportJob:
             If a restored file has another hash than the original.
         """
         options = options or ExportOptions()
-        _require_outside(out, self.source.directory)
-        identity = sha256_json(self._identity(options))
-        with resumable_directory(out, identity) as (partial, journal):
-            done = {
-                work.name for work in self.shards if _is_finished(work, partial, journal)
-            }
-            for name in set(journal.finished) - done:
-                del journal.finished[name]
-            require_free_space(out, self.bytes_to_write(options, done))
-            self._write_shards(partial, journal, options, progress)
-            self._write_others(partial)
-            hashes = {
-                name: facts["source_sha256"]
-                for name, facts in journal.finished.items()
-                if facts["source_sha256"] is not None
-            }
+        directory = self.source.directory
+        require_outside(out, directory)
+        identity = {"record": self.record.to_json(), "restoring": self.restoring}
+        with written_shards(
+            out, self.shards, self._other_bytes, identity, options, progress
+        ) as written:
+            self._write_others(written.directory)
             if self.restoring:
-                _require_restored(self.source.directory, partial, self.record)
+                _require_restored(directory, written.directory, self.record)
             else:
-                replace(self.record, source_sha256=hashes).write(partial)
-            linked = sum(facts["linked"] for facts in journal.finished.values())
+                record = replace(self.record, source_sha256=written.source_sha256)
+                record.write(written.directory)
         return ExportReport(
             num_shards=len(self.shards),
             num_bytes=sum(work.num_bytes for work in self.shards),
             num_renamed=len(self.changes.names),
             num_routers=len(self.changes.rows),
-            num_linked=linked,
-            num_resumed=len(done),
+            num_linked=written.num_linked,
+            num_resumed=written.num_resumed,
             contents_checked=self.restoring and bool(self.record.source_sha256),
             warning=self.warning,
         )
 
-    def _identity(self, options: ExportOptions) -> dict[str, Any]:
-        """Return what decides the bytes; a source that was changed since is another one."""
-        stats = {work.name: work.shard.path.stat() for work in self.shards}
-        return {
-            "record": self.record.to_json(),
-            "restoring": self.restoring,
-            "link": options.link,
-            "with_hashes": options.with_hashes,
-            "source": {n: [one.st_size, one.st_mtime_ns] for n, one in stats.items()},
-        }
+    def bytes_to_write(self, options: ExportOptions) -> int:
+        """Return the bytes that the disk must have free."""
+        return self._other_bytes + bytes_to_write(self.shards, options)
 
-    def bytes_to_write(
-        self, options: ExportOptions, done: Container[str] = frozenset()
-    ) -> int:
-        """Return the bytes that the disk must have free, but for shards already done."""
-        others = sum(
+    @property
+    def _other_bytes(self) -> int:
+        return len(self.index or b"") + sum(
             (self.source.directory / path).stat().st_size for path in self.other_files
         )
-        return (
-            others
-            + len(self.index or b"")
-            + sum(
-                work.num_bytes
-                for work in self.shards
-                if work.name not in done and not (options.link and work.unchanged)
-            )
-        )
-
-    def _write_shards(
-        self,
-        partial: Path,
-        journal: Journal,
-        options: ExportOptions,
-        progress: Progress | None,
-    ) -> None:
-        def write(work: ShardWork) -> None:
-            journal.add(work.name, _write_shard(work, partial / work.name, options))
-
-        left = [work for work in self.shards if work.name not in journal.finished]
-        num_workers = options.num_workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-        pool = ThreadPoolExecutor(num_workers)
-        try:
-            for one in as_completed([pool.submit(write, work) for work in left]):
-                one.result()
-                if progress is not None:
-                    progress(f"{len(journal.finished)} of {len(self.shards)} shards")
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _write_others(self, partial: Path) -> None:
-        for relative in self.other_files:
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.directory / relative, partial / relative)
+        copy_files(self.source.directory, self.other_files, partial)
         if self.index is not None:
             (partial / INDEX_NAME).write_bytes(self.index)
 
@@ -392,9 +282,10 @@ def _job(
     lengths = record.header_bytes if restoring else {}
     shards = tuple(
         ShardWork(
+            name=shard.path.name,
             shard=shard,
             header=shard.renamed_header(changes.names, lengths.get(shard.path.name)),
-            rows={n: changes.rows[n] for n in shard.tensors if n in changes.rows},
+            pieces=tuple(_pieces(shard, changes.rows)),
         )
         for shard in source.shards
     )
@@ -414,76 +305,19 @@ def _job(
     )
 
 
-def _require_outside(out: Path, directory: Path) -> None:
-    if out.resolve().is_relative_to(directory.resolve()):
-        raise UsageError(
-            f"{out} is inside {directory}, which is only read",
-            "choose an --out outside the model's directory",
-        )
-
-
-def _is_finished(work: ShardWork, partial: Path, journal: Journal) -> bool:
-    """Return whether a shard that the journal calls finished lies there, whole."""
-    path = partial / work.name
-    if work.name not in journal.finished or not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        header = stream.read(len(work.header))
-    return header == work.header and path.stat().st_size == work.num_bytes
-
-
-def _write_shard(work: ShardWork, target: Path, options: ExportOptions) -> dict[str, Any]:
-    """Write a shard under its name, whole; return what the journal keeps of it."""
-    linked = options.link and work.unchanged and _link(work.shard.path, target)
-    if not linked:
-        _copy_shard(work, target)
-    return {
-        "linked": linked,
-        "source_sha256": sha256_file(work.shard.path) if options.with_hashes else None,
-    }
-
-
-def _link(source: Path, target: Path) -> bool:
-    """Hard-link a file; return whether the file system would."""
-    target.unlink(missing_ok=True)
-    try:
-        # The file itself: in the cache of Hugging Face the source is a link.
-        target.hardlink_to(source.resolve())
-    except OSError:
-        return False
-    return True
-
-
-def _copy_shard(work: ShardWork, target: Path) -> None:
-    part = target.with_name(target.name + ".part")
-    with work.shard.path.open("rb") as original, part.open("wb") as copy:
-        source, written = original.fileno(), copy.fileno()
-        write_all(written, work.header, 0)
-        for start, stop, order in _pieces(work):
-            places = (work.shard.data_start + start, len(work.header) + start)
-            if order is None:
-                copy_range(source, written, *places, stop - start)
-            else:
-                copy_blocks(source, written, *places, stop - start, order)
-        os.fsync(written)
-    part.replace(target)
-
-
-def _pieces(work: ShardWork) -> Iterator[tuple[int, int, IntArray | None]]:
+def _pieces(shard: Shard, rows: Mapping[str, IntArray]) -> Iterator[Piece]:
     """Yield the data of a shard in order: reordered tensors, and what lies between."""
     done = 0
-    for start, stop, order in sorted(
-        (
-            (info.start, info.stop, work.rows[name])
-            for name, info in work.shard.tensors.items()
-            if name in work.rows and info.start < info.stop
-        ),
-        key=lambda piece: piece[0],
-    ):
-        yield done, start, None
-        yield start, stop, order
-        done = stop
-    yield done, work.data_bytes, None
+    for name, info in sorted(shard.tensors.items(), key=lambda item: item[1].start):
+        if name in rows and info.start < info.stop:
+            if done < info.start:
+                yield Piece(start=done, stop=info.start)
+            size = (info.stop - info.start) // len(rows[name])
+            yield Piece(
+                start=info.start, stop=info.stop, block_bytes=size, order=rows[name]
+            )
+            done = info.stop
+    yield Piece(start=done, stop=shard.data_bytes)
 
 
 def _header_hashes(headers: Mapping[str, bytes], index: bytes | None) -> dict[str, str]:

@@ -89,6 +89,11 @@ class Shard:
         return _LENGTH_BYTES + self.header_bytes
 
     @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return max((info.stop for info in self.tensors.values()), default=0)
+
+    @property
     def header(self) -> bytes:
         """Length and header as they stand in the file."""
         length = self.header_bytes.to_bytes(_LENGTH_BYTES, "little")

@@ -17,7 +17,8 @@ from placer.cli.output import (
 from placer.errors import UsageError
 
 if TYPE_CHECKING:
-    from placer.checkpoint.export import ExportJob, ExportOptions, ExportReport
+    from placer.checkpoint.export import ExportJob, ExportReport
+    from placer.checkpoint.writing import ExportOptions
 
 Facts = dict[str, object]
 # Told on stderr, one line each.
@@ -86,7 +87,7 @@ def export(
             )
         facts = _export_map(target, plan, model, _required(out))
     else:
-        from placer.checkpoint.export import ExportOptions
+        from placer.checkpoint.writing import ExportOptions
 
         options = ExportOptions(link=link, with_hashes=with_hashes, num_workers=workers)
         job = _prepared(plan, model, inverse)
@@ -159,7 +160,7 @@ def _print_job(job: "ExportJob", options: "ExportOptions", as_json: bool) -> Non
             "shard": work.name,
             "bytes": work.num_bytes,
             "renamed_tensors": sum(n in job.changes.names for n in work.shard.tensors),
-            "reordered_tensors": len(work.rows),
+            "reordered_tensors": sum(n in job.changes.rows for n in work.shard.tensors),
             "how": "link" if options.link and work.unchanged else "write",
         }
         for work in job.shards

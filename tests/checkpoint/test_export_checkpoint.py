@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from placer.checkpoint.export import (
-    ExportOptions,
     export_checkpoint,
     restore_checkpoint,
 )
+from placer.checkpoint.writing import ExportOptions
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.model import ModelSpec
 from placer.plan import Placement, Plan

@@ -19,13 +19,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from placer.checkpoint.export import (
-    ExportOptions,
     export_checkpoint,
     prepare_export,
     prepare_restore,
     restore_checkpoint,
 )
 from placer.checkpoint.journal import resumable_directory
+from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
@@ -90,7 +90,8 @@ def hashes(directory: Path) -> dict[str, str]:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from placer.checkpoint.export import ExportOptions, prepare_export
+from placer.checkpoint.export import prepare_export
+from placer.checkpoint.writing import ExportOptions
 
 plan, model, out = map(Path, sys.argv[1:])
 for line in sys.stdin:
@@ -330,7 +331,7 @@ def test_a_full_disk_leaves_the_source_and_nothing_that_looks_complete(
         export_checkpoint(plan, model, out)
     assert list(small_disk.iterdir()) == []
     # Somebody else fills the disk between the check and the end.
-    monkeypatch.setattr("placer.checkpoint.export.require_free_space", lambda *_: None)
+    monkeypatch.setattr("placer.checkpoint.writing.require_free_space", lambda *_: None)
     fails_with(errno.ENOSPC, plan, model, out)
     left = {path.name for path in small_disk.iterdir()}
     assert left == {"out.partial", "out.journal"}
