@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +59,8 @@ class ExportReport:
     num_resumed
         Shards that an earlier, interrupted run had finished.
     contents_checked
-        Whether a restored checkpoint was compared with hashes of the original's contents,
-        not of its headers alone.
+        Of a restored checkpoint, whether it was compared with hashes of the original's
+        contents, not of headers alone; ``None`` for an export.
     warning
         What rests on shapes alone, or ``None``.
     """
@@ -70,8 +71,19 @@ class ExportReport:
     num_routers: int
     num_linked: int
     num_resumed: int
-    contents_checked: bool = False
+    contents_checked: bool | None = None
     warning: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a table of the export shows."""
+        return {
+            "shards": self.num_shards,
+            "bytes": self.num_bytes,
+            "renamed_tensors": self.num_renamed,
+            "permuted_routers": self.num_routers,
+            "linked_shards": self.num_linked,
+            "contents_checked": self.contents_checked,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +165,7 @@ class ExportJob:
             num_routers=len(self.changes.rows),
             num_linked=written.num_linked,
             num_resumed=written.num_resumed,
-            contents_checked=self.restoring and bool(self.record.source_sha256),
+            contents_checked=bool(self.record.source_sha256) if self.restoring else None,
             warning=self.warning,
         )
 

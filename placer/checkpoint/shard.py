@@ -6,7 +6,7 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,12 +48,15 @@ class TensorInfo:
 
     Attributes
     ----------
+    dtype
+        Its type, as safetensors calls it.
     shape
         Its shape.
     start, stop
         First byte, and the byte after the last, counted from the start of the data.
     """
 
+    dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -160,6 +163,32 @@ class Shard:
         return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length, b" ")
 
 
+def compose_header(
+    tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return length and header of a file that holds tensors one after the other.
+
+    Parameters
+    ----------
+    tensors
+        Names, and what the tensors are; where they lay before does not matter.
+    metadata
+        The file's ``__metadata__``.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, info in tensors:
+        start, end = end, end + info.stop - info.start
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-len(text) // 8) * 8
+    return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length, b" ")
+
+
 def rename_keys(
     text: str, names: Mapping[str, str], path: Path, member: str | None = None
 ) -> str:
@@ -246,7 +275,7 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
             f"tensor {name} of shape {list(shape)}, {entry['dtype']}, "
             f"claims bytes {start} to {stop}",
         )
-    return TensorInfo(shape=shape, start=start, stop=stop)
+    return TensorInfo(dtype=entry["dtype"], shape=shape, start=start, stop=stop)
 
 
 def _integer(value: Any) -> int:

@@ -17,14 +17,20 @@ from placer.cli.output import (
 from placer.errors import UsageError
 
 if TYPE_CHECKING:
-    from placer.checkpoint.export import ExportJob, ExportReport
+    from placer.checkpoint.export import ExportJob
+    from placer.checkpoint.ranks import RanksJob
     from placer.checkpoint.writing import ExportOptions
 
 Facts = dict[str, object]
 # Told on stderr, one line each.
 _TOLD = ("command", "conditions", "warnings")
 MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
-TARGETS = ("checkpoint", *MAPS)
+TARGETS = ("checkpoint", "ranks", *MAPS)
+# Maps take --out alone.
+_OPTIONS = {
+    "checkpoint": ("--inverse", "--link", "--hash", "--workers", "--dry-run"),
+    "ranks": ("--experts-only", "--workers", "--dry-run"),
+}
 
 
 def export(
@@ -59,19 +65,24 @@ def export(
         int | None,
         typer.Option(metavar="N", help="Shards at a time; default one per CPU, at most 4."),
     ] = None,
+    experts_only: Annotated[
+        bool,
+        typer.Option("--experts-only", help="With ranks: leave out all but the experts."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List shards and bytes, write nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a permuted checkpoint, or a map for a runtime.
+    """Write a permuted checkpoint, one directory per rank, or a map for a runtime.
 
     checkpoint: the model with its experts renumbered, for any engine that splits experts
-    contiguously; nothing is recomputed, and an export that was killed goes on where it
-    stopped. Maps: sglang (.json, .pt: --init-expert-location), trtllm (.yaml:
-    moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb (.safetensors,
-    .npz: phy2log, log2phy, logcnt), csv and json (one slot a line, or rows). The last three
-    need no MODEL.
+    contiguously; nothing is recomputed. ranks: one directory per expert-parallel rank with
+    its experts, replicas included, and the rest, all under their own names. Both go on
+    where they were killed. Maps: sglang (.json, .pt: --init-expert-location), trtllm
+    (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
+    (.safetensors, .npz: phy2log, log2phy, logcnt), csv and json (one slot a line, or rows).
+    The last three need no MODEL.
     """
     if target not in TARGETS:
         raise UsageError(
@@ -79,29 +90,54 @@ def export(
             f"targets: {', '.join(TARGETS)}; engines that read no map (vLLM, Megatron, "
             "transformers) serve a permuted checkpoint",
         )
+    given = {
+        "--inverse": inverse,
+        "--link": link,
+        "--hash": with_hashes,
+        "--workers": workers,
+        "--experts-only": experts_only,
+        "--dry-run": dry_run,
+    }
+    _require_options(target, [name for name, value in given.items() if value])
     if target in MAPS:
-        if inverse or link or with_hashes or workers is not None or dry_run:
-            raise UsageError(
-                "--inverse, --link, --hash, --workers and --dry-run are for checkpoints",
-                f"placer export {target} PLAN MODEL --out MAP",
-            )
         facts = _export_map(target, plan, model, _required(out))
     else:
         from placer.checkpoint.writing import ExportOptions
 
         options = ExportOptions(link=link, with_hashes=with_hashes, num_workers=workers)
-        job = _prepared(plan, model, inverse)
+        if target == "ranks":
+            job: ExportJob | RanksJob = _prepared_ranks(plan, model, experts_only)
+        else:
+            job = _prepared_checkpoint(plan, model, inverse)
         if dry_run:
-            _print_job(job, options, as_json)
+            _print_shards(job, options, as_json)
             return
-        facts = _export_checkpoint(job, _required(out), options)
+        facts = _write(job, _required(out), options)
         if not inverse:
             note(f"prove it: placer verify {model} {out} {plan}")
+        elif facts["contents_checked"] is False:
+            note(
+                "headers and sizes are those of the original; its contents were not hashed "
+                "when it was exported (--hash)"
+            )
     if as_json:
         print_json(facts)
         return
-    rows = [(name, str(value)) for name, value in facts.items() if name not in _TOLD]
+    rows = [
+        (name, str(value))
+        for name, value in facts.items()
+        if name not in _TOLD and value is not None
+    ]
     print_table((target, ""), rows)
+
+
+def _require_options(target: str, given: list[str]) -> None:
+    odd = [name for name in given if name not in _OPTIONS.get(target, ())]
+    if odd:
+        raise UsageError(
+            f"target {target} takes no {odd[0]}",
+            f"it takes {', '.join(('--out', *_OPTIONS.get(target, ())))}",
+        )
 
 
 def _required(out: Path | None) -> Path:
@@ -110,68 +146,61 @@ def _required(out: Path | None) -> Path:
     return out
 
 
-def _prepared(plan: Path, model: Path | None, inverse: bool) -> "ExportJob":
+def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "ExportJob":
     from placer.checkpoint.export import prepare_export, prepare_restore
 
-    if inverse and model is not None:
+    if not inverse:
+        return prepare_export(plan, _required_model("checkpoint", plan, model))
+    if model is not None:
         raise UsageError(
             "--inverse restores a checkpoint from its export alone",
             "placer export checkpoint EXPORTED --inverse --out ORIGINAL",
         )
-    if inverse:
-        return prepare_restore(plan)
+    return prepare_restore(plan)
+
+
+def _prepared_ranks(plan: Path, model: Path | None, experts_only: bool) -> "RanksJob":
+    from placer.checkpoint.ranks import prepare_ranks
+
+    model = _required_model("ranks", plan, model)
+    return prepare_ranks(plan, model, experts_only=experts_only)
+
+
+def _required_model(target: str, plan: Path, model: Path | None) -> Path:
     if model is None:
         raise UsageError(
-            "target checkpoint needs the model, whose experts are renumbered",
-            f"placer export checkpoint {plan} MODEL --out DIRECTORY",
+            f"target {target} needs the model, whose tensors it copies",
+            f"placer export {target} {plan} MODEL --out DIRECTORY",
         )
-    return prepare_export(plan, model)
+    return model
 
 
-def _export_checkpoint(job: "ExportJob", out: Path, options: "ExportOptions") -> Facts:
+def _write(job: "ExportJob | RanksJob", out: Path, options: "ExportOptions") -> Facts:
     with progress_line("export") as progress:
         report = job.write(out, options, progress)
     if report.warning:
         warn(report.warning)
     if report.num_resumed:
         note(f"{report.num_resumed} shards were finished by an earlier run")
-    if job.restoring and not report.contents_checked:
-        note(
-            "headers and sizes are those of the original; its contents were not hashed "
-            "when it was exported (--hash)"
-        )
-    return _checkpoint_facts(report, out)
+    return {"out": str(out)} | report.to_json()
 
 
-def _checkpoint_facts(report: "ExportReport", out: Path) -> Facts:
-    return {
-        "out": str(out),
-        "shards": report.num_shards,
-        "bytes": report.num_bytes,
-        "renamed_tensors": report.num_renamed,
-        "permuted_routers": report.num_routers,
-        "linked_shards": report.num_linked,
-    }
-
-
-def _print_job(job: "ExportJob", options: "ExportOptions", as_json: bool) -> None:
+def _print_shards(
+    job: "ExportJob | RanksJob", options: "ExportOptions", as_json: bool
+) -> None:
     rows = [
         {
             "shard": work.name,
             "bytes": work.num_bytes,
-            "renamed_tensors": sum(n in job.changes.names for n in work.shard.tensors),
-            "reordered_tensors": sum(n in job.changes.rows for n in work.shard.tensors),
             "how": "link" if options.link and work.unchanged else "write",
         }
         for work in job.shards
     ]
-    if job.warning:
-        warn(job.warning)
     total = job.bytes_to_write(options)
     if as_json:
         print_json({"shards": rows, "bytes_to_write": total})
         return
-    print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    print_table(("shard", "bytes", "how"), [tuple(row.values()) for row in rows])
     print_line(f"{total} bytes to write; nothing was written")
 
 
