@@ -7,7 +7,7 @@ each file bit for bit.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,20 @@ from placer.checkpoint.permutation import (
     tensor_changes,
 )
 from placer.checkpoint.record import ExportRecord
-from placer.checkpoint.shard import Shard, rename_keys
+from placer.checkpoint.shard import rename_keys
 from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
 from placer.checkpoint.writing import (
     ExportOptions,
-    Piece,
     Progress,
     ShardWork,
+    by_place,
     bytes_to_write,
     copy_files,
+    pieces_of,
     require_outside,
     written_shards,
 )
-from placer.errors import PlacerError, VerificationError
+from placer.errors import PlacerError, UsageError, VerificationError
 from placer.files import read_json, sha256_file
 from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Plan
@@ -148,6 +149,12 @@ class ExportJob:
         options = options or ExportOptions()
         directory = self.source.directory
         require_outside(out, directory)
+        if options.with_hashes and any(s.positions for s in self.source.shards):
+            raise UsageError(
+                f"{directory} has PyTorch files, of which no export is a copy: there is "
+                "nothing to compare a hash with",
+                "leave out --hash; placer verify compares every tensor",
+            )
         identity = {"record": self.record.to_json(), "restoring": self.restoring}
         with written_shards(
             out, self.shards, self._other_bytes, identity, options, progress
@@ -223,10 +230,10 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
         source_fingerprint=str(model.fingerprint),
         layer_ids=model.layer_ids or (),
         permutation=permutation,
-        header_bytes={s.path.name: s.header_bytes for s in source.shards},
-        shard_bytes={s.path.name: s.path.stat().st_size for s in source.shards},
+        header_bytes={s.name: s.header_bytes for s in source.shards},
+        shard_bytes={s.name: s.num_bytes for s in source.shards},
         header_sha256=_header_hashes(
-            {s.path.name: s.header for s in source.shards},
+            {s.name: s.header for s in source.shards},
             None if source.index_text is None else source.index_text.encode(),
         ),
         source_sha256={},
@@ -294,10 +301,10 @@ def _job(
     lengths = record.header_bytes if restoring else {}
     shards = tuple(
         ShardWork(
-            name=shard.path.name,
+            name=shard.name,
             shard=shard,
-            header=shard.renamed_header(changes.names, lengths.get(shard.path.name)),
-            pieces=tuple(_pieces(shard, changes.rows)),
+            header=shard.renamed_header(changes.names, lengths.get(shard.name)),
+            pieces=tuple(pieces_of(shard, by_place(shard), changes.rows)),
         )
         for shard in source.shards
     )
@@ -315,21 +322,6 @@ def _job(
         restoring=restoring,
         warning=warning,
     )
-
-
-def _pieces(shard: Shard, rows: Mapping[str, IntArray]) -> Iterator[Piece]:
-    """Yield the data of a shard in order: reordered tensors, and what lies between."""
-    done = 0
-    for name, info in sorted(shard.tensors.items(), key=lambda item: item[1].start):
-        if name in rows and info.start < info.stop:
-            if done < info.start:
-                yield Piece(start=done, stop=info.start)
-            size = (info.stop - info.start) // len(rows[name])
-            yield Piece(
-                start=info.start, stop=info.stop, block_bytes=size, order=rows[name]
-            )
-            done = info.stop
-    yield Piece(start=done, stop=shard.data_bytes)
 
 
 def _header_hashes(headers: Mapping[str, bytes], index: bytes | None) -> dict[str, str]:

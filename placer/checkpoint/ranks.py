@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from placer.checkpoint.permutation import tensor_changes
-from placer.checkpoint.shard import Shard, compose_header
+from placer.checkpoint.shard import compose_header
 from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
 from placer.checkpoint.writing import (
     ExportOptions,
-    Piece,
     Progress,
     ShardWork,
+    by_place,
     bytes_to_write,
     copy_files,
+    pieces_of,
     require_outside,
     written_shards,
 )
@@ -265,31 +266,14 @@ def _rank_shards(
         return expert in held[layer]
 
     for shard in source.shards:
-        names = [name for name in _by_place(shard) if wanted(name)]
+        names = [name for name in by_place(shard) if wanted(name)]
         if not names:
             continue
         entries = [(name, shard.tensors[name]) for name in names]
         work = ShardWork(
-            name=f"{rank_folder(rank)}/{shard.path.name}",
+            name=f"{rank_folder(rank)}/{shard.name}",
             shard=shard,
             header=compose_header(entries, shard.metadata),
-            pieces=tuple(_merged(shard, names)),
+            pieces=tuple(pieces_of(shard, names, {})),
         )
         yield work, names
-
-
-def _by_place(shard: Shard) -> list[str]:
-    return sorted(shard.tensors, key=lambda name: (shard.tensors[name].start, name))
-
-
-def _merged(shard: Shard, names: list[str]) -> Iterator[Piece]:
-    """Yield the ranges of tensors, those that touch as one."""
-    start = stop = 0
-    for name in names:
-        info = shard.tensors[name]
-        if info.start != stop:
-            if stop > start:
-                yield Piece(start=start, stop=stop)
-            start = info.start
-        stop = info.stop
-    yield Piece(start=start, stop=stop)

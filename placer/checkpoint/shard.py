@@ -64,12 +64,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A safetensors file whose header was read and found to be true.
+    """A safetensors file whose header was read and found to be true, or one to be.
 
     Attributes
     ----------
     path
         The file.
+    name
+        Name of the safetensors file, which an export keeps.
     header_text
         The JSON of the header as it stands there, padding stripped.
     header_bytes
@@ -78,18 +80,37 @@ class Shard:
         Every tensor by name.
     metadata
         ``__metadata__`` of the header.
+    positions
+        Where each tensor lies in a file that is no safetensors file itself, in bytes;
+        ``None`` where tensors lie as the header says.
     """
 
     path: Path
+    name: str
     header_text: str
     header_bytes: int
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    positions: Mapping[str, int] | None = None
 
     @property
     def data_start(self) -> int:
-        """Offset of the tensors' bytes in the file."""
+        """Offset of the tensors' bytes in a safetensors file."""
         return _LENGTH_BYTES + self.header_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the safetensors file."""
+        return self.data_start + self.data_bytes
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return where a tensor lies in the file: first byte, and that after the last."""
+        info = self.tensors[name]
+        if self.positions is None:
+            start = self.data_start + info.start
+        else:
+            start = self.positions[name]
+        return start, start + info.stop - info.start
 
     @property
     def data_bytes(self) -> int:
@@ -135,6 +156,7 @@ class Shard:
         _require_contiguous(path, tensors, size - _LENGTH_BYTES - length)
         return cls(
             path=path,
+            name=path.name,
             header_text=text,
             header_bytes=length,
             tensors=tensors,

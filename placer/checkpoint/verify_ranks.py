@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from placer.checkpoint.ranks import RANK_NAME, rank_folder, routed_experts
 from placer.checkpoint.source import INDEX_NAME, CheckpointSource
+from placer.checkpoint.verify import read_tensor
 from placer.errors import VerificationError
 from placer.files import read_json, sha256_file
 from placer.model import ModelSpec, require_same_model
@@ -81,7 +82,7 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
         if odd := min(set(found) ^ expected, default=None):
             raise _wrong(folder, f"{'lacks' if odd in expected else 'has'} {odd}")
         for name in sorted(expected):
-            old, new = _read(where[name], name), _read(found[name], name)
+            old, new = read_tensor(where[name], name), read_tensor(found[name], name)
             if (old.dtype, old.shape) != (new.dtype, new.shape) or not _same(old, new):
                 raise _wrong(folder, f"{name} differs from that of {original}")
             num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes
@@ -117,12 +118,6 @@ def _tensors(folder: Path) -> dict[str, Path]:
     if weight_map != {name: path.name for name, path in found.items()}:
         raise _wrong(folder, "has an index that does not say what its files hold")
     return found
-
-
-def _read(path: Path, name: str) -> "torch.Tensor":
-    with safe_open(path, "pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
 
 
 def _same(one: "torch.Tensor", other: "torch.Tensor") -> bool:

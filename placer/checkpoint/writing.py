@@ -53,7 +53,7 @@ class Piece:
     Attributes
     ----------
     start, stop
-        First byte, and the byte after the last, counted from the start of the data.
+        First byte in the file, and the byte after the last.
     block_bytes, order
         Where the bytes are blocks of one size: that size, and the old block that each new
         block takes; ``None`` where they stay as they are.
@@ -101,8 +101,10 @@ class ShardWork:
     @property
     def unchanged(self) -> bool:
         """Whether the file to write is the file that is there."""
-        return self.header == self.shard.header and all(
-            piece.order is None for piece in self.pieces
+        return (
+            self.shard.positions is None
+            and self.header == self.shard.header
+            and all(piece.order is None for piece in self.pieces)
         )
 
 
@@ -126,6 +128,43 @@ class WrittenShards:
     source_sha256: Mapping[str, str]
     num_linked: int
     num_resumed: int
+
+
+def pieces_of(
+    shard: Shard, names: Iterable[str], orders: Mapping[str, IntArray]
+) -> Iterator[Piece]:
+    """Yield the data of tensors, those that touch and stay as they are as one piece.
+
+    Parameters
+    ----------
+    shard
+        The source.
+    names
+        The tensors, in the order in which they are written.
+    orders
+        Per tensor whose equal blocks are reordered, the old block that each new block is.
+    """
+    start = stop = 0
+    for name in names:
+        first, last = shard.place(name)
+        if first == last:
+            continue
+        if first != stop or name in orders:
+            if stop > start:
+                yield Piece(start=start, stop=stop)
+            start = first
+        stop = last
+        if name in orders:
+            size = (last - first) // len(orders[name])
+            yield Piece(start=first, stop=last, block_bytes=size, order=orders[name])
+            start = last
+    if stop > start:
+        yield Piece(start=start, stop=stop)
+
+
+def by_place(shard: Shard) -> list[str]:
+    """Return the tensors of a shard in the order of its data."""
+    return sorted(shard.tensors, key=lambda name: (shard.tensors[name].start, name))
 
 
 def bytes_to_write(
@@ -275,11 +314,12 @@ def _copy_shard(work: ShardWork, target: Path) -> None:
         write_all(written, work.header, 0)
         end = len(work.header)
         for piece in work.pieces:
-            start = work.shard.data_start + piece.start
             if piece.order is None:
-                copy_range(source, written, start, end, piece.num_bytes)
+                copy_range(source, written, piece.start, end, piece.num_bytes)
             else:
-                copy_blocks(source, written, start, end, piece.block_bytes, piece.order)
+                copy_blocks(
+                    source, written, piece.start, end, piece.block_bytes, piece.order
+                )
             end += piece.num_bytes
         os.fsync(written)
     part.replace(target)
