@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -268,8 +269,16 @@ def _write_all(
     options: ExportOptions,
     progress: Progress | None,
 ) -> None:
+    failed = threading.Event()
+
     def write(work: ShardWork) -> None:
-        journal.add(work.name, _write_shard(work, partial / work.name, options))
+        if failed.is_set():
+            return
+        try:
+            journal.add(work.name, _write_shard(work, partial / work.name, options))
+        except BaseException:
+            failed.set()
+            raise
 
     left = [work for work in works if work.name not in journal.finished]
     # Threads are enough: the kernel copies, and Python lets others run meanwhile.
@@ -281,6 +290,7 @@ def _write_all(
             if progress is not None:
                 progress(f"{len(journal.finished)} of {len(works)} shards")
     finally:
+        failed.set()
         pool.shutdown(cancel_futures=True)
 
 

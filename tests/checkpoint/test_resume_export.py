@@ -114,12 +114,14 @@ for line in sys.stdin:
             setattr(holder, name, counted(getattr(holder, name)))
         options = ExportOptions(num_workers=2, link=True, with_hashes=True)
         prepare_export(plan, model).write(out, options)
-        print("calls", calls, flush=True)
+        # One call: a line that is cut off by a kill would never end.
+        os.write(1, f"calls {calls}\\n".encode())
         os._exit(0)
     if seconds:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    print("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.write(1, f"exit {exit_code}\\n".encode())
 """
 
 
