@@ -1,18 +1,16 @@
 """Writing a permuted checkpoint, and restoring the original from it.
 
 Every byte of an expert stays where it is; its *name* moves, in the header of its shard and
-in the index. Only the rows of routers are rewritten. So an export is a copy, whatever the
-dtype or quantisation, and its inverse restores each file bit for bit.
+in the index. Only tensors that hold all experts, such as routers, are reordered, expert by
+expert. So an export is a copy, whatever the dtype or quantisation, and its inverse restores
+each file bit for bit.
 """
 
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +22,25 @@ from placer.checkpoint.permutation import (
     tensor_changes,
 )
 from placer.checkpoint.record import ExportRecord
-from placer.checkpoint.shard import Shard, rename_keys
+from placer.checkpoint.shard import rename_keys
 from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
-from placer.errors import PlacerError, UsageError, VerificationError
-from placer.files import (
-    atomic_directory,
-    read_json,
-    require_free_space,
-    sha256_file,
+from placer.checkpoint.writing import (
+    ExportOptions,
+    Progress,
+    ShardWork,
+    by_place,
+    bytes_to_write,
+    copy_files,
+    pieces_of,
+    require_outside,
+    written_shards,
 )
+from placer.errors import PlacerError, UsageError, VerificationError
+from placer.files import read_json, sha256_file
 from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Plan
 
 IntArray = npt.NDArray[np.int64]
-_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,13 @@ class ExportReport:
         Expert tensors whose name changed.
     num_routers
         Router tensors whose rows were permuted.
+    num_linked
+        Shards that were linked.
+    num_resumed
+        Shards that an earlier, interrupted run had finished.
+    contents_checked
+        Of a restored checkpoint, whether it was compared with hashes of the original's
+        contents, not of headers alone; ``None`` for an export.
     warning
         What rests on shapes alone, or ``None``.
     """
@@ -60,11 +70,130 @@ class ExportReport:
     num_bytes: int
     num_renamed: int
     num_routers: int
+    num_linked: int
+    num_resumed: int
+    contents_checked: bool | None = None
     warning: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what a table of the export shows."""
+        return {
+            "shards": self.num_shards,
+            "bytes": self.num_bytes,
+            "renamed_tensors": self.num_renamed,
+            "permuted_routers": self.num_routers,
+            "linked_shards": self.num_linked,
+            "contents_checked": self.contents_checked,
+        }
 
-def export_checkpoint(plan_path: Path, directory: Path, out: Path) -> ExportReport:
-    """Write the checkpoint whose expert e of layer l is old expert ``map[l][e]``.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """An export or its inverse, prepared from headers alone: nothing is written yet.
+
+    Attributes
+    ----------
+    source
+        The checkpoint to read.
+    changes
+        What becomes of its tensors.
+    shards
+        The files to write.
+    index
+        The index to write, or ``None``.
+    record
+        What ``placer.json`` says, or said.
+    restoring
+        Whether this is the inverse.
+    warning
+        What rests on shapes alone, or ``None``.
+    """
+
+    source: CheckpointSource
+    changes: TensorChanges
+    shards: tuple[ShardWork, ...]
+    index: bytes | None
+    record: ExportRecord
+    restoring: bool
+    warning: str | None = None
+
+    @property
+    def other_files(self) -> tuple[Path, ...]:
+        """Files that come along as they are, relative to the directory."""
+        return tuple(path for path in self.source.other_files if str(path) != RECORD_NAME)
+
+    def write(
+        self,
+        out: Path,
+        options: ExportOptions | None = None,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write the directory; a run that was killed goes on where it stopped.
+
+        Parameters
+        ----------
+        out
+            The directory to write; it must not exist.
+        options
+            How to write it.
+        progress
+            Told how far it is.
+
+        Raises
+        ------
+        PlacerError
+            If the disk is too small, or the source changes while it is read.
+        VerificationError
+            If a restored file has another hash than the original.
+        """
+        options = options or ExportOptions()
+        directory = self.source.directory
+        require_outside(out, directory)
+        if options.with_hashes and any(s.positions for s in self.source.shards):
+            raise UsageError(
+                f"{directory} has PyTorch files, of which no export is a copy: there is "
+                "nothing to compare a hash with",
+                "leave out --hash; placer verify compares every tensor",
+            )
+        identity = {"record": self.record.to_json(), "restoring": self.restoring}
+        with written_shards(
+            out, self.shards, self._other_bytes, identity, options, progress
+        ) as written:
+            self._write_others(written.directory)
+            if self.restoring:
+                _require_restored(directory, written.directory, self.record)
+            else:
+                record = replace(self.record, source_sha256=written.source_sha256)
+                record.write(written.directory)
+        return ExportReport(
+            num_shards=len(self.shards),
+            num_bytes=sum(work.num_bytes for work in self.shards),
+            num_renamed=len(self.changes.names),
+            num_routers=len(self.changes.rows),
+            num_linked=written.num_linked,
+            num_resumed=written.num_resumed,
+            contents_checked=bool(self.record.source_sha256) if self.restoring else None,
+            warning=self.warning,
+        )
+
+    def bytes_to_write(self, options: ExportOptions) -> int:
+        """Return the bytes that the disk must have free."""
+        return self._other_bytes + bytes_to_write(self.shards, options)
+
+    @property
+    def _other_bytes(self) -> int:
+        return len(self.index or b"") + sum(
+            (self.source.directory / path).stat().st_size for path in self.other_files
+        )
+
+    def _write_others(self, partial: Path) -> None:
+        copy_files(self.source.directory, self.other_files, partial)
+        if self.index is not None:
+            (partial / INDEX_NAME).write_bytes(self.index)
+
+
+def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
+    """Prepare the checkpoint whose expert e of layer l is old expert ``map[l][e]``.
 
     Parameters
     ----------
@@ -72,14 +201,12 @@ def export_checkpoint(plan_path: Path, directory: Path, out: Path) -> ExportRepo
         A plan without replicas.
     directory
         The original; it is only read.
-    out
-        The directory to write; it must not exist.
 
     Raises
     ------
     PlacerError
         If plan and checkpoint are of different models, the plan cannot be written as a
-        permutation, a tensor cannot be classified, or the disk is too small.
+        permutation, or a tensor cannot be classified.
     """
     plan = Plan.read(plan_path)
     model = ModelSpec.from_checkpoint(directory)
@@ -98,38 +225,57 @@ def export_checkpoint(plan_path: Path, directory: Path, out: Path) -> ExportRepo
     for shard in source.shards:
         require_no_expert_by_number(shard.metadata, shard.path)
     changes = _changes(source, model, permutation)
-    with _prepared(source, out) as partial:
-        record = ExportRecord(
-            plan_sha256=sha256_file(plan_path),
-            source_fingerprint=str(model.fingerprint),
-            layer_ids=model.layer_ids or (),
-            permutation=permutation,
-            header_bytes={s.path.name: s.header_bytes for s in source.shards},
-            source_sha256=_rewrite(source, changes, partial),
-        )
-        record.write(partial)
-    return _report(source, changes, warning)
+    record = ExportRecord(
+        plan_sha256=sha256_file(plan_path),
+        source_fingerprint=str(model.fingerprint),
+        layer_ids=model.layer_ids or (),
+        permutation=permutation,
+        header_bytes={s.name: s.header_bytes for s in source.shards},
+        shard_bytes={s.name: s.num_bytes for s in source.shards},
+        header_sha256=_header_hashes(
+            {s.name: s.header for s in source.shards},
+            None if source.index_text is None else source.index_text.encode(),
+        ),
+        source_sha256={},
+    )
+    return _job(source, changes, record, restoring=False, warning=warning)
 
 
-def restore_checkpoint(directory: Path, out: Path) -> ExportReport:
-    """Write the original of an exported checkpoint, every file bit for bit.
+def prepare_restore(directory: Path) -> ExportJob:
+    """Prepare the original of an exported checkpoint.
 
     Raises
     ------
     PlacerError
         If the directory holds no ``placer.json``, or one of another model.
     VerificationError
-        If a restored file has another hash than the original: the export was changed.
+        If a header or a size would not be that of the original: the export was changed.
     """
     record = ExportRecord.read(directory)
     model = ModelSpec.from_checkpoint(directory)
     record.require_model(model, directory)
     source = CheckpointSource.open(directory)
     changes = _changes(source, model, record.inverse)
-    with _prepared(source, out) as partial:
-        _rewrite(source, changes, partial, record.header_bytes)
-        _require_restored(directory, partial, record)
-    return _report(source, changes)
+    job = _job(source, changes, record, restoring=True)
+    hashes = _header_hashes({work.name: work.header for work in job.shards}, job.index)
+    _require_equal(directory, hashes, record.header_sha256, "SHA-256 of its header")
+    sizes = {work.name: work.num_bytes for work in job.shards}
+    _require_equal(directory, sizes, record.shard_bytes, "size")
+    return job
+
+
+def export_checkpoint(
+    plan_path: Path, directory: Path, out: Path, options: ExportOptions | None = None
+) -> ExportReport:
+    """Prepare and write an export: :func:`prepare_export`, :meth:`ExportJob.write`."""
+    return prepare_export(plan_path, directory).write(out, options)
+
+
+def restore_checkpoint(
+    directory: Path, out: Path, options: ExportOptions | None = None
+) -> ExportReport:
+    """Prepare and write the original: :func:`prepare_restore`, :meth:`ExportJob.write`."""
+    return prepare_restore(directory).write(out, options)
 
 
 def _changes(
@@ -144,112 +290,59 @@ def _changes(
     return tensor_changes(tensors, architecture, model, permutation)
 
 
-def _report(
-    source: CheckpointSource, changes: TensorChanges, warning: str | None = None
-) -> ExportReport:
-    return ExportReport(
-        num_shards=len(source.shards),
-        num_bytes=source.shard_bytes,
-        num_renamed=len(changes.names),
-        num_routers=len(changes.rows),
+def _job(
+    source: CheckpointSource,
+    changes: TensorChanges,
+    record: ExportRecord,
+    *,
+    restoring: bool,
+    warning: str | None = None,
+) -> ExportJob:
+    lengths = record.header_bytes if restoring else {}
+    shards = tuple(
+        ShardWork(
+            name=shard.name,
+            shard=shard,
+            header=shard.renamed_header(changes.names, lengths.get(shard.name)),
+            pieces=tuple(pieces_of(shard, by_place(shard), changes.rows)),
+        )
+        for shard in source.shards
+    )
+    index = None
+    if source.index_text is not None:
+        path = source.directory / INDEX_NAME
+        text = rename_keys(source.index_text, changes.names, path, "weight_map")
+        index = text.encode()
+    return ExportJob(
+        source=source,
+        changes=changes,
+        shards=shards,
+        index=index,
+        record=record,
+        restoring=restoring,
         warning=warning,
     )
 
 
-@contextmanager
-def _prepared(source: CheckpointSource, out: Path) -> Iterator[Path]:
-    """Yield the directory to fill, with all files in it that do not change."""
-    if out.resolve().is_relative_to(source.directory.resolve()):
-        raise UsageError(
-            f"{out} is inside {source.directory}, which is only read",
-            "choose an --out outside the model's directory",
-        )
-    others = [path for path in source.other_files if str(path) != RECORD_NAME]
-    other_bytes = sum((source.directory / path).stat().st_size for path in others)
-    require_free_space(out, source.shard_bytes + other_bytes)
-    with atomic_directory(out) as partial:
-        for relative in others:
-            (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.directory / relative, partial / relative)
-        yield partial
-
-
-def _rewrite(
-    source: CheckpointSource,
-    changes: TensorChanges,
-    partial: Path,
-    header_bytes: Mapping[str, int] | None = None,
-) -> dict[str, str]:
-    """Write shards and index; return the SHA-256 of each as it is in the source."""
-    hashes = {}
-    for shard in source.shards:
-        name = shard.path.name
-        length = None if header_bytes is None else header_bytes.get(name)
-        hashes[name] = _write_shard(shard, changes, partial / name, length)
-    if source.index_text is not None:
-        path = source.directory / INDEX_NAME
-        index = rename_keys(source.index_text, changes.names, path, "weight_map")
-        (partial / INDEX_NAME).write_bytes(index.encode())
-        hashes[INDEX_NAME] = sha256_file(path)
-    return hashes
-
-
-def _write_shard(
-    shard: Shard, changes: TensorChanges, target: Path, header_bytes: int | None
-) -> str:
-    digest = hashlib.sha256()
-    with shard.path.open("rb") as original, target.open("wb") as copy:
-        digest.update(original.read(shard.data_start))
-        copy.write(shard.renamed_header(changes.names, header_bytes))
-        for content, order in _pieces(original, shard, changes.rows):
-            digest.update(content)
-            copy.write(content if order is None else _permuted(content, order))
-        copy.flush()
-        os.fsync(copy.fileno())
-    return digest.hexdigest()
-
-
-def _pieces(
-    stream: BinaryIO, shard: Shard, rows: Mapping[str, IntArray]
-) -> Iterator[tuple[bytes, IntArray | None]]:
-    """Yield the data of a shard in order: routers whole, all else in blocks."""
-    routers = sorted(
-        (info.start, info.stop, rows[name])
-        for name, info in shard.tensors.items()
-        if name in rows and info.start < info.stop
-    )
-    for start, stop, order in routers:
-        yield from _blocks(stream, shard.data_start + start - stream.tell())
-        yield stream.read(stop - start), order
-    yield from _blocks(stream, shard.path.stat().st_size - stream.tell())
-
-
-def _blocks(stream: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, None]]:
-    while num_bytes > 0:
-        block = stream.read(min(num_bytes, _COPY_BYTES))
-        if not block:
-            raise PlacerError(
-                f"{stream.name} became shorter while it was read", "export again"
-            )
-        num_bytes -= len(block)
-        yield block, None
-
-
-def _permuted(content: bytes, order: IntArray) -> bytes:
-    rows = np.frombuffer(content, dtype=np.uint8).reshape(len(order), -1)
-    return rows[order].tobytes()
+def _header_hashes(headers: Mapping[str, bytes], index: bytes | None) -> dict[str, str]:
+    contents = dict(headers) | ({} if index is None else {INDEX_NAME: index})
+    return {name: hashlib.sha256(one).hexdigest() for name, one in contents.items()}
 
 
 def _require_restored(directory: Path, partial: Path, record: ExportRecord) -> None:
-    """Compare the restored files, as they lie on disk, with the hashes of the original."""
-    written = {p.name for p in partial.glob("*.safetensors")}
-    written |= {INDEX_NAME} if (partial / INDEX_NAME).exists() else set()
-    for name in sorted({*written, *record.source_sha256}):
-        expected = record.source_sha256.get(name)
-        found = sha256_file(partial / name) if name in written else None
-        if found != expected:
+    """Compare the restored shards, as they lie on disk, with the hashes of the original."""
+    names = record.source_sha256
+    found = {name: sha256_file(partial / name) for name in names}
+    _require_equal(directory, found, record.source_sha256, "SHA-256")
+
+
+def _require_equal(
+    directory: Path, found: Mapping[str, object], expected: Mapping[str, object], what: str
+) -> None:
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
             raise VerificationError(
-                f"{name} restored from {directory} is not the original: SHA-256 "
-                f"{str(found)[:12]} against {str(expected)[:12]}",
+                f"{name} restored from {directory} is not the original: {what} "
+                f"{str(found.get(name))[:12]} against {str(expected.get(name))[:12]}",
                 "the export was changed since: restore from an unchanged copy",
             )

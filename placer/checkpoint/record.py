@@ -34,8 +34,13 @@ class ExportRecord:
         L arrays ``[E]`` int64: the original expert that each new expert is.
     header_bytes
         Length of the header of each original shard.
+    shard_bytes
+        Size of each original shard.
+    header_sha256
+        SHA-256 of the beginning of each original shard, length and header, and of the
+        whole index.
     source_sha256
-        SHA-256 of each original shard, and of the index.
+        SHA-256 of each original shard; empty unless it was asked for.
     """
 
     plan_sha256: str
@@ -43,6 +48,8 @@ class ExportRecord:
     layer_ids: tuple[int, ...]
     permutation: tuple[IntArray, ...]
     header_bytes: Mapping[str, int]
+    shard_bytes: Mapping[str, int]
+    header_sha256: Mapping[str, str]
     source_sha256: Mapping[str, str]
 
     @property
@@ -50,9 +57,9 @@ class ExportRecord:
         """L arrays ``[E]`` int64: the new expert that each original expert is."""
         return tuple(np.argsort(row) for row in self.permutation)
 
-    def write(self, directory: Path) -> None:
-        """Write ``placer.json``: the same export gives the same bytes."""
-        value = {
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer.json``."""
+        return {
             "schema_version": SCHEMA_VERSION,
             "placer": __version__,
             "plan_sha256": self.plan_sha256,
@@ -61,9 +68,14 @@ class ExportRecord:
             "permutation": [row.tolist() for row in self.permutation],
             "inverse": [row.tolist() for row in self.inverse],
             "header_bytes": dict(self.header_bytes),
+            "shard_bytes": dict(self.shard_bytes),
+            "header_sha256": dict(self.header_sha256),
             "source_sha256": dict(self.source_sha256),
         }
-        text = canonical_json(value) + "\n"
+
+    def write(self, directory: Path) -> None:
+        """Write ``placer.json``: the same export gives the same bytes."""
+        text = canonical_json(self.to_json()) + "\n"
         (directory / RECORD_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -90,6 +102,8 @@ class ExportRecord:
                 layer_ids=tuple(value["layer_ids"]),
                 permutation=_permutations(value["permutation"]),
                 header_bytes=_mapping(value["header_bytes"], int),
+                shard_bytes=_mapping(value["shard_bytes"], int),
+                header_sha256=_mapping(value["header_sha256"], str),
                 source_sha256=_mapping(value["source_sha256"], str),
             )
             inverse = _permutations(value["inverse"])

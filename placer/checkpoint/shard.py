@@ -6,7 +6,7 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,12 +48,15 @@ class TensorInfo:
 
     Attributes
     ----------
+    dtype
+        Its type, as safetensors calls it.
     shape
         Its shape.
     start, stop
         First byte, and the byte after the last, counted from the start of the data.
     """
 
+    dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -61,12 +64,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A safetensors file whose header was read and found to be true.
+    """A safetensors file whose header was read and found to be true, or one to be.
 
     Attributes
     ----------
     path
         The file.
+    name
+        Name of the safetensors file, which an export keeps.
     header_text
         The JSON of the header as it stands there, padding stripped.
     header_bytes
@@ -75,18 +80,48 @@ class Shard:
         Every tensor by name.
     metadata
         ``__metadata__`` of the header.
+    positions
+        Where each tensor lies in a file that is no safetensors file itself, in bytes;
+        ``None`` where tensors lie as the header says.
     """
 
     path: Path
+    name: str
     header_text: str
     header_bytes: int
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    positions: Mapping[str, int] | None = None
 
     @property
     def data_start(self) -> int:
-        """Offset of the tensors' bytes in the file."""
+        """Offset of the tensors' bytes in a safetensors file."""
         return _LENGTH_BYTES + self.header_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the safetensors file."""
+        return self.data_start + self.data_bytes
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Return where a tensor lies in the file: first byte, and that after the last."""
+        info = self.tensors[name]
+        if self.positions is None:
+            start = self.data_start + info.start
+        else:
+            start = self.positions[name]
+        return start, start + info.stop - info.start
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return max((info.stop for info in self.tensors.values()), default=0)
+
+    @property
+    def header(self) -> bytes:
+        """Length and header as they stand in the file."""
+        length = self.header_bytes.to_bytes(_LENGTH_BYTES, "little")
+        return length + self.header_text.encode().ljust(self.header_bytes, b" ")
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -121,6 +156,7 @@ class Shard:
         _require_contiguous(path, tensors, size - _LENGTH_BYTES - length)
         return cls(
             path=path,
+            name=path.name,
             header_text=text,
             header_bytes=length,
             tensors=tensors,
@@ -137,15 +173,42 @@ class Shard:
         names
             New name by old name; others stay.
         header_bytes
-            Length to pad to; the next multiple of eight by default.
+            Length to pad to; by default that of the file, so that data stays where it is,
+            or where that is too short the next multiple of eight.
         """
         text = rename_keys(self.header_text, names, self.path).encode()
-        length = header_bytes or -(-len(text) // 8) * 8
+        length = header_bytes or max(self.header_bytes, -(-len(text) // 8) * 8)
         if len(text) > length:
             raise _damaged(
                 self.path, f"its header of {len(text)} bytes is longer than {length}"
             )
         return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length, b" ")
+
+
+def compose_header(
+    tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return length and header of a file that holds tensors one after the other.
+
+    Parameters
+    ----------
+    tensors
+        Names, and what the tensors are; where they lay before does not matter.
+    metadata
+        The file's ``__metadata__``.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, info in tensors:
+        start, end = end, end + info.stop - info.start
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-len(text) // 8) * 8
+    return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length, b" ")
 
 
 def rename_keys(
@@ -234,7 +297,7 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
             f"tensor {name} of shape {list(shape)}, {entry['dtype']}, "
             f"claims bytes {start} to {stop}",
         )
-    return TensorInfo(shape=shape, start=start, stop=stop)
+    return TensorInfo(dtype=entry["dtype"], shape=shape, start=start, stop=stop)
 
 
 def _integer(value: Any) -> int:

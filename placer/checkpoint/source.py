@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Self
 
 from placer.checkpoint.shard import Shard
+from placer.checkpoint.torch_shard import open_torch_shard
 from placer.errors import PlacerError
 from placer.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+TORCH_SINGLE_NAME = "pytorch_model.bin"
 RECORD_NAME = "placer.json"
 # Weights in formats that are not rewritten would contradict those that are.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
@@ -28,9 +31,10 @@ class CheckpointSource:
     directory
         Where it is.
     shards
-        The safetensors files, by name.
+        The safetensors files, by name; or PyTorch files, seen as safetensors files.
     index_text
-        The index as it stands in its file, or ``None`` for a single file.
+        The index as it stands in its file, or ``None`` for a single file; for PyTorch
+        files that of the safetensors files.
     other_files
         All other files, relative to the directory; those of ``.git`` and ``.cache``
         are left out.
@@ -44,7 +48,7 @@ class CheckpointSource:
     @property
     def shard_bytes(self) -> int:
         """Bytes of all shards."""
-        return sum(shard.path.stat().st_size for shard in self.shards)
+        return sum(shard.num_bytes for shard in self.shards)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -53,13 +57,17 @@ class CheckpointSource:
         Raises
         ------
         PlacerError
-            If there is no safetensors checkpoint, a file is damaged, the index and the
-            shards disagree, weights of another format lie beside them, or a link leads
+            If there is no checkpoint, a file is damaged, the index and the shards disagree,
+            weights of another format lie beside them, or a link leads
             out of the checkpoint.
         """
         index_path = directory / INDEX_NAME
+        if not index_path.is_file() and not (directory / SINGLE_NAME).is_file():
+            torch_index = directory / TORCH_INDEX_NAME
+            if torch_index.is_file() or (directory / TORCH_SINGLE_NAME).is_file():
+                return cls._open_torch(directory, torch_index)
         if index_path.is_file():
-            names = _shard_names(index_path)
+            names = _shard_names(index_path, ".safetensors")
             # Not read_text, which would turn CRLF into LF.
             index_text = index_path.read_bytes().decode()
         else:
@@ -80,18 +88,45 @@ class CheckpointSource:
             other_files=other_files,
         )
 
+    @classmethod
+    def _open_torch(cls, directory: Path, index_path: Path) -> Self:
+        """See PyTorch files as the safetensors files that an export writes of them."""
+        sharded = index_path.is_file()
+        names = _shard_names(index_path, ".bin") if sharded else [TORCH_SINGLE_NAME]
+        other_files = _other_files(directory, {*names, index_path.name})
+        shards = tuple(
+            open_torch_shard(directory / name, _safetensors_name(name)) for name in names
+        )
+        index_text = None
+        if sharded:
+            weight_map = read_json(index_path, "index")["weight_map"]
+            weight_map = {n: _safetensors_name(file) for n, file in weight_map.items()}
+            _require_agreement(index_path, weight_map, shards)
+            index_text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+        return cls(
+            directory=directory,
+            shards=shards,
+            index_text=index_text,
+            other_files=other_files,
+        )
 
-def _shard_names(index_path: Path) -> list[str]:
+
+def _safetensors_name(name: str) -> str:
+    """Return what transformers calls the safetensors file of a ``pytorch_model`` file."""
+    return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
+
+
+def _shard_names(index_path: Path, suffix: str) -> list[str]:
     index = read_json(index_path, "index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PlacerError(f"index {index_path} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(suffix):
             raise PlacerError(
                 f"index {index_path} names the shard {name!r}, "
-                "which is no plain safetensors file name",
+                f"which is no plain name of a {suffix} file",
                 "do not use this checkpoint: its index reaches outside its directory",
             )
     return names
@@ -100,7 +135,7 @@ def _shard_names(index_path: Path) -> list[str]:
 def _require_agreement(
     index_path: Path, weight_map: Mapping[str, str], shards: tuple[Shard, ...]
 ) -> None:
-    held = {name: shard.path.name for shard in shards for name in shard.tensors}
+    held = {name: shard.name for shard in shards for name in shard.tensors}
     for name in sorted({*held, *weight_map}):
         if held.get(name) != weight_map.get(name):
             raise PlacerError(

@@ -6,6 +6,7 @@ permutation, logits on real text, and the routers' choices on that text.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from placer.checkpoint.record import ExportRecord
-from placer.checkpoint.source import INDEX_NAME, SINGLE_NAME
+from placer.checkpoint.source import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TORCH_INDEX_NAME,
+    TORCH_SINGLE_NAME,
+)
 from placer.errors import PlacerError, VerificationError
 from placer.files import read_json, sha256_file
 from placer.model import Architecture, ModelSpec, name_pattern, require_same_model
@@ -151,7 +157,8 @@ def _compare_tensors(
             raise VerificationError(
                 f"{exported} lacks {counterpart}, which is {name} of {original}", again
             )
-        old, new = _read(path, name), _read(where.pop(counterpart), counterpart)
+        old = read_tensor(path, name)
+        new = read_tensor(where.pop(counterpart), counterpart)
         if difference := _difference(old, new, rows):
             raise VerificationError(
                 f"{counterpart} of {exported} differs from {name} of {original}: "
@@ -189,9 +196,13 @@ def _counterpart(
 
 def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path]:
     """Return the file of every tensor, as the files themselves have it."""
-    index_path = directory / INDEX_NAME
+    index_path, single = directory / INDEX_NAME, SINGLE_NAME
+    if not index_path.is_file() and not (directory / single).is_file():
+        torch_index = directory / TORCH_INDEX_NAME
+        if torch_index.is_file() or (directory / TORCH_SINGLE_NAME).is_file():
+            index_path, single = torch_index, TORCH_SINGLE_NAME
     weight_map = None
-    files = [SINGLE_NAME]
+    files = [single]
     if index_path.is_file():
         weight_map = read_json(index_path, "index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -214,7 +225,19 @@ def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path
     return {name: directory / file for name, file in found.items()}
 
 
+@lru_cache(maxsize=1)
+def _torch_tensors(path: Path) -> "dict[str, torch.Tensor]":
+    import torch
+
+    found: dict[str, torch.Tensor] = torch.load(
+        path, weights_only=True, map_location="cpu", mmap=True
+    )
+    return found
+
+
 def _names(path: Path, refusal: type[PlacerError]) -> list[str]:
+    if path.suffix == ".bin":
+        return sorted(_torch_tensors(path))
     try:
         with safe_open(path, "pt") as opened:
             return sorted(opened.keys())
@@ -224,7 +247,10 @@ def _names(path: Path, refusal: type[PlacerError]) -> list[str]:
         ) from error
 
 
-def _read(path: Path, name: str) -> "torch.Tensor":
+def read_tensor(path: Path, name: str) -> "torch.Tensor":
+    """Read a tensor of a safetensors or PyTorch file, by the library of each."""
+    if path.suffix == ".bin":
+        return _torch_tensors(path)[name]
     with safe_open(path, "pt") as opened:
         tensor: torch.Tensor = opened.get_tensor(name)
     return tensor

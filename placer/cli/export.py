@@ -5,17 +5,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from placer.cli.output import JsonOption, OutOption, note, print_json, print_table, warn
+from placer.cli.output import (
+    JsonOption,
+    note,
+    print_json,
+    print_line,
+    print_table,
+    progress_line,
+    warn,
+)
 from placer.errors import UsageError
 
 if TYPE_CHECKING:
-    from placer.checkpoint.export import ExportReport
+    from placer.checkpoint.export import ExportJob
+    from placer.checkpoint.ranks import RanksJob
+    from placer.checkpoint.writing import ExportOptions
 
 Facts = dict[str, object]
 # Told on stderr, one line each.
 _TOLD = ("command", "conditions", "warnings")
 MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
-TARGETS = ("checkpoint", *MAPS)
+TARGETS = ("checkpoint", "ranks", *MAPS)
+# Maps take --out alone.
+_OPTIONS = {
+    "checkpoint": ("--inverse", "--link", "--hash", "--workers", "--dry-run"),
+    "ranks": ("--experts-only", "--workers", "--dry-run"),
+}
 
 
 def export(
@@ -25,7 +40,10 @@ def export(
     plan: Annotated[
         Path, typer.Argument(metavar="PLAN", help="The plan; with --inverse, the export.")
     ],
-    out: OutOption,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write the result; not with --dry-run."),
+    ] = None,
     model: Annotated[
         Path | None, typer.Argument(metavar="[MODEL]", help="Hugging Face directory.")
     ] = None,
@@ -33,13 +51,36 @@ def export(
         bool,
         typer.Option("--inverse", help="Restore the original of an exported checkpoint."),
     ] = False,
+    link: Annotated[
+        bool,
+        typer.Option("--link", help="Hard-link shards that do not change."),
+    ] = False,
+    with_hashes: Annotated[
+        bool,
+        typer.Option(
+            "--hash", help="Record SHA-256 of the original's shards; slower than the copy."
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Shards at a time; default one per CPU, at most 4."),
+    ] = None,
+    experts_only: Annotated[
+        bool,
+        typer.Option("--experts-only", help="With ranks: leave out all but the experts."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List shards and bytes, write nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a permuted checkpoint, or a map for a runtime.
+    """Write a permuted checkpoint, one directory per rank, or a map for a runtime.
 
     checkpoint: the model with its experts renumbered, for any engine that splits experts
-    contiguously; nothing is recomputed. Maps: sglang (.json, .pt: --init-expert-location),
-    trtllm (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
+    contiguously; nothing is recomputed. ranks: one directory per expert-parallel rank with
+    its experts, replicas included, and the rest, all under their own names. Both go on
+    where they were killed. Maps: sglang (.json, .pt: --init-expert-location), trtllm
+    (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
     (.safetensors, .npz: phy2log, log2phy, logcnt), csv and json (one slot a line, or rows).
     The last three need no MODEL.
     """
@@ -49,53 +90,118 @@ def export(
             f"targets: {', '.join(TARGETS)}; engines that read no map (vLLM, Megatron, "
             "transformers) serve a permuted checkpoint",
         )
-    if inverse and (target != "checkpoint" or model is not None):
+    given = {
+        "--inverse": inverse,
+        "--link": link,
+        "--hash": with_hashes,
+        "--workers": workers,
+        "--experts-only": experts_only,
+        "--dry-run": dry_run,
+    }
+    _require_options(target, [name for name, value in given.items() if value])
+    if target in MAPS:
+        facts = _export_map(target, plan, model, _required(out))
+    else:
+        from placer.checkpoint.writing import ExportOptions
+
+        options = ExportOptions(link=link, with_hashes=with_hashes, num_workers=workers)
+        if target == "ranks":
+            job: ExportJob | RanksJob = _prepared_ranks(plan, model, experts_only)
+        else:
+            job = _prepared_checkpoint(plan, model, inverse)
+        if dry_run:
+            _print_shards(job, options, as_json)
+            return
+        facts = _write(job, _required(out), options)
+        if not inverse:
+            note(f"prove it: placer verify {model} {out} {plan}")
+        elif facts["contents_checked"] is False:
+            note(
+                "headers and sizes are those of the original; its contents were not hashed "
+                "when it was exported (--hash)"
+            )
+    if as_json:
+        print_json(facts)
+        return
+    rows = [
+        (name, str(value))
+        for name, value in facts.items()
+        if name not in _TOLD and value is not None
+    ]
+    print_table((target, ""), rows)
+
+
+def _require_options(target: str, given: list[str]) -> None:
+    odd = [name for name in given if name not in _OPTIONS.get(target, ())]
+    if odd:
+        raise UsageError(
+            f"target {target} takes no {odd[0]}",
+            f"it takes {', '.join(('--out', *_OPTIONS.get(target, ())))}",
+        )
+
+
+def _required(out: Path | None) -> Path:
+    if out is None:
+        raise UsageError("there is no --out", "say where to write it: --out PATH")
+    return out
+
+
+def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "ExportJob":
+    from placer.checkpoint.export import prepare_export, prepare_restore
+
+    if not inverse:
+        return prepare_export(plan, _required_model("checkpoint", plan, model))
+    if model is not None:
         raise UsageError(
             "--inverse restores a checkpoint from its export alone",
             "placer export checkpoint EXPORTED --inverse --out ORIGINAL",
         )
-    if inverse:
-        facts = _restore_checkpoint(plan, out)
-    elif target in MAPS:
-        facts = _export_map(target, plan, model, out)
-    elif model is None:
+    return prepare_restore(plan)
+
+
+def _prepared_ranks(plan: Path, model: Path | None, experts_only: bool) -> "RanksJob":
+    from placer.checkpoint.ranks import prepare_ranks
+
+    model = _required_model("ranks", plan, model)
+    return prepare_ranks(plan, model, experts_only=experts_only)
+
+
+def _required_model(target: str, plan: Path, model: Path | None) -> Path:
+    if model is None:
         raise UsageError(
-            f"target {target} needs the model, whose experts are renumbered",
-            f"placer export {target} {plan} MODEL --out {out}",
+            f"target {target} needs the model, whose tensors it copies",
+            f"placer export {target} {plan} MODEL --out DIRECTORY",
         )
-    else:
-        facts = _export_checkpoint(plan, model, out)
-    if as_json:
-        print_json(facts)
-        return
-    rows = [(name, str(value)) for name, value in facts.items() if name not in _TOLD]
-    print_table((target, ""), rows)
+    return model
 
 
-def _restore_checkpoint(exported: Path, out: Path) -> Facts:
-    from placer.checkpoint.export import restore_checkpoint
-
-    return _checkpoint_facts(restore_checkpoint(exported, out), out)
-
-
-def _export_checkpoint(plan: Path, model: Path, out: Path) -> Facts:
-    from placer.checkpoint.export import export_checkpoint
-
-    report = export_checkpoint(plan, model, out)
+def _write(job: "ExportJob | RanksJob", out: Path, options: "ExportOptions") -> Facts:
+    with progress_line("export") as progress:
+        report = job.write(out, options, progress)
     if report.warning:
         warn(report.warning)
-    note(f"prove it: placer verify {model} {out} {plan}")
-    return _checkpoint_facts(report, out)
+    if report.num_resumed:
+        note(f"{report.num_resumed} shards were finished by an earlier run")
+    return {"out": str(out)} | report.to_json()
 
 
-def _checkpoint_facts(report: "ExportReport", out: Path) -> Facts:
-    return {
-        "out": str(out),
-        "shards": report.num_shards,
-        "bytes": report.num_bytes,
-        "renamed_tensors": report.num_renamed,
-        "permuted_routers": report.num_routers,
-    }
+def _print_shards(
+    job: "ExportJob | RanksJob", options: "ExportOptions", as_json: bool
+) -> None:
+    rows = [
+        {
+            "shard": work.name,
+            "bytes": work.num_bytes,
+            "how": "link" if options.link and work.unchanged else "write",
+        }
+        for work in job.shards
+    ]
+    total = job.bytes_to_write(options)
+    if as_json:
+        print_json({"shards": rows, "bytes_to_write": total})
+        return
+    print_table(("shard", "bytes", "how"), [tuple(row.values()) for row in rows])
+    print_line(f"{total} bytes to write; nothing was written")
 
 
 def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:

@@ -27,10 +27,16 @@ def verify(
 
     Tensors are compared bit for bit under the plan's permutation; logits in float32 to
     1e-4 of the largest logit, because experts are summed in another order. A runtime map is
-    checked by the rules of its runtime, then slot by slot against the plan.
+    checked by the rules of its runtime, then slot by slot against the plan; an export by
+    ranks, tensor by tensor.
     """
     if exported.is_file():
         _verify_map(original, exported, plan, as_json)
+        return
+    from placer.checkpoint.verify_ranks import is_ranks
+
+    if is_ranks(exported):
+        _verify_ranks(original, exported, plan, as_json)
         return
     from placer.checkpoint.verify import verify as verify_export
     from placer.demo.text import documents
@@ -81,3 +87,19 @@ def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> No
     ]
     print_table(("check", "result"), rows)
     print_line("verified: the map is valid for its runtime and is the plan's")
+
+
+def _verify_ranks(original: Path, exported: Path, plan: Path, as_json: bool) -> None:
+    from placer.checkpoint.verify_ranks import verify_ranks
+
+    report = verify_ranks(original, exported, plan)
+    if as_json:
+        print_json(report.to_json())
+        return
+    rows = [
+        ("ranks", f"{report.num_ranks}, each with the experts that the plan gives it"),
+        ("experts", f"{report.num_experts}, replicas included"),
+        ("tensors", f"{report.num_tensors} equal bit for bit, {report.num_bytes} bytes"),
+    ]
+    print_table(("check", "result"), rows)
+    print_line("verified: every rank has its part of the original")

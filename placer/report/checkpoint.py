@@ -1,6 +1,5 @@
 """What lies in a Hugging Face checkpoint: bytes per kind of tensor, from headers alone."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +76,6 @@ def _groups(architecture: Architecture, source: CheckpointSource) -> dict[str, T
     sizes: dict[str, list[int]] = defaultdict(list)
     dtypes: dict[str, set[str]] = defaultdict(set)
     for shard in source.shards:
-        header = json.loads(shard.header_text)
         for name, info in shard.tensors.items():
             group = next(
                 group
@@ -85,7 +83,7 @@ def _groups(architecture: Architecture, source: CheckpointSource) -> dict[str, T
                 if any(one.fullmatch(name) for one in expressions)
             )
             sizes[group].append(info.stop - info.start)
-            dtypes[group].add(header[name]["dtype"])
+            dtypes[group].add(info.dtype)
     return {
         group: TensorGroup(
             num_tensors=len(sizes[group]),

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import (
+    export_checkpoint,
+    restore_checkpoint,
+)
+from placer.checkpoint.writing import ExportOptions
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.model import ModelSpec
 from placer.plan import Placement, Plan
@@ -317,14 +321,23 @@ def restored(directory: Path, out: Path, match: str, kind: type[PlacerError]) ->
 def test_a_changed_export_is_not_restored(
     tiny_sharded_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
-    """One flipped bit, or a shard too many, and the original is not what comes back."""
+    """One flipped bit is found where hashes were asked for, another header always."""
     out = tmp_path / "out"
-    export_checkpoint(make_plan(tiny_sharded_model), tiny_sharded_model, out)
+    options = ExportOptions(with_hashes=True)
+    export_checkpoint(make_plan(tiny_sharded_model), tiny_sharded_model, out, options)
+    assert restore_checkpoint(out, tmp_path / "good").contents_checked
+    assert hashes(tmp_path / "good") == hashes(tiny_sharded_model)
     shard = min(out.glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
-    match = f"{shard.name} restored from .* is not the original"
+    match = f"{shard.name} restored from .* is not the original: SHA-256"
+    restored(out, tmp_path / "back", match, VerificationError)
+    length = int.from_bytes(raw[:8], "little")
+    header = dict(reversed(json.loads(raw[8 : 8 + length]).items()))
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    shard.write_bytes(raw[:8] + text + raw[8 + length :])
+    match = f"{shard.name} .* not the original: SHA-256 of its header"
     restored(out, tmp_path / "back", match, VerificationError)
 
 
@@ -346,6 +359,8 @@ def test_a_damaged_record_is_refused(
         ({"permutation": 3}, "is damaged"),
         ({"header_bytes": {"model.safetensors": "9"}}, "is damaged"),
         ({"source_sha256": None}, "is damaged"),
+        ({"shard_bytes": {"model.safetensors": 9}}, "not the original: size"),
+        ({"header_sha256": {}}, "not the original: SHA-256 of its header"),
     ):
         path.write_text(json.dumps(good | change))
         restored(out, back, match, PlacerError)

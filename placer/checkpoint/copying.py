@@ -1,0 +1,118 @@
+"""Bytes from one file to another, by the kernel: nothing is decoded or held in memory."""
+
+import errno
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError
+
+IntArray = npt.NDArray[np.int64]
+
+# Linux copies at most 2 GiB - 4 KiB a call (man 2 copy_file_range).
+_MOST_BYTES = 1 << 30
+_CHUNK_BYTES = 1 << 20
+# What kernels and file systems answer that cannot copy between two files.
+_CANNOT_COPY = frozenset(
+    {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
+)
+
+
+def copy_range(
+    source: int, target: int, source_start: int, target_start: int, num_bytes: int
+) -> None:
+    """Copy a range of bytes between two open files.
+
+    File systems that share blocks (XFS, Btrfs, NFS 4.2) do so where the range allows it;
+    where the kernel cannot copy at all, it is read and written in chunks.
+
+    Parameters
+    ----------
+    source, target
+        File descriptors, for reading and for writing.
+    source_start, target_start
+        Offsets in bytes.
+    num_bytes
+        How many bytes.
+
+    Raises
+    ------
+    PlacerError
+        If the source ends before the range does.
+    """
+    done, by_kernel = 0, hasattr(os, "copy_file_range")
+    while done < num_bytes:
+        places = (source_start + done, target_start + done)
+        copied = 0
+        if by_kernel:
+            copied = _copy_by_kernel(source, target, num_bytes - done, *places)
+            by_kernel = copied > 0
+        done += copied or _copy_chunk(source, target, num_bytes - done, *places)
+
+
+def copy_blocks(
+    source: int,
+    target: int,
+    source_start: int,
+    target_start: int,
+    block_bytes: int,
+    order: IntArray,
+) -> None:
+    """Copy blocks of one size, in another order or some of them only.
+
+    Parameters
+    ----------
+    source, target, source_start, target_start
+        As for :func:`copy_range`.
+    block_bytes
+        Size of a block.
+    order
+        The old block that each new block is.
+    """
+    # Neighbours that stay neighbours are copied in one go.
+    breaks = np.flatnonzero(np.diff(order) != 1) + 1
+    for run in np.split(np.arange(len(order)), breaks):
+        first = int(run[0])
+        copy_range(
+            source,
+            target,
+            source_start + int(order[first]) * block_bytes,
+            target_start + first * block_bytes,
+            len(run) * block_bytes,
+        )
+
+
+def write_all(target: int, content: bytes, start: int) -> None:
+    """Write all of ``content`` at an offset."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(target, view, start)
+        view, start = view[written:], start + written
+
+
+def _copy_by_kernel(
+    source: int, target: int, num_bytes: int, source_start: int, target_start: int
+) -> int:
+    """Return the bytes copied, 0 where the kernel cannot or the source has ended."""
+    try:
+        return os.copy_file_range(
+            source, target, min(num_bytes, _MOST_BYTES), source_start, target_start
+        )
+    except OSError as error:
+        if error.errno in _CANNOT_COPY:
+            return 0
+        raise
+
+
+def _copy_chunk(
+    source: int, target: int, num_bytes: int, source_start: int, target_start: int
+) -> int:
+    content = os.pread(source, min(num_bytes, _CHUNK_BYTES), source_start)
+    if not content:
+        raise PlacerError(
+            f"a file ended at byte {source_start} while {num_bytes} more were to be read",
+            "the source changed while it was read: export again",
+        )
+    write_all(target, content, target_start)
+    return len(content)

@@ -1,0 +1,279 @@
+"""One directory per expert-parallel rank: its experts, under their own names, and the rest.
+
+Names and routers stay those of the original, so that expert ids are logical everywhere;
+``placement.json`` says which expert is in which of the rank's slots. A replica is in every
+directory whose rank has a copy.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placer.checkpoint.permutation import tensor_changes
+from placer.checkpoint.shard import compose_header
+from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
+from placer.checkpoint.writing import (
+    ExportOptions,
+    Progress,
+    ShardWork,
+    by_place,
+    bytes_to_write,
+    copy_files,
+    pieces_of,
+    require_outside,
+    written_shards,
+)
+from placer.errors import PlacerError
+from placer.files import canonical_json, read_json, sha256_file
+from placer.model import Architecture, ModelSpec, name_pattern, require_same_model
+from placer.plan import Plan
+
+RANK_NAME = "placement.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksReport:
+    """What was written for all ranks together.
+
+    Attributes
+    ----------
+    num_ranks, num_shards, num_bytes
+        Directories, safetensors files and their bytes.
+    num_resumed
+        Shards that an earlier, interrupted run had finished.
+    warning
+        What rests on shapes alone, or ``None``.
+    """
+
+    num_ranks: int
+    num_shards: int
+    num_bytes: int
+    num_resumed: int
+    warning: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a table of the export shows."""
+        return {
+            "ranks": self.num_ranks,
+            "shards": self.num_shards,
+            "bytes": self.num_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksJob:
+    """An export by ranks, prepared from headers alone: nothing is written yet.
+
+    Attributes
+    ----------
+    source
+        The checkpoint to read.
+    shards
+        The files to write, of all ranks.
+    indexes
+        Per rank, the file of each tensor.
+    records
+        Per rank, what ``placement.json`` says.
+    experts_only
+        Whether everything but the routed experts is left out.
+    warning
+        What rests on shapes alone, or ``None``.
+    """
+
+    source: CheckpointSource
+    shards: tuple[ShardWork, ...]
+    indexes: tuple[dict[str, str], ...]
+    records: tuple[dict[str, Any], ...]
+    experts_only: bool
+    warning: str | None
+
+    def write(
+        self,
+        out: Path,
+        options: ExportOptions | None = None,
+        progress: Progress | None = None,
+    ) -> RanksReport:
+        """Write the directories; a run that was killed goes on where it stopped.
+
+        Raises
+        ------
+        PlacerError
+            If ``out`` exists, the disk is too small, or the source changes meanwhile.
+        """
+        options = options or ExportOptions()
+        require_outside(out, self.source.directory)
+        identity = {"ranks": self.records, "experts_only": self.experts_only}
+        with written_shards(
+            out, self.shards, self._other_bytes, identity, options, progress
+        ) as written:
+            for record, index in zip(self.records, self.indexes, strict=True):
+                folder = written.directory / rank_folder(record["rank"])
+                folder.mkdir(exist_ok=True)
+                copy_files(self.source.directory, self.other_files, folder)
+                text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+                (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+                (folder / RANK_NAME).write_text(canonical_json(record) + "\n")
+        return RanksReport(
+            num_ranks=len(self.records),
+            num_shards=len(self.shards),
+            num_bytes=sum(work.num_bytes for work in self.shards),
+            num_resumed=written.num_resumed,
+            warning=self.warning,
+        )
+
+    @property
+    def other_files(self) -> tuple[Path, ...]:
+        """Files that come along in every directory: with experts only, the config."""
+        if self.experts_only:
+            return (Path("config.json"),)
+        return tuple(path for path in self.source.other_files if str(path) != RECORD_NAME)
+
+    def bytes_to_write(self, options: ExportOptions) -> int:
+        """Return the bytes that the disk must have free."""
+        return self._other_bytes + bytes_to_write(self.shards, options)
+
+    @property
+    def _other_bytes(self) -> int:
+        return len(self.records) * sum(
+            (self.source.directory / path).stat().st_size for path in self.other_files
+        )
+
+
+def rank_folder(rank: int) -> str:
+    """Return the name of a rank's directory."""
+    return f"rank-{rank:05}"
+
+
+def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> RanksJob:
+    """Prepare one directory per rank.
+
+    Parameters
+    ----------
+    plan_path
+        The plan; replicas are allowed.
+    directory
+        The checkpoint; it is only read.
+    experts_only
+        Leave out everything but the routed experts.
+
+    Raises
+    ------
+    PlacerError
+        If plan and checkpoint are of different models, or a tensor cannot be classified.
+    """
+    plan = Plan.read(plan_path)
+    model = ModelSpec.from_checkpoint(directory)
+    warning = require_same_model(plan.model, str(plan_path), model, str(directory))
+    if (directory / RECORD_NAME).exists():
+        raise PlacerError(
+            f"{directory} was permuted by placer: its experts are not those of the plan",
+            f"give the original: placer export checkpoint {directory} --inverse --out IT",
+        )
+    source = CheckpointSource.open(directory)
+    experts = routed_experts(source, model)
+    placement = plan.placement
+    shards, indexes, records = [], [], []
+    for rank in range(placement.num_ranks):
+        held = [
+            row.reshape(placement.num_ranks, -1)[rank].tolist()
+            for row in placement.physical_to_logical_map
+        ]
+        works = list(_rank_shards(source, experts, held, rank, experts_only))
+        shards += [work for work, _ in works]
+        indexes.append(
+            {name: Path(work.name).name for work, names in works for name in names}
+        )
+        records.append(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "rank",
+                "rank": rank,
+                "num_ranks": placement.num_ranks,
+                "num_nodes": placement.num_nodes,
+                "plan_sha256": sha256_file(plan_path),
+                "source_fingerprint": model.fingerprint,
+                "layer_ids": list(model.layer_ids or ()),
+                "num_experts": list(model.num_experts),
+                "experts": held,
+                "experts_only": experts_only,
+            }
+        )
+    return RanksJob(
+        source=source,
+        shards=tuple(shards),
+        indexes=tuple(indexes),
+        records=tuple(records),
+        experts_only=experts_only,
+        warning=warning,
+    )
+
+
+def routed_experts(
+    source: CheckpointSource, model: ModelSpec
+) -> Mapping[str, tuple[int, int]]:
+    """Return MoE layer and expert of every tensor that belongs to one routed expert.
+
+    Raises
+    ------
+    PlacerError
+        If a tensor cannot be classified, or the family keeps all experts of a layer in
+        one tensor.
+    """
+    config = read_json(source.directory / "config.json", "model config")
+    architecture = Architecture.of(config, source.directory)
+    architecture.require_tensor_names()
+    tensors = {
+        name: info for shard in source.shards for name, info in shard.tensors.items()
+    }
+    # With nothing moved, this says that every tensor is known and none is missing.
+    in_place = [np.arange(size) for size in model.num_experts]
+    changes = tensor_changes(tensors, architecture, model, in_place)
+    routers = [name_pattern(template) for template in architecture.router_tensors]
+    patterns = [name_pattern(template) for template in architecture.expert_tensors]
+    ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
+    found = {}
+    for name in tensors:
+        match = next((m for one in patterns if (m := one.fullmatch(name))), None)
+        if match is not None:
+            found[name] = (ordinal[int(match["layer"])], int(match["expert"]))
+        elif name in changes.rows and not any(one.fullmatch(name) for one in routers):
+            raise PlacerError(
+                f"{name} holds all experts of its layer, which are not split by rank yet",
+                f"serve a permuted checkpoint: placer export checkpoint PLAN "
+                f"{source.directory} --out DIR",
+            )
+    return found
+
+
+def _rank_shards(
+    source: CheckpointSource,
+    experts: Mapping[str, tuple[int, int]],
+    held: list[list[int]],
+    rank: int,
+    experts_only: bool,
+) -> Iterator[tuple[ShardWork, list[str]]]:
+    """Yield what a rank takes of each shard, with the names of the tensors."""
+
+    def wanted(name: str) -> bool:
+        if name not in experts:
+            return not experts_only
+        layer, expert = experts[name]
+        return expert in held[layer]
+
+    for shard in source.shards:
+        names = [name for name in by_place(shard) if wanted(name)]
+        if not names:
+            continue
+        entries = [(name, shard.tensors[name]) for name in names]
+        work = ShardWork(
+            name=f"{rank_folder(rank)}/{shard.name}",
+            shard=shard,
+            header=compose_header(entries, shard.metadata),
+            pieces=tuple(pieces_of(shard, names, {})),
+        )
+        yield work, names

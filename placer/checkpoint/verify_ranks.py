@@ -1,0 +1,135 @@
+"""Proof that the directories of an export by ranks hold what the plan gives each rank."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from placer.checkpoint.ranks import RANK_NAME, rank_folder, routed_experts
+from placer.checkpoint.source import INDEX_NAME, CheckpointSource
+from placer.checkpoint.verify import read_tensor
+from placer.errors import VerificationError
+from placer.files import read_json, sha256_file
+from placer.model import ModelSpec, require_same_model
+from placer.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksVerification:
+    """What was found in the directories of all ranks.
+
+    Attributes
+    ----------
+    num_ranks
+        Directories.
+    num_tensors, num_bytes
+        Tensors in them, equal bit for bit, and their bytes.
+    num_experts
+        Routed experts in them, replicas included, over all layers.
+    """
+
+    num_ranks: int
+    num_tensors: int
+    num_bytes: int
+    num_experts: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+def is_ranks(path: Path) -> bool:
+    """Return whether a directory looks like an export by ranks."""
+    return (path / rank_folder(0) / RANK_NAME).is_file()
+
+
+def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerification:
+    """Compare every tensor of every rank with the original, bit for bit.
+
+    Raises
+    ------
+    VerificationError
+        At the first tensor that is missing, too many or different.
+    PlacerError
+        If plan or original cannot be read.
+    """
+    plan = Plan.read(plan_path)
+    model = ModelSpec.from_checkpoint(original)
+    require_same_model(plan.model, str(plan_path), model, str(original))
+    source = CheckpointSource.open(original)
+    where = {name: shard.path for shard in source.shards for name in shard.tensors}
+    experts = routed_experts(source, model)
+    placement = plan.placement
+    num_tensors = num_bytes = 0
+    for rank in range(placement.num_ranks):
+        folder = exported / rank_folder(rank)
+        experts_only = _require_record(folder, rank, plan_path)
+        held = [placement.holds(layer)[:, rank] for layer in range(model.num_layers)]
+        expected = {
+            name
+            for name in where
+            if (
+                held[experts[name][0]][experts[name][1]]
+                if name in experts
+                else not experts_only
+            )
+        }
+        found = _tensors(folder)
+        if odd := min(set(found) ^ expected, default=None):
+            raise _wrong(folder, f"{'lacks' if odd in expected else 'has'} {odd}")
+        for name in sorted(expected):
+            old, new = read_tensor(where[name], name), read_tensor(found[name], name)
+            if (old.dtype, old.shape) != (new.dtype, new.shape) or not _same(old, new):
+                raise _wrong(folder, f"{name} differs from that of {original}")
+            num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes
+    return RanksVerification(
+        num_ranks=placement.num_ranks,
+        num_tensors=num_tensors,
+        num_bytes=num_bytes,
+        num_experts=sum(len(row) for row in placement.physical_to_logical_map),
+    )
+
+
+def _require_record(folder: Path, rank: int, plan_path: Path) -> bool:
+    """Check ``placement.json``; return whether the rank has experts only."""
+    record = read_json(folder / RANK_NAME, "record of a rank")
+    found = (record.get("rank"), record.get("plan_sha256"))
+    if found != (rank, sha256_file(plan_path)):
+        raise _wrong(folder, f"is of rank {found[0]} or of another plan than {plan_path}")
+    return record.get("experts_only") is True
+
+
+def _tensors(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor; files and index must say the same."""
+    weight_map = read_json(folder / INDEX_NAME, "index").get("weight_map")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as opened:
+                found |= dict.fromkeys(opened.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise _wrong(
+                folder, f"has {path.name}, which cannot be read: {error}"
+            ) from error
+    if weight_map != {name: path.name for name, path in found.items()}:
+        raise _wrong(folder, "has an index that does not say what its files hold")
+    return found
+
+
+def _same(one: "torch.Tensor", other: "torch.Tensor") -> bool:
+    """Compare bytes: NaN is then equal to itself, in any dtype."""
+    import torch
+
+    return torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
+
+
+def _wrong(folder: Path, what: str) -> VerificationError:
+    return VerificationError(
+        f"{folder} {what}", "export it again: placer export ranks PLAN MODEL --out NEW"
+    )

@@ -1,0 +1,335 @@
+"""Writing many shards, in parallel, so that a killed run goes on where it stopped."""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.checkpoint.copying import copy_blocks, copy_range, write_all
+from placer.checkpoint.journal import Journal, resumable_directory
+from placer.checkpoint.shard import Shard
+from placer.errors import UsageError
+from placer.files import require_free_space, sha256_file, sha256_json
+
+IntArray = npt.NDArray[np.int64]
+Progress = Callable[[str], None]
+_MOST_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """How an export is written; none of it changes a tensor.
+
+    Attributes
+    ----------
+    link
+        Hard-link shards that do not change instead of copying them.
+    with_hashes
+        Record the SHA-256 of every original shard, which takes longer than the copy.
+    num_workers
+        Shards written at the same time; ``None`` for one per CPU, at most 4.
+    """
+
+    link: bool = False
+    with_hashes: bool = False
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 1:
+            raise UsageError(f"{self.num_workers} workers write nothing", "--workers 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """Bytes that go from a shard to the one that is written.
+
+    Attributes
+    ----------
+    start, stop
+        First byte in the file, and the byte after the last.
+    block_bytes, order
+        Where the bytes are blocks of one size: that size, and the old block that each new
+        block takes; ``None`` where they stay as they are.
+    """
+
+    start: int
+    stop: int
+    block_bytes: int = 0
+    order: IntArray | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written."""
+        if self.order is None:
+            return self.stop - self.start
+        return len(self.order) * self.block_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardWork:
+    """One shard to write.
+
+    Attributes
+    ----------
+    name
+        Where, relative to the directory that is written.
+    shard
+        The source.
+    header
+        Length and header of the shard to write.
+    pieces
+        Its data, in order.
+    """
+
+    name: str
+    shard: Shard
+    header: bytes
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file to write."""
+        return len(self.header) + sum(piece.num_bytes for piece in self.pieces)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file to write is the file that is there."""
+        return (
+            self.shard.positions is None
+            and self.header == self.shard.header
+            and all(piece.order is None for piece in self.pieces)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenShards:
+    """A directory whose shards are written, and what is left to do in it.
+
+    Attributes
+    ----------
+    directory
+        Where they are; it gets its name at the end.
+    source_sha256
+        SHA-256 of each source, where hashes were asked for.
+    num_linked
+        Shards that were linked.
+    num_resumed
+        Shards that an earlier, interrupted run had finished.
+    """
+
+    directory: Path
+    source_sha256: Mapping[str, str]
+    num_linked: int
+    num_resumed: int
+
+
+def pieces_of(
+    shard: Shard, names: Iterable[str], orders: Mapping[str, IntArray]
+) -> Iterator[Piece]:
+    """Yield the data of tensors, those that touch and stay as they are as one piece.
+
+    Parameters
+    ----------
+    shard
+        The source.
+    names
+        The tensors, in the order in which they are written.
+    orders
+        Per tensor whose equal blocks are reordered, the old block that each new block is.
+    """
+    start = stop = 0
+    for name in names:
+        first, last = shard.place(name)
+        if first == last:
+            continue
+        if first != stop or name in orders:
+            if stop > start:
+                yield Piece(start=start, stop=stop)
+            start = first
+        stop = last
+        if name in orders:
+            size = (last - first) // len(orders[name])
+            yield Piece(start=first, stop=last, block_bytes=size, order=orders[name])
+            start = last
+    if stop > start:
+        yield Piece(start=start, stop=stop)
+
+
+def by_place(shard: Shard) -> list[str]:
+    """Return the tensors of a shard in the order of its data."""
+    return sorted(shard.tensors, key=lambda name: (shard.tensors[name].start, name))
+
+
+def bytes_to_write(
+    works: Sequence[ShardWork], options: ExportOptions, done: Container[str] = frozenset()
+) -> int:
+    """Return the bytes that the disk must have free for the shards that are not done."""
+    return sum(
+        work.num_bytes
+        for work in works
+        if work.name not in done and not (options.link and work.unchanged)
+    )
+
+
+def copy_files(directory: Path, files: Iterable[Path], target: Path) -> None:
+    """Copy files, given relative to ``directory``, to the same place in ``target``."""
+    for relative in files:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(directory / relative, target / relative)
+
+
+def require_outside(out: Path, directory: Path) -> None:
+    """Refuse to write into the source."""
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise UsageError(
+            f"{out} is inside {directory}, which is only read",
+            "choose an --out outside the model's directory",
+        )
+
+
+@contextmanager
+def written_shards(
+    out: Path,
+    works: Sequence[ShardWork],
+    other_bytes: int,
+    identity: Mapping[str, Any],
+    options: ExportOptions,
+    progress: Progress | None,
+) -> Iterator[WrittenShards]:
+    """Write all shards, then yield for the other files; the directory gets its name last.
+
+    Parameters
+    ----------
+    out
+        The directory to write; it must not exist.
+    works
+        The shards.
+    other_bytes
+        Bytes of the other files.
+    identity
+        What decides the bytes, besides sources and options: another export does not go on
+        with what this one finished.
+    options
+        How to write.
+    progress
+        Told how far it is.
+
+    Raises
+    ------
+    PlacerError
+        If the disk is too small, or a source changes while it is read.
+    """
+    stats = {str(work.shard.path): work.shard.path.stat() for work in works}
+    # A source that was changed since is another one.
+    whole = dict(identity) | {
+        "options": [options.link, options.with_hashes],
+        "sources": {p: [one.st_size, one.st_mtime_ns] for p, one in stats.items()},
+    }
+    with resumable_directory(out, sha256_json(whole)) as (partial, journal):
+        done = {work.name for work in works if _is_finished(work, partial, journal)}
+        for name in set(journal.finished) - done:
+            del journal.finished[name]
+        require_free_space(out, other_bytes + bytes_to_write(works, options, done))
+        _write_all(works, partial, journal, options, progress)
+        facts = journal.finished
+        yield WrittenShards(
+            directory=partial,
+            source_sha256={
+                name: one["source_sha256"]
+                for name, one in facts.items()
+                if one["source_sha256"] is not None
+            },
+            num_linked=sum(one["linked"] for one in facts.values()),
+            num_resumed=len(done),
+        )
+
+
+def _is_finished(work: ShardWork, partial: Path, journal: Journal) -> bool:
+    """Return whether a shard that the journal calls finished lies there, whole."""
+    path = partial / work.name
+    if work.name not in journal.finished or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        header = stream.read(len(work.header))
+    return header == work.header and path.stat().st_size == work.num_bytes
+
+
+def _write_all(
+    works: Sequence[ShardWork],
+    partial: Path,
+    journal: Journal,
+    options: ExportOptions,
+    progress: Progress | None,
+) -> None:
+    failed = threading.Event()
+
+    def write(work: ShardWork) -> None:
+        if failed.is_set():
+            return
+        try:
+            journal.add(work.name, _write_shard(work, partial / work.name, options))
+        except BaseException:
+            failed.set()
+            raise
+
+    left = [work for work in works if work.name not in journal.finished]
+    # Threads are enough: the kernel copies, and Python lets others run meanwhile.
+    num_workers = options.num_workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        for one in as_completed([pool.submit(write, work) for work in left]):
+            one.result()
+            if progress is not None:
+                progress(f"{len(journal.finished)} of {len(works)} shards")
+    finally:
+        failed.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(work: ShardWork, target: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write a shard under its name, whole; return what the journal keeps of it."""
+    target.parent.mkdir(exist_ok=True)
+    linked = options.link and work.unchanged and _link(work.shard.path, target)
+    if not linked:
+        _copy_shard(work, target)
+    return {
+        "linked": linked,
+        "source_sha256": sha256_file(work.shard.path) if options.with_hashes else None,
+    }
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Hard-link a file; return whether the file system would."""
+    target.unlink(missing_ok=True)
+    try:
+        # The file itself: in the cache of Hugging Face the source is a link.
+        target.hardlink_to(source.resolve())
+    except OSError:
+        return False
+    return True
+
+
+def _copy_shard(work: ShardWork, target: Path) -> None:
+    part = target.with_name(target.name + ".part")
+    with work.shard.path.open("rb") as original, part.open("wb") as copy:
+        source, written = original.fileno(), copy.fileno()
+        write_all(written, work.header, 0)
+        end = len(work.header)
+        for piece in work.pieces:
+            if piece.order is None:
+                copy_range(source, written, piece.start, end, piece.num_bytes)
+            else:
+                copy_blocks(
+                    source, written, piece.start, end, piece.block_bytes, piece.order
+                )
+            end += piece.num_bytes
+        os.fsync(written)
+    part.replace(target)
