@@ -8,7 +8,7 @@ import typer
 from placer.cli.output import JsonOption, OutOption, print_json, print_table, warn
 from placer.errors import UsageError
 
-_FORMATS = ("npz", "exflow", "sglang-routed", "vllm-routed")
+_FORMATS = ("npz", "exflow", "csv", "sglang-routed", "sglang-dump", "vllm-routed")
 
 
 def import_(
@@ -26,14 +26,24 @@ def import_(
     """Turn routing that something else recorded into a trace.
 
     npz: arrays experts [T, L, k], sequence_ids [T] and optional others. exflow: .npy
-    [tokens, layers]. sglang-routed, vllm-routed: JSON lines of responses with
-    return_routed_experts.
+    [tokens, layers]. csv: one row per token and layer. sglang-routed, vllm-routed: JSON
+    lines of responses with return_routed_experts. sglang-dump: the recorder's .pt file of
+    mode per_token.
     """
+    from placer.trace.csv_rows import read_csv
     from placer.trace.imported import import_file
     from placer.trace.npz import read_exflow, read_npz
     from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
+    from placer.trace.sglang_dump import read_sglang_dump
 
-    readers = (read_npz, read_exflow, read_sglang_routed, read_vllm_routed)
+    readers = (
+        read_npz,
+        read_exflow,
+        read_csv,
+        read_sglang_routed,
+        read_sglang_dump,
+        read_vllm_routed,
+    )
     if format_ not in _FORMATS:
         raise UsageError(
             f"format {format_!r} is not known", f"known formats: {', '.join(_FORMATS)}"

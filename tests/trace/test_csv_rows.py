@@ -1,0 +1,74 @@
+"""CSV rows in any order give the tokens that were written; gaps are named."""
+
+import csv
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.errors import PlacerError
+from placer.trace import Chunk, Trace
+from placer.trace.csv_rows import read_csv
+from placer.trace.imported import import_file
+
+
+def rows_of(chunk: Chunk) -> list[list[object]]:
+    return [
+        [chunk.sequence_ids[t], chunk.positions[t], chunk.token_ids[t], layer, *ids[t]]
+        for t in range(chunk.num_tokens)
+        for layer, ids in enumerate(chunk.experts)
+    ]
+
+
+def write(path: Path, rows: list[list[object]], header: str) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header.split(","))
+        writer.writerows(rows)
+    return path
+
+
+HEADER = "sequence_id,position,token_id,layer,e0,e1"
+
+
+def test_tokens_come_back_whatever_the_order(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk(num_tokens=60)
+    rows = rows_of(chunk)
+    random.Random(0).shuffle(rows)
+    path = write(tmp_path / "t.csv", rows, HEADER)
+    import_file(read_csv, "csv", path, tmp_path / "t")
+    read = Trace(tmp_path / "t").read()
+    for ids, expected in zip(read.experts, chunk.experts, strict=True):
+        assert np.array_equal(ids, expected)
+    assert read.token_ids.tolist() == chunk.token_ids.tolist()
+    assert read.positions.tolist() == chunk.positions.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "words"),
+    [
+        (lambda rows: rows[:-1], HEADER, "does not have each of the layers 0 to 2 once"),
+        (lambda rows: [*rows, rows[0]], HEADER, "does not have each of the layers"),
+        (lambda rows: rows, HEADER.replace("layer", "depth"), "has no column layer"),
+        (lambda rows: rows, HEADER.replace("e1", "e2"), "has no column e1"),
+        (lambda rows: [["x", *rows[0][1:]], *rows], HEADER, "column sequence_id holds"),
+        (lambda rows: [[*rows[0][:5], -1], *rows[1:]], HEADER, "must not be negative"),
+        (lambda rows: [[*rows[0][:4], 1, 1], *rows[1:]], HEADER, "twice"),
+    ],
+)
+def test_what_cannot_be_a_trace_is_refused(
+    make_chunk: Callable[..., Chunk],
+    tmp_path: Path,
+    change: Callable[[list], list],
+    header: str,
+    words: str,
+) -> None:
+    rows = change(rows_of(make_chunk(num_tokens=30)))
+    path = write(tmp_path / "t.csv", rows, header)
+    with pytest.raises(PlacerError, match=words):
+        import_file(read_csv, "csv", path, tmp_path / "t")
+    assert not (tmp_path / "t").exists()
