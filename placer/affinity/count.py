@@ -4,10 +4,7 @@ Counts are integers and add up, so the result depends neither on how tokens are 
 chunks nor on how many processes count them.
 """
 
-import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +16,7 @@ from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
 from placer.errors import PlacerError
 from placer.model import ModelSpec
+from placer.parallel import PROCESSES, Backend
 from placer.trace import Chunk
 
 IntArray = npt.NDArray[np.int64]
@@ -65,8 +63,9 @@ def count_sources(
     provenance: Mapping[str, Any],
     *,
     with_rows: bool = True,
+    backend: Backend = PROCESSES,
 ) -> Affinity:
-    """Count several streams of chunks, each in a process of its own.
+    """Count several streams of chunks, each in a process or Ray task of its own.
 
     Parameters
     ----------
@@ -76,6 +75,8 @@ def count_sources(
         counted in this process.
     model, provenance, with_rows
         As for :func:`count_affinity`.
+    backend
+        Where to count.
 
     Raises
     ------
@@ -84,20 +85,8 @@ def count_sources(
     """
     task = partial(_count_source, model=model, provenance=provenance, with_rows=with_rows)
     total = _Sum()
-    if len(sources) == 1:
-        total.add(task(sources[0]))
-    else:
-        # A fork would copy the threads' locks of libraries that are already loaded.
-        context = multiprocessing.get_context("spawn")
-        try:
-            with ProcessPoolExecutor(len(sources), mp_context=context) as pool:
-                for part in pool.map(task, sources):
-                    total.add(part)
-        except BrokenProcessPool as error:
-            raise PlacerError(
-                "a counting process was killed, perhaps for want of memory",
-                "count in one process: --workers 1",
-            ) from error
+    for part in backend.map(task, sources):
+        total.add(part)
     if (counted := total.result()) is None:
         raise _no_token()
     return counted

@@ -11,6 +11,7 @@ from placer.affinity.affinity import Affinity
 from placer.affinity.count import ChunkSource, count_sources
 from placer.errors import UsageError
 from placer.files import sha256_file
+from placer.parallel import PROCESSES, Backend
 from placer.trace import Chunk, Fold, Trace
 
 # Starting a process costs about as much as counting so many tokens.
@@ -18,7 +19,10 @@ _WORTH_A_WORKER = 250_000
 
 
 def affinity_of_traces(
-    traces: Sequence[Trace], fold: Fold | None, num_workers: int = 1
+    traces: Sequence[Trace],
+    fold: Fold | None,
+    num_workers: int = 1,
+    backend: Backend = PROCESSES,
 ) -> Affinity:
     """Count the sequences of ``fold`` in traces of one model.
 
@@ -47,7 +51,9 @@ def affinity_of_traces(
         "fold": None if fold is None else str(fold),
     }
     parts = [
-        count_sources(_sources(trace, fold, num_workers), trace.model, provenance)
+        count_sources(
+            _sources(trace, fold, num_workers), trace.model, provenance, backend=backend
+        )
         for trace in traces
     ]
     total = reduce(Affinity.add, parts)

@@ -34,6 +34,13 @@ def affinity(
         int | None,
         typer.Option(min=1, help="Processes that count.", show_default="all cores"),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Where to count: processes, or tasks of a ray cluster.")
+    ] = "processes",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster that sees the traces; else one starts here."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count load, transitions, co-activation and experts per token and per sequence.
@@ -43,6 +50,7 @@ def affinity(
     import os
 
     from placer.affinity.from_traces import affinity_of_traces, merged_affinity
+    from placer.parallel import Backend
     from placer.trace import Trace
 
     chosen = parse_fold(fold, not_fold)
@@ -55,7 +63,9 @@ def affinity(
         counted = merged_affinity(traces)
     else:
         opened = [Trace(path) for path in traces]
-        counted = affinity_of_traces(opened, chosen, workers or os.cpu_count() or 1)
+        where = Backend(name=backend, address=ray_address)  # type: ignore[arg-type]
+        most = workers or os.cpu_count() or 1
+        counted = affinity_of_traces(opened, chosen, most, where)
     counted.write(out)
     facts = {
         "out": str(out),

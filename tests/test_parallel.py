@@ -1,0 +1,104 @@
+"""A real Ray cluster of several worker processes counts what one process counts."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from placer.affinity import from_traces
+from placer.affinity.count import count_sources
+from placer.affinity.from_traces import affinity_of_traces
+from placer.errors import PlacerError, UsageError
+from placer.model import ModelSpec
+from placer.parallel import Backend
+from placer.trace import Chunk, Trace, TraceWriter
+
+MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
+RAY = Backend(name="ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: placer[ray]")
+    # Workers import this file to find the function that kills them.
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        runtime_env=here,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def trace(
+    make_chunk: Callable[..., Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Trace:
+    """A trace of five chunks, of which every token is worth a task."""
+    monkeypatch.setattr(from_traces, "_WORTH_A_WORKER", 1)
+    chunk = make_chunk(num_sequences=10)
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        for part in range(5):
+            writer.append(chunk.select(chunk.sequence_ids // 2 == part))
+        writer.finish()
+    return Trace(tmp_path / "t")
+
+
+def die_once(directory: Path, part: int, marker: Path) -> Iterator[Chunk]:
+    """Kill the worker on the first call, read one chunk on the next."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Trace(directory).chunks(None, part, part + 1)
+
+
+def test_tasks_write_the_same_bytes_as_one_process(
+    cluster: None, trace: Trace, tmp_path: Path
+) -> None:
+    affinity_of_traces([trace], None).write(tmp_path / "one")
+    affinity_of_traces([trace], None, 5, RAY).write(tmp_path / "ray")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
+
+
+def test_a_worker_killed_on_the_way_changes_nothing(
+    cluster: None, trace: Trace, tmp_path: Path
+) -> None:
+    markers = [tmp_path / f"killed-{part}" for part in range(5)]
+    markers[0].touch()  # this one lives
+    sources = [partial(die_once, trace.directory, n, m) for n, m in enumerate(markers)]
+    count_sources(sources, MODEL, {}, backend=RAY).write(tmp_path / "ray")
+    assert all(marker.exists() for marker in markers)
+    whole = [partial(die_once, trace.directory, n, markers[0]) for n in range(5)]
+    for part in whole[1:]:
+        assert list(part())
+    one = count_sources([partial(Trace(trace.directory).chunks)], MODEL, {})
+    one.write(tmp_path / "one")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
+
+
+def test_damage_found_by_a_task_is_told(cluster: None, trace: Trace) -> None:
+    path = trace.directory / "chunk-00004.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(PlacerError, match=r"chunk-00004\.safetensors is damaged") as caught:
+        affinity_of_traces([trace], None, 5, RAY)
+    assert "copy the trace again" in caught.value.hint
+
+
+def test_wrong_backends_are_refused() -> None:
+    with pytest.raises(UsageError, match="--backend dask is not known"):
+        Backend(name="dask")
+    with pytest.raises(UsageError, match="is for Ray"):
+        Backend(address="10.0.0.1:6379")
+
+
+def test_an_address_where_no_cluster_is_is_told_at_once() -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: placer[ray]")
+    ray.shutdown()
+    nowhere = Backend(name="ray", address="127.0.0.1:9")
+    with pytest.raises(PlacerError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
+        nowhere.map(str, [1])
