@@ -122,7 +122,7 @@ class DeepspeedCheckpoint:
                 experts[int(found[1]), int(found[2]), found[3]] = path
             elif _MAIN_FILE.fullmatch(path.name):
                 main.append(path)
-            elif path.suffix == ".pt":
+            elif path.suffix == ".pt" and not _is_empty_optimizer(path):
                 raise _unclassified(path)
             elif path.name != RECORD_NAME:
                 others.append(path)
@@ -432,6 +432,11 @@ def _num_experts(
                         f"{directory} lacks {name}", "fetch the checkpoint again"
                     )
     return tuple(sizes)
+
+
+def _is_empty_optimizer(path: Path) -> bool:
+    """Return whether a file is one that DeepSpeed writes where there is no optimizer."""
+    return "optim_states" in path.name and not any(_load(path).values())
 
 
 def _unclassified(path: Path) -> PlacerError:

@@ -169,6 +169,11 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
         model = _required_model("deepspeed", plan, model)
         report = export_deepspeed(plan, model, out)
         note(f"prove it: placer verify {model} {out} {plan}")
+        note(
+            "mind: noise that a gate draws per expert (top2_2nd_expert_sampling, "
+            "noisy_gate_policy) falls on other experts then: alike, but not number for "
+            "number"
+        )
     return {"out": str(out)} | report.to_json()
 
 

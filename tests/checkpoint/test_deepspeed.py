@@ -58,6 +58,8 @@ def checkpoint(tmp_path: Path) -> Path:
                 }
                 torch.save(tensors, folder / name_of(layer, expert, mp))
     (folder / "zero_to_fp32.py").write_text("# comes along\n")
+    # Written even where there is no optimizer.
+    torch.save({"optimizer": None}, folder / "expp_rank_0_mp_rank_00_optim_states.pt")
     return folder
 
 
@@ -118,7 +120,7 @@ def test_the_layers_compute_the_same_on_every_model_parallel_rank(
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
-    for path in sorted(folder.glob("*.pt")):
+    for path in sorted(folder.glob("*_model_states.pt")):
         value = torch.load(path, weights_only=True)
         for key, tensor in value.get("module", value).items():
             found[f"{path.name}/{key}"] = tensor
@@ -177,7 +179,7 @@ def test_verify_counts_all_tensors_and_finds_a_change(
 def test_what_cannot_be_permuted_is_refused_with_the_reason(
     checkpoint: Path, plan: Path, tmp_path: Path, name: str, match: str
 ) -> None:
-    torch.save({}, checkpoint / name)
+    torch.save({"optimizer": {"state": {0: torch.ones(2)}}}, checkpoint / name)
     refused(plan, checkpoint, tmp_path, match)
 
 
