@@ -25,10 +25,11 @@ Facts = dict[str, object]
 # Told on stderr, one line each.
 _TOLD = ("command", "conditions", "warnings")
 MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
-TARGETS = ("checkpoint", "ranks", *MAPS)
+TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS)
 # Maps take --out alone.
 _OPTIONS = {
     "checkpoint": ("--inverse", "--link", "--hash", "--workers", "--dry-run"),
+    "deepspeed": ("--inverse",),
     "ranks": ("--experts-only", "--workers", "--dry-run"),
 }
 
@@ -79,8 +80,9 @@ def export(
     checkpoint: the model with its experts renumbered, for any engine that splits experts
     contiguously; nothing is recomputed. ranks: one directory per expert-parallel rank with
     its experts, replicas included, and the rest, all under their own names. Both go on
-    where they were killed. Maps: sglang (.json, .pt: --init-expert-location), trtllm
-    (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
+    where they were killed. deepspeed: a DeepSpeed-MoE checkpoint (MODEL is the folder of a
+    tag) with its experts renumbered. Maps: sglang (.json, .pt: --init-expert-location),
+    trtllm (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
     (.safetensors, .npz: phy2log, log2phy, logcnt), csv and json (one slot a line, or rows).
     The last three need no MODEL.
     """
@@ -101,6 +103,8 @@ def export(
     _require_options(target, [name for name, value in given.items() if value])
     if target in MAPS:
         facts = _export_map(target, plan, model, _required(out))
+    elif target == "deepspeed":
+        facts = _export_deepspeed(plan, model, _required(out), inverse)
     else:
         from placer.checkpoint.writing import ExportOptions
 
@@ -151,12 +155,34 @@ def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "Expo
 
     if not inverse:
         return prepare_export(plan, _required_model("checkpoint", plan, model))
+    _require_alone("checkpoint", model)
+    return prepare_restore(plan)
+
+
+def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) -> Facts:
+    from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
+
+    if inverse:
+        _require_alone("deepspeed", model)
+        report = restore_deepspeed(plan, out)
+    else:
+        model = _required_model("deepspeed", plan, model)
+        report = export_deepspeed(plan, model, out)
+        note(f"prove it: placer verify {model} {out} {plan}")
+        note(
+            "mind: noise that a gate draws per expert (top2_2nd_expert_sampling, "
+            "noisy_gate_policy) falls on other experts then: alike, but not number for "
+            "number"
+        )
+    return {"out": str(out)} | report.to_json()
+
+
+def _require_alone(target: str, model: Path | None) -> None:
     if model is not None:
         raise UsageError(
             "--inverse restores a checkpoint from its export alone",
-            "placer export checkpoint EXPORTED --inverse --out ORIGINAL",
+            f"placer export {target} EXPORTED --inverse --out ORIGINAL",
         )
-    return prepare_restore(plan)
 
 
 def _prepared_ranks(plan: Path, model: Path | None, experts_only: bool) -> "RanksJob":

@@ -33,8 +33,16 @@ def verify(
     if exported.is_file():
         _verify_map(original, exported, plan, as_json)
         return
+    from placer.checkpoint.deepspeed import is_deepspeed, verify_deepspeed
     from placer.checkpoint.verify_ranks import is_ranks
 
+    if is_deepspeed(exported):
+        num_tensors = verify_deepspeed(original, exported, plan)
+        if as_json:
+            print_json({"num_tensors": num_tensors})
+            return
+        print_line(f"verified: {num_tensors} tensors equal bit for bit under the plan")
+        return
     if is_ranks(exported):
         _verify_ranks(original, exported, plan, as_json)
         return

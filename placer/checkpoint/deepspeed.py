@@ -1,0 +1,462 @@
+"""DeepSpeed-MoE checkpoints: experts renumbered in file names and keys, rows in gates.
+
+Facts from DeepSpeed, ``runtime/engine.py`` and ``moe``. Every expert has a file of its
+own, ``layer_{ordinal}_expert_{id}_mp_rank_{mp}_model_states.pt``, whose keys hold the id
+too; gates ``[E, hidden]`` are in ``mp_rank_{mp}_model_states.pt`` under ``module``. A rank
+loads consecutive ids. Pyramid-residual models differ in experts from layer to layer; their
+dense branch and its coefficient do not depend on the order of experts.
+"""
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer import __version__
+from placer.checkpoint.source import RECORD_NAME
+from placer.checkpoint.writing import require_outside
+from placer.errors import PlacerError, VerificationError
+from placer.files import (
+    atomic_directory,
+    canonical_json,
+    read_json,
+    require_free_space,
+    sha256_file,
+)
+from placer.plan import Plan
+
+IntArray = npt.NDArray[np.int64]
+SCHEMA_VERSION = 1
+KIND = "deepspeed"
+_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_MAIN_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
+_EXPERT_KEY = re.compile(
+    r"((?:.*\.)?deepspeed_moe)\.experts\.deepspeed_experts\.(\d+)\.(.+)"
+)
+_GATE = ".gate.wg.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepspeedReport:
+    """What was written.
+
+    Attributes
+    ----------
+    num_layers
+        MoE layers.
+    num_expert_files, num_gates
+        Files of experts, and gates whose rows were reordered; both over all model-parallel
+        ranks.
+    """
+
+    num_layers: int
+    num_expert_files: int
+    num_gates: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a table of the export shows."""
+        return {
+            "layers": self.num_layers,
+            "expert_files": self.num_expert_files,
+            "permuted_gates": self.num_gates,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeepspeedCheckpoint:
+    """The files of one DeepSpeed-MoE checkpoint.
+
+    Attributes
+    ----------
+    directory
+        Where they are: the folder of a tag.
+    expert_files
+        By MoE layer, expert and model-parallel rank.
+    main_files
+        Files with everything else, one per model-parallel rank.
+    other_files
+        Files that come along as they are.
+    num_experts
+        ``[L]``: experts of each MoE layer.
+    """
+
+    directory: Path
+    expert_files: Mapping[tuple[int, int, str], Path]
+    main_files: tuple[Path, ...]
+    other_files: tuple[Path, ...]
+    num_experts: tuple[int, ...]
+
+    @classmethod
+    def open(cls, directory: Path) -> "DeepspeedCheckpoint":
+        """Find and name all files.
+
+        Parameters
+        ----------
+        directory
+            The folder of a tag, or the one above, whose ``latest`` names it.
+
+        Raises
+        ------
+        PlacerError
+            If it is no DeepSpeed-MoE checkpoint, holds optimizer states or files that
+            cannot be classified, or experts are missing.
+        """
+        directory = _tag_folder(directory)
+        experts: dict[tuple[int, int, str], Path] = {}
+        main, others = [], []
+        for path in sorted(directory.rglob("*")):
+            if path.is_symlink():
+                raise PlacerError(
+                    f"{path} is a link", f"copy it with its files: cp -rL {directory} COPY"
+                )
+            if path.is_dir():
+                continue
+            if found := _EXPERT_FILE.fullmatch(path.name):
+                experts[int(found[1]), int(found[2]), found[3]] = path
+            elif _MAIN_FILE.fullmatch(path.name):
+                main.append(path)
+            elif path.suffix == ".pt" and not _is_empty_optimizer(path):
+                raise _unclassified(path)
+            elif path.name != RECORD_NAME:
+                others.append(path)
+        if not experts or not main:
+            raise PlacerError(
+                f"{directory} is no DeepSpeed-MoE checkpoint: it has {len(experts)} files "
+                f"of experts and {len(main)} of everything else",
+                "give the folder of a tag, with mp_rank_00_model_states.pt in it",
+            )
+        return cls(
+            directory=directory,
+            expert_files=experts,
+            main_files=tuple(main),
+            other_files=tuple(others),
+            num_experts=_num_experts(directory, experts),
+        )
+
+
+def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedReport:
+    """Write the checkpoint whose expert e of layer l is old expert ``map[l][e]``.
+
+    Parameters
+    ----------
+    plan_path
+        A plan without replicas; its MoE layers are those of the checkpoint, in order.
+    directory
+        The original; it is only read.
+    out
+        The directory to write; it must not exist.
+
+    Raises
+    ------
+    PlacerError
+        If plan and checkpoint differ in shape, or the checkpoint cannot be permuted.
+    """
+    plan = Plan.read(plan_path)
+    source = DeepspeedCheckpoint.open(directory)
+    if source.num_experts != plan.model.num_experts:
+        raise PlacerError(
+            f"{plan_path} is for {list(plan.model.num_experts)} experts per MoE layer, "
+            f"{directory} has {list(source.num_experts)}",
+            f"solve a plan of this model; look at this one: placer inspect {plan_path}",
+        )
+    if (source.directory / RECORD_NAME).exists():
+        raise PlacerError(
+            f"{directory} was already permuted by placer",
+            f"restore it first: placer export deepspeed {directory} --inverse --out IT",
+        )
+    rows = [plan.placement.permutation(n) for n in range(len(source.num_experts))]
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "placer": __version__,
+        "plan_sha256": sha256_file(plan_path),
+        "permutation": [row.tolist() for row in rows],
+    }
+    return _write(source, rows, out, record)
+
+
+def restore_deepspeed(directory: Path, out: Path) -> DeepspeedReport:
+    """Write the original of an exported checkpoint: every tensor, bit for bit.
+
+    Raises
+    ------
+    PlacerError
+        If the directory holds no record, or one of another checkpoint.
+    """
+    source = DeepspeedCheckpoint.open(directory)
+    rows = _recorded(source.directory / RECORD_NAME, source.num_experts)
+    return _write(source, [np.argsort(row) for row in rows], out, None)
+
+
+def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
+    """Compare every tensor under the plan's permutation; return how many there are.
+
+    Raises
+    ------
+    VerificationError
+        At the first difference.
+    """
+    plan = Plan.read(plan_path)
+    old, new = (DeepspeedCheckpoint.open(one) for one in (original, exported))
+    if old.expert_files.keys() != new.expert_files.keys():
+        raise VerificationError(f"{exported} has other files of experts than {original}")
+    count = 0
+    for (layer, expert, rank), path in new.expert_files.items():
+        moved = int(plan.placement.permutation(layer)[expert])
+        theirs = old.expert_files[layer, moved, rank]
+        expected = {
+            key.replace(f"deepspeed_experts.{moved}.", f"deepspeed_experts.{expert}."): one
+            for key, one in _load(theirs).items()
+        }
+        count += _compare(path, _load(path), expected)
+    prefixes = {prefix: n for n, prefix in enumerate(_prefixes(old))}
+    for ours, theirs in zip(new.main_files, old.main_files, strict=True):
+        found, expected = _load(ours)["module"], dict(_load(theirs)["module"])
+        for prefix, layer in prefixes.items():
+            expected[prefix + _GATE] = expected[prefix + _GATE][
+                plan.placement.permutation(layer)
+            ]
+        count += _compare(ours, found, expected)
+    return count
+
+
+def is_deepspeed(directory: Path) -> bool:
+    """Return whether a directory holds a DeepSpeed checkpoint."""
+    return (directory / "latest").is_file() or any(
+        directory.glob("mp_rank_*_model_states.pt")
+    )
+
+
+def _write(
+    source: DeepspeedCheckpoint,
+    rows: Sequence[IntArray],
+    out: Path,
+    record: Mapping[str, Any] | None,
+) -> DeepspeedReport:
+    require_outside(out, source.directory)
+    files = (*source.expert_files.values(), *source.main_files, *source.other_files)
+    require_free_space(out, sum(path.stat().st_size for path in files))
+    prefixes = list(_prefixes(source))
+    with atomic_directory(out) as partial:
+        for (layer, expert, rank), path in source.expert_files.items():
+            moved = int(rows[layer][expert])
+            content = _load(source.expert_files[layer, moved, rank])
+            _save(partial / path.name, _renumbered(path, content, moved, expert))
+        num_gates = 0
+        for path in source.main_files:
+            content = _load(path)
+            num_gates += _permute_gates(path, content, prefixes, rows)
+            _save(partial / path.name, content)
+        for path in source.other_files:
+            target = partial / path.relative_to(source.directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        if record is not None:
+            (partial / RECORD_NAME).write_text(canonical_json(record) + "\n")
+    return DeepspeedReport(
+        num_layers=len(rows),
+        num_expert_files=len(source.expert_files),
+        num_gates=num_gates,
+    )
+
+
+def _renumbered(
+    path: Path, content: Mapping[str, Any], old: int, new: int
+) -> dict[str, Any]:
+    """Return an expert's tensors under the keys of another id."""
+    found = {}
+    for key, value in content.items():
+        match = _EXPERT_KEY.fullmatch(key)
+        if match is None or int(match[2]) != old:
+            raise PlacerError(
+                f"{path.name}: the key {key} is not that of expert {old}",
+                "report the checkpoint: its keys are not those of DeepSpeed-MoE",
+            )
+        found[f"{match[1]}.experts.deepspeed_experts.{new}.{match[3]}"] = value
+    return found
+
+
+def _permute_gates(
+    path: Path,
+    content: dict[str, Any],
+    prefixes: Sequence[str],
+    rows: Sequence[IntArray],
+) -> int:
+    """Reorder the rows of all gates in place; return how many there are."""
+    module = content.get("module")
+    if not isinstance(module, dict):
+        raise PlacerError(f"{path} has no module", "give a checkpoint of DeepSpeed")
+    if content.get("optimizer"):
+        raise _optimizer(path)
+    gates = {prefix + _GATE: row for prefix, row in zip(prefixes, rows, strict=True)}
+    for key in module:
+        if "deepspeed_moe." in key and key not in gates:
+            raise PlacerError(
+                f"{path}: tensor {key} cannot be classified: it belongs to an MoE layer, "
+                "but is no gate",
+                "report the checkpoint",
+            )
+    for key, row in gates.items():
+        gate = module.get(key)
+        if gate is None or gate.ndim != 2 or len(gate) != len(row):
+            raise PlacerError(
+                f"{path}: gate {key} is missing, or has not one row for each of "
+                f"{len(row)} experts",
+                "fetch the checkpoint again",
+            )
+        module[key] = gate[row]
+    return len(gates)
+
+
+def _prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
+    """Yield the module of each MoE layer, as the keys of its expert 0 name it."""
+    for layer in range(len(source.num_experts)):
+        path = next(
+            path
+            for (n, expert, _), path in source.expert_files.items()
+            if (n, expert) == (layer, 0)
+        )
+        match = _EXPERT_KEY.fullmatch(next(iter(_load(path)), ""))
+        if match is None:
+            raise PlacerError(
+                f"{path} holds no tensor of an expert", "fetch the checkpoint again"
+            )
+        yield match[1]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PlacerError(
+            f"{path} does not load with weights_only: {reason}",
+            "save it again without client state: engine.save_checkpoint(DIR)",
+        ) from error
+    if not isinstance(value, dict):
+        raise PlacerError(f"{path} holds no dict", "give a checkpoint of DeepSpeed")
+    return value
+
+
+def _save(path: Path, value: Mapping[str, Any]) -> None:
+    import torch
+
+    # Saved to a path, the archive would hold the name of that path.
+    with path.open("wb") as stream:
+        torch.save(value, stream)
+
+
+def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
+    if odd := min(found.keys() ^ expected.keys(), default=None):
+        raise VerificationError(f"{path} lacks {odd}, or should not have it")
+    for key, value in expected.items():
+        if not _same(found[key], value):
+            raise VerificationError(
+                f"{path}: {key} is not what the plan makes of the original",
+                "export it again: placer export deepspeed PLAN ORIGINAL --out NEW",
+            )
+    return len(expected)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare tensors byte by byte: NaN is then equal to itself, in any dtype."""
+    import torch
+
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return bool(one == other)
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    left, right = (
+        tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)
+    )
+    return torch.equal(left, right)
+
+
+def _recorded(path: Path, num_experts: tuple[int, ...]) -> list[IntArray]:
+    value = read_json(path, "export record")
+    try:
+        rows = [np.asarray(row, dtype=np.int64) for row in value["permutation"]]
+        expected = [np.arange(size) for size in num_experts]
+        sound = len(rows) == len(expected) and all(
+            np.array_equal(np.sort(row), one)
+            for row, one in zip(rows, expected, strict=True)
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        sound = False
+    if not sound or (value.get("schema_version"), value.get("kind")) != (1, KIND):
+        raise PlacerError(
+            f"{path} is damaged, or no record of a DeepSpeed checkpoint of "
+            f"{json.dumps(num_experts)} experts",
+            "take it from an unchanged copy",
+        )
+    return rows
+
+
+def _tag_folder(directory: Path) -> Path:
+    latest = directory / "latest"
+    if not latest.is_file():
+        return directory
+    tag = latest.read_text(encoding="utf-8").strip()
+    if not tag or Path(tag).name != tag or tag == "..":
+        raise PlacerError(
+            f"{latest} names {tag!r}, which is no folder beside it", "name the tag's folder"
+        )
+    return directory / tag
+
+
+def _num_experts(
+    directory: Path, experts: Mapping[tuple[int, int, str], Path]
+) -> tuple[int, ...]:
+    """Return the experts per layer; each must have a file for each model-parallel rank."""
+    ranks = {rank for _, _, rank in experts}
+    num_layers = 1 + max(layer for layer, _, _ in experts)
+    sizes = [
+        1 + max((e for n, e, _ in experts if n == layer), default=-1)
+        for layer in range(num_layers)
+    ]
+    for layer, size in enumerate(sizes):
+        for expert in range(max(size, 1)):
+            for rank in sorted(ranks):
+                if (layer, expert, rank) not in experts:
+                    name = f"layer_{layer}_expert_{expert}_mp_rank_{rank}_model_states.pt"
+                    raise PlacerError(
+                        f"{directory} lacks {name}", "fetch the checkpoint again"
+                    )
+    return tuple(sizes)
+
+
+def _is_empty_optimizer(path: Path) -> bool:
+    """Return whether a file is one that DeepSpeed writes where there is no optimizer."""
+    return "optim_states" in path.name and not any(_load(path).values())
+
+
+def _unclassified(path: Path) -> PlacerError:
+    if "optim_states" in path.name:
+        return _optimizer(path)
+    if re.fullmatch(r"expert_\d+_mp_rank_\d+_model_states\.pt", path.name):
+        return PlacerError(
+            f"{path} is of a DeepSpeed that kept all layers of an expert in one file",
+            "load and save the checkpoint with a later DeepSpeed",
+        )
+    return PlacerError(
+        f"{path} cannot be classified: it is neither of an expert nor of a model-parallel "
+        "rank",
+        "move it out of the directory if it does not belong to the checkpoint",
+    )
+
+
+def _optimizer(path: Path) -> PlacerError:
+    return PlacerError(
+        f"{path} holds optimizer states, which are flattened over experts and ranks: they "
+        "cannot be permuted, and would not fit the permuted experts",
+        "export a copy without *optim_states.pt, and load it with load_module_only=True",
+    )

@@ -1,0 +1,252 @@
+"""A permuted DeepSpeed-MoE checkpoint is the same function on every rank, and comes back.
+
+The files are laid out as ``DeepSpeedEngine._save_moe_checkpoint`` lays them out; the oracle
+loads them rank by rank as ``load_moe_state_dict`` does, and runs the layers.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from placer.checkpoint.deepspeed import (
+    export_deepspeed,
+    restore_deepspeed,
+    verify_deepspeed,
+)
+from placer.cli.main import main
+from placer.errors import PlacerError, VerificationError
+from placer.model import ModelSpec
+from placer.plan import Placement
+
+WritePlan = Callable[..., Path]
+HIDDEN, WIDTH, MP_RANKS = 8, 12, 2
+# Pyramid-residual: layers differ in experts.
+NUM_EXPERTS = (4, 8)
+MODULES = ("transformer.layers.1.mlp", "transformer.layers.3.mlp")
+
+
+def name_of(layer: int, expert: int, mp: int) -> str:
+    return f"layer_{layer}_expert_{expert}_mp_rank_{mp:02d}_model_states.pt"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder of a tag: two MoE layers, two model-parallel ranks."""
+    torch.manual_seed(0)
+    folder = tmp_path / "saved" / "global_step10"
+    folder.mkdir(parents=True)
+    (tmp_path / "saved" / "latest").write_text("global_step10")
+    gates = {}
+    for module, size in zip(MODULES, NUM_EXPERTS, strict=True):
+        gates[f"{module}.deepspeed_moe.gate.wg.weight"] = torch.randn(size, HIDDEN)
+        gates[f"{module}.mlp.fc.weight"] = torch.randn(HIDDEN, HIDDEN)
+        gates[f"{module}.coefficient.weight"] = torch.randn(2, HIDDEN)
+    for mp in range(MP_RANKS):
+        module = {"embed.weight": torch.randn(10, HIDDEN)} | gates
+        state = {"module": module, "num_experts": list(NUM_EXPERTS), "global_steps": 10}
+        torch.save(state, folder / f"mp_rank_{mp:02d}_model_states.pt")
+        for layer, (prefix, size) in enumerate(zip(MODULES, NUM_EXPERTS, strict=True)):
+            for expert in range(size):
+                key = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{expert}"
+                tensors = {
+                    f"{key}.dense_h_to_4h.weight": torch.randn(WIDTH, HIDDEN),
+                    f"{key}.dense_4h_to_h.weight": torch.randn(HIDDEN, WIDTH),
+                }
+                torch.save(tensors, folder / name_of(layer, expert, mp))
+    (folder / "zero_to_fp32.py").write_text("# comes along\n")
+    # Written even where there is no optimizer.
+    torch.save({"optimizer": None}, folder / "expp_rank_0_mp_rank_00_optim_states.pt")
+    return folder
+
+
+def make_plan(write_plan: WritePlan, sizes: tuple[int, ...], seed: int = 0) -> Path:
+    rows = []
+    for size in sizes:
+        row = list(range(size))
+        random.Random(seed).shuffle(row)
+        rows.append(row)
+    placement = Placement.from_json(rows, sizes, num_ranks=2, num_nodes=1)
+    return write_plan(ModelSpec(num_experts=sizes, top_k=2), placement)
+
+
+@pytest.fixture
+def plan(write_plan: WritePlan) -> Path:
+    return make_plan(write_plan, NUM_EXPERTS)
+
+
+def run(folder: Path, layer: int, mp: int, tokens: torch.Tensor) -> torch.Tensor:
+    """Top 2 of a layer whose experts two ranks load, each its consecutive half."""
+    main_file = torch.load(folder / f"mp_rank_{mp:02d}_model_states.pt", weights_only=True)
+    prefix, size = MODULES[layer], NUM_EXPERTS[layer]
+    gate = main_file["module"][f"{prefix}.deepspeed_moe.gate.wg.weight"]
+    weights, chosen = torch.softmax(tokens @ gate.T, dim=1).topk(2, dim=1)
+    out = torch.zeros_like(tokens)
+    for rank in range(2):
+        for local in range(size // 2):
+            expert = rank * (size // 2) + local
+            state = torch.load(folder / name_of(layer, expert, mp), weights_only=True)
+            local_state = {
+                key.replace(
+                    f"deepspeed_experts.{expert}.", f"deepspeed_experts.{local}."
+                ): v
+                for key, v in state.items()
+            }
+            key = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{local}"
+            up = local_state[f"{key}.dense_h_to_4h.weight"]
+            down = local_state[f"{key}.dense_4h_to_h.weight"]
+            share = (weights * (chosen == expert)).sum(dim=1, keepdim=True)
+            out += share * (torch.relu(tokens @ up.T) @ down.T)
+    return out
+
+
+def test_the_layers_compute_the_same_on_every_model_parallel_rank(
+    checkpoint: Path, plan: Path, tmp_path: Path
+) -> None:
+    report = export_deepspeed(plan, checkpoint, tmp_path / "out")
+    assert (report.num_layers, report.num_expert_files, report.num_gates) == (2, 24, 4)
+    tokens = torch.randn(50, HIDDEN)
+    for layer in range(2):
+        for mp in range(MP_RANKS):
+            before = run(checkpoint, layer, mp, tokens)
+            after = run(tmp_path / "out", layer, mp, tokens)
+            assert torch.allclose(before, after, atol=1e-6)
+            assert before.abs().max() > 0.1
+    assert (tmp_path / "out" / "zero_to_fp32.py").exists()
+
+
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in sorted(folder.glob("*_model_states.pt")):
+        value = torch.load(path, weights_only=True)
+        for key, tensor in value.get("module", value).items():
+            found[f"{path.name}/{key}"] = tensor
+    return found
+
+
+def test_only_experts_and_gates_change_and_the_inverse_undoes_it(
+    checkpoint: Path, plan: Path, tmp_path: Path
+) -> None:
+    export_deepspeed(plan, checkpoint.parent, tmp_path / "out")
+    before, after = everything(checkpoint), everything(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(".deepspeed_moe." in key for key in changed)
+    restore_deepspeed(tmp_path / "out", tmp_path / "back")
+    back = everything(tmp_path / "back")
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[key], before[key]) for key in before)
+    assert not (tmp_path / "back" / "placer.json").exists()
+    export_deepspeed(plan, checkpoint, tmp_path / "again")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_verify_counts_all_tensors_and_finds_a_change(
+    checkpoint: Path, plan: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_deepspeed(plan, checkpoint, out)
+    assert verify_deepspeed(checkpoint, out, plan) == len(everything(out))
+    for name in (name_of(1, 3, 0), "mp_rank_01_model_states.pt"):
+        value = torch.load(out / name, weights_only=True)
+        tensors = value.get("module", value)
+        key = max(tensors)
+        tensors[key] = tensors[key] + 1
+        kept = (out / name).read_bytes()
+        torch.save(value, out / name)
+        with pytest.raises(VerificationError, match="is not what the plan makes"):
+            verify_deepspeed(checkpoint, out, plan)
+        (out / name).write_bytes(kept)
+    (out / name_of(1, 3, 0)).unlink()
+    with pytest.raises(PlacerError, match="lacks layer_1_expert_3_mp_rank_00"):
+        verify_deepspeed(checkpoint, out, plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "optimizer states"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer states"),
+        ("expert_0_mp_rank_00_model_states.pt", "all layers of an expert in one file"),
+        ("layer_00-model_states.pt", "cannot be classified"),
+    ],
+)
+def test_what_cannot_be_permuted_is_refused_with_the_reason(
+    checkpoint: Path, plan: Path, tmp_path: Path, name: str, match: str
+) -> None:
+    torch.save({"optimizer": {"state": {0: torch.ones(2)}}}, checkpoint / name)
+    refused(plan, checkpoint, tmp_path, match)
+
+
+def refused(plan: Path, checkpoint: Path, tmp_path: Path, match: str) -> None:
+    with pytest.raises(PlacerError, match=match) as caught:
+        export_deepspeed(plan, checkpoint, tmp_path / "out")
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_damaged_and_foreign_files_are_refused(
+    checkpoint: Path, plan: Path, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    main_file = checkpoint / "mp_rank_01_model_states.pt"
+    good = torch.load(main_file, weights_only=True)
+    gate = f"{MODULES[0]}.deepspeed_moe.gate.wg.weight"
+
+    def save_main(change: dict[str, object], module: dict[str, torch.Tensor]) -> None:
+        torch.save(good | {"module": good["module"] | module} | change, main_file)
+
+    save_main({"optimizer": {"state": {0: 1}}}, {})
+    refused(plan, checkpoint, tmp_path, "optimizer states")
+    save_main({}, {gate: torch.zeros(3, HIDDEN)})
+    refused(plan, checkpoint, tmp_path, "not one row for each of 4")
+    save_main({}, {gate.replace("weight", "bias"): torch.zeros(4)})
+    refused(plan, checkpoint, tmp_path, "wg.bias cannot be classified")
+    save_main({"client": Path("x")}, {})
+    refused(plan, checkpoint, tmp_path, "weights_only")
+    save_main({}, {})
+    torch.save(
+        {"a.deepspeed_moe.experts.deepspeed_experts.9.w": torch.zeros(1)},
+        checkpoint / name_of(0, 1, 0),
+    )
+    refused(plan, checkpoint, tmp_path, "not that of expert 1")
+    (checkpoint / name_of(0, 1, 0)).unlink()
+    refused(plan, checkpoint, tmp_path, "lacks layer_0_expert_1_mp_rank_00")
+    refused(plan, tmp_path / "saved" / "nothing", tmp_path, "no DeepSpeed-MoE checkpoint")
+    (tmp_path / "saved" / "latest").write_text("../elsewhere")
+    refused(plan, tmp_path / "saved", tmp_path, "no folder beside it")
+
+
+def test_a_plan_of_another_shape_is_refused(
+    checkpoint: Path, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    refused(
+        make_plan(write_plan, (4, 4)), checkpoint, tmp_path, r"\[4, 4\] .* has \[4, 8\]"
+    )
+
+
+def test_the_command_line_exports_verifies_and_restores(
+    checkpoint: Path, plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    for words in (
+        ["export", "deepspeed", str(plan), str(checkpoint), "--out", out],
+        ["verify", str(checkpoint), out, str(plan)],
+        ["export", "deepspeed", out, "--inverse", "--out", str(tmp_path / "back")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0, capsys.readouterr().err
+    assert "tensors equal bit for bit" in capsys.readouterr().out
+    record = tmp_path / "out" / "placer.json"
+    value = json.loads(record.read_text())
+    record.write_text(json.dumps(value | {"permutation": [[0] * 4, list(range(8))]}))
+    with pytest.raises(PlacerError, match="is damaged"):
+        restore_deepspeed(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(PlacerError, match="already permuted"):
+        export_deepspeed(plan, tmp_path / "out", tmp_path / "again")
