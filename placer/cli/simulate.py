@@ -37,6 +37,18 @@ def simulate(
             "Default: contiguous and balanced.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Serve as this engine does (docs/engines.md)."),
+    ] = None,
+    replica_choice: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Which copy of a redundant expert serves: local-first, sglang-static, "
+            "hash or cover. Default: the engine's, else local-first.",
+        ),
+    ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
@@ -48,10 +60,12 @@ def simulate(
     token_equal (equal slices of every batch) and request (one home per sequence). Judge
     on sequences that the plan was not solved on: --fold or --not-fold.
     """
+    from placer.engine import Engine, choose_replicas
     from placer.report.comparison import COLUMNS, comparison_rows
     from placer.simulation.judge import DEFAULT_BASELINES, judge_plan
     from placer.trace import Trace
 
+    served_by = None if engine is None else Engine.named(engine)
     judgement = judge_plan(
         plan,
         Trace(trace),
@@ -59,6 +73,8 @@ def simulate(
         table_path=table,
         batch_size=batch_size,
         baselines=baseline or DEFAULT_BASELINES,
+        engine=served_by,
+        replica_choice=choose_replicas(served_by, replica_choice),
     )
     for warning in judgement.warnings:
         warn(warning)

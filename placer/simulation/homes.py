@@ -50,6 +50,19 @@ class Batches:
         """Number of batches, with the last one that may have fewer tokens."""
         return -(-len(self.order) // self.size)
 
+    def row_at_home(self, home: RankArray, num_ranks: int) -> IntArray:
+        """Return ``[T]`` int64: each token's row among those of its batch and home.
+
+        A rank runs the tokens that are at home there; rows count from 0 in batch order.
+        """
+        cell = self.batch_of_token[self.order] * num_ranks + home[self.order]
+        by_cell = np.argsort(cell, kind="stable")
+        counts = np.bincount(cell)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        row = np.empty(len(home), dtype=np.int64)
+        row[self.order[by_cell]] = np.arange(len(home)) - first
+        return row
+
     @classmethod
     def of(cls, sequence_ids: npt.NDArray[Any], batch_size: int) -> Self:
         """Cut the tokens of whole sequences into batches.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from placer.engine import Engine, ReplicaChoice
 from placer.errors import PlacerError, UsageError
 from placer.model import require_same_model
 from placer.plan import Plan
@@ -44,6 +45,12 @@ class Judgement:
         Tokens of one forward pass.
     hidden_size
         Width of the hidden state, or ``None`` where the trace does not know.
+    replica_choice
+        Which copy of an expert serves.
+    engine
+        The engine that the figures are for, if one was named.
+    has_replicas
+        Whether the plan has redundant experts.
     warnings
         What limits the figures.
     """
@@ -57,7 +64,10 @@ class Judgement:
     num_ranks: int
     batch_size: int
     hidden_size: int | None
-    warnings: tuple[str, ...]
+    replica_choice: ReplicaChoice = "local-first"
+    engine: Engine | None = None
+    has_replicas: bool = False
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``placer simulate --json``."""
@@ -69,6 +79,8 @@ class Judgement:
             "top_k": self.top_k,
             "sequences": self.num_sequences,
             "batch_size": self.batch_size,
+            "replica_choice": self.replica_choice,
+            "engine": None if self.engine is None else self.engine.name,
             "warnings": list(self.warnings),
         }
 
@@ -79,6 +91,10 @@ class Judgement:
             f"{self.num_layers} MoE layers, top-{self.top_k}, {self.num_ranks} ranks, "
             f"batches of {self.batch_size:,} tokens"
         ]
+        if self.engine is not None:
+            lines += self._engine_facts(self.engine)
+        if self.has_replicas:
+            lines.append(f"replica choice: {self.replica_choice}")
         if self.hidden_size is not None:
             lines.append(self._bytes_fact(self.hidden_size))
         lines.append(
@@ -92,6 +108,15 @@ class Judgement:
                 "reduce-scatter and all-gather of attention-TP: not counted"
             )
         return lines
+
+    def _engine_facts(self, engine: Engine) -> list[str]:
+        ways = (engine.dispatch, engine.combine)
+        dispatch, combine = (f"{way.exchange} in {way.element}" for way in ways)
+        effect = engine.effect("fixed", has_replicas=self.has_replicas)
+        return [
+            f"{engine.name}: dispatch {dispatch}, combine {combine}",
+            f"under fixed, {effect.reason}",
+        ]
 
     def _bytes_fact(self, hidden_size: int) -> str:
         state = hidden_size * _BYTES_PER_ELEMENT
@@ -114,6 +139,8 @@ def judge_plan(
     table_path: Path | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     baselines: Sequence[str] = DEFAULT_BASELINES,
+    engine: Engine | None = None,
+    replica_choice: ReplicaChoice = "local-first",
 ) -> Judgement:
     """Simulate a plan and baselines on the sequences of ``fold``.
 
@@ -154,9 +181,17 @@ def judge_plan(
         else None,
     ]
     return Judgement(
-        policies=simulate(plan.placement, tokens, batch_size=batch_size, table=table),
+        policies=simulate(
+            plan.placement,
+            tokens,
+            batch_size=batch_size,
+            table=table,
+            replica_choice=replica_choice,
+        ),
         baselines={
-            name: simulate(placement, tokens, batch_size=batch_size)
+            name: simulate(
+                placement, tokens, batch_size=batch_size, replica_choice=replica_choice
+            )
             for name, placement in compared.items()
         },
         num_tokens=tokens.num_tokens,
@@ -166,6 +201,9 @@ def judge_plan(
         num_ranks=plan.placement.num_ranks,
         batch_size=min(batch_size, tokens.num_tokens),
         hidden_size=trace.model.hidden_size or plan.model.hidden_size,
+        replica_choice=replica_choice,
+        engine=engine,
+        has_replicas=plan.placement.has_replicas,
         warnings=tuple(warning for warning in warnings if warning is not None),
     )
 
