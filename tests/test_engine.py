@@ -60,7 +60,7 @@ def test_data_that_cannot_be_meant_is_refused():
 
 
 def test_a_copy_counts_its_scales():
-    """DeepSeek-V3's 7168: fp8 with a float32 per 128 is 7168 + 56 x 4; nvfp4 28 % of bf16."""
+    """7168 elements: fp8 has 56 scales of 4 bytes; nvfp4 is 28 % of bf16."""
     sizes = {
         element: Transfer(exchange="per-rank", element=element).copy_bytes(7168)
         for element in ("bf16", "fp8", "nvfp4")
@@ -135,9 +135,7 @@ def test_the_effect_under_fixed_and_per_expert_is_what_the_simulation_finds(seed
     home once.
     """
     tokens = one_token_sequences(64, 8, 2, seed)
-    plain = [
-        expected_pairs(random((8,), 4, seed=s), tokens, "local-first") for s in (1, 2)
-    ]
+    plain = [expected_pairs(random((8,), 4, seed=s), tokens, "local-first") for s in (1, 2)]
     effect = placement_effect("fixed", "per-expert", "local-first", has_replicas=False)
     assert not effect.changes_traffic
     assert plain == pytest.approx([2 * (1 - 1 / 4)] * 2)

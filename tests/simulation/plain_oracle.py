@@ -231,9 +231,7 @@ def plain_simulate(placement, tokens, batch_size, table=None, choice="local-firs
             if choice == "cover":
                 return [
                     layer.serve_by_cover(token, experts, home)
-                    for token, (experts, home) in enumerate(
-                        zip(chosen, homes, strict=True)
-                    )
+                    for token, (experts, home) in enumerate(zip(chosen, homes, strict=True))
                 ]
             if choice == "hash":
                 rows = rows_at_home(homes, batches)
