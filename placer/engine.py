@@ -174,9 +174,11 @@ def placement_effect(
         "per-rank": "distinct ranks per token",
         "per-node": "distinct nodes and ranks per token",
     }[exchange]
-    linked = "co-activation within a layer" if policy == "fixed" else "links of experts"
+    linked = "co-activation within a layer decides"
+    if policy != "fixed":
+        linked = "co-activation and links between layers decide"
     return PlacementEffect(
-        changes_traffic=True, reason=f"{linked} decide the {counted}: placement counts"
+        changes_traffic=True, reason=f"{linked} the {counted}: placement counts"
     )
 
 

@@ -6,7 +6,7 @@ import numpy.typing as npt
 from placer.engine import ReplicaChoice
 from placer.errors import PlacerError
 from placer.plan.placement import Placement
-from placer.simulation.homes import Batches, fixed_homes
+from placer.simulation.homes import Batches, Phase, fixed_homes
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.replica_choice import Server
 from placer.simulation.serving import LayerServing, RankArray, majority_rank
@@ -22,6 +22,7 @@ def simulate(
     tokens: Chunk,
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    phase: Phase = "decode",
     table: Table | None = None,
     replica_choice: ReplicaChoice = "local-first",
 ) -> dict[str, PolicyMetrics]:
@@ -34,7 +35,9 @@ def simulate(
     tokens
         Whole sequences. Homes of ``fixed`` follow their order in these tokens.
     batch_size
-        Tokens of one forward pass, drawn from the sequences in turn.
+        Tokens of one forward pass.
+    phase
+        How batches are drawn: see :meth:`Batches.of_phase`.
     table
         The placement's token-shuffle table, for the policies ``token``, ``token_equal``
         and ``request``.
@@ -54,10 +57,10 @@ def simulate(
     PlacerError
         If the tokens or the table do not fit the placement, or there is no token.
     UsageError
-        If ``batch_size`` is not positive.
+        If ``batch_size`` is not positive, or the phase is not known.
     """
     _require_fitting(placement, tokens, table)
-    batches = Batches.of(tokens.sequence_ids, batch_size)
+    batches = Batches.of_phase(phase, tokens.sequence_ids, batch_size, placement.num_ranks)
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
     server = Server(placement, replica_choice, batches)
     content = _ContentPolicies(server, fixed)
