@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-GENERATED := README.md docs/cli.md docs/families.md
+GENERATED := README.md docs/cli.md docs/families.md docs/engines.md
 COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 

@@ -85,6 +85,25 @@ def families() -> None:
         cog.outl(f"| `{model_type}` | {recorded} | {exported} |")
 
 
+def engines() -> None:
+    """Write the table of engines, from their data file, and their conditions."""
+    from placer.engine import known_engines
+
+    cog.outl(
+        "| `--engine` | dispatch | combine | replica choice | `placer export` |\n"
+        "|---|---|---|---|---|"
+    )
+    for engine in known_engines().values():
+        ways = [f"{w.exchange}, {w.element}" for w in (engine.dispatch, engine.combine)]
+        cells = [f"`{engine.name}`", *ways, engine.replica_choice, engine.map_format]
+        cog.outl(f"| {' | '.join(cells)} |")
+    for engine in known_engines().values():
+        cog.outl(
+            f"\n**`{engine.name}`**: {engine.selected_by}. {' '.join(engine.notes)} "
+            f"Read in {engine.read_in}; see <{engine.source}>."
+        )
+
+
 def clear(directory: str) -> None:
     """Remove what an earlier run wrote below ``build/``: placer overwrites no directory."""
     path = (ROOT / directory).resolve()

@@ -151,6 +151,18 @@ class ModelSpec:
         return cls.from_json(fields)
 
 
+def expert_size(directory: Path) -> int:
+    """Return the width of a routed expert, from a Hugging Face ``config.json``.
+
+    Raises
+    ------
+    PlacerError
+        If there is no config, its family is not known, or it does not say.
+    """
+    config = read_json(directory / "config.json", "model config")
+    return Architecture.of(config, directory).config_value(config, "expert_size")
+
+
 def require_same_model(
     one: ModelSpec, one_name: str, other: ModelSpec, other_name: str
 ) -> str | None:
@@ -390,6 +402,11 @@ _USUAL_KEYS = {
     "top_k": ("num_experts_per_tok",),
     "num_layers": ("num_hidden_layers",),
     "hidden_size": ("hidden_size",),
+    "expert_size": (
+        "moe_intermediate_size",
+        "expert_ffn_hidden_size",
+        "intermediate_size",
+    ),
     "vocab_size": ("vocab_size",),
     "n_group": ("n_group", "num_expert_group"),
     "topk_group": ("topk_group",),

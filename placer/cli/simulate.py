@@ -37,6 +37,45 @@ def simulate(
             "Default: contiguous and balanced.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Serve as this engine does (docs/engines.md)."),
+    ] = None,
+    replica_choice: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Which copy of a redundant expert serves: local-first, sglang-static, "
+            "hash or cover. Default: the engine's, else local-first.",
+        ),
+    ] = None,
+    phase: Annotated[
+        str,
+        typer.Option(
+            help="How batches are drawn: decode (one token of each sequence in turn) or "
+            "prefill (each rank its sequences one after another)."
+        ),
+    ] = "decode",
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Predict the time of a layer: h100, h200, b200, a100, or a .toml file.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Width of the hidden state, without --model.")
+    ] = None,
+    expert_size: Annotated[
+        int | None, typer.Option(help="Width of an expert, without --model.")
+    ] = None,
+    weight_bytes: Annotated[
+        float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
+    ] = 2.0,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
@@ -48,17 +87,32 @@ def simulate(
     token_equal (equal slices of every batch) and request (one home per sequence). Judge
     on sequences that the plan was not solved on: --fold or --not-fold.
     """
+    from placer.engine import Engine, choose_replicas
+    from placer.hardware import Hardware
+    from placer.report.batches import batch_tables
     from placer.report.comparison import COLUMNS, comparison_rows
-    from placer.simulation.judge import DEFAULT_BASELINES, judge_plan
+    from placer.simulation.cost import find_expert_shape
+    from placer.simulation.judge import DEFAULT_BASELINES, Serving, judge_plan
     from placer.trace import Trace
 
+    served_by = None if engine is None else Engine.named(engine)
+    read = Trace(trace)
     judgement = judge_plan(
         plan,
-        Trace(trace),
+        read,
         fold=parse_fold(fold, not_fold),
         table_path=table,
         batch_size=batch_size,
         baselines=baseline or DEFAULT_BASELINES,
+        serving=Serving(
+            engine=served_by,
+            replica_choice=choose_replicas(served_by, replica_choice),
+            phase=phase,  # type: ignore[arg-type]  # Batches refuses other names
+            hardware=None if hardware is None else Hardware.named(hardware),
+            expert=find_expert_shape(
+                model, hidden_size or read.model.hidden_size, expert_size, weight_bytes
+            ),
+        ),
     )
     for warning in judgement.warnings:
         warn(warning)
@@ -68,5 +122,7 @@ def simulate(
     figures = judgement.to_json()
     placements = {**figures["baselines"], "plan": figures["policies"]}
     print_table(COLUMNS, comparison_rows(placements, tuple(judgement.policies)))
+    for title, columns, rows in batch_tables(judgement):
+        print_table(columns, rows, title)
     for fact in judgement.facts():
         print_line(fact)

@@ -7,11 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from placer.engine import Engine, Exchange, ReplicaChoice, Transfer
 from placer.errors import PlacerError, UsageError
+from placer.hardware import Hardware
 from placer.model import require_same_model
-from placer.plan import Plan
+from placer.plan import Placement, Plan
 from placer.plan.plan import plan_sha256
 from placer.simulation.baselines import BASELINES, Load
+from placer.simulation.batch_figures import (
+    BatchFigures,
+    BatchOptions,
+    batch_figures,
+    batch_sizes,
+)
+from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
+from placer.simulation.homes import Phase
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import expert_load, num_seen_sequences, profile_fold
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, simulate
@@ -21,9 +31,65 @@ from placer.trace import Fold, Trace
 DEFAULT_BASELINES = ("contiguous", "balanced")
 # Fewer sequences than this support no verdict (problem.md, section 5).
 FEWEST_SEQUENCES = 30
-_BYTES_PER_ELEMENT = 2
 
 Figures = Mapping[str, PolicyMetrics]
+BatchTable = Mapping[str, tuple[BatchFigures, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """How the tokens are served.
+
+    Attributes
+    ----------
+    engine
+        What is sent, and in which element; without one, what the plan was solved for, in
+        bf16.
+    replica_choice
+        Which copy of an expert serves.
+    phase
+        How batches are drawn.
+    hardware, expert
+        What the cost model needs; without hardware no time is predicted.
+    """
+
+    engine: Engine | None = None
+    replica_choice: ReplicaChoice = "local-first"
+    phase: Phase = "decode"
+    hardware: Hardware | None = None
+    expert: ExpertShape | None = None
+
+    def transfers(self, plan: Plan) -> tuple[Transfer, Transfer]:
+        """Return what a dispatch and a combine of this plan send."""
+        if self.engine is not None:
+            return self.engine.dispatch, self.engine.combine
+        exchange: Exchange = "per-node" if plan.exchange == "per-node" else "per-rank"
+        way = Transfer(exchange=exchange, element="bf16")
+        return way, way
+
+    def cost_model(self, plan: Plan) -> CostModel | None:
+        """Return the cost model, or ``None`` without hardware.
+
+        Raises
+        ------
+        UsageError
+            If there is hardware, but the size of an expert is not known.
+        """
+        if self.hardware is None:
+            return None
+        if self.expert is None:
+            raise UsageError(
+                "--hardware predicts no time without the size of an expert",
+                "give --model DIR (its config.json), or --hidden-size and --expert-size",
+            )
+        dispatch, combine = self.transfers(plan)
+        return CostModel(
+            hardware=self.hardware,
+            expert=self.expert,
+            dispatch=dispatch,
+            combine=combine,
+            num_nodes=plan.placement.num_nodes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +110,16 @@ class Judgement:
         Tokens of one forward pass.
     hidden_size
         Width of the hidden state, or ``None`` where the trace does not know.
+    policy
+        The home policy that the plan was solved for, under which batches are served.
+    batches
+        Figures by name of the placement, ``plan`` last, and batch size.
+    break_even
+        By baseline: for which bandwidth the plan is faster, in the largest batches.
+    serving, transfers
+        How the tokens are served, and what is sent.
+    has_replicas
+        Whether the plan has redundant experts.
     warnings
         What limits the figures.
     """
@@ -57,6 +133,12 @@ class Judgement:
     num_ranks: int
     batch_size: int
     hidden_size: int | None
+    policy: str
+    batches: BatchTable
+    break_even: Mapping[str, BreakEven]
+    serving: Serving
+    transfers: tuple[Transfer, Transfer]
+    has_replicas: bool
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +151,15 @@ class Judgement:
             "top_k": self.top_k,
             "sequences": self.num_sequences,
             "batch_size": self.batch_size,
+            "replica_choice": self.serving.replica_choice,
+            "engine": None if self.serving.engine is None else self.serving.engine.name,
+            "phase": self.serving.phase,
+            "batches": {
+                name: [one.to_json() for one in figures]
+                for name, figures in self.batches.items()
+            },
+            "bytes_per_token": self.bytes_per_token(),
+            "break_even": {name: one.to_json() for name, one in self.break_even.items()},
             "warnings": list(self.warnings),
         }
 
@@ -79,8 +170,11 @@ class Judgement:
             f"{self.num_layers} MoE layers, top-{self.top_k}, {self.num_ranks} ranks, "
             f"batches of {self.batch_size:,} tokens"
         ]
-        if self.hidden_size is not None:
-            lines.append(self._bytes_fact(self.hidden_size))
+        if self.serving.engine is not None:
+            lines += self._engine_facts(self.serving.engine)
+        if self.has_replicas:
+            lines.append(f"replica choice: {self.serving.replica_choice}")
+        lines += [self._break_even_fact(name) for name in self.break_even]
         lines.append(
             "follow also sends the keys and values of every layer to all other "
             f"{self.num_ranks - 1} ranks: not counted"
@@ -93,17 +187,47 @@ class Judgement:
             )
         return lines
 
-    def _bytes_fact(self, hidden_size: int) -> str:
-        state = hidden_size * _BYTES_PER_ELEMENT
-        sent = {
-            name: figures["fixed"].remote_rank_copies_per_token * state
-            for name, figures in {"plan": self.policies, **self.baselines}.items()
+    def _engine_facts(self, engine: Engine) -> list[str]:
+        ways = (engine.dispatch, engine.combine)
+        dispatch, combine = (f"{way.exchange} in {way.element}" for way in ways)
+        effect = engine.effect("fixed", has_replicas=self.has_replicas)
+        return [
+            f"{engine.name}: dispatch {dispatch}, combine {combine}",
+            f"under fixed, {effect.reason}",
+        ]
+
+    def bytes_per_token(self) -> dict[str, dict[str, float]] | None:
+        """Return bytes per token and layer: by placement, then way and link class.
+
+        Of the largest batches; ``None`` where the hidden size is not known.
+        """
+        if self.hidden_size is None:
+            return None
+        sizes = [way.copy_bytes(self.hidden_size) for way in self.transfers]
+        return {
+            name: {
+                f"{way}_{link}": round(
+                    size * getattr(figures[-1].metrics, f"{way}_{link}_copies_per_token"),
+                    1,
+                )
+                for way, size in zip(("dispatch", "combine"), sizes, strict=True)
+                for link in ("fast", "slow")
+            }
+            for name, figures in self.batches.items()
         }
-        listed = ", ".join(f"{name} {value:,.0f}" for name, value in sent.items())
-        return (
-            f"a hidden state is {state:,} bytes in bf16; bytes sent per token and layer "
-            f"under fixed, and as many back: {listed}"
-        )
+
+    def _break_even_fact(self, name: str) -> str:
+        found = self.break_even[name]
+        size = self.batches["plan"][-1].metrics.batch_size
+        pays = {"always": "is faster at every bandwidth", "never": "is never faster"}
+        if found.bandwidth is None:
+            when = pays[found.pays]
+        else:
+            when = (
+                f"is faster {found.pays} {found.bandwidth / 1e9:,.3g} GB/s per GPU and "
+                "direction"
+            )
+        return f"beside {name}, in batches of {size:,}, the plan {when}"
 
 
 def judge_plan(
@@ -114,6 +238,7 @@ def judge_plan(
     table_path: Path | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     baselines: Sequence[str] = DEFAULT_BASELINES,
+    serving: Serving | None = None,
 ) -> Judgement:
     """Simulate a plan and baselines on the sequences of ``fold``.
 
@@ -125,9 +250,11 @@ def judge_plan(
     PlacerError
         If plan and trace are of different models, or the table is of another plan.
     UsageError
-        If a baseline is unknown or ``batch_size`` not positive.
+        If a baseline is unknown, ``batch_size`` not positive, or the size of an expert
+        is needed and not known.
     """
-    plan = Plan.read(plan_path)
+    plan, serving = Plan.read(plan_path), serving or Serving()
+    cost = serving.cost_model(plan)
     matched = require_same_model(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
@@ -153,21 +280,63 @@ def judge_plan(
         if table is not None and tokens.token_ids is None
         else None,
     ]
+
+    def simulated(placement: Placement, of: Table | None) -> Figures:
+        return simulate(
+            placement,
+            tokens,
+            batch_size=batch_size,
+            phase=serving.phase,
+            table=of,
+            replica_choice=serving.replica_choice,
+        )
+
+    transfers = serving.transfers(plan)
+    options = BatchOptions(
+        policy=plan.policy,
+        phase=serving.phase,
+        exchanges=(transfers[0].exchange, transfers[1].exchange),
+        replica_choice=serving.replica_choice,
+        cost=cost,
+    )
+    sizes = batch_sizes(serving.phase, batch_size, tokens.num_tokens)
+    batches = {
+        name: tuple(batch_figures(placement, tokens, size, options) for size in sizes)
+        for name, placement in {**compared, "plan": plan.placement}.items()
+    }
     return Judgement(
-        policies=simulate(plan.placement, tokens, batch_size=batch_size, table=table),
-        baselines={
-            name: simulate(placement, tokens, batch_size=batch_size)
-            for name, placement in compared.items()
-        },
+        policies=simulated(plan.placement, table),
+        baselines={name: simulated(placed, None) for name, placed in compared.items()},
         num_tokens=tokens.num_tokens,
         num_sequences=num_sequences,
         num_layers=plan.model.num_layers,
         top_k=plan.model.top_k,
         num_ranks=plan.placement.num_ranks,
         batch_size=min(batch_size, tokens.num_tokens),
-        hidden_size=trace.model.hidden_size or plan.model.hidden_size,
+        hidden_size=trace.model.hidden_size
+        or plan.model.hidden_size
+        or (None if serving.expert is None else serving.expert.hidden_size),
+        policy=plan.policy,
+        batches=batches,
+        break_even=_break_evens(batches, cost),
+        serving=serving,
+        transfers=transfers,
+        has_replicas=plan.placement.has_replicas,
         warnings=tuple(warning for warning in warnings if warning is not None),
     )
+
+
+def _break_evens(batches: BatchTable, cost: CostModel | None) -> dict[str, BreakEven]:
+    """Compare the plan's predicted time with every baseline's, in the largest batches."""
+    if cost is None:
+        return {}
+    last = {name: figures[-1].time for name, figures in batches.items()}
+    plan = last.pop("plan")
+    return {
+        name: break_even(plan, other, cost)
+        for name, other in last.items()
+        if plan is not None and other is not None
+    }
 
 
 def read_table_of(table_path: Path, plan_path: Path) -> Table:

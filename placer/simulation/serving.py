@@ -1,9 +1,11 @@
-"""Which rank serves each (token, expert) pair: the replica choice ``local-first``.
+"""Which rank serves each (token, expert) pair of a layer.
 
-The copy at the token's home; else one on the home's node; else any. Equal choices take
-turns by the token's index. Without replicas there is nothing to choose.
+Without replicas there is nothing to choose. With replicas, the replica choice says which
+copies may serve a pair from a home; equal ones take turns. Here is ``local-first``, the
+other choices are in :mod:`placer.simulation.replica_choice`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +18,10 @@ from placer.plan.placement import Placement
 RankArray = npt.NDArray[Any]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
+
+# From a placement, [E, C] ranks of copies and whether there is such a copy, to [R, E, C]:
+# the copies that may serve a pair (home, expert).
+Allow = Callable[[Placement, RankArray, BoolArray], BoolArray]
 
 
 def rank_dtype(highest: int) -> type[np.generic]:
@@ -49,18 +55,17 @@ class LayerServing:
     num_choices: IntArray
 
     @classmethod
-    def of(cls, placement: Placement, layer: int) -> Self:
-        """Build the tables of one layer of a placement."""
+    def of(cls, placement: Placement, layer: int, allow: Allow | None = None) -> Self:
+        """Build the tables of one layer of a placement.
+
+        ``allow`` says which copies may serve; without it, ``local-first``.
+        """
         holds = placement.holds(layer)
         num_copies = holds.sum(axis=1)
         every = np.broadcast_to(np.arange(placement.num_ranks), holds.shape)
         copy_rank = _listed(every, holds)
-        home = np.arange(placement.num_ranks)[:, None, None]
-        node, home_node = (r // placement.ranks_per_node for r in (copy_rank, home))
-        allowed = np.arange(copy_rank.shape[1]) < num_copies[:, None]
-        allowed = np.broadcast_to(allowed, (placement.num_ranks, *allowed.shape))
-        for nearer in (allowed & (node == home_node), allowed & (copy_rank == home)):
-            allowed = np.where(nearer.any(axis=2, keepdims=True), nearer, allowed)
+        exists = np.arange(copy_rank.shape[1]) < num_copies[:, None]
+        allowed = (allow or local_first)(placement, copy_rank, exists)
         choices = _listed(np.broadcast_to(copy_rank, allowed.shape), allowed)
         dtype = rank_dtype(placement.num_ranks - 1)
         return cls(
@@ -76,7 +81,9 @@ class LayerServing:
         """Whether an expert has more than one copy."""
         return bool(self.copy_rank.shape[1] > 1)
 
-    def ranks(self, experts: npt.NDArray[Any], home: RankArray) -> RankArray:
+    def ranks(
+        self, experts: npt.NDArray[Any], home: RankArray, turn: IntArray | None = None
+    ) -> RankArray:
         """Return the rank that serves each pair.
 
         Parameters
@@ -85,6 +92,9 @@ class LayerServing:
             ``[k, T]`` expert ids, the tokens in the order of the trace.
         home
             ``[T]``: the rank that holds each token's hidden state.
+        turn
+            ``[T]`` int64: which of equal choices serves, modulo their number; ``None`` for
+            the token's index.
 
         Returns
         -------
@@ -96,8 +106,9 @@ class LayerServing:
             return only
         num_experts, num_copies = self.choices.shape[1:]
         pair = home.astype(np.int64) * num_experts + experts
-        turn = np.arange(experts.shape[1]) % np.take(self.num_choices, pair)
-        taken: RankArray = np.take(self.choices, pair * num_copies + turn)
+        turn = np.arange(experts.shape[1]) if turn is None else turn
+        place = pair * num_copies + turn % np.take(self.num_choices, pair)
+        taken: RankArray = np.take(self.choices, place)
         return taken
 
     def most_held_rank(self, experts: npt.NDArray[Any], preferred: RankArray) -> RankArray:
@@ -145,6 +156,29 @@ class LayerServing:
                 cell = cell[np.take(self.num_copies, chosen) > copy]
             total += np.bincount(cell.ravel(), minlength=len(total))
         return total.reshape(num_groups, num_ranks)
+
+
+def local_first(placement: Placement, copy_rank: RankArray, exists: BoolArray) -> BoolArray:
+    """Allow the copy at home, else those on the home's node, else all.
+
+    Parameters
+    ----------
+    placement
+        The topology.
+    copy_rank, exists
+        ``[E, C]``: the rank of each copy, and whether there is one.
+
+    Returns
+    -------
+    ndarray
+        ``[R, E, C]`` bool.
+    """
+    home = np.arange(placement.num_ranks)[:, None, None]
+    node, home_node = (r // placement.ranks_per_node for r in (copy_rank, home))
+    allowed = np.broadcast_to(exists, (placement.num_ranks, *exists.shape))
+    for nearer in (allowed & (node == home_node), allowed & (copy_rank == home)):
+        allowed = np.where(nearer.any(axis=2, keepdims=True), nearer, allowed)
+    return allowed
 
 
 def first_occurrence(values: RankArray) -> BoolArray:

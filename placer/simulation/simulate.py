@@ -3,10 +3,12 @@
 import numpy as np
 import numpy.typing as npt
 
+from placer.engine import ReplicaChoice
 from placer.errors import PlacerError
 from placer.plan.placement import Placement
-from placer.simulation.homes import Batches, fixed_homes
+from placer.simulation.homes import Batches, Phase, fixed_homes
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
+from placer.simulation.replica_choice import Server
 from placer.simulation.serving import LayerServing, RankArray, majority_rank
 from placer.table.lookup import LayerTable, equal_homes, known_ids, request_homes
 from placer.table.table import Table
@@ -20,21 +22,27 @@ def simulate(
     tokens: Chunk,
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    phase: Phase = "decode",
     table: Table | None = None,
+    replica_choice: ReplicaChoice = "local-first",
 ) -> dict[str, PolicyMetrics]:
     """Serve recorded tokens from a placement and count what crosses the wire.
 
     Parameters
     ----------
     placement
-        Experts in slots; with replicas, the replica choice is ``local-first``.
+        Experts in slots.
     tokens
         Whole sequences. Homes of ``fixed`` follow their order in these tokens.
     batch_size
-        Tokens of one forward pass, drawn from the sequences in turn.
+        Tokens of one forward pass.
+    phase
+        How batches are drawn: see :meth:`Batches.of_phase`.
     table
         The placement's token-shuffle table, for the policies ``token``, ``token_equal``
         and ``request``.
+    replica_choice
+        Which copy of an expert serves (:mod:`placer.simulation.replica_choice`).
 
     Returns
     -------
@@ -49,15 +57,15 @@ def simulate(
     PlacerError
         If the tokens or the table do not fit the placement, or there is no token.
     UsageError
-        If ``batch_size`` is not positive.
+        If ``batch_size`` is not positive, or the phase is not known.
     """
     _require_fitting(placement, tokens, table)
-    batches = Batches.of(tokens.sequence_ids, batch_size)
+    batches = Batches.of_phase(phase, tokens.sequence_ids, batch_size, placement.num_ranks)
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
-    content = _ContentPolicies(placement, batches, fixed)
+    server = Server(placement, replica_choice, batches)
+    content = _ContentPolicies(server, fixed)
     shuffled = None if table is None else _TablePolicies(content, tokens, table)
-    for layer in range(placement.num_layers):
-        serving = LayerServing.of(placement, layer)
+    for layer, serving in enumerate(server.layers()):
         experts = np.ascontiguousarray(tokens.experts[layer].T)
         content.add(serving, experts)
         if shuffled is not None:
@@ -69,9 +77,8 @@ def simulate(
 class _ContentPolicies:
     """``fixed``, ``follow`` and ``oracle``: homes that need no table."""
 
-    def __init__(self, placement: Placement, batches: Batches, fixed: RankArray) -> None:
-        self.placement = placement
-        self.batches = batches
+    def __init__(self, server: Server, fixed: RankArray) -> None:
+        self.server = server
         self.fixed = fixed
         self.tallies = {name: self.new_tally() for name in ("fixed", "follow", "oracle")}
         self._follow = fixed
@@ -79,19 +86,20 @@ class _ContentPolicies:
     def new_tally(self) -> PolicyTally:
         """Return an empty tally of this placement."""
         return PolicyTally(
-            num_ranks=self.placement.num_ranks,
-            ranks_per_node=self.placement.ranks_per_node,
-            batches=self.batches,
+            num_ranks=self.server.placement.num_ranks,
+            ranks_per_node=self.server.placement.ranks_per_node,
+            batches=self.server.batches,
         )
 
     def add(self, serving: LayerServing, experts: npt.NDArray[np.generic]) -> None:
         """Count one layer; ``experts`` is ``[k, T]``."""
-        self.tallies["fixed"].add(serving.ranks(experts, self.fixed), self.fixed)
-        ranks = serving.ranks(experts, self._follow)
+        serve = self.server.ranks
+        self.tallies["fixed"].add(serve(serving, experts, self.fixed), self.fixed)
+        ranks = serve(serving, experts, self._follow)
         following = majority_rank(ranks)
         self.tallies["follow"].add(ranks, self._follow, combine_home=following)
         best = serving.most_held_rank(experts, following)
-        self.tallies["oracle"].add(serving.ranks(experts, best), best)
+        self.tallies["oracle"].add(serve(serving, experts, best), best)
         self._follow = following
 
 
@@ -99,8 +107,8 @@ class _TablePolicies:
     """``token``, ``token_equal`` and ``request``: homes from a token-shuffle table."""
 
     def __init__(self, content: _ContentPolicies, tokens: Chunk, table: Table) -> None:
-        num_ranks = content.placement.num_ranks
-        self._table, self._batches, self._fixed = table, content.batches, content.fixed
+        num_ranks = content.server.placement.num_ranks
+        self._table, self._server, self._fixed = table, content.server, content.fixed
         self._ids = known_ids(tokens.token_ids, tokens.num_tokens, table.vocab_size)
         self._request = request_homes(
             table.request_score, tokens.sequence_ids, self._ids, num_ranks
@@ -114,19 +122,19 @@ class _TablePolicies:
         self, layer: int, serving: LayerServing, experts: npt.NDArray[np.generic]
     ) -> None:
         """Count one layer; ``experts`` is ``[k, T]``."""
-        table = self._table
+        table, serve = self._table, self._server.ranks
         rows = LayerTable.of(table, layer)
         home, confidence = rows.homes(self._ids, self._history, self._fixed)
-        ranks = serving.ranks(experts, home)
+        ranks = serve(serving, experts, home)
         self.tallies["token"].add(ranks, home)
         self._history = [*self._history, majority_rank(ranks)]
         self._history = self._history[max(0, len(self._history) - table.lookback) :]
         score = None
         if table.token_score is not None:
             score = table.token_score[layer][np.maximum(self._ids, 0)].astype(np.float32)
-        even = equal_homes(home, confidence, table.num_ranks, self._batches, score)
-        self.tallies["token_equal"].add(serving.ranks(experts, even), even)
-        self.tallies["request"].add(serving.ranks(experts, self._request), self._request)
+        even = equal_homes(home, confidence, table.num_ranks, self._server.batches, score)
+        self.tallies["token_equal"].add(serve(serving, experts, even), even)
+        self.tallies["request"].add(serve(serving, experts, self._request), self._request)
 
 
 def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -> None:

@@ -22,6 +22,42 @@ class PlainLayer:
         ranks = near or ranks
         return ranks[token % len(ranks)]
 
+    def serve_by_hash(self, expert, row):
+        """hash: Knuth's hash of the row among the tokens of one batch and home."""
+        ranks = sorted(self.holders[expert])
+        return ranks[(row * 2654435769 % 2**32) % len(ranks)]
+
+    def serve_by_cover(self, token, experts, home):
+        """cover: ranks visited anyway, then whichever rank holds most of what is left."""
+
+        def node(rank):
+            return rank // self.per_node
+
+        def one_of(ranks):
+            near = [r for r in ranks if r == home] or [
+                r for r in ranks if node(r) == node(home)
+            ]
+            ranks = sorted(near or ranks)
+            return ranks[token % len(ranks)]
+
+        visited, served = {home}, {}
+        for expert in experts:
+            if len(self.holders[expert]) == 1:
+                served[expert] = self.holders[expert][0]
+                visited.add(served[expert])
+        while True:
+            for expert in experts:
+                able = visited & set(self.holders[expert])
+                if expert not in served and able:
+                    served[expert] = one_of(able)
+            waiting = [e for e in experts if e not in served]
+            if not waiting:
+                return [served[expert] for expert in experts]
+            useful = {r for e in waiting for r in self.holders[e]}
+            close = {r for r in useful if node(r) in {node(v) for v in visited}}
+            held = {r: self.held(waiting, r) for r in close or useful}
+            visited.add(one_of({r for r, n in held.items() if n == max(held.values())}))
+
     def held(self, experts, rank):
         return sum(rank in self.holders[expert] for expert in experts)
 
@@ -37,6 +73,17 @@ def batches_of(sequence_ids, batch_size):
     positions = [sequence_ids[:t].count(s) for t, s in enumerate(sequence_ids)]
     order = sorted(range(len(sequence_ids)), key=lambda t: (positions[t], t))
     return [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
+
+
+def rows_at_home(homes, batches):
+    """Each token's row among the tokens of its batch and home, in batch order."""
+    rows = {}
+    for batch in batches:
+        seen = Counter()
+        for token in batch:
+            rows[token] = seen[homes[token]]
+            seen[homes[token]] += 1
+    return rows
 
 
 def fixed_homes(sequence_ids, num_ranks):
@@ -162,7 +209,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def plain_simulate(placement, tokens, batch_size, table=None):
+def plain_simulate(placement, tokens, batch_size, table=None, choice="local-first"):
     """Metrics by policy, from the definitions, for a Placement and a Chunk."""
     num_ranks, num_nodes = placement.num_ranks, placement.num_nodes
     sequence_ids = tokens.sequence_ids.tolist()
@@ -181,6 +228,17 @@ def plain_simulate(placement, tokens, batch_size, table=None):
         chosen = tokens.experts[number].tolist()
 
         def serve(homes, layer=layer, chosen=chosen):
+            if choice == "cover":
+                return [
+                    layer.serve_by_cover(token, experts, home)
+                    for token, (experts, home) in enumerate(zip(chosen, homes, strict=True))
+                ]
+            if choice == "hash":
+                rows = rows_at_home(homes, batches)
+                return [
+                    [layer.serve_by_hash(expert, rows[token]) for expert in experts]
+                    for token, experts in enumerate(chosen)
+                ]
             return [
                 [layer.serve(token, expert, home) for expert in experts]
                 for token, (experts, home) in enumerate(zip(chosen, homes, strict=True))

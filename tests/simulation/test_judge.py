@@ -5,10 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from placer.engine import Engine
 from placer.errors import PlacerError, UsageError
+from placer.hardware import Hardware
 from placer.plan import Placement
+from placer.report.batches import batch_tables
 from placer.simulation import balanced, contiguous, simulate
-from placer.simulation.judge import judge_plan
+from placer.simulation.cost import ExpertShape
+from placer.simulation.judge import Serving, judge_plan
 from placer.simulation.profile import expert_load
 from placer.table import build_table
 from placer.trace import Fold
@@ -123,10 +127,78 @@ def test_an_unknown_baseline_is_refused(make_trace, plan_of):
     assert "contiguous, balanced, random" in error.value.hint
 
 
-def test_facts_name_the_bytes_of_a_hidden_state(make_trace, plan_of):
+def test_bytes_are_copies_times_what_the_engine_sends(make_trace, plan_of):
+    """Hidden size 100 in one batch of all: 200 bytes in bf16, 104 in fp8 with its scale."""
     trace = make_trace()
-    judged = judge_plan(plan_of(trace), trace)
-    assert not any("bytes" in fact for fact in judged.facts())
-    wide = dataclasses.replace(judged, hidden_size=100)
+    plan = plan_of(trace)
+    assert judge_plan(plan, trace).bytes_per_token() is None
+    expert = ExpertShape(hidden_size=100, intermediate_size=10)
+    judged = judge_plan(plan, trace, serving=Serving(expert=expert))
     copies = judged.policies["fixed"].remote_rank_copies_per_token
-    assert f"plan {copies * 200:,.0f}" in " ".join(wide.facts())
+    sent = judged.bytes_per_token()["plan"]
+    assert sent["dispatch_fast"] == pytest.approx(copies * 200, abs=0.1)
+    assert sent["combine_fast"] == sent["dispatch_fast"]
+    assert sent["dispatch_slow"] == 0
+    engine = Engine.named("trtllm-onesided")
+    judged = judge_plan(plan, trace, serving=Serving(expert=expert, engine=engine))
+    sent = judged.bytes_per_token()["plan"]
+    assert sent["dispatch_fast"] == pytest.approx(copies * 104, abs=0.1)
+    assert sent["combine_fast"] == pytest.approx(copies * 200, abs=0.1)
+
+
+def test_an_engine_that_placement_cannot_help_says_so(make_trace, plan_of):
+    trace = make_trace()
+    serving = Serving(engine=Engine.named("vllm-agrs"))
+    facts = " ".join(judge_plan(plan_of(trace), trace, serving=serving).facts())
+    assert "dispatch all-gather in bf16" in facts
+    assert "placement cannot change the traffic, only the balance" in facts
+
+
+def test_time_is_predicted_for_plan_and_baselines(make_trace, plan_of):
+    trace = make_trace(num_sequences=40)
+    serving = Serving(
+        hardware=Hardware.named("h200"),
+        expert=ExpertShape(hidden_size=64, intermediate_size=32),
+    )
+    judged = judge_plan(plan_of(trace), trace, serving=serving)
+    value = judged.to_json()
+    assert set(value["batches"]) == {"contiguous", "balanced", "plan"}
+    assert [one["batch_size"] for one in value["batches"]["plan"]] == [64, 256, 400]
+    for figures in value["batches"].values():
+        assert all(one["time"]["total_us"] > 0 for one in figures)
+    # The plan is the contiguous placement itself.
+    assert value["break_even"]["contiguous"] == {
+        "pays": "never",
+        "bandwidth_gb_per_s": None,
+    }
+    assert "never faster" in " ".join(judged.facts())
+    titles = [title for title, _, _ in batch_tables(judged)]
+    assert titles == [
+        "per batch (decode, fixed)",
+        "bytes sent per token and layer",
+        "predicted microseconds of a layer on h200",
+    ]
+
+
+def test_time_needs_the_size_of_an_expert(make_trace, plan_of):
+    trace = make_trace()
+    serving = Serving(hardware=Hardware.named("h200"))
+    with pytest.raises(UsageError, match="without the size of an expert") as error:
+        judge_plan(plan_of(trace), trace, serving=serving)
+    assert "--model DIR" in error.value.hint
+
+
+def test_the_phase_changes_the_batches_and_not_the_sums(make_trace, plan_of):
+    trace = make_trace(num_sequences=40)
+    plan = plan_of(trace)
+    decode, prefill = (
+        judge_plan(plan, trace, batch_size=64, serving=Serving(phase=phase))
+        for phase in ("decode", "prefill")
+    )
+    for one, other in zip(decode.policies.values(), prefill.policies.values(), strict=True):
+        assert one.load_imbalance_mean == other.load_imbalance_mean
+        assert one.remote_rank_copies_per_token == other.remote_rank_copies_per_token
+    assert decode.policies["fixed"].straggler_mean != (
+        prefill.policies["fixed"].straggler_mean
+    )
+    assert len(prefill.batches["plan"]) == 1

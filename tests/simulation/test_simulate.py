@@ -158,6 +158,32 @@ def test_agrees_with_the_definitions(problem):
 
 
 @settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from(["hash", "cover"]))
+def test_agrees_with_the_definitions_under_other_replica_choices(problem, choice):
+    placement, tokens, batch_size, _ = problem
+    assert_same(
+        simulate(placement, tokens, batch_size=batch_size, replica_choice=choice),
+        plain_simulate(placement, tokens, batch_size, choice=choice),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems())
+def test_a_cover_of_two_experts_visits_no_more_ranks_than_the_nearest_copies(problem):
+    """On one node: with at most two ranks beyond home, a greedy cover is the best one."""
+    placement, tokens, batch_size, _ = problem
+    if placement.num_nodes > 1 or tokens.experts[0].shape[1] > 2:
+        return
+    nearest, cover = (
+        simulate(placement, tokens, batch_size=batch_size, replica_choice=choice)["fixed"]
+        for choice in ("local-first", "cover")
+    )
+    assert (
+        cover.remote_rank_copies_per_token <= nearest.remote_rank_copies_per_token + 1e-12
+    )
+
+
+@settings(max_examples=60, deadline=None)
 @given(problems(), st.integers(0, 3), st.booleans(), st.booleans())
 def test_agrees_with_the_definitions_under_a_table(problem, lookback, scores, ids):
     """The table is of other tokens, so that unknown and unseen ids occur."""

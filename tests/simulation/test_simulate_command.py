@@ -101,3 +101,33 @@ def test_a_table_file_in_place_of_the_plan_is_refused(files):
     call("tables", plan, trace, "--out", table)
     with pytest.raises(PlacerError):
         call("simulate", table, trace)
+
+
+def test_simulate_serves_as_an_engine_does(files):
+    plan, trace, _ = files
+    words = ("--fold", "1/2", "--engine", "sglang-deepep-ll", "--hardware", "b200")
+    sizes = ("--hidden-size", "64", "--expert-size", "32")
+    shown = call("simulate", plan, trace, *words, *sizes).stdout
+    assert "predicted microseconds of a layer on b200" in shown
+    assert "k (1 - 1/R) copies per token are sent whatever the placement" in shown
+    value = json.loads(call("simulate", plan, trace, *words, *sizes, "--json").stdout)
+    assert value["engine"] == "sglang-deepep-ll"
+    assert value["replica_choice"] == "sglang-static"
+    assert value["bytes_per_token"]["plan"]["dispatch_slow"] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--engine", "mine"),
+        ("--replica-choice", "nearest"),
+        ("--phase", "warmup"),
+        ("--hardware", "h300"),
+        ("--hardware", "h200"),
+    ],
+)
+def test_names_that_are_not_known_are_wrong_usage(files, words):
+    plan, trace, _ = files
+    with pytest.raises(UsageError) as error:
+        call("simulate", plan, trace, *words)
+    assert error.value.hint

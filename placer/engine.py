@@ -1,0 +1,249 @@
+"""Serving engines: what a MoE layer sends over the wire, and which copy serves.
+
+Engines are data: ``placer/engines.toml``, each with its source. Words and arithmetic are
+those of ``docs/concepts.md``.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, get_args
+
+from placer.errors import UsageError
+
+Exchange = Literal["per-expert", "per-rank", "per-node", "padded", "all-gather"]
+ReplicaChoice = Literal["local-first", "sglang-static", "hash", "cover"]
+Element = Literal["bf16", "fp8", "nvfp4"]
+GroupRule = Literal["any", "router-groups"]
+
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+
+# Elements that share one scale, and the bytes of that scale: DeepEP's fp8 dispatch has a
+# float32 per 128 elements; NVFP4 has a float8 per 16 elements of half a byte.
+_FP8_BLOCK, _FP8_SCALE_BYTES = 128, 4
+_NVFP4_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementEffect:
+    """Whether a placement can change what is sent, and the sentence that says why."""
+
+    changes_traffic: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One direction of a layer's communication.
+
+    Attributes
+    ----------
+    exchange
+        What is sent for a token.
+    element
+        What a hidden state travels in.
+    """
+
+    exchange: Exchange
+    element: Element
+
+    def __post_init__(self) -> None:
+        _require_known("exchange", self.exchange, EXCHANGES)
+        _require_known("element", self.element, get_args(Element))
+
+    def copy_bytes(self, hidden_size: int) -> int:
+        """Return the bytes of one copy of a hidden state, scales included."""
+        if self.element == "bf16":
+            return 2 * hidden_size
+        if self.element == "fp8":
+            return hidden_size + _FP8_SCALE_BYTES * -(-hidden_size // _FP8_BLOCK)
+        return -(-hidden_size // 2) + -(-hidden_size // _NVFP4_BLOCK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """How an engine serves a MoE layer.
+
+    Attributes
+    ----------
+    name
+        The name that ``--engine`` takes.
+    dispatch, combine
+        To the experts, and back.
+    replica_choice
+        Which copy serves a (token, expert) pair.
+    map_format
+        What ``placer export`` writes for it; ``checkpoint`` where it reads no map.
+    group_rule
+        ``any``, or ``router-groups`` where a permuted checkpoint must keep the router's
+        groups together.
+    selected_by
+        The engine's own options that lead there.
+    source
+        Public documentation.
+    read_in
+        Where the facts were read.
+    notes
+        Conditions, one sentence each.
+    """
+
+    name: str
+    dispatch: Transfer
+    combine: Transfer
+    replica_choice: ReplicaChoice
+    map_format: str
+    group_rule: GroupRule
+    selected_by: str
+    source: str
+    read_in: str
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
+        _require_known("group_rule", self.group_rule, get_args(GroupRule))
+
+    def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:
+        """Return whether a placement can change what this engine sends."""
+        effects = [
+            placement_effect(
+                policy, way.exchange, self.replica_choice, has_replicas=has_replicas
+            )
+            for way in (self.dispatch, self.combine)
+        ]
+        return next((one for one in effects if one.changes_traffic), effects[0])
+
+    @classmethod
+    def named(cls, name: str) -> "Engine":
+        """Return an engine.
+
+        Raises
+        ------
+        UsageError
+            If no engine has this name.
+        """
+        engines = known_engines()
+        if name not in engines:
+            raise UsageError(
+                f"--engine {name} is not known", f"choose among {', '.join(engines)}"
+            )
+        return engines[name]
+
+
+@cache
+def known_engines() -> Mapping[str, Engine]:
+    """Return all engines by name, in the order of the data file."""
+    text = (resources.files("placer") / "engines.toml").read_text(encoding="utf-8")
+    return {name: _read_engine(name, value) for name, value in tomllib.loads(text).items()}
+
+
+def placement_effect(
+    policy: str, exchange: Exchange, replica_choice: ReplicaChoice, *, has_replicas: bool
+) -> PlacementEffect:
+    """Return whether a placement can change the expected traffic.
+
+    Parameters
+    ----------
+    policy
+        Home policy. Under ``fixed``, homes ignore content: each is as probable.
+    exchange
+        What is sent for a token.
+    replica_choice
+        Which copy serves, where there are several.
+    has_replicas
+        Whether experts may have more than one copy.
+    """
+    if exchange == "all-gather":
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="every token goes to every rank: placement cannot change the traffic, "
+            "only the balance",
+        )
+    if exchange == "padded":
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="the all-to-all is as large as the experts' capacity: placement cannot "
+            "change the traffic, only the balance",
+        )
+    if exchange == "per-expert" and policy == "fixed":
+        return _per_expert_effect(replica_choice, has_replicas=has_replicas)
+    counted = {
+        "per-expert": "pairs served away from home",
+        "per-rank": "distinct ranks per token",
+        "per-node": "distinct nodes and ranks per token",
+    }[exchange]
+    linked = "co-activation within a layer decides"
+    if policy != "fixed":
+        linked = "co-activation and links between layers decide"
+    return PlacementEffect(
+        changes_traffic=True, reason=f"{linked} the {counted}: placement counts"
+    )
+
+
+def choose_replicas(engine: Engine | None, wanted: str | None) -> ReplicaChoice:
+    """Return the replica choice that the user names, else the engine's, else local-first.
+
+    Raises
+    ------
+    UsageError
+        If ``wanted`` is not known.
+    """
+    if wanted is None:
+        return "local-first" if engine is None else engine.replica_choice
+    for choice in REPLICA_CHOICES:
+        if choice == wanted:
+            return choice
+    raise UsageError(
+        f"--replica-choice {wanted} is not known",
+        f"choose among {', '.join(REPLICA_CHOICES)}",
+    )
+
+
+def _per_expert_effect(
+    replica_choice: ReplicaChoice, *, has_replicas: bool
+) -> PlacementEffect:
+    """Return the effect under ``fixed`` and ``per-expert``.
+
+    A home is on each of the R ranks with the same probability, so a pair is remote with
+    probability 1 - 1/R wherever its expert lives. With c copies and a choice that prefers
+    the home it is 1 - c/R; a choice that ignores the home leaves 1 - 1/R.
+    """
+    if not has_replicas:
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="one copy per (token, expert) pair and homes that ignore content: "
+            "k (1 - 1/R) copies per token are sent whatever the placement, which can only "
+            "balance; redundant experts, or homes that follow content, would help",
+        )
+    if replica_choice == "hash":
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="one copy per (token, expert) pair, and the engine picks among an "
+            "expert's copies without regard to the home: k (1 - 1/R) copies per token are "
+            "sent whatever the placement, which can only balance",
+        )
+    return PlacementEffect(
+        changes_traffic=True,
+        reason="an expert with c copies is remote for 1 - c/R of its pairs: which experts "
+        "have copies counts, where they live does not",
+    )
+
+
+def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
+    rest = {key: value[key] for key in value if key not in ("dispatch", "combine", "notes")}
+    return Engine(
+        name=name,
+        dispatch=Transfer(**value["dispatch"]),
+        combine=Transfer(**value["combine"]),
+        notes=tuple(value["notes"]),
+        **rest,
+    )
+
+
+def _require_known(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(
+            f"{what} {value} is not known", f"choose among {', '.join(choices)}"
+        )

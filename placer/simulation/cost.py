@@ -1,0 +1,264 @@
+"""The cost model: how long a MoE layer takes in each batch.
+
+Expert computation ends with the busiest rank; dispatch and combine end with the busiest
+link. A layer's time is their sum::
+
+    compute  = max over ranks of max(pairs x 6 H I / flops, activated x 3 H I w / memory)
+    transfer = latency + max over ranks and link classes of copies x bytes / bandwidth
+
+with hidden size H, expert width I (gate, up and down projection: 3 H I weights of w bytes,
+two operations each per pair), and copies the more of sent and received. Both link classes
+work at the same time; the latency is that of the slowest link in use.
+
+Left out: attention, the router, shared experts (they run on every rank alike), kernels that
+pad to tiles, and overlap. ``overlapped`` says what is left where two half batches take
+turns, so that one computes while the other communicates: the longer of the two.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from placer.engine import Transfer
+from placer.errors import UsageError
+from placer.hardware import Hardware
+from placer.model import ModelSpec, expert_size
+from placer.simulation.steps import Copies, FloatArray, LayerSteps
+
+_MATRICES, _OPERATIONS = 3, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """The size of an expert.
+
+    Attributes
+    ----------
+    hidden_size
+        Width of the hidden state.
+    intermediate_size
+        Width of an expert.
+    weight_bytes
+        Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for four bits.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    weight_bytes: float = 2.0
+
+    def __post_init__(self) -> None:
+        if min(self.hidden_size, self.intermediate_size, self.weight_bytes) <= 0:
+            raise UsageError(
+                f"the size of an expert must be positive, got hidden size "
+                f"{self.hidden_size}, width {self.intermediate_size}, "
+                f"{self.weight_bytes:g} bytes per weight"
+            )
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of one expert."""
+        return _MATRICES * self.hidden_size * self.intermediate_size
+
+
+def find_expert_shape(
+    model: Path | None,
+    hidden_size: int | None,
+    intermediate_size: int | None,
+    weight_bytes: float,
+) -> ExpertShape | None:
+    """Return the size of an expert from a checkpoint's config, else from the sizes given.
+
+    ``None`` where neither says it.
+
+    Raises
+    ------
+    PlacerError
+        If ``model`` is no checkpoint of a known family.
+    """
+    if model is not None:
+        hidden_size = ModelSpec.from_checkpoint(model).hidden_size
+        intermediate_size = expert_size(model)
+    if hidden_size is None or intermediate_size is None:
+        return None
+    return ExpertShape(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        weight_bytes=weight_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerTimes:
+    """Seconds of one layer in each batch.
+
+    Attributes
+    ----------
+    compute, dispatch, combine
+        ``[B]`` float64.
+    fixed
+        Seconds of dispatch and combine that do not depend on what is sent.
+    """
+
+    compute: FloatArray
+    dispatch: FloatArray
+    combine: FloatArray
+    fixed: float
+
+    @property
+    def total(self) -> FloatArray:
+        """``[B]``: seconds of the layer."""
+        return self.compute + self.dispatch + self.combine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictedTime:
+    """Mean seconds of a layer, over layers and batches.
+
+    Attributes
+    ----------
+    compute, dispatch, combine
+        Expert computation, and transfers with their latency.
+    latency
+        The part of dispatch and combine that does not depend on what is sent.
+    total
+        Their sum.
+    total_p95
+        95th percentile of the sum, over layers and batches.
+    overlapped
+        Mean of the longer of computation and transfers.
+    """
+
+    compute: float
+    dispatch: float
+    combine: float
+    latency: float
+    total: float
+    total_p95: float
+    overlapped: float
+
+    @property
+    def transfer(self) -> float:
+        """Seconds that depend on the links' bandwidth."""
+        return self.dispatch + self.combine - self.latency
+
+    @classmethod
+    def of(cls, layers: Iterable[LayerTimes]) -> Self:
+        """Average over layers and batches."""
+        times = list(layers)
+        parts = {
+            name: np.concatenate([getattr(one, name) for one in times])
+            for name in ("compute", "dispatch", "combine", "total")
+        }
+        longer = np.maximum(parts["compute"], parts["dispatch"] + parts["combine"])
+        return cls(
+            **{name: float(values.mean()) for name, values in parts.items()},
+            latency=float(np.mean([one.fixed for one in times])),
+            total_p95=float(np.percentile(parts["total"], 95)),
+            overlapped=float(longer.mean()),
+        )
+
+    def to_json(self) -> dict[str, float]:
+        """Return microseconds by name."""
+        names = ("compute", "dispatch", "combine", "total", "total_p95", "overlapped")
+        return {f"{name}_us": round(getattr(self, name) * 1e6, 3) for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """What turns steps into seconds.
+
+    Attributes
+    ----------
+    hardware
+        GPUs and links.
+    expert
+        The size of an expert.
+    dispatch, combine
+        What a copy is.
+    num_nodes
+        Nodes that the ranks are on.
+    """
+
+    hardware: Hardware
+    expert: ExpertShape
+    dispatch: Transfer
+    combine: Transfer
+    num_nodes: int
+
+    def layer_times(self, steps: LayerSteps) -> LayerTimes:
+        """Return the seconds of one layer in each batch."""
+        latency = self._latency()
+        return LayerTimes(
+            compute=self._compute(steps),
+            dispatch=latency + self._transfer(steps.dispatch, self.dispatch),
+            combine=latency + self._transfer(steps.combine, self.combine),
+            fixed=2 * latency,
+        )
+
+    def _compute(self, steps: LayerSteps) -> FloatArray:
+        weights = self.expert.num_weights
+        flops = self.hardware.flops(self.expert.weight_bytes)
+        arithmetic = steps.pairs * (_OPERATIONS * weights / flops)
+        weight_bytes = weights * self.expert.weight_bytes
+        reading = steps.activated * (weight_bytes / self.hardware.memory_bandwidth)
+        busiest: FloatArray = np.maximum(arithmetic, reading).max(axis=1)
+        return busiest
+
+    def _transfer(self, copies: Copies, way: Transfer) -> FloatArray:
+        copy_bytes = way.copy_bytes(self.expert.hidden_size)
+        fast = copies.fast.busiest * (copy_bytes / self.hardware.fast.bandwidth)
+        slow = copies.slow.busiest * (copy_bytes / self.hardware.slow.bandwidth)
+        busiest: FloatArray = np.maximum(fast, slow).max(axis=1)
+        return busiest
+
+    def _latency(self) -> float:
+        link = self.hardware.slow if self.num_nodes > 1 else self.hardware.fast
+        return link.latency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakEven:
+    """For which bandwidth of the links one placement is faster than another.
+
+    Attributes
+    ----------
+    pays
+        ``always``, ``never``, ``below`` or ``above`` the bandwidth.
+    bandwidth
+        Bytes per second and direction of one GPU: of the slow link where there are nodes,
+        the fast one scaled alike; ``None`` for ``always`` and ``never``.
+    """
+
+    pays: str
+    bandwidth: float | None
+
+    def to_json(self) -> dict[str, str | float | None]:
+        """Return the fields by name, in GB/s."""
+        bandwidth = None if self.bandwidth is None else round(self.bandwidth / 1e9, 3)
+        return {"pays": self.pays, "bandwidth_gb_per_s": bandwidth}
+
+
+def break_even(plan: PredictedTime, other: PredictedTime, model: CostModel) -> BreakEven:
+    """Return for which bandwidth ``plan`` takes less time than ``other``.
+
+    Transfers shrink in proportion as all links get faster; computation and latency stay.
+    So with the links s times as fast, the plan is faster where::
+
+        compute_plan + transfer_plan / s < compute_other + transfer_other / s
+    """
+    slower = plan.compute - other.compute
+    saved = other.transfer - plan.transfer
+    if slower <= 0 and saved >= 0:
+        return BreakEven(
+            pays="always" if slower < 0 or saved > 0 else "never", bandwidth=None
+        )
+    if slower >= 0 and saved <= 0:
+        return BreakEven(pays="never", bandwidth=None)
+    link = model.hardware.slow if model.num_nodes > 1 else model.hardware.fast
+    return BreakEven(
+        pays="below" if slower > 0 else "above",
+        bandwidth=link.bandwidth * saved / slower,
+    )

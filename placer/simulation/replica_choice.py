@@ -1,0 +1,230 @@
+"""Which copy of an expert serves a (token, expert) pair: the engine's replica choice.
+
+- ``local-first``: the copy at the token's home; else one on the home's node; else any.
+  Equal choices take turns by the token's index.
+- ``sglang-static``: fixed per home and expert; the copy at home, else the first on the
+  home's node where that node lacks another copy, else a seeded draw that shares the homes
+  evenly among the copies. As SGLang 0.5.23 builds its table for
+  ``--ep-dispatch-algorithm static`` (``srt/eplb/expert_location.py``), but for the draws
+  that it spends on rows of dense layers, which shift later draws.
+- ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
+  copies; the home is ignored. As vLLM chooses
+  (``model_executor/layers/fused_moe/router/base_router.py``).
+- ``cover``: a copy on a rank that the token visits anyway; else the rank that holds most of
+  the experts still to be served. It needs a patch of the runtime.
+
+Without replicas there is nothing to choose.
+"""
+
+import random
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.engine import ReplicaChoice
+from placer.plan.placement import Placement
+from placer.simulation.homes import Batches
+from placer.simulation.serving import (
+    Allow,
+    BoolArray,
+    IntArray,
+    LayerServing,
+    RankArray,
+    local_first,
+)
+
+_KNUTH_MULTIPLIER, _HASH_BITS = 2654435769, 32
+_SGLANG_SEED = 42
+# Tokens of which `cover` holds [k, tokens, ranks] in memory at a time.
+_COVER_TOKENS = 8192
+
+
+class Server:
+    """Serves the layers of a placement under a replica choice.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    replica_choice
+        Which copy serves.
+    batches
+        Which tokens share a batch, for ``hash``.
+    """
+
+    def __init__(
+        self, placement: Placement, replica_choice: ReplicaChoice, batches: Batches
+    ) -> None:
+        self.placement = placement
+        self.replica_choice = replica_choice
+        self.batches = batches
+
+    def layers(self) -> Iterator[LayerServing]:
+        """Yield the tables of every layer, in order."""
+        static: Iterator[IntArray | None] = repeat(None)
+        if self.replica_choice == "sglang-static":
+            static = iter(sglang_static_ranks(self.placement))
+        for layer, fixed in zip(range(self.placement.num_layers), static, strict=False):
+            yield LayerServing.of(self.placement, layer, self._allow(fixed))
+
+    def _allow(self, fixed: IntArray | None) -> Allow:
+        if fixed is not None:
+            return lambda _, copy_rank, exists: exists & (copy_rank == fixed[..., None])
+        return _any_copy if self.replica_choice == "hash" else local_first
+
+    def ranks(
+        self, serving: LayerServing, experts: npt.NDArray[Any], home: RankArray
+    ) -> RankArray:
+        """Return ``[k, T]``: the rank that serves each pair.
+
+        Parameters
+        ----------
+        serving
+            The tables of the layer, from :meth:`layers`.
+        experts
+            ``[k, T]`` expert ids, the tokens in the order of the trace.
+        home
+            ``[T]``: the rank that holds each token's hidden state.
+        """
+        if serving.has_replicas and self.replica_choice == "cover":
+            return cover_ranks(serving, experts, home, self.placement.ranks_per_node)
+        if serving.has_replicas and self.replica_choice == "hash":
+            row = self.batches.row_at_home(home, self.placement.num_ranks)
+            return serving.ranks(experts, home, turn=hashed_row(row))
+        return serving.ranks(experts, home)
+
+
+def hashed_row(row: IntArray) -> IntArray:
+    """Return ``[T]`` int64: Knuth's multiplicative hash of batch rows."""
+    hashed = row.astype(np.uint64) * np.uint64(_KNUTH_MULTIPLIER)
+    return (hashed & np.uint64((1 << _HASH_BITS) - 1)).astype(np.int64)
+
+
+def sglang_static_ranks(placement: Placement) -> list[IntArray]:
+    """Return L arrays ``[R, E]`` int64: the rank that serves an expert for each home.
+
+    Every rank draws for itself, from the same seed, layer by layer and expert by expert,
+    for the experts of which it has no near copy; in each draw it shares the copies out to
+    all ranks without one, and keeps its own.
+    """
+    num_ranks, width = placement.num_ranks, placement.ranks_per_node
+    nearest = [
+        _sglang_nearest(placement.holds(layer), width)
+        for layer in range(placement.num_layers)
+    ]
+    chosen = [near.copy() for near in nearest]
+    for home in range(num_ranks):
+        draw = random.Random(_SGLANG_SEED)
+        for layer, near in enumerate(nearest):
+            holds = placement.holds(layer)
+            for expert in np.flatnonzero(near[home] < 0):
+                copies = np.flatnonzero(holds[expert]).tolist()
+                without = np.flatnonzero(near[:, expert] < 0).tolist()
+                shares = _fair_shares(copies, len(without), draw)
+                chosen[layer][home, expert] = shares[without.index(home)]
+    return chosen
+
+
+def _sglang_nearest(holds: BoolArray, ranks_per_node: int) -> IntArray:
+    """Return ``[R, E]`` int64: the rank of each expert's near copy from a home, or -1."""
+    num_experts, num_ranks = holds.shape
+    node_holds = holds.reshape(num_experts, -1, ranks_per_node)
+    in_node, total = node_holds.sum(axis=2), holds.sum(axis=1, keepdims=True)
+    first = node_holds.argmax(axis=2) + np.arange(num_ranks // ranks_per_node) * (
+        ranks_per_node
+    )
+    near = np.where((in_node > 0) & (in_node < total), first, -1)
+    near = np.repeat(near, ranks_per_node, axis=1)
+    near = np.where(holds, np.arange(num_ranks), near)
+    return np.where(total == 1, holds.argmax(axis=1)[:, None], near).T
+
+
+def _fair_shares(copies: list[int], number: int, draw: random.Random) -> list[int]:
+    """Share copies out to ``number`` ranks, as evenly as can be, in random order."""
+    rounds, rest = divmod(number, len(copies))
+    shares = copies * rounds + draw.sample(copies, k=rest)
+    draw.shuffle(shares)
+    return shares
+
+
+def cover_ranks(
+    serving: LayerServing, experts: npt.NDArray[Any], home: RankArray, ranks_per_node: int
+) -> RankArray:
+    """Return ``[k, T]``: the ranks that serve, as few of them as a greedy cover finds.
+
+    A pair goes to a rank that the token visits anyway (its home, and the only rank of an
+    expert), where one holds the expert. For the pairs left, the rank that holds most of
+    them joins, one on a visited node first, and so on. Among equals the home comes first,
+    then ranks of the home's node, then turns by the token's index.
+    """
+    parts = [
+        _Cover(serving, experts[:, begin:end], home[begin:end], ranks_per_node, begin).run()
+        for begin in range(0, experts.shape[1], _COVER_TOKENS)
+        for end in (begin + _COVER_TOKENS,)
+    ]
+    return np.concatenate(parts, axis=1).astype(serving.copy_rank.dtype)
+
+
+class _Cover:
+    """The cover of some tokens; ``[k, T]`` ranks, -1 where not yet served."""
+
+    def __init__(
+        self,
+        serving: LayerServing,
+        experts: npt.NDArray[Any],
+        home: RankArray,
+        ranks_per_node: int,
+        first_token: int,
+    ) -> None:
+        num_ranks = serving.holds.shape[1]
+        self.num_tokens = experts.shape[1]
+        self.ranks_per_node = ranks_per_node
+        self.held = serving.holds[experts]
+        self.turn = np.arange(self.num_tokens) + first_token
+        self.at_home = np.arange(num_ranks) == home[:, None]
+        self.near_home = self._on_nodes_of(self.at_home)
+        only = np.take(serving.num_copies, experts) == 1
+        first = np.take(serving.copy_rank[:, 0], experts).astype(np.int64)
+        self.served = np.where(only, first, -1)
+        self.visited = self.at_home | (self.held & only[..., None]).any(axis=0)
+
+    def run(self) -> IntArray:
+        """Serve all pairs, and return their ranks."""
+        self._serve()
+        while (self.served < 0).any():
+            waiting = self.held & (self.served < 0)[..., None]
+            count = waiting.sum(axis=0)
+            on_node = count * self._on_nodes_of(self.visited)
+            count = np.where(on_node.any(axis=1, keepdims=True), on_node, count)
+            best = (count == count.max(axis=1, keepdims=True)) & (count > 0)
+            needed = np.flatnonzero(best.any(axis=1))
+            self.visited[needed, self._pick(best)[needed]] = True
+            self._serve()
+        return self.served
+
+    def _serve(self) -> None:
+        """Serve what a visited rank holds."""
+        for place, held in enumerate(self.held):
+            able = held & self.visited
+            now = able.any(axis=1) & (self.served[place] < 0)
+            self.served[place] = np.where(now, self._pick(able), self.served[place])
+
+    def _pick(self, allowed: BoolArray) -> IntArray:
+        """Return ``[T]``: one of the allowed ranks ``[T, R]`` (0 where there is none)."""
+        for nearer in (allowed & self.near_home, allowed & self.at_home):
+            allowed = np.where(nearer.any(axis=1, keepdims=True), nearer, allowed)
+        turn = self.turn % np.maximum(allowed.sum(axis=1), 1)
+        picked: IntArray = (allowed.cumsum(axis=1) > turn[:, None]).argmax(axis=1)
+        return picked
+
+    def _on_nodes_of(self, ranks: BoolArray) -> BoolArray:
+        """Return ``[T, R]``: whether a rank is on a node of one of ``ranks``."""
+        nodes = ranks.reshape(self.num_tokens, -1, self.ranks_per_node).any(axis=2)
+        return np.repeat(nodes, self.ranks_per_node, axis=1)
+
+
+def _any_copy(placement: Placement, _: RankArray, exists: BoolArray) -> BoolArray:
+    return np.broadcast_to(exists, (placement.num_ranks, *exists.shape))

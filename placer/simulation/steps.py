@@ -1,0 +1,222 @@
+"""What the ranks of a layer do in each batch: pairs, activated experts, copies by link.
+
+A batch is one forward pass of all ranks together: in decoding one token of each sequence
+in turn, in prefilling a chunk of consecutive tokens. Only full batches count.
+
+Legend of the shapes: T tokens, k experts per token, B full batches, R ranks, N nodes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.engine import Exchange, ReplicaChoice
+from placer.errors import UsageError
+from placer.plan.placement import Placement
+from placer.simulation.homes import Batches, fixed_homes
+from placer.simulation.replica_choice import Server
+from placer.simulation.serving import (
+    BoolArray,
+    IntArray,
+    RankArray,
+    first_occurrence,
+    majority_rank,
+)
+from placer.trace import Chunk
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinkCopies:
+    """Hidden states that ranks send and receive in each batch, over one link class.
+
+    Attributes
+    ----------
+    sent, received
+        ``[B, R]`` float64.
+    """
+
+    sent: FloatArray
+    received: FloatArray
+
+    @property
+    def busiest(self) -> FloatArray:
+        """``[B, R]``: the more of the two, for links of two directions."""
+        return np.maximum(self.sent, self.received)
+
+    def turned(self) -> "LinkCopies":
+        """Return the copies on their way back."""
+        return LinkCopies(sent=self.received, received=self.sent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Copies:
+    """Copies of one dispatch or combine, inside nodes (fast) and between them (slow)."""
+
+    fast: LinkCopies
+    slow: LinkCopies
+
+    def turned(self) -> "Copies":
+        """Return the copies on their way back."""
+        return Copies(fast=self.fast.turned(), slow=self.slow.turned())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerSteps:
+    """One layer on all full batches.
+
+    Attributes
+    ----------
+    pairs
+        ``[B, R]`` float64: (token, expert) pairs that each rank serves.
+    activated
+        ``[B, R]`` int64: slots of each rank that serve at least one pair.
+    dispatch, combine
+        What crosses the wire.
+    """
+
+    pairs: FloatArray
+    activated: IntArray
+    dispatch: Copies
+    combine: Copies
+
+
+def layer_steps(
+    placement: Placement,
+    tokens: Chunk,
+    batches: Batches,
+    *,
+    policy: str,
+    exchanges: tuple[Exchange, Exchange],
+    replica_choice: ReplicaChoice = "local-first",
+) -> Iterator[LayerSteps]:
+    """Serve recorded tokens batch by batch, and yield what each layer's ranks do.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    tokens
+        Whole sequences.
+    batches
+        Which tokens share a batch.
+    policy
+        Home policy: ``fixed`` or ``follow``.
+    exchanges
+        Of dispatch and of combine.
+    replica_choice
+        Which copy of an expert serves.
+
+    Raises
+    ------
+    UsageError
+        If the policy needs a table.
+    """
+    if policy not in ("fixed", "follow"):
+        raise UsageError(
+            f"batches of policy {policy} cannot be served", "choose fixed or follow"
+        )
+    server = Server(placement, replica_choice, batches)
+    counter = _Counter(placement, batches)
+    home = fixed_homes(tokens.sequence_ids, placement.num_ranks)
+    for layer, serving in enumerate(server.layers()):
+        experts = np.ascontiguousarray(tokens.experts[layer].T)
+        ranks = server.ranks(serving, experts, home)
+        back = majority_rank(ranks) if policy == "follow" else home
+        cell = batches.batch_of_token * placement.num_ranks + ranks
+        yield LayerSteps(
+            pairs=counter.per_rank(cell.ravel()),
+            activated=counter.activated(layer, ranks, experts),
+            dispatch=counter.copies(exchanges[0], ranks, home),
+            combine=counter.copies(exchanges[1], ranks, back).turned(),
+        )
+        home = back
+
+
+class _Counter:
+    """Counts per batch and rank."""
+
+    def __init__(self, placement: Placement, batches: Batches) -> None:
+        self.placement = placement
+        self.batches = batches
+        self.num_ranks = placement.num_ranks
+        self.width = placement.ranks_per_node
+
+    def per_rank(self, cell: npt.NDArray[Any], weight: float = 1.0) -> FloatArray:
+        """Return ``[B, R]``: ``weight`` times how often each batch x R + rank occurs."""
+        shape = (self.batches.num_batches, self.num_ranks)
+        counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
+        return weight * counts[: self.batches.num_full].astype(np.float64)
+
+    def activated(
+        self, layer: int, ranks: RankArray, experts: npt.NDArray[Any]
+    ) -> IntArray:
+        """Return ``[B, R]`` int64: slots that serve at least one pair."""
+        row = self.placement.physical_to_logical_map[layer]
+        slot_of = np.zeros((self.num_ranks, self.placement.num_experts[layer]), np.int64)
+        slots = np.arange(len(row))
+        slot_of[slots // (len(row) // self.num_ranks), row] = slots
+        cell = self.batches.batch_of_token * len(row) + slot_of[ranks, experts]
+        used = np.zeros(self.batches.num_batches * len(row), dtype=np.bool_)
+        used[cell] = True
+        by_slot = used.reshape(self.batches.num_batches, self.num_ranks, -1)
+        by_rank: IntArray = by_slot[: self.batches.num_full].sum(axis=2)
+        return by_rank
+
+    def copies(self, exchange: Exchange, ranks: RankArray, home: RankArray) -> Copies:
+        """Return the copies from each token's home to the ranks that serve it.
+
+        ``ranks`` is ``[k, T]``, ``home`` is ``[T]``.
+        """
+        if exchange == "all-gather":
+            return self._to_all(home, 1.0)
+        if exchange == "padded":
+            return self._to_all(home, len(ranks) / self.num_ranks)
+        if exchange == "per-expert":
+            return self._sent(np.broadcast_to(home, ranks.shape), ranks, ranks != home)
+        first = first_occurrence(ranks)
+        if exchange == "per-rank":
+            remote = first & (ranks != home)
+            return self._sent(np.broadcast_to(home, ranks.shape), ranks, remote)
+        return self._by_node(ranks, home, first)
+
+    def _by_node(self, ranks: RankArray, home: RankArray, first: BoolArray) -> Copies:
+        """One copy per node, to the rank with the home's local index; then inside nodes."""
+        node = ranks // self.width
+        landing = (node * self.width + home % self.width).astype(ranks.dtype)
+        away = first_occurrence(node) & (node != home // self.width)
+        across = self._sent(np.broadcast_to(home, ranks.shape), landing, away)
+        # In the home's own node the landing rank is the home itself.
+        inside = self._sent(landing, ranks, first & (ranks != landing))
+        return Copies(fast=inside.fast, slow=across.slow)
+
+    def _sent(self, sender: RankArray, receiver: RankArray, which: BoolArray) -> Copies:
+        """Count messages ``[k, T]`` by link class."""
+        slow = sender // self.width != receiver // self.width
+        cell = self.batches.batch_of_token * self.num_ranks
+        fast, across = (
+            LinkCopies(
+                sent=self.per_rank((cell + sender)[chosen]),
+                received=self.per_rank((cell + receiver)[chosen]),
+            )
+            for chosen in (which & ~slow, which & slow)
+        )
+        return Copies(fast=fast, slow=across)
+
+    def _to_all(self, home: RankArray, weight: float) -> Copies:
+        """Count ``weight`` copies of each token to every other rank."""
+        cell = self.batches.batch_of_token * self.num_ranks + home
+        own = self.per_rank(cell, weight)
+        total = own.sum(axis=1, keepdims=True)
+        node = own.reshape(len(own), -1, self.width).sum(axis=2)
+        node = np.repeat(node, self.width, axis=1)
+        return Copies(
+            fast=LinkCopies(sent=own * (self.width - 1), received=node - own),
+            slow=LinkCopies(
+                sent=own * (self.num_ranks - self.width), received=total - node
+            ),
+        )

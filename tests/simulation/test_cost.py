@@ -1,0 +1,236 @@
+"""The cost model, computed by hand; and for which bandwidth a plan pays."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from placer.engine import Transfer
+from placer.errors import PlacerError, UsageError
+from placer.hardware import Hardware, Link, known_hardware
+from placer.plan import Placement
+from placer.simulation import contiguous
+from placer.simulation.batch_figures import BatchOptions, batch_figures
+from placer.simulation.cost import (
+    CostModel,
+    ExpertShape,
+    PredictedTime,
+    break_even,
+    find_expert_shape,
+)
+from placer.trace import Chunk
+
+SLOW_GPU = Hardware(
+    name="toy",
+    bf16_flops=1e6,
+    fp8_flops=2e6,
+    memory_bandwidth=1e5,
+    fast=Link(bandwidth=1000, latency=0.5),
+    slow=Link(bandwidth=100, latency=2.0),
+)
+#: 3 x 10 x 20 = 600 weights of two bytes.
+SMALL_EXPERT = ExpertShape(hidden_size=10, intermediate_size=20)
+BF16 = Transfer(exchange="per-rank", element="bf16")
+
+
+def model_of(num_nodes=1, expert=SMALL_EXPERT, hardware=SLOW_GPU):
+    return CostModel(
+        hardware=hardware,
+        expert=expert,
+        dispatch=BF16,
+        combine=BF16,
+        num_nodes=num_nodes,
+    )
+
+
+def one_batch(rows, sequence_ids):
+    return Chunk(
+        experts=(np.array(rows, dtype=np.uint8),),
+        sequence_ids=np.array(sequence_ids, dtype=np.int32),
+        positions=np.zeros(len(rows), dtype=np.int32),
+    )
+
+
+def time_of(placement, tokens, cost):
+    options = BatchOptions(policy="fixed", cost=cost)
+    return batch_figures(placement, tokens, tokens.num_tokens, options).time
+
+
+def test_a_layer_on_one_node_by_hand():
+    """Two ranks with experts 0, 1 and 2, 3; the tokens are at home on 0, 1, 0, 1.
+
+    Rank 0 serves 6 pairs with 2 experts: arithmetic 6 x 2 x 600 / 1e6 = 7.2 ms, reading
+    2 x 1200 bytes / 1e5 = 24 ms, the longer. It receives tokens 1 and 3 and sends token 2:
+    2 copies x 20 bytes / 1000 = 40 ms.
+    """
+    tokens = one_batch([[0, 1], [0, 1], [0, 2], [0, 3]], [0, 1, 2, 3])
+    found = time_of(contiguous((4,), 2), tokens, model_of())
+    assert found.compute == pytest.approx(0.024)
+    assert found.dispatch == pytest.approx(0.5 + 0.040)
+    assert found.combine == pytest.approx(0.5 + 0.040)
+    assert found.latency == 1.0
+    assert found.transfer == pytest.approx(0.080)
+    assert found.total == pytest.approx(0.024 + 1.08)
+    assert found.overlapped == pytest.approx(1.08)
+    assert found.to_json()["total_us"] == pytest.approx(1_104_000)
+
+
+def test_arithmetic_counts_where_it_is_the_longer():
+    """300 pairs of one expert: 300 x 1200 / 1e6 = 0.36 s, reading it 12 ms."""
+    tokens = one_batch([[0]] * 300, [0] * 300)
+    found = time_of(contiguous((2,), 2), tokens, model_of())
+    assert found.compute == pytest.approx(0.36)
+    quantised = model_of(expert=replace(SMALL_EXPERT, weight_bytes=1))
+    assert time_of(contiguous((2,), 2), tokens, quantised).compute == pytest.approx(0.18)
+
+
+def test_the_slow_link_decides_between_nodes():
+    """Four ranks on two nodes, one token at home on rank 0 that visits 1, 2 and 3.
+
+    One fast copy (20 bytes / 1000) beside two slow ones (40 bytes / 100).
+    """
+    found = time_of(contiguous((4,), 4, 2), one_batch([[1, 2, 3]], [0]), model_of(2))
+    assert found.dispatch == pytest.approx(2.0 + 0.4)
+    assert found.latency == 4.0
+
+
+def test_the_busiest_rank_and_not_the_mean_decides():
+    """One expert on each of four ranks: all tokens on one rank take four times as long."""
+    even = one_batch([[0], [1], [2], [3]] * 50, np.arange(200))
+    one = one_batch([[0]] * 200, np.arange(200))
+    cost = model_of()
+    placement = contiguous((4,), 4)
+    assert time_of(placement, one, cost).compute == pytest.approx(
+        4 * time_of(placement, even, cost).compute
+    )
+
+
+def predicted(compute, transfer):
+    return PredictedTime(
+        compute=compute,
+        dispatch=transfer / 2 + 1,
+        combine=transfer / 2 + 1,
+        latency=2.0,
+        total=compute + transfer + 2,
+        total_p95=0,
+        overlapped=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("plan", "other", "pays", "bandwidth"),
+    [
+        # 3 s more computation for 6 s less transfer at 1000 bytes/s: pays below 2000.
+        (predicted(5, 2), predicted(2, 8), "below", 2000),
+        # 1 s less computation for 4 s more transfer: only with links 4 times as fast.
+        (predicted(1, 6), predicted(2, 2), "above", 4000),
+        (predicted(1, 1), predicted(2, 2), "always", None),
+        (predicted(2, 1), predicted(2, 2), "always", None),
+        (predicted(2, 2), predicted(2, 2), "never", None),
+        (predicted(3, 3), predicted(2, 2), "never", None),
+        (predicted(3, 2), predicted(2, 2), "never", None),
+    ],
+)
+def test_break_even_by_hand(plan, other, pays, bandwidth):
+    found = break_even(plan, other, model_of())
+    assert (found.pays, found.bandwidth) == (pays, bandwidth)
+
+
+def test_at_the_break_even_bandwidth_both_take_the_same_time():
+    """Serve again with links of exactly that bandwidth.
+
+    Most tokens use 0 and 1, the others 2 and 3: together they are sent less, apart the
+    ranks are even.
+    """
+    tokens = one_batch([[0, 1]] * 60 + [[2, 3]] * 20, np.arange(80))
+    together = contiguous((4,), 2, 2)
+    placements = together, Placement.from_expert_rank([np.array([0, 1, 0, 1])], 2, 2)
+    cost = model_of(2)
+    one, other = (time_of(placement, tokens, cost) for placement in placements)
+    found = break_even(one, other, cost)
+    assert found.pays == "below"
+    factor = found.bandwidth / SLOW_GPU.slow.bandwidth
+    scaled = replace(
+        SLOW_GPU,
+        fast=replace(SLOW_GPU.fast, bandwidth=SLOW_GPU.fast.bandwidth * factor),
+        slow=replace(SLOW_GPU.slow, bandwidth=SLOW_GPU.slow.bandwidth * factor),
+    )
+    again = [time_of(p, tokens, model_of(2, hardware=scaled)).total for p in placements]
+    assert again[0] == pytest.approx(again[1])
+
+
+def test_known_hardware_has_sources():
+    for name, hardware in known_hardware().items():
+        assert hardware.name == name
+        assert hardware.source.startswith("https://")
+        assert hardware.notes
+        assert hardware.fast.bandwidth > hardware.slow.bandwidth
+        assert Hardware.named(name) is hardware
+
+
+def test_b200s_fast_link_reproduces_the_measured_dispatch():
+    """TensorRT-LLM's table for 8 ranks: tokens of 14336 bytes per rank, microseconds."""
+    link = known_hardware()["b200"].fast
+    for tokens, measured in ((2048, 311.8e-6), (1024, 166.3e-6), (512, 89.5e-6)):
+        copies = tokens * 8 * 7 / 8
+        assert link.latency + copies * 14336 / link.bandwidth == pytest.approx(
+            measured, rel=0.05
+        )
+
+
+def test_a_users_hardware_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "bf16_flops = 1e15\nfp8_flops = 2e15\nmemory_bandwidth = 3e12\n"
+        "fast = { bandwidth = 4e11, latency = 1e-5 }\n"
+        "slow = { bandwidth = 5e10, latency = 2e-5 }\n"
+    )
+    hardware = Hardware.named(str(path))
+    assert (hardware.name, hardware.slow.bandwidth) == ("mine", 5e10)
+    assert hardware.flops(2) == 1e15
+    assert hardware.flops(0.5) == 2e15
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bf16_flops = 1e15", "cannot be read"),
+        ("this is no TOML", "cannot be read"),
+        (
+            "bf16_flops = 0\nfp8_flops = 2e15\nmemory_bandwidth = 3e12\n"
+            "fast = { bandwidth = 4e11, latency = 1e-5 }\n"
+            "slow = { bandwidth = 5e10, latency = 2e-5 }",
+            "bf16_flops must be positive",
+        ),
+        (
+            "bf16_flops = 1\nfp8_flops = 2e15\nmemory_bandwidth = 3e12\n"
+            "fast = { bandwidth = -1, latency = 1e-5 }\n"
+            "slow = { bandwidth = 5e10, latency = 2e-5 }",
+            "positive bandwidth",
+        ),
+    ],
+)
+def test_a_hardware_file_that_cannot_be_meant_is_refused(tmp_path, text, message):
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    with pytest.raises(PlacerError, match=message):
+        Hardware.named(str(path))
+
+
+def test_unknown_hardware_lists_what_is_known():
+    with pytest.raises(UsageError, match="--hardware h300 is not known") as error:
+        Hardware.named("h300")
+    assert "h200" in error.value.hint
+    with pytest.raises(PlacerError, match="does not exist"):
+        Hardware.named("nowhere.toml")
+
+
+def test_the_size_of_an_expert_comes_from_the_checkpoint_or_the_user(tiny_model):
+    """The tiny Qwen3-MoE: hidden 32, experts of width 16."""
+    assert find_expert_shape(tiny_model, None, None, 2.0) == ExpertShape(
+        hidden_size=32, intermediate_size=16
+    )
+    assert find_expert_shape(None, 10, 20, 1.0).num_weights == 600
+    assert find_expert_shape(None, 10, None, 2.0) is None
+    with pytest.raises(UsageError, match="must be positive"):
+        find_expert_shape(None, 10, -1, 2.0)
