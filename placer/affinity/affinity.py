@@ -38,8 +38,10 @@ class Affinity:
     transition
         L-1 arrays ``[E_l, E_{l+1}]``: pairs (i of the token's experts in layer l, j of
         those in layer l+1); ExFlow (arXiv 2401.08383), section III, for any top-k.
+        Empty where loads alone are known.
     coactivation
         L arrays ``[E, E]``, symmetric with zero diagonal: tokens that use both experts.
+        Empty where loads alone are known.
     token_expert
         L sparse ``[V, E]``: pairs per token id, or ``None`` where ids were not recorded.
     sequence_expert
@@ -64,6 +66,8 @@ class Affinity:
             "coactivation": [(size, size) for size in sizes],
             "transition": list(itertools.pairwise(sizes)),
         }
+        if not (self.transition or self.coactivation):
+            expected = {"load": expected["load"]}
         for name, shapes in expected.items():
             counts = getattr(self, name)
             found = [one.shape for one in counts]
@@ -72,15 +76,25 @@ class Affinity:
             if any(one.dtype != np.int64 or (one < 0).any() for one in counts):
                 raise PlacerError(f"{name} must hold int64 counts, none negative")
 
+    @property
+    def has_links(self) -> bool:
+        """Whether pairs of experts were counted, not loads alone."""
+        return bool(self.coactivation)
+
     def add(self, other: "Affinity") -> "Affinity":
         """Return the sum of two counts of one model; optional rows must be in both.
 
         Raises
         ------
         PlacerError
-            If the counts are of different models.
+            If the counts are of different models, or only one of them has links.
         """
         require_same_model(self.model, "the first affinity", other.model, "the second")
+        if self.has_links != other.has_links:
+            raise PlacerError(
+                "one affinity counts pairs of experts, the other loads alone",
+                "merge files of one kind",
+            )
 
         def rows(name: str) -> tuple[SparseCounts, ...] | None:
             one, two = getattr(self, name), getattr(other, name)
@@ -175,8 +189,11 @@ class Affinity:
         cls, header: Mapping[str, Any], tensors: Mapping[str, IntArray]
     ) -> Self:
         model = ModelSpec.from_json(header["model"])
+        loads_alone = not any(name.startswith("coactivation.") for name in tensors)
 
         def layers(name: str, number: int) -> tuple[IntArray, ...]:
+            if loads_alone and name != "load":
+                return ()
             return tuple(tensors[f"{name}.{n}"] for n in range(number))
 
         return cls(

@@ -1,4 +1,4 @@
-"""``placer import``: traces that something else recorded."""
+"""``placer import``: traces and loads that something else recorded."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +9,16 @@ from placer.cli.output import JsonOption, OutOption, print_json, print_table, wa
 from placer.errors import UsageError
 
 _FORMATS = ("npz", "exflow", "csv", "sglang-routed", "sglang-dump", "vllm-routed")
+_LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads")
 
 
 def import_(
     format_: Annotated[
-        str, typer.Argument(metavar="FORMAT", help=f"One of: {', '.join(_FORMATS)}.")
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help=f"Tokens: {', '.join(_FORMATS)}. Loads: {', '.join(_LOAD_FORMATS)}.",
+        ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to read.")],
     out: OutOption,
@@ -21,21 +26,52 @@ def import_(
         Path | None,
         typer.Option(metavar="DIR", help="Checkpoint that the trace is of: binds it."),
     ] = None,
+    map_: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            metavar="FILE",
+            help="trtllm-statistic: map of the load balancer that ran, as placer wrote it.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn routing that something else recorded into a trace.
+    """Turn routing that something else recorded into a trace, loads into an affinity file.
 
     npz: arrays experts [T, L, k], sequence_ids [T] and optional others. exflow: .npy
     [tokens, layers]. csv: one row per token and layer. sglang-routed, vllm-routed: JSON
     lines of responses with return_routed_experts. sglang-dump: the recorder's .pt file of
     mode per_token.
+
+    Loads without tokens, enough to balance: sglang-stat, the recorder's .pt file of mode
+    stat; trtllm-statistic, the directory EXPERT_STATISTIC_PATH; csv-loads, columns layer,
+    expert, count. They need --model.
     """
+    if format_ in _LOAD_FORMATS:
+        facts = _import_loads(format_, file, out, model, map_)
+    elif format_ in _FORMATS:
+        facts = _import_tokens(format_, file, out, model, map_)
+    else:
+        known = ", ".join((*_FORMATS, *_LOAD_FORMATS))
+        raise UsageError(f"format {format_!r} is not known", f"known formats: {known}")
+    if as_json:
+        print_json(facts)
+    else:
+        what = "affinity" if format_ in _LOAD_FORMATS else "trace"
+        print_table((what, ""), [(name, str(value)) for name, value in facts.items()])
+
+
+def _import_tokens(
+    format_: str, file: Path, out: Path, model: Path | None, map_: Path | None
+) -> dict[str, object]:
     from placer.trace.csv_rows import read_csv
     from placer.trace.imported import import_file
     from placer.trace.npz import read_exflow, read_npz
     from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
     from placer.trace.sglang_dump import read_sglang_dump
 
+    if map_ is not None:
+        raise UsageError(f"--map is for trtllm-statistic, not for {format_}", "drop --map")
     readers = (
         read_npz,
         read_exflow,
@@ -44,10 +80,6 @@ def import_(
         read_sglang_dump,
         read_vllm_routed,
     )
-    if format_ not in _FORMATS:
-        raise UsageError(
-            f"format {format_!r} is not known", f"known formats: {', '.join(_FORMATS)}"
-        )
     reader = dict(zip(_FORMATS, readers, strict=True))[format_]
     header = import_file(reader, format_, file, out, model)
     if not header.model.bound:
@@ -55,7 +87,7 @@ def import_(
             "the trace is bound to no checkpoint: the number of experts is the largest id "
             "+ 1; bind it with --model DIR"
         )
-    facts = {
+    return {
         "out": str(out),
         "num_tokens": header.num_tokens,
         "num_sequences": header.num_sequences,
@@ -64,7 +96,35 @@ def import_(
         "top_k": header.model.top_k,
         "domains": list(header.domains),
     }
-    if as_json:
-        print_json(facts)
-    else:
-        print_table(("trace", ""), [(name, str(value)) for name, value in facts.items()])
+
+
+def _import_loads(
+    format_: str, file: Path, out: Path, model: Path | None, map_: Path | None
+) -> dict[str, object]:
+    from placer.affinity.loads import (
+        import_loads,
+        read_csv_loads,
+        read_sglang_stat,
+        trtllm_statistic_reader,
+    )
+    from placer.runtime_map.trtllm import parse_assignments
+
+    if model is None:
+        raise UsageError(
+            f"{format_} does not say which experts its layers have",
+            "name the model: --model DIR",
+        )
+    if map_ is not None and format_ != "trtllm-statistic":
+        raise UsageError(f"--map is for trtllm-statistic, not for {format_}", "drop --map")
+    slots = None if map_ is None else parse_assignments(map_)[1]
+    readers = (read_sglang_stat, trtllm_statistic_reader(slots), read_csv_loads)
+    reader = dict(zip(_LOAD_FORMATS, readers, strict=True))[format_]
+    affinity = import_loads(reader, format_, file, out, model)
+    return {
+        "out": str(out),
+        "num_tokens": affinity.num_tokens,
+        "num_layers": affinity.model.num_layers,
+        "num_experts": list(affinity.model.num_experts),
+        "top_k": affinity.model.top_k,
+        "loads_alone": True,
+    }

@@ -59,11 +59,16 @@ def record(
 ) -> None:
     """Run a transformers MoE model over text and write which experts its routers chose.
 
-    Killed and started again with the same options, it goes on where it was.
+    Killed and started again with the same options, it goes on where it was. On several
+    GPUs, a whole model on each: torchrun --nproc-per-node N --no-python placer record ...
+    --device cuda.
     """
+    from contextlib import nullcontext
+
     from placer.trace.corpus import name_corpora
     from placer.trace.record import RecordOptions
     from placer.trace.record import record as record_trace
+    from placer.trace.worker import Worker
 
     options = RecordOptions(
         sequence_length=sequence_length,
@@ -79,8 +84,11 @@ def record(
         seed=seed,
     )
     corpora = name_corpora(corpus or [], domain or [], field)
-    with token_progress() as progress:
-        header = record_trace(model, corpora, out, options, progress)
+    worker = Worker.of_environment()
+    with nullcontext() if worker.index else token_progress() as progress:
+        header = record_trace(model, corpora, out, options, progress, worker)
+    if worker.index:
+        return
     facts = {
         "out": str(out),
         "num_tokens": header.num_tokens,

@@ -128,7 +128,7 @@ def solve(
         )
     plan.write(out)
     if plan.metrics["profile"] is None:
-        warn("solved from counts: only pairs are known, no held-out figure is given")
+        warn("solved from counts: no tokens are known, so no held-out figure is given")
     elif chosen is None:
         warn("nothing was held out: the figures are those of the profile itself")
     for layer, value in report.relaxed_layers.items():

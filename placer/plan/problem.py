@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.affinity import Affinity
-from placer.errors import UsageError
+from placer.errors import PlacerError, UsageError
 from placer.plan.placement import require_divisible_ranks, require_divisible_slots
 from placer.plan.plan import Policy
 
@@ -157,7 +157,17 @@ def placement_problem(
     ``follow`` counts ordered pairs within a layer, which decide how many ranks a token
     visits, and pairs of neighbouring layers, which decide how many of those it is already
     on (ExFlow, arXiv 2401.08383, section IV, counts the latter alone).
+
+    Raises
+    ------
+    PlacerError
+        If the affinity holds loads alone.
     """
+    if not affinity.has_links:
+        raise PlacerError(
+            "loads alone say nothing of pairs of experts, so traffic cannot be placed for",
+            "record tokens: placer record --help, or placer import --help",
+        )
     between: tuple[FloatArray, ...] | None
     between = tuple(counts.astype(np.float64) for counts in affinity.transition)
     within = tuple(counts.astype(np.float64) for counts in affinity.coactivation)

@@ -5,7 +5,7 @@ the copies that the profile's tokens really cause (``refine``), and a certificat
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ from placer.plan.copies import CopiesCertificate, token_sets
 from placer.plan.copies_cost import CopiesCost
 from placer.plan.dynamic import METHOD as EXACT_METHOD
 from placer.plan.dynamic import solve_exactly
+from placer.plan.load_balance import METHOD as BALANCE_METHOD
+from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
+from placer.plan.load_balance import balance_loads
 from placer.plan.placement import Placement
 from placer.plan.plan import Certificate, Exchange, Policy, SolverReport
 from placer.plan.problem import IntArray, PlacementProblem, Topology, placement_problem
@@ -126,15 +129,20 @@ class SolveOptions:
                 raise UsageError(f"{option} must not be negative, got {number}")
 
     @property
-    def needs_tokens(self) -> str | None:
-        """The first option that counts alone cannot serve, or ``None``."""
-        asked = {
+    def asked_of_tokens(self) -> dict[str, bool]:
+        """The options that counts alone cannot serve, and whether each is asked for."""
+        return {
             "--exchange per-node": self.exchange == "per-node",
             "--redundant-experts": self.redundant_experts > 0,
             "--robust": self.robust != "none",
             "--receive-price": self.receive_price > 0,
         }
-        return next((option for option, wanted in asked.items() if wanted), None)
+
+    @property
+    def needs_tokens(self) -> str | None:
+        """The first option that counts alone cannot serve, or ``None``."""
+        asked = self.asked_of_tokens.items()
+        return next((option for option, wanted in asked if wanted), None)
 
 
 def solve(
@@ -148,7 +156,7 @@ def solve(
     Parameters
     ----------
     affinity
-        Counts of the profile.
+        Counts of the profile; loads alone are balanced.
     options
         What to solve for.
     progress
@@ -165,6 +173,8 @@ def solve(
         If slots do not divide over the ranks, or an option needs tokens.
     """
     began = time.monotonic()
+    if not affinity.has_links:
+        return _balance(affinity, options)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
@@ -196,6 +206,44 @@ def solve(
         seconds=time.monotonic() - began,
         seed=options.seed,
         relaxed_layers={str(layer): value for layer, value in relaxed.items()},
+    )
+
+
+def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, SolverReport]:
+    """Place by loads alone."""
+    began = time.monotonic()
+    asked = {"--policy follow": options.policy == "follow"} | options.asked_of_tokens
+    asked.pop("--redundant-experts")
+    for option in (name for name, wanted in asked.items() if wanted):
+        raise UsageError(
+            f"{option} needs tokens: loads alone say nothing of traffic",
+            "record tokens (placer record --help), or balance by --policy fixed alone",
+        )
+    topology = options.topology
+    found = balance_loads(
+        [counts.astype(np.float64) for counts in affinity.load],
+        topology.num_ranks,
+        topology.num_nodes,
+        options.redundant_experts,
+    )
+    missed = {
+        layer: value
+        for layer, value in enumerate(found.imbalance)
+        if value > options.max_imbalance + 1e-9
+    }
+    if missed and not options.relax_cap:
+        raise _out_of_reach(missed, found.placement, options)
+    objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
+    return found.placement, SolverReport(
+        status=_status(objective, bound * (1 + 1e-9)),
+        objective_name=BALANCE_OBJECTIVE,
+        objective=objective,
+        bound=bound,
+        gap=_gap(objective, bound),
+        bound_method=BALANCE_METHOD,
+        seconds=time.monotonic() - began,
+        seed=options.seed,
+        relaxed_layers={str(layer): value for layer, value in missed.items()},
     )
 
 
@@ -285,15 +333,21 @@ def _require_cap(
         if value > options.max_imbalance + 1e-9
     }
     if missed and not options.relax_cap:
-        worst = max(missed.values())
-        raise NoSolutionError(
-            f"--max-imbalance {options.max_imbalance} was not reached in {len(missed)} of "
-            f"{placement.num_layers} MoE layers with {options.redundant_experts} redundant "
-            f"experts; worst {worst:.4f}",
-            f"take the best reached with --relax-cap, ask for more --redundant-experts, or "
-            f"for --max-imbalance {np.ceil(worst * 1000) / 1000:g}",
-        )
+        raise _out_of_reach(missed, placement, options)
     return missed
+
+
+def _out_of_reach(
+    missed: Mapping[int, float], placement: Placement, options: SolveOptions
+) -> NoSolutionError:
+    worst = max(missed.values())
+    return NoSolutionError(
+        f"--max-imbalance {options.max_imbalance} was not reached in {len(missed)} of "
+        f"{placement.num_layers} MoE layers with {options.redundant_experts} redundant "
+        f"experts; worst {worst:.4f}",
+        f"take the best reached with --relax-cap, ask for more --redundant-experts, or "
+        f"for --max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+    )
 
 
 def _pair_report(

@@ -147,6 +147,8 @@ def _padded(loads: Sequence[IntArray]) -> FloatArray:
 
 
 def _draw_pairs(affinity: Affinity) -> list[Drawing]:
+    if not affinity.has_links:
+        return []
     drawings = []
     if affinity.transition:
         drawings += [_draw_transition(affinity), _draw_information(affinity)]

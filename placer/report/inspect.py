@@ -144,6 +144,7 @@ def _summarize_affinity(affinity: Affinity) -> Summary:
     information = [mutual_information(pairs) for pairs in affinity.transition]
     facts = _model_facts(affinity.model) | {
         "num_tokens": affinity.num_tokens,
+        "loads_alone": not affinity.has_links,
         "token_expert_pairs": int(sum(load.sum() for load in affinity.load)),
         "transition_pairs": int(sum(pairs.sum() for pairs in affinity.transition)),
         "coactivated_pairs": int(sum(pairs.sum() for pairs in affinity.coactivation)) // 2,
@@ -155,7 +156,9 @@ def _summarize_affinity(affinity: Affinity) -> Summary:
     layers = _load_section(
         affinity.model,
         affinity.load,
-        {"information about next (bits)": [*information, None]},
+        {"information about next (bits)": [*information, None]}
+        if affinity.has_links
+        else {},
     )
     return Summary(kind="affinity", facts=facts, sections=(layers,))
 

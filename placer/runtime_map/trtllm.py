@@ -70,7 +70,7 @@ def _write(source: MapSource, path: Path, _suffix: str) -> None:
 
 
 def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
-    scalars, assignments = _parse(path)
+    scalars, assignments = parse_assignments(path)
     num_slots = scalars.get("num_slots")
     if num_slots is None or scalars.get("layer_updates_per_iter") != 0:
         raise PlacerError(
@@ -91,7 +91,14 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     return rows[: source.model.num_layers]
 
 
-def _parse(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]:
+def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]:
+    """Return the numbers of a map and the experts in the slots of each layer.
+
+    Raises
+    ------
+    PlacerError
+        If a line is none that placer writes.
+    """
     scalars: dict[str, int] = {}
     assignments: dict[int, list[int]] = {}
     inside = False

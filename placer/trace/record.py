@@ -2,8 +2,8 @@
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +11,20 @@ import numpy as np
 
 from placer import __version__
 from placer.errors import PlacerError, UsageError
-from placer.files import partial_path, read_json, require_absent, sha256_file
+from placer.files import (
+    canonical_json,
+    partial_path,
+    read_json,
+    require_absent,
+    sha256_file,
+)
 from placer.model import Architecture, ModelSpec
 from placer.trace.capture import RouterCapture, to_host
 from placer.trace.chunk import Chunk, expert_dtype
-from placer.trace.corpus import Corpus, Document, Encode, token_sequences
+from placer.trace.corpus import STANDARD_INPUT, Corpus, Document, Encode, token_sequences
 from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
+from placer.trace.worker import ALONE, Worker, assemble, together
 from placer.trace.writer import TraceWriter
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -109,8 +116,12 @@ def record(
     out: Path,
     options: RecordOptions,
     progress: Progress | None = None,
+    worker: Worker = ALONE,
 ) -> TraceHeader:
     """Record a trace; started again after a kill, go on after the finished chunks.
+
+    Under torchrun every worker runs the model over its share of the chunks; the trace is
+    the same.
 
     Parameters
     ----------
@@ -124,6 +135,8 @@ def record(
         How to run the model.
     progress
         Told the number of tokens recorded so far, after every chunk.
+    worker
+        Which of several processes this is (``Worker.of_environment``).
 
     Returns
     -------
@@ -137,35 +150,80 @@ def record(
         ``out`` exists, or an unfinished recording there had other options.
     """
     require_absent(out)
+    if worker.number > 1:
+        _require_files(corpora)
     spec = ModelSpec.from_checkpoint(directory)
+    domains = tuple(corpus.domain for corpus in corpora)
     provenance = _provenance(directory, corpora, options)
-    with TraceWriter(
-        directory=out,
-        model=spec,
-        domains=tuple(corpus.domain for corpus in corpora),
-        provenance=provenance,
-        resumable=True,
-    ) as writer:
-        runner = _Runner(directory, spec, options)
-        sequences = _sequences(corpora, runner.encode, options)
-        done = writer.num_sequences
-        for skipped in range(done):
-            if next(sequences, None) is None:
-                raise PlacerError(
-                    f"{partial_path(out)} holds {done} sequences, "
-                    f"but the text has only {skipped}",
-                    f"start anew: rm -r {partial_path(out)}",
-                )
-        if progress is not None:
-            progress(writer.num_tokens)
-        with runner.capture:
-            for group in _chunks_of(sequences, options.chunk_tokens):
-                writer.append(runner.run(group, first_sequence=done))
-                done += len(group)
-                if progress is not None:
-                    progress(writer.num_tokens)
-        writer.finish()
+    part = worker.part(out)
+    with together(worker):
+        if part.exists():
+            num_chunks = _chunks_of_part(part, provenance)
+        else:
+            with TraceWriter(
+                directory=part,
+                model=spec,
+                domains=domains,
+                provenance=provenance,
+                resumable=True,
+            ) as writer:
+                local = replace(options, device=worker.device(options.device))
+                runner = _Runner(directory, spec, local)
+                _record_chunks(writer, runner, corpora, worker, progress)
+                num_chunks = writer.num_chunks
+                if num_chunks or worker.index == 0:
+                    writer.finish()
+        if worker.number > 1:
+            assemble(out, worker, num_chunks)
     return TraceHeader.read(out)
+
+
+def _require_files(corpora: Sequence[Corpus]) -> None:
+    if any(corpus.path == STANDARD_INPUT for corpus in corpora):
+        raise UsageError(
+            "several workers cannot share standard input", "give a file: --corpus FILE"
+        )
+
+
+def _chunks_of_part(part: Path, provenance: Mapping[str, Any]) -> int:
+    """Return how many chunks a part has that an earlier run finished."""
+    found = TraceHeader.read(part)
+    if canonical_json(found.provenance) != canonical_json(provenance):
+        raise PlacerError(
+            f"{part} was recorded with another corpus or other options",
+            f"give the same ones to go on, or start anew: rm -r {part}",
+        )
+    return len(found.chunks)
+
+
+def _record_chunks(
+    writer: TraceWriter,
+    runner: "_Runner",
+    corpora: Sequence[Corpus],
+    worker: Worker,
+    progress: Progress | None,
+) -> None:
+    """Record the worker's chunks that are not yet written."""
+    options = runner.options
+    sequences = _sequences(corpora, runner.encode, options)
+    skipped, first_sequence = writer.num_chunks, 0
+    if progress is not None:
+        progress(writer.num_tokens)
+    with runner.capture:
+        for number, group in enumerate(_chunks_of(sequences, options.chunk_tokens)):
+            if worker.takes(number):
+                if skipped:
+                    skipped -= 1
+                else:
+                    writer.append(runner.run(group, first_sequence))
+                    if progress is not None:
+                        progress(writer.num_tokens)
+            first_sequence += len(group)
+    if skipped:
+        raise PlacerError(
+            f"{partial_path(writer.directory)} holds {skipped} chunks more than the text",
+            f"start anew: rm -r {partial_path(writer.directory)}",
+        )
 
 
 class _Runner:

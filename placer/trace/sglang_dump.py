@@ -33,7 +33,7 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
         If it is no such dump, would need unpickling of foreign classes, or an id has no
         place in the map.
     """
-    dump = _load(file)
+    dump = _tokens_of(file)
     physical = [np.asarray(one["topk_ids_of_layer"]) for one in dump["records"]]
     ids = _logical(np.concatenate(physical, axis=1), dump["last_physical_to_logical_map"])
     recorded = (ids >= 0).any(axis=(1, 2))
@@ -54,23 +54,35 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
     )
 
 
-def _load(file: Path) -> Mapping[str, Any]:
+def load_dump(file: Path, record_again: str) -> Any:
+    """Load a ``.pt`` file of the recorder, without running code from it.
+
+    Raises
+    ------
+    PlacerError
+        If it cannot be read so; the hint is ``record_again``.
+    """
     import torch
 
     try:
-        dump: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise PlacerError(
             f"{file} cannot be read without running code from it: "
             f"{str(error).splitlines()[0]}",
-            _RECORD_AGAIN,
+            record_again,
         ) from error
+
+
+def _tokens_of(file: Path) -> Mapping[str, Any]:
+    dump = load_dump(file, _RECORD_AGAIN)
     records = dump.get("records") if isinstance(dump, dict) else None
     if isinstance(dump, dict) and "logical_count" in dump:
         raise PlacerError(
             f"{file} holds counts of mode stat, and no tokens: links between layers and "
             "co-activation are unknown",
-            _RECORD_AGAIN,
+            "balance by them: placer import sglang-stat FILE --model DIR --out AFFINITY; "
+            f"or {_RECORD_AGAIN}",
         )
     if (
         not isinstance(records, list)
@@ -79,7 +91,8 @@ def _load(file: Path) -> Mapping[str, Any]:
         or any("topk_ids_of_layer" not in one for one in records)
     ):
         raise PlacerError(f"{file} is no dump of mode per_token", _RECORD_AGAIN)
-    return dump
+    loaded: Mapping[str, Any] = dump
+    return loaded
 
 
 def _logical(physical: Array, mapping: Any) -> Array:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,9 +61,9 @@ class TraceWriter:
             self._partial.mkdir(parents=True)
 
     @property
-    def num_sequences(self) -> int:
-        """Sequences in the finished chunks."""
-        return sum(chunk.num_sequences for chunk in self._chunks)
+    def num_chunks(self) -> int:
+        """Finished chunks."""
+        return len(self._chunks)
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +99,12 @@ class TraceWriter:
         )
         if self.resumable:
             self._write_header(_JOURNAL_NAME)
+
+    def append_file(self, path: Path, chunk: ChunkInfo) -> None:
+        """Take a finished chunk of another trace as the next one, unread."""
+        name = f"chunk-{len(self._chunks):05d}.safetensors"
+        shutil.copyfile(path, self._partial / name)
+        self._chunks.append(replace(chunk, file=name))
 
     def finish(self) -> None:
         """Write the header and give the trace its name.

@@ -1,0 +1,266 @@
+"""Loads that an engine counted, without tokens: enough to balance, not to place links."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from placer import __version__
+from placer.affinity.affinity import Affinity, IntArray
+from placer.errors import PlacerError
+from placer.files import read_json, require_absent, sha256_file
+from placer.trace.imported import BoundModel
+from placer.trace.sglang_dump import load_dump
+
+# The experts in the slots of a layer: its own layer number -> logical experts.
+Assignments = Mapping[int, Sequence[int]]
+_CSV_LAYOUT = "the header is layer,expert,count (docs/importing.md)"
+_STATISTIC = re.compile(r"rank\d+\.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CountedLoads:
+    """Pairs of a token and an expert, as a foreign file counts them.
+
+    Attributes
+    ----------
+    by_layer
+        ``[E]`` int64 per layer, under the model's own layer number, or counted over its
+        MoE layers where ``of_moe_layers``.
+    of_moe_layers
+        Whether layers are counted over MoE layers alone.
+    """
+
+    by_layer: Mapping[int, IntArray]
+    of_moe_layers: bool = False
+
+
+LoadReader = Callable[[Path, BoundModel], CountedLoads]
+
+
+def import_loads(
+    read: LoadReader, source: str, path: Path, out: Path, model_directory: Path
+) -> Affinity:
+    """Turn the loads that an engine counted into an affinity file without links.
+
+    Parameters
+    ----------
+    read
+        Reader of the format, given the file or directory and the model.
+    source
+        Name of the format, for the provenance.
+    path
+        What to read.
+    out
+        The affinity file to write.
+    model_directory
+        The checkpoint whose experts were counted.
+
+    Returns
+    -------
+    Affinity
+        What was written. ``num_tokens`` is the pairs of the fullest layer over top-k.
+
+    Raises
+    ------
+    PlacerError
+        If the file cannot be read, or counts what the model cannot have.
+    """
+    require_absent(out)
+    if not path.exists():
+        raise PlacerError(f"{path} does not exist", f"give what {source} wrote")
+    model = BoundModel.of(model_directory)
+    try:
+        load = _of_model(read(path, model), model)
+    except PlacerError as error:
+        hint = error.hint or f"check --model, and what {source} files hold"
+        raise PlacerError(f"{path}: {error}", hint) from error
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    affinity = Affinity(
+        model=model.spec,
+        num_tokens=int(max(counts.sum() for counts in load)) // model.spec.top_k,
+        load=load,
+        transition=(),
+        coactivation=(),
+        token_expert=None,
+        sequence_expert=None,
+        provenance={
+            "placer": __version__,
+            "source": source,
+            "sha256": {file.name: sha256_file(file) for file in files if file.is_file()},
+        },
+    )
+    affinity.write(out)
+    return affinity
+
+
+def read_sglang_stat(file: Path, model: BoundModel) -> CountedLoads:
+    """Read a dump of SGLang's recorder in mode ``stat`` or ``stat_approx``.
+
+    ``logical_count`` is ``[L, E]`` or ``[passes, L, E]``, L all hidden layers (SGLang
+    ``srt/eplb/expert_distribution.py``).
+
+    Raises
+    ------
+    PlacerError
+        If the file would need unpickling of foreign classes, or is no such dump.
+    """
+    dump = load_dump(file, "record in mode stat: --expert-distribution-recorder-mode stat")
+    if not isinstance(dump, dict) or "logical_count" not in dump:
+        raise PlacerError(
+            "there is no logical_count in it", "a dump of tokens is format sglang-dump"
+        )
+    counts = _whole(np.asarray(dump["logical_count"]), "logical_count")
+    if counts.ndim not in (2, 3):
+        raise PlacerError(
+            f"logical_count has shape {list(counts.shape)}, expected [passes, L, E]"
+        )
+    layers = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0)
+    return CountedLoads(
+        by_layer=dict(enumerate(layers)),
+        of_moe_layers=len(layers) == model.spec.num_layers,
+    )
+
+
+def read_csv_loads(file: Path, _model: BoundModel) -> CountedLoads:
+    """Read columns ``layer, expert, count``; layers count from 0 over MoE layers.
+
+    Rows may be in any order; those of one expert add up, and one without rows has none.
+
+    Raises
+    ------
+    PlacerError
+        If a column is missing or a value is no whole number.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(file)
+    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise PlacerError(f"it is no CSV file: {error}", _CSV_LAYOUT) from error
+    for name in ("layer", "expert", "count"):
+        if name not in table.columns:
+            raise PlacerError(f"it has no column {name}", _CSV_LAYOUT)
+        _whole(table[name].to_numpy(), f"column {name}")
+    layer, expert, count = (
+        table[name].to_numpy(np.int64) for name in ("layer", "expert", "count")
+    )
+    by_layer = {}
+    for number in np.unique(layer).tolist():
+        of_it = layer == number
+        rows = np.zeros(int(expert.max()) + 1, dtype=np.int64)
+        np.add.at(rows, expert[of_it], count[of_it])
+        by_layer[number] = rows
+    return CountedLoads(by_layer=by_layer, of_moe_layers=True)
+
+
+def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
+    """Return the reader of what TensorRT-LLM writes to ``EXPERT_STATISTIC_PATH``.
+
+    A directory of ``meta_info.json`` and ``rank*.safetensors`` with one count per
+    iteration and layer, ``"{iteration}_{layer}"``; with a load balancer it counts slots
+    (``tensorrt_llm/_torch/modules/fused_moe/moe_load_balancer.py`` and
+    ``expert_statistic.py``).
+
+    Parameters
+    ----------
+    assignments
+        The experts in the slots of the load balancer that ran, or ``None`` where none
+        did.
+    """
+
+    def read(directory: Path, model: BoundModel) -> CountedLoads:
+        slots = _slot_counts(directory)
+        after = [layer for layer in slots if layer >= model.num_hidden_layers]
+        by_layer = {n: counts for n, counts in slots.items() if n not in after}
+        if assignments is None:
+            return CountedLoads(by_layer=by_layer)
+        return CountedLoads(
+            by_layer={
+                layer: _of_slots(counts, layer, assignments)
+                for layer, counts in by_layer.items()
+            }
+        )
+
+    return read
+
+
+def _slot_counts(directory: Path) -> dict[int, IntArray]:
+    if not directory.is_dir():
+        raise PlacerError("it is no directory", "give the EXPERT_STATISTIC_PATH")
+    num_slots = read_json(directory / "meta_info.json", "statistic").get("num_experts")
+    files = sorted(p for p in directory.iterdir() if _STATISTIC.fullmatch(p.name))
+    if not files:
+        raise PlacerError("it holds no rank*.safetensors")
+    total: dict[int, IntArray] = {}
+    for file in files:
+        try:
+            with safe_open(file, "np") as opened:
+                counted = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise PlacerError(f"{file.name} cannot be read: {error}") from error
+        for name, raw in counted.items():
+            counts = _whole(raw, f"{name} of {file.name}")
+            found = re.fullmatch(r"\d+_(\d+)", name)
+            if found is None or counts.shape != (num_slots,):
+                raise PlacerError(
+                    f"{file.name} holds {name} {list(counts.shape)}, expected "
+                    f"ITERATION_LAYER [{num_slots}], as meta_info.json says"
+                )
+            layer = int(found[1])
+            total[layer] = total.get(layer, np.zeros_like(counts)) + counts
+    return total
+
+
+def _of_slots(counts: IntArray, layer: int, assignments: Assignments) -> IntArray:
+    slots = assignments.get(layer)
+    if slots is None or len(slots) != len(counts):
+        raise PlacerError(
+            f"layer {layer} has counts of {len(counts)} slots, the map assigns "
+            f"{'none' if slots is None else len(slots)}",
+            "give the map that the engine ran with: --map FILE",
+        )
+    return np.bincount(slots, counts).astype(np.int64)
+
+
+def _whole(values: npt.NDArray[Any], what: str) -> IntArray:
+    if not np.issubdtype(values.dtype, np.integer) or (values < 0).any():
+        raise PlacerError(f"{what} holds something that is no whole number from 0")
+    return values.astype(np.int64)
+
+
+def _of_model(counted: CountedLoads, model: BoundModel) -> tuple[IntArray, ...]:
+    """Return L arrays ``[E]``, dense layers left out; refuse what the model cannot have."""
+    spec = model.spec
+    of_moe = counted.of_moe_layers
+    names = range(spec.num_layers) if of_moe else spec.layer_ids or ()
+    counts = {n: row for n, row in counted.by_layer.items() if row.any()}
+    odd = sorted(set(counts) - set(names))
+    if odd:
+        raise PlacerError(
+            f"layer {odd[0]} has counts, but the model's MoE layers are {list(names)}",
+            "check --model",
+        )
+    missing = sorted(set(names) - set(counts))
+    if missing:
+        raise PlacerError(f"MoE layer {missing[0]} has no counts: it was not recorded")
+    return tuple(
+        _of_layer(counts[n], size, n)
+        for n, size in zip(names, spec.num_experts, strict=True)
+    )
+
+
+def _of_layer(counts: IntArray, num_experts: int, layer: int) -> IntArray:
+    used = int(counts.nonzero()[0].max()) + 1
+    if used > num_experts:
+        raise PlacerError(
+            f"layer {layer} counts experts up to {used - 1}, the model has {num_experts}",
+            "ids beyond the model's experts are slots of an engine that ran with redundant "
+            "experts: give the map that it ran with, --map FILE",
+        )
+    return np.pad(counts[:used], (0, num_experts - used))
