@@ -1,16 +1,22 @@
 """Counting speed: all counts of ``placer affinity`` beside a bare loop of bincount."""
 
+import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 from placer.affinity import count_affinity
 from placer.model import ModelSpec
-from placer.trace import Chunk
+from placer.trace import Chunk, Trace, TraceWriter
 
 TOKENS, LAYERS, TOP_K, EXPERTS = 65_536, 26, 6, 64
 ROUNDS = 5
+LARGE_CHUNKS = (38, 77, 153)  # the last is 10 million tokens
+MODEL = ModelSpec(num_experts=(EXPERTS,) * LAYERS, top_k=TOP_K)
 
 
 def chunk(seed: int) -> Chunk:
@@ -42,13 +48,12 @@ def plain_transitions(tokens: Chunk) -> list[np.ndarray]:
 
 def test_counting_speed() -> None:
     tokens = chunk(0)
-    model = ModelSpec(num_experts=(EXPERTS,) * LAYERS, top_k=TOP_K)
     ratios, seconds = [], []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         expected = plain_transitions(tokens)
         middle = time.perf_counter()
-        counted = count_affinity([tokens], model, {}, with_rows=False)
+        counted = count_affinity([tokens], MODEL, {}, with_rows=False)
         ended = time.perf_counter()
         ratios.append((ended - middle) / (middle - began))
         seconds.append(ended - middle)
@@ -60,3 +65,74 @@ def test_counting_speed() -> None:
         f"tokens/s on one core, {statistics.median(ratios):.2f} times the time of a bare "
         "bincount loop over the transitions alone"
     )
+
+
+def large_traces(directory: Path) -> list[Path]:
+    """Write traces of the same few chunks over and over, with sequences of their own."""
+    few = [chunk(seed) for seed in range(4)]
+    written = []
+    for number in LARGE_CHUNKS:
+        path = directory / f"chunks-{number}"
+        with TraceWriter(directory=path, model=MODEL) as writer:
+            for n in range(number):
+                one = few[n % len(few)]
+                sequences = one.sequence_ids + np.int32(n * TOKENS // 256)
+                writer.append(
+                    Chunk(
+                        experts=one.experts,
+                        sequence_ids=sequences,
+                        positions=one.positions,
+                    )
+                )
+            writer.finish()
+        written.append(path)
+    return written
+
+
+def run(trace: Path, workers: int) -> tuple[float, float]:
+    """Return the seconds of ``placer affinity``, and GiB of its largest process."""
+    out = trace.with_suffix(".safetensors")
+    out.unlink(missing_ok=True)
+    code = (
+        "import resource, sys; from placer.cli.main import app\n"
+        "try: app()\n"
+        "finally:\n"
+        "    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)\n"
+        "    peak = max(resource.getrusage(one).ru_maxrss for one in who)\n"
+        "    print('peak', peak, file=sys.stderr)"
+    )
+    options = ["--out", str(out), "--workers", str(workers), "--json"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "affinity", str(trace), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = time.perf_counter() - began
+    return seconds, int(done.stderr.split("peak ")[1]) / 2**20
+
+
+def test_large_traces(tmp_path: Path) -> None:
+    traces = large_traces(tmp_path)
+    tokens = next(iter(Trace(traces[0]).chunks(None, 0, 1)))
+    bare = []
+    print()
+    for path in traces:
+        num_tokens = Trace(path).header.num_tokens
+        for workers in (1, 2):
+            if workers > (os.cpu_count() or 1):
+                continue
+            runs = []
+            for _ in range(3):
+                began = time.perf_counter()
+                plain_transitions(tokens)
+                bare.append(time.perf_counter() - began)
+                runs.append(run(path, workers))
+            seconds = statistics.median(one for one, _ in runs)
+            of_bare = statistics.median(bare) / TOKENS * num_tokens / seconds / workers
+            print(
+                f"{num_tokens:,} tokens, {workers} processes: {seconds:.1f} s, "
+                f"{num_tokens / seconds:,.0f} tokens/s, {of_bare:.2f} of a bare bincount "
+                f"loop per core, at most {max(peak for _, peak in runs):.2f} GiB"
+            )
