@@ -7,7 +7,7 @@ chunks nor on how many processes count them.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from placer.parallel import PROCESSES, Backend
 from placer.trace import Chunk
 
 IntArray = npt.NDArray[np.int64]
+Rows = Literal["none", "tokens", "sequences"]
 ChunkSource = Callable[[], Iterable[Chunk]]
 
 # So many tokens at a time, the keys of all pairs stay in the processor's cache.
@@ -31,7 +32,7 @@ def count_affinity(
     model: ModelSpec,
     provenance: Mapping[str, Any],
     *,
-    with_rows: bool = True,
+    rows: Rows = "tokens",
 ) -> Affinity:
     """Count load, transitions, co-activation and, where ids are known, rows per token.
 
@@ -43,15 +44,16 @@ def count_affinity(
         Shape of the routing.
     provenance
         What the affinity file says of its origin.
-    with_rows
-        Count experts per token id and per sequence too.
+    rows
+        What experts are counted for one by one: ``none``, ``tokens`` (token ids, where
+        they are known) or ``sequences`` (those too; they grow with the trace).
 
     Raises
     ------
     PlacerError
         If there is no token.
     """
-    total = _count(chunks, model, provenance, with_rows)
+    total = _count(chunks, model, provenance, rows)
     if total is None:
         raise _no_token()
     return total
@@ -62,7 +64,7 @@ def count_sources(
     model: ModelSpec,
     provenance: Mapping[str, Any],
     *,
-    with_rows: bool = True,
+    rows: Rows = "tokens",
     backend: Backend = PROCESSES,
 ) -> Affinity:
     """Count several streams of chunks, each in a process or Ray task of its own.
@@ -73,7 +75,7 @@ def count_sources(
         Functions that yield chunks; they are sent to the processes, so they must be
         picklable, such as ``functools.partial`` of a module's function. A single one is
         counted in this process.
-    model, provenance, with_rows
+    model, provenance, rows
         As for :func:`count_affinity`.
     backend
         Where to count.
@@ -83,7 +85,7 @@ def count_sources(
     PlacerError
         If there is no token, or a process was killed.
     """
-    task = partial(_count_source, model=model, provenance=provenance, with_rows=with_rows)
+    task = partial(_count_source, model=model, provenance=provenance, rows=rows)
     total = _Sum()
     for part in backend.map(task, sources):
         total.add(part)
@@ -99,20 +101,20 @@ def _no_token() -> PlacerError:
 
 
 def _count_source(
-    source: ChunkSource, *, model: ModelSpec, provenance: Mapping[str, Any], with_rows: bool
+    source: ChunkSource, *, model: ModelSpec, provenance: Mapping[str, Any], rows: Rows
 ) -> Affinity | None:
-    return _count(source(), model, provenance, with_rows)
+    return _count(source(), model, provenance, rows)
 
 
 def _count(
     chunks: Iterable[Chunk],
     model: ModelSpec,
     provenance: Mapping[str, Any],
-    with_rows: bool,
+    rows: Rows,
 ) -> Affinity | None:
     total = _Sum()
     for chunk in chunks:
-        total.add(_count_chunk(chunk, model, provenance, with_rows))
+        total.add(_count_chunk(chunk, model, provenance, rows))
     return total.result()
 
 
@@ -146,17 +148,17 @@ class _Sum:
 
 
 def _count_chunk(
-    chunk: Chunk, model: ModelSpec, provenance: Mapping[str, Any], with_rows: bool
+    chunk: Chunk, model: ModelSpec, provenance: Mapping[str, Any], rows: Rows
 ) -> Affinity:
     sizes = model.num_experts
     experts = chunk.experts
 
-    def rows(ids: npt.NDArray[Any] | None) -> tuple[SparseCounts, ...] | None:
-        if ids is None or not with_rows:
+    def count_rows(ids: npt.NDArray[Any] | None) -> tuple[SparseCounts, ...] | None:
+        if ids is None:
             return None
+        found = _Rows.of(ids)
         return tuple(
-            _count_rows(ids, chosen, size)
-            for chosen, size in zip(experts, sizes, strict=True)
+            found.count(chosen, size) for chosen, size in zip(experts, sizes, strict=True)
         )
 
     return Affinity(
@@ -168,21 +170,34 @@ def _count_chunk(
             for ids, size in zip(experts, sizes, strict=True)
         ),
         transition=tuple(
-            _count_pairs(experts[n], experts[n + 1], sizes[n], sizes[n + 1])
+            count_pairs(experts[n], experts[n + 1], sizes[n], sizes[n + 1])
             for n in range(len(experts) - 1)
         ),
         coactivation=tuple(
             _count_coactivation(ids, size) for ids, size in zip(experts, sizes, strict=True)
         ),
-        token_expert=rows(chunk.token_ids),
-        sequence_expert=rows(chunk.sequence_ids),
+        token_expert=count_rows(chunk.token_ids if rows != "none" else None),
+        sequence_expert=count_rows(chunk.sequence_ids if rows == "sequences" else None),
     )
 
 
-def _count_pairs(
+def count_pairs(
     first: npt.NDArray[Any], second: npt.NDArray[Any], num_first: int, num_second: int
 ) -> IntArray:
-    """Count pairs of a column of ``first`` [T, a] with one of ``second`` [T, b]."""
+    """Count pairs of a column of ``first`` with one of ``second``.
+
+    Parameters
+    ----------
+    first, second
+        ``[T, a]`` and ``[T, b]`` expert ids.
+    num_first, num_second
+        How many experts there are.
+
+    Returns
+    -------
+    ndarray
+        ``[num_first, num_second]`` int64.
+    """
     counts = np.zeros(num_first * num_second, dtype=np.int64)
     for begin in range(0, len(first), _BLOCK_TOKENS):
         block = slice(begin, begin + _BLOCK_TOKENS)
@@ -197,16 +212,35 @@ def _count_coactivation(experts: npt.NDArray[Any], size: int) -> IntArray:
     """Count pairs of two columns of ``experts`` [T, k], each once, both ways round."""
     counts = np.zeros((size, size), dtype=np.int64)
     for a in range(experts.shape[1] - 1):
-        counts += _count_pairs(experts[:, a : a + 1], experts[:, a + 1 :], size, size)
+        counts += count_pairs(experts[:, a : a + 1], experts[:, a + 1 :], size, size)
     return counts + counts.T
 
 
-def _count_rows(
-    rows: npt.NDArray[Any], experts: npt.NDArray[Any], size: int
-) -> SparseCounts:
-    """Count experts [T, k] per row id [T]; a negative id is unknown and left out."""
-    known = rows >= 0
-    rows, experts = rows[known].astype(np.int64), experts[known].astype(np.int64)
-    keys = (rows[:, None] * size + experts).ravel()
-    num_rows = int(rows.max()) + 1 if len(rows) else 0
-    return SparseCounts.from_keys(keys, np.ones_like(keys), num_rows, size)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The known row ids of a chunk, and the tokens in their order."""
+
+    ids: IntArray
+    place: IntArray
+    order: IntArray
+
+    @classmethod
+    def of(cls, ids: npt.NDArray[Any]) -> Self:
+        """Take row ids ``[T]``; a negative one is unknown and left out."""
+        known = np.flatnonzero(ids >= 0)
+        order = known[np.argsort(ids[known], kind="stable")]
+        present, place = np.unique(ids[order].astype(np.int64), return_inverse=True)
+        return cls(present, place, order)
+
+    def count(self, experts: npt.NDArray[Any], size: int) -> SparseCounts:
+        """Count experts ``[T, k]`` per row id."""
+        # A chunk has few ids, so a dense count is cheaper than sorting all pairs; in the
+        # order of the ids it goes through memory once.
+        keys = (self.place * size)[:, None] + experts[self.order]
+        dense = np.bincount(keys.ravel(), minlength=len(self.ids) * size)
+        cells = np.flatnonzero(dense > 0)
+        place, columns = np.divmod(cells, size)
+        num_rows = int(self.ids[-1]) + 1 if len(self.ids) else 0
+        return SparseCounts.from_entries(
+            self.ids[place], columns, dense[cells], num_rows, size
+        )

@@ -23,22 +23,30 @@ def affinity_of_traces(
     fold: Fold | None,
     num_workers: int = 1,
     backend: Backend = PROCESSES,
+    *,
+    sequence_rows: bool = False,
 ) -> Affinity:
     """Count the sequences of ``fold`` in traces of one model.
 
     At most ``num_workers`` processes share the chunks of a trace; small traces are not
     shared. The counts are the same.
 
-    Sequence ids of several traces name different sequences, so rows per sequence are
-    kept for a single trace only.
+    ``sequence_rows`` counts per sequence too, which takes memory that grows with the trace.
+    Sequence ids of several traces name different sequences, so that is for one trace only.
 
     Raises
     ------
     PlacerError
         If the traces are of different models, or the fold is empty.
     UsageError
-        If one trace is given twice.
+        If one trace is given twice, or several with ``sequence_rows``.
     """
+    if sequence_rows and len(traces) > 1:
+        raise UsageError(
+            f"--sequence-rows is for one trace, not for {len(traces)}: sequence ids of "
+            "several name different sequences",
+            "merge them first: placer trace merge TRACE... --out TRACE",
+        )
     hashes = [trace.sha256 for trace in traces]
     if len(set(hashes)) < len(hashes):
         raise UsageError(
@@ -52,12 +60,15 @@ def affinity_of_traces(
     }
     parts = [
         count_sources(
-            _sources(trace, fold, num_workers), trace.model, provenance, backend=backend
+            _sources(trace, fold, num_workers),
+            trace.model,
+            provenance,
+            rows="sequences" if sequence_rows else "tokens",
+            backend=backend,
         )
         for trace in traces
     ]
-    total = reduce(Affinity.add, parts)
-    return total if len(parts) == 1 else total.without_sequences()
+    return reduce(Affinity.add, parts)
 
 
 def _sources(trace: Trace, fold: Fold | None, num_workers: int) -> list[ChunkSource]:

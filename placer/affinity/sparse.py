@@ -52,16 +52,27 @@ class SparseCounts:
         cls, keys: IntArray, counts: IntArray, num_rows: int, num_columns: int
     ) -> Self:
         """Sum counts over keys ``row * num_columns + column``, which may repeat."""
-        unique, position = np.unique(keys, return_inverse=True)
-        summed = np.zeros(len(unique), dtype=np.int64)
-        np.add.at(summed, position, counts)
-        rows = unique // num_columns
-        return cls(
-            indptr=np.searchsorted(rows, np.arange(num_rows + 1)).astype(np.int64),
-            indices=unique % num_columns,
-            counts=summed,
-            num_columns=num_columns,
-        )
+        # A stable sort merges what is sorted in parts in linear time.
+        order = np.argsort(keys, kind="stable")
+        keys, counts = keys[order], counts[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1) > 0)
+        summed = np.add.reduceat(counts, first) if len(first) else counts
+        rows, columns = np.divmod(keys[first], num_columns)
+        return cls.from_entries(rows, columns, summed, num_rows, num_columns)
+
+    @classmethod
+    def from_entries(
+        cls,
+        rows: IntArray,
+        columns: IntArray,
+        counts: IntArray,
+        num_rows: int,
+        num_columns: int,
+    ) -> Self:
+        """Take entries by ascending row and column, each once."""
+        indptr = np.zeros(num_rows + 1, dtype=np.int64)
+        np.cumsum(np.bincount(rows, minlength=num_rows), out=indptr[1:])
+        return cls(indptr=indptr, indices=columns, counts=counts, num_columns=num_columns)
 
     def keys(self) -> IntArray:
         """Return ``[nnz]``: ``row * num_columns + column`` of every entry, ascending."""

@@ -30,6 +30,10 @@ def affinity(
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    sequence_rows: Annotated[
+        bool,
+        typer.Option("--sequence-rows", help="Count per sequence too: grows with it."),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that count.", show_default="all cores"),
@@ -43,7 +47,7 @@ def affinity(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count load, transitions, co-activation and experts per token and per sequence.
+    """Count load, transitions, co-activation and experts per token id.
 
     Counts are exact and add up: several traces of one model give one file.
     """
@@ -65,7 +69,9 @@ def affinity(
         opened = [Trace(path) for path in traces]
         where = Backend(name=backend, address=ray_address)  # type: ignore[arg-type]
         most = workers or os.cpu_count() or 1
-        counted = affinity_of_traces(opened, chosen, most, where)
+        counted = affinity_of_traces(
+            opened, chosen, most, where, sequence_rows=sequence_rows
+        )
     counted.write(out)
     facts = {
         "out": str(out),

@@ -77,7 +77,7 @@ def learning_curve(
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
     reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
     plans = [
-        solve(count_affinity([part], trace.model, {}, with_rows=False), options)[0]
+        solve(count_affinity([part], trace.model, {}, rows="none"), options)[0]
         for part in parts
     ]
     points = []

@@ -42,12 +42,17 @@ def test_folds_add_up_to_the_whole(make_trace: Callable[..., Trace]) -> None:
         assert np.array_equal(counts, whole[name]), name
 
 
-def test_several_traces_drop_rows_per_sequence(make_trace: Callable[..., Trace]) -> None:
+def test_rows_per_sequence_are_of_one_trace(make_trace: Callable[..., Trace]) -> None:
     traces = [make_trace("a", seed=1), make_trace("b", seed=2)]
     total = affinity_of_traces(traces, None)
     assert total.num_tokens == 800
     assert total.sequence_expert is None
     assert total.token_expert is not None
+    one = affinity_of_traces(traces[:1], None, sequence_rows=True)
+    assert one.sequence_expert is not None
+    assert one.sequence_expert[0].dense().sum() == one.load[0].sum()
+    with pytest.raises(UsageError, match="--sequence-rows is for one trace, not for 2"):
+        affinity_of_traces(traces, None, sequence_rows=True)
 
 
 def test_merging_files_is_counting_all_traces_in_any_order(

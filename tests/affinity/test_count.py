@@ -17,7 +17,7 @@ from placer.trace import Chunk
 def test_counts_equal_hand_written_loops(make_chunk: Callable[..., Chunk]) -> None:
     chunk = make_chunk(num_tokens=60, num_experts=(4, 6, 5), top_k=3)
     model = ModelSpec(num_experts=(4, 6, 5), top_k=3)
-    found = count_affinity([chunk], model, {})
+    found = count_affinity([chunk], model, {}, rows="sequences")
 
     load = [np.zeros(size, int) for size in model.num_experts]
     transition = [np.zeros((4, 6), int), np.zeros((6, 5), int)]

@@ -1,5 +1,6 @@
 """Counting speed: all counts of ``placer affinity`` beside a bare loop of bincount."""
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from placer.affinity import count_affinity
+from placer.affinity.count import count_pairs
 from placer.model import ModelSpec
 from placer.trace import Chunk, Trace, TraceWriter
 
 TOKENS, LAYERS, TOP_K, EXPERTS = 65_536, 26, 6, 64
+VOCABULARY = 150_000
 ROUNDS = 5
 LARGE_CHUNKS = (38, 77, 153)  # the last is 10 million tokens
 MODEL = ModelSpec(num_experts=(EXPERTS,) * LAYERS, top_k=TOP_K)
@@ -30,6 +33,8 @@ def chunk(seed: int) -> Chunk:
         ),
         sequence_ids=np.repeat(np.arange(TOKENS // 256), 256).astype(np.int32),
         positions=np.tile(np.arange(256), TOKENS // 256).astype(np.int32),
+        # Words of a text: a few are frequent, most are rare (Zipf's law).
+        token_ids=(rng.zipf(1.2, TOKENS) % VOCABULARY).astype(np.int32),
     )
 
 
@@ -48,22 +53,29 @@ def plain_transitions(tokens: Chunk) -> list[np.ndarray]:
 
 def test_counting_speed() -> None:
     tokens = chunk(0)
-    ratios, seconds = [], []
+    ratios: dict[str, list[float]] = {"transitions": [], "pairs": [], "rows": []}
     for _ in range(ROUNDS):
         began = time.perf_counter()
         expected = plain_transitions(tokens)
-        middle = time.perf_counter()
-        counted = count_affinity([tokens], MODEL, {}, with_rows=False)
-        ended = time.perf_counter()
-        ratios.append((ended - middle) / (middle - began))
-        seconds.append(ended - middle)
+        bare = time.perf_counter() - began
+        began = time.perf_counter()
+        for one, other in itertools.pairwise(tokens.experts):
+            count_pairs(one, other, EXPERTS, EXPERTS)
+        ratios["transitions"].append(bare / (time.perf_counter() - began))
+        began = time.perf_counter()
+        counted = count_affinity([tokens], MODEL, {}, rows="none")
+        ratios["pairs"].append(bare / (time.perf_counter() - began))
+        began = time.perf_counter()
+        count_affinity([tokens], MODEL, {})
+        ratios["rows"].append(bare / (time.perf_counter() - began))
     for one, other in zip(counted.transition, expected, strict=True):
         assert (one.ravel() == other).all()
+    speed = {name: statistics.median(values) for name, values in ratios.items()}
     print(
-        f"\ncounting load, transitions and co-activation, {TOKENS:,} tokens x {LAYERS} "
-        f"layers x top {TOP_K} of {EXPERTS}: {TOKENS / statistics.median(seconds):,.0f} "
-        f"tokens/s on one core, {statistics.median(ratios):.2f} times the time of a bare "
-        "bincount loop over the transitions alone"
+        f"\n{TOKENS:,} tokens x {LAYERS} layers x top {TOP_K} of {EXPERTS}, one core, "
+        "times as fast as a bare bincount loop over the transitions: "
+        f"transitions {speed['transitions']:.2f}, load and co-activation too "
+        f"{speed['pairs']:.2f}, experts per token id too {speed['rows']:.2f}"
     )
 
 
@@ -82,6 +94,7 @@ def large_traces(directory: Path) -> list[Path]:
                         experts=one.experts,
                         sequence_ids=sequences,
                         positions=one.positions,
+                        token_ids=one.token_ids,
                     )
                 )
             writer.finish()
