@@ -32,7 +32,7 @@ def count_affinity(
     model: ModelSpec,
     provenance: Mapping[str, Any],
     *,
-    rows: Rows = "tokens",
+    rows: Rows = "none",
 ) -> Affinity:
     """Count load, transitions, co-activation and, where ids are known, rows per token.
 
@@ -45,8 +45,9 @@ def count_affinity(
     provenance
         What the affinity file says of its origin.
     rows
-        What experts are counted for one by one: ``none``, ``tokens`` (token ids, where
-        they are known) or ``sequences`` (those too; they grow with the trace).
+        What experts are counted for one by one, beside in all: ``none``, ``tokens``
+        (token ids, where they are known; memory grows with the vocabulary) or
+        ``sequences`` (those too; memory grows with the trace).
 
     Raises
     ------
@@ -64,7 +65,7 @@ def count_sources(
     model: ModelSpec,
     provenance: Mapping[str, Any],
     *,
-    rows: Rows = "tokens",
+    rows: Rows = "none",
     backend: Backend = PROCESSES,
 ) -> Affinity:
     """Count several streams of chunks, each in a process or Ray task of its own.

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
+from typing import get_args
 
 from placer import __version__
 from placer.affinity.affinity import Affinity
-from placer.affinity.count import ChunkSource, count_sources
+from placer.affinity.count import ChunkSource, Rows, count_sources
 from placer.errors import UsageError
 from placer.files import sha256_file
 from placer.parallel import PROCESSES, Backend
@@ -24,26 +25,31 @@ def affinity_of_traces(
     num_workers: int = 1,
     backend: Backend = PROCESSES,
     *,
-    sequence_rows: bool = False,
+    rows: Rows = "none",
 ) -> Affinity:
     """Count the sequences of ``fold`` in traces of one model.
 
     At most ``num_workers`` processes share the chunks of a trace; small traces are not
     shared. The counts are the same.
 
-    ``sequence_rows`` counts per sequence too, which takes memory that grows with the trace.
-    Sequence ids of several traces name different sequences, so that is for one trace only.
+    ``rows`` is as for :func:`count_affinity`. Sequence ids of several traces name different
+    sequences, so rows per sequence are for one trace only.
 
     Raises
     ------
     PlacerError
         If the traces are of different models, or the fold is empty.
     UsageError
-        If one trace is given twice, or several with ``sequence_rows``.
+        If one trace is given twice, several with rows per sequence, or ``rows`` is not
+        known.
     """
-    if sequence_rows and len(traces) > 1:
+    if rows not in get_args(Rows):
         raise UsageError(
-            f"--sequence-rows is for one trace, not for {len(traces)}: sequence ids of "
+            f"--rows {rows} is not known", f"choose {', '.join(get_args(Rows))}"
+        )
+    if rows == "sequences" and len(traces) > 1:
+        raise UsageError(
+            f"--rows sequences is for one trace, not for {len(traces)}: sequence ids of "
             "several name different sequences",
             "merge them first: placer trace merge TRACE... --out TRACE",
         )
@@ -63,7 +69,7 @@ def affinity_of_traces(
             _sources(trace, fold, num_workers),
             trace.model,
             provenance,
-            rows="sequences" if sequence_rows else "tokens",
+            rows=rows,
             backend=backend,
         )
         for trace in traces

@@ -30,10 +30,12 @@ def affinity(
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
-    sequence_rows: Annotated[
-        bool,
-        typer.Option("--sequence-rows", help="Count per sequence too: grows with it."),
-    ] = False,
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="Count experts one by one too: for tokens (ids), or sequences beside them."
+        ),
+    ] = "none",
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that count.", show_default="all cores"),
@@ -47,7 +49,7 @@ def affinity(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count load, transitions, co-activation and experts per token id.
+    """Count load, transitions and co-activation.
 
     Counts are exact and add up: several traces of one model give one file.
     """
@@ -70,7 +72,11 @@ def affinity(
         where = Backend(name=backend, address=ray_address)  # type: ignore[arg-type]
         most = workers or os.cpu_count() or 1
         counted = affinity_of_traces(
-            opened, chosen, most, where, sequence_rows=sequence_rows
+            opened,
+            chosen,
+            most,
+            where,
+            rows=rows,  # type: ignore[arg-type]  # names that are not known are refused
         )
     counted.write(out)
     facts = {

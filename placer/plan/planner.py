@@ -31,7 +31,7 @@ def plan_from_trace(
     NoSolutionError
         If the load cap is out of reach.
     """
-    affinity = count_affinity(trace.chunks(fold), trace.model, {}, rows="none")
+    affinity = count_affinity(trace.chunks(fold), trace.model, {})
     profile = trace.read(fold)
     placement, report = solve(affinity, options, progress, profile)
     heldout = None if fold is None else trace.read(fold.complement())

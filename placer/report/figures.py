@@ -119,7 +119,7 @@ def _draw_trace(statistics: TraceStatistics) -> list[Drawing]:
             (f"domain {name}", tuple(load[number] for load in statistics.load))
             for number, name in enumerate(statistics.domains)
         ]
-    counted = count_affinity(trace.chunks(), trace.model, {}, rows="none")
+    counted = count_affinity(trace.chunks(), trace.model, {})
     return [_draw_load(choices), *_draw_pairs(counted)]
 
 

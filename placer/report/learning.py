@@ -76,10 +76,7 @@ def learning_curve(
     topology = options.topology
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
     reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
-    plans = [
-        solve(count_affinity([part], trace.model, {}, rows="none"), options)[0]
-        for part in parts
-    ]
+    plans = [solve(count_affinity([part], trace.model, {}), options)[0] for part in parts]
     points = []
     for part, placement in zip(parts, plans, strict=True):
         figures = simulate(placement, heldout)[options.policy]

@@ -155,7 +155,7 @@ def _information(
     control: Control | None,
     model: ModelSpec,
 ) -> Information:
-    counted = count_affinity(tokens(control), model, {}, rows="none")
+    counted = count_affinity(tokens(control), model, {})
     # The control that redraws experts has no router's order left.
     ordered = name != "skew-only"
     top1 = top1_tables(tokens(control), model) if ordered else []

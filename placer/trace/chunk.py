@@ -213,8 +213,7 @@ class Chunk:
                     f"outside 0..{size - 1}",
                     "check that the trace is of this model and holds logical ids",
                 )
-            ordered = np.sort(ids, axis=1)
-            twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+            twice = _listed_twice(ids)
             if twice.any():
                 row = int(twice.argmax())
                 raise PlacerError(
@@ -223,3 +222,14 @@ class Chunk:
                     "a layer that is not captured often comes back as zeros: "
                     "record again, or leave that layer out",
                 )
+
+
+def _listed_twice(ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return ``[T]``: whether a row of ``ids`` [T, k] holds an id more than once."""
+    columns = np.ascontiguousarray(ids.T)
+    twice = np.zeros(columns.shape[1], dtype=np.bool_)
+    # Few columns: comparing all pairs of them beats sorting every row.
+    for n, column in enumerate(columns):
+        for earlier in columns[:n]:
+            twice |= column == earlier
+    return twice

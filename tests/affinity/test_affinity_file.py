@@ -19,7 +19,7 @@ from placer.trace import Fold, Trace
 def test_round_trip_is_exact_and_bytes_are_stable(
     make_trace: Callable[..., Trace], tmp_path: Path
 ) -> None:
-    counted = affinity_of_traces([make_trace()], None)
+    counted = affinity_of_traces([make_trace()], None, rows="sequences")
     counted.write(tmp_path / "one.safetensors")
     counted.write(tmp_path / "two.safetensors")
     again = Affinity.read(tmp_path / "one.safetensors")
@@ -44,15 +44,18 @@ def test_folds_add_up_to_the_whole(make_trace: Callable[..., Trace]) -> None:
 
 def test_rows_per_sequence_are_of_one_trace(make_trace: Callable[..., Trace]) -> None:
     traces = [make_trace("a", seed=1), make_trace("b", seed=2)]
-    total = affinity_of_traces(traces, None)
+    assert affinity_of_traces(traces, None).token_expert is None
+    total = affinity_of_traces(traces, None, rows="tokens")
     assert total.num_tokens == 800
     assert total.sequence_expert is None
     assert total.token_expert is not None
-    one = affinity_of_traces(traces[:1], None, sequence_rows=True)
+    one = affinity_of_traces(traces[:1], None, rows="sequences")
     assert one.sequence_expert is not None
     assert one.sequence_expert[0].dense().sum() == one.load[0].sum()
-    with pytest.raises(UsageError, match="--sequence-rows is for one trace, not for 2"):
-        affinity_of_traces(traces, None, sequence_rows=True)
+    with pytest.raises(UsageError, match="--rows sequences is for one trace, not for 2"):
+        affinity_of_traces(traces, None, rows="sequences")
+    with pytest.raises(UsageError, match="--rows words is not known"):
+        affinity_of_traces(traces, None, rows="words")
 
 
 def test_merging_files_is_counting_all_traces_in_any_order(
@@ -120,7 +123,7 @@ def test_a_file_that_breaks_the_format_is_refused(
     tensors: dict[str, np.ndarray],
     match: str,
 ) -> None:
-    counted = affinity_of_traces([make_trace()], None)
+    counted = affinity_of_traces([make_trace()], None, rows="tokens")
     path = tmp_path / "affinity.safetensors"
     counted.write(path)
     with safe_open(path, "np") as opened:

@@ -78,7 +78,8 @@ def test_unknown_token_ids_are_left_out() -> None:
         sequence_ids=np.zeros(2, np.int32),
         positions=np.arange(2, dtype=np.int32),
     )
-    found = count_affinity([chunk], ModelSpec(num_experts=(2,), top_k=1), {})
+    model = ModelSpec(num_experts=(2,), top_k=1)
+    found = count_affinity([chunk], model, {}, rows="tokens")
     assert found.token_expert[0].dense().tolist() == [[0, 0], [0, 0], [0, 0], [0, 1]]
 
 
