@@ -58,6 +58,27 @@ def solve(
     receive_price: Annotated[
         float, typer.Option(help="Copies that one to the busiest receiver is worth.")
     ] = 0.0,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN", help="Improve this plan, which is served now."),
+    ] = None,
+    migration_cost: Annotated[
+        float,
+        typer.Option(help="With --start: copies of the profile that a move is worth."),
+    ] = 0.0,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER:EXPERT=RANK", help="Keep an expert on a rank; repeatable."
+        ),
+    ] = None,
+    preserve_groups: Annotated[
+        bool,
+        typer.Option(
+            "--preserve-groups",
+            help="Keep router groups whole, as a permuted checkpoint must.",
+        ),
+    ] = False,
     proof: Annotated[
         str, typer.Option(help="Work that goes into the bound: none, quick or full.")
     ] = "quick",
@@ -78,6 +99,8 @@ def solve(
     Profiles on the sequences of --fold and judges on all others. Deterministic: the same
     input and seed give the same plan.
     """
+    from placer.plan import Plan
+    from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
     from placer.plan.problem import Topology
     from placer.plan.refine import RefineLimits
@@ -104,6 +127,10 @@ def solve(
         overflow_price=overflow_price,
         receive_price=receive_price,
         proof=proof,  # type: ignore[arg-type]
+        start=None if start is None else Plan.read(start).placement,
+        migration_cost=migration_cost,
+        pins=tuple(map(Pin.parse, pin or [])),
+        preserve_groups=preserve_groups,
         seed=seed,
         limits=SearchLimits(num_rounds=num_rounds),
         refine=RefineLimits(num_sweeps=num_sweeps),
@@ -131,14 +158,20 @@ def solve(
         warn("solved from counts: no tokens are known, so no held-out figure is given")
     elif chosen is None:
         warn("nothing was held out: the figures are those of the profile itself")
-    for layer, value in report.relaxed_layers.items():
-        note(f"MoE layer {layer}: load cap relaxed to its best reachable value {value:.4f}")
+    if report.relaxed_layers:
+        worst = max(report.relaxed_layers, key=lambda n: report.relaxed_layers[n])
+        note(
+            f"load cap {max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE layers, "
+            f"at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
+        )
     if as_json:
         print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
         return
     rows = plan_rows(plan)
     if rows:
         print_table(COLUMNS, rows)
+    if start is not None:
+        print_line(f"{plan.provenance['moved_experts']} experts moved from {start}")
     for line in certificate_lines(report):
         print_line(line)
     print_line(f"plan written to {out}")

@@ -469,10 +469,11 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
 
 
 @njit(cache=True, nogil=True)
-def anneal(tokens, prices, state, movable, rule, temperature, num_moves, seed):  # type: ignore[no-untyped-def]
+def anneal(tokens, prices, state, kind, rule, temperature, num_moves, seed):  # type: ignore[no-untyped-def]
     """Try random moves at one temperature (Kirkpatrick et al., Science 220, 1983).
 
-    ``movable`` ``[E]``: whether an expert may move. Returns the change of the price.
+    ``kind`` ``[E]`` int64: experts of one kind may change places, those of a negative one
+    stay. Returns the change of the price.
     """
     num_ranks, num_slots = state.slots.shape
     num_experts = state.holds.shape[0]
@@ -490,13 +491,13 @@ def anneal(tokens, prices, state, movable, rule, temperature, num_moves, seed): 
         else:
             other, place = _below(stream, num_ranks), _below(stream, num_slots)
             two = state.slots[other, place]
-        if movable[one] and movable[two] and other != rank:
+        if kind[one] >= 0 and kind[one] == kind[two] and other != rank:
             total += _try(tokens, prices, state, rank, slot, other, place, rule, limit)[0]
     return total
 
 
 @njit(cache=True, nogil=True)
-def descend(tokens, prices, state, movable, rule):  # type: ignore[no-untyped-def]
+def descend(tokens, prices, state, kind, rule):  # type: ignore[no-untyped-def]
     """Try every move once and make those that pay. Return the change of the price."""
     num_ranks, num_slots = state.slots.shape
     num_experts = state.holds.shape[0]
@@ -506,17 +507,19 @@ def descend(tokens, prices, state, movable, rule):  # type: ignore[no-untyped-de
         for slot in range(num_slots):
             for other in range(rank + 1, num_ranks):
                 for place in range(num_slots):
-                    if (
-                        movable[state.slots[rank, slot]]
-                        and movable[state.slots[other, place]]
-                    ):
+                    one, two = state.slots[rank, slot], state.slots[other, place]
+                    if kind[one] >= 0 and kind[one] == kind[two]:
                         total += _try(
                             tokens, prices, state, rank, slot, other, place, rule, 0.0
                         )[0]
             if replicas:
                 for expert in range(num_experts):
                     one = state.slots[rank, slot]
-                    if movable[one] and movable[expert] and state.holds[one].sum() > 1:
+                    if (
+                        kind[one] >= 0
+                        and kind[one] == kind[expert]
+                        and state.holds[one].sum() > 1
+                    ):
                         total += _try(
                             tokens, prices, state, rank, slot, -1, expert, rule, 0.0
                         )[0]

@@ -7,7 +7,8 @@ import numpy as np
 
 from placer import __version__
 from placer.affinity import Affinity, count_affinity
-from placer.files import sha256_file
+from placer.files import sha256_file, sha256_json
+from placer.plan.migration import num_moved
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan
 from placer.plan.replicas import with_replicas
@@ -61,7 +62,7 @@ def plan_from_trace(
             "heldout": None if heldout is None else metrics(heldout, placement),
             "baselines": {name: metrics(judged, one) for name, one in baselines.items()},
         },
-        provenance=_provenance(options)
+        provenance=_provenance(options, placement)
         | {
             "trace_sha256": trace.sha256,
             "fold": None if fold is None else str(fold),
@@ -84,7 +85,7 @@ def plan_from_affinity(
         max_imbalance=options.max_imbalance,
         solver=report,
         metrics={"profile": None, "heldout": None, "baselines": {}},
-        provenance=_provenance(options)
+        provenance=_provenance(options, placement)
         | {
             "affinity_sha256": sha256_file(path),
             "fold": affinity.provenance.get("fold"),
@@ -102,7 +103,13 @@ def _with_equal_slots(affinity: Affinity, options: SolveOptions) -> dict[str, Pl
     return {"eplb": with_replicas(start, loads, options.redundant_experts)}
 
 
-def _provenance(options: SolveOptions) -> dict[str, Any]:
+def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
+    start = options.start
+    from_start = start and {
+        "start_map_sha256": sha256_json(start.to_json()),
+        "migration_cost": options.migration_cost,
+        "moved_experts": num_moved(start, placement),
+    }
     return {
         "placer": __version__,
         "inter_cost": options.topology.inter_cost,
@@ -114,4 +121,6 @@ def _provenance(options: SolveOptions) -> dict[str, Any]:
         "receive_price": options.receive_price,
         "replica_choice": options.replica_choice,
         "relax_cap": options.relax_cap,
-    }
+        "pins": [str(pin) for pin in options.pins],
+        "preserve_groups": options.preserve_groups,
+    } | (from_start or {})

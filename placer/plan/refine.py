@@ -62,8 +62,9 @@ class TrafficProblem:
         Copies that a copy to the busiest receiver is worth, beyond itself.
     move_price
         L arrays ``[E, R]``: copies that an expert on a rank is worth, or ``None``.
-    movable
-        L arrays ``[E]`` bool: whether an expert may move, or ``None`` for all.
+    kind
+        L arrays ``[E]`` int64: experts of one kind may change places, those of a negative
+        one stay; ``None``: all may.
     replica_choice
         Which copy serves: ``local-first`` or ``hash`` (any copy in turn).
     """
@@ -78,7 +79,7 @@ class TrafficProblem:
     overflow_price: float = 0.0
     receive_price: float = 0.0
     move_price: tuple[FloatArray, ...] | None = None
-    movable: tuple[npt.NDArray[np.bool_], ...] | None = None
+    kind: tuple[IntArray, ...] | None = None
     replica_choice: ReplicaChoice = "local-first"
 
     @property
@@ -262,17 +263,17 @@ class Refinement:
         tokens = self._tokens(layer, homes=homes)
         state, prices = self._states[layer], self._prices[layer]
         cost = self._price_layer(tokens, layer)
-        movable = self._movable(layer)
+        kind = self._kind(layer)
         rule = _RULES[self.problem.replica_choice]
         moves = self._num_moves(layer)
         seed = np.random.SeedSequence([self.seed, number, layer]).generate_state(1, "u8")
         if share is not None:
-            args = (movable, rule, share * cost, moves, seed[0] | np.uint64(1))
+            args = (kind, rule, share * cost, moves, seed[0] | np.uint64(1))
             return float(kernels.anneal(tokens, prices, state, *args))
         if moves < state.slots.size**2 // 2:
-            args = (movable, rule, 0.0, moves, seed[0] | np.uint64(1))
+            args = (kind, rule, 0.0, moves, seed[0] | np.uint64(1))
             return float(kernels.anneal(tokens, prices, state, *args))
-        return float(kernels.descend(tokens, prices, state, movable, rule))
+        return float(kernels.descend(tokens, prices, state, kind, rule))
 
     def _num_moves(self, layer: int) -> int:
         """Return the proposals of a visit: all pairs of slots, or what the limit allows."""
@@ -283,10 +284,10 @@ class Refinement:
         )
         return max(1, min(state.slots.size**2 // 2, int(allowed)))
 
-    def _movable(self, layer: int) -> npt.NDArray[np.bool_]:
-        if self.problem.movable is None:
-            return np.ones(len(self._states[layer].holds), dtype=np.bool_)
-        return self.problem.movable[layer]
+    def _kind(self, layer: int) -> IntArray:
+        if self.problem.kind is None:
+            return np.zeros(len(self._states[layer].holds), dtype=np.int64)
+        return self.problem.kind[layer]
 
     def _snapshot(self) -> list[IntArray]:
         """Return the maps, experts of a rank in ascending order."""

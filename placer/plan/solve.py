@@ -23,9 +23,17 @@ from placer.plan.dynamic import solve_exactly
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
+from placer.plan.migration import move_prices, require_same_shape
+from placer.plan.pins import Pin, pinned_kinds, with_pins
 from placer.plan.placement import Placement
 from placer.plan.plan import Certificate, Exchange, Policy, SolverReport
-from placer.plan.problem import IntArray, PlacementProblem, Topology, placement_problem
+from placer.plan.problem import (
+    FloatArray,
+    IntArray,
+    PlacementProblem,
+    Topology,
+    placement_problem,
+)
 from placer.plan.refine import (
     RefineLimits,
     Refinement,
@@ -36,6 +44,7 @@ from placer.plan.refine import (
     sample_sequences,
 )
 from placer.plan.replicas import with_replicas
+from placer.plan.router_groups import group_kinds, place_groups
 from placer.plan.scenarios import Robust, load_scenarios
 from placer.plan.search import Search, SearchLimits
 from placer.trace import Chunk
@@ -87,6 +96,15 @@ class SolveOptions:
         How much work goes into the bounds: ``none``, ``quick`` or ``full``.
     seed
         Seed of the search.
+    start
+        A placement to improve, or ``None``.
+    migration_cost
+        Copies, over the profile, that moving one expert from where the start has it is
+        worth.
+    pins
+        Experts that stay on a rank.
+    preserve_groups
+        Keep router groups whole, so that a permuted checkpoint can express the plan.
     limits, refine
         How long to search over pairs, and over copies.
     """
@@ -102,6 +120,10 @@ class SolveOptions:
     overflow_price: float = 10.0
     receive_price: float = 0.0
     proof: Proof = "quick"
+    start: Placement | None = None
+    migration_cost: float = 0.0
+    pins: tuple[Pin, ...] = ()
+    preserve_groups: bool = False
     seed: int = 0
     limits: SearchLimits = field(default_factory=SearchLimits)
     refine: RefineLimits = field(default_factory=RefineLimits)
@@ -124,9 +146,40 @@ class SolveOptions:
             "--redundant-experts": self.redundant_experts,
             "--overflow-price": self.overflow_price,
             "--receive-price": self.receive_price,
+            "--migration-cost": self.migration_cost,
         }.items():
             if number < 0:
                 raise UsageError(f"{option} must not be negative, got {number}")
+        self._require_consistent()
+
+    def _require_consistent(self) -> None:
+        if self.migration_cost and self.start is None:
+            raise UsageError(
+                f"--migration-cost {self.migration_cost:g} charges for leaving a plan, but "
+                "none is given",
+                "name the plan that is served now: --start PLAN",
+            )
+        if self.preserve_groups and self.redundant_experts:
+            raise UsageError(
+                "--preserve-groups is for permuted checkpoints, which hold no redundant "
+                "experts",
+                "drop one of --preserve-groups and --redundant-experts",
+            )
+        if self.preserve_groups and self.start is not None:
+            raise UsageError(
+                "--preserve-groups places groups anew, --start improves a plan",
+                "drop one of them",
+            )
+        if self.preserve_groups and self.pins:
+            raise UsageError(
+                "--pin may break up the groups that --preserve-groups keeps",
+                "drop one of them",
+            )
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a placement may start above the load cap."""
+        return self.start is not None or bool(self.pins) or self.preserve_groups
 
     @property
     def asked_of_tokens(self) -> dict[str, bool]:
@@ -136,6 +189,9 @@ class SolveOptions:
             "--redundant-experts": self.redundant_experts > 0,
             "--robust": self.robust != "none",
             "--receive-price": self.receive_price > 0,
+            "--start": self.start is not None,
+            "--pin": bool(self.pins),
+            "--preserve-groups": self.preserve_groups,
         }
 
     @property
@@ -188,17 +244,24 @@ def solve(
         relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
     problem = placement_problem(affinity, options.policy, options.topology, caps)
+    if options.needs_tokens is not None and not options.refine.num_sweeps:
+        raise UsageError(
+            f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
+            "leave out --num-sweeps",
+        )
     judged = None
     if tokens is not None and options.refine.num_sweeps:
         judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
-    placement, optimal = _place_pairs(problem, options, start, judged, progress)
+    placement, optimal = _first_placement(
+        affinity, problem, options, start, judged, progress
+    )
     if judged is None:
         report = _pair_report(problem, placement, options)
     else:
-        traffic = _traffic_problem(judged, tokens, problem, options)
+        traffic = _traffic_problem(judged, tokens, problem, options, affinity.model.n_group)
         if not optimal:
             placement = _refine(placement, traffic, options, progress)
-        if options.redundant_experts:
+        if options.redundant_experts or options.constrained:
             relaxed = _require_cap(placement, traffic, options)
         report = _copies_report(problem, traffic, judged, placement, optimal, options)
     return placement, SolverReport(
@@ -247,6 +310,37 @@ def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, Solv
     )
 
 
+def _first_placement(
+    affinity: Affinity,
+    problem: PlacementProblem,
+    options: SolveOptions,
+    start: list[IntArray],
+    judged: Chunk | None,
+    progress: Progress | None,
+) -> tuple[Placement, bool]:
+    """Return what the refinement begins with, and whether it is optimal already."""
+    topology = options.topology
+    if options.start is not None:
+        require_same_shape(
+            options.start,
+            affinity.model.num_experts,
+            topology.num_ranks,
+            topology.num_nodes,
+            options.redundant_experts,
+        )
+        return with_pins(options.start, options.pins), False
+    if options.preserve_groups:
+        placed = place_groups(
+            affinity, options.policy, topology, options.limits, options.seed
+        )
+        return placed, False
+    placement, optimal = _place_pairs(problem, options, start, judged, progress)
+    if options.redundant_experts:
+        loads = [counts.astype(np.float64) for counts in affinity.load]
+        placement = with_replicas(placement, loads, options.redundant_experts)
+    return with_pins(placement, options.pins), optimal
+
+
 def _place_pairs(
     problem: PlacementProblem,
     options: SolveOptions,
@@ -282,7 +376,11 @@ def _placed(expert_rank: list[IntArray], topology: Topology) -> Placement:
 
 
 def _traffic_problem(
-    judged: Chunk, profile: Chunk | None, problem: PlacementProblem, options: SolveOptions
+    judged: Chunk,
+    profile: Chunk | None,
+    problem: PlacementProblem,
+    options: SolveOptions,
+    n_group: int,
 ) -> TrafficProblem:
     sizes = tuple(len(load) for load in problem.load)
     load = load_scenarios(profile or judged, sizes, options.robust, options.seed)
@@ -300,8 +398,25 @@ def _traffic_problem(
         max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
         overflow_price=options.overflow_price,
         receive_price=options.receive_price,
+        move_price=_move_price(judged, profile, options),
+        kind=pinned_kinds(
+            group_kinds(sizes, n_group) if options.preserve_groups else None,
+            sizes,
+            options.pins,
+        ),
         replica_choice=options.replica_choice,
     )
+
+
+def _move_price(
+    judged: Chunk, profile: Chunk | None, options: SolveOptions
+) -> tuple[FloatArray, ...] | None:
+    if options.start is None or not options.migration_cost:
+        return None
+    whole = judged if profile is None else profile
+    # Judged by a sample, a move is worth that share of it.
+    share = judged.num_tokens / whole.num_tokens
+    return move_prices(options.start, options.migration_cost * share)
 
 
 def _refine(
@@ -310,9 +425,6 @@ def _refine(
     options: SolveOptions,
     progress: Progress | None,
 ) -> Placement:
-    if options.redundant_experts:
-        loads = [load[0] for load in traffic.load]
-        placement = with_replicas(placement, loads, options.redundant_experts)
     refinement = Refinement(problem=traffic, limits=options.refine, seed=options.seed)
     return refinement.run(
         placement,

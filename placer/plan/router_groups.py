@@ -1,0 +1,121 @@
+"""Router groups: placements that a permuted checkpoint of a grouped router can express.
+
+Such a router picks ``topk_group`` of ``n_group`` groups of consecutive experts first
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2), so renumbering experts keeps what the model
+computes only if whole groups take the place of whole groups. Where groups are fewer than
+ranks, a group has some consecutive ranks to itself; where they are more, a rank holds whole
+groups.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.plan.balance import greedy_balance
+from placer.plan.placement import Placement
+from placer.plan.plan import Policy
+from placer.plan.problem import IntArray, PlacementProblem, Topology, placement_problem
+from placer.plan.search import Search, SearchLimits
+
+
+def group_kinds(num_experts: Sequence[int], n_group: int) -> tuple[IntArray, ...]:
+    """Return L arrays ``[E]``: the router group of every expert."""
+    return tuple(np.arange(size) * n_group // size for size in num_experts)
+
+
+def place_groups(
+    affinity: Affinity,
+    policy: Policy,
+    topology: Topology,
+    limits: SearchLimits,
+    seed: int,
+) -> Placement:
+    """Place whole router groups by the pairs between them.
+
+    Inside the ranks of a group its experts are balanced; who sits where is left to the
+    refinement, among experts of a group.
+
+    Raises
+    ------
+    UsageError
+        If the model has no groups, or groups and ranks do not divide each other.
+    """
+    n_group, num_ranks = affinity.model.n_group, topology.num_ranks
+    if n_group == 1:
+        raise UsageError(
+            "--preserve-groups: the model's router has no groups, so any plan can be "
+            "exported",
+            "leave out --preserve-groups",
+        )
+    if max(n_group, num_ranks) % min(n_group, num_ranks):
+        raise UsageError(
+            f"--preserve-groups: {n_group} router groups and {num_ranks} ranks do not "
+            "divide each other, so a rank would hold parts of groups",
+            "choose another number of ranks, or export a runtime map without the option",
+        )
+    problem = _between_groups(affinity, policy, topology)
+    start = [np.arange(n_group) * problem.num_ranks // n_group for _ in affinity.load]
+    search = Search(
+        problem=problem,
+        expert_rank=start,
+        rng=np.random.default_rng(seed),
+        limits=limits,
+    )
+    search.run()
+    width = num_ranks // problem.num_ranks
+    ranks = [
+        _inside(block, counts.astype(np.float64), n_group, width)
+        for block, counts in zip(search.expert_rank, affinity.load, strict=True)
+    ]
+    return Placement.from_expert_rank(ranks, num_ranks, topology.num_nodes)
+
+
+def _between_groups(
+    affinity: Affinity, policy: Policy, topology: Topology
+) -> PlacementProblem:
+    """Return the problem of groups in blocks of ranks, as if groups were experts."""
+    n_group = affinity.model.n_group
+    blocks = min(n_group, topology.num_ranks)
+    # Blocks are ranks of their own; a node that holds less than one is not told apart.
+    num_nodes = topology.num_nodes if blocks % topology.num_nodes == 0 else 1
+    between_blocks = Topology(
+        num_nodes=num_nodes,
+        gpus_per_node=blocks // num_nodes,
+        inter_cost=topology.inter_cost,
+        intra_cost=topology.intra_cost,
+    )
+    within = []
+    for counts in affinity.coactivation:
+        grouped = _by_group(counts, n_group)
+        np.fill_diagonal(grouped, 0)
+        within.append(grouped)
+    grouped_affinity = Affinity(
+        model=ModelSpec(num_experts=(n_group,) * len(affinity.load), top_k=1),
+        num_tokens=affinity.num_tokens,
+        load=tuple(counts.reshape(n_group, -1).sum(axis=1) for counts in affinity.load),
+        transition=tuple(_by_group(counts, n_group) for counts in affinity.transition),
+        coactivation=tuple(within),
+        token_expert=None,
+        sequence_expert=None,
+        provenance={},
+    )
+    no_cap = [float(counts.sum()) for counts in affinity.load]
+    return placement_problem(grouped_affinity, policy, between_blocks, no_cap)
+
+
+def _by_group(counts: IntArray, n_group: int) -> IntArray:
+    rows, columns = (size // n_group for size in counts.shape)
+    summed: IntArray = counts.reshape(n_group, rows, n_group, columns).sum(axis=(1, 3))
+    return summed
+
+
+def _inside(block: IntArray, load: np.ndarray, n_group: int, width: int) -> IntArray:
+    """Return ``[E]``: the rank of every expert, from the block of its group."""
+    by_group = load.reshape(n_group, -1)
+    places = [greedy_balance(one, width) for one in by_group]
+    return np.concatenate(
+        [first * width + place for first, place in zip(block, places, strict=True)]
+    )
