@@ -73,7 +73,7 @@ def families() -> None:
         (
             model_type,
             f"refused: {one.unsupported}" if one.unsupported else "recorded",
-            "permuted checkpoint" if one.expert_tensors else "",
+            "permuted checkpoint" if one.layout else "",
         )
         for one in known_architectures()
         for model_type in one.model_types

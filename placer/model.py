@@ -3,7 +3,6 @@
 Families are data: one file of ``placer/architectures`` each.
 """
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal, Self
 
 from placer.errors import PlacerError
 from placer.files import read_json, sha256_json
+from placer.layout import TensorLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,10 +246,9 @@ class Architecture:
         but for the chosen experts, where the experts are not called with ids.
     router_module
         Module path of a router whose first output is its logits, or ``None``.
-    router_tensors
-        Patterns of tensors whose first axis is the logical expert, with ``{layer}``.
-    expert_tensors
-        Patterns of per-expert tensors, with ``{layer}``, ``{expert}`` and ``{name}``.
+    layout
+        Where experts and routers are in its checkpoints, or ``None`` if placer does not
+        know.
     """
 
     model_types: tuple[str, ...]
@@ -261,8 +260,7 @@ class Architecture:
     experts_module: str
     scores_module: str | None = None
     router_module: str | None = None
-    router_tensors: tuple[str, ...] = ()
-    expert_tensors: tuple[str, ...] = ()
+    layout: TensorLayout | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path) -> "Architecture":
@@ -283,19 +281,20 @@ class Architecture:
             f"known families: {', '.join(sorted(known))}",
         )
 
-    def require_tensor_names(self) -> None:
-        """Refuse a family whose checkpoints placer cannot rewrite.
+    def require_layout(self) -> TensorLayout:
+        """Return the names of its tensors; refuse a family without.
 
         Raises
         ------
         PlacerError
             If its data file names no tensors.
         """
-        if not self.expert_tensors:
+        if self.layout is None:
             raise PlacerError(
                 f"placer does not know the checkpoint tensors of {self.model_types[0]}",
                 "export a runtime map, which needs none: placer export sglang",
             )
+        return self.layout
 
     def config_value(
         self, config: Mapping[str, Any], field: str, default: int | None = None
@@ -346,6 +345,11 @@ class Architecture:
         num_layers = self.num_hidden_layers(config)
         language = self._language_config(config)
         return [n for n in range(num_layers) if _is_moe_layer(self.layers, language, n)]
+
+    def mtp_layers(self, config: Mapping[str, Any]) -> range:
+        """Return the numbers of layers behind the last one, for multi-token prediction."""
+        first = self.num_hidden_layers(config)
+        return range(first, first + self.config_value(config, "num_mtp_layers", 0))
 
     def _language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         nested = config.get(self.nested_in) if self.nested_in else None
@@ -410,6 +414,7 @@ _USUAL_KEYS = {
     "vocab_size": ("vocab_size",),
     "n_group": ("n_group", "num_expert_group"),
     "topk_group": ("topk_group",),
+    "num_mtp_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
 }
 
 
@@ -425,7 +430,6 @@ def known_architectures() -> tuple[Architecture, ...]:
 
 def _read_architecture(value: Mapping[str, Any]) -> Architecture:
     config, modules = dict(value.get("config", {})), dict(value.get("modules", {}))
-    tensors = value.get("tensors", {})
     layers = config.pop("layers", "all")
     grouped_if = config.pop("grouped_if", None)
     nested_in = config.pop("nested_in", None)
@@ -440,21 +444,5 @@ def _read_architecture(value: Mapping[str, Any]) -> Architecture:
         experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),
         scores_module=modules.get("scores"),
         router_module=modules.get("router"),
-        router_tensors=tuple(tensors.get("router", ())),
-        expert_tensors=tuple(tensors.get("expert", ())),
+        layout=TensorLayout.from_toml(value["tensors"]) if "tensors" in value else None,
     )
-
-
-def name_pattern(template: str) -> re.Pattern[str]:
-    """Return the regular expression of a name template.
-
-    ``{layer}`` and ``{expert}`` become groups of digits, ``{name}`` the rest of the name.
-    """
-    escaped = re.escape(template)
-    for field, expression in (
-        ("layer", r"(?P<layer>\d+)"),
-        ("expert", r"(?P<expert>\d+)"),
-        ("name", r"(?P<name>.+)"),
-    ):
-        escaped = escaped.replace(re.escape("{" + field + "}"), expression)
-    return re.compile(escaped)
