@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from placer.model import ModelSpec
 
 # Everything small; a family takes the keys that its config class has.
 SMALL = {
@@ -178,6 +181,25 @@ def build(model_type: str) -> Any:
             chosen = torch.rand(len(table), 8).topk(table.shape[1]).indices
             table.data.copy_(chosen.to(table.dtype))
     return model
+
+
+def randomise(model: Any) -> Any:
+    """Draw what families start at zero or one: a bias of zeros would permute unseen."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(part in name for part in ("bias", "gate_up_proj", "down_proj", "router")):
+            tensor.data.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def legal_rows(model: ModelSpec, seed: int) -> list[list[int]]:
+    """Per layer a random permutation that keeps router groups whole."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for size in model.num_experts:
+        groups = rng.permutation(np.arange(size).reshape(model.n_group, -1))
+        rows.append(rng.permuted(groups, axis=1).reshape(-1).tolist())
+    return rows
 
 
 def oracle(model: Any, ids: torch.Tensor) -> dict[str, list[set[int]]]:

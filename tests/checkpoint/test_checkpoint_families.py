@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,36 +15,16 @@ from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.verify import verify
 from placer.model import ModelSpec
 from placer.plan import Placement
-from tests.families import FAMILIES, build, oracle
+from tests.families import FAMILIES, build, legal_rows, oracle, randomise
 
 WritePlan = Callable[..., Path]
 # Of the largest logit; float32, where experts are added up in another order.
 TOLERANCE = 1e-5
 
 
-def legal_rows(model: ModelSpec, seed: int) -> list[list[int]]:
-    """Per layer a random permutation that keeps router groups whole."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for size in model.num_experts:
-        groups = rng.permutation(np.arange(size).reshape(model.n_group, -1))
-        rows.append(rng.permuted(groups, axis=1).reshape(-1).tolist())
-    return rows
-
-
 def plan_of(rows: list[list[int]], model: ModelSpec, write_plan: WritePlan) -> Path:
     placement = Placement.from_json(rows, model.num_experts, num_ranks=4, num_nodes=1)
     return write_plan(model, placement)
-
-
-def randomised(model_type: str) -> torch.nn.Module:
-    """A tiny model with every number drawn: a bias of zeros would permute unseen."""
-    model = build(model_type)
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if any(part in name for part in ("bias", "gate_up_proj", "down_proj", "router")):
-            tensor.data.normal_(0, 0.1, generator=generator)
-    return model
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -78,7 +57,7 @@ def test_the_permuted_checkpoint_is_the_same_model(
     model_type: str, write_plan: WritePlan, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
-    randomised(model_type).save_pretrained(model)
+    randomise(build(model_type)).save_pretrained(model)
     spec = ModelSpec.from_checkpoint(model)
     rows = legal_rows(spec, seed=3)
     plan = plan_of(rows, spec, write_plan)
