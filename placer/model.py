@@ -4,7 +4,7 @@ Families are data: one file of ``placer/architectures`` each.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -228,6 +228,9 @@ class Architecture:
         The ``model_type`` values of the family.
     unsupported
         Why the family is refused, or ``None``.
+    unrecorded
+        Why ``placer record`` refuses the family, or ``None``: its plans come from traces
+        that engines recorded.
     config
         Config keys, in order of preference, by what they mean; a dot goes into a nested
         object.
@@ -253,6 +256,7 @@ class Architecture:
 
     model_types: tuple[str, ...]
     unsupported: str | None = None
+    unrecorded: str | None = None
     config: Mapping[str, tuple[str, ...]]
     nested_in: str | None = None
     layers: LayerRule
@@ -280,6 +284,22 @@ class Architecture:
             f"{source}: model_type {model_type!r} is not a family that placer knows",
             f"known families: {', '.join(sorted(known))}",
         )
+
+    def require_recorded(self, source: Path) -> None:
+        """Refuse a family that placer cannot run; ``source`` names it in the error.
+
+        Raises
+        ------
+        PlacerError
+            With the reason.
+        """
+        if self.unrecorded is not None:
+            raise PlacerError(
+                f"{source}: {self.model_types[0]} cannot be run by placer: "
+                f"{self.unrecorded}",
+                "record it in its engine: placer import --help; "
+                "compare tensors only: placer verify --max-tokens 0",
+            )
 
     def require_layout(self) -> TensorLayout:
         """Return the names of its tensors; refuse a family without.
@@ -311,6 +331,8 @@ class Architecture:
         value = next(
             (v for key in keys if (v := _nested(language, key)) is not None), default
         )
+        if isinstance(value, list) and len(set(value)) == 1:  # one for each layer
+            value = value[0]
         if type(value) is not int:
             raise PlacerError(
                 f"config.json of {config.get('model_type')} gives {value!r} for "
@@ -329,7 +351,7 @@ class Architecture:
     def num_hidden_layers(self, config: Mapping[str, Any]) -> int:
         """Return the number of hidden layers, dense ones included."""
         if self.layers == "layers_block_type":
-            return len(self._language_config(config).get("layers_block_type") or ())
+            return len(_block_types(self._language_config(config)))
         return self.config_value(config, "num_layers")
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
@@ -338,8 +360,9 @@ class Architecture:
         Rules: ``all``; ``sparse_step`` (``decoder_sparse_step``, ``mlp_only_layers``);
         ``dense_prefix`` (``mlp_layer_types``, else the first ``first_k_dense_replace`` or
         ``num_dense_layers`` are dense, and of the others every ``moe_layer_freq``-th is
-        an MoE layer); ``moe_layers`` (the list, else ``interleave_moe_layer_step``);
-        ``layers_block_type`` (those of type moe); ``expert_layer_period`` (and offset);
+        an MoE layer, or all for which that list is 1); ``moe_layers`` (the list, else
+        ``interleave_moe_layer_step``); ``layers_block_type`` (those of type moe, else E in
+        ``hybrid_override_pattern``); ``expert_layer_period`` (and offset);
         ``moe_layer_interval`` (and start and end index).
         """
         num_layers = self.num_hidden_layers(config)
@@ -372,13 +395,16 @@ def _is_moe_layer(rule: LayerRule, config: Mapping[str, Any], layer: int) -> boo
         prefix = _whole(
             config, "first_k_dense_replace", _whole(config, "num_dense_layers", 0)
         )
+        listed = config.get("moe_layer_freq")
+        if isinstance(listed, list):
+            return bool(listed[layer])
         return layer >= prefix and layer % _whole(config, "moe_layer_freq", 1) == 0
     if rule == "moe_layers":
         listed = config.get("moe_layers")
         step = _whole(config, "interleave_moe_layer_step", 1)
         return (layer + 1) % step == 0 if listed is None else layer in listed
     if rule == "layers_block_type":
-        return bool(config["layers_block_type"][layer] == "moe")
+        return _block_types(config)[layer] in ("moe", "E")
     if rule == "expert_layer_period":
         offset = _whole(config, "expert_layer_offset", 0)
         return (layer - offset) % _whole(config, "expert_layer_period", 1) == 0
@@ -386,6 +412,11 @@ def _is_moe_layer(rule: LayerRule, config: Mapping[str, Any], layer: int) -> boo
     end = _whole(config, "moe_layer_end_index", -1)
     interval = _whole(config, "moe_layer_interval", 1)
     return start <= layer <= (end if end >= 0 else layer) and (layer + 1) % interval == 0
+
+
+def _block_types(config: Mapping[str, Any]) -> Sequence[str]:
+    """Return the kind of each layer of Nemotron-H, older configs in one letter each."""
+    return config.get("layers_block_type") or config.get("hybrid_override_pattern") or ()
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
@@ -414,7 +445,7 @@ _USUAL_KEYS = {
     "vocab_size": ("vocab_size",),
     "n_group": ("n_group", "num_expert_group"),
     "topk_group": ("topk_group",),
-    "num_mtp_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
+    "num_mtp_layers": ("num_nextn_predict_layers", "mtp_num_hidden_layers"),
 }
 
 
@@ -437,6 +468,7 @@ def _read_architecture(value: Mapping[str, Any]) -> Architecture:
     return Architecture(
         model_types=tuple(value["model_types"]),
         unsupported=value.get("unsupported"),
+        unrecorded=value.get("unrecorded"),
         config=keys,
         nested_in=nested_in,
         layers=layers,

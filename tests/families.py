@@ -4,7 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from placer.model import ModelSpec
 
@@ -141,7 +145,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 #: Vision-language families: the family of their language model, and their vision config.
-VISION: dict[str, tuple[str, dict[str, int]]] = {
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "kimi_k25": (
+        "deepseek_v3",
+        {
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+        },
+    ),
     "llama4": (
         "llama4_text",
         {
@@ -164,6 +177,17 @@ VISION: dict[str, tuple[str, dict[str, int]]] = {
             "out_hidden_size": 32,
         },
     ),
+    "qwen3_vl_moe": (
+        "qwen3_moe",
+        {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "deepstack_visual_indexes": [0],
+        },
+    ),
 }
 
 
@@ -181,6 +205,20 @@ def build(model_type: str) -> Any:
             chosen = torch.rand(len(table), 8).topk(table.shape[1]).indices
             table.data.copy_(chosen.to(table.dtype))
     return model
+
+
+def build_vision(model_type: str) -> Any:
+    """The whole model, with every number drawn."""
+    language_type, vision = VISION[model_type]
+    text = SMALL | FAMILIES[language_type][0]
+    if model_type == "kimi_k25":  # has any language model, others one of their own
+        text |= {"model_type": language_type}
+    config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    for parameter in whole.parameters():  # some families start theirs at zero
+        parameter.data.normal_(0, 0.1)
+    return whole
 
 
 def randomise(model: Any) -> Any:

@@ -113,6 +113,8 @@ def verify(
         plan.placement.permutation(layer)
     config = read_json(original / "config.json", "model config")
     architecture = Architecture.of(config, original)
+    if max_tokens:
+        architecture.require_recorded(original)
     num_tensors, num_bytes = _compare_tensors(
         original, exported, architecture.require_layout(), model, plan.placement
     )

@@ -149,6 +149,13 @@ def deepseek_v3() -> Layout:
     return layout
 
 
+def kimi_k2() -> Layout:
+    """moonshotai/Kimi-K2-Thinking: experts of four bits, one router group."""
+    config = {**DEEPSEEK, "model_type": "kimi_k2", "n_group": 1, "topk_group": 1}
+    layout = Layout(config, [1, 2], "model.layers.{}.mlp").per_expert(PACK_QUANTIZED)
+    return layout.all_experts(ROUTER, BIAS)
+
+
 def deepseek_v4() -> Layout:
     """deepseek-ai/DeepSeek-V4: FP4 experts, tables of experts by token, ``mtp``."""
     config = {**DEEPSEEK, "model_type": "deepseek_v4", "num_hidden_layers": 2, "n_group": 1}
@@ -218,6 +225,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "deepseek-v3-fp8": deepseek_v3,
     "deepseek-v4-fp4": deepseek_v4,
     "gpt-oss-mxfp4": gpt_oss,
+    "kimi-k2-pack-quantized": kimi_k2,
     "llama4-nvfp4": llama4_nvfp4,
     "qwen3-awq": qwen3(AWQ),
     "qwen3-gptq": qwen3(GPTQ),
