@@ -69,15 +69,16 @@ def families() -> None:
     """Write the table of model families, from their data files."""
     from placer.model import known_architectures
 
-    rows = [
-        (
-            model_type,
-            f"refused: {one.unsupported}" if one.unsupported else "recorded",
-            "permuted checkpoint" if one.expert_tensors else "",
-        )
-        for one in known_architectures()
-        for model_type in one.model_types
-    ]
+    rows = []
+    for one in known_architectures():
+        recorded, exported = "recorded", "permuted checkpoint"
+        if one.unsupported:
+            recorded, exported = f"refused: {one.unsupported}", "refused likewise"
+        elif one.unrecorded:
+            recorded = f"refused: {one.unrecorded}"
+        if one.layout is None and not one.unsupported:
+            exported = "refused: the names of its tensors are not known"
+        rows += [(model_type, recorded, exported) for model_type in one.model_types]
     cog.outl(
         "| `model_type` | `placer record` | `placer export checkpoint` |\n|---|---|---|"
     )

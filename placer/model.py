@@ -3,9 +3,8 @@
 Families are data: one file of ``placer/architectures`` each.
 """
 
-import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -14,6 +13,7 @@ from typing import Any, Literal, Self
 
 from placer.errors import PlacerError
 from placer.files import read_json, sha256_json
+from placer.layout import TensorLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +228,9 @@ class Architecture:
         The ``model_type`` values of the family.
     unsupported
         Why the family is refused, or ``None``.
+    unrecorded
+        Why ``placer record`` refuses the family, or ``None``: its plans come from traces
+        that engines recorded.
     config
         Config keys, in order of preference, by what they mean; a dot goes into a nested
         object.
@@ -246,14 +249,14 @@ class Architecture:
         but for the chosen experts, where the experts are not called with ids.
     router_module
         Module path of a router whose first output is its logits, or ``None``.
-    router_tensors
-        Patterns of tensors whose first axis is the logical expert, with ``{layer}``.
-    expert_tensors
-        Patterns of per-expert tensors, with ``{layer}``, ``{expert}`` and ``{name}``.
+    layout
+        Where experts and routers are in its checkpoints, or ``None`` if placer does not
+        know.
     """
 
     model_types: tuple[str, ...]
     unsupported: str | None = None
+    unrecorded: str | None = None
     config: Mapping[str, tuple[str, ...]]
     nested_in: str | None = None
     layers: LayerRule
@@ -261,8 +264,7 @@ class Architecture:
     experts_module: str
     scores_module: str | None = None
     router_module: str | None = None
-    router_tensors: tuple[str, ...] = ()
-    expert_tensors: tuple[str, ...] = ()
+    layout: TensorLayout | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path) -> "Architecture":
@@ -283,19 +285,36 @@ class Architecture:
             f"known families: {', '.join(sorted(known))}",
         )
 
-    def require_tensor_names(self) -> None:
-        """Refuse a family whose checkpoints placer cannot rewrite.
+    def require_recorded(self, source: Path) -> None:
+        """Refuse a family that placer cannot run; ``source`` names it in the error.
+
+        Raises
+        ------
+        PlacerError
+            With the reason.
+        """
+        if self.unrecorded is not None:
+            raise PlacerError(
+                f"{source}: {self.model_types[0]} cannot be run by placer: "
+                f"{self.unrecorded}",
+                "record it in its engine: placer import --help; "
+                "compare tensors only: placer verify --max-tokens 0",
+            )
+
+    def require_layout(self) -> TensorLayout:
+        """Return the names of its tensors; refuse a family without.
 
         Raises
         ------
         PlacerError
             If its data file names no tensors.
         """
-        if not self.expert_tensors:
+        if self.layout is None:
             raise PlacerError(
                 f"placer does not know the checkpoint tensors of {self.model_types[0]}",
                 "export a runtime map, which needs none: placer export sglang",
             )
+        return self.layout
 
     def config_value(
         self, config: Mapping[str, Any], field: str, default: int | None = None
@@ -312,6 +331,8 @@ class Architecture:
         value = next(
             (v for key in keys if (v := _nested(language, key)) is not None), default
         )
+        if isinstance(value, list) and len(set(value)) == 1:  # one for each layer
+            value = value[0]
         if type(value) is not int:
             raise PlacerError(
                 f"config.json of {config.get('model_type')} gives {value!r} for "
@@ -330,7 +351,7 @@ class Architecture:
     def num_hidden_layers(self, config: Mapping[str, Any]) -> int:
         """Return the number of hidden layers, dense ones included."""
         if self.layers == "layers_block_type":
-            return len(self._language_config(config).get("layers_block_type") or ())
+            return len(_block_types(self._language_config(config)))
         return self.config_value(config, "num_layers")
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
@@ -339,13 +360,19 @@ class Architecture:
         Rules: ``all``; ``sparse_step`` (``decoder_sparse_step``, ``mlp_only_layers``);
         ``dense_prefix`` (``mlp_layer_types``, else the first ``first_k_dense_replace`` or
         ``num_dense_layers`` are dense, and of the others every ``moe_layer_freq``-th is
-        an MoE layer); ``moe_layers`` (the list, else ``interleave_moe_layer_step``);
-        ``layers_block_type`` (those of type moe); ``expert_layer_period`` (and offset);
+        an MoE layer, or all for which that list is 1); ``moe_layers`` (the list, else
+        ``interleave_moe_layer_step``); ``layers_block_type`` (those of type moe, else E in
+        ``hybrid_override_pattern``); ``expert_layer_period`` (and offset);
         ``moe_layer_interval`` (and start and end index).
         """
         num_layers = self.num_hidden_layers(config)
         language = self._language_config(config)
         return [n for n in range(num_layers) if _is_moe_layer(self.layers, language, n)]
+
+    def mtp_layers(self, config: Mapping[str, Any]) -> range:
+        """Return the numbers of layers behind the last one, for multi-token prediction."""
+        first = self.num_hidden_layers(config)
+        return range(first, first + self.config_value(config, "num_mtp_layers", 0))
 
     def _language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         nested = config.get(self.nested_in) if self.nested_in else None
@@ -368,13 +395,16 @@ def _is_moe_layer(rule: LayerRule, config: Mapping[str, Any], layer: int) -> boo
         prefix = _whole(
             config, "first_k_dense_replace", _whole(config, "num_dense_layers", 0)
         )
+        listed = config.get("moe_layer_freq")
+        if isinstance(listed, list):
+            return bool(listed[layer])
         return layer >= prefix and layer % _whole(config, "moe_layer_freq", 1) == 0
     if rule == "moe_layers":
         listed = config.get("moe_layers")
         step = _whole(config, "interleave_moe_layer_step", 1)
         return (layer + 1) % step == 0 if listed is None else layer in listed
     if rule == "layers_block_type":
-        return bool(config["layers_block_type"][layer] == "moe")
+        return _block_types(config)[layer] in ("moe", "E")
     if rule == "expert_layer_period":
         offset = _whole(config, "expert_layer_offset", 0)
         return (layer - offset) % _whole(config, "expert_layer_period", 1) == 0
@@ -382,6 +412,11 @@ def _is_moe_layer(rule: LayerRule, config: Mapping[str, Any], layer: int) -> boo
     end = _whole(config, "moe_layer_end_index", -1)
     interval = _whole(config, "moe_layer_interval", 1)
     return start <= layer <= (end if end >= 0 else layer) and (layer + 1) % interval == 0
+
+
+def _block_types(config: Mapping[str, Any]) -> Sequence[str]:
+    """Return the kind of each layer of Nemotron-H, older configs in one letter each."""
+    return config.get("layers_block_type") or config.get("hybrid_override_pattern") or ()
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
@@ -410,6 +445,7 @@ _USUAL_KEYS = {
     "vocab_size": ("vocab_size",),
     "n_group": ("n_group", "num_expert_group"),
     "topk_group": ("topk_group",),
+    "num_mtp_layers": ("num_nextn_predict_layers", "mtp_num_hidden_layers"),
 }
 
 
@@ -425,7 +461,6 @@ def known_architectures() -> tuple[Architecture, ...]:
 
 def _read_architecture(value: Mapping[str, Any]) -> Architecture:
     config, modules = dict(value.get("config", {})), dict(value.get("modules", {}))
-    tensors = value.get("tensors", {})
     layers = config.pop("layers", "all")
     grouped_if = config.pop("grouped_if", None)
     nested_in = config.pop("nested_in", None)
@@ -433,6 +468,7 @@ def _read_architecture(value: Mapping[str, Any]) -> Architecture:
     return Architecture(
         model_types=tuple(value["model_types"]),
         unsupported=value.get("unsupported"),
+        unrecorded=value.get("unrecorded"),
         config=keys,
         nested_in=nested_in,
         layers=layers,
@@ -440,21 +476,5 @@ def _read_architecture(value: Mapping[str, Any]) -> Architecture:
         experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),
         scores_module=modules.get("scores"),
         router_module=modules.get("router"),
-        router_tensors=tuple(tensors.get("router", ())),
-        expert_tensors=tuple(tensors.get("expert", ())),
+        layout=TensorLayout.from_toml(value["tensors"]) if "tensors" in value else None,
     )
-
-
-def name_pattern(template: str) -> re.Pattern[str]:
-    """Return the regular expression of a name template.
-
-    ``{layer}`` and ``{expert}`` become groups of digits, ``{name}`` the rest of the name.
-    """
-    escaped = re.escape(template)
-    for field, expression in (
-        ("layer", r"(?P<layer>\d+)"),
-        ("expert", r"(?P<expert>\d+)"),
-        ("name", r"(?P<name>.+)"),
-    ):
-        escaped = escaped.replace(re.escape("{" + field + "}"), expression)
-    return re.compile(escaped)

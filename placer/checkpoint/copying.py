@@ -13,6 +13,17 @@ IntArray = npt.NDArray[np.int64]
 # Linux copies at most 2 GiB - 4 KiB a call (man 2 copy_file_range).
 _MOST_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
+#: Types of safetensors in which tables hold numbers of experts.
+TABLE_DTYPES: dict[str, str] = {
+    "U8": "<u1",
+    "I8": "<i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "U64": "<u8",
+    "I64": "<i8",
+}
 # What kernels and file systems answer that cannot copy between two files.
 _CANNOT_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF}
@@ -83,6 +94,44 @@ def copy_blocks(
         )
 
 
+def copy_values(
+    source: int,
+    target: int,
+    source_start: int,
+    target_start: int,
+    num_bytes: int,
+    dtype: str,
+    new_values: IntArray,
+) -> None:
+    """Copy whole numbers, each replaced by another.
+
+    Parameters
+    ----------
+    source, target, source_start, target_start, num_bytes
+        As for :func:`copy_range`.
+    dtype
+        Their type, one of ``TABLE_DTYPES``.
+    new_values
+        ``[E]``: the new number of each old one.
+
+    Raises
+    ------
+    PlacerError
+        If a number is not in 0..E-1.
+    """
+    for done in range(0, num_bytes, _CHUNK_BYTES):
+        content = _read_chunk(source, num_bytes - done, source_start + done)
+        values = np.frombuffer(content, dtype=TABLE_DTYPES[dtype])
+        if len(values) and not 0 <= values.min() <= values.max() < len(new_values):
+            raise PlacerError(
+                f"a table of experts holds {values.min()} to {values.max()}, "
+                f"but there are {len(new_values)} experts",
+                "fetch the checkpoint again",
+            )
+        replaced = new_values[values].astype(values.dtype)
+        write_all(target, replaced.tobytes(), target_start + done)
+
+
 def write_all(target: int, content: bytes, start: int) -> None:
     """Write all of ``content`` at an offset."""
     view = memoryview(content)
@@ -108,11 +157,19 @@ def _copy_by_kernel(
 def _copy_chunk(
     source: int, target: int, num_bytes: int, source_start: int, target_start: int
 ) -> int:
-    content = os.pread(source, min(num_bytes, _CHUNK_BYTES), source_start)
-    if not content:
-        raise PlacerError(
-            f"a file ended at byte {source_start} while {num_bytes} more were to be read",
-            "the source changed while it was read: export again",
-        )
+    content = _read_chunk(source, num_bytes, source_start)
     write_all(target, content, target_start)
     return len(content)
+
+
+def _read_chunk(source: int, num_bytes: int, start: int) -> bytes:
+    """Read a chunk, or as many bytes as are asked for."""
+    wanted = min(num_bytes, _CHUNK_BYTES)
+    content = os.pread(source, wanted, start)
+    if len(content) < wanted:
+        raise PlacerError(
+            f"a file ended at byte {start + len(content)} while "
+            f"{num_bytes - len(content)} more were to be read",
+            "the source changed while it was read: export again",
+        )
+    return content

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placer.checkpoint.named_experts import renumbered_configs, require_no_named_expert
 from placer.checkpoint.permutation import (
     TensorChanges,
-    require_no_expert_by_number,
     require_whole_groups,
     tensor_changes,
 )
@@ -53,8 +53,8 @@ class ExportReport:
         Safetensors files and their bytes.
     num_renamed
         Expert tensors whose name changed.
-    num_routers
-        Router tensors whose rows were permuted.
+    num_permuted
+        Tensors that hold all experts of a layer, routers among them, and were reordered.
     num_linked
         Shards that were linked.
     num_resumed
@@ -69,7 +69,7 @@ class ExportReport:
     num_shards: int
     num_bytes: int
     num_renamed: int
-    num_routers: int
+    num_permuted: int
     num_linked: int
     num_resumed: int
     contents_checked: bool | None = None
@@ -81,7 +81,7 @@ class ExportReport:
             "shards": self.num_shards,
             "bytes": self.num_bytes,
             "renamed_tensors": self.num_renamed,
-            "permuted_routers": self.num_routers,
+            "permuted_tensors": self.num_permuted,
             "linked_shards": self.num_linked,
             "contents_checked": self.contents_checked,
         }
@@ -101,6 +101,8 @@ class ExportJob:
         The files to write.
     index
         The index to write, or ``None``.
+    configs
+        Configs that name single experts, as they are to be written.
     record
         What ``placer.json`` says, or said.
     restoring
@@ -113,6 +115,7 @@ class ExportJob:
     changes: TensorChanges
     shards: tuple[ShardWork, ...]
     index: bytes | None
+    configs: Mapping[str, bytes]
     record: ExportRecord
     restoring: bool
     warning: str | None = None
@@ -120,7 +123,8 @@ class ExportJob:
     @property
     def other_files(self) -> tuple[Path, ...]:
         """Files that come along as they are, relative to the directory."""
-        return tuple(path for path in self.source.other_files if str(path) != RECORD_NAME)
+        written = {RECORD_NAME, *self.configs}
+        return tuple(path for path in self.source.other_files if str(path) not in written)
 
     def write(
         self,
@@ -169,7 +173,7 @@ class ExportJob:
             num_shards=len(self.shards),
             num_bytes=sum(work.num_bytes for work in self.shards),
             num_renamed=len(self.changes.names),
-            num_routers=len(self.changes.rows),
+            num_permuted=len(self.changes.rows) + len(self.changes.tables),
             num_linked=written.num_linked,
             num_resumed=written.num_resumed,
             contents_checked=bool(self.record.source_sha256) if self.restoring else None,
@@ -182,12 +186,16 @@ class ExportJob:
 
     @property
     def _other_bytes(self) -> int:
-        return len(self.index or b"") + sum(
-            (self.source.directory / path).stat().st_size for path in self.other_files
+        return (
+            len(self.index or b"")
+            + sum(len(content) for content in self.configs.values())
+            + sum((self.source.directory / p).stat().st_size for p in self.other_files)
         )
 
     def _write_others(self, partial: Path) -> None:
         copy_files(self.source.directory, self.other_files, partial)
+        for name, content in self.configs.items():
+            (partial / name).write_bytes(content)
         if self.index is not None:
             (partial / INDEX_NAME).write_bytes(self.index)
 
@@ -219,12 +227,10 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
         )
     permutation = tuple(plan.placement.permutation(n) for n in range(model.num_layers))
     require_whole_groups(model, permutation)
-    config_path = directory / "config.json"
-    require_no_expert_by_number(read_json(config_path, "model config"), config_path)
     source = CheckpointSource.open(directory)
     for shard in source.shards:
-        require_no_expert_by_number(shard.metadata, shard.path)
-    changes = _changes(source, model, permutation)
+        require_no_named_expert(shard.metadata, shard.path)
+    changes, configs = _changes(source, model, permutation)
     record = ExportRecord(
         plan_sha256=sha256_file(plan_path),
         source_fingerprint=str(model.fingerprint),
@@ -232,13 +238,14 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
         permutation=permutation,
         header_bytes={s.name: s.header_bytes for s in source.shards},
         shard_bytes={s.name: s.num_bytes for s in source.shards},
-        header_sha256=_header_hashes(
+        header_sha256=_hashes(
             {s.name: s.header for s in source.shards},
             None if source.index_text is None else source.index_text.encode(),
+            {name: (directory / name).read_bytes() for name in configs},
         ),
         source_sha256={},
     )
-    return _job(source, changes, record, restoring=False, warning=warning)
+    return _job(source, changes, configs, record, restoring=False, warning=warning)
 
 
 def prepare_restore(directory: Path) -> ExportJob:
@@ -255,9 +262,10 @@ def prepare_restore(directory: Path) -> ExportJob:
     model = ModelSpec.from_checkpoint(directory)
     record.require_model(model, directory)
     source = CheckpointSource.open(directory)
-    changes = _changes(source, model, record.inverse)
-    job = _job(source, changes, record, restoring=True)
-    hashes = _header_hashes({work.name: work.header for work in job.shards}, job.index)
+    changes, configs = _changes(source, model, record.inverse)
+    job = _job(source, changes, configs, record, restoring=True)
+    headers = {work.name: work.header for work in job.shards}
+    hashes = _hashes(headers, job.index, configs)
     _require_equal(directory, hashes, record.header_sha256, "SHA-256 of its header")
     sizes = {work.name: work.num_bytes for work in job.shards}
     _require_equal(directory, sizes, record.shard_bytes, "size")
@@ -280,19 +288,28 @@ def restore_checkpoint(
 
 def _changes(
     source: CheckpointSource, model: ModelSpec, permutation: Sequence[IntArray]
-) -> TensorChanges:
+) -> tuple[TensorChanges, dict[str, bytes]]:
+    """Return what becomes of the tensors, and the configs that change."""
     config = read_json(source.directory / "config.json", "model config")
     architecture = Architecture.of(config, source.directory)
-    architecture.require_tensor_names()
     tensors = {
         name: info for shard in source.shards for name, info in shard.tensors.items()
     }
-    return tensor_changes(tensors, architecture, model, permutation)
+    changes = tensor_changes(tensors, architecture, config, model, permutation)
+    new_numbers = {
+        layer: np.argsort(row)
+        for layer, row in zip(model.layer_ids or (), permutation, strict=True)
+    }
+    for layer in architecture.mtp_layers(config):  # no plan moves their experts
+        new_numbers[layer] = np.arange(architecture.config_value(config, "num_experts"))
+    layout = architecture.require_layout()
+    return changes, renumbered_configs(source.directory, layout, new_numbers)
 
 
 def _job(
     source: CheckpointSource,
     changes: TensorChanges,
+    configs: Mapping[str, bytes],
     record: ExportRecord,
     *,
     restoring: bool,
@@ -304,7 +321,7 @@ def _job(
             name=shard.name,
             shard=shard,
             header=shard.renamed_header(changes.names, lengths.get(shard.name)),
-            pieces=tuple(pieces_of(shard, by_place(shard), changes.rows)),
+            pieces=tuple(pieces_of(shard, by_place(shard), changes.rows, changes.tables)),
         )
         for shard in source.shards
     )
@@ -318,14 +335,17 @@ def _job(
         changes=changes,
         shards=shards,
         index=index,
+        configs=configs,
         record=record,
         restoring=restoring,
         warning=warning,
     )
 
 
-def _header_hashes(headers: Mapping[str, bytes], index: bytes | None) -> dict[str, str]:
-    contents = dict(headers) | ({} if index is None else {INDEX_NAME: index})
+def _hashes(
+    headers: Mapping[str, bytes], index: bytes | None, configs: Mapping[str, bytes]
+) -> dict[str, str]:
+    contents = {**headers, **configs} | ({} if index is None else {INDEX_NAME: index})
     return {name: hashlib.sha256(one).hexdigest() for name, one in contents.items()}
 
 

@@ -1,17 +1,19 @@
 """What a plan changes in a checkpoint: names of expert tensors, rows of routers."""
 
-import re
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from placer.checkpoint.copying import TABLE_DTYPES
 from placer.checkpoint.shard import TensorInfo
 from placer.errors import PlacerError
-from placer.model import Architecture, ModelSpec, name_pattern
+from placer.layout import NAMES_EXPERTS, TensorKind, TensorPlace
+from placer.model import Architecture, ModelSpec
 
 IntArray = npt.NDArray[np.int64]
 
@@ -25,27 +27,35 @@ class TensorChanges:
     names
         New name of every per-expert tensor whose expert moves, by old name.
     rows
-        Per router tensor (old name), the old row that each new row takes.
+        Per tensor that holds all experts of a layer, routers among them, the old block
+        that each new block takes; blocks are E equal parts of it.
+    tables
+        Per tensor whose values are numbers of experts, the new number of each old one.
     """
 
     names: Mapping[str, str]
     rows: Mapping[str, IntArray]
+    tables: Mapping[str, IntArray]
 
 
 def tensor_changes(
     tensors: Mapping[str, TensorInfo],
     architecture: Architecture,
+    config: Mapping[str, Any],
     model: ModelSpec,
     permutation: Sequence[IntArray],
 ) -> TensorChanges:
     """Classify every tensor, and say what becomes of those of MoE layers.
 
+    Layers for multi-token prediction, which plans do not place, stay as they are: they
+    have experts and a router of their own.
+
     Parameters
     ----------
     tensors
         All tensors of the checkpoint.
-    architecture, model
-        Its family and shape.
+    architecture, config, model
+        Its family, ``config.json`` and shape.
     permutation
         L arrays ``[E]``: new expert e is old expert ``permutation[l][e]``.
 
@@ -55,77 +65,107 @@ def tensor_changes(
         If a tensor stands among the experts or at a router and no rule of the family
         names it, or an expert or router is missing: nothing is guessed.
     """
+    layout = architecture.require_layout()
     ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
     inverse = [np.argsort(row) for row in permutation]
-    suspicious = _suspicious(architecture)
+    mtp_layers = architecture.mtp_layers(config)
     names: dict[str, str] = {}
     rows: dict[str, IntArray] = {}
-    experts_of: dict[tuple[int, str], set[int]] = {}
+    tables: dict[str, IntArray] = {}
+    held = _Held()
     for name, info in tensors.items():
-        found = _match(architecture, name)
-        if found is None:
-            if suspicious.search(name):
+        place = layout.classify(name)
+        if place is None:
+            if NAMES_EXPERTS.search(name):
                 raise _unknown(name, architecture, "no rule of its family names it")
             continue
-        template, layer, expert, part = found
-        if layer not in ordinal:
-            raise _unknown(
-                name, architecture, f"layer {layer} is no MoE layer by the config"
-            )
-        n = ordinal[layer]
-        size = model.num_experts[n]
-        if expert is None:
-            if not info.shape or info.shape[0] != size:
-                raise _unknown(
-                    name,
-                    architecture,
-                    f"its shape is {list(info.shape)}, not [{size}, ...]",
-                )
-            if (info.stop - info.start) % size:
-                raise _unknown(name, architecture, "its rows end within a byte")
-            rows[name] = permutation[n]
+        if place.kind is TensorKind.REST or place.layer in mtp_layers:
             continue
-        if expert >= size:
-            raise _unknown(name, architecture, f"the layer has {size} experts")
-        experts_of.setdefault((n, part), set()).add(expert)
-        names[name] = template.format(
-            layer=layer, expert=int(inverse[n][expert]), name=part
+        n = ordinal.get(place.layer or 0)
+        if n is None:
+            if place.kind is not None or NAMES_EXPERTS.search(name):
+                raise _unknown(
+                    name, architecture, f"layer {place.layer} is no MoE layer by the config"
+                )
+            continue
+        size = model.num_experts[n]
+        held.add(n, place)
+        if place.kind is None:
+            raise _unknown(name, architecture, "no rule of its family names it")
+        if place.expert is not None:
+            if place.expert >= size:
+                raise _unknown(name, architecture, f"the layer has {size} experts")
+            new = int(inverse[n][place.expert])
+            if new != place.expert:
+                names[name] = place.template.replace("{expert}", str(new))
+        elif place.kind is TensorKind.TABLE:
+            if info.dtype not in TABLE_DTYPES:
+                raise _unknown(name, architecture, f"{info.dtype} is no whole number")
+            tables[name] = inverse[n]
+        elif place.kind is not TensorKind.FUSED or math.prod(info.shape) != 1:
+            _require_blocks(name, info, place.kind, size, architecture)
+            rows[name] = permutation[n]
+    held.require_complete(model)
+    return TensorChanges(names=names, rows=rows, tables=tables)
+
+
+class _Held:
+    """Which experts, and which routers, the MoE layers of a checkpoint have."""
+
+    def __init__(self) -> None:
+        self.experts: dict[tuple[int, str], set[int]] = defaultdict(set)
+        self.fused: set[int] = set()
+        self.routers: set[int] = set()
+
+    def add(self, n: int, place: TensorPlace) -> None:
+        if place.expert is not None:
+            # A projection: single experts may be left out of quantisation, and then
+            # have a weight where others have a packed weight and scales.
+            projection = place.template.partition("{expert}.")[2].partition(".")[0]
+            self.experts[n, projection].add(place.expert)
+        elif place.kind in (TensorKind.FUSED, TensorKind.STACKED):
+            self.fused.add(n)
+        elif place.kind is TensorKind.ROUTER:
+            self.routers.add(n)
+
+    def require_complete(self, model: ModelSpec) -> None:
+        for n, size in enumerate(model.num_experts):
+            layer = (model.layer_ids or ())[n]
+            parts = [part for (where, part) in self.experts if where == n]
+            for part in parts:
+                missing = set(range(size)) - self.experts[n, part]
+                if missing:
+                    raise PlacerError(
+                        f"layer {layer}: the checkpoint lacks {part} of expert "
+                        f"{min(missing)}",
+                        "fetch the checkpoint again",
+                    )
+            has_experts = parts or n in self.fused
+            if not has_experts or n not in self.routers:
+                raise PlacerError(
+                    f"layer {layer}: the checkpoint lacks its "
+                    + ("router" if has_experts else "experts"),
+                    "fetch the checkpoint again, or check its config.json",
+                )
+
+
+def _require_blocks(
+    name: str,
+    info: TensorInfo,
+    kind: TensorKind | None,
+    size: int,
+    architecture: Architecture,
+) -> None:
+    """Check that a tensor is E equal blocks, one after the other."""
+    # [1, E] has its experts along the first axis that is longer than 1.
+    axis = next((n for n in info.shape if n != 1), 1)
+    fits = axis % size == 0 if kind is TensorKind.STACKED else axis == size
+    if not fits:
+        raise _unknown(
+            name, architecture, f"its shape is {list(info.shape)}, not [{size}, ...]"
         )
-    _require_complete(model, experts_of, rows, architecture)
-    return TensorChanges(
-        names={old: new for old, new in names.items() if old != new}, rows=rows
-    )
-
-
-def require_no_expert_by_number(value: Any, source: Path) -> None:
-    """Refuse a config that names single experts, whose numbers are about to change.
-
-    Quantised checkpoints list layers that were left out, for example
-    ``model.layers.3.mlp.experts.5.down_proj``.
-
-    Parameters
-    ----------
-    value
-        A JSON value: the config, or the metadata of a shard.
-    source
-        The file it stands in, for the error.
-
-    Raises
-    ------
-    PlacerError
-        If any text in it, keys included, holds ``experts.`` and a number.
-    """
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list):
-        for one in value:
-            require_no_expert_by_number(one, source)
-    elif isinstance(value, str) and re.search(r"\bexperts?\.\d", value):
-        raise PlacerError(
-            f"{source} names single experts: {value}",
-            "remove it if it does not matter, or export a runtime map: "
-            "placer export sglang",
-        )
+    if (info.stop - info.start) % size:
+        raise _unknown(name, architecture, "its rows end within a byte")
 
 
 def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> None:
@@ -150,61 +190,8 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
                 f"{sorted(set(groups[mixed.argmax()].tolist()))}, but the router of "
                 f"{model.model_type} picks among {model.n_group} groups of consecutive "
                 "experts, so a permuted checkpoint would route differently",
-                "export a runtime map, which has no such limit: placer export sglang",
-            )
-
-
-def _match(
-    architecture: Architecture, name: str
-) -> tuple[str, int, int | None, str] | None:
-    """Return template, layer, expert and rest of a name that a rule of the family fits.
-
-    A number written otherwise than Python would write it (``07``) fits no rule.
-    """
-    for template in (*architecture.router_tensors, *architecture.expert_tensors):
-        if match := name_pattern(template).fullmatch(name):
-            found = match.groupdict()
-            layer, part = int(found["layer"]), found.get("name") or ""
-            expert = int(found["expert"]) if "expert" in found else None
-            if template.format(layer=layer, expert=expert, name=part) == name:
-                return template, layer, expert, part
-    return None
-
-
-def _suspicious(architecture: Architecture) -> re.Pattern[str]:
-    """Return what marks a tensor as belonging to experts or a router.
-
-    ``shared_expert`` is no routed expert, ``expert_bias`` belongs to the routed ones.
-    """
-    routers = "|".join(
-        name_pattern(template.rpartition(".")[0] + ".").pattern.replace("?P<layer>", "?:")
-        for template in architecture.router_tensors
-    )
-    return re.compile(rf"\bexperts?(?![a-z])|^(?:{routers})")
-
-
-def _require_complete(
-    model: ModelSpec,
-    experts_of: Mapping[tuple[int, str], set[int]],
-    rows: Mapping[str, IntArray],
-    architecture: Architecture,
-) -> None:
-    for n, size in enumerate(model.num_experts):
-        layer = (model.layer_ids or ())[n]
-        parts = [part for (where, part) in experts_of if where == n]
-        for part in parts:
-            missing = set(range(size)) - experts_of[n, part]
-            if missing:
-                raise PlacerError(
-                    f"layer {layer}: the checkpoint lacks {part} of expert {min(missing)}",
-                    "fetch the checkpoint again",
-                )
-        routers = [template.format(layer=layer) for template in architecture.router_tensors]
-        if not parts or not all(name in rows for name in routers):
-            raise PlacerError(
-                f"layer {layer}: the checkpoint lacks "
-                + ("its experts" if not parts else f"its router {routers[0]}"),
-                "fetch the checkpoint again, or check its config.json",
+                "solve again with whole groups: placer solve --preserve-groups; or export "
+                "a runtime map, which has no such limit: placer export sglang",
             )
 
 

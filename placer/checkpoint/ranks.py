@@ -29,7 +29,8 @@ from placer.checkpoint.writing import (
 )
 from placer.errors import PlacerError
 from placer.files import canonical_json, read_json, sha256_file
-from placer.model import Architecture, ModelSpec, name_pattern, require_same_model
+from placer.layout import TensorKind
+from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Plan
 
 RANK_NAME = "placement.json"
@@ -226,22 +227,22 @@ def routed_experts(
     """
     config = read_json(source.directory / "config.json", "model config")
     architecture = Architecture.of(config, source.directory)
-    architecture.require_tensor_names()
     tensors = {
         name: info for shard in source.shards for name, info in shard.tensors.items()
     }
     # With nothing moved, this says that every tensor is known and none is missing.
     in_place = [np.arange(size) for size in model.num_experts]
-    changes = tensor_changes(tensors, architecture, model, in_place)
-    routers = [name_pattern(template) for template in architecture.router_tensors]
-    patterns = [name_pattern(template) for template in architecture.expert_tensors]
+    tensor_changes(tensors, architecture, config, model, in_place)
+    layout = architecture.require_layout()
     ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
     found = {}
     for name in tensors:
-        match = next((m for one in patterns if (m := one.fullmatch(name))), None)
-        if match is not None:
-            found[name] = (ordinal[int(match["layer"])], int(match["expert"]))
-        elif name in changes.rows and not any(one.fullmatch(name) for one in routers):
+        place = layout.classify(name)
+        if place is None or place.layer not in ordinal:
+            continue
+        if place.expert is not None:
+            found[name] = (ordinal[place.layer], place.expert)
+        elif place.kind in (TensorKind.FUSED, TensorKind.STACKED):
             raise PlacerError(
                 f"{name} holds all experts of its layer, which are not split by rank yet",
                 f"serve a permuted checkpoint: placer export checkpoint PLAN "
@@ -274,6 +275,6 @@ def _rank_shards(
             name=f"{rank_folder(rank)}/{shard.name}",
             shard=shard,
             header=compose_header(entries, shard.metadata),
-            pieces=tuple(pieces_of(shard, names, {})),
+            pieces=tuple(pieces_of(shard, names, {}, {})),
         )
         yield work, names

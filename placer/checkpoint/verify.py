@@ -23,7 +23,8 @@ from placer.checkpoint.source import (
 )
 from placer.errors import PlacerError, VerificationError
 from placer.files import read_json, sha256_file
-from placer.model import Architecture, ModelSpec, name_pattern, require_same_model
+from placer.layout import TensorKind, TensorLayout
+from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Placement, Plan
 from placer.trace.capture import RouterCapture
 from placer.trace.record import load_model
@@ -112,9 +113,10 @@ def verify(
         plan.placement.permutation(layer)
     config = read_json(original / "config.json", "model config")
     architecture = Architecture.of(config, original)
-    architecture.require_tensor_names()
+    if max_tokens:
+        architecture.require_recorded(original)
     num_tensors, num_bytes = _compare_tensors(
-        original, exported, architecture, model, plan.placement
+        original, exported, architecture.require_layout(), model, plan.placement
     )
     comparison = _Comparison(plan.placement)
     if max_tokens:
@@ -144,7 +146,7 @@ def _require_plan(exported: Path, plan_path: Path) -> None:
 def _compare_tensors(
     original: Path,
     exported: Path,
-    architecture: Architecture,
+    layout: TensorLayout,
     model: ModelSpec,
     placement: Placement,
 ) -> tuple[int, int]:
@@ -152,14 +154,14 @@ def _compare_tensors(
     where = _tensor_files(exported, VerificationError)
     num_tensors, num_bytes = 0, 0
     for name, path in _tensor_files(original, PlacerError).items():
-        counterpart, rows = _counterpart(name, architecture, model, placement)
+        counterpart, kind, row = _counterpart(name, layout, model, placement)
         if counterpart not in where:
             raise VerificationError(
                 f"{exported} lacks {counterpart}, which is {name} of {original}", again
             )
         old = read_tensor(path, name)
         new = read_tensor(where.pop(counterpart), counterpart)
-        if difference := _difference(old, new, rows):
+        if difference := _difference(_expected(old, kind, row), new):
             raise VerificationError(
                 f"{counterpart} of {exported} differs from {name} of {original}: "
                 + difference,
@@ -174,24 +176,37 @@ def _compare_tensors(
 
 
 def _counterpart(
-    name: str, architecture: Architecture, model: ModelSpec, placement: Placement
-) -> tuple[str, IntArray | None]:
-    """Return the new name of a tensor, and the old row of each new row of a router."""
+    name: str, layout: TensorLayout, model: ModelSpec, placement: Placement
+) -> tuple[str, TensorKind | None, IntArray | None]:
+    """Return the new name of a tensor, its kind, and the map row of its layer."""
     row_of = dict(
         zip(model.layer_ids or (), placement.physical_to_logical_map, strict=True)
     )
-    for template in architecture.router_tensors:
-        if found := name_pattern(template).fullmatch(name):
-            return name, row_of.get(int(found["layer"]))
-    for template in architecture.expert_tensors:
-        found = name_pattern(template).fullmatch(name)
-        if found and int(found["layer"]) in row_of:
-            holders = np.flatnonzero(row_of[int(found["layer"])] == int(found["expert"]))
-            fields = found.groupdict() | {
-                "expert": int(holders[0]) if len(holders) else "?"
-            }
-            return template.format(**fields), None
-    return name, None
+    place = layout.classify(name)
+    if place is None or place.layer not in row_of:
+        return name, None, None
+    row = row_of[place.layer]
+    if place.expert is None:
+        return name, place.kind, row
+    holders = np.flatnonzero(row == place.expert)
+    number = str(holders[0]) if len(holders) else "?"
+    return place.template.replace("{expert}", number), place.kind, row
+
+
+def _expected(
+    old: "torch.Tensor", kind: TensorKind | None, row: IntArray | None
+) -> "torch.Tensor":
+    """Return what the tensor must be, if new expert e is old expert ``row[e]``."""
+    import torch
+
+    if row is None or kind in (None, TensorKind.EXPERT, TensorKind.REST):
+        return old
+    if kind is TensorKind.TABLE:
+        return torch.from_numpy(np.argsort(row))[old.long()].to(old.dtype)
+    if kind is TensorKind.FUSED and old.numel() == 1:
+        return old
+    blocks = old.contiguous().view(-1).view(torch.uint8).reshape(len(row), -1)
+    return blocks[row].reshape(-1).view(old.dtype).reshape(old.shape)
 
 
 def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path]:
@@ -256,16 +271,11 @@ def read_tensor(path: Path, name: str) -> "torch.Tensor":
     return tensor
 
 
-def _difference(
-    old: "torch.Tensor", new: "torch.Tensor", rows: IntArray | None
-) -> str | None:
-    """Say how ``new`` differs from the (permuted) ``old``, ``None`` if it does not."""
+def _difference(old: "torch.Tensor", new: "torch.Tensor") -> str | None:
+    """Say how ``new`` differs from what it must be, ``None`` if it does not."""
     if (old.dtype, old.shape) != (new.dtype, new.shape):
         return f"{new.dtype} {list(new.shape)} against {old.dtype} {list(old.shape)}"
-    expected, found = _bytes(old), _bytes(new)
-    if rows is not None:
-        expected = expected.reshape(len(rows), -1)[rows].reshape(-1)
-    different = (expected != found).nonzero()
+    different = (_bytes(old) != _bytes(new)).nonzero()
     return f"first at byte {int(different[0])}" if len(different) else None
 
 

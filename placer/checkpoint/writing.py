@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.checkpoint.copying import copy_blocks, copy_range, write_all
+from placer.checkpoint.copying import copy_blocks, copy_range, copy_values, write_all
 from placer.checkpoint.journal import Journal, resumable_directory
 from placer.checkpoint.shard import Shard
 from placer.errors import UsageError
@@ -58,12 +58,17 @@ class Piece:
     block_bytes, order
         Where the bytes are blocks of one size: that size, and the old block that each new
         block takes; ``None`` where they stay as they are.
+    dtype, new_values
+        Where the bytes are whole numbers to replace: their type, and the new number of
+        each old one; ``None`` where they stay as they are.
     """
 
     start: int
     stop: int
     block_bytes: int = 0
     order: IntArray | None = None
+    dtype: str = ""
+    new_values: IntArray | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +110,7 @@ class ShardWork:
         return (
             self.shard.positions is None
             and self.header == self.shard.header
-            and all(piece.order is None for piece in self.pieces)
+            and all(p.order is None and p.new_values is None for p in self.pieces)
         )
 
 
@@ -132,7 +137,10 @@ class WrittenShards:
 
 
 def pieces_of(
-    shard: Shard, names: Iterable[str], orders: Mapping[str, IntArray]
+    shard: Shard,
+    names: Iterable[str],
+    orders: Mapping[str, IntArray],
+    tables: Mapping[str, IntArray],
 ) -> Iterator[Piece]:
     """Yield the data of tensors, those that touch and stay as they are as one piece.
 
@@ -144,13 +152,15 @@ def pieces_of(
         The tensors, in the order in which they are written.
     orders
         Per tensor whose equal blocks are reordered, the old block that each new block is.
+    tables
+        Per tensor of whole numbers, the new number of each old one.
     """
     start = stop = 0
     for name in names:
         first, last = shard.place(name)
         if first == last:
             continue
-        if first != stop or name in orders:
+        if first != stop or name in orders or name in tables:
             if stop > start:
                 yield Piece(start=start, stop=stop)
             start = first
@@ -158,6 +168,10 @@ def pieces_of(
         if name in orders:
             size = (last - first) // len(orders[name])
             yield Piece(start=first, stop=last, block_bytes=size, order=orders[name])
+            start = last
+        elif name in tables:
+            dtype = shard.tensors[name].dtype
+            yield Piece(start=first, stop=last, dtype=dtype, new_values=tables[name])
             start = last
     if stop > start:
         yield Piece(start=start, stop=stop)
@@ -324,12 +338,15 @@ def _copy_shard(work: ShardWork, target: Path) -> None:
         write_all(written, work.header, 0)
         end = len(work.header)
         for piece in work.pieces:
-            if piece.order is None:
-                copy_range(source, written, piece.start, end, piece.num_bytes)
-            else:
+            if piece.order is not None:
                 copy_blocks(
                     source, written, piece.start, end, piece.block_bytes, piece.order
                 )
+            elif piece.new_values is not None:
+                places = (piece.start, end, piece.num_bytes)
+                copy_values(source, written, *places, piece.dtype, piece.new_values)
+            else:
+                copy_range(source, written, piece.start, end, piece.num_bytes)
             end += piece.num_bytes
         os.fsync(written)
     part.replace(target)

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from placer.checkpoint.source import RECORD_NAME, CheckpointSource
 from placer.files import read_json
-from placer.model import Architecture, ModelSpec, name_pattern
+from placer.layout import TensorKind, TensorLayout
+from placer.model import Architecture, ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,20 +69,11 @@ class Checkpoint:
 
 
 def _groups(architecture: Architecture, source: CheckpointSource) -> dict[str, TensorGroup]:
-    patterns = {
-        "experts": [name_pattern(one) for one in architecture.expert_tensors],
-        "router": [name_pattern(one) for one in architecture.router_tensors],
-        "other": [name_pattern("{name}")],
-    }
     sizes: dict[str, list[int]] = defaultdict(list)
     dtypes: dict[str, set[str]] = defaultdict(set)
     for shard in source.shards:
         for name, info in shard.tensors.items():
-            group = next(
-                group
-                for group, expressions in patterns.items()
-                if any(one.fullmatch(name) for one in expressions)
-            )
+            group = _group(architecture.layout, name)
             sizes[group].append(info.stop - info.start)
             dtypes[group].add(info.dtype)
     return {
@@ -90,5 +82,14 @@ def _groups(architecture: Architecture, source: CheckpointSource) -> dict[str, T
             dtypes=tuple(sorted(dtypes[group])),
             num_bytes=sum(sizes[group]),
         )
-        for group in patterns
+        for group in ("experts", "router", "other")
     }
+
+
+def _group(layout: TensorLayout | None, name: str) -> str:
+    place = None if layout is None else layout.classify(name)
+    if place is None or place.kind in (None, TensorKind.REST):
+        return "other"
+    if place.kind in (TensorKind.EXPERT, TensorKind.FUSED, TensorKind.STACKED):
+        return "experts"
+    return "router"

@@ -16,9 +16,6 @@ from placer.plan import Placement, Plan
 
 IntArray = npt.NDArray[np.int64]
 
-# Config keys that count multi-token-prediction layers, which come after the hidden layers.
-_MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapSource:
@@ -74,7 +71,7 @@ class MapSource:
             placement=plan.placement,
             model=model,
             num_hidden_layers=architecture.num_hidden_layers(config),
-            num_mtp_layers=_mtp_layers(config, architecture.nested_in),
+            num_mtp_layers=len(architecture.mtp_layers(config)),
             warning=warning,
         )
 
@@ -192,12 +189,3 @@ def require_same_width(rows: Sequence[Sequence[int]], num_slots: int, what: str)
     for number, row in enumerate(rows):
         if len(row) != num_slots:
             raise PlacerError(f"{what} {number} has {len(row)} slots, not {num_slots}")
-
-
-def _mtp_layers(config: dict[str, Any], nested_in: str | None) -> int:
-    nested = config.get(nested_in) if nested_in else None
-    for holder in (config, nested if isinstance(nested, dict) else {}):
-        for key in _MTP_KEYS:
-            if type(value := holder.get(key)) is int:
-                return value
-    return 0

@@ -153,6 +153,7 @@ def record(
     if worker.number > 1:
         _require_files(corpora)
     spec = ModelSpec.from_checkpoint(directory)
+    _architecture(directory).require_recorded(directory)
     domains = tuple(corpus.domain for corpus in corpora)
     provenance = _provenance(directory, corpora, options)
     part = worker.part(out)
@@ -238,10 +239,7 @@ class _Runner:
             device=options.device,
             device_map=options.device_map,
         )
-        architecture = Architecture.of(
-            read_json(directory / "config.json", "config"), directory
-        )
-        self.capture = RouterCapture(self.model, architecture, spec)
+        self.capture = RouterCapture(self.model, _architecture(directory), spec)
 
     def encode(self, document: Document) -> list[int]:
         if isinstance(document, str):
@@ -414,6 +412,10 @@ def load_model(
     if device_map is None:
         loaded = loaded.to(device)
     return loaded.eval(), tokenizer
+
+
+def _architecture(directory: Path) -> Architecture:
+    return Architecture.of(read_json(directory / "config.json", "config"), directory)
 
 
 def _sequences(

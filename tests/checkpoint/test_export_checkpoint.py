@@ -138,7 +138,7 @@ def test_what_cannot_be_exported_leaves_nothing(
 
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     save_file({n: t for n, t in tensors.items() if n != name}, odd / "model.safetensors")
-    refused(plan, odd, out, "lacks up_proj.weight of expert 2")
+    refused(plan, odd, out, "lacks up_proj of expert 2")
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     assert "df -h" in refused(plan, tiny_model, out, "0 bytes free").hint

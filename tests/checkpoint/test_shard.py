@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from placer.checkpoint.permutation import (
-    require_no_expert_by_number,
-    require_whole_groups,
-)
+from placer.checkpoint.named_experts import require_no_named_expert
+from placer.checkpoint.permutation import require_whole_groups
 from placer.checkpoint.shard import Shard, rename_keys
 from placer.errors import PlacerError
 from placer.model import ModelSpec
@@ -150,10 +148,10 @@ def test_a_config_that_names_single_experts_is_refused(
     config: dict[str, object], found: str | None
 ) -> None:
     if found is None:
-        require_no_expert_by_number(config, Path("config.json"))
+        require_no_named_expert(config, Path("config.json"))
         return
     with pytest.raises(PlacerError, match=found) as caught:
-        require_no_expert_by_number(config, Path("config.json"))
+        require_no_named_expert(config, Path("config.json"))
     assert "placer export sglang" in caught.value.hint
 
 

@@ -1,0 +1,144 @@
+"""Lists that name single experts, whose numbers an export changes.
+
+Quantisers write down which layers they left as they were: ``ignore`` of
+compressed-tensors, ``modules_to_not_convert`` of AWQ, GPTQ and FP8, ``dynamic`` of
+GPTQModel, ``exclude_modules`` of ModelOpt. There names are renumbered in the text of the
+file, all other bytes of which stay; what is no plain name is refused, not guessed.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError
+from placer.files import read_json
+from placer.layout import TensorLayout
+
+IntArray = npt.NDArray[np.int64]
+#: Files in which quantisers keep such lists.
+CONFIG_NAMES = (
+    "config.json",
+    "hf_quant_config.json",
+    "quant_config.json",
+    "quantize_config.json",
+)
+# A number behind ``experts.``, also where the dot is escaped or the number in brackets.
+_NAMED = re.compile(r"\bexperts?\\*\.[(\[]*\d")
+# GPTQModel marks names by +: and -:; a pattern may end in .*, which no number is part of.
+_PLAIN = re.compile(r"(?P<before>(?:[-+]:)?)(?P<name>[\w.]+?)(?P<after>(?:\.\*)?)")
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+def renumbered_configs(
+    directory: Path, layout: TensorLayout, new_numbers: Mapping[int, IntArray]
+) -> dict[str, bytes]:
+    """Return the configs of a checkpoint that name single experts, renumbered.
+
+    Parameters
+    ----------
+    directory
+        The checkpoint.
+    layout
+        The names of its family.
+    new_numbers
+        By the model's own number of each MoE layer, ``[E]``: new number of each expert.
+
+    Raises
+    ------
+    PlacerError
+        If a text picks single experts otherwise than by their plain name.
+    """
+    found = {}
+    for name in CONFIG_NAMES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        # Not read_text, which would turn CRLF into LF.
+        text = path.read_bytes().decode()
+        replaced = {
+            one: _renumbered(one, path, layout, new_numbers)
+            for one in _texts(read_json(path, "config"))
+            if _NAMED.search(one)
+        }
+        renumbered = _replaced(text, replaced)
+        if renumbered != text:
+            found[name] = renumbered.encode()
+    return found
+
+
+def require_no_named_expert(value: Any, source: Path) -> None:
+    """Refuse texts that name single experts and cannot be renumbered.
+
+    Parameters
+    ----------
+    value
+        A JSON value, such as the metadata of a shard.
+    source
+        The file it stands in, for the error.
+
+    Raises
+    ------
+    PlacerError
+        If any text in it, keys included, holds ``experts.`` and a number.
+    """
+    for text in _texts(value):
+        if _NAMED.search(text):
+            raise _refused(text, source)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in (*value, *value.values()):
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def _renumbered(
+    text: str, source: Path, layout: TensorLayout, new_numbers: Mapping[int, IntArray]
+) -> str:
+    plain = _PLAIN.fullmatch(text)
+    if plain is None:
+        raise _refused(text, source)
+    # Some lists leave out the name of the model, and all that of the parameter.
+    for prefix in ("", "model."):
+        place = layout.classify(f"{prefix}{plain['name']}.weight")
+        if place is None:
+            continue
+        if place.layer is None:
+            return text
+        if place.expert is None or place.layer not in new_numbers:
+            break
+        numbers = new_numbers[place.layer]
+        if place.expert >= len(numbers):
+            break
+        name = place.template.replace("{expert}", str(numbers[place.expert]))
+        name = name.removeprefix(prefix).removesuffix(".weight")
+        return f"{plain['before']}{name}{plain['after']}"
+    raise _refused(text, source)
+
+
+def _replaced(text: str, replaced: Mapping[str, str]) -> str:
+    """Replace JSON strings all at once: 3 becomes 5 where 5 becomes 3."""
+
+    def replacement(match: re.Match[str]) -> str:
+        value = json.loads(match[0], strict=False)
+        return json.dumps(replaced[value]) if value in replaced else match[0]
+
+    return _JSON_STRING.sub(replacement, text)
+
+
+def _refused(text: str, source: Path) -> PlacerError:
+    return PlacerError(
+        f"{source} names single experts: {text}",
+        "remove it if it does not matter, or export a runtime map: placer export sglang",
+    )

@@ -1,0 +1,147 @@
+"""Where a family keeps experts and routers in a checkpoint: rules by name, as data.
+
+A checkpoint is classified tensor by tensor. Everything below an MoE block must fit a rule;
+what fits none is never guessed, because a tensor that depends on the order of experts and
+is left where it was makes another model.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any, Self
+
+# What names single experts or a bias of theirs; ``shared_experts`` are no routed ones.
+NAMES_EXPERTS = re.compile(r"\bexperts?(?![a-z])")
+
+
+class TensorKind(StrEnum):
+    """How a tensor depends on the order of the experts, and so what a plan changes in it.
+
+    Attributes
+    ----------
+    EXPERT
+        It belongs to one expert, whose number is in its name: it is renamed.
+    FUSED
+        It holds all experts along its first axis; one number alone holds for all of them.
+    STACKED
+        It holds the rows of all experts one after the other, as many of each.
+    ROUTER
+        One row per expert, in every MoE layer.
+    BIAS
+        One number per expert: ``[E]`` or ``[1, E]``.
+    TABLE
+        Its values are numbers of experts.
+    REST
+        It does not depend on the order of experts.
+    """
+
+    EXPERT = "expert"
+    FUSED = "fused"
+    STACKED = "stacked"
+    ROUTER = "router"
+    BIAS = "bias"
+    TABLE = "table"
+    REST = "rest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """What the name of a tensor says.
+
+    Attributes
+    ----------
+    template
+        The name, with ``{expert}`` for the number of its expert.
+    kind
+        The kind, or ``None`` if it lies in an MoE block and no rule fits.
+    layer
+        The model's own number of its layer; ``None`` outside blocks.
+    expert
+        Number of its expert, or ``None``.
+    """
+
+    template: str
+    kind: TensorKind | None
+    layer: int | None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorLayout:
+    """The names of a family's tensors.
+
+    Attributes
+    ----------
+    blocks
+        Names, with ``{layer}``, that MoE blocks have in checkpoints of the family.
+    rules
+        Per kind, patterns below a block; ``{expert}`` is a number, ``{name}`` anything.
+    mtp
+        Patterns of whole names, those of layers for multi-token prediction, which have
+        experts and routers of their own that no plan moves.
+    """
+
+    blocks: tuple[str, ...]
+    rules: Mapping[TensorKind, tuple[str, ...]]
+    mtp: tuple[str, ...] = ()
+
+    @classmethod
+    def from_toml(cls, value: Mapping[str, Any]) -> Self:
+        """Read the ``tensors`` table of a family's data file."""
+        return cls(
+            blocks=tuple(value["block"]),
+            rules={kind: tuple(value.get(kind, ())) for kind in TensorKind},
+            mtp=tuple(value.get("mtp", ())),
+        )
+
+    def classify(self, name: str) -> TensorPlace | None:
+        """Say what a tensor is, ``None`` for one outside all MoE blocks."""
+        if any(name_pattern(one).fullmatch(name) for one in self.mtp):
+            return TensorPlace(template=name, kind=TensorKind.REST, layer=None)
+        for block in self.blocks:
+            found = name_pattern(block + ".{name}").fullmatch(name)
+            if found is not None and _is_plain(found["layer"]):
+                prefix = block.format(layer=found["layer"])
+                return self._classify_below(prefix, int(found["layer"]), found["name"])
+        return None
+
+    def _classify_below(self, prefix: str, layer: int, name: str) -> TensorPlace:
+        for kind, templates in self.rules.items():
+            for template in templates:
+                found = name_pattern(template).fullmatch(name)
+                if found is None:
+                    continue
+                fields = found.groupdict()
+                expert = fields.pop("expert", None)
+                if expert is not None and not _is_plain(expert):
+                    continue
+                return TensorPlace(
+                    template=f"{prefix}.{template.format(**fields, expert='{expert}')}",
+                    kind=kind,
+                    layer=layer,
+                    expert=None if expert is None else int(expert),
+                )
+        return TensorPlace(template=f"{prefix}.{name}", kind=None, layer=layer)
+
+
+@cache
+def name_pattern(template: str) -> re.Pattern[str]:
+    """Return the regular expression of a name template.
+
+    ``{layer}`` and ``{expert}`` become groups of digits, ``{name}`` the rest of the name.
+    """
+    escaped = re.escape(template)
+    for field, expression in (
+        ("layer", r"(?P<layer>\d+)"),
+        ("expert", r"(?P<expert>\d+)"),
+        ("name", r"(?P<name>.+)"),
+    ):
+        escaped = escaped.replace(re.escape("{" + field + "}"), expression)
+    return re.compile(escaped)
+
+
+def _is_plain(digits: str) -> bool:
+    """Whether a number is written as Python would write it, not as ``07``."""
+    return digits == str(int(digits))
