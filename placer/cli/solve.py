@@ -161,8 +161,8 @@ def solve(
     if report.relaxed_layers:
         worst = max(report.relaxed_layers, key=lambda n: report.relaxed_layers[n])
         note(
-            f"load cap {max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE layers, "
-            f"at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
+            f"load cap {max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE "
+            f"layers, at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
         )
     if as_json:
         print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
