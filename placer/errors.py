@@ -42,3 +42,9 @@ class VerificationError(PlacerError):
     """An exported checkpoint differs from what its plan promises."""
 
     exit_code = 5
+
+
+class DriftError(PlacerError):
+    """Traffic has drifted from the plan: it no longer holds."""
+
+    exit_code = 6

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import typer
 
 from placer import __version__
+from placer.cli.advise import advise
 from placer.cli.affinity import affinity
+from placer.cli.check import check
 from placer.cli.demo import demo
 from placer.cli.export import export
 from placer.cli.import_ import import_
@@ -58,11 +60,13 @@ trace_app.command("links")(links)
 trace_app.command("learning")(learning)
 app.add_typer(trace_app, name="trace")
 app.command("affinity")(affinity)
+app.command("advise")(advise)
 app.command("solve")(solve)
 app.command("tables")(tables)
 app.command("export")(export)
 app.command("verify")(verify)
 app.command("simulate")(simulate)
+app.command("check")(check)
 app.command("inspect")(inspect)
 app.command("demo")(demo)
 
@@ -71,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the documented code.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no solution, 4 not proved in time
-    (only with ``--require-optimal``), 5 verification failed. ``PLACER_DEBUG=1`` shows
+    (only with ``--require-optimal``), 5 verification failed, 6 traffic has
+    drifted from the plan (only ``check``). ``PLACER_DEBUG=1`` shows
     the traceback of a failure.
     """
     try:

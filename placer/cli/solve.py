@@ -30,10 +30,22 @@ def solve(
         int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    objective: Annotated[
+        str, typer.Option(help="traffic, under the load cap; or balance alone.")
+    ] = "traffic",
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Solve for what this engine sends (docs/engines.md): sets --exchange and "
+            "--replica-choice, and balances where placement cannot change the traffic.",
+        ),
+    ] = None,
     exchange: Annotated[
-        str, typer.Option(help="Exchange: per-rank or per-node.")
-    ] = "per-rank",
+        str | None,
+        typer.Option(help="Exchange: per-rank or per-node.", show_default="per-rank"),
+    ] = None,
     max_imbalance: Annotated[
         float, typer.Option(help="Cap on max/mean rank load in every layer.")
     ] = 1.10,
@@ -47,8 +59,11 @@ def solve(
         int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")
     ] = 0,
     replica_choice: Annotated[
-        str, typer.Option(help="Which copy serves: local-first or hash.")
-    ] = "local-first",
+        str | None,
+        typer.Option(
+            help="Which copy serves: local-first or hash.", show_default="local-first"
+        ),
+    ] = None,
     robust: Annotated[
         str, typer.Option(help="Loads to bear beside the profile's: bootstrap or domains.")
     ] = "none",
@@ -105,10 +120,21 @@ def solve(
     from placer.plan.problem import Topology
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
+    from placer.plan.served import solved_for
     from placer.plan.solve import SolveOptions
     from placer.report.comparison import COLUMNS, certificate_lines, plan_rows
     from placer.trace import Trace
 
+    served = solved_for(
+        engine,
+        policy,
+        objective,
+        exchange,
+        replica_choice,
+        has_replicas=redundant_experts > 0,
+    )
+    for line in served.notes:
+        note(line)
     options = SolveOptions(
         topology=Topology(
             num_nodes=nodes,
@@ -118,11 +144,12 @@ def solve(
         ),
         # SolveOptions refuses names that it does not know.
         policy=policy,  # type: ignore[arg-type]
-        exchange=exchange,  # type: ignore[arg-type]
+        objective=served.objective,  # type: ignore[arg-type]
+        exchange=served.exchange,  # type: ignore[arg-type]
         max_imbalance=max_imbalance,
         relax_cap=relax_cap,
         redundant_experts=redundant_experts,
-        replica_choice=replica_choice,  # type: ignore[arg-type]
+        replica_choice=served.replica_choice,  # type: ignore[arg-type]
         robust=robust,  # type: ignore[arg-type]
         overflow_price=overflow_price,
         receive_price=receive_price,

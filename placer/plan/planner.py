@@ -121,6 +121,7 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
         "receive_price": options.receive_price,
         "replica_choice": options.replica_choice,
         "relax_cap": options.relax_cap,
+        "objective": options.objective,
         "pins": [str(pin) for pin in options.pins],
         "preserve_groups": options.preserve_groups,
     } | (from_start or {})

@@ -51,6 +51,7 @@ from placer.trace import Chunk
 
 Progress = Callable[[str], None]
 Proof = Literal["none", "quick", "full"]
+Objective = Literal["traffic", "balance"]
 
 COPIES_NAME = {
     "fixed": "price of the copies sent, per token and layer",
@@ -74,6 +75,8 @@ class SolveOptions:
     ----------
     topology
         Ranks, nodes and costs.
+    objective
+        ``traffic`` under a load cap, or ``balance`` alone.
     policy
         Home policy: ``fixed`` or ``follow``.
     exchange
@@ -110,6 +113,7 @@ class SolveOptions:
     """
 
     topology: Topology
+    objective: Objective = "traffic"
     policy: Policy = "fixed"
     exchange: Exchange = "per-rank"
     max_imbalance: float = 1.10
@@ -130,6 +134,7 @@ class SolveOptions:
 
     def __post_init__(self) -> None:
         choices = {
+            "--objective": (self.objective, ("traffic", "balance")),
             "--policy": (self.policy, ("fixed", "follow")),
             "--exchange": (self.exchange, ("per-rank", "per-node")),
             "--replica-choice": (self.replica_choice, ("local-first", "hash")),
@@ -229,7 +234,7 @@ def solve(
         If slots do not divide over the ranks, or an option needs tokens.
     """
     began = time.monotonic()
-    if not affinity.has_links:
+    if options.objective == "balance" or not affinity.has_links:
         return _balance(affinity, options)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
@@ -278,6 +283,10 @@ def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, Solv
     asked = {"--policy follow": options.policy == "follow"} | options.asked_of_tokens
     asked.pop("--redundant-experts")
     for option in (name for name, wanted in asked.items() if wanted):
+        if options.objective == "balance":
+            raise UsageError(
+                f"{option} is about traffic, --objective balance is not", f"drop {option}"
+            )
         raise UsageError(
             f"{option} needs tokens: loads alone say nothing of traffic",
             "record tokens (placer record --help), or balance by --policy fixed alone",

@@ -235,6 +235,18 @@ class BreakEven:
     pays: str
     bandwidth: float | None
 
+    @property
+    def words(self) -> str:
+        """The end of a sentence that begins with the plan."""
+        if self.bandwidth is None:
+            return {
+                "always": "is faster at every bandwidth",
+                "never": "is never faster",
+            }[self.pays]
+        return (
+            f"is faster {self.pays} {self.bandwidth / 1e9:,.3g} GB/s per GPU and direction"
+        )
+
     def to_json(self) -> dict[str, str | float | None]:
         """Return the fields by name, in GB/s."""
         bandwidth = None if self.bandwidth is None else round(self.bandwidth / 1e9, 3)

@@ -219,15 +219,7 @@ class Judgement:
     def _break_even_fact(self, name: str) -> str:
         found = self.break_even[name]
         size = self.batches["plan"][-1].metrics.batch_size
-        pays = {"always": "is faster at every bandwidth", "never": "is never faster"}
-        if found.bandwidth is None:
-            when = pays[found.pays]
-        else:
-            when = (
-                f"is faster {found.pays} {found.bandwidth / 1e9:,.3g} GB/s per GPU and "
-                "direction"
-            )
-        return f"beside {name}, in batches of {size:,}, the plan {when}"
+        return f"beside {name}, in batches of {size:,}, the plan {found.words}"
 
 
 def judge_plan(

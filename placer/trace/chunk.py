@@ -183,6 +183,12 @@ class Chunk:
             **{name: join([getattr(p, name) for p in parts]) for name in _TOKEN_FIELDS},  # type: ignore[arg-type]
         )
 
+    def first_sequences(self, num_tokens: int) -> "Chunk":
+        """Return the first whole sequences: at least so many tokens where there are."""
+        if self.num_tokens <= num_tokens:
+            return self
+        return self.select(self.sequence_ids <= self.sequence_ids[num_tokens])
+
     def require_within(self, model: ModelSpec) -> None:
         """Refuse ids that the model cannot have emitted.
 

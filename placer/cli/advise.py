@@ -1,0 +1,112 @@
+"""``placer advise``: whether placing experts is worth it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import JsonOption, print_json, print_line, print_table, warn
+
+
+def advise(
+    source: Annotated[
+        Path, typer.Argument(metavar="TRACE|AFFINITY", help="Traffic, or loads alone.")
+    ],
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
+    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What sends (docs/engines.md)."),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Measure by predicted time: h100, h200, b200, a100, or a .toml file.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Width of the hidden state, without --model.")
+    ] = None,
+    expert_size: Annotated[
+        int | None, typer.Option(help="Width of an expert, without --model.")
+    ] = None,
+    weight_bytes: Annotated[
+        float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
+    ] = 2.0,
+    least_gain: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share that a change must save.")
+    ] = 0.03,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell whether placing experts is worth it, balancing alone is, or nothing is.
+
+    Half of the sequences make a quick plan, the other half judge it. From an affinity file,
+    such as the loads that an engine counted, only balance is judged.
+    """
+    from placer.affinity import Affinity
+    from placer.engine import Engine
+    from placer.hardware import Hardware
+    from placer.plan.problem import Topology
+    from placer.report.advice import (
+        Question,
+        advise_on_loads,
+        advise_on_trace,
+        next_command,
+    )
+    from placer.simulation.cost import find_expert_shape
+    from placer.trace import Trace
+
+    counts = source.is_file()
+    trace = None if counts else Trace(source)
+    question = Question(
+        topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
+        policy=policy,
+        engine=None if engine is None else Engine.named(engine),
+        hardware=None if hardware is None else Hardware.named(hardware),
+        expert=find_expert_shape(
+            model,
+            hidden_size or (None if trace is None else trace.model.hidden_size),
+            expert_size,
+            weight_bytes,
+        ),
+        least_gain=least_gain,
+    )
+    if trace is None:
+        advice = advise_on_loads(Affinity.read(source), question)
+    else:
+        advice = advise_on_trace(trace, question)
+    for line in advice.warnings:
+        warn(line)
+    command = next_command(advice, source, question)
+    if as_json:
+        print_json(advice.to_json() | {"next": command})
+        return
+    columns = ("placement", "copies/token", "imbalance", "straggler", "layer us")
+    print_table(
+        columns,
+        [
+            (
+                name,
+                one.copies_per_token,
+                one.load_imbalance,
+                one.straggler,
+                one.time_us,
+            )
+            for name, one in advice.candidates.items()
+        ],
+    )
+    print_line(f"verdict: {advice.verdict}")
+    for reason in advice.reasons:
+        print_line(f"- {reason}")
+    if advice.break_even is not None:
+        print_line(f"- beside contiguous, the placed plan {advice.break_even.words}")
+    if command is not None:
+        print_line(f"next: {command}")

@@ -1,0 +1,74 @@
+"""``placer check``: whether a plan still holds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    parse_fold,
+    print_json,
+    print_line,
+    print_table,
+)
+
+
+def check(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan that is served.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="Traffic of today, not the profile.")
+    ],
+    tolerance: Annotated[
+        float, typer.Option(help="How much worse a figure may be before it has drifted.")
+    ] = 0.02,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell when traffic has drifted from a plan; exit 6 if it has.
+
+    Traffic and balance on the trace beside what the plan records, and what chance explains.
+    """
+    from placer.errors import DriftError
+    from placer.plan import Plan
+    from placer.report.drift import check_plan
+    from placer.trace import Trace
+
+    report = check_plan(
+        Plan.read(plan), Trace(trace), parse_fold(fold, not_fold), tolerance
+    )
+    if as_json:
+        print_json(
+            {
+                "drifted": report.drifted,
+                "figures": [one.to_json() for one in report.figures],
+                "num_tokens": report.num_tokens,
+                "num_sequences": report.num_sequences,
+            }
+        )
+    else:
+        print_table(
+            ("figure", "then", "now", "standard error", "allowed", ""),
+            [
+                (
+                    one.name,
+                    one.then,
+                    one.now,
+                    one.error,
+                    one.then + one.allowed,
+                    "drifted" if one.drifted else "holds",
+                )
+                for one in report.figures
+            ],
+        )
+    if report.drifted:
+        raise DriftError(
+            f"traffic has drifted from {plan}",
+            f"improve it at few moves: placer solve {trace} --start {plan} "
+            "--migration-cost COPIES --out NEW",
+        )
+    if not as_json:
+        print_line(f"the plan holds on {report.num_tokens:,} tokens")

@@ -1,0 +1,162 @@
+"""Drift: does a plan still hold for today's traffic, beyond what chance explains."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from placer.errors import PlacerError, UsageError
+from placer.model import require_same_model
+from placer.plan import Plan
+from placer.simulation.baselines import contiguous
+from placer.simulation.judge import FEWEST_SEQUENCES
+from placer.simulation.simulate import simulate
+from placer.trace import Chunk, Fold, Trace
+
+# Groups of sequences that are left out in turn.
+NUM_GROUPS = 8
+_MOST_TOKENS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """One figure of a plan, then and now.
+
+    Attributes
+    ----------
+    name
+        ``copies of contiguous`` or ``load imbalance``.
+    then
+        Recorded in the plan: held out, or of the profile where nothing was.
+    now
+        On the trace.
+    error
+        Standard error of ``now`` over sequences.
+    allowed
+        How much worse than ``then`` it may be.
+    """
+
+    name: str
+    then: float
+    now: float
+    error: float
+    allowed: float
+
+    @property
+    def drifted(self) -> bool:
+        """Whether it got worse than chance and tolerance explain."""
+        return self.now - self.then > self.allowed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self) | {"drifted": self.drifted}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftReport:
+    """A plan's figures on a trace, beside those that it records.
+
+    Attributes
+    ----------
+    figures
+        Traffic and balance.
+    num_tokens, num_sequences
+        What was judged.
+    """
+
+    figures: tuple[Drift, ...]
+    num_tokens: int
+    num_sequences: int
+
+    @property
+    def drifted(self) -> bool:
+        """Whether any figure drifted."""
+        return any(one.drifted for one in self.figures)
+
+
+def check_plan(
+    plan: Plan, trace: Trace, fold: Fold | None = None, tolerance: float = 0.02
+) -> DriftReport:
+    """Judge a plan on a trace and compare with what the plan records.
+
+    A figure has drifted if it is worse by more than the tolerance and by more than two
+    standard errors: of the jackknife over groups of sequences (Efron, The Jackknife, the
+    Bootstrap and Other Resampling Plans, 1982, chapter 2), which belong together.
+
+    Raises
+    ------
+    PlacerError
+        If trace and plan are of different models, the plan records no figures, or the
+        trace has too few sequences.
+    """
+    if tolerance < 0:
+        raise UsageError(f"--tolerance must not be negative, got {tolerance:g}")
+    require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
+    then = _recorded(plan)
+    tokens = trace.read(fold).first_sequences(_MOST_TOKENS)
+    ids = np.unique(tokens.sequence_ids)
+    if len(ids) < FEWEST_SEQUENCES:
+        raise PlacerError(
+            f"{len(ids)} sequences are too few to tell drift from chance: "
+            f"{FEWEST_SEQUENCES} are needed",
+            "record more of today's traffic",
+        )
+    now = _figures(plan, tokens)
+    parts = np.array([_figures(plan, part) for part in _without_a_group(tokens, ids)])
+    errors = np.sqrt((NUM_GROUPS - 1) * parts.var(axis=0))
+    names = ("copies of contiguous", "load imbalance")
+    return DriftReport(
+        figures=tuple(
+            Drift(
+                name=name,
+                then=then[n],
+                now=now[n],
+                error=float(errors[n]),
+                allowed=max(tolerance, 2 * float(errors[n])),
+            )
+            for n, name in enumerate(names)
+        ),
+        num_tokens=tokens.num_tokens,
+        num_sequences=len(ids),
+    )
+
+
+def _recorded(plan: Plan) -> tuple[float, float]:
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    base = plan.metrics["baselines"].get("contiguous")
+    if own is None or base is None:
+        raise PlacerError(
+            "the plan records no figures, as plans from counts do not",
+            "solve from a trace: placer solve TRACE --fold 0/2 --out PLAN",
+        )
+    key = _copies_key(plan)
+    figures, contiguous_figures = own[plan.policy], base[plan.policy]
+    return (
+        _ratio(figures[key], contiguous_figures[key]),
+        float(figures["load_imbalance_mean"]),
+    )
+
+
+def _copies_key(plan: Plan) -> str:
+    way = "node" if plan.exchange == "per-node" and plan.placement.num_nodes > 1 else "rank"
+    return f"remote_{way}_copies_per_token"
+
+
+def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
+    placement, key = plan.placement, _copies_key(plan)
+    base = contiguous(plan.model.num_experts, placement.num_ranks, placement.num_nodes)
+    own = simulate(placement, tokens)[plan.policy].to_json()
+    reference = simulate(base, tokens)[plan.policy].to_json()
+    return _ratio(own[key], reference[key]), own["load_imbalance_mean"]
+
+
+def _ratio(copies: float, reference: float) -> float:
+    return copies / reference if reference else math.nan
+
+
+def _without_a_group(tokens: Chunk, ids: np.ndarray) -> Iterator[Chunk]:
+    for group in range(NUM_GROUPS):
+        left_out = ids[np.arange(len(ids)) % NUM_GROUPS == group]
+        yield tokens.select(~np.isin(tokens.sequence_ids, left_out))
