@@ -39,8 +39,6 @@ IntArray = npt.NDArray[np.int64]
 # Renumbered experts are summed in another order, which changes the last bits of float32
 # (2**-24 each); over all layers that stays below 1e-4 of the largest logit.
 RELATIVE_TOLERANCE = 1e-4
-# Experts whose router logits are closer than this are a tie: rounding decides between them.
-TIE_LOGIT = 1e-4
 SEQUENCE_LENGTH = 256
 _NOT_THE_SAME = "the export is not the same function: do not serve it"
 
@@ -62,7 +60,7 @@ class VerificationReport:
     num_routed_pairs
         (token, layer, expert) choices found to be exactly the permuted ones.
     num_ties
-        Tokens at or behind a tie of router logits that the two models broke differently;
+        Tokens at or behind a tie of experts that the two models broke differently;
         their logits are not compared.
     """
 
@@ -121,7 +119,8 @@ def verify(
     comparison = _Comparison(plan.placement)
     if max_tokens:
         runs = _Runs(architecture, model, texts, max_tokens)
-        comparison.compare(runs.run(original), runs.run(exported))
+        before = runs.run(original, with_ties=True)
+        comparison.compare(before, runs.run(exported, with_ties=False))
     return VerificationReport(
         num_tensors=num_tensors,
         num_bytes=num_bytes,
@@ -296,13 +295,14 @@ class _Output:
         ``[T, V]`` float32.
     chosen
         Per MoE layer ``[T, k]``: ids of the chosen experts.
-    scores
-        Per MoE layer ``[T, E]`` float32: router logits.
+    shares
+        Per MoE layer ``[T, E]`` float32: in which share of nudges an expert is chosen
+        (see :class:`~placer.trace.capture.RouterOutput`); empty where not asked for.
     """
 
     logits: FloatArray
     chosen: tuple[IntArray, ...]
-    scores: tuple[FloatArray, ...]
+    shares: tuple[FloatArray, ...]
 
 
 class _Runs:
@@ -321,7 +321,7 @@ class _Runs:
         self.max_tokens = max_tokens
         self.windows: list[list[int]] | None = None
 
-    def run(self, directory: Path) -> list[_Output]:
+    def run(self, directory: Path, *, with_ties: bool) -> list[_Output]:
         """Run a model in float32 over windows that the first model's tokenizer cuts."""
         import torch
 
@@ -331,7 +331,9 @@ class _Runs:
         outputs = []
         with (
             torch.inference_mode(),
-            RouterCapture(model, self.architecture, self.spec, with_logits=True) as routers,
+            RouterCapture(
+                model, self.architecture, self.spec, with_ties=with_ties
+            ) as routers,
         ):
             for ids in self.windows:
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -340,10 +342,8 @@ class _Runs:
                     _Output(
                         logits=logits.numpy(),
                         chosen=tuple(one.ids.numpy() for one in taken),
-                        scores=tuple(
-                            one.logits.float().numpy()
-                            for one in taken
-                            if one.logits is not None
+                        shares=tuple(
+                            one.shares.numpy() for one in taken if one.shares is not None
                         ),
                     )
                 )
@@ -374,7 +374,7 @@ class _Comparison:
             self.num_tokens += len(flipped)
         if self.num_ties == self.num_tokens:
             raise PlacerError(
-                f"all {self.num_tokens} tokens are at or behind a tie of router logits, "
+                f"all {self.num_tokens} tokens are at or behind a tie of experts, "
                 "so nothing was compared",
                 "give other text with --corpus, or compare tensors only: --max-tokens 0",
             )
@@ -382,11 +382,11 @@ class _Comparison:
     def _compare_routing(self, before: _Output, after: _Output) -> BoolArray:
         """Return ``[T]``: whether a tie was broken otherwise at the token or before it."""
         flipped = np.zeros(len(before.logits), dtype=np.bool_)
-        for layer, scores in enumerate(before.scores):
+        for layer, shares in enumerate(before.shares):
             row = self.placement.physical_to_logical_map[layer]
             old, new = before.chosen[layer], row[after.chosen[layer]]
             differs = (np.sort(old, axis=1) != np.sort(new, axis=1)).any(axis=1)
-            wrong = differs & ~_tied(scores, old, new) & ~flipped
+            wrong = differs & ~_tied(shares, old, new) & ~flipped
             if wrong.any():
                 token = int(wrong.argmax())
                 raise VerificationError(
@@ -415,18 +415,18 @@ class _Comparison:
         self.max_difference = max(self.max_difference, float(difference.max()))
 
 
-def _tied(scores: FloatArray, old: IntArray, new: IntArray) -> BoolArray:
+def _tied(shares: FloatArray, old: IntArray, new: IntArray) -> BoolArray:
     """Return ``[T]``: whether choosing ``new`` instead of ``old`` is a matter of rounding.
 
-    By the original's own scores ``[T, E]``, every expert left out must be as good as
-    every one taken instead.
+    By nudges of the original's own router, no expert left out must be sure to be chosen,
+    and no expert taken instead sure not to be.
     """
-    in_old, in_new = (np.zeros(scores.shape, dtype=np.bool_) for _ in range(2))
+    in_old, in_new = (np.zeros(shares.shape, dtype=np.bool_) for _ in range(2))
     np.put_along_axis(in_old, old, True, axis=1)
     np.put_along_axis(in_new, new, True, axis=1)
-    left_out = np.where(in_old & ~in_new, scores, -np.inf).max(axis=1)
-    taken = np.where(in_new & ~in_old, scores, np.inf).min(axis=1)
-    tied: BoolArray = np.abs(left_out - taken) <= TIE_LOGIT
+    left_out_wrongly = in_old & ~in_new & ~(shares < 1)
+    taken_wrongly = in_new & ~in_old & ~(shares > 0)
+    tied: BoolArray = ~np.any(left_out_wrongly | taken_wrongly, axis=1)
     return tied
 
 

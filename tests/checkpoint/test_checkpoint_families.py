@@ -63,6 +63,19 @@ def number(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
+@pytest.fixture(autouse=True)
+def letters_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models have no tokenizer."""
+
+    def load(directory: Path, **_: str) -> tuple[Any, Any]:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model.eval(), lambda text, verbose: {
+            "input_ids": [ord(c) % 60 for c in text]
+        }
+
+    monkeypatch.setattr("placer.checkpoint.verify.load_model", load)
+
+
 def check(model: Path, load: type[Any], write_plan: WritePlan, tmp_path: Path) -> None:
     """Export at random, compare what is loaded, restore."""
     spec = ModelSpec.from_checkpoint(model)
@@ -75,6 +88,10 @@ def check(model: Path, load: type[Any], write_plan: WritePlan, tmp_path: Path) -
     for row, old, new in zip(rows, asked, asked_then, strict=True):
         assert [{row[e] for e in chosen} for chosen in new] == old
     assert verify(model, tmp_path / "out", plan, [], 0).num_tensors > 0
+    if load is AutoModelForCausalLM:
+        report = verify(model, tmp_path / "out", plan, ["any text of 20 tokens"], 20)
+        assert report.num_tokens == 20
+        assert report.num_ties < 5
     restore_checkpoint(tmp_path / "out", tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(model)
 
