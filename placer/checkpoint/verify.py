@@ -4,6 +4,9 @@ Three checks, none of which uses the exporter's code: every tensor by name again
 permutation, logits on real text, and the routers' choices on that text.
 """
 
+import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from placer.checkpoint.named_experts import CONFIG_NAMES
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.source import (
     INDEX_NAME,
@@ -40,6 +44,8 @@ IntArray = npt.NDArray[np.int64]
 # (2**-24 each); over all layers that stays below 1e-4 of the largest logit.
 RELATIVE_TOLERANCE = 1e-4
 SEQUENCE_LENGTH = 256
+# A dotted name with the number of an expert, in the lists of quantisers.
+_WITH_EXPERT = re.compile(r"(?:\w+\.)+experts\.\d+(?:\.\w+)*")
 _NOT_THE_SAME = "the export is not the same function: do not serve it"
 
 
@@ -114,6 +120,9 @@ def verify(
     if max_tokens:
         architecture.require_recorded(original)
     num_tensors, num_bytes = _compare_tensors(
+        original, exported, architecture.require_layout(), model, plan.placement
+    )
+    _compare_named_experts(
         original, exported, architecture.require_layout(), model, plan.placement
     )
     comparison = _Comparison(plan.placement)
@@ -206,6 +215,43 @@ def _expected(
         return old
     blocks = old.contiguous().view(-1).view(torch.uint8).reshape(len(row), -1)
     return blocks[row].reshape(-1).view(old.dtype).reshape(old.shape)
+
+
+def _compare_named_experts(
+    original: Path,
+    exported: Path,
+    layout: TensorLayout,
+    model: ModelSpec,
+    placement: Placement,
+) -> None:
+    """Check that configs which name single experts name the same ones of the original."""
+    row_of = dict(
+        zip(model.layer_ids or (), placement.physical_to_logical_map, strict=True)
+    )
+    for name in CONFIG_NAMES:
+        found = []
+        for directory in (original, exported):
+            path = directory / name
+            text = json.dumps(read_json(path, "config")) if path.is_file() else ""
+            experts: Counter[tuple[str, int]] = Counter()
+            for word in _WITH_EXPERT.findall(text):
+                place = layout.classify(word + ".weight") or layout.classify(
+                    f"model.{word}.weight"
+                )
+                if place is None or place.expert is None or place.layer not in row_of:
+                    continue
+                logical = place.expert
+                if directory == exported:
+                    logical = int(row_of[place.layer][logical])
+                experts[place.template, logical] += 1
+            found.append(experts)
+        if odd := (found[0] - found[1]) + (found[1] - found[0]):
+            template, logical = min(odd)
+            raise VerificationError(
+                f"{exported / name} and that of {original} differ in what they say of "
+                f"{template.replace('{expert}', str(logical))} of the original",
+                f"export it again: placer export checkpoint PLAN {original} --out NEW",
+            )
 
 
 def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path]:

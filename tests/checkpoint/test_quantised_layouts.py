@@ -16,7 +16,7 @@ from safetensors import deserialize
 
 from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.verify import verify
-from placer.errors import PlacerError
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.plan import Placement
 
@@ -403,11 +403,44 @@ def test_a_single_expert_that_was_not_quantised_moves_too(
         ],
         "dynamic": {f"-:model.layers.1.mlp.experts.{rows[0].index(3)}.*": {"bits": 8}},
     }
+    assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(names)
     text = (tmp_path / "out" / "hf_quant_config.json").read_bytes().decode()
     assert text == (json.dumps(modelopt, indent=4) + "\r\n").replace(ignored, moved)
     restore_checkpoint(tmp_path / "out", tmp_path / "back")
     for file in model.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_verify_finds_a_list_that_names_other_experts(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    names = ["model.layers.0.mlp.experts.3", "model.layers.1.mlp.experts.4.up_proj"]
+    lists = {"quantization_config": {"ignore": names}}
+    model = write(qwen3(W8A8)(), tmp_path / "model", lists)
+    _, plan = permuting_plan(model, write_plan)
+    export_checkpoint(plan, model, tmp_path / "out")
+    verify(model, tmp_path / "out", plan, [], 0)
+    (tmp_path / "out" / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(VerificationError, match=r"layers.0.mlp.experts.3.*of the original"):
+        verify(model, tmp_path / "out", plan, [], 0)
+
+
+def test_a_list_of_all_experts_of_any_layer_stays(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """GPTQ names every expert once and no layer; with one missing it would matter."""
+    every = [f"mlp.experts.{e}.{p}" for e in range(NUM_EXPERTS) for p in PROJECTIONS]
+    lists = {"quantization_config": {"modules_in_block_to_quantize": [["q_proj"], every]}}
+    model = write(qwen3(GPTQ)(), tmp_path / "model", lists)
+    _, plan = permuting_plan(model, write_plan)
+    export_checkpoint(plan, model, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        model / "config.json"
+    ).read_bytes()
+    del every[7]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3 | lists))
+    with pytest.raises(PlacerError, match=r"names single experts: mlp\.experts"):
+        export_checkpoint(plan, model, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
