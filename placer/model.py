@@ -248,7 +248,7 @@ class Architecture:
         Module path of a router whose first output is a ``[T, E]`` matrix of weights, zero
         but for the chosen experts, where the experts are not called with ids.
     router_module
-        Module path of a router whose first output is its logits, or ``None``.
+        Module path of the router, which returns ids, or else scores first.
     layout
         Where experts and routers are in its checkpoints, or ``None`` if placer does not
         know.
@@ -263,7 +263,7 @@ class Architecture:
     grouped_if: tuple[str, str] | None = None
     experts_module: str
     scores_module: str | None = None
-    router_module: str | None = None
+    router_module: str
     layout: TensorLayout | None = None
 
     @classmethod
@@ -475,6 +475,6 @@ def _read_architecture(value: Mapping[str, Any]) -> Architecture:
         grouped_if=None if grouped_if is None else (grouped_if[0], grouped_if[1]),
         experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),
         scores_module=modules.get("scores"),
-        router_module=modules.get("router"),
+        router_module=modules.get("router", "model.layers.{layer}.mlp.gate"),
         layout=TensorLayout.from_toml(value["tensors"]) if "tensors" in value else None,
     )

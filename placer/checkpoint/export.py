@@ -321,7 +321,9 @@ def _job(
             name=shard.name,
             shard=shard,
             header=shard.renamed_header(changes.names, lengths.get(shard.name)),
-            pieces=tuple(pieces_of(shard, by_place(shard), changes.rows, changes.tables)),
+            pieces=tuple(
+                pieces_of(shard, by_place(shard), changes.rows, changes.tables, {})
+            ),
         )
         for shard in source.shards
     )

@@ -8,7 +8,8 @@ file, all other bytes of which stay; what is no plain name is refused, not guess
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ CONFIG_NAMES = (
 _NAMED = re.compile(r"\bexperts?\\*\.[(\[]*\d")
 # GPTQModel marks names by +: and -:; a pattern may end in .*, which no number is part of.
 _PLAIN = re.compile(r"(?P<before>(?:[-+]:)?)(?P<name>[\w.]+?)(?P<after>(?:\.\*)?)")
+# A name without the number of a layer.
+_IN_ANY_LAYER = re.compile(
+    r"(?P<before>(?:[A-Za-z_]+\.)*experts\.)(?P<number>\d+)(?P<after>(?:\.\w+)*)"
+)
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
@@ -58,14 +63,16 @@ def renumbered_configs(
         path = directory / name
         if not path.is_file():
             continue
-        # Not read_text, which would turn CRLF into LF.
-        text = path.read_bytes().decode()
+        named = [one for one in _texts(read_json(path, "config")) if _NAMED.search(one)]
+        all_or_none = _all_or_none(named, new_numbers)
         replaced = {
             one: _renumbered(one, path, layout, new_numbers)
-            for one in _texts(read_json(path, "config"))
-            if _NAMED.search(one)
+            for one in named
+            if one not in all_or_none
         }
-        renumbered = _replaced(text, replaced)
+        # Not read_text, which would turn CRLF into LF.
+        text = path.read_bytes().decode()
+        renumbered = _replaced(text, replaced, path)
         if renumbered != text:
             found[name] = renumbered.encode()
     return found
@@ -127,12 +134,38 @@ def _renumbered(
     raise _refused(text, source)
 
 
-def _replaced(text: str, replaced: Mapping[str, str]) -> str:
+def _all_or_none(
+    texts: Iterable[str], new_numbers: Mapping[int, IntArray]
+) -> frozenset[str]:
+    """Return the texts that name every expert of every layer alike.
+
+    GPTQ lists what it quantised in any layer (``modules_in_block_to_quantize``), for
+    example ``block_sparse_moe.experts.0.w1`` and the same of each other expert.
+    """
+    experts: dict[str, dict[str, str]] = defaultdict(dict)
+    for text in texts:
+        if found := _IN_ANY_LAYER.fullmatch(text):
+            experts[found["before"] + "{}" + found["after"]][found["number"]] = text
+    most = max(len(numbers) for numbers in new_numbers.values())
+    wanted = {str(number) for number in range(most)}
+    return frozenset(
+        text
+        for named in experts.values()
+        if named.keys() == wanted
+        for text in named.values()
+    )
+
+
+def _replaced(text: str, replaced: Mapping[str, str], source: Path) -> str:
     """Replace JSON strings all at once: 3 becomes 5 where 5 becomes 3."""
 
     def replacement(match: re.Match[str]) -> str:
         value = json.loads(match[0], strict=False)
-        return json.dumps(replaced[value]) if value in replaced else match[0]
+        if value not in replaced:
+            return match[0]
+        if json.dumps(value) != match[0]:  # spelled with escapes that would be lost
+            raise _refused(match[0], source)
+        return json.dumps(replaced[value])
 
     return _JSON_STRING.sub(replacement, text)
 

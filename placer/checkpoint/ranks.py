@@ -1,20 +1,21 @@
 """One directory per expert-parallel rank: its experts, under their own names, and the rest.
 
 Names and routers stay those of the original, so that expert ids are logical everywhere;
-``placement.json`` says which expert is in which of the rank's slots. A replica is in every
-directory whose rank has a copy.
+``placement.json`` says which expert is in which of the rank's slots. Tensors that hold all
+experts of a layer hold those of the rank, slot by slot. A replica is in every directory
+whose rank has a copy.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from placer.checkpoint.permutation import tensor_changes
-from placer.checkpoint.shard import compose_header
+from placer.checkpoint.shard import TensorInfo, compose_header
 from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
 from placer.checkpoint.writing import (
     ExportOptions,
@@ -176,7 +177,7 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
             f"give the original: placer export checkpoint {directory} --inverse --out IT",
         )
     source = CheckpointSource.open(directory)
-    experts = routed_experts(source, model)
+    routed = RoutedTensors.of(source, model)
     placement = plan.placement
     shards, indexes, records = [], [], []
     for rank in range(placement.num_ranks):
@@ -184,7 +185,7 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
             row.reshape(placement.num_ranks, -1)[rank].tolist()
             for row in placement.physical_to_logical_map
         ]
-        works = list(_rank_shards(source, experts, held, rank, experts_only))
+        works = list(_rank_shards(source, routed, model, held, rank, experts_only))
         shards += [work for work, _ in works]
         indexes.append(
             {name: Path(work.name).name for work, names in works for name in names}
@@ -214,67 +215,105 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
     )
 
 
-def routed_experts(
-    source: CheckpointSource, model: ModelSpec
-) -> Mapping[str, tuple[int, int]]:
-    """Return MoE layer and expert of every tensor that belongs to one routed expert.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedTensors:
+    """The tensors that depend on which experts a rank has.
 
-    Raises
-    ------
-    PlacerError
-        If a tensor cannot be classified, or the family keeps all experts of a layer in
-        one tensor.
+    Attributes
+    ----------
+    single
+        MoE layer and expert of each tensor that belongs to one expert.
+    fused
+        MoE layer of each tensor of all experts, one block after the other.
+    shared
+        Tensors among the experts that hold for all of them, such as one scale.
     """
-    config = read_json(source.directory / "config.json", "model config")
-    architecture = Architecture.of(config, source.directory)
-    tensors = {
-        name: info for shard in source.shards for name, info in shard.tensors.items()
-    }
-    # With nothing moved, this says that every tensor is known and none is missing.
-    in_place = [np.arange(size) for size in model.num_experts]
-    tensor_changes(tensors, architecture, config, model, in_place)
-    layout = architecture.require_layout()
-    ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
-    found = {}
-    for name in tensors:
-        place = layout.classify(name)
-        if place is None or place.layer not in ordinal:
-            continue
-        if place.expert is not None:
-            found[name] = (ordinal[place.layer], place.expert)
-        elif place.kind in (TensorKind.FUSED, TensorKind.STACKED):
-            raise PlacerError(
-                f"{name} holds all experts of its layer, which are not split by rank yet",
-                f"serve a permuted checkpoint: placer export checkpoint PLAN "
-                f"{source.directory} --out DIR",
-            )
-    return found
+
+    single: Mapping[str, tuple[int, int]]
+    fused: Mapping[str, int]
+    shared: frozenset[str]
+
+    @classmethod
+    def of(cls, source: CheckpointSource, model: ModelSpec) -> Self:
+        """Find them in a checkpoint.
+
+        Raises
+        ------
+        PlacerError
+            If a tensor cannot be classified.
+        """
+        config = read_json(source.directory / "config.json", "model config")
+        architecture = Architecture.of(config, source.directory)
+        tensors = {
+            name: info for shard in source.shards for name, info in shard.tensors.items()
+        }
+        # With nothing moved, this says that every tensor is known and none is missing.
+        in_place = [np.arange(size) for size in model.num_experts]
+        changes = tensor_changes(tensors, architecture, config, model, in_place)
+        layout = architecture.require_layout()
+        ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
+        single, fused, shared = {}, {}, set()
+        for name in tensors:
+            place = layout.classify(name)
+            if place is None or place.layer not in ordinal:
+                continue
+            layer = ordinal[place.layer]
+            if place.expert is not None:
+                single[name] = (layer, place.expert)
+            elif place.kind in (TensorKind.FUSED, TensorKind.STACKED):
+                if name in changes.rows:
+                    fused[name] = layer
+                else:
+                    shared.add(name)
+        return cls(single=single, fused=fused, shared=frozenset(shared))
+
+    def has(self, name: str, held: list[list[int]], *, experts_only: bool) -> bool:
+        """Return whether a rank that has the experts ``held`` has a tensor."""
+        if name in self.single:
+            layer, expert = self.single[name]
+            return expert in held[layer]
+        return not experts_only or name in self.fused or name in self.shared
 
 
 def _rank_shards(
     source: CheckpointSource,
-    experts: Mapping[str, tuple[int, int]],
+    routed: RoutedTensors,
+    model: ModelSpec,
     held: list[list[int]],
     rank: int,
     experts_only: bool,
 ) -> Iterator[tuple[ShardWork, list[str]]]:
     """Yield what a rank takes of each shard, with the names of the tensors."""
-
-    def wanted(name: str) -> bool:
-        if name not in experts:
-            return not experts_only
-        layer, expert = experts[name]
-        return expert in held[layer]
-
+    orders = {name: np.asarray(held[layer]) for name, layer in routed.fused.items()}
+    num_blocks = {name: model.num_experts[n] for name, n in routed.fused.items()}
     for shard in source.shards:
-        names = [name for name in by_place(shard) if wanted(name)]
+        names = [
+            name
+            for name in by_place(shard)
+            if routed.has(name, held, experts_only=experts_only)
+        ]
         if not names:
             continue
-        entries = [(name, shard.tensors[name]) for name in names]
+        entries = []
+        for name in names:
+            info = shard.tensors[name]
+            if name in orders:
+                info = _some_blocks(info, len(orders[name]), num_blocks[name])
+            entries.append((name, info))
         work = ShardWork(
             name=f"{rank_folder(rank)}/{shard.name}",
             shard=shard,
             header=compose_header(entries, shard.metadata),
-            pieces=tuple(pieces_of(shard, names, {}, {})),
+            pieces=tuple(pieces_of(shard, names, orders, {}, num_blocks)),
         )
         yield work, names
+
+
+def _some_blocks(info: TensorInfo, num_taken: int, num_blocks: int) -> TensorInfo:
+    """Return what a tensor is with some of its blocks, which its first axis counts."""
+    length = (info.stop - info.start) // num_blocks * num_taken
+    return replace(
+        info,
+        shape=(info.shape[0] // num_blocks * num_taken, *info.shape[1:]),
+        stop=info.start + length,
+    )

@@ -4,6 +4,9 @@ Three checks, none of which uses the exporter's code: every tensor by name again
 permutation, logits on real text, and the routers' choices on that text.
 """
 
+import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from placer.checkpoint.named_experts import CONFIG_NAMES
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.source import (
     INDEX_NAME,
@@ -39,9 +43,9 @@ IntArray = npt.NDArray[np.int64]
 # Renumbered experts are summed in another order, which changes the last bits of float32
 # (2**-24 each); over all layers that stays below 1e-4 of the largest logit.
 RELATIVE_TOLERANCE = 1e-4
-# Experts whose router logits are closer than this are a tie: rounding decides between them.
-TIE_LOGIT = 1e-4
 SEQUENCE_LENGTH = 256
+# A dotted name with the number of an expert, in the lists of quantisers.
+_WITH_EXPERT = re.compile(r"(?:\w+\.)+experts\.\d+(?:\.\w+)*")
 _NOT_THE_SAME = "the export is not the same function: do not serve it"
 
 
@@ -62,7 +66,7 @@ class VerificationReport:
     num_routed_pairs
         (token, layer, expert) choices found to be exactly the permuted ones.
     num_ties
-        Tokens at or behind a tie of router logits that the two models broke differently;
+        Tokens at or behind a tie of experts that the two models broke differently;
         their logits are not compared.
     """
 
@@ -118,10 +122,14 @@ def verify(
     num_tensors, num_bytes = _compare_tensors(
         original, exported, architecture.require_layout(), model, plan.placement
     )
+    _compare_named_experts(
+        original, exported, architecture.require_layout(), model, plan.placement
+    )
     comparison = _Comparison(plan.placement)
     if max_tokens:
         runs = _Runs(architecture, model, texts, max_tokens)
-        comparison.compare(runs.run(original), runs.run(exported))
+        before = runs.run(original, with_ties=True)
+        comparison.compare(before, runs.run(exported, with_ties=False))
     return VerificationReport(
         num_tensors=num_tensors,
         num_bytes=num_bytes,
@@ -207,6 +215,43 @@ def _expected(
         return old
     blocks = old.contiguous().view(-1).view(torch.uint8).reshape(len(row), -1)
     return blocks[row].reshape(-1).view(old.dtype).reshape(old.shape)
+
+
+def _compare_named_experts(
+    original: Path,
+    exported: Path,
+    layout: TensorLayout,
+    model: ModelSpec,
+    placement: Placement,
+) -> None:
+    """Check that configs which name single experts name the same ones of the original."""
+    row_of = dict(
+        zip(model.layer_ids or (), placement.physical_to_logical_map, strict=True)
+    )
+    for name in CONFIG_NAMES:
+        found = []
+        for directory in (original, exported):
+            path = directory / name
+            text = json.dumps(read_json(path, "config")) if path.is_file() else ""
+            experts: Counter[tuple[str, int]] = Counter()
+            for word in _WITH_EXPERT.findall(text):
+                place = layout.classify(word + ".weight") or layout.classify(
+                    f"model.{word}.weight"
+                )
+                if place is None or place.expert is None or place.layer not in row_of:
+                    continue
+                logical = place.expert
+                if directory == exported:
+                    logical = int(row_of[place.layer][logical])
+                experts[place.template, logical] += 1
+            found.append(experts)
+        if odd := (found[0] - found[1]) + (found[1] - found[0]):
+            template, logical = min(odd)
+            raise VerificationError(
+                f"{exported / name} and that of {original} differ in what they say of "
+                f"{template.replace('{expert}', str(logical))} of the original",
+                f"export it again: placer export checkpoint PLAN {original} --out NEW",
+            )
 
 
 def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path]:
@@ -296,13 +341,14 @@ class _Output:
         ``[T, V]`` float32.
     chosen
         Per MoE layer ``[T, k]``: ids of the chosen experts.
-    scores
-        Per MoE layer ``[T, E]`` float32: router logits.
+    shares
+        Per MoE layer ``[T, E]`` float32: in which share of nudges an expert is chosen
+        (see :class:`~placer.trace.capture.RouterOutput`); empty where not asked for.
     """
 
     logits: FloatArray
     chosen: tuple[IntArray, ...]
-    scores: tuple[FloatArray, ...]
+    shares: tuple[FloatArray, ...]
 
 
 class _Runs:
@@ -321,7 +367,7 @@ class _Runs:
         self.max_tokens = max_tokens
         self.windows: list[list[int]] | None = None
 
-    def run(self, directory: Path) -> list[_Output]:
+    def run(self, directory: Path, *, with_ties: bool) -> list[_Output]:
         """Run a model in float32 over windows that the first model's tokenizer cuts."""
         import torch
 
@@ -331,7 +377,9 @@ class _Runs:
         outputs = []
         with (
             torch.inference_mode(),
-            RouterCapture(model, self.architecture, self.spec, with_logits=True) as routers,
+            RouterCapture(
+                model, self.architecture, self.spec, with_ties=with_ties
+            ) as routers,
         ):
             for ids in self.windows:
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -340,10 +388,8 @@ class _Runs:
                     _Output(
                         logits=logits.numpy(),
                         chosen=tuple(one.ids.numpy() for one in taken),
-                        scores=tuple(
-                            one.logits.float().numpy()
-                            for one in taken
-                            if one.logits is not None
+                        shares=tuple(
+                            one.shares.numpy() for one in taken if one.shares is not None
                         ),
                     )
                 )
@@ -374,7 +420,7 @@ class _Comparison:
             self.num_tokens += len(flipped)
         if self.num_ties == self.num_tokens:
             raise PlacerError(
-                f"all {self.num_tokens} tokens are at or behind a tie of router logits, "
+                f"all {self.num_tokens} tokens are at or behind a tie of experts, "
                 "so nothing was compared",
                 "give other text with --corpus, or compare tensors only: --max-tokens 0",
             )
@@ -382,11 +428,11 @@ class _Comparison:
     def _compare_routing(self, before: _Output, after: _Output) -> BoolArray:
         """Return ``[T]``: whether a tie was broken otherwise at the token or before it."""
         flipped = np.zeros(len(before.logits), dtype=np.bool_)
-        for layer, scores in enumerate(before.scores):
+        for layer, shares in enumerate(before.shares):
             row = self.placement.physical_to_logical_map[layer]
             old, new = before.chosen[layer], row[after.chosen[layer]]
             differs = (np.sort(old, axis=1) != np.sort(new, axis=1)).any(axis=1)
-            wrong = differs & ~_tied(scores, old, new) & ~flipped
+            wrong = differs & ~_tied(shares, old, new) & ~flipped
             if wrong.any():
                 token = int(wrong.argmax())
                 raise VerificationError(
@@ -415,18 +461,18 @@ class _Comparison:
         self.max_difference = max(self.max_difference, float(difference.max()))
 
 
-def _tied(scores: FloatArray, old: IntArray, new: IntArray) -> BoolArray:
+def _tied(shares: FloatArray, old: IntArray, new: IntArray) -> BoolArray:
     """Return ``[T]``: whether choosing ``new`` instead of ``old`` is a matter of rounding.
 
-    By the original's own scores ``[T, E]``, every expert left out must be as good as
-    every one taken instead.
+    By nudges of the original's own router, no expert left out must be sure to be chosen,
+    and no expert taken instead sure not to be.
     """
-    in_old, in_new = (np.zeros(scores.shape, dtype=np.bool_) for _ in range(2))
+    in_old, in_new = (np.zeros(shares.shape, dtype=np.bool_) for _ in range(2))
     np.put_along_axis(in_old, old, True, axis=1)
     np.put_along_axis(in_new, new, True, axis=1)
-    left_out = np.where(in_old & ~in_new, scores, -np.inf).max(axis=1)
-    taken = np.where(in_new & ~in_old, scores, np.inf).min(axis=1)
-    tied: BoolArray = np.abs(left_out - taken) <= TIE_LOGIT
+    left_out_wrongly = in_old & ~in_new & ~(shares < 1)
+    taken_wrongly = in_new & ~in_old & ~(shares > 0)
+    tied: BoolArray = ~np.any(left_out_wrongly | taken_wrongly, axis=1)
     return tied
 
 

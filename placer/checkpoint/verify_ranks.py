@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from placer.checkpoint.ranks import RANK_NAME, rank_folder, routed_experts
+from placer.checkpoint.ranks import RANK_NAME, RoutedTensors, rank_folder
 from placer.checkpoint.source import INDEX_NAME, CheckpointSource
 from placer.checkpoint.verify import read_tensor
 from placer.errors import VerificationError
@@ -57,32 +57,36 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
     PlacerError
         If plan or original cannot be read.
     """
+    import torch
+
     plan = Plan.read(plan_path)
     model = ModelSpec.from_checkpoint(original)
     require_same_model(plan.model, str(plan_path), model, str(original))
     source = CheckpointSource.open(original)
     where = {name: shard.path for shard in source.shards for name in shard.tensors}
-    experts = routed_experts(source, model)
+    routed = RoutedTensors.of(source, model)
     placement = plan.placement
     num_tensors = num_bytes = 0
     for rank in range(placement.num_ranks):
         folder = exported / rank_folder(rank)
         experts_only = _require_record(folder, rank, plan_path)
-        held = [placement.holds(layer)[:, rank] for layer in range(model.num_layers)]
+        held = [
+            row.reshape(placement.num_ranks, -1)[rank].tolist()
+            for row in placement.physical_to_logical_map
+        ]
         expected = {
-            name
-            for name in where
-            if (
-                held[experts[name][0]][experts[name][1]]
-                if name in experts
-                else not experts_only
-            )
+            name for name in where if routed.has(name, held, experts_only=experts_only)
         }
         found = _tensors(folder)
         if odd := min(set(found) ^ expected, default=None):
             raise _wrong(folder, f"{'lacks' if odd in expected else 'has'} {odd}")
         for name in sorted(expected):
             old, new = read_tensor(where[name], name), read_tensor(found[name], name)
+            if name in routed.fused:
+                layer = routed.fused[name]
+                blocks = old.reshape(model.num_experts[layer], -1, *old.shape[1:])
+                # torch indexes no float8 or other narrow types, but their bytes
+                old = blocks.view(torch.uint8)[held[layer]].flatten(0, 1).view(old.dtype)
             if (old.dtype, old.shape) != (new.dtype, new.shape) or not _same(old, new):
                 raise _wrong(folder, f"{name} differs from that of {original}")
             num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes

@@ -141,6 +141,7 @@ def pieces_of(
     names: Iterable[str],
     orders: Mapping[str, IntArray],
     tables: Mapping[str, IntArray],
+    num_blocks: Mapping[str, int],
 ) -> Iterator[Piece]:
     """Yield the data of tensors, those that touch and stay as they are as one piece.
 
@@ -151,9 +152,11 @@ def pieces_of(
     names
         The tensors, in the order in which they are written.
     orders
-        Per tensor whose equal blocks are reordered, the old block that each new block is.
+        Per tensor of equal blocks, the old block that each new block is.
     tables
         Per tensor of whole numbers, the new number of each old one.
+    num_blocks
+        Blocks of those tensors of which not all blocks are taken.
     """
     start = stop = 0
     for name in names:
@@ -166,7 +169,7 @@ def pieces_of(
             start = first
         stop = last
         if name in orders:
-            size = (last - first) // len(orders[name])
+            size = (last - first) // num_blocks.get(name, len(orders[name]))
             yield Piece(start=first, stop=last, block_bytes=size, order=orders[name])
             start = last
         elif name in tables:

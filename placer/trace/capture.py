@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     import torch
 
 
+# Weights nudged by this share of their size tell ties from choices: about a thousand times
+# the rounding of float32. An even tie looks like none once in two to the 32.
+NUDGE = 1e-4
+NUM_NUDGES = 32
+
+
 class RouterOutput(NamedTuple):
     """What the router of one layer chose for N rows of a batch.
 
@@ -20,14 +26,15 @@ class RouterOutput(NamedTuple):
         ``[N, k]`` int64: chosen logical experts, by descending weight.
     weights
         ``[N, k]``: their weights.
-    logits
-        ``[N, E]``: scores of all experts, from which the router chose, or ``None`` if
-        they were not asked for.
+    shares
+        ``[N, E]`` float32: in which share of ``NUM_NUDGES`` repetitions, with the router's
+        weights nudged by as much as rounding may matter, an expert is chosen; ``None`` if
+        that was not asked for. Where it is neither 0 nor 1 the expert is in a tie.
     """
 
     ids: "torch.Tensor"
     weights: "torch.Tensor"
-    logits: "torch.Tensor | None"
+    shares: "torch.Tensor | None"
 
 
 class RouterCapture:
@@ -44,14 +51,13 @@ class RouterCapture:
         Its family, which names the modules.
     spec
         Its layers and top-k.
-    with_logits
-        Keep the router's logits too.
+    with_ties
+        Find out which experts are in a tie, too.
 
     Raises
     ------
     PlacerError
-        If the model has no experts where its family says, or logits are asked for and
-        its family names no router.
+        If the model has no experts or router where its family says.
     """
 
     def __init__(
@@ -60,26 +66,23 @@ class RouterCapture:
         architecture: Architecture,
         spec: ModelSpec,
         *,
-        with_logits: bool = False,
+        with_ties: bool = False,
     ) -> None:
         layer_ids = spec.layer_ids or ()
-        scores, router = architecture.scores_module, architecture.router_module
-        if with_logits and router is None:
-            raise PlacerError(
-                f"the data file of {architecture.model_types[0]} names no router",
-                "compare tensors only: --max-tokens 0",
-            )
+        scores = architecture.scores_module
         template = scores or architecture.experts_module
         self._top_k = spec.top_k
         self._paths = [template.format(layer=layer) for layer in layer_ids]
         self._modules = [_submodule(model, path) for path in self._paths]
         self._reads_scores = scores is not None
         self._routers = [
-            _submodule(model, (router or "").format(layer=layer))
-            for layer in (layer_ids if with_logits else ())
+            _submodule(model, architecture.router_module.format(layer=layer))
+            for layer in (layer_ids if with_ties else ())
         ]
+        self._num_experts = spec.num_experts
+        self._nudging = False
         self._chosen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        self._logits: list[torch.Tensor | None] = []
+        self._shares: list[torch.Tensor | None] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -91,7 +94,7 @@ class RouterCapture:
                 else module.register_forward_pre_hook(self._experts_hook(position))
             )
         for position, router in enumerate(self._routers):
-            self._handles.append(router.register_forward_hook(self._logits_hook(position)))
+            self._handles.append(router.register_forward_hook(self._shares_hook(position)))
         return self
 
     def __exit__(
@@ -115,7 +118,7 @@ class RouterCapture:
         PlacerError
             If the experts of a layer were not called exactly once.
         """
-        chosen, logits = self._chosen, self._logits
+        chosen, shares = self._chosen, self._shares
         self._clear()
         for path, calls in zip(self._paths, chosen, strict=True):
             if len(calls) != 1:
@@ -126,13 +129,13 @@ class RouterCapture:
                     "replacement of the model's MoE blocks",
                 )
         return [
-            RouterOutput(*_by_descending_weight(*calls[0]), logits=scores)
-            for calls, scores in zip(chosen, logits, strict=True)
+            RouterOutput(*_by_descending_weight(*calls[0]), shares=share)
+            for calls, share in zip(chosen, shares, strict=True)
         ]
 
     def _clear(self) -> None:
         self._chosen = [[] for _ in self._paths]
-        self._logits = [None for _ in self._paths]
+        self._shares = [None for _ in self._paths]
 
     def _experts_hook(self, position: int) -> Callable[..., None]:
         def keep(module: object, inputs: tuple[Any, ...]) -> None:
@@ -149,15 +152,25 @@ class RouterCapture:
 
     def _scores_hook(self, position: int) -> Callable[..., None]:
         def keep(module: object, inputs: object, output: Any) -> None:
+            if self._nudging:
+                return
             # Zero but for the chosen experts, so the largest k are the chosen ones.
             weights, ids = _rows(output[0]).topk(self._top_k, dim=-1)
             self._chosen[position].append((ids, weights))
 
         return keep
 
-    def _logits_hook(self, position: int) -> Callable[..., None]:
-        def keep(module: object, inputs: object, output: Any) -> None:
-            self._logits[position] = _rows(output[0])
+    def _shares_hook(self, position: int) -> Callable[..., None]:
+        def keep(module: "torch.nn.Module", inputs: tuple[Any, ...], output: Any) -> None:
+            if self._nudging:  # called by itself
+                return
+            self._nudging = True
+            try:
+                self._shares[position] = _chosen_when_nudged(
+                    module, inputs, self._num_experts[position], self._top_k, position
+                )
+            finally:
+                self._nudging = False
 
         return keep
 
@@ -185,6 +198,47 @@ def to_host(
 
 def _rows(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _chosen_when_nudged(
+    router: "torch.nn.Module",
+    inputs: tuple[Any, ...],
+    num_experts: int,
+    top_k: int,
+    seed: int,
+) -> "torch.Tensor":
+    """Return ``[N, E]``: in which share of nudges a router chooses an expert.
+
+    The router itself is asked, so that its biases, groups and tables count; matrices of
+    its weights are nudged by ``NUDGE`` of their root mean square.
+    """
+    import torch
+
+    matrices = {n: p for n, p in router.named_parameters() if p.ndim > 1}
+    chosen = []
+    for number in range(NUM_NUDGES):
+        generator = torch.Generator().manual_seed(seed * NUM_NUDGES + number)
+        nudged = {}
+        for name, weight in matrices.items():
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            size = float(weight.float().square().mean().sqrt()) or 1.0
+            nudged[name] = weight + NUDGE * size * noise
+        chosen.append(_ids_of(torch.func.functional_call(router, nudged, inputs), top_k))
+    shares = torch.zeros(len(chosen[0]), num_experts, device=chosen[0].device)
+    for ids in chosen:
+        shares.scatter_add_(
+            1, ids.long(), torch.full_like(ids, 1 / NUM_NUDGES, dtype=shares.dtype)
+        )
+    return shares
+
+
+def _ids_of(output: Any, top_k: int) -> "torch.Tensor":
+    """Return ``[N, k]``: ids that a router returns, or the best by its scores."""
+    tensors = output if isinstance(output, tuple) else (output,)
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            return _rows(tensor)
+    return _rows(tensors[0]).topk(top_k, dim=-1).indices
 
 
 def _submodule(model: "torch.nn.Module", path: str) -> "torch.nn.Module":

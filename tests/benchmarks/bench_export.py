@@ -24,7 +24,6 @@ from placer.plan import Placement, Plan, SolverReport
 LAYERS, EXPERTS, HIDDEN, WIDTH = 8, 64, 2048, 1024
 ROUNDS = 5
 CONFIG = {
-    "model_type": "qwen3_moe",
     "num_hidden_layers": LAYERS,
     "num_experts": EXPERTS,
     "num_experts_per_tok": 8,
@@ -47,6 +46,19 @@ def per_expert(layer: int) -> dict[str, list[int]]:
     return shapes
 
 
+def fused(layer: int) -> dict[str, list[int]]:
+    """The same numbers, all experts of a layer in one tensor."""
+    prefix = f"model.layers.{layer}.mlp"
+    return {
+        f"{prefix}.router.weight": [EXPERTS, HIDDEN],
+        f"{prefix}.experts.gate_up_proj": [EXPERTS, HIDDEN, 2 * WIDTH],
+        f"{prefix}.experts.down_proj": [EXPERTS, WIDTH, HIDDEN],
+    }
+
+
+LAYOUTS = {"per-expert": ("qwen3_moe", per_expert), "fused": ("gpt_oss", fused)}
+
+
 def write_shard(path: Path, shapes: dict[str, list[int]], noise: bytes) -> None:
     """Write a shard of random bytes without holding it in memory."""
     header, end = {}, 0
@@ -60,18 +72,24 @@ def write_shard(path: Path, shapes: dict[str, list[int]], noise: bytes) -> None:
             end -= stream.write(noise[: min(end, len(noise))])
 
 
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Iterator[Path]:
+def model(layout: str, tmp_path: Path) -> Iterator[Path]:
     """A checkpoint of about 6.5 GB, one shard per layer."""
+    model_type, shapes = LAYOUTS[layout]
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": model_type}))
     noise = np.random.default_rng(0).bytes(1 << 26)
     weight_map = {}
     for layer in range(LAYERS):
         file = f"model-{layer + 1:05}-of-{LAYERS:05}.safetensors"
-        write_shard(folder / file, per_expert(layer), noise)
-        weight_map |= dict.fromkeys(per_expert(layer), file)
+        write_shard(folder / file, shapes(layer), noise)
+        weight_map |= dict.fromkeys(shapes(layer), file)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     yield folder
@@ -117,7 +135,7 @@ def timed(words: list[object], out: Path) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
-def test_export_speed(model: Path, tmp_path: Path) -> None:
+def test_export_speed(layout: str, model: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     write_plan(plan, ModelSpec.from_checkpoint(model))
     copy = ["cp", "-r", model, out]
@@ -133,7 +151,7 @@ def test_export_speed(model: Path, tmp_path: Path) -> None:
         peak = max(peak, found[id(export)][1])
     num_bytes = sum(path.stat().st_size for path in model.iterdir())
     print(
-        f"\nexporting {num_bytes / 1e9:.1f} GB in per-expert layout: "
+        f"\nexporting {num_bytes / 1e9:.1f} GB in {layout} layout: "
         f"{num_bytes / 1e9 / statistics.median(seconds):.2f} GB/s, "
         f"{statistics.median(ratios):.2f} times the time of cp -r (median of {ROUNDS} "
         f"pairs, {min(ratios):.2f} to {max(ratios):.2f}), peak memory {peak >> 20} MiB"

@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.verify import verify
+from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.plan import Placement
+from placer.report.checkpoint import Checkpoint
 from tests.families import (
     FAMILIES,
+    SMALL,
     VISION,
     build,
     build_vision,
@@ -63,6 +70,19 @@ def number(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
+@pytest.fixture(autouse=True)
+def letters_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models have no tokenizer."""
+
+    def load(directory: Path, **_: str) -> tuple[Any, Any]:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        return model.eval(), lambda text, verbose: {
+            "input_ids": [ord(c) % 60 for c in text]
+        }
+
+    monkeypatch.setattr("placer.checkpoint.verify.load_model", load)
+
+
 def check(model: Path, load: type[Any], write_plan: WritePlan, tmp_path: Path) -> None:
     """Export at random, compare what is loaded, restore."""
     spec = ModelSpec.from_checkpoint(model)
@@ -75,8 +95,17 @@ def check(model: Path, load: type[Any], write_plan: WritePlan, tmp_path: Path) -
     for row, old, new in zip(rows, asked, asked_then, strict=True):
         assert [{row[e] for e in chosen} for chosen in new] == old
     assert verify(model, tmp_path / "out", plan, [], 0).num_tensors > 0
+    if load is AutoModelForCausalLM:
+        report = verify(model, tmp_path / "out", plan, ["any text of 20 tokens"], 20)
+        assert report.num_tokens == 20
+        assert report.num_ties < 5
     restore_checkpoint(tmp_path / "out", tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(model)
+    groups = Checkpoint.read(model).groups
+    weights = 2 if spec.model_type == "nemotron_h" else 3  # not gated
+    size = sum(spec.num_experts) * weights * 4 * SMALL["hidden_size"] * 16
+    assert groups["experts"].num_bytes >= size
+    assert groups["router"].num_tensors >= spec.num_layers
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -102,3 +131,16 @@ def test_the_names_that_transformers_has_in_memory_are_known_too(
     model = randomise(build(model_type))
     model.save_pretrained(tmp_path / "model", save_original_format=False)
     check(tmp_path / "model", AutoModelForCausalLM, write_plan, tmp_path)
+
+
+def test_zero_experts_are_refused_with_the_reason(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """LongCat's router picks among experts that are none, behind the real ones."""
+    spec = ModelSpec(num_experts=(8, 8), top_k=2)
+    plan = plan_of(legal_rows(spec, seed=0), spec, write_plan)
+    model = tmp_path / "model"
+    CONFIG_MAPPING["longcat_flash"]().save_pretrained(model)
+    with pytest.raises(PlacerError, match="also picks zero experts"):
+        export_checkpoint(plan, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from safetensors import deserialize
 
 from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.verify import verify
-from placer.errors import PlacerError
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.plan import Placement
 
@@ -268,7 +268,7 @@ def read(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
     }
 
 
-def make_plan(folder: Path, write_plan: WritePlan) -> tuple[list[list[int]], Path]:
+def permuting_plan(folder: Path, write_plan: WritePlan) -> tuple[list[list[int]], Path]:
     """Whole groups of four change places, and experts inside them."""
     rows = [[7, 4, 6, 5, 9, 8, 11, 10, 0, 2, 1, 3], [1, 0, 2, 3, 8, 11, 9, 10, 5, 4, 6, 7]]
     spec = ModelSpec.from_checkpoint(folder)
@@ -282,7 +282,7 @@ def test_every_tensor_is_where_its_expert_is(
 ) -> None:
     layout = LAYOUTS[name]()
     model = write(layout, tmp_path / "model")
-    rows, plan = make_plan(model, write_plan)
+    rows, plan = permuting_plan(model, write_plan)
     export_checkpoint(plan, model, tmp_path / "out")
     old, expected = read(model), read(model)
     for layer, row in zip(layout.layers, rows, strict=True):
@@ -327,7 +327,7 @@ def test_a_tensor_that_no_rule_names_stops_the_export(
     layout.rest[tensor] = ("F32", [NUM_EXPERTS])
     model = write(layout, tmp_path / "model")
     with pytest.raises(PlacerError, match=f"{tensor} cannot be classified"):
-        export_checkpoint(make_plan(model, write_plan)[1], model, tmp_path / "out")
+        export_checkpoint(permuting_plan(model, write_plan)[1], model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -346,7 +346,7 @@ def test_experts_along_another_axis_are_not_guessed(
     layout.fused[part] = (layout.fused[part][0], wrong)
     model = write(layout, tmp_path / "model")
     with pytest.raises(PlacerError, match=rf"{part} cannot be classified: its shape is"):
-        export_checkpoint(make_plan(model, write_plan)[1], model, tmp_path / "out")
+        export_checkpoint(permuting_plan(model, write_plan)[1], model, tmp_path / "out")
 
 
 def test_a_table_of_experts_that_do_not_exist_is_refused(
@@ -360,7 +360,7 @@ def test_a_table_of_experts_that_do_not_exist_is_refused(
     raw[first : first + 4] = (NUM_EXPERTS).to_bytes(4, "little")
     (model / "model.safetensors").write_bytes(raw)
     with pytest.raises(PlacerError, match="but there are 12 experts"):
-        export_checkpoint(make_plan(model, write_plan)[1], model, tmp_path / "out")
+        export_checkpoint(permuting_plan(model, write_plan)[1], model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -388,7 +388,7 @@ def test_a_single_expert_that_was_not_quantised_moves_too(
     model = write(layout, tmp_path / "model", {"quantization_config": lists})
     modelopt = {"quantization": {"exclude_modules": [ignored, "lm_head"]}}
     (model / "hf_quant_config.json").write_text(json.dumps(modelopt, indent=4) + "\r\n")
-    rows, plan = make_plan(model, write_plan)
+    rows, plan = permuting_plan(model, write_plan)
     export_checkpoint(plan, model, tmp_path / "out")
     moved = f"model.layers.1.mlp.experts.{rows[0].index(9)}.up_proj"
     assert read(tmp_path / "out")[f"{moved}.weight"][:2] == ("BF16", [8, 16])
@@ -403,11 +403,44 @@ def test_a_single_expert_that_was_not_quantised_moves_too(
         ],
         "dynamic": {f"-:model.layers.1.mlp.experts.{rows[0].index(3)}.*": {"bits": 8}},
     }
+    assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(names)
     text = (tmp_path / "out" / "hf_quant_config.json").read_bytes().decode()
     assert text == (json.dumps(modelopt, indent=4) + "\r\n").replace(ignored, moved)
     restore_checkpoint(tmp_path / "out", tmp_path / "back")
     for file in model.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_verify_finds_a_list_that_names_other_experts(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    names = ["model.layers.0.mlp.experts.3", "model.layers.1.mlp.experts.4.up_proj"]
+    lists = {"quantization_config": {"ignore": names}}
+    model = write(qwen3(W8A8)(), tmp_path / "model", lists)
+    _, plan = permuting_plan(model, write_plan)
+    export_checkpoint(plan, model, tmp_path / "out")
+    verify(model, tmp_path / "out", plan, [], 0)
+    (tmp_path / "out" / "config.json").write_bytes((model / "config.json").read_bytes())
+    with pytest.raises(VerificationError, match=r"layers.0.mlp.experts.3.*of the original"):
+        verify(model, tmp_path / "out", plan, [], 0)
+
+
+def test_a_list_of_all_experts_of_any_layer_stays(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """GPTQ names every expert once and no layer; with one missing it would matter."""
+    every = [f"mlp.experts.{e}.{p}" for e in range(NUM_EXPERTS) for p in PROJECTIONS]
+    lists = {"quantization_config": {"modules_in_block_to_quantize": [["q_proj"], every]}}
+    model = write(qwen3(GPTQ)(), tmp_path / "model", lists)
+    _, plan = permuting_plan(model, write_plan)
+    export_checkpoint(plan, model, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        model / "config.json"
+    ).read_bytes()
+    del every[7]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3 | lists))
+    with pytest.raises(PlacerError, match=r"names single experts: mlp\.experts"):
+        export_checkpoint(plan, model, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -427,7 +460,7 @@ def test_patterns_that_pick_single_experts_are_refused(
     lists = {"quantization_config": {"ignore": [text]}}
     model = write(qwen3(W8A8)(), tmp_path / "model", lists)
     with pytest.raises(PlacerError, match="names single experts") as caught:
-        export_checkpoint(make_plan(model, write_plan)[1], model, tmp_path / "out")
+        export_checkpoint(permuting_plan(model, write_plan)[1], model, tmp_path / "out")
     assert text in caught.value.message
     assert not (tmp_path / "out").exists()
 

@@ -16,6 +16,8 @@ from placer.cli.main import main
 from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.plan import Placement
+from tests.checkpoint.test_quantised_layouts import LAYOUTS, permuting_plan, write
+from tests.families import build, randomise
 
 WritePlan = Callable[..., Path]
 # Replicas of 3, 2, 1, 0 and of 0, 7, 6, 5; no rank has two copies of one.
@@ -214,3 +216,60 @@ def test_a_permuted_checkpoint_is_not_split_by_the_plan_again(
     with pytest.raises(PlacerError, match="was permuted by placer") as caught:
         prepare_ranks(plan, tmp_path / "out", experts_only=False)
     assert "--inverse" in caught.value.hint
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "granitemoe", "gpt_oss"])
+@pytest.mark.parametrize("experts_only", [False, True])
+def test_of_fused_experts_a_rank_has_those_in_its_slots(
+    model_type: str, experts_only: bool, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    randomise(build(model_type)).save_pretrained(model)
+    spec = ModelSpec.from_checkpoint(model)
+    rows = [ROWS[layer % 2] for layer in range(spec.num_layers)]
+    placement = Placement.from_json(rows, spec.num_experts, num_ranks=4, num_nodes=2)
+    plan = write_plan(spec, placement)
+    prepare_ranks(plan, model, experts_only=experts_only).write(out)
+    original = source_tensors(model)
+    for rank in range(4):
+        found = tensors_of(out / f"rank-{rank:05}")
+        fused = [n for n in found if ".experts." in n or "put_linear" in n]
+        assert (
+            len(fused)
+            == spec.num_layers * {"dbrx": 3, "granitemoe": 2, "gpt_oss": 4}[model_type]
+        )
+        if experts_only:
+            assert set(found) == set(fused)
+        else:
+            assert set(found) == set(original)
+        for name, tensor in found.items():
+            expected = original[name]
+            if name in fused:
+                layer = int(name.split(".")[2])
+                held = rows[layer][3 * rank : 3 * rank + 3]
+                expected = torch.cat([expected.chunk(8)[e] for e in held])
+            assert torch.equal(tensor, expected)
+    report = verify_ranks(model, out, plan)
+    assert report.num_experts == 12 * spec.num_layers
+    damaged(out, 1, flip)
+    with pytest.raises(VerificationError, match=r"rank-00001 .* differs from that of"):
+        verify_ranks(model, out, plan)
+
+
+def test_one_scale_for_all_experts_goes_to_every_rank(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """NVFP4 in fused tensors: packed rows are split, the scale of all rows is not."""
+    model = write(LAYOUTS["llama4-nvfp4"](), tmp_path / "model")
+    rows, plan = permuting_plan(model, write_plan)
+    prepare_ranks(plan, model, experts_only=True).write(tmp_path / "out")
+    assert verify_ranks(model, tmp_path / "out", plan).num_ranks == 4
+    prefix = "language_model.model.layers.1.feed_forward.experts."
+    original = source_tensors(model)
+    for rank in range(4):
+        found = tensors_of(tmp_path / "out" / f"rank-{rank:05}")
+        name = f"{prefix}down_proj_weight_scale_2"
+        assert torch.equal(found[name], original[name])
+        name = f"{prefix}down_proj_weight_scale"
+        expected = original[name].view(torch.uint8)[rows[1][3 * rank : 3 * rank + 3]]
+        assert torch.equal(found[name].view(torch.uint8), expected)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from placer.checkpoint.export import export_checkpoint
-from placer.checkpoint.verify import TIE_LOGIT, _Comparison, _Output, _tied, verify
+from placer.checkpoint.verify import _Comparison, _Output, _tied, verify
 from placer.cli.main import main
 from placer.errors import PlacerError, VerificationError
 from placer.files import sha256_file
@@ -190,29 +190,30 @@ def test_nothing_but_ties_proves_nothing(
 
 
 def test_only_experts_as_good_as_those_left_out_are_a_tie() -> None:
-    near, far = TIE_LOGIT / 2, TIE_LOGIT * 3
     cases = [
-        ([3.0, 1.0, 1.0 - near, 0.0], [0, 2], True),
-        ([3.0, 1.0, 1.0 - far, 0.0], [0, 2], False),
-        # Expert 2 is nearly as good as 1, but it is the far better 0 that is left out.
-        ([3.0, 1.0, 1.0 - near, 0.0], [1, 2], False),
-        ([1.0, 1.0, 1.0, 1.0], [2, 3], True),
-        ([3.0, 1.0, float("nan"), 0.0], [0, 2], False),
+        ([1.0, 0.6, 0.4, 0.0], [0, 2], True),
+        ([1.0, 1.0, 0.0, 0.0], [0, 2], False),
+        # Expert 2 is as good as 1, but it is 0 that is left out, sure to be chosen.
+        ([1.0, 0.6, 0.4, 0.0], [1, 2], False),
+        # Expert 1 may be left out, but not for 3, which is never chosen.
+        ([1.0, 0.6, 0.4, 0.0], [0, 3], False),
+        ([0.5, 0.5, 0.5, 0.5], [2, 3], True),
+        ([1.0, 0.6, float("nan"), 0.0], [0, 2], False),
     ]
-    for scores, new, expected in cases:
+    for shares, new, expected in cases:
         found = _tied(
-            np.asarray([scores], np.float32), np.asarray([[0, 1]]), np.asarray([new])
+            np.asarray([shares], np.float32), np.asarray([[0, 1]]), np.asarray([new])
         )
-        assert found.tolist() == [expected], (scores, new)
+        assert found.tolist() == [expected], (shares, new)
 
 
 def output(chosen: list[list[int]], logits: list[float]) -> _Output:
     """Two layers, three tokens, top 1 of 3; in layer 0 experts 0 and 1 tie at token 1."""
-    scores = np.asarray([[3, 2, 1], [2, 2, 1], [3, 2, 1]], np.float32)
+    shares = np.asarray([[1, 0, 0], [0.5, 0.5, 0], [1, 0, 0]], np.float32)
     return _Output(
         logits=np.asarray(logits, np.float32)[:, None],
         chosen=tuple(np.asarray(layer)[:, None] for layer in chosen),
-        scores=(scores, np.asarray([[3, 2, 1]] * 3, np.float32)),
+        shares=(shares, np.asarray([[1, 0, 0]] * 3, np.float32)),
     )
 
 

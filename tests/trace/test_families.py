@@ -16,7 +16,7 @@ from placer.files import read_json
 from placer.model import Architecture, ModelSpec, known_architectures
 from placer.trace.capture import RouterCapture
 from placer.trace.record import RecordOptions, record
-from tests.families import FAMILIES, SMALL, VISION, build, build_vision, oracle
+from tests.families import FAMILIES, SMALL, VISION, build, build_vision, oracle, randomise
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -44,6 +44,44 @@ def test_captured_ids_are_those_that_the_experts_were_called_with(
         assert [set(row.tolist()) for row in output.ids] == expected
         assert all(len(row) == spec.top_k for row in expected)
         assert (output.weights[:, 1:] <= output.weights[:, :-1]).all()
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_an_expert_is_in_a_tie_with_one_of_the_same_weights(
+    model_type: str, tmp_path: Path
+) -> None:
+    """With rows and biases of the routers repeated, 0 ties with 1, 2 with 3, and so on."""
+    model = randomise(build(model_type))
+    model.config.save_pretrained(tmp_path)
+    architecture = Architecture.of(read_json(tmp_path / "config.json", "config"), tmp_path)
+    spec = ModelSpec.from_checkpoint(tmp_path)
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    with RouterCapture(model, architecture, spec, with_ties=True) as capture:
+        with torch.inference_mode():
+            model(input_ids=ids)
+        for output in capture.take():
+            assert output.shares is not None
+            assert torch.equal(output.shares.sum(1), torch.full((14,), float(spec.top_k)))
+            sure = output.shares.gather(1, output.ids).mean()
+            assert sure > 0.98, "few are in a tie where weights are drawn"
+        for layer in spec.layer_ids:
+            path = architecture.router_module.format(layer=layer)
+            block = model.get_submodule(path.rpartition(".")[0])
+            for tensor in [*block.parameters(), *block.buffers()]:
+                if tensor.shape in {(8, 32), (8,), (1, 8)}:
+                    rows = tensor.data.view(8, -1)
+                    rows[1::2] = rows[::2].clone()
+        with torch.inference_mode():
+            model(input_ids=ids)
+        for output in capture.take():
+            if (
+                model_type == "deepseek_v4"
+                and (output.shares.gather(1, output.ids) == 1).all()
+            ):
+                continue  # a table leaves nothing to the weights
+            twins = output.shares.reshape(14, 4, 2)
+            assert ((twins > 0).sum(2) != 1).float().mean() > 0.9
+            assert ((twins[..., 0] - twins[..., 1]).abs() < 0.9).all()
 
 
 RECORDED = {
