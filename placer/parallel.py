@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -58,8 +58,21 @@ class Backend:
             If a task raises it, a process was killed, or Ray is not installed.
         """
         if self.name == "ray":
-            return _map_ray(task, items, self.address)
+            results = dict(self.as_completed(task, items))
+            return [results[n] for n in range(len(items))]
         return [task(items[0])] if len(items) == 1 else _map_processes(task, items)
+
+    def as_completed(
+        self, task: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield index and ``task(item)`` of every item as Ray completes them.
+
+        Raises
+        ------
+        PlacerError
+            If a task raises it, workers were lost again and again, or Ray is not installed.
+        """
+        return _on_ray(task, items, self.address)
 
 
 def _map_processes(task: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -96,9 +109,9 @@ def _call(task: Callable[[Item], Result], item: Item) -> Result:
     return task(item)
 
 
-def _map_ray(
+def _on_ray(
     task: Callable[[Item], Result], items: Sequence[Item], address: str | None
-) -> list[Result]:
+) -> Iterator[tuple[int, Result]]:
     try:
         import ray
     except ImportError as error:
@@ -108,18 +121,25 @@ def _map_ray(
     joined = ray.is_initialized()
     if not joined:
         _join(address)
+    pending: dict[Any, int] = {}
     try:
         remote: Any = ray.remote(max_retries=_MAX_RETRIES)(_call)
-        return list(ray.get([remote.remote(task, item) for item in items]))
+        pending = {remote.remote(task, item): n for n, item in enumerate(items)}
+        while pending:
+            for reference in ray.wait(list(pending))[0]:
+                result: Result = ray.get(reference)
+                yield pending.pop(reference), result
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise cause if isinstance(cause, PlacerError) else error from None
     except ray.exceptions.WorkerCrashedError as error:
         raise PlacerError(
             f"a Ray worker was lost {_MAX_RETRIES + 1} times, perhaps for want of memory",
-            "give the workers more memory, or count here: --backend processes",
+            "give the workers more memory, or work here: --backend processes",
         ) from error
     finally:
+        for reference in pending:
+            ray.cancel(reference)
         if not joined:
             ray.shutdown()
 

@@ -1,6 +1,6 @@
 """Small real things that many tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,21 @@ def shared_traces() -> Path:
     if not folder.is_dir():
         pytest.skip("the real traces are not here: no ../shared/traces beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A Ray cluster of two worker processes, whose tasks can import the tests."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: placer[ray]")
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        runtime_env=here,
+    )
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -20,21 +20,6 @@ MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 RAY = Backend(name="ray")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: placer[ray]")
-    # Workers import this file to find the function that kills them.
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        runtime_env=here,
-    )
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture
 def trace(
     make_chunk: Callable[..., Chunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -58,7 +43,7 @@ def die_once(directory: Path, part: int, marker: Path) -> Iterator[Chunk]:
 
 
 def test_tasks_write_the_same_bytes_as_one_process(
-    cluster: None, trace: Trace, tmp_path: Path
+    ray_cluster: None, trace: Trace, tmp_path: Path
 ) -> None:
     affinity_of_traces([trace], None).write(tmp_path / "one")
     affinity_of_traces([trace], None, 5, RAY).write(tmp_path / "ray")
@@ -66,7 +51,7 @@ def test_tasks_write_the_same_bytes_as_one_process(
 
 
 def test_a_worker_killed_on_the_way_changes_nothing(
-    cluster: None, trace: Trace, tmp_path: Path
+    ray_cluster: None, trace: Trace, tmp_path: Path
 ) -> None:
     markers = [tmp_path / f"killed-{part}" for part in range(5)]
     markers[0].touch()  # this one lives
@@ -81,7 +66,7 @@ def test_a_worker_killed_on_the_way_changes_nothing(
     assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
 
 
-def test_damage_found_by_a_task_is_told(cluster: None, trace: Trace) -> None:
+def test_damage_found_by_a_task_is_told(ray_cluster: None, trace: Trace) -> None:
     path = trace.directory / "chunk-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(PlacerError, match=r"chunk-00004\.safetensors is damaged") as caught:

@@ -84,7 +84,8 @@ def _sources(trace: Trace, fold: Fold | None, num_workers: int) -> list[ChunkSou
     number = max(1, min(num_workers, len(chunks), worth))
     cuts = [len(chunks) * n // number for n in range(number + 1)]
     return [
-        partial(_read_chunks, trace.directory, fold, start, stop)
+        # A task of Ray may run in another directory.
+        partial(_read_chunks, trace.directory.absolute(), fold, start, stop)
         for start, stop in itertools.pairwise(cuts)
     ]
 

@@ -1,12 +1,13 @@
 """Writing many shards, in parallel, so that a killed run goes on where it stopped."""
 
+import functools
 import os
 import shutil
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from placer.checkpoint.journal import Journal, resumable_directory
 from placer.checkpoint.shard import Shard
 from placer.errors import UsageError
 from placer.files import require_free_space, sha256_file, sha256_json
+from placer.parallel import PROCESSES, Backend
 
 IntArray = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
@@ -36,15 +38,23 @@ class ExportOptions:
         Record the SHA-256 of every original shard, which takes longer than the copy.
     num_workers
         Shards written at the same time; ``None`` for one per CPU, at most 4.
+    backend
+        This machine, or Ray tasks on machines that share source and target.
     """
 
     link: bool = False
     with_hashes: bool = False
     num_workers: int | None = None
+    backend: Backend = PROCESSES
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
             raise UsageError(f"{self.num_workers} workers write nothing", "--workers 1")
+        if self.num_workers is not None and self.backend.name == "ray":
+            raise UsageError(
+                f"--workers {self.num_workers} is for this machine, Ray has its own",
+                "drop --workers or --backend",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -298,6 +308,9 @@ def _write_all(
             raise
 
     left = [work for work in works if work.name not in journal.finished]
+    if options.backend.name == "ray":
+        _write_on_ray(left, partial, journal, options, progress)
+        return
     # Threads are enough: the kernel copies, and Python lets others run meanwhile.
     num_workers = options.num_workers or min(_MOST_WORKERS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(num_workers)
@@ -309,6 +322,34 @@ def _write_all(
     finally:
         failed.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _write_on_ray(
+    left: Sequence[ShardWork],
+    partial: Path,
+    journal: Journal,
+    options: ExportOptions,
+    progress: Progress | None,
+) -> None:
+    """Write every shard as a task; the journal stays here."""
+    # A task may run in another directory.
+    target = partial.absolute()
+    tasks = [
+        replace(work, shard=replace(work.shard, path=work.shard.path.absolute()))
+        for work in left
+    ]
+    write = functools.partial(_write_into, directory=target, options=options)
+    whole = len(journal.finished) + len(left)
+    for number, facts in options.backend.as_completed(write, tasks):
+        journal.add(left[number].name, facts)
+        if progress is not None:
+            progress(f"{len(journal.finished)} of {whole} shards")
+
+
+def _write_into(
+    work: ShardWork, *, directory: Path, options: ExportOptions
+) -> dict[str, Any]:
+    return _write_shard(work, directory / work.name, options)
 
 
 def _write_shard(work: ShardWork, target: Path, options: ExportOptions) -> dict[str, Any]:

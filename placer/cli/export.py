@@ -26,11 +26,12 @@ Facts = dict[str, object]
 _TOLD = ("command", "conditions", "warnings")
 MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
 TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS)
+_BACKEND = ("--backend", "--ray-address")
 # Maps take --out alone.
 _OPTIONS = {
-    "checkpoint": ("--inverse", "--link", "--hash", "--workers", "--dry-run"),
+    "checkpoint": ("--inverse", "--link", "--hash", "--workers", *_BACKEND, "--dry-run"),
     "deepspeed": ("--inverse",),
-    "ranks": ("--experts-only", "--workers", "--dry-run"),
+    "ranks": ("--experts-only", "--workers", *_BACKEND, "--dry-run"),
 }
 
 
@@ -66,6 +67,17 @@ def export(
         int | None,
         typer.Option(metavar="N", help="Shards at a time; default one per CPU, at most 4."),
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="Where shards are written: processes (here), or tasks of a ray cluster.",
+            show_default="processes",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster that sees source and target."),
+    ] = None,
     experts_only: Annotated[
         bool,
         typer.Option("--experts-only", help="With ranks: leave out all but the experts."),
@@ -97,6 +109,8 @@ def export(
         "--link": link,
         "--hash": with_hashes,
         "--workers": workers,
+        "--backend": backend,
+        "--ray-address": ray_address,
         "--experts-only": experts_only,
         "--dry-run": dry_run,
     }
@@ -107,8 +121,15 @@ def export(
         facts = _export_deepspeed(plan, model, _required(out), inverse)
     else:
         from placer.checkpoint.writing import ExportOptions
+        from placer.parallel import Backend
 
-        options = ExportOptions(link=link, with_hashes=with_hashes, num_workers=workers)
+        options = ExportOptions(
+            link=link,
+            with_hashes=with_hashes,
+            num_workers=workers,
+            # Backend refuses other names.
+            backend=Backend(name=backend or "processes", address=ray_address),  # type: ignore[arg-type]
+        )
         if target == "ranks":
             job: ExportJob | RanksJob = _prepared_ranks(plan, model, experts_only)
         else:

@@ -19,6 +19,7 @@ from placer.checkpoint.export import (
 from placer.checkpoint.writing import ExportOptions
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.model import ModelSpec
+from placer.parallel import Backend
 from placer.plan import Placement, Plan
 
 MakePlan = Callable[..., Path]
@@ -50,6 +51,38 @@ def test_greedy_text_of_the_export_is_that_of_the_original(
     before = old.generate(prompts, attention_mask=mask, **options)
     after = new.generate(prompts, attention_mask=mask, **options)
     assert torch.equal(before, after)
+
+
+def test_tasks_of_ray_write_the_same_bytes(
+    ray_cluster: None,
+    tiny_sharded_model: Path,
+    make_plan: MakePlan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The workers' directory is another, and the paths are relative."""
+    plan = make_plan(tiny_sharded_model)
+    export_checkpoint(plan, tiny_sharded_model, tmp_path / "here")
+    monkeypatch.chdir(tiny_sharded_model.parent)
+    relative = Path(tiny_sharded_model.name)
+    out = Path(os.path.relpath(tmp_path / "ray"))
+    export_checkpoint(plan, relative, out, ExportOptions(backend=Backend(name="ray")))
+    assert hashes(tmp_path / "ray") == hashes(tmp_path / "here")
+    with pytest.raises(UsageError, match="Ray has its own"):
+        ExportOptions(backend=Backend(name="ray"), num_workers=2)
+
+
+def test_a_shard_that_ends_early_stops_the_tasks_of_ray(
+    ray_cluster: None, tiny_sharded_model: Path, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_sharded_model, source)
+    job = prepare_export(make_plan(tiny_sharded_model), source)
+    shard = sorted(source.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-64])
+    with pytest.raises(PlacerError):
+        job.write(tmp_path / "out", ExportOptions(backend=Backend(name="ray")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_expert_and_router_move_together(
