@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from placer.checkpoint.export import (
     export_checkpoint,
+    prepare_export,
     restore_checkpoint,
 )
 from placer.checkpoint.writing import ExportOptions
