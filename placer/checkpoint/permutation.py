@@ -65,48 +65,93 @@ def tensor_changes(
         If a tensor stands among the experts or at a router and no rule of the family
         names it, or an expert or router is missing: nothing is guessed.
     """
-    layout = architecture.require_layout()
-    ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
-    inverse = [np.argsort(row) for row in permutation]
-    mtp_layers = architecture.mtp_layers(config)
-    names: dict[str, str] = {}
-    rows: dict[str, IntArray] = {}
-    tables: dict[str, IntArray] = {}
-    held = _Held()
+    found = _Changes(architecture, config, model, permutation)
     for name, info in tensors.items():
-        place = layout.classify(name)
-        if place is None:
-            if NAMES_EXPERTS.search(name):
-                raise _unknown(name, architecture, "no rule of its family names it")
-            continue
-        if place.kind is TensorKind.REST or place.layer in mtp_layers:
-            continue
-        n = ordinal.get(place.layer or 0)
-        if n is None:
-            if place.kind is not None or NAMES_EXPERTS.search(name):
-                raise _unknown(
-                    name, architecture, f"layer {place.layer} is no MoE layer by the config"
-                )
-            continue
-        size = model.num_experts[n]
-        held.add(n, place)
-        if place.kind is None:
-            raise _unknown(name, architecture, "no rule of its family names it")
+        place = found.place(name)
+        if place is not None:
+            found.add(name, info, place)
+    found.held.require_complete(model)
+    return TensorChanges(names=found.names, rows=found.rows, tables=found.tables)
+
+
+class _Changes:
+    """The changes of the tensors seen so far."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Mapping[str, Any],
+        model: ModelSpec,
+        permutation: Sequence[IntArray],
+    ) -> None:
+        self.names: dict[str, str] = {}
+        self.rows: dict[str, IntArray] = {}
+        self.tables: dict[str, IntArray] = {}
+        self.held = _Held()
+        self._architecture = architecture
+        self._layout = architecture.require_layout()
+        self._mtp_layers = architecture.mtp_layers(config)
+        self._num_experts = model.num_experts
+        self._ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
+        self._old = permutation
+        self._new = [np.argsort(row) for row in permutation]
+
+    def place(self, name: str) -> TensorPlace | None:
+        """Return what a tensor is, ``None`` if no plan changes it."""
+        place = self._layout.classify(name)
+        if place is not None and (
+            place.kind is TensorKind.REST or place.layer in self._mtp_layers
+        ):
+            return None
+        in_moe_layer = place is not None and place.layer in self._ordinal
+        known = place is not None and place.kind is not None
+        if in_moe_layer and known:
+            return place
+        if in_moe_layer or (place is None and NAMES_EXPERTS.search(name)):
+            raise self._unknown(name, "no rule of its family names it")
+        if place is not None and (known or NAMES_EXPERTS.search(name)):
+            reason = f"layer {place.layer} is no MoE layer by the config"
+            raise self._unknown(name, reason)
+        return None
+
+    def add(self, name: str, info: TensorInfo, place: TensorPlace) -> None:
+        """Note what becomes of a tensor of an MoE layer."""
+        n = self._ordinal[place.layer or 0]
+        self.held.add(n, place)
         if place.expert is not None:
-            if place.expert >= size:
-                raise _unknown(name, architecture, f"the layer has {size} experts")
-            new = int(inverse[n][place.expert])
+            if place.expert >= self._num_experts[n]:
+                reason = f"the layer has {self._num_experts[n]} experts"
+                raise self._unknown(name, reason)
+            new = int(self._new[n][place.expert])
             if new != place.expert:
-                names[name] = place.template.replace("{expert}", str(new))
+                self.names[name] = place.template.replace("{expert}", str(new))
         elif place.kind is TensorKind.TABLE:
             if info.dtype not in TABLE_DTYPES:
-                raise _unknown(name, architecture, f"{info.dtype} is no whole number")
-            tables[name] = inverse[n]
+                raise self._unknown(name, f"{info.dtype} is no whole number")
+            self.tables[name] = self._new[n]
         elif place.kind is not TensorKind.FUSED or math.prod(info.shape) != 1:
-            _require_blocks(name, info, place.kind, size, architecture)
-            rows[name] = permutation[n]
-    held.require_complete(model)
-    return TensorChanges(names=names, rows=rows, tables=tables)
+            self._require_blocks(name, info, place.kind, self._num_experts[n])
+            self.rows[name] = self._old[n]
+
+    def _require_blocks(
+        self, name: str, info: TensorInfo, kind: TensorKind | None, size: int
+    ) -> None:
+        """Check that a tensor is E equal blocks, one after the other."""
+        # [1, E] has its experts along the first axis that is longer than 1.
+        axis = next((n for n in info.shape if n != 1), 1)
+        fits = axis % size == 0 if kind is TensorKind.STACKED else axis == size
+        if not fits:
+            reason = f"its shape is {list(info.shape)}, not [{size}, ...]"
+            raise self._unknown(name, reason)
+        if (info.stop - info.start) % size:
+            raise self._unknown(name, "its rows end within a byte")
+
+    def _unknown(self, name: str, reason: str) -> PlacerError:
+        return PlacerError(
+            f"tensor {name} cannot be classified: {reason}",
+            f"name it in the data file of {self._architecture.model_types[0]} "
+            "(placer/architectures), or report the checkpoint",
+        )
 
 
 class _Held:
@@ -149,25 +194,6 @@ class _Held:
                 )
 
 
-def _require_blocks(
-    name: str,
-    info: TensorInfo,
-    kind: TensorKind | None,
-    size: int,
-    architecture: Architecture,
-) -> None:
-    """Check that a tensor is E equal blocks, one after the other."""
-    # [1, E] has its experts along the first axis that is longer than 1.
-    axis = next((n for n in info.shape if n != 1), 1)
-    fits = axis % size == 0 if kind is TensorKind.STACKED else axis == size
-    if not fits:
-        raise _unknown(
-            name, architecture, f"its shape is {list(info.shape)}, not [{size}, ...]"
-        )
-    if (info.stop - info.start) % size:
-        raise _unknown(name, architecture, "its rows end within a byte")
-
-
 def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> None:
     """Refuse a permutation that a group-limited router cannot express.
 
@@ -193,11 +219,3 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
                 "solve again with whole groups: placer solve --preserve-groups; or export "
                 "a runtime map, which has no such limit: placer export sglang",
             )
-
-
-def _unknown(name: str, architecture: Architecture, reason: str) -> PlacerError:
-    return PlacerError(
-        f"tensor {name} cannot be classified: {reason}",
-        f"name it in the data file of {architecture.model_types[0]} "
-        "(placer/architectures), or report the checkpoint",
-    )
