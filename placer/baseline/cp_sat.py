@@ -9,55 +9,62 @@ from placer.plan.problem import IntArray
 Assignment = list[list[cp_model.IntVar]]
 
 
-def equal_assignment(
-    model: cp_model.CpModel, hint: IntArray, num_groups: int
-) -> Assignment:
-    """Add variables that put experts into equal groups; ``hint`` ``[n]`` is a solution."""
-    variables = []
-    for group in hint.tolist():
-        first = [model.new_bool_var("") for _ in range(num_groups)]
-        for g, variable in enumerate(first):
-            model.add_hint(variable, g == group)
-        model.add_exactly_one(first)
-        variables.append(first)
-    for column in zip(*variables, strict=True):
-        model.add(sum(column) == len(hint) // num_groups)
-    return variables
+class GroupingProgram:
+    """A program that puts experts into equal groups, several times over.
 
-
-def read_assignment(solver: cp_model.CpSolver, assignment: Assignment) -> IntArray:
-    """Return the group of each expert, ``[n]`` int64."""
-    return np.asarray(
-        [[solver.boolean_value(on) for on in row].index(True) for row in assignment],
-        dtype=np.int64,
-    )
-
-
-def solve_model(
-    model: cp_model.CpModel, seconds: float, seed: int, gap: float = 0.0
-) -> cp_model.CpSolver:
-    """Solve a program that has a hint, and return the solver that holds its solution.
-
-    Parameters
+    Attributes
     ----------
     model
-        The program; its hint is a solution.
-    seconds
-        Limit in deterministic seconds; several strategies take turns in one thread, so
-        the same program gives the same solution everywhere.
-    seed
-        Seed of the strategies.
-    gap
-        Relative gap at which to stop.
+        The program; further variables and constraints are the caller's.
     """
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 8
-    solver.parameters.interleave_search = True
-    solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = seconds
-    solver.parameters.relative_gap_limit = gap
-    solver.parameters.repair_hint = True
-    status = solver.solve(model)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        raise RuntimeError(f"CP-SAT lost a solution that it was given: {status}")
-    return solver
+
+    def __init__(self) -> None:
+        self.model = cp_model.CpModel()
+        self._start: list[IntArray] = []
+        self._assignments: list[Assignment] = []
+
+    def add_experts(self, start: IntArray, num_groups: int) -> Assignment:
+        """Add experts that are to be in equal groups; ``start`` ``[n]`` is a solution."""
+        model, variables = self.model, []
+        for group in start.tolist():
+            row = [model.new_bool_var("") for _ in range(num_groups)]
+            for g, variable in enumerate(row):
+                model.add_hint(variable, g == group)
+            model.add_exactly_one(row)
+            variables.append(row)
+        for column in zip(*variables, strict=True):
+            model.add(sum(column) == len(start) // num_groups)
+        self._start.append(start)
+        self._assignments.append(variables)
+        return variables
+
+    def solve(self, seconds: float, seed: int, gap: float = 0.0) -> list[IntArray]:
+        """Return the group of each expert, ``[n]`` int64, in the order they were added.
+
+        Parameters
+        ----------
+        seconds
+            Limit in deterministic seconds; in one thread, so that the same program gives
+            the same solution everywhere. Where CP-SAT finds nothing within it, the start
+            is returned.
+        seed
+            Seed of the search.
+        gap
+            Relative gap at which to stop.
+        """
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        # Breaking the symmetry of groups would lose the hint.
+        solver.parameters.symmetry_level = 0
+        solver.parameters.random_seed = seed
+        solver.parameters.max_deterministic_time = seconds
+        solver.parameters.relative_gap_limit = gap
+        if solver.solve(self.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return self._start
+        return [
+            np.asarray(
+                [[solver.boolean_value(on) for on in row].index(True) for row in rows],
+                dtype=np.int64,
+            )
+            for rows in self._assignments
+        ]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from ortools.sat.python import cp_model
 
-from placer.baseline.cp_sat import equal_assignment, read_assignment, solve_model
+from placer.baseline.cp_sat import GroupingProgram
 from placer.baseline.problem import BaselineProblem
 from placer.plan.balance import greedy_balance
 from placer.plan.placement import Placement
@@ -38,9 +38,11 @@ def moetuner(problem: BaselineProblem) -> Placement:
 def _cluster(problem: BaselineProblem, load: IntArray, seconds: float) -> IntArray:
     """Return the cluster of each expert of a layer, ``[E]`` int64."""
     num_ranks, total = problem.num_ranks, int(load.sum())
-    model = cp_model.CpModel()
-    hint = greedy_balance(load.astype(np.float64), num_ranks)
-    cluster = equal_assignment(model, hint, num_ranks)
+    program = GroupingProgram()
+    model = program.model
+    cluster = program.add_experts(
+        greedy_balance(load.astype(np.float64), num_ranks), num_ranks
+    )
     away = []
     for column in zip(*cluster, strict=True):
         # Times R, so that the mean is whole.
@@ -50,7 +52,7 @@ def _cluster(problem: BaselineProblem, load: IntArray, seconds: float) -> IntArr
         model.add(distance >= -over)
         away.append(distance)
     model.minimize(sum(away))
-    return read_assignment(solve_model(model, seconds, problem.seed, _GAP), cluster)
+    return program.solve(seconds, problem.seed, _GAP)[0]
 
 
 def _assign(
@@ -58,9 +60,10 @@ def _assign(
 ) -> list[IntArray]:
     """Return the rank of each cluster in every layer, L arrays ``[R]`` int64."""
     num_ranks, topology = problem.num_ranks, problem.topology
-    model = cp_model.CpModel()
+    program = GroupingProgram()
+    model = program.model
     in_order = np.arange(num_ranks)
-    on_rank = [equal_assignment(model, in_order, num_ranks) for _ in clusters]
+    on_rank = [program.add_experts(in_order, num_ranks) for _ in clusters]
     price = topology.rank_cost().astype(np.int64)
     # Ranks that are one place to each other, and the price of a transfer between places.
     places = {1: 1}
@@ -83,8 +86,7 @@ def _assign(
                     ).only_enforce_if(together)
                 model.add(longest >= cost * int(sent[one, two])).only_enforce_if(~together)
     model.minimize(sum(slowest))
-    solver = solve_model(model, seconds, problem.seed, _GAP)
-    return [read_assignment(solver, layer) for layer in on_rank]
+    return program.solve(seconds, problem.seed, _GAP)
 
 
 def _between(counts: IntArray, first: IntArray, second: IntArray, num: int) -> IntArray:
