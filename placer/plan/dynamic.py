@@ -155,9 +155,10 @@ def _num_operations(counts: Sequence[int], class_size: int, cost: ChainCost) -> 
 
 def has_few_assignments(problem: PlacementProblem) -> bool:
     """Return whether all assignments of every layer fit in memory."""
-    return max(
-        num_assignments(len(load), problem.num_ranks) for load in problem.load
-    ) <= MAX_ASSIGNMENTS
+    return (
+        max(num_assignments(len(load), problem.num_ranks) for load in problem.load)
+        <= MAX_ASSIGNMENTS
+    )
 
 
 def num_assignments(num_experts: int, num_ranks: int) -> int:
