@@ -33,8 +33,9 @@ def simulate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Placement to compare with: contiguous, balanced or random; repeatable. "
-            "Default: contiguous and balanced.",
+            help="Placement to compare with (docs/baselines.md); repeatable: contiguous, "
+            "balanced, random, eplb, exflow, moetuner, grace, occult, sem-moe, "
+            "kernighan-lin, metis or mt-kahypar. Default: contiguous and balanced.",
         ),
     ] = None,
     engine: Annotated[

@@ -133,9 +133,9 @@ def solve_exactly(
         If a layer has no assignment under its load cap and pins.
     """
     cost = PairCost(problem=problem) if cost is None else cost
-    counts = [num_assignments(len(load), problem.num_ranks) for load in problem.load]
-    if max(counts) > MAX_ASSIGNMENTS:
+    if not has_few_assignments(problem):
         return None
+    counts = [num_assignments(len(load), problem.num_ranks) for load in problem.load]
     renamings = _renamings(problem.topology.rank_cost(), allowed)
     if _num_operations(counts, len(renamings), cost) > max_operations:
         return None
@@ -150,6 +150,14 @@ def _num_operations(counts: Sequence[int], class_size: int, cost: ChainCost) -> 
     return sum(
         float(count) * (after // class_size) * cost.num_features(layer)
         for layer, (count, after) in enumerate(itertools.pairwise(counts))
+    )
+
+
+def has_few_assignments(problem: PlacementProblem) -> bool:
+    """Return whether all assignments of every layer fit in memory."""
+    return (
+        max(num_assignments(len(load), problem.num_ranks) for load in problem.load)
+        <= MAX_ASSIGNMENTS
     )
 
 

@@ -7,11 +7,12 @@ import numpy as np
 
 from placer import __version__
 from placer.affinity import Affinity, count_affinity
+from placer.baseline import BaselineProblem
+from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
 from placer.plan.migration import num_moved
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan
-from placer.plan.replicas import with_replicas
 from placer.plan.solve import Progress, SolveOptions, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
@@ -43,7 +44,7 @@ def plan_from_trace(
             trace.model.num_experts, topology.num_ranks, topology.num_nodes
         ),
         "balanced": balanced(affinity.load, topology.num_ranks, topology.num_nodes),
-        **_with_equal_slots(affinity, options),
+        **_with_equal_slots(trace, fold, options),
     }
 
     def metrics(tokens: Chunk, placed: Any) -> dict[str, Any]:
@@ -93,14 +94,19 @@ def plan_from_affinity(
     )
 
 
-def _with_equal_slots(affinity: Affinity, options: SolveOptions) -> dict[str, Placement]:
+def _with_equal_slots(
+    trace: Trace, fold: Fold | None, options: SolveOptions
+) -> dict[str, Placement]:
     """Return the load balancer that has the same redundant experts."""
     if not options.redundant_experts:
         return {}
-    topology = options.topology
-    start = balanced(affinity.load, topology.num_ranks, topology.num_nodes)
-    loads = [counts.astype(np.float64) for counts in affinity.load]
-    return {"eplb": with_replicas(start, loads, options.redundant_experts)}
+    problem = BaselineProblem(
+        trace=trace,
+        fold=fold,
+        topology=options.topology,
+        redundant_experts=options.redundant_experts,
+    )
+    return {"eplb": eplb(problem)}
 
 
 def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from placer.plan.copies import METHOD as COPIES_METHOD
 from placer.plan.copies import CopiesCertificate, token_sets
 from placer.plan.copies_cost import CopiesCost
 from placer.plan.dynamic import METHOD as EXACT_METHOD
-from placer.plan.dynamic import solve_exactly
+from placer.plan.dynamic import has_few_assignments, solve_exactly
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
@@ -361,7 +361,7 @@ def _place_pairs(
     exact = None
     if judged is None:
         exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
-    elif options.needs_tokens is None:
+    elif options.needs_tokens is None and has_few_assignments(problem):
         cost = CopiesCost.of([judged], options.policy, options.topology)
         exact = solve_exactly(problem, cost, max_operations=_EXACT_OPERATIONS)
     if exact is not None:

@@ -1,6 +1,6 @@
-"""Placements to compare with: what engines do on their own."""
+"""Placements that need no more than loads: what engines do on their own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -72,15 +72,3 @@ def _placed(
         num_ranks=num_ranks,
         num_nodes=num_nodes,
     )
-
-
-def _sizes(load: Load) -> tuple[int, ...]:
-    return tuple(len(counts) for counts in load)
-
-
-#: Baselines by name, each from the profile's load (L arrays ``[E]``), ranks and nodes.
-BASELINES: Mapping[str, Callable[[Load, int, int], Placement]] = {
-    "contiguous": lambda load, ranks, nodes: contiguous(_sizes(load), ranks, nodes),
-    "balanced": balanced,
-    "random": lambda load, ranks, nodes: random(_sizes(load), ranks, nodes),
-}

@@ -1,5 +1,6 @@
 """Simulating a plan file on a trace, beside the baselines."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from placer.baseline import BASELINES, BaselineProblem
 from placer.engine import Engine, Exchange, ReplicaChoice, Transfer
 from placer.errors import PlacerError, UsageError
 from placer.hardware import Hardware
 from placer.model import require_same_model
 from placer.plan import Placement, Plan
 from placer.plan.plan import plan_sha256
-from placer.simulation.baselines import BASELINES, Load
+from placer.plan.problem import Topology
 from placer.simulation.batch_figures import (
     BatchFigures,
     BatchOptions,
@@ -23,7 +25,7 @@ from placer.simulation.batch_figures import (
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
 from placer.simulation.homes import Phase
 from placer.simulation.metrics import PolicyMetrics
-from placer.simulation.profile import expert_load, num_seen_sequences, profile_fold
+from placer.simulation.profile import num_seen_sequences, profile_fold
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, simulate
 from placer.table.table import Table
 from placer.trace import Fold, Trace
@@ -234,8 +236,8 @@ def judge_plan(
 ) -> Judgement:
     """Simulate a plan and baselines on the sequences of ``fold``.
 
-    The baseline ``balanced`` balances the load of the plan's own profile fold where the
-    plan records one, else of all sequences.
+    Baselines see the plan's own profile fold where the plan records one, else all
+    sequences.
 
     Raises
     ------
@@ -253,12 +255,10 @@ def judge_plan(
     table = None if table_path is None else read_table_of(table_path, plan_path)
     tokens = trace.read(fold)
     num_sequences = len(np.unique(tokens.sequence_ids))
-    load, load_warning = _baseline_load(plan, trace, baselines)
-    compared, missing = _baseline_placements(plan, load, baselines)
+    compared, missing = _baseline_placements(plan, trace, baselines)
     seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
     warnings = [
         matched,
-        load_warning,
         *missing,
         f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
         f"the figures flatter it: {_remedy(profile_fold(plan, trace))}"
@@ -360,36 +360,39 @@ def _remedy(profile: Fold | None) -> str:
     return f"simulate with {option} {unseen.part}/{unseen.parts}"
 
 
-def _baseline_load(
+def _baseline_placements(
     plan: Plan, trace: Trace, names: Sequence[str]
-) -> tuple[Load, str | None]:
-    """Return the load that ``balanced`` may see, and a warning where it is all of it."""
+) -> tuple[dict[str, Placement], list[str]]:
+    """Build the baselines from the plan's profile; say what limits them."""
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
         raise UsageError(
             f"--baseline {unknown[0]} is not known", f"choose among {', '.join(BASELINES)}"
         )
-    fold = profile_fold(plan, trace)
-    load = expert_load(trace, fold)
-    if fold is not None and load[0].any():
-        return load, None
-    warning = (
-        "the plan records no profile fold: balanced is given the load of all sequences"
-    )
-    return expert_load(trace, None), warning if "balanced" in names else None
-
-
-def _baseline_placements(
-    plan: Plan, load: Load, names: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Build the baselines, or say why there are none."""
     ranks, nodes = plan.placement.num_ranks, plan.placement.num_nodes
-    if any(len(counts) % ranks for counts in load):
-        return {}, [
-            f"no baseline without redundant experts: {len(load[0])} experts do not "
+    sizes = plan.placement.num_experts
+    warnings = []
+    if any(size % ranks for size in sizes):
+        names = [name for name in names if name == "eplb"]
+        warnings.append(
+            f"no baseline without redundant experts: {sizes[0]} experts do not "
             f"divide over {ranks} ranks"
-        ]
-    return {name: BASELINES[name](load, ranks, nodes) for name in names}, []
+        )
+    problem = BaselineProblem(
+        trace=trace,
+        fold=profile_fold(plan, trace),
+        topology=Topology(num_nodes=nodes, gpus_per_node=ranks // nodes),
+        redundant_experts=len(plan.placement.physical_to_logical_map[0]) - sizes[0],
+    )
+    if not problem.load[0].any():  # no sequence of the fold is in this trace
+        problem = dataclasses.replace(problem, fold=None)
+    informed = [name for name in names if name not in ("contiguous", "random")]
+    if problem.fold is None and informed:
+        warnings.append(
+            "the plan records no profile fold: given all sequences as their profile: "
+            f"{', '.join(informed)}"
+        )
+    return {name: BASELINES[name](problem) for name in names}, warnings
 
 
 def _figures_json(figures: Figures) -> dict[str, dict[str, float]]:

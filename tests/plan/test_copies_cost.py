@@ -10,7 +10,11 @@ from placer.plan.copies_cost import CopiesCost
 from placer.plan.dynamic import solve_exactly
 from placer.plan.placement import Placement
 from placer.plan.plan import Policy
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import PlacementProblem, Topology
+from placer.plan.refine import RefineLimits
+from placer.plan.search import SearchLimits
+from placer.plan.solve import SolveOptions
 from placer.simulation import simulate
 from placer.trace import Chunk
 from tests.plan.enumeration import ONE_NODE, TWO_NODES, every_placement
@@ -115,3 +119,24 @@ def test_it_is_what_simulate_reports(make_chunk: Callable[..., Chunk]) -> None:
             reported += metrics["combine_rank_copies_per_token"]
         # The trace has one home per sequence where the cost has the mean over homes.
         assert reported == pytest.approx(mean, abs=0.05)
+
+
+def test_tokens_are_not_counted_in_pairs_where_layers_cannot_be_enumerated(
+    make_trace, monkeypatch
+):
+    """16 experts on 4 ranks have 63 million assignments; the rows would fill the memory."""
+
+    def refuse(*_):
+        raise AssertionError("counted rows of neighbouring layers")
+
+    monkeypatch.setattr(CopiesCost, "of", refuse)
+    options = SolveOptions(
+        topology=ONE_NODE[4],
+        policy="follow",
+        max_imbalance=4.0,
+        proof="none",
+        limits=SearchLimits(num_rounds=1),
+        refine=RefineLimits(num_sweeps=1),
+    )
+    plan = plan_from_trace(make_trace(num_experts=(16, 16)), options, None)
+    assert plan.solver.status == "feasible"

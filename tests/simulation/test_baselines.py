@@ -1,10 +1,8 @@
 """Baselines: contiguous, balanced and random placements."""
 
 import numpy as np
-import pytest
 
-from placer.errors import UsageError
-from placer.simulation import BASELINES, balanced, contiguous, random
+from placer.simulation import balanced, contiguous, random
 
 
 def test_contiguous_slices_the_experts_in_order():
@@ -28,16 +26,3 @@ def test_random_depends_on_the_seed_alone():
     one, same, other = (random((16,) * 3, 4, seed=s).to_json() for s in (1, 1, 2))
     assert one == same
     assert one != other
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_experts_that_do_not_divide_are_refused(name):
-    with pytest.raises(UsageError, match="6 slots do not divide over 4 ranks") as error:
-        BASELINES[name]([np.ones(6, dtype=np.int64)], 4, 1)
-    assert "1, 2, 3, 6" in error.value.hint
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_every_baseline_keeps_the_topology(name):
-    placement = BASELINES[name]([np.ones(8, dtype=np.int64)] * 2, 4, 2)
-    assert (placement.num_ranks, placement.num_nodes, placement.num_layers) == (4, 2, 2)

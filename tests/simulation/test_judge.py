@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from placer.baseline import BASELINES, BaselineProblem
 from placer.engine import Engine
 from placer.errors import PlacerError, UsageError
 from placer.hardware import Hardware
 from placer.plan import Placement
+from placer.plan.problem import Topology
 from placer.report.batches import batch_tables
 from placer.simulation import balanced, contiguous, simulate
 from placer.simulation.cost import ExpertShape
@@ -74,7 +76,7 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
 def test_without_a_profile_fold_balanced_says_that_it_sees_everything(make_trace, plan_of):
     trace = make_trace(num_sequences=40)
     judged = judge_plan(plan_of(trace), trace)
-    assert any("balanced is given the load of all" in w for w in judged.warnings)
+    assert any("their profile: balanced" in w for w in judged.warnings)
     alone = judge_plan(plan_of(trace), trace, baselines=("contiguous",))
     assert not any("balanced" in w for w in alone.warnings)
 
@@ -98,6 +100,8 @@ def test_redundant_experts_that_leave_no_even_baseline_are_explained(make_trace,
     judged = judge_plan(plan_of(trace, placement), trace)
     assert judged.baselines == {}
     assert any("6 experts do not divide over 4 ranks" in w for w in judged.warnings)
+    judged = judge_plan(plan_of(trace, placement), trace, baselines=("eplb", "exflow"))
+    assert list(judged.baselines) == ["eplb"]
 
 
 def test_a_table_of_another_plan_is_refused(make_trace, plan_of, tmp_path):
@@ -118,6 +122,26 @@ def test_a_trace_of_another_model_is_refused(make_trace, plan_of):
     with pytest.raises(PlacerError, match="different models") as error:
         judge_plan(plan, other)
     assert "placer inspect" in error.value.hint
+
+
+def test_eplb_has_as_many_slots_as_the_plan(make_trace, plan_of):
+    """Made from the profile fold, judged on the other."""
+    trace = make_trace(num_sequences=40)
+    row = np.array([0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0])
+    placement = Placement(
+        physical_to_logical_map=(row,) * 3, num_experts=(8,) * 3, num_ranks=4
+    )
+    plan = plan_of(trace, placement, fold="0/2", trace_sha256=trace.sha256)
+    judged = judge_plan(plan, trace, fold=Fold(1, 2), baselines=("eplb",))
+    problem = BaselineProblem(
+        trace=trace,
+        fold=Fold(0, 2),
+        topology=Topology(gpus_per_node=4),
+        redundant_experts=4,
+    )
+    expected = BASELINES["eplb"](problem)
+    assert [len(slots) for slots in expected.physical_to_logical_map] == [12] * 3
+    assert judged.baselines["eplb"] == simulate(expected, trace.read(Fold(1, 2)))
 
 
 def test_an_unknown_baseline_is_refused(make_trace, plan_of):

@@ -6,6 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from placer.baseline import BASELINES
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
 from placer.errors import PlacerError, UsageError
@@ -131,3 +132,16 @@ def test_names_that_are_not_known_are_wrong_usage(files, words):
     with pytest.raises(UsageError) as error:
         call("simulate", plan, trace, *words)
     assert error.value.hint
+
+
+def test_the_help_names_every_baseline():
+    words = " ".join(call("simulate", "--help").stdout.split())
+    assert [name for name in BASELINES if name not in words] == []
+
+
+def test_baselines_of_others_are_simulated_by_name(files):
+    plan, trace, _ = files
+    names = ("eplb", "grace", "occult")
+    asked = [word for name in names for word in ("--baseline", name)]
+    result = call("simulate", plan, trace, "--fold", "1/2", "--json", *asked)
+    assert tuple(json.loads(result.stdout)["baselines"]) == names
