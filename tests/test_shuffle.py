@@ -1,0 +1,128 @@
+"""The file that a runtime takes along: alone, and with the answers of placer itself."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import placer.shuffle
+from placer.files import write_tensors
+from placer.shuffle import RANK_HEADER, RequestRouter, ShuffleTable
+from placer.simulation import contiguous
+from placer.table.lookup import LayerTable, known_ids
+from placer.table.make import TableOptions, make_table
+from placer.table.table import Table
+from placer.trace import Trace
+
+SCORE = np.array([[3, 2, 1], [0, 0, 9]], dtype=np.float16)
+
+
+@pytest.fixture
+def table(
+    make_trace: Callable[..., Trace], write_plan: Callable[..., Path], tmp_path: Path
+) -> Path:
+    trace = make_trace()
+    plan = write_plan(trace.model, contiguous(trace.model.num_experts, 4))
+    make_table(plan, trace, fold=None, options=TableOptions()).table.write(
+        tmp_path / "table"
+    )
+    return tmp_path / "table"
+
+
+def test_homes_are_those_that_placer_looks_up(table: Path) -> None:
+    own, theirs = Table.read(table), ShuffleTable.read(table)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(-5, 70, size=300)
+    fallback = rng.integers(4, size=300)
+    history = [rng.integers(4, size=300) for _ in range(3)]
+    assert {own.lookback, len(history)} != {0}
+    for layer in range(3):
+        past = history[:layer]
+        known = known_ids(ids, 300, own.vocab_size)
+        expected = LayerTable.of(own, layer).homes(known, past, fallback)
+        found = theirs.homes(layer, ids, past, fallback)
+        assert found[0].tolist() == expected[0].tolist()
+        assert found[1].tolist() == expected[1].tolist()
+
+
+def test_the_file_works_where_there_is_no_placer(table: Path, tmp_path: Path) -> None:
+    shutil.copy(placer.shuffle.__file__, tmp_path / "vendored.py")
+    code = (
+        "import sys; sys.modules['placer'] = None; sys.modules['torch'] = None\n"
+        "import vendored\n"
+        f"table = vendored.ShuffleTable.read({str(table)!r})\n"
+        "router = vendored.RequestRouter(table.request_score)\n"
+        "print(router.headers('a', [1, 2, 3]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert RANK_HEADER in done.stdout
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    header = {"kind": "affinity", "schema_version": 1}
+    write_tensors(tmp_path / "a", {"load.0": np.zeros(2, np.int64)}, header)
+    with pytest.raises(ValueError, match="is affinity of schema_version 1"):
+        ShuffleTable.read(tmp_path / "a")
+
+
+def test_a_request_goes_where_its_prompt_points_and_stays() -> None:
+    router = RequestRouter(SCORE, max_imbalance=3.0)
+    assert router.route("a", [0, 0]) == 0
+    assert router.route("b", [1]) == 2
+    assert router.route("a", [1] * 50) == 0, "sticky, whatever is asked later"
+    assert router.load == [2, 0, 1]
+    router.finish("a")
+    router.finish("never seen")
+    assert router.load == [0, 0, 1]
+    assert router.route("a", [1]) == 2, "finished, so free to go elsewhere"
+
+
+def test_the_cap_sends_the_next_request_elsewhere() -> None:
+    router = RequestRouter(SCORE, max_imbalance=1.0)
+    assert [router.route(n, [0]) for n in range(4)] == [0, 1, 2, 0]
+
+
+def test_only_the_prefix_is_looked_at_and_unknown_ids_count_nothing() -> None:
+    router = RequestRouter(SCORE, prefix=2, max_imbalance=3.0)
+    assert router.route("a", [0, 0, 1, 1, 1, 1]) == 0
+    assert router.route("b", [99, -1, 1]) == 1, "no score: the least loaded"
+    assert router.headers("c", [1]) == {"X-Data-Parallel-Rank": "2"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    cap=st.floats(1.0, 2.0),
+    seed=st.integers(0, 9),
+)
+def test_no_rank_is_over_the_cap_by_more_than_one_request(
+    lengths: list[int], cap: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    router = RequestRouter(rng.random((8, 4)).astype(np.float16), max_imbalance=cap)
+    for number, length in enumerate(lengths):
+        router.route(number, rng.integers(8, size=length).tolist())
+        most = cap * sum(router.load) / 4
+        assert max(router.load) <= most + max(lengths)
+    for number in range(len(lengths)):
+        router.finish(number)
+    assert router.load == [0, 0, 0, 0]
+
+
+def test_senseless_limits_are_refused() -> None:
+    for limits in ({"max_imbalance": 0.9}, {"prefix": 0}):
+        with pytest.raises(ValueError, match="must be at least 1 and prefix positive"):
+            RequestRouter(SCORE, **limits)
