@@ -40,6 +40,13 @@ def tables(
             help="Checkpoint whose embedding gives ids never seen a neighbour's row.",
         ),
     ] = None,
+    max_home_imbalance: Annotated[
+        float | None,
+        typer.Option(
+            help="Even out the homes: cap on the tokens of the fullest rank over the mean.",
+            show_default="none",
+        ),
+    ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
@@ -57,6 +64,7 @@ def tables(
         shrinkage=shrinkage,
         with_token_score=token_score,
         embeddings=embeddings,
+        max_home_imbalance=max_home_imbalance,
     )
     chosen = parse_fold(fold, not_fold)
     result = make_table(plan, Trace(trace), fold=chosen, options=options)

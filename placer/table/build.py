@@ -9,8 +9,14 @@ rate over all tokens of the layer::
 
 where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
 counts and the prior alike, and a row never seen has the prior itself.
+
+Homes by rate alone crowd a few ranks, and attention waits for the fullest. Under a cap on
+the home imbalance each rank has a price per layer, and a row takes the home of the highest
+rate minus price; its confidence stays the rate. The prices rise where tokens crowd and
+fall elsewhere (an auction, Bertsekas 1979) until the profile's tokens keep the cap.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +46,10 @@ DEFAULT_LOOKBACK = 2
 DEFAULT_SHRINKAGE = 2.0
 # R^lookback rows per layer: above this, a table is no longer something to ship.
 _MOST_HISTORIES = 1 << 22
+# Prices move by this much of a rate per unit of imbalance, less from round to round.
+_PRICE_STEP = 0.04
+_PRICE_DECAY = 0.97
+_PRICE_ROUNDS = 120
 
 
 def build_table(
@@ -51,6 +61,7 @@ def build_table(
     shrinkage: float = DEFAULT_SHRINKAGE,
     with_token_score: bool = False,
     embeddings: Embeddings | None = None,
+    max_home_imbalance: float | None = None,
 ) -> Table:
     """Build the token-shuffle table of a placement.
 
@@ -72,15 +83,19 @@ def build_table(
         slices.
     embeddings
         Embedding rows of at least ``vocab_size`` ids, or ``None``.
+    max_home_imbalance
+        Cap, above 1, on the profile's tokens of the fullest home over the mean, in every
+        layer; where prices do not reach it, the most even homes found. Ids without a
+        row of their own take turns over the ranks. ``None``: the best home of each row.
 
     Raises
     ------
     PlacerError
         If the tokens have no ids, or an id at or past ``vocab_size``.
     UsageError
-        If ``lookback`` or ``shrinkage`` is out of range.
+        If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range.
     """
-    _require_options(lookback, shrinkage, placement.num_ranks)
+    _require_options(lookback, shrinkage, max_home_imbalance, placement.num_ranks)
     ids = _require_ids(tokens, vocab_size)
     seen, row = np.unique(ids[ids >= 0], return_inverse=True)
     token_row = np.full(len(ids), -1, dtype=np.int64)
@@ -93,6 +108,7 @@ def build_table(
         fixed=fixed_homes(tokens.sequence_ids, placement.num_ranks),
         lookback=lookback,
         shrinkage=shrinkage,
+        max_home_imbalance=max_home_imbalance,
     )
     layers = []
     history: list[RankArray] = []
@@ -141,6 +157,7 @@ class _Builder:
     fixed: RankArray
     lookback: int
     shrinkage: float
+    max_home_imbalance: float | None
 
     def layer(
         self, layer: int, experts: Array, history: list[RankArray]
@@ -152,19 +169,69 @@ class _Builder:
         num_seen = int(self.token_row.max()) + 1
         seen = self._rates(serving, experts, self.token_row, num_seen, prior)
         rates = np.vstack([seen, prior])
-        token_rank, token_confidence = self._best(rates)
-        history_rank, history_confidence = self._history(serving, experts, history, prior)
-        rows = LayerTable(
-            token_rank=token_rank[self.vocab_row],
-            token_confidence=token_confidence[self.vocab_row],
+        met, met_rates = self._history(serving, experts, history, prior)
+        price = np.zeros(self.placement.num_ranks)
+        if self.max_home_imbalance is not None:
+            cap = self.max_home_imbalance
+            price = self._prices(rates, met, met_rates, history, cap)
+        rows = self._in_vocabulary(self._rows(rates, met, met_rates, price), prior)
+        home, _ = rows.homes(self.token_ids, history, self.fixed)
+        majority = majority_rank(serving.ranks(experts, home))
+        return rates, rows, majority
+
+    def _rows(
+        self, rates: FloatArray, met: IntArray, met_rates: FloatArray, price: FloatArray
+    ) -> LayerTable:
+        """Return the rows of the ids seen and, last, of the prior, at a price per rank."""
+        token_rank, token_confidence = _best(rates, price)
+        num_histories = self.placement.num_ranks**self.lookback
+        history_rank = np.repeat(token_rank[-1], num_histories)
+        history_confidence = np.repeat(token_confidence[-1], num_histories)
+        history_rank[met], history_confidence[met] = _best(met_rates, price)
+        return LayerTable(
+            token_rank=token_rank,
+            token_confidence=token_confidence,
             history_rank=history_rank,
             history_confidence=history_confidence,
             num_ranks=self.placement.num_ranks,
             lookback=self.lookback,
         )
-        home, _ = rows.homes(self.token_ids, history, self.fixed)
-        majority = majority_rank(serving.ranks(experts, home))
-        return rates, rows, majority
+
+    def _prices(
+        self,
+        rates: FloatArray,
+        met: IntArray,
+        met_rates: FloatArray,
+        history: list[RankArray],
+        cap: float,
+    ) -> FloatArray:
+        """Return ``[R]``: the first prices that keep the cap, else the most even ones."""
+        num_ranks = self.placement.num_ranks
+        price = best_price = np.zeros(num_ranks)
+        lowest = np.inf
+        for step in _PRICE_STEP * _PRICE_DECAY ** np.arange(_PRICE_ROUNDS):
+            rows = self._rows(rates, met, met_rates, price)
+            home, _ = rows.homes(self.token_row, history, self.fixed)
+            crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
+            if crowd.max() < lowest:
+                lowest, best_price = crowd.max(), price
+            if lowest <= cap:
+                break
+            price = price + step * (crowd - 1)
+        return best_price
+
+    def _in_vocabulary(self, rows: LayerTable, prior: FloatArray) -> LayerTable:
+        """Give every id of the vocabulary its row."""
+        token_rank = rows.token_rank[self.vocab_row]
+        token_confidence = rows.token_confidence[self.vocab_row]
+        if self.max_home_imbalance is not None:
+            without = np.flatnonzero(self.vocab_row == len(rows.token_rank) - 1)
+            turn = np.arange(len(without)) % self.placement.num_ranks
+            token_rank[without] = turn
+            token_confidence[without] = prior[turn]
+        return dataclasses.replace(
+            rows, token_rank=token_rank, token_confidence=token_confidence
+        )
 
     def _rates(
         self,
@@ -188,24 +255,20 @@ class _Builder:
         experts: Array,
         history: list[RankArray],
         prior: FloatArray,
-    ) -> tuple[RankArray, Array]:
-        """Return A and its confidence, ``[R^lookback]``; rows never seen hold the prior."""
+    ) -> tuple[IntArray, FloatArray]:
+        """Return the histories met in the profile, ``[N]``, and their rates ``[N, R]``."""
         num_ranks = self.placement.num_ranks
-        num_histories = num_ranks**self.lookback
-        rank, confidence = (
-            np.repeat(best, num_histories) for best in self._best(prior[None])
-        )
-        if 0 < self.lookback <= len(history):
-            index = history_index(history, num_ranks)
-            met, group = np.unique(index, return_inverse=True)
-            rates = self._rates(serving, experts, group, len(met), prior)
-            rank[met], confidence[met] = self._best(rates)
-        return rank, confidence
+        if not 0 < self.lookback <= len(history):
+            return np.zeros(0, dtype=np.int64), np.zeros((0, num_ranks))
+        met, group = np.unique(history_index(history, num_ranks), return_inverse=True)
+        return met, self._rates(serving, experts, group, len(met), prior)
 
-    def _best(self, rates: FloatArray) -> tuple[RankArray, Array]:
-        """Return the best home of each row (the lowest of equals) and its rate."""
-        rank = rates.argmax(axis=1).astype(rank_dtype(rates.shape[1] - 1))
-        return rank, rates.max(axis=1).astype(np.float16)
+
+def _best(rates: FloatArray, price: FloatArray) -> tuple[RankArray, Array]:
+    """Return each row's best home at the prices (the lowest of equals) and its rate."""
+    rank = (rates - price).argmax(axis=1)
+    rate = np.take_along_axis(rates, rank[:, None], axis=1)[:, 0]
+    return rank.astype(rank_dtype(rates.shape[1] - 1)), rate.astype(np.float16)
 
 
 def _vocabulary_rows(
@@ -220,7 +283,14 @@ def _vocabulary_rows(
     return rows
 
 
-def _require_options(lookback: int, shrinkage: float, num_ranks: int) -> None:
+def _require_options(
+    lookback: int, shrinkage: float, max_home_imbalance: float | None, num_ranks: int
+) -> None:
+    if max_home_imbalance is not None and not 1 < max_home_imbalance < np.inf:
+        raise UsageError(
+            f"--max-home-imbalance must be above 1, got {max_home_imbalance}",
+            "choose for example --max-home-imbalance 1.3",
+        )
     if lookback < 0 or num_ranks**lookback > _MOST_HISTORIES:
         raise UsageError(
             f"--lookback {lookback} needs {num_ranks}^{lookback} rows per layer, "

@@ -33,12 +33,15 @@ class TableOptions:
         Also hold the second choices of equal slices.
     embeddings
         Checkpoint whose embedding gives unseen ids the row of a neighbour, or ``None``.
+    max_home_imbalance
+        Cap on the tokens of the fullest home over the mean, or ``None``.
     """
 
     lookback: int = DEFAULT_LOOKBACK
     shrinkage: float = DEFAULT_SHRINKAGE
     with_token_score: bool = False
     embeddings: Path | None = None
+    max_home_imbalance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,7 @@ def make_table(
             "placer": __version__,
             "fold": None if profile is None else str(profile),
             "shrinkage": options.shrinkage,
+            "max_home_imbalance": options.max_home_imbalance,
             "unseen_ids": "prior" if options.embeddings is None else "nearest embedding",
         },
     )
@@ -135,6 +139,7 @@ def _build(
             shrinkage=options.shrinkage,
             with_token_score=options.with_token_score,
             embeddings=embeddings,
+            max_home_imbalance=options.max_home_imbalance,
         )
 
     if options.embeddings is None:

@@ -194,3 +194,68 @@ def test_shrinkage_out_of_range_is_refused(make_chunk, shrinkage):
         build_table(
             contiguous((8,) * 3, 4), make_chunk(), vocab_size=50, shrinkage=shrinkage
         )
+
+
+def test_prices_move_the_row_that_loses_least():
+    """Ids 0 to 2 prefer rank 0; id 2, half of whose pairs are on rank 1, gives way."""
+    chosen = [[0, 1]] * 4 + [[0, 1]] * 2 + [[0, 1], [2, 0]] + [[2, 3]] * 2
+    ids = [0] * 4 + [1] * 2 + [2] * 2 + [3] * 2
+    options = {"vocab_size": 4, "shrinkage": 0.5, "with_token_score": True}
+    tokens = chunk_of([chosen], ids)
+    plain = build_table(contiguous((4,), 2), tokens, **options)
+    priced = build_table(contiguous((4,), 2), tokens, max_home_imbalance=1.3, **options)
+    assert plain.token_rank.tolist() == [[0, 0, 0, 1]]
+    assert priced.token_rank.tolist() == [[0, 0, 1, 1]]
+    assert np.array_equal(plain.token_score, priced.token_score)
+    assert priced.token_confidence[0, 2] == priced.token_score[0, 2, 1]
+
+
+def test_a_cap_on_the_home_imbalance_holds_on_tokens_not_seen(make_chunk):
+    tokens = make_chunk(num_tokens=6_000, num_sequences=20)
+    early = tokens.sequence_ids < 10
+    placement = contiguous((8, 8, 8), 4)
+    plain, priced = (
+        simulate(
+            placement,
+            tokens.select(~early),
+            table=build_table(
+                placement, tokens.select(early), vocab_size=50, max_home_imbalance=cap
+            ),
+        )
+        for cap in (None, 1.05)
+    )
+    assert priced["token"].home_imbalance_max < 1.2 < plain["token"].home_imbalance_max
+    assert priced["token"].local_activation_rate > 0.35
+    assert priced["fixed"] == plain["fixed"]
+
+
+def test_under_a_cap_ids_never_seen_take_turns(make_chunk):
+    tokens = make_chunk()
+    table = build_table(
+        contiguous((8,) * 3, 4), tokens, vocab_size=58, max_home_imbalance=1.5
+    )
+    assert table.token_rank[:, 50:].tolist() == [[0, 1, 2, 3] * 2] * 3
+
+
+def test_a_confidence_is_the_rate_that_tokens_not_seen_have(make_chunk):
+    """Reliability: in each fifth of the rows by confidence, the held-out rate is near."""
+    tokens = make_chunk(num_tokens=8_000, num_sequences=40)
+    early = tokens.sequence_ids < 20
+    profile, heldout = tokens.select(early), tokens.select(~early)
+    table = build_table(
+        contiguous((8,) * 3, 4), profile, vocab_size=50, max_home_imbalance=1.2
+    )
+    for layer, experts in enumerate(heldout.experts):
+        home = table.token_rank[layer, heldout.token_ids]
+        promised = table.token_confidence[layer, heldout.token_ids].astype(float)
+        served = (experts // 2 == home[:, None]).mean(axis=1)
+        for part in np.array_split(np.argsort(promised, kind="stable"), 5):
+            assert served[part].mean() == pytest.approx(promised[part].mean(), abs=0.06)
+
+
+@pytest.mark.parametrize("cap", [1.0, 0.0, float("nan"), float("inf")])
+def test_caps_on_the_home_imbalance_out_of_range_are_refused(make_chunk, cap):
+    with pytest.raises(UsageError, match="--max-home-imbalance must be above 1"):
+        build_table(
+            contiguous((8,) * 3, 4), make_chunk(), vocab_size=50, max_home_imbalance=cap
+        )
