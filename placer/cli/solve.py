@@ -235,6 +235,8 @@ def solve(
         else:
             plan = plan_from_affinity(source, options, progress)
     if choice is not None:
+        if choice.left_out is not None:
+            note(choice.left_out)
         plan = replace(plan, provenance={**plan.provenance, "time": choice.to_json()})
     report = plan.solver
     if require_optimal and report.status != "optimal":

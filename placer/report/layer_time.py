@@ -56,6 +56,23 @@ class TimeChoice:
     figures: Mapping[str, BatchFigures]
     break_even: BreakEven
 
+    @property
+    def left_out(self) -> str | None:
+        """A sentence on the quickest candidate, where its straggler forbids it."""
+        seconds = {n: f.time.total for n, f in self.figures.items() if f.time is not None}
+        quickest = min(seconds, key=lambda name: seconds[name])
+        if seconds[quickest] >= seconds[self.name]:
+            return None
+        even, other = (
+            self.figures[name].metrics.straggler_mean for name in (BALANCED, quickest)
+        )
+        return (
+            f"{quickest} takes {1 - seconds[quickest] / seconds[self.name]:.1%} less "
+            f"predicted time, but its straggler is {other:.4f}, the load balancer's "
+            f"{even:.4f}; to take it all the same, solve with --objective traffic and its "
+            "--max-imbalance and --receive-price"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the choice as JSON values."""
         return {

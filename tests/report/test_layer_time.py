@@ -66,6 +66,15 @@ def test_the_quickest_is_chosen_among_those_as_even_as_the_load_balancer() -> No
     assert choose({BALANCED: even, "a": made(1.3, 1.0), "b": made(1.1, 6.0)}) == BALANCED
 
 
+def test_a_quicker_plan_that_is_left_out_is_told() -> None:
+    found = chosen((1, 1, 1, 1), 1e9)
+    made_up = {BALANCED: made(1.2, 5.0), "a": made(1.3, 4.0)}
+    told = replace(found, name=BALANCED, figures=made_up).left_out
+    assert told is not None
+    assert told.startswith("a takes 20.0% less predicted time, but its straggler is 1.3000")
+    assert replace(found, name="a", figures=made_up).left_out is None
+
+
 def test_the_choice_agrees_with_every_candidates_figures() -> None:
     """Whatever the links: nothing that is as even as the balancer takes less time."""
     for bandwidth in (1e6, 1e18):
