@@ -31,8 +31,32 @@ def solve(
     ],
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
     objective: Annotated[
-        str, typer.Option(help="traffic, under the load cap; or balance alone.")
+        str,
+        typer.Option(
+            help="traffic, under the load cap; balance alone; or time, predicted for "
+            "--hardware."
+        ),
     ] = "traffic",
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="For --objective time: h100, h200, b200, a100, or a .toml file.",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(help="Width of the hidden state, without --model.")
+    ] = None,
+    expert_size: Annotated[
+        int | None, typer.Option(help="Width of an expert, without --model.")
+    ] = None,
+    weight_bytes: Annotated[
+        float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
+    ] = 2.0,
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
     engine: Annotated[
         str | None,
@@ -114,6 +138,10 @@ def solve(
     Profiles on the sequences of --fold and judges on all others. Deterministic: the same
     input and seed give the same plan.
     """
+    from dataclasses import replace
+
+    from placer.engine import Engine
+    from placer.hardware import Hardware
     from placer.plan import Plan
     from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
@@ -122,13 +150,22 @@ def solve(
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
     from placer.plan.solve import SolveOptions
+    from placer.report.advice import Question
     from placer.report.comparison import COLUMNS, certificate_lines, plan_rows
+    from placer.report.layer_time import choose_by_time
+    from placer.simulation.cost import find_expert_shape
     from placer.trace import Trace
 
+    by_time = objective == "time"
+    if hardware is not None and not by_time:
+        raise UsageError(
+            f"--hardware {hardware} is for --objective time, not {objective}",
+            "add --objective time, or drop --hardware",
+        )
     served = solved_for(
         engine,
         policy,
-        objective,
+        "traffic" if by_time else objective,
         exchange,
         replica_choice,
         has_replicas=redundant_experts > 0,
@@ -163,7 +200,31 @@ def solve(
         refine=RefineLimits(num_sweeps=num_sweeps),
     )
     chosen = parse_fold(fold, not_fold)
+    choice = None
     with progress_line("solve") as progress:
+        if by_time and served.objective == "traffic":
+            if source.is_file():
+                raise UsageError(
+                    f"{source} holds counts; --objective time needs tokens",
+                    "solve from the trace itself: placer solve TRACE --out PLAN",
+                )
+            trace = Trace(source)
+            question = Question(
+                topology=options.topology,
+                policy=policy,
+                engine=None if engine is None else Engine.named(engine),
+                hardware=None if hardware is None else Hardware.named(hardware),
+                expert=find_expert_shape(
+                    model,
+                    hidden_size or trace.model.hidden_size,
+                    expert_size,
+                    weight_bytes,
+                ),
+            )
+            choice = choose_by_time(
+                trace.model, trace.read(chosen), options, question, progress
+            )
+            options = choice.options
         if source.is_dir() or not source.exists():
             plan = plan_from_trace(Trace(source), options, chosen, progress)
         elif chosen is not None:
@@ -173,6 +234,10 @@ def solve(
             )
         else:
             plan = plan_from_affinity(source, options, progress)
+    if choice is not None:
+        if choice.left_out is not None:
+            note(choice.left_out)
+        plan = replace(plan, provenance={**plan.provenance, "time": choice.to_json()})
     report = plan.solver
     if require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -201,4 +266,12 @@ def solve(
         print_line(f"{plan.provenance['moved_experts']} experts moved from {start}")
     for line in certificate_lines(report):
         print_line(line)
+    if choice is not None:
+        print_line(
+            f"least predicted time on sequences held out of the profile: {choice.name}"
+        )
+        print_line(
+            "beside the load balancer, the quickest plan for traffic "
+            f"{choice.break_even.words}"
+        )
     print_line(f"plan written to {out}")

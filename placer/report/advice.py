@@ -34,14 +34,14 @@ from placer.trace import Chunk, Fold, Trace
 Verdict = Literal["worth it", "balance only", "not worth it"]
 PROFILE = Fold(0, 2)
 # Enough to see what there is to gain; `placer solve` gets the rest.
-_QUICK = SolveOptions(
+QUICK = SolveOptions(
     topology=Topology(gpus_per_node=1),
     relax_cap=True,
     proof="none",
     limits=SearchLimits(num_rounds=3),
     refine=RefineLimits(num_sweeps=3, num_tokens=16_384),
 )
-_MOST_JUDGED_TOKENS = 65_536
+MOST_JUDGED_TOKENS = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +137,9 @@ def advise_on_trace(trace: Trace, question: Question) -> Advice:
         If half of the sequences are none, or the experts do not divide over the ranks.
     """
     profile, heldout = trace.read(PROFILE), trace.read(PROFILE.complement())
-    heldout = heldout.first_sequences(_MOST_JUDGED_TOKENS)
+    heldout = heldout.first_sequences(MOST_JUDGED_TOKENS)
     affinity = count_affinity([profile], trace.model, {})
-    options = _batch_options(question)
+    options = batch_options(question)
     figures, judged = {}, {}
     for name, placement in _placements(affinity, profile, question).items():
         found = batch_figures(placement, heldout, DEFAULT_BATCH_SIZE, options)
@@ -212,7 +212,7 @@ def _placements(
     placements = {"contiguous": contiguous(sizes, topology.num_ranks, topology.num_nodes)}
     engine = None if question.engine is None else question.engine.name
     served = solved_for(engine, question.policy)
-    options = replace(_QUICK, topology=topology)
+    options = replace(QUICK, topology=topology)
     balance = replace(options, objective="balance")
     placements["balanced"] = solve(affinity, balance)[0]
     if served.objective == "traffic" and topology.num_ranks > 1:
@@ -225,7 +225,14 @@ def _placements(
     return placements
 
 
-def _batch_options(question: Question) -> BatchOptions:
+def batch_options(question: Question) -> BatchOptions:
+    """Return how batches are served, with a cost model where there is hardware.
+
+    Raises
+    ------
+    UsageError
+        If there is hardware, but no size of an expert.
+    """
     plain = Transfer(exchange="per-rank", element="bf16")
     engine = question.engine
     dispatch, combine = (

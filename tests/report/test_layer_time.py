@@ -1,0 +1,131 @@
+"""What to solve for by predicted time, on traffic whose answer is known."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.cli.main import main
+from placer.errors import NoSolutionError, UsageError
+from placer.hardware import Hardware
+from placer.model import ModelSpec
+from placer.plan import Placement
+from placer.plan.problem import Topology
+from placer.plan.solve import SolveOptions
+from placer.report.advice import Question
+from placer.report.layer_time import BALANCED, TimeChoice, choose, choose_by_time
+from placer.simulation.batch_figures import BatchFigures, BatchMetrics
+from placer.simulation.cost import ExpertShape, PredictedTime
+from placer.trace import Chunk, TraceWriter
+
+MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
+FOUR = Topology(gpus_per_node=4)
+OPTIONS = SolveOptions(topology=FOUR)
+H100 = Hardware.named("h100")
+QUESTION = Question(
+    topology=FOUR,
+    hardware=H100,
+    expert=ExpertShape(hidden_size=64, intermediate_size=64),
+)
+
+
+def tokens(weight: tuple[float, ...] = (1, 1, 1, 1), num_tokens: int = 4000) -> Chunk:
+    """Experts e and e + 4 are always used together, by these weights; 40 sequences."""
+    share = np.array(weight) / sum(weight)
+    first = np.random.default_rng(0).choice(4, size=num_tokens, p=share)
+    experts = np.stack([first, first + 4], axis=1).astype(np.uint8)
+    # All of one fold: the inner split must not go by the parity of the id.
+    sequences = np.arange(num_tokens) * 40 // num_tokens * 2
+    return Chunk(
+        experts=(experts, experts),
+        sequence_ids=sequences.astype(np.int32),
+        positions=(np.arange(num_tokens) % (num_tokens // 40)).astype(np.int32),
+    )
+
+
+def chosen(weight: tuple[float, ...], bandwidth: float) -> TimeChoice:
+    fast = replace(H100.fast, bandwidth=bandwidth, latency=0.0)
+    question = replace(QUESTION, hardware=replace(H100, fast=fast))
+    return choose_by_time(MODEL, tokens(weight), OPTIONS, question)
+
+
+def made(straggler: float, total: float) -> BatchFigures:
+    zero = dict.fromkeys(BatchMetrics.__dataclass_fields__, 0)
+    time = dict.fromkeys(PredictedTime.__dataclass_fields__, 0.0)
+    return BatchFigures(
+        metrics=BatchMetrics(**zero | {"straggler_mean": straggler}),  # type: ignore[arg-type]
+        time=PredictedTime(**time | {"total": total}),
+    )
+
+
+def test_the_quickest_is_chosen_among_those_as_even_as_the_load_balancer() -> None:
+    even, quick = made(1.2, 5.0), made(1.2, 4.0)
+    assert choose({BALANCED: even, "a": made(1.3, 1.0), "b": quick}) == "b"
+    assert choose({BALANCED: even, "a": made(1.3, 1.0), "b": made(1.1, 6.0)}) == BALANCED
+
+
+def test_a_quicker_plan_that_is_left_out_is_told() -> None:
+    found = chosen((1, 1, 1, 1), 1e9)
+    made_up = {BALANCED: made(1.2, 5.0), "a": made(1.3, 4.0)}
+    told = replace(found, name=BALANCED, figures=made_up).left_out
+    assert told is not None
+    assert told.startswith("a takes 20.0% less predicted time, but its straggler is 1.3000")
+    assert replace(found, name="a", figures=made_up).left_out is None
+
+
+def test_the_choice_agrees_with_every_candidates_figures() -> None:
+    """Whatever the links: nothing that is as even as the balancer takes less time."""
+    for bandwidth in (1e6, 1e18):
+        found = chosen((1, 1, 1, 1), bandwidth)
+        limit = found.figures[BALANCED].metrics.straggler_mean
+        mine = found.figures[found.name]
+        assert len(found.figures) == 7
+        assert mine.metrics.straggler_mean <= limit
+        for one in found.figures.values():
+            if one.metrics.straggler_mean <= limit:
+                assert mine.time.total <= one.time.total
+
+
+def test_the_load_cap_is_never_exceeded() -> None:
+    with pytest.raises(NoSolutionError, match="out of reach"):
+        choose_by_time(MODEL, tokens((9, 1, 1, 1)), OPTIONS, QUESTION)
+    found = chosen((1, 1, 1, 1), 1e9)
+    assert found.options.max_imbalance <= OPTIONS.max_imbalance
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(UsageError, match="needs the hardware"):
+        choose_by_time(MODEL, tokens(), OPTIONS, replace(QUESTION, hardware=None))
+    one = tokens()
+    one = one.select(one.sequence_ids == 0)
+    with pytest.raises(UsageError, match="only one"):
+        choose_by_time(MODEL, one, replace(OPTIONS, relax_cap=True), QUESTION)
+    served = Placement.from_expert_rank([np.arange(8) // 2] * 2, 4)
+    with pytest.raises(UsageError, match="made anew"):
+        choose_by_time(MODEL, one, replace(OPTIONS, start=served), QUESTION)
+
+
+def test_the_command_records_the_choice_and_repeats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        writer.append(tokens())
+        writer.finish()
+    words = ["solve", str(tmp_path / "t"), "--gpus-per-node", "4", "--objective", "time"]
+    words += ["--hidden-size", "64", "--expert-size", "64", "--relax-cap"]
+    for name in ("a.json", "b.json"):
+        with pytest.raises(SystemExit) as done:
+            main([*words, "--hardware", "h100", "--out", str(tmp_path / name)])
+        assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert "least predicted time" in printed
+    assert "beside the load balancer, the quickest plan for traffic is" in printed
+    plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert plans[0]["provenance"]["time"] == plans[1]["provenance"]["time"]
+    assert plans[0]["physical_to_logical_map"] == plans[1]["physical_to_logical_map"]
+    for wrong in (["--out", "c"], ["--objective", "traffic", "--hardware", "h100"]):
+        with pytest.raises(SystemExit) as done:
+            main([*words, *wrong, "--out", str(tmp_path / "c.json")])
+        assert done.value.code == 2
