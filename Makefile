@@ -13,7 +13,7 @@ COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines check bench docs notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -25,6 +25,13 @@ demo: $(INSTALLED)  ## Run the whole road on the model and text that ship here
 
 test: $(INSTALLED)  ## Run the tests
 	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks
+
+# DeepSpeed is built against the torch that is installed, so it comes after all else; none of
+# its CUDA operators is needed.
+test-engines: $(INSTALLED)  ## Install DeepSpeed, run the tests in which it serves an export
+	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	@$(BIN)/python -m pytest tests/checkpoint/test_deepspeed_engine.py
 
 check: $(INSTALLED)  ## Format, lint, types, generated documentation, stripped notebooks
 	@$(BIN)/ruff format --check .
