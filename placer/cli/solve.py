@@ -126,6 +126,14 @@ def solve(
     ] = 16,
     num_rounds: Annotated[int, typer.Option(min=0, help="Shakes of the search.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Take the best after so long; such a plan cannot be reproduced. So does "
+            "Ctrl-C.",
+        ),
+    ] = None,
     require_optimal: Annotated[
         bool, typer.Option("--require-optimal", help="Fail (exit 4) without a proof.")
     ] = False,
@@ -196,6 +204,7 @@ def solve(
         pins=tuple(map(Pin.parse, pin or [])),
         preserve_groups=preserve_groups,
         seed=seed,
+        time_limit=time_limit,
         limits=SearchLimits(num_rounds=num_rounds),
         refine=RefineLimits(num_sweeps=num_sweeps),
     )
@@ -250,6 +259,8 @@ def solve(
         warn("solved from counts: no tokens are known, so no held-out figure is given")
     elif chosen is None:
         warn("nothing was held out: the figures are those of the profile itself")
+    if not report.reproducible:
+        warn("the search was stopped: this is its best so far, and cannot be reproduced")
     if report.relaxed_layers:
         worst = max(report.relaxed_layers, key=lambda n: report.relaxed_layers[n])
         note(

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from placer.errors import UsageError
 from placer.plan import kernels
+from placer.plan.deadline import Deadline
 from placer.plan.placement import Placement
 from placer.plan.problem import Topology
 from placer.trace import Chunk
@@ -165,23 +166,20 @@ class Refinement:
     _users: list[tuple[Any, Any]] = field(init=False)
 
     def run(
-        self, placement: Placement, progress: Callable[[int, float], None] | None = None
+        self,
+        placement: Placement,
+        progress: Callable[[int, float], None] | None = None,
+        deadline: Deadline | None = None,
     ) -> Placement:
         """Return a placement that costs no more; ``progress`` is told sweep and price.
 
         The price is in copies per token and MoE layer (cheapest copy 1).
         """
-        limits = self.limits
+        deadline = deadline or Deadline()
         self._load(placement)
         best, best_price = self._snapshot(), self.price_per_layer()
-        for sweep in range(limits.num_sweeps):
-            share = _HOTTEST * _COOLING ** (sweep / max(limits.num_sweeps - 1, 1))
-            self._sweep(share, sweep)
-            if progress is not None:
-                progress(sweep, self._per_token(self.price_per_layer().sum()))
-        for sweep in range(limits.num_sweeps):
-            if self._sweep(None, limits.num_sweeps + sweep) == 0:
-                break
+        with deadline.interruptible():
+            self._improve(progress, deadline)
         best = self._better(best, best_price)
         return Placement(
             physical_to_logical_map=tuple(best),
@@ -189,6 +187,22 @@ class Refinement:
             num_ranks=placement.num_ranks,
             num_nodes=placement.num_nodes,
         )
+
+    def _improve(
+        self, progress: Callable[[int, float], None] | None, deadline: Deadline
+    ) -> None:
+        """Anneal, then descend until no move pays."""
+        num_sweeps = self.limits.num_sweeps
+        for sweep in range(num_sweeps):
+            if deadline.passed():
+                return
+            share = _HOTTEST * _COOLING ** (sweep / max(num_sweeps - 1, 1))
+            self._sweep(share, sweep)
+            if progress is not None:
+                progress(sweep, self._per_token(self.price_per_layer().sum()))
+        for sweep in range(num_sweeps):
+            if deadline.passed() or self._sweep(None, num_sweeps + sweep) == 0:
+                return
 
     def evaluate(self, placement: Placement) -> "Evaluation":
         """Return what a placement costs."""

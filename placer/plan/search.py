@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
+from placer.plan.deadline import Deadline
 from placer.plan.problem import FloatArray, IntArray, PlacementProblem, rank_load
 
 
@@ -96,28 +97,41 @@ class Search:
     def __post_init__(self) -> None:
         self._rank_cost = self.problem.topology.rank_cost()
 
-    def run(self, progress: Callable[[int, float], None] | None = None) -> float:
+    def run(
+        self,
+        progress: Callable[[int, float], None] | None = None,
+        deadline: Deadline | None = None,
+    ) -> float:
         """Search; ``progress`` is told round and objective. Return the best objective."""
-        problem = self.problem
-        layers = range(problem.num_layers)
-        self._descend(set(layers))
+        deadline = deadline or Deadline()
         best = [ranks.copy() for ranks in self.expert_rank]
-        best_objective = problem.objective(best)
-        for number in range(self.limits.num_rounds):
-            if progress is not None:
-                progress(number, best_objective)
-            shaken = self.rng.choice(problem.num_layers, self._num_shaken(), replace=False)
-            for layer in shaken:
-                self._shake(int(layer))
-            self._descend({n for s in shaken for n in self._with_neighbours(int(s))})
-            objective = problem.objective(self.expert_rank)
-            if objective < best_objective:
-                best = [ranks.copy() for ranks in self.expert_rank]
-                best_objective = objective
-            else:
-                self.expert_rank[:] = [ranks.copy() for ranks in best]
+        best_objective = self.problem.objective(best)
+        with deadline.interruptible():
+            for number in range(self.limits.num_rounds + 1):
+                if deadline.passed():
+                    break
+                self._round(number)
+                objective = self.problem.objective(self.expert_rank)
+                if objective < best_objective:
+                    best = [ranks.copy() for ranks in self.expert_rank]
+                    best_objective = objective
+                else:
+                    self.expert_rank[:] = [ranks.copy() for ranks in best]
+                if progress is not None:
+                    progress(number, best_objective)
         self.expert_rank[:] = best
         return best_objective
+
+    def _round(self, number: int) -> None:
+        """Descend everywhere; in later rounds where some layers were shaken before."""
+        if number == 0:
+            self._descend(set(range(self.problem.num_layers)))
+            return
+        num_layers = self.problem.num_layers
+        shaken = self.rng.choice(num_layers, self._num_shaken(), replace=False)
+        for layer in shaken:
+            self._shake(int(layer))
+        self._descend({n for s in shaken for n in self._with_neighbours(int(s))})
 
     def _num_shaken(self) -> int:
         return max(1, self.problem.num_layers // 6)

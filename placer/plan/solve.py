@@ -6,7 +6,7 @@ the copies that the profile's tokens really cause (``refine``), and a certificat
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from placer.plan.certificate import PairCertificate
 from placer.plan.copies import METHOD as COPIES_METHOD
 from placer.plan.copies import CopiesCertificate, token_sets
 from placer.plan.copies_cost import CopiesCost
+from placer.plan.deadline import Deadline
 from placer.plan.dynamic import METHOD as EXACT_METHOD
 from placer.plan.dynamic import has_few_assignments, solve_exactly
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
@@ -99,6 +100,8 @@ class SolveOptions:
         How much work goes into the bounds: ``none``, ``quick`` or ``full``.
     seed
         Seed of the search.
+    time_limit
+        Wall-clock seconds after which the best so far is taken, or ``None``.
     start
         A placement to improve, or ``None``.
     migration_cost
@@ -129,6 +132,7 @@ class SolveOptions:
     pins: tuple[Pin, ...] = ()
     preserve_groups: bool = False
     seed: int = 0
+    time_limit: float | None = None
     limits: SearchLimits = field(default_factory=SearchLimits)
     refine: RefineLimits = field(default_factory=RefineLimits)
 
@@ -152,6 +156,7 @@ class SolveOptions:
             "--overflow-price": self.overflow_price,
             "--receive-price": self.receive_price,
             "--migration-cost": self.migration_cost,
+            "--time-limit": self.time_limit or 0,
         }.items():
             if number < 0:
                 raise UsageError(f"{option} must not be negative, got {number}")
@@ -221,7 +226,8 @@ def solve(
     options
         What to solve for.
     progress
-        Told one line per step of the search.
+        Told one line per step of the search. Interrupted by Ctrl-C, the search gives the
+        best so far; the report then says that it is not reproducible.
     tokens
         The profile itself: the copies that it causes are minimised. Without it pairs of
         experts are all that is known.
@@ -257,15 +263,18 @@ def solve(
     judged = None
     if tokens is not None and options.refine.num_sweeps:
         judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
+    deadline = Deadline(seconds=options.time_limit)
     placement, optimal = _first_placement(
-        affinity, problem, options, start, judged, progress
+        affinity, problem, options, start, judged, progress, deadline
     )
+    if deadline.stopped:
+        options = replace(options, proof="none")
     if judged is None:
         report = _pair_report(problem, placement, options)
     else:
         traffic = _traffic_problem(judged, tokens, problem, options, affinity.model.n_group)
         if not optimal:
-            placement = _refine(placement, traffic, options, progress)
+            placement = _refine(placement, traffic, options, progress, deadline)
         if options.redundant_experts or options.constrained:
             relaxed = _require_cap(placement, traffic, options)
         report = _copies_report(problem, traffic, judged, placement, optimal, options)
@@ -273,6 +282,7 @@ def solve(
         **report,
         seconds=time.monotonic() - began,
         seed=options.seed,
+        reproducible=not deadline.stopped,
         relaxed_layers={str(layer): value for layer, value in relaxed.items()},
     )
 
@@ -326,6 +336,7 @@ def _first_placement(
     start: list[IntArray],
     judged: Chunk | None,
     progress: Progress | None,
+    deadline: Deadline,
 ) -> tuple[Placement, bool]:
     """Return what the refinement begins with, and whether it is optimal already."""
     topology = options.topology
@@ -343,7 +354,7 @@ def _first_placement(
             affinity, options.policy, topology, options.limits, options.seed
         )
         return placed, False
-    placement, optimal = _place_pairs(problem, options, start, judged, progress)
+    placement, optimal = _place_pairs(problem, options, start, judged, progress, deadline)
     if options.redundant_experts:
         loads = [counts.astype(np.float64) for counts in affinity.load]
         placement = with_replicas(placement, loads, options.redundant_experts)
@@ -356,6 +367,7 @@ def _place_pairs(
     start: list[IntArray],
     judged: Chunk | None,
     progress: Progress | None,
+    deadline: Deadline,
 ) -> tuple[Placement, bool]:
     """Minimise pairs, or copies where that is exact. Return whether it is optimal."""
     exact = None
@@ -375,7 +387,10 @@ def _place_pairs(
     search.run(
         None
         if progress is None
-        else lambda number, value: progress(f"pairs, round {number}: objective {value:.0f}")
+        else lambda number, value: progress(
+            f"pairs, round {number}: objective {value:.0f}"
+        ),
+        deadline,
     )
     return _placed(search.expert_rank, options.topology), False
 
@@ -433,6 +448,7 @@ def _refine(
     traffic: TrafficProblem,
     options: SolveOptions,
     progress: Progress | None,
+    deadline: Deadline,
 ) -> Placement:
     refinement = Refinement(problem=traffic, limits=options.refine, seed=options.seed)
     return refinement.run(
@@ -440,6 +456,7 @@ def _refine(
         None
         if progress is None
         else lambda sweep, price: progress(f"copies, sweep {sweep}: {price:.4f} per token"),
+        deadline,
     )
 
 
