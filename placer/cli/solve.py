@@ -1,7 +1,7 @@
 """``placer solve``: experts to ranks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,10 @@ from placer.cli.output import (
     warn,
 )
 from placer.errors import NotProvedError, UsageError
+
+if TYPE_CHECKING:
+    from placer.plan.solve import SolveOptions
+    from placer.trace import Fold
 
 
 def solve(
@@ -73,6 +77,14 @@ def solve(
     max_imbalance: Annotated[
         float, typer.Option(help="Cap on max/mean rank load in every layer.")
     ] = 1.10,
+    frontier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CAPS",
+            help="Solve under each of these load caps, such as 1.02,1.05,1.1: --out is a "
+            "directory of plans and frontier.csv.",
+        ),
+    ] = None,
     relax_cap: Annotated[
         bool,
         typer.Option("--relax-cap", help="Where the cap is out of reach, take the best."),
@@ -209,6 +221,9 @@ def solve(
         refine=RefineLimits(num_sweeps=num_sweeps),
     )
     chosen = parse_fold(fold, not_fold)
+    if frontier is not None:
+        _frontier(source, options, chosen, frontier, out, by_time, as_json)
+        return
     choice = None
     with progress_line("solve") as progress:
         if by_time and served.objective == "traffic":
@@ -286,3 +301,33 @@ def solve(
             f"{choice.break_even.words}"
         )
     print_line(f"plan written to {out}")
+
+
+def _frontier(
+    source: Path,
+    options: "SolveOptions",
+    fold: "Fold | None",
+    caps: str,
+    out: Path,
+    by_time: bool,
+    as_json: bool,
+) -> None:
+    from placer.report.frontier import TABLE_NAME, parse_caps, write_frontier
+    from placer.trace import Trace
+
+    if source.is_file() or by_time or options.objective != "traffic":
+        raise UsageError(
+            "--frontier trades traffic for balance: it needs a trace, and tokens to place for",
+            "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
+        )
+    with progress_line("solve") as progress:
+        points = write_frontier(
+            Trace(source), options, fold, parse_caps(caps), out, progress
+        )
+    rows = [point.to_json() for point in points]
+    if as_json:
+        print_json({"out": str(out), "points": rows})
+        return
+    columns = ("cap", "plan", "copies/token", "of contiguous", "imbalance")
+    print_table(columns, [tuple(row.values())[:5] for row in rows])
+    print_line(f"plans and {TABLE_NAME} written to {out}")

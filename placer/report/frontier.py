@@ -1,0 +1,114 @@
+"""The trade-off between traffic and balance: one plan for each load cap."""
+
+import csv
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from placer.errors import UsageError
+from placer.files import atomic_directory
+from placer.plan import Plan
+from placer.plan.planner import plan_from_trace
+from placer.plan.solve import Progress, SolveOptions
+from placer.trace import Fold, Trace
+
+TABLE_NAME = "frontier.csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """A plan on the curve.
+
+    Attributes
+    ----------
+    max_imbalance
+        The cap that it was solved under, relaxed where it is out of reach.
+    file
+        The plan's file.
+    remote_rank_copies_per_token
+        Held out where sequences were, else of the profile; so are the next two.
+    ratio
+        The same over that of the contiguous placement.
+    load_imbalance_mean
+        Max/mean rank load, mean over layers.
+    objective, bound
+        Of the solver, on the profile; the bound may be ``None``.
+    """
+
+    max_imbalance: float
+    file: str
+    remote_rank_copies_per_token: float
+    ratio: float
+    load_imbalance_mean: float
+    objective: float
+    bound: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def parse_caps(text: str) -> list[float]:
+    """Read load caps such as ``1.02,1.05,1.1``; return them ascending, each once.
+
+    Raises
+    ------
+    UsageError
+        If one is no number of at least 1.
+    """
+    try:
+        caps = sorted({float(one) for one in text.split(",")})
+    except ValueError as error:
+        raise UsageError(
+            f"--frontier {text} is no list of load caps", "for example --frontier 1.02,1.1"
+        ) from error
+    if not caps[0] >= 1 or caps[-1] == float("inf"):
+        raise UsageError(f"--frontier {text}: a load cap is max/mean, at least 1")
+    return caps
+
+
+def write_frontier(
+    trace: Trace,
+    options: SolveOptions,
+    fold: Fold | None,
+    caps: list[float],
+    out: Path,
+    progress: Progress | None = None,
+) -> list[FrontierPoint]:
+    """Solve under every cap; write a directory of plans and ``frontier.csv``.
+
+    Caps that are out of reach are relaxed.
+
+    Raises
+    ------
+    PlacerError
+        If ``out`` exists, or a plan cannot be solved.
+    """
+    points = []
+    with atomic_directory(out) as directory:
+        for cap in caps:
+            asked = replace(options, max_imbalance=cap, relax_cap=True)
+            plan = plan_from_trace(trace, asked, fold, progress)
+            name = f"plan-{cap:g}.json"
+            plan.write(directory / name)
+            points.append(_point(plan, cap, name))
+        with (directory / TABLE_NAME).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow([field.name for field in fields(FrontierPoint)])
+            writer.writerows(point.to_json().values() for point in points)
+    return points
+
+
+def _point(plan: Plan, cap: float, name: str) -> FrontierPoint:
+    own = (plan.metrics["heldout"] or plan.metrics["profile"])[plan.policy]
+    base = plan.metrics["baselines"]["contiguous"][plan.policy]
+    key = "remote_rank_copies_per_token"
+    return FrontierPoint(
+        max_imbalance=cap,
+        file=name,
+        remote_rank_copies_per_token=own[key],
+        ratio=round(own[key] / base[key], 5) if base[key] else 1.0,
+        load_imbalance_mean=own["load_imbalance_mean"],
+        objective=plan.solver.objective,
+        bound=plan.solver.bound,
+    )
