@@ -317,7 +317,7 @@ def _frontier(
 
     if source.is_file() or by_time or options.objective != "traffic":
         raise UsageError(
-            "--frontier trades traffic for balance: it needs a trace, and tokens to place for",
+            "--frontier trades traffic for balance: it needs the tokens of a trace",
             "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
         )
     with progress_line("solve") as progress:
