@@ -24,8 +24,12 @@ def tables(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace with token ids.")],
     out: OutOption,
     lookback: Annotated[
-        int, typer.Option(help="Past majority ranks that index the history table.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            help="Past majority ranks that index the history table.",
+            show_default="at most 4, as the number of ranks allows",
+        ),
+    ] = None,
     shrinkage: Annotated[
         float, typer.Option(help="Tokens of the layer's average added to every row.")
     ] = 2.0,

@@ -8,7 +8,9 @@ rate over all tokens of the layer::
     rate[x, r] = (pairs[x, r] + s k prior[r]) / (k tokens[x] + s k)
 
 where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
-counts and the prior alike, and a row never seen has the prior itself.
+counts and the prior alike, and a row never seen has the prior itself. A history of several
+layers is shrunk towards the rate of its later part, and that one likewise (back-off, as of
+n-gram models: Katz 1987).
 
 Homes by rate alone crowd a few ranks, and attention waits for the fullest. Under a cap on
 the home imbalance each rank has a price per layer, and a row takes the home of the highest
@@ -42,7 +44,9 @@ Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-DEFAULT_LOOKBACK = 2
+# Longer histories than four layers foretell no more, whatever they cost.
+_MOST_DEFAULT_LOOKBACK = 4
+_MOST_DEFAULT_HISTORIES = 1 << 14
 DEFAULT_SHRINKAGE = 2.0
 # R^lookback rows per layer: above this, a table is no longer something to ship.
 _MOST_HISTORIES = 1 << 22
@@ -57,7 +61,7 @@ def build_table(
     tokens: Chunk,
     *,
     vocab_size: int,
-    lookback: int = DEFAULT_LOOKBACK,
+    lookback: int | None = None,
     shrinkage: float = DEFAULT_SHRINKAGE,
     with_token_score: bool = False,
     embeddings: Embeddings | None = None,
@@ -75,7 +79,8 @@ def build_table(
         V. Ids never seen get the row of their nearest neighbour among the seen ones,
         by cosine of ``embeddings``; without those, the row of the layer's prior.
     lookback
-        Number of past majority ranks that index A.
+        Number of past majority ranks that index A; ``None`` for
+        :func:`default_lookback`.
     shrinkage
         s, in tokens; see the module's formula.
     with_token_score
@@ -95,6 +100,8 @@ def build_table(
     UsageError
         If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range.
     """
+    if lookback is None:
+        lookback = default_lookback(placement.num_ranks)
     _require_options(lookback, shrinkage, max_home_imbalance, placement.num_ranks)
     ids = _require_ids(tokens, vocab_size)
     seen, row = np.unique(ids[ids >= 0], return_inverse=True)
@@ -142,6 +149,14 @@ def build_table(
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Histories:
+    """Histories of some length that were met, ``[N]``, and their rates ``[N, R]``."""
+
+    met: IntArray
+    rates: FloatArray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Builder:
     """What is the same for all layers.
@@ -169,25 +184,31 @@ class _Builder:
         num_seen = int(self.token_row.max()) + 1
         seen = self._rates(serving, experts, self.token_row, num_seen, prior)
         rates = np.vstack([seen, prior])
-        met, met_rates = self._history(serving, experts, history, prior)
+        histories = self._histories(serving, experts, history, prior)
         price = np.zeros(self.placement.num_ranks)
         if self.max_home_imbalance is not None:
             cap = self.max_home_imbalance
-            price = self._prices(rates, met, met_rates, history, cap)
-        rows = self._in_vocabulary(self._rows(rates, met, met_rates, price), prior)
+            price = self._prices(rates, histories, history, cap)
+        rows = self._in_vocabulary(self._rows(rates, histories, price), prior)
         home, _ = rows.homes(self.token_ids, history, self.fixed)
         majority = majority_rank(serving.ranks(experts, home))
         return rates, rows, majority
 
     def _rows(
-        self, rates: FloatArray, met: IntArray, met_rates: FloatArray, price: FloatArray
+        self, rates: FloatArray, histories: list[_Histories], price: FloatArray
     ) -> LayerTable:
         """Return the rows of the ids seen and, last, of the prior, at a price per rank."""
         token_rank, token_confidence = _best(rates, price)
-        num_histories = self.placement.num_ranks**self.lookback
-        history_rank = np.repeat(token_rank[-1], num_histories)
-        history_confidence = np.repeat(token_confidence[-1], num_histories)
-        history_rank[met], history_confidence[met] = _best(met_rates, price)
+        num_ranks = self.placement.num_ranks
+        history_rank, history_confidence = token_rank[-1:], token_confidence[-1:]
+        for one in histories:
+            # A history that was never met has the row of its later part.
+            history_rank = np.tile(history_rank, num_ranks)
+            history_confidence = np.tile(history_confidence, num_ranks)
+            history_rank[one.met], history_confidence[one.met] = _best(one.rates, price)
+        missing = num_ranks ** (self.lookback - len(histories))
+        history_rank = np.tile(history_rank, missing)
+        history_confidence = np.tile(history_confidence, missing)
         return LayerTable(
             token_rank=token_rank,
             token_confidence=token_confidence,
@@ -200,8 +221,7 @@ class _Builder:
     def _prices(
         self,
         rates: FloatArray,
-        met: IntArray,
-        met_rates: FloatArray,
+        histories: list[_Histories],
         history: list[RankArray],
         cap: float,
     ) -> FloatArray:
@@ -210,7 +230,7 @@ class _Builder:
         price = best_price = np.zeros(num_ranks)
         lowest = np.inf
         for step in _PRICE_STEP * _PRICE_DECAY ** np.arange(_PRICE_ROUNDS):
-            rows = self._rows(rates, met, met_rates, price)
+            rows = self._rows(rates, histories, price)
             home, _ = rows.homes(self.token_row, history, self.fixed)
             crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
             if crowd.max() < lowest:
@@ -249,19 +269,33 @@ class _Builder:
         rates: FloatArray = (pairs + weight * prior) / (top_k * tokens + weight)
         return rates
 
-    def _history(
+    def _histories(
         self,
         serving: LayerServing,
         experts: Array,
         history: list[RankArray],
         prior: FloatArray,
-    ) -> tuple[IntArray, FloatArray]:
-        """Return the histories met in the profile, ``[N]``, and their rates ``[N, R]``."""
-        num_ranks = self.placement.num_ranks
+    ) -> list[_Histories]:
+        """Return the rates of histories of 1, 2, ... past layers.
+
+        Longer ones are shrunk towards their later part. None where too few layers have
+        passed for A.
+        """
         if not 0 < self.lookback <= len(history):
-            return np.zeros(0, dtype=np.int64), np.zeros((0, num_ranks))
-        met, group = np.unique(history_index(history, num_ranks), return_inverse=True)
-        return met, self._rates(serving, experts, group, len(met), prior)
+            return []
+        num_ranks = self.placement.num_ranks
+        found: list[_Histories] = []
+        for order in range(1, self.lookback + 1):
+            index = history_index(history[-order:], num_ranks)
+            met, group = np.unique(index, return_inverse=True)
+            later = np.broadcast_to(prior, (len(met), num_ranks))
+            if found:
+                shorter = found[-1]
+                place = np.searchsorted(shorter.met, met % num_ranks ** (order - 1))
+                later = shorter.rates[place]
+            rates = self._rates(serving, experts, group, len(met), later)
+            found.append(_Histories(met, rates))
+        return found
 
 
 def _best(rates: FloatArray, price: FloatArray) -> tuple[RankArray, Array]:
@@ -281,6 +315,17 @@ def _vocabulary_rows(
         unseen = np.flatnonzero(rows == len(seen))
         rows[unseen] = nearest_seen(embeddings, seen, unseen)
     return rows
+
+
+def default_lookback(num_ranks: int) -> int:
+    """Return the past layers that index A: at most 4, and no more rows than are cheap."""
+    lookback = 1
+    while (
+        lookback < _MOST_DEFAULT_LOOKBACK
+        and num_ranks ** (lookback + 1) <= _MOST_DEFAULT_HISTORIES
+    ):
+        lookback += 1
+    return lookback
 
 
 def _require_options(

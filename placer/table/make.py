@@ -13,7 +13,7 @@ from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import profile_fold
 from placer.simulation.simulate import simulate
-from placer.table.build import DEFAULT_LOOKBACK, DEFAULT_SHRINKAGE, build_table
+from placer.table.build import DEFAULT_SHRINKAGE, build_table
 from placer.table.embeddings import CheckpointEmbeddings
 from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
@@ -26,7 +26,7 @@ class TableOptions:
     Attributes
     ----------
     lookback
-        Number of past majority ranks that index A.
+        Number of past majority ranks that index A, or ``None`` for the default.
     shrinkage
         Tokens of the layer's prior that are added to every row.
     with_token_score
@@ -37,7 +37,7 @@ class TableOptions:
         Cap on the tokens of the fullest home over the mean, or ``None``.
     """
 
-    lookback: int = DEFAULT_LOOKBACK
+    lookback: int | None = None
     shrinkage: float = DEFAULT_SHRINKAGE
     with_token_score: bool = False
     embeddings: Path | None = None

@@ -11,6 +11,7 @@ from placer.errors import PlacerError, UsageError
 from placer.plan import Placement
 from placer.simulation import contiguous, simulate
 from placer.table import build_table
+from placer.table.build import default_lookback
 from placer.trace import Chunk
 
 
@@ -71,6 +72,27 @@ def test_history_rows_by_hand():
     assert table.history_rank[1].tolist() == [1, 1]
     expected = [np.float16(2.75 / 3), np.float16(1.75 / 3)]
     assert table.history_confidence[1].tolist() == expected
+
+
+def test_longer_histories_back_off_to_their_later_part():
+    """Two ranks, two past layers; layer 2 by hand, shrinkage of one token."""
+    past = [[[0], [0], [1], [1]], [[0], [1], [1], [1]]]
+    tokens = chunk_of([*past, [[1], [0], [0], [1]]], token_ids=[0, 1, 2, 3])
+    table = build_table(
+        contiguous((2, 2, 2), 2), tokens, vocab_size=4, lookback=2, shrinkage=1.0
+    )
+    # Prior (1/2, 1/2). After 0: one token, on rank 1: (0 + 1/2, 1 + 1/2) / 2 = 1/4, 3/4.
+    # After 1: two of three on rank 0: (2 + 1/2, 1 + 1/2) / 4 = 5/8, 3/8.
+    # After 0, 0: (0 + 1/4, 1 + 3/4) / 2; after 0, 1: (1 + 5/8, 0 + 3/8) / 2;
+    # after 1, 1: (1 + 5/8, 1 + 3/8) / 3; after 1, 0, never met: as after 0.
+    assert table.history_rank[2].tolist() == [1, 0, 1, 0]
+    expected = [1.75 / 2, 1.625 / 2, 3 / 4, 1.625 / 3]
+    assert table.history_confidence[2].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_default_lookback_keeps_few_rows():
+    found = {ranks: default_lookback(ranks) for ranks in (2, 4, 8, 16, 64, 128, 256)}
+    assert found == {2: 4, 4: 4, 8: 4, 16: 3, 64: 2, 128: 2, 256: 1}
 
 
 def test_histories_are_indexed_oldest_first_in_base_r():

@@ -16,7 +16,11 @@ from placer.table import Table, build_table
 @pytest.fixture
 def table(make_chunk):
     return build_table(
-        contiguous((8, 8, 8), 4), make_chunk(), vocab_size=60, with_token_score=True
+        contiguous((8, 8, 8), 4),
+        make_chunk(),
+        vocab_size=60,
+        lookback=2,
+        with_token_score=True,
     )
 
 
