@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import JsonOption, print_json, print_line, print_table, warn
+from placer.cli.output import (
+    ExpertSizeOption,
+    HiddenSizeOption,
+    JsonOption,
+    SizedByOption,
+    WeightBytesOption,
+    print_json,
+    print_line,
+    print_table,
+    warn,
+)
 
 
 def advise(
@@ -28,19 +38,10 @@ def advise(
             help="Measure by predicted time: h100, h200, b200, a100, or a .toml file.",
         ),
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option(help="Width of the hidden state, without --model.")
-    ] = None,
-    expert_size: Annotated[
-        int | None, typer.Option(help="Width of an expert, without --model.")
-    ] = None,
-    weight_bytes: Annotated[
-        float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
-    ] = 2.0,
+    model: SizedByOption = None,
+    hidden_size: HiddenSizeOption = None,
+    expert_size: ExpertSizeOption = None,
+    weight_bytes: WeightBytesOption = 2.0,
     least_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share that a change must save.")
     ] = 0.03,

@@ -39,8 +39,8 @@ def learning(
 
     Parts of the sequences of --fold (0/2 if none is given) are profiled; all others judge.
     """
+    from placer.plan.options import SolveOptions
     from placer.plan.problem import Topology
-    from placer.plan.solve import SolveOptions
     from placer.report.learning import DEFAULT_TOKENS, learning_curve
     from placer.trace import Fold, Trace
 

@@ -31,6 +31,19 @@ NotFoldOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
+SizedByOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
+]
+HiddenSizeOption = Annotated[
+    int | None, typer.Option(help="Width of the hidden state, without --model.")
+]
+ExpertSizeOption = Annotated[
+    int | None, typer.Option(help="Width of an expert, without --model.")
+]
+WeightBytesOption = Annotated[
+    float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
+]
 
 
 def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":

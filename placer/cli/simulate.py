@@ -6,9 +6,13 @@ from typing import Annotated
 import typer
 
 from placer.cli.output import (
+    ExpertSizeOption,
     FoldOption,
+    HiddenSizeOption,
     JsonOption,
     NotFoldOption,
+    SizedByOption,
+    WeightBytesOption,
     parse_fold,
     print_json,
     print_line,
@@ -64,19 +68,10 @@ def simulate(
             help="Predict the time of a layer: h100, h200, b200, a100, or a .toml file.",
         ),
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option(help="Width of the hidden state, without --model.")
-    ] = None,
-    expert_size: Annotated[
-        int | None, typer.Option(help="Width of an expert, without --model.")
-    ] = None,
-    weight_bytes: Annotated[
-        float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
-    ] = 2.0,
+    model: SizedByOption = None,
+    hidden_size: HiddenSizeOption = None,
+    expert_size: ExpertSizeOption = None,
+    weight_bytes: WeightBytesOption = 2.0,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from placer.cli.output import (
+    ExpertSizeOption,
     FoldOption,
+    HiddenSizeOption,
     JsonOption,
     NotFoldOption,
     OutOption,
+    SizedByOption,
+    WeightBytesOption,
     note,
     parse_fold,
     print_json,
@@ -21,7 +25,7 @@ from placer.cli.output import (
 from placer.errors import NotProvedError, UsageError
 
 if TYPE_CHECKING:
-    from placer.plan.solve import SolveOptions
+    from placer.plan.options import SolveOptions
     from placer.trace import Fold
 
 
@@ -48,19 +52,10 @@ def solve(
             help="For --objective time: h100, h200, b200, a100, or a .toml file.",
         ),
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option(help="Width of the hidden state, without --model.")
-    ] = None,
-    expert_size: Annotated[
-        int | None, typer.Option(help="Width of an expert, without --model.")
-    ] = None,
-    weight_bytes: Annotated[
-        float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
-    ] = 2.0,
+    model: SizedByOption = None,
+    hidden_size: HiddenSizeOption = None,
+    expert_size: ExpertSizeOption = None,
+    weight_bytes: WeightBytesOption = 2.0,
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
     engine: Annotated[
         str | None,
@@ -163,13 +158,13 @@ def solve(
     from placer.engine import Engine
     from placer.hardware import Hardware
     from placer.plan import Plan
+    from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
     from placer.plan.problem import Topology
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
-    from placer.plan.solve import SolveOptions
     from placer.report.advice import Question
     from placer.report.comparison import COLUMNS, certificate_lines, plan_rows
     from placer.report.layer_time import choose_by_time

@@ -14,10 +14,10 @@ from placer.errors import PlacerError
 from placer.files import require_absent
 from placer.model import ModelSpec
 from placer.plan import Placement, Plan
+from placer.plan.options import SolveOptions
 from placer.plan.plan import Policy
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions
 from placer.report.html import write_html
 from placer.runtime_map import export_map
 from placer.simulation.baselines import balanced, contiguous

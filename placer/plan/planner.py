@@ -11,9 +11,10 @@ from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
 from placer.plan.migration import num_moved
+from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan
-from placer.plan.solve import Progress, SolveOptions, solve
+from placer.plan.solve import Progress, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Trace

@@ -6,7 +6,7 @@ the copies that the profile's tokens really cause (``refine``), and a certificat
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +25,10 @@ from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
 from placer.plan.migration import move_prices, require_same_shape
-from placer.plan.pins import Pin, pinned_kinds, with_pins
+from placer.plan.options import Proof, SolveOptions
+from placer.plan.pins import pinned_kinds, with_pins
 from placer.plan.placement import Placement
-from placer.plan.plan import Certificate, Exchange, Policy, SolverReport
+from placer.plan.plan import Certificate, SolverReport
 from placer.plan.problem import (
     FloatArray,
     IntArray,
@@ -36,9 +37,7 @@ from placer.plan.problem import (
     placement_problem,
 )
 from placer.plan.refine import (
-    RefineLimits,
     Refinement,
-    ReplicaChoice,
     TrafficProblem,
     copy_prices,
     layer_tokens,
@@ -46,13 +45,11 @@ from placer.plan.refine import (
 )
 from placer.plan.replicas import with_replicas
 from placer.plan.router_groups import group_kinds, place_groups
-from placer.plan.scenarios import Robust, load_scenarios
-from placer.plan.search import Search, SearchLimits
+from placer.plan.scenarios import load_scenarios
+from placer.plan.search import Search
 from placer.trace import Chunk
 
 Progress = Callable[[str], None]
-Proof = Literal["none", "quick", "full"]
-Objective = Literal["traffic", "balance"]
 
 COPIES_NAME = {
     "fixed": "price of the copies sent, per token and layer",
@@ -66,149 +63,6 @@ _PROOF_STEPS: dict[Proof, tuple[int, int]] = {
 }
 _QUICK_EXPERTS = 4096
 _EXACT_OPERATIONS = 2e10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolveOptions:
-    """What to solve for.
-
-    Attributes
-    ----------
-    topology
-        Ranks, nodes and costs.
-    objective
-        ``traffic`` under a load cap, or ``balance`` alone.
-    policy
-        Home policy: ``fixed`` or ``follow``.
-    exchange
-        ``per-rank`` or ``per-node``: what a copy is.
-    max_imbalance
-        Cap on max/mean rank load in every layer.
-    relax_cap
-        Take the best reachable cap in layers where ``max_imbalance`` is out of reach.
-    redundant_experts
-        Slots per layer beyond one for each expert.
-    replica_choice
-        Which copy serves: ``local-first`` or ``hash``.
-    robust
-        Which other loads the placement should bear (``scenarios``).
-    overflow_price
-        Copies that a pair above the cap is worth, mean over those other loads.
-    receive_price
-        Copies that a copy to the busiest receiver is worth, beyond itself.
-    proof
-        How much work goes into the bounds: ``none``, ``quick`` or ``full``.
-    seed
-        Seed of the search.
-    time_limit
-        Wall-clock seconds after which the best so far is taken, or ``None``.
-    start
-        A placement to improve, or ``None``.
-    migration_cost
-        Copies, over the profile, that moving one expert from where the start has it is
-        worth.
-    pins
-        Experts that stay on a rank.
-    preserve_groups
-        Keep router groups whole, so that a permuted checkpoint can express the plan.
-    limits, refine
-        How long to search over pairs, and over copies.
-    """
-
-    topology: Topology
-    objective: Objective = "traffic"
-    policy: Policy = "fixed"
-    exchange: Exchange = "per-rank"
-    max_imbalance: float = 1.10
-    relax_cap: bool = False
-    redundant_experts: int = 0
-    replica_choice: ReplicaChoice = "local-first"
-    robust: Robust = "none"
-    overflow_price: float = 10.0
-    receive_price: float = 0.0
-    proof: Proof = "quick"
-    start: Placement | None = None
-    migration_cost: float = 0.0
-    pins: tuple[Pin, ...] = ()
-    preserve_groups: bool = False
-    seed: int = 0
-    time_limit: float | None = None
-    limits: SearchLimits = field(default_factory=SearchLimits)
-    refine: RefineLimits = field(default_factory=RefineLimits)
-
-    def __post_init__(self) -> None:
-        choices = {
-            "--objective": (self.objective, ("traffic", "balance")),
-            "--policy": (self.policy, ("fixed", "follow")),
-            "--exchange": (self.exchange, ("per-rank", "per-node")),
-            "--replica-choice": (self.replica_choice, ("local-first", "hash")),
-            "--robust": (self.robust, ("none", "bootstrap", "domains")),
-            "--proof": (self.proof, tuple(_PROOF_STEPS)),
-        }
-        for option, (value, known) in choices.items():
-            if value not in known:
-                raise UsageError(
-                    f"{option} {value} cannot be solved for", f"choose {' or '.join(known)}"
-                )
-        for option, number in {
-            "--seed": self.seed,
-            "--redundant-experts": self.redundant_experts,
-            "--overflow-price": self.overflow_price,
-            "--receive-price": self.receive_price,
-            "--migration-cost": self.migration_cost,
-            "--time-limit": self.time_limit or 0,
-        }.items():
-            if number < 0:
-                raise UsageError(f"{option} must not be negative, got {number}")
-        self._require_consistent()
-
-    def _require_consistent(self) -> None:
-        if self.migration_cost and self.start is None:
-            raise UsageError(
-                f"--migration-cost {self.migration_cost:g} charges for leaving a plan, but "
-                "none is given",
-                "name the plan that is served now: --start PLAN",
-            )
-        if self.preserve_groups and self.redundant_experts:
-            raise UsageError(
-                "--preserve-groups is for permuted checkpoints, which hold no redundant "
-                "experts",
-                "drop one of --preserve-groups and --redundant-experts",
-            )
-        if self.preserve_groups and self.start is not None:
-            raise UsageError(
-                "--preserve-groups places groups anew, --start improves a plan",
-                "drop one of them",
-            )
-        if self.preserve_groups and self.pins:
-            raise UsageError(
-                "--pin may break up the groups that --preserve-groups keeps",
-                "drop one of them",
-            )
-
-    @property
-    def constrained(self) -> bool:
-        """Whether a placement may start above the load cap."""
-        return self.start is not None or bool(self.pins) or self.preserve_groups
-
-    @property
-    def asked_of_tokens(self) -> dict[str, bool]:
-        """The options that counts alone cannot serve, and whether each is asked for."""
-        return {
-            "--exchange per-node": self.exchange == "per-node",
-            "--redundant-experts": self.redundant_experts > 0,
-            "--robust": self.robust != "none",
-            "--receive-price": self.receive_price > 0,
-            "--start": self.start is not None,
-            "--pin": bool(self.pins),
-            "--preserve-groups": self.preserve_groups,
-        }
-
-    @property
-    def needs_tokens(self) -> str | None:
-        """The first option that counts alone cannot serve, or ``None``."""
-        asked = self.asked_of_tokens.items()
-        return next((option for option, wanted in asked if wanted), None)
 
 
 def solve(

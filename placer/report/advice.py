@@ -18,12 +18,13 @@ from placer.engine import Engine, Transfer
 from placer.errors import UsageError
 from placer.hardware import Hardware
 from placer.plan.load_balance import balance_loads
+from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
 from placer.plan.served import solved_for
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.simulation.baselines import contiguous
 from placer.simulation.batch_figures import BatchFigures, BatchOptions, batch_figures
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even

@@ -8,8 +8,9 @@ from typing import Any
 from placer.errors import UsageError
 from placer.files import atomic_directory
 from placer.plan import Plan
+from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
-from placer.plan.solve import Progress, SolveOptions
+from placer.plan.solve import Progress
 from placer.trace import Fold, Trace
 
 TABLE_NAME = "frontier.csv"

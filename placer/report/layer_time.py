@@ -16,7 +16,8 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
 from placer.plan.load_balance import balance_loads
-from placer.plan.solve import Progress, SolveOptions, solve
+from placer.plan.options import SolveOptions
+from placer.plan.solve import Progress, solve
 from placer.report.advice import (
     MOST_JUDGED_TOKENS,
     QUICK,

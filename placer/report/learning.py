@@ -8,9 +8,10 @@ import numpy.typing as npt
 
 from placer.affinity import count_affinity
 from placer.errors import UsageError
+from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.search import transport
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Trace

@@ -14,9 +14,9 @@ import pytest
 from placer.baseline import BASELINES, BaselineProblem
 from placer.errors import UsageError
 from placer.plan import Placement
+from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions
 from placer.simulation import PolicyMetrics, simulate
 from placer.trace import Fold, Trace
 from placer.trace.imported import import_file

@@ -15,9 +15,10 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.model import ModelSpec
+from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions
 from placer.trace import Fold, Trace
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz

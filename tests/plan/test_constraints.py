@@ -12,10 +12,11 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan import Placement
 from placer.plan.migration import num_moved
+from placer.plan.options import SolveOptions
 from placer.plan.pins import Pin, with_pins
 from placer.plan.problem import Topology
 from placer.plan.router_groups import group_kinds
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.trace import Chunk
 
 TWO = Topology(gpus_per_node=2)

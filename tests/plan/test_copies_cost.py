@@ -8,13 +8,13 @@ import pytest
 from placer.plan.copies import CopiesCertificate, token_sets
 from placer.plan.copies_cost import CopiesCost
 from placer.plan.dynamic import solve_exactly
+from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Policy
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import PlacementProblem, Topology
 from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
-from placer.plan.solve import SolveOptions
 from placer.simulation import simulate
 from placer.trace import Chunk
 from tests.plan.enumeration import ONE_NODE, TWO_NODES, every_placement

@@ -15,8 +15,9 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan import Plan
 from placer.plan.deadline import Deadline
+from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Trace
 

@@ -12,8 +12,9 @@ from placer.affinity import Affinity
 from placer.errors import NoSolutionError, PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.plan.load_balance import balance_loads
+from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology, placement_problem
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 
 LOADS = st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any)
 

@@ -11,6 +11,7 @@ from placer.affinity import count_affinity
 from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Placement
+from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.refine import (
     RefineLimits,
@@ -22,7 +23,7 @@ from placer.plan.refine import (
 )
 from placer.plan.replicas import with_replicas
 from placer.plan.scenarios import load_scenarios
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.simulation.baselines import contiguous, random
 from placer.trace import Chunk
 

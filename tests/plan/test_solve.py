@@ -12,10 +12,11 @@ from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import balance_layer, greedy_balance
 from placer.plan.bounds import heaviest_b_matching, pair_bound
+from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology, placement_problem
 from placer.plan.search import Search, SearchLimits, transport
-from placer.plan.solve import SolveOptions, solve
+from placer.plan.solve import solve
 from placer.trace import Chunk, Fold, Trace
 
 

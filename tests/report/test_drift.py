@@ -9,9 +9,9 @@ from placer.cli.main import main
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Plan
+from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions
 from placer.report.drift import NUM_GROUPS, check_plan
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate

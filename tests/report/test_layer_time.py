@@ -12,8 +12,8 @@ from placer.errors import NoSolutionError, UsageError
 from placer.hardware import Hardware
 from placer.model import ModelSpec
 from placer.plan import Placement
+from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
-from placer.plan.solve import SolveOptions
 from placer.report.advice import Question
 from placer.report.layer_time import BALANCED, TimeChoice, choose, choose_by_time
 from placer.simulation.batch_figures import BatchFigures, BatchMetrics

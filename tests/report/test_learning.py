@@ -8,9 +8,9 @@ import pytest
 
 from placer.errors import UsageError
 from placer.plan import Placement
+from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.search import SearchLimits
-from placer.plan.solve import SolveOptions
 from placer.report.learning import learning_curve, moved_share
 from placer.trace import Fold, Trace
 
