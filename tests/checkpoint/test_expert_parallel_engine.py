@@ -62,6 +62,9 @@ for folder in sys.argv[1:]:
         logits = model(input_ids=ids).logits
     found = {"logits": logits, "sent": torch.tensor(sent), "experts": experts}
     torch.save(found, f"{folder}.{rank}")
+# Threads of gloo that are still there when Python ends abort the process, now and then.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
