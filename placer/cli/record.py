@@ -68,7 +68,7 @@ def record(
     from placer.trace.corpus import name_corpora
     from placer.trace.record import RecordOptions
     from placer.trace.record import record as record_trace
-    from placer.trace.worker import Worker
+    from placer.worker import Worker
 
     options = RecordOptions(
         sequence_length=sequence_length,

@@ -24,8 +24,9 @@ from placer.trace.chunk import Chunk, expert_dtype
 from placer.trace.corpus import STANDARD_INPUT, Corpus, Document, Encode, token_sequences
 from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
-from placer.trace.worker import ALONE, Worker, assemble, together
+from placer.trace.parts import assemble, part_of
 from placer.trace.writer import TraceWriter
+from placer.worker import ALONE, Worker, together
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[int], None]
@@ -150,13 +151,13 @@ def record(
         ``out`` exists, or an unfinished recording there had other options.
     """
     require_absent(out)
-    if worker.number > 1:
+    if not worker.alone:
         _require_files(corpora)
     spec = ModelSpec.from_checkpoint(directory)
     _architecture(directory).require_recorded(directory)
     domains = tuple(corpus.domain for corpus in corpora)
     provenance = _provenance(directory, corpora, options)
-    part = worker.part(out)
+    part = part_of(worker, out)
     with together(worker):
         if part.exists():
             num_chunks = _chunks_of_part(part, provenance)
@@ -174,7 +175,7 @@ def record(
                 num_chunks = writer.num_chunks
                 if num_chunks or worker.index == 0:
                     writer.finish()
-        if worker.number > 1:
+        if not worker.alone:
             assemble(out, worker, num_chunks)
     return TraceHeader.read(out)
 

@@ -13,8 +13,9 @@ import pytest
 from placer.errors import PlacerError, UsageError
 from placer.trace import Chunk, Trace, TraceWriter
 from placer.trace.corpus import name_corpora
+from placer.trace.parts import part_of, put_together
 from placer.trace.record import RecordOptions, record
-from placer.trace.worker import Worker, put_together
+from placer.worker import Worker
 
 OPTIONS = ("--sequence-length", "24", "--batch-size", "3", "--chunk-tokens", "60")
 
@@ -67,7 +68,7 @@ def parts(out: Path, trace: Trace, number: int) -> list[int]:
         counts.append(len(mine))
         if not mine:
             continue
-        directory = Worker(index=index, number=number).part(out)
+        directory = part_of(Worker(index=index, number=number), out)
         with TraceWriter(directory=directory, model=trace.model) as writer:
             for chunk in mine:
                 writer.append(chunk)
@@ -114,7 +115,7 @@ def test_a_part_of_other_options_is_refused(
 ) -> None:
     corpora = name_corpora([text], [], None)
     worker = Worker(index=0, number=2)
-    record(tiny_model, corpora, worker.part(tmp_path / "out"), RecordOptions(seed=1))
+    record(tiny_model, corpora, part_of(worker, tmp_path / "out"), RecordOptions(seed=1))
     monkeypatch.setattr("placer.trace.record.together", nullcontext)
     with pytest.raises(PlacerError, match="recorded with another corpus or other options"):
         record(tiny_model, corpora, tmp_path / "out", RecordOptions(seed=2), worker=worker)

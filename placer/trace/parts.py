@@ -4,89 +4,18 @@ Chunk n is worker ``n mod W``'s, who writes a trace of its own beside the place 
 one. Put together in order they are what one process would have written, byte for byte.
 """
 
-import datetime
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError
 from placer.trace.header import TraceHeader
 from placer.trace.writer import TraceWriter
-
-# A worker waits for the slowest, whose last chunk may take long.
-_TIMEOUT = datetime.timedelta(days=7)
+from placer.worker import Worker
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """One of the processes that record a trace.
-
-    Attributes
-    ----------
-    index
-        Its number, from 0.
-    number
-        How many there are.
-    local_index
-        Its number on this machine.
-    """
-
-    index: int = 0
-    number: int = 1
-    local_index: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.number:
-            raise UsageError(
-                f"RANK is {self.index}, WORLD_SIZE {self.number}",
-                "start it with: torchrun --nproc-per-node N --no-python placer record ...",
-            )
-
-    @classmethod
-    def of_environment(cls) -> Self:
-        """Read the variables that torchrun sets; without them there is one worker."""
-        try:
-            return cls(
-                index=int(os.environ.get("RANK", 0)),
-                number=int(os.environ.get("WORLD_SIZE", 1)),
-                local_index=int(os.environ.get("LOCAL_RANK", 0)),
-            )
-        except ValueError as error:
-            raise UsageError(f"RANK, WORLD_SIZE or LOCAL_RANK: {error}") from error
-
-    def takes(self, chunk: int) -> bool:
-        """Return whether chunk number ``chunk`` of the whole trace is this worker's."""
-        return chunk % self.number == self.index
-
-    def device(self, name: str) -> str:
-        """Return the device of this worker: ``cuda`` means its own one."""
-        return f"cuda:{self.local_index}" if name == "cuda" and self.number > 1 else name
-
-    def part(self, out: Path) -> Path:
-        """Return where this worker writes; ``out`` itself if it is alone."""
-        return out if self.number == 1 else _part(out, self.index, self.number)
-
-
-ALONE = Worker()
-
-
-@contextmanager
-def together(worker: Worker) -> Iterator[None]:
-    """Join the workers of torchrun for the length of the block."""
-    if worker.number == 1:
-        yield
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def part_of(worker: Worker, out: Path) -> Path:
+    """Return where a worker writes; ``out`` itself if it is alone."""
+    return out if worker.alone else _part(out, worker.index, worker.number)
 
 
 def assemble(out: Path, worker: Worker, num_chunks: int) -> None:
