@@ -10,7 +10,8 @@ from placer.simulation.homes import Batches, Phase, fixed_homes
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.replica_choice import Server
 from placer.simulation.serving import LayerServing, RankArray, majority_rank
-from placer.table.lookup import LayerTable, equal_homes, known_ids, request_homes
+from placer.table.homes import TableHomes
+from placer.table.lookup import request_homes
 from placer.table.table import Table
 from placer.trace import Chunk
 
@@ -108,12 +109,11 @@ class _TablePolicies:
 
     def __init__(self, content: _ContentPolicies, tokens: Chunk, table: Table) -> None:
         num_ranks = content.server.placement.num_ranks
-        self._table, self._server, self._fixed = table, content.server, content.fixed
-        self._ids = known_ids(tokens.token_ids, tokens.num_tokens, table.vocab_size)
+        self._server = content.server
+        self._homes = TableHomes(table, tokens.token_ids, content.fixed)
         self._request = request_homes(
-            table.request_score, tokens.sequence_ids, self._ids, num_ranks
+            table.request_score, tokens.sequence_ids, self._homes.ids, num_ranks
         ).astype(content.fixed.dtype)
-        self._history: list[RankArray] = []
         self.tallies = {
             name: content.new_tally() for name in ("token", "token_equal", "request")
         }
@@ -122,17 +122,12 @@ class _TablePolicies:
         self, layer: int, serving: LayerServing, experts: npt.NDArray[np.generic]
     ) -> None:
         """Count one layer; ``experts`` is ``[k, T]``."""
-        table, serve = self._table, self._server.ranks
-        rows = LayerTable.of(table, layer)
-        home, confidence = rows.homes(self._ids, self._history, self._fixed)
+        serve = self._server.ranks
+        home, _ = self._homes.of(layer)
+        even = self._homes.equal(layer, self._server.batches)
         ranks = serve(serving, experts, home)
+        self._homes.served(ranks)
         self.tallies["token"].add(ranks, home)
-        self._history = [*self._history, majority_rank(ranks)]
-        self._history = self._history[max(0, len(self._history) - table.lookback) :]
-        score = None
-        if table.token_score is not None:
-            score = table.token_score[layer][np.maximum(self._ids, 0)].astype(np.float32)
-        even = equal_homes(home, confidence, table.num_ranks, self._server.batches, score)
         self.tallies["token_equal"].add(serve(serving, experts, even), even)
         self.tallies["request"].add(serve(serving, experts, self._request), self._request)
 

@@ -6,7 +6,7 @@ in turn, in prefilling a chunk of consecutive tokens. Only full batches count.
 Legend of the shapes: T tokens, k experts per token, B full batches, R ranks, N nodes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ from placer.engine import Exchange, ReplicaChoice
 from placer.errors import UsageError
 from placer.plan.placement import Placement
 from placer.simulation.homes import Batches, fixed_homes
+from placer.simulation.messages import Messages, dispatch_messages
 from placer.simulation.replica_choice import Server
 from placer.simulation.serving import (
-    BoolArray,
     IntArray,
     RankArray,
-    first_occurrence,
     majority_rank,
 )
 from placer.trace import Chunk
@@ -47,6 +46,14 @@ class LinkCopies:
     def busiest(self) -> FloatArray:
         """``[B, R]``: the more of the two, for links of two directions."""
         return np.maximum(self.sent, self.received)
+
+    @classmethod
+    def total(cls, parts: Sequence["LinkCopies"]) -> "LinkCopies":
+        """Add up the steps of one dispatch."""
+        return cls(
+            sent=np.sum([part.sent for part in parts], axis=0),
+            received=np.sum([part.received for part in parts], axis=0),
+        )
 
     def turned(self) -> "LinkCopies":
         """Return the copies on their way back."""
@@ -176,36 +183,31 @@ class _Counter:
             return self._to_all(home, 1.0)
         if exchange == "padded":
             return self._to_all(home, len(ranks) / self.num_ranks)
-        if exchange == "per-expert":
-            return self._sent(np.broadcast_to(home, ranks.shape), ranks, ranks != home)
-        first = first_occurrence(ranks)
-        if exchange == "per-rank":
-            remote = first & (ranks != home)
-            return self._sent(np.broadcast_to(home, ranks.shape), ranks, remote)
-        return self._by_node(ranks, home, first)
+        sent = [
+            self._sent(messages)
+            for messages in dispatch_messages(exchange, ranks, home, self.width)
+        ]
+        return Copies(
+            fast=LinkCopies.total([copies.fast for copies in sent]),
+            slow=LinkCopies.total([copies.slow for copies in sent]),
+        )
 
-    def _by_node(self, ranks: RankArray, home: RankArray, first: BoolArray) -> Copies:
-        """One copy per node, to the rank with the home's local index; then inside nodes."""
-        node = ranks // self.width
-        landing = (node * self.width + home % self.width).astype(ranks.dtype)
-        away = first_occurrence(node) & (node != home // self.width)
-        across = self._sent(np.broadcast_to(home, ranks.shape), landing, away)
-        # In the home's own node the landing rank is the home itself.
-        inside = self._sent(landing, ranks, first & (ranks != landing))
-        return Copies(fast=inside.fast, slow=across.slow)
-
-    def _sent(self, sender: RankArray, receiver: RankArray, which: BoolArray) -> Copies:
-        """Count messages ``[k, T]`` by link class."""
-        slow = sender // self.width != receiver // self.width
-        cell = self.batches.batch_of_token * self.num_ranks
+    def _sent(self, messages: Messages) -> Copies:
+        """Count messages by link class."""
+        slow = messages.sender // self.width != messages.receiver // self.width
         fast, across = (
             LinkCopies(
-                sent=self.per_rank((cell + sender)[chosen]),
-                received=self.per_rank((cell + receiver)[chosen]),
+                sent=self.per_rank(self._cell(token, sender)),
+                received=self.per_rank(self._cell(token, receiver)),
             )
-            for chosen in (which & ~slow, which & slow)
+            for token, sender, receiver in (messages.of(~slow), messages.of(slow))
         )
         return Copies(fast=fast, slow=across)
+
+    def _cell(self, token: IntArray, rank: RankArray) -> IntArray:
+        """Return batch x R + rank of some tokens."""
+        cell: IntArray = self.batches.batch_of_token[token] * self.num_ranks + rank
+        return cell
 
     def _to_all(self, home: RankArray, weight: float) -> Copies:
         """Count ``weight`` copies of each token to every other rank."""

@@ -1,0 +1,328 @@
+"""How the experts of a rank get their tokens: exchanges for transformers.
+
+Each is an ``EPImplementation`` of transformers 5
+(``transformers/distributed/expert_parallel.py``), whose own all-to-all sends a hidden state
+once per expert. Here it is sent once per rank that serves it, and the experts' weighted
+outputs are added up where they are computed, so that one sum returns
+(de-duplication, as DeepEP's and as Speculative MoE's exchange). For inference: no gradients.
+
+After ``register()``, ``DistributedConfig(ep_size=R, ep_implementation="placer-dedup")`` uses
+them on any checkpoint that transformers can serve expert-parallel, such as one that
+``placer export checkpoint`` wrote.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.expert_parallel import (
+    EPImplementation,
+    EPImplementationInterface,
+)
+
+from placer.errors import PlacerError
+from placer.replay.token_shuffle import TokenShuffle
+
+Tensor = torch.Tensor
+
+DEDUP, PER_NODE, SHUFFLE = "placer-dedup", "placer-per-node", "placer-shuffle"
+#: A pair that another rank serves.
+ELSEWHERE = -1
+
+
+def register(
+    *, ranks_per_node: int | None = None, shuffle: TokenShuffle | None = None
+) -> None:
+    """Let ``DistributedConfig.ep_implementation`` name placer's exchanges.
+
+    ``placer-dedup`` always, ``placer-per-node`` if ``ranks_per_node`` is given, and
+    ``placer-shuffle`` if there is a token shuffle, which must watch the model too.
+    """
+    add = EPImplementationInterface.register
+    add(DEDUP, DedupExchange)
+    if ranks_per_node is not None:
+        add(PER_NODE, partial(PerNodeExchange, ranks_per_node=ranks_per_node))
+    if shuffle is not None:
+        add(SHUFFLE, partial(ShuffleExchange, shuffle=shuffle))
+
+
+class DedupExchange(EPImplementation):  # type: ignore[misc]  # transformers has no types
+    """One copy of a token per rank that serves it; one sum back.
+
+    Parameters
+    ----------
+    experts
+        The experts module, which holds this rank's slots only.
+    ep_mesh
+        The ranks that share the experts.
+    tp_mesh
+        The ranks that hold the same tokens; each sends an equal slice of them.
+    """
+
+    def __init__(
+        self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh
+    ) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.group = ep_mesh.get_group()
+        self.rank = ep_mesh.get_local_rank()
+        self.num_ranks = ep_mesh.size()
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Serve tokens that this rank holds.
+
+        Parameters
+        ----------
+        hidden
+            ``[n, H]``.
+        ids, weights
+            ``[n, k]``: physical experts of the whole group, and their routing weights.
+
+        Returns
+        -------
+        Tensor
+            ``[n, H]``: the weighted sum of each token's experts.
+
+        Raises
+        ------
+        PlacerError
+            If gradients are wanted.
+        """
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise PlacerError(
+                "placer's exchanges compute no gradients",
+                'run under torch.no_grad(), or train with ep_implementation="all_to_all"',
+            )
+        if self.tp_mesh.size() == 1:
+            return self._served(hidden, ids, weights)
+        slices = self._slices(hidden, ids, weights)
+        mine = slices[self.tp_mesh.get_local_rank()]
+        served = self._served(hidden[mine], ids[mine], weights[mine])
+        return _gathered(served, slices, self.tp_mesh)
+
+    def _slices(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Sequence[Tensor]:
+        """Return the rows of each rank of ``tp_mesh``."""
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return rows.tensor_split(self.tp_mesh.size())
+
+    def _hops(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return the steps of a dispatch: from ids ``[n, k]`` to the next rank of each."""
+        return (self._owner,)
+
+    def _owner(self, ids: Tensor) -> Tensor:
+        return ids.div(self.num_local_experts, rounding_mode="floor")
+
+    def _served(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return self._through(self._hops(), hidden, ids, weights)
+
+    def _through(
+        self,
+        hops: Sequence[Callable[[Tensor], Tensor]],
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Take rows along the hops to their experts, and their sums back."""
+        if not hops:
+            return run_experts(
+                self.experts_forward,
+                hidden,
+                self._local(ids),
+                weights,
+                self.num_local_experts,
+            )
+        next_rank = hops[0](ids)
+        rank, row = visits(next_rank, self.num_ranks)
+        elsewhere = next_rank[row] != rank[:, None]
+        sizes = torch.bincount(rank, minlength=self.num_ranks)
+        received = exchange_sizes(sizes, self.group)
+        send = partial(
+            send_rows, send_sizes=sizes.tolist(), recv_sizes=received, group=self.group
+        )
+        come_ids, come_weights = unpacked(
+            send(
+                packed(
+                    ids[row].masked_fill(elsewhere, ELSEWHERE),
+                    weights[row].masked_fill(elsewhere, 0),
+                )
+            ),
+            weights,
+        )
+        served = self._through(hops[1:], send(hidden[row]), come_ids, come_weights)
+        back = send_rows(served, received, sizes.tolist(), self.group)
+        return torch.zeros_like(hidden).index_add_(0, row, back)
+
+    def _local(self, ids: Tensor) -> Tensor:
+        """Number this rank's slots from 0; all others are one past the last."""
+        first = self.rank * self.num_local_experts
+        return torch.where(
+            self._owner(ids) == self.rank, ids - first, self.num_local_experts
+        )
+
+
+class PerNodeExchange(DedupExchange):
+    """One copy of a token per node that serves it, then one per rank inside the node.
+
+    A copy lands on the rank that has in its node the number that the token's rank has in
+    its own, and is passed on from there; sums return the same way (as DeepEP's kernels
+    across nodes).
+
+    Parameters
+    ----------
+    experts, ep_mesh, tp_mesh
+        As for :class:`DedupExchange`.
+    ranks_per_node
+        Ranks of a node; ranks are numbered node by node.
+
+    Raises
+    ------
+    PlacerError
+        If the ranks do not divide into such nodes.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        ep_mesh: DeviceMesh,
+        tp_mesh: DeviceMesh,
+        *,
+        ranks_per_node: int,
+    ) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        if ranks_per_node < 1 or self.num_ranks % ranks_per_node:
+            raise PlacerError(
+                f"{self.num_ranks} ranks do not divide into nodes of {ranks_per_node}"
+            )
+        self.ranks_per_node = ranks_per_node
+
+    def _hops(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        return (self._landing, self._owner)
+
+    def _landing(self, ids: Tensor) -> Tensor:
+        node = self._owner(ids).div(self.ranks_per_node, rounding_mode="floor")
+        landing = node * self.ranks_per_node + self.rank % self.ranks_per_node
+        return landing.masked_fill(ids < 0, ELSEWHERE)
+
+
+class ShuffleExchange(DedupExchange):
+    """The ranks share a batch, and each serves the slice that a token table gives it.
+
+    Speculative MoE's shuffled token slices (s-TS): tokens go where most of their experts
+    are foretold to be, equally many to every rank; the order is restored afterwards.
+
+    Parameters
+    ----------
+    experts, ep_mesh, tp_mesh
+        As for :class:`DedupExchange`; every rank must hold the same batch.
+    shuffle
+        The table, which watches the model.
+    """
+
+    needs_shared_batch = True
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        ep_mesh: DeviceMesh,
+        tp_mesh: DeviceMesh,
+        *,
+        shuffle: TokenShuffle,
+    ) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.shuffle = shuffle
+        self.layer = shuffle.add_layer()
+
+    def _slices(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Sequence[Tensor]:
+        home = self.shuffle.homes(self.layer, self._owner(ids), weights)
+        on_device = home.to(hidden.device)
+        return [
+            torch.nonzero(on_device == rank).flatten() for rank in range(self.num_ranks)
+        ]
+
+
+def run_experts(
+    forward: Callable[..., Tensor],
+    hidden: Tensor,
+    local_ids: Tensor,
+    weights: Tensor,
+    num_local_experts: int,
+) -> Tensor:
+    """Return ``[n, H]``: weighted sums over the experts that this rank holds.
+
+    Every pair is a row of its own, since a row with experts elsewhere would be computed
+    for those too by some of transformers' kernels.
+
+    Parameters
+    ----------
+    forward
+        The experts' own forward.
+    hidden
+        ``[n, H]``.
+    local_ids, weights
+        ``[n, k]``; ids of ``num_local_experts`` are served elsewhere.
+    num_local_experts
+        Slots of this rank.
+    """
+    row, place = torch.nonzero(local_ids < num_local_experts, as_tuple=True)
+    result = torch.zeros_like(hidden)
+    if len(row) == 0:
+        return result
+    ids, weight = local_ids[row, place][:, None], weights[row, place][:, None]
+    return result.index_add_(0, row, forward(hidden[row], ids, weight).to(hidden.dtype))
+
+
+def visits(next_rank: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct (rank, row) pairs of ``[n, k]`` ranks, by rank, then row.
+
+    Negative ranks are no visit.
+    """
+    visited = torch.zeros(
+        len(next_rank), num_ranks + 1, dtype=torch.bool, device=next_rank.device
+    )
+    visited.scatter_(1, next_rank.remainder(num_ranks + 1), value=True)
+    rank, row = torch.nonzero(visited[:, :num_ranks].T, as_tuple=True)
+    return rank, row
+
+
+def exchange_sizes(sizes: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Tell every rank how many rows it will get; return how many this one will."""
+    received = torch.empty_like(sizes)
+    dist.all_to_all_single(received, sizes, group=group)
+    return [int(size) for size in received.tolist()]
+
+
+def send_rows(
+    rows: Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Send ``send_sizes[r]`` consecutive rows to each rank r; return what comes."""
+    received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group)
+    return received
+
+
+def packed(ids: Tensor, weights: Tensor) -> Tensor:
+    """Return ids ``[n, i]`` and weights ``[n, k]`` as one int32 message ``[n, i + k]``."""
+    bits = weights.to(torch.float32).contiguous().view(torch.int32)
+    return torch.cat([ids.to(torch.int32), bits], dim=1)
+
+
+def unpacked(message: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids (int64) and the weights, shaped and typed as ``weights`` [*, k]."""
+    num_ids = message.shape[1] - weights.shape[1]
+    bits = message[:, num_ids:].contiguous().view(torch.float32)
+    return message[:, :num_ids].long(), bits.to(weights.dtype)
+
+
+def _gathered(served: Tensor, slices: Sequence[Tensor], mesh: DeviceMesh) -> Tensor:
+    """Give all slices to every rank of the mesh, in the original order."""
+    longest = max(len(rows) for rows in slices)
+    sent = served.new_zeros(longest, served.shape[1])
+    sent[: len(served)] = served
+    everything = served.new_empty(len(slices) * longest, served.shape[1])
+    dist.all_gather_into_tensor(everything, sent, group=mesh.get_group())
+    result = served.new_empty(sum(map(len, slices)), served.shape[1])
+    for number, rows in enumerate(slices):
+        result[rows] = everything[number * longest :][: len(rows)]
+    return result

@@ -1,0 +1,96 @@
+"""What a simulation says that a replayed run sends."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.engine import Exchange
+from placer.plan.placement import Placement
+from placer.simulation.homes import Batches
+from placer.simulation.messages import dispatch_messages
+from placer.simulation.replica_choice import Server
+from placer.simulation.serving import RankArray, majority_rank
+from placer.table.homes import TableHomes
+from placer.table.table import Table
+from placer.trace import Chunk
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PairCopies:
+    """Hidden states sent between ranks, the diagonal zero.
+
+    Attributes
+    ----------
+    dispatch, combine
+        ``[L, R, R]`` int64: from each rank to each.
+    """
+
+    dispatch: IntArray
+    combine: IntArray
+
+
+def predict_copies(
+    placement: Placement,
+    tokens: Chunk,
+    *,
+    exchange: Exchange,
+    policy: str,
+    batch_size: int,
+    fixed: RankArray,
+    table: Table | None,
+) -> PairCopies:
+    """Serve recorded tokens from a placement, and count what each rank sends to each.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    tokens
+        What the routers chose, token by token; ``batch_size`` consecutive ones share a
+        batch.
+    exchange
+        ``per-expert``, ``per-rank`` or ``per-node``.
+    policy
+        Home policy: ``fixed``, ``follow``, or ``token_equal`` with the table.
+    batch_size
+        Tokens of one forward pass of all ranks.
+    fixed
+        ``[T]``: homes of ``fixed``, with which ``follow`` begins.
+    table
+        The placement's table, or ``None``.
+    """
+    batches = Batches(
+        order=np.arange(tokens.num_tokens),
+        batch_of_token=np.arange(tokens.num_tokens) // batch_size,
+        size=batch_size,
+    )
+    server = Server(placement, "local-first", batches)
+    width, num_ranks = placement.ranks_per_node, placement.num_ranks
+    sent: dict[str, list[IntArray]] = {"dispatch": [], "combine": []}
+    homes = None if table is None else TableHomes(table, tokens.token_ids, fixed)
+    home = fixed
+    for layer, serving in enumerate(server.layers()):
+        experts = np.ascontiguousarray(tokens.experts[layer].T)
+        if policy == "token_equal" and homes is not None:
+            home = homes.equal(layer, batches)
+        ranks = server.ranks(serving, experts, home)
+        if homes is not None:
+            homes.served(ranks)
+        back = majority_rank(ranks) if policy == "follow" else home
+        for way, at in (("dispatch", home), ("combine", back)):
+            steps = dispatch_messages(exchange, ranks, at, width)
+            between = np.sum([step.between(num_ranks) for step in steps], axis=0)
+            sent[way].append(between if way == "dispatch" else between.T)
+        home = back
+    return PairCopies(**{way: np.stack(layers) for way, layers in sent.items()})
+
+
+def link_bytes(matrix: IntArray, ranks_per_node: int) -> tuple[int, int]:
+    """Return bytes of a matrix ``[..., R, R]`` inside nodes and between them."""
+    node = np.arange(matrix.shape[-1]) // ranks_per_node
+    slow = node[:, None] != node
+    remote = ~np.eye(matrix.shape[-1], dtype=np.bool_)
+    return int(matrix[..., remote & ~slow].sum()), int(matrix[..., slow].sum())

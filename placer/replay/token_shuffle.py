@@ -1,0 +1,85 @@
+"""The homes of a batch that all ranks share, from a token-shuffle table."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from placer.errors import PlacerError
+from placer.simulation.homes import Batches
+from placer.table.homes import TableHomes
+from placer.table.table import Table
+
+
+class TokenShuffle:
+    """Follows the forward passes of a model, and says where each token should be served.
+
+    Every rank computes the same, so nothing has to be sent.
+
+    Parameters
+    ----------
+    table
+        The plan's table.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._num_layers = 0
+        self._homes: TableHomes | None = None
+
+    def watch(self, model: nn.Module) -> "torch.utils.hooks.RemovableHandle":
+        """Begin anew with each forward pass of a transformers model."""
+        return model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(
+        self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        ids = named.get("input_ids", inputs[0] if inputs else None)
+        if ids is None:
+            raise PlacerError(
+                "the model is called without input_ids, which the token shuffle looks up",
+                "call model(input_ids=...)",
+            )
+        rows, length = ids.shape
+        fixed = np.repeat(np.arange(rows) % self.table.num_ranks, length)
+        self._homes = TableHomes(self.table, ids.reshape(-1).cpu().numpy(), fixed)
+
+    def add_layer(self) -> int:
+        """Return the number of the next MoE layer, from 0."""
+        self._num_layers += 1
+        return self._num_layers - 1
+
+    def homes(self, layer: int, ranks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the rank of every token, equally many tokens on each.
+
+        Parameters
+        ----------
+        layer
+            MoE layer, from 0; layers are asked in order.
+        ranks, weights
+            ``[T, k]``: the ranks that serve a token in this layer, and the routing
+            weights: they foretell later layers.
+
+        Returns
+        -------
+        Tensor
+            ``[T]`` int64, on the CPU.
+
+        Raises
+        ------
+        PlacerError
+            If no model is watched.
+        """
+        if self._homes is None:
+            raise PlacerError(
+                "the token shuffle has seen no forward pass", "call shuffle.watch(model)"
+            )
+        size = len(ranks)
+        whole = Batches(
+            order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
+        )
+        even = self._homes.equal(layer, whole)
+        by_weight = ranks.gather(1, weights.argsort(1, descending=True, stable=True))
+        self._homes.served(by_weight.T.cpu().numpy())
+        return torch.from_numpy(even.astype(np.int64))
