@@ -2,17 +2,21 @@
 
 import datetime
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Self
 
 from placer.errors import UsageError
 
 # A worker waits for the slowest, whose last piece of work may take long.
 _TIMEOUT = datetime.timedelta(days=7)
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +91,50 @@ def together(worker: Worker, backend: str = "gloo") -> Iterator[None]:
 def start_workers(number: int, arguments: Sequence[str]) -> int:
     """Run a placer command as ``number`` workers on this machine; return its exit code.
 
-    Standard output and error are this process's own.
+    The first worker's output is this process's own; of the others, only what one says that
+    fails alone. One that fails ends all.
     """
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}")
-    command = [sys.executable, *torchrun, "-m", "placer.cli.main", *arguments]
-    return subprocess.run(command, check=False).returncode
+    with ExitStack() as stack:
+        said = [stack.enter_context(TemporaryFile()) for _ in range(number)]
+        shared = os.environ | {
+            "WORLD_SIZE": str(number),
+            "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "placer.cli.main", *arguments],
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=None if rank == 0 else subprocess.DEVNULL,
+                stderr=None if rank == 0 else said[rank],
+            )
+            for rank in range(number)
+        ]
+        failed = _wait_for(workers)
+        if failed and 0 not in failed:
+            said[failed[0]].seek(0)
+            sys.stderr.write(said[failed[0]].read().decode(errors="replace"))
+        return workers[failed[0]].returncode if failed else 0
+
+
+def _wait_for(workers: Sequence["subprocess.Popen[bytes]"]) -> list[int]:
+    """Wait for all, and end all if one fails; return those that failed by themselves."""
+    try:
+        while True:
+            running = any(worker.poll() is None for worker in workers)
+            failed = [rank for rank, worker in enumerate(workers) if worker.returncode]
+            if failed or not running:
+                return failed
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port

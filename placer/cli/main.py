@@ -18,6 +18,7 @@ from placer.cli.inspect import inspect
 from placer.cli.learning import learning
 from placer.cli.links import links
 from placer.cli.record import record
+from placer.cli.replay import replay
 from placer.cli.simulate import simulate
 from placer.cli.solve import solve
 from placer.cli.tables import tables
@@ -66,6 +67,7 @@ app.command("tables")(tables)
 app.command("export")(export)
 app.command("verify")(verify)
 app.command("simulate")(simulate)
+app.command("replay")(replay)
 app.command("check")(check)
 app.command("inspect")(inspect)
 app.command("demo")(demo)

@@ -92,6 +92,14 @@ class Placement:
         held[row, np.arange(len(row)) // (len(row) // self.num_ranks)] = True
         return held
 
+    def slot_of(self, layer: int) -> IntArray:
+        """Return ``[R, E_l]``: the slot of each rank's copy of each expert, or -1."""
+        row = self.physical_to_logical_map[layer]
+        slots = np.arange(len(row))
+        slot_of = np.full((self.num_ranks, self.num_experts[layer]), -1, dtype=np.int64)
+        slot_of[slots // (len(row) // self.num_ranks), row] = slots
+        return slot_of
+
     def expert_rank(self, layer: int) -> IntArray:
         """Return ``[E_l]`` int64: the rank of each expert's first copy."""
         first: IntArray = self.holds(layer).argmax(axis=1)

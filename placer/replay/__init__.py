@@ -4,5 +4,5 @@ The exchanges are implementations of transformers' expert parallelism, usable wi
 rest: :func:`placer.replay.exchanges.register`.
 
 Legend of the shapes: n rows, k experts per token (top-k), H hidden size, R ranks of the
-expert-parallel group, L MoE layers. Physical experts are in slots, an equal number per rank.
+expert-parallel group, L MoE layers. Slots hold physical experts, equally many per rank.
 """

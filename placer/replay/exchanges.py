@@ -3,20 +3,20 @@
 Each is an ``EPImplementation`` of transformers 5
 (``transformers/distributed/expert_parallel.py``), whose own all-to-all sends a hidden state
 once per expert. Here it is sent once per rank that serves it, and the experts' weighted
-outputs are added up where they are computed, so that one sum returns
-(de-duplication, as DeepEP's and as Speculative MoE's exchange). For inference: no gradients.
+outputs are added up where they are computed, so that one sum returns (de-duplication, as in
+DeepEP and in Speculative MoE). For inference: no gradients.
 
-After ``register()``, ``DistributedConfig(ep_size=R, ep_implementation="placer-dedup")`` uses
-them on any checkpoint that transformers can serve expert-parallel, such as one that
+After :func:`register`, ``DistributedConfig(ep_size=R, ep_implementation="placer-dedup")``
+uses them on any checkpoint that transformers can serve expert-parallel, such as one that
 ``placer export checkpoint`` wrote.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import (
     EPImplementation,
@@ -24,11 +24,11 @@ from transformers.distributed.expert_parallel import (
 )
 
 from placer.errors import PlacerError
+from placer.replay.kinds import DEDUP, PER_NODE, SHUFFLE
 from placer.replay.token_shuffle import TokenShuffle
 
 Tensor = torch.Tensor
 
-DEDUP, PER_NODE, SHUFFLE = "placer-dedup", "placer-per-node", "placer-shuffle"
 #: A pair that another rank serves.
 ELSEWHERE = -1
 
@@ -49,7 +49,7 @@ def register(
         add(SHUFFLE, partial(ShuffleExchange, shuffle=shuffle))
 
 
-class DedupExchange(EPImplementation):  # type: ignore[misc]  # transformers has no types
+class DedupExchange(EPImplementation):
     """One copy of a token per rank that serves it; one sum back.
 
     Parameters
@@ -62,10 +62,9 @@ class DedupExchange(EPImplementation):  # type: ignore[misc]  # transformers has
         The ranks that hold the same tokens; each sends an equal slice of them.
     """
 
-    def __init__(
-        self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh
-    ) -> None:
+    def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
+        self.num_slots: int = experts.num_experts
         self.group = ep_mesh.get_group()
         self.rank = ep_mesh.get_local_rank()
         self.num_ranks = ep_mesh.size()
@@ -112,7 +111,7 @@ class DedupExchange(EPImplementation):  # type: ignore[misc]  # transformers has
         return (self._owner,)
 
     def _owner(self, ids: Tensor) -> Tensor:
-        return ids.div(self.num_local_experts, rounding_mode="floor")
+        return ids.div(self.num_slots, rounding_mode="floor")
 
     def _served(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return self._through(self._hops(), hidden, ids, weights)
@@ -127,11 +126,7 @@ class DedupExchange(EPImplementation):  # type: ignore[misc]  # transformers has
         """Take rows along the hops to their experts, and their sums back."""
         if not hops:
             return run_experts(
-                self.experts_forward,
-                hidden,
-                self._local(ids),
-                weights,
-                self.num_local_experts,
+                self.experts_forward, hidden, self._local(ids), weights, self.num_slots
             )
         next_rank = hops[0](ids)
         rank, row = visits(next_rank, self.num_ranks)
@@ -155,11 +150,9 @@ class DedupExchange(EPImplementation):  # type: ignore[misc]  # transformers has
         return torch.zeros_like(hidden).index_add_(0, row, back)
 
     def _local(self, ids: Tensor) -> Tensor:
-        """Number this rank's slots from 0; all others are one past the last."""
-        first = self.rank * self.num_local_experts
-        return torch.where(
-            self._owner(ids) == self.rank, ids - first, self.num_local_experts
-        )
+        """Return places among this rank's slots; one past the last for all others."""
+        first = self.rank * self.num_slots
+        return torch.where(self._owner(ids) == self.rank, ids - first, self.num_slots)
 
 
 class PerNodeExchange(DedupExchange):
@@ -184,7 +177,7 @@ class PerNodeExchange(DedupExchange):
 
     def __init__(
         self,
-        experts: nn.Module,
+        experts: Any,
         ep_mesh: DeviceMesh,
         tp_mesh: DeviceMesh,
         *,
@@ -224,7 +217,7 @@ class ShuffleExchange(DedupExchange):
 
     def __init__(
         self,
-        experts: nn.Module,
+        experts: Any,
         ep_mesh: DeviceMesh,
         tp_mesh: DeviceMesh,
         *,
@@ -320,9 +313,9 @@ def _gathered(served: Tensor, slices: Sequence[Tensor], mesh: DeviceMesh) -> Ten
     longest = max(len(rows) for rows in slices)
     sent = served.new_zeros(longest, served.shape[1])
     sent[: len(served)] = served
-    everything = served.new_empty(len(slices) * longest, served.shape[1])
-    dist.all_gather_into_tensor(everything, sent, group=mesh.get_group())
+    everything = [torch.empty_like(sent) for _ in slices]
+    dist.all_gather(everything, sent, group=mesh.get_group())
     result = served.new_empty(sum(map(len, slices)), served.shape[1])
-    for number, rows in enumerate(slices):
-        result[rows] = everything[number * longest :][: len(rows)]
+    for rows, came in zip(slices, everything, strict=True):
+        result[rows] = came[: len(rows)]
     return result

@@ -33,13 +33,14 @@ from placer.replay.exchanges import (
     unpacked,
     visits,
 )
+from placer.replay.kinds import FOLLOW
 from placer.replay.sharding import ExpertsModule
 from placer.replay.traffic import Part, TrafficCounter
 from placer.simulation.serving import majority_rank
+from placer.trace.capture import by_descending_weight
 
 Tensor = torch.Tensor
 
-FOLLOW = "placer-follow"
 _CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm")
 #: Told of each MoE layer: its number, places [n] of tokens, logical ids and weights [n, k].
 Watch = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -112,7 +113,7 @@ class FollowRun:
         self.experts = {
             int(one.path.split(".layers.")[1].split(".")[0]): one for one in experts
         }
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(model.get_submodule(f"{prefix}.layers").children()):
             missing = [name for name in (*_CHILDREN, block) if not hasattr(layer, name)]
             if missing:
                 raise PlacerError(
@@ -277,8 +278,7 @@ class FollowRun:
         chosen: list[tuple[Tensor, Tensor]] = []
 
         def keep(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            order = weights.argsort(1, descending=True, stable=True)
-            chosen.append((ids.gather(1, order), weights.gather(1, order)))
+            chosen.append(by_descending_weight(ids, weights))
             return torch.zeros_like(hidden)
 
         with experts.computing(keep):

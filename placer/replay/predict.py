@@ -86,11 +86,3 @@ def predict_copies(
             sent[way].append(between if way == "dispatch" else between.T)
         home = back
     return PairCopies(**{way: np.stack(layers) for way, layers in sent.items()})
-
-
-def link_bytes(matrix: IntArray, ranks_per_node: int) -> tuple[int, int]:
-    """Return bytes of a matrix ``[..., R, R]`` inside nodes and between them."""
-    node = np.arange(matrix.shape[-1]) // ranks_per_node
-    slow = node[:, None] != node
-    remote = ~np.eye(matrix.shape[-1], dtype=np.bool_)
-    return int(matrix[..., remote & ~slow].sum()), int(matrix[..., slow].sum())

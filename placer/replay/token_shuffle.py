@@ -10,6 +10,7 @@ from placer.errors import PlacerError
 from placer.simulation.homes import Batches
 from placer.table.homes import TableHomes
 from placer.table.table import Table
+from placer.trace.capture import by_descending_weight
 
 
 class TokenShuffle:
@@ -80,6 +81,6 @@ class TokenShuffle:
             order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
         )
         even = self._homes.equal(layer, whole)
-        by_weight = ranks.gather(1, weights.argsort(1, descending=True, stable=True))
+        by_weight, _ = by_descending_weight(ranks, weights)
         self._homes.served(by_weight.T.cpu().numpy())
         return torch.from_numpy(even.astype(np.int64))

@@ -51,7 +51,7 @@ class Traffic:
     keys_and_values: IntArray
 
 
-class TrafficCounter(TorchDispatchMode):
+class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Counts the bytes that collectives send, by MoE layer, while it is entered.
 
     Parameters
@@ -65,7 +65,7 @@ class TrafficCounter(TorchDispatchMode):
     """
 
     def __init__(self, *, num_layers: int, num_ranks: int, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self._hidden_size = hidden_size
         self._num_ranks = num_ranks
         self._place: tuple[int, Part] | None = None

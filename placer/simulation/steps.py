@@ -164,10 +164,8 @@ class _Counter:
     ) -> IntArray:
         """Return ``[B, R]`` int64: slots that serve at least one pair."""
         row = self.placement.physical_to_logical_map[layer]
-        slot_of = np.zeros((self.num_ranks, self.placement.num_experts[layer]), np.int64)
-        slots = np.arange(len(row))
-        slot_of[slots // (len(row) // self.num_ranks), row] = slots
-        cell = self.batches.batch_of_token * len(row) + slot_of[ranks, experts]
+        slot = self.placement.slot_of(layer)[ranks, experts]
+        cell = self.batches.batch_of_token * len(row) + slot
         used = np.zeros(self.batches.num_batches * len(row), dtype=np.bool_)
         used[cell] = True
         by_slot = used.reshape(self.batches.num_batches, self.num_ranks, -1)

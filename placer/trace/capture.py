@@ -129,7 +129,7 @@ class RouterCapture:
                     "replacement of the model's MoE blocks",
                 )
         return [
-            RouterOutput(*_by_descending_weight(*calls[0]), shares=share)
+            RouterOutput(*by_descending_weight(*calls[0]), shares=share)
             for calls, share in zip(chosen, shares, strict=True)
         ]
 
@@ -251,9 +251,10 @@ def _submodule(model: "torch.nn.Module", path: str) -> "torch.nn.Module":
         ) from error
 
 
-def _by_descending_weight(
+def by_descending_weight(
     ids: "torch.Tensor", weights: "torch.Tensor"
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Return ids and weights ``[N, k]``, each row the heaviest first."""
     if bool((weights[:, 1:] <= weights[:, :-1]).all()):
         return ids, weights
     order = weights.argsort(dim=-1, descending=True, stable=True)

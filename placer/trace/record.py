@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -384,8 +385,19 @@ def load_model(
     PlacerError
         If transformers is not installed or cannot load the directory.
     """
+    model = load_causal_model(directory, dtype=dtype, device=device, device_map=device_map)
+    from transformers import AutoTokenizer
+
+    with _loading(directory):
+        return model, AutoTokenizer.from_pretrained(directory)
+
+
+def load_causal_model(
+    directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
+) -> Any:
+    """Load a model as :func:`load_model` does, without its tokenizer."""
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError as error:
         raise PlacerError(
@@ -398,21 +410,26 @@ def load_model(
             "pip install accelerate",
         )
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # placer has its own
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    with _loading(directory):
+        model: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, device_map=device_map
         )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+    if device_map is None:
+        model = model.to(device)
+    return model.eval()
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """Say what transformers could not load."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()
         raise PlacerError(
             f"transformers cannot load {directory}: {reason[0] if reason else error!r}",
             f"check the directory: placer inspect {directory}",
         ) from error
-    loaded: Any = model
-    if device_map is None:
-        loaded = loaded.to(device)
-    return loaded.eval(), tokenizer
 
 
 def _architecture(directory: Path) -> Architecture:

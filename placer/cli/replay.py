@@ -1,0 +1,101 @@
+"""``placer replay``: a plan on a real expert-parallel run."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    FoldOption,
+    JsonOption,
+    NotFoldOption,
+    note,
+    parse_fold,
+    print_json,
+    print_line,
+    print_table,
+    warn,
+)
+
+
+def replay(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The original model.")],
+    trace: Annotated[
+        Path, typer.Option("--trace", metavar="TRACE", help="Whose tokens to run.")
+    ],
+    table: Annotated[
+        Path | None,
+        typer.Option("--table", help="The plan's table (placer tables): placer-shuffle."),
+    ] = None,
+    exchange: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="all_to_all (transformers' own), placer-dedup, placer-per-node, "
+            "placer-shuffle or placer-follow; repeatable. Default: all that fit the plan.",
+        ),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    sequences_per_rank: Annotated[
+        int, typer.Option(help="Sequences of a rank in a forward pass.")
+    ] = 2,
+    passes: Annotated[int, typer.Option(help="Forward passes.")] = 4,
+    repeats: Annotated[int, typer.Option(help="How often they are timed; 0: never.")] = 3,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL).")] = "cpu",
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a model expert-parallel, contiguous and as planned; count every byte it sends.
+
+    One process per rank, started here on this machine, or by torchrun on several:
+    torchrun --nnodes N --nproc-per-node M --no-python placer replay ... Hidden states that
+    leave a rank must be those that a simulation of the same routing predicts, byte for
+    byte, and outputs those of the model run by itself; exit 5 if not.
+    """
+    from placer.plan import Plan
+    from placer.worker import Worker, start_workers
+
+    worker = Worker.of_environment()
+    num_ranks = Plan.read(plan).placement.num_ranks
+    if worker.alone and num_ranks > 1:
+        raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
+    from placer.replay.replay import ReplayOptions
+    from placer.replay.replay import replay as replay_plan
+    from placer.report.replay import COLUMNS, facts, rows
+    from placer.trace import Trace
+
+    outcome = replay_plan(
+        plan,
+        model,
+        Trace(trace),
+        ReplayOptions(
+            exchanges=tuple(exchange or ()),
+            sequence_length=sequence_length,
+            sequences_per_rank=sequences_per_rank,
+            num_passes=passes,
+            repeats=repeats,
+            dtype=dtype,  # type: ignore[arg-type]  # transformers refuses other names
+            device=device,
+        ),
+        worker,
+        fold=parse_fold(fold, not_fold),
+        table_path=table,
+        say=note,
+    )
+    if outcome is None:
+        return
+    for warning in outcome.warnings:
+        warn(warning)
+    if as_json:
+        print_json(outcome.to_json())
+    else:
+        print_table(COLUMNS, rows(outcome))
+        for fact in facts(outcome):
+            print_line(fact)
+    outcome.require_verified()

@@ -1,0 +1,188 @@
+"""What a replay found, and whether it is what a simulation says."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import VerificationError
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplayedRun:
+    """One placement under one exchange, on all ranks.
+
+    Attributes
+    ----------
+    placement
+        ``contiguous`` or ``plan``.
+    exchange
+        Name of the exchange.
+    dispatch, combine
+        ``[L, R, R]`` int64: bytes of hidden states that each rank sent to each, measured.
+    predicted_dispatch, predicted_combine
+        The same by simulation of what the routers chose; the diagonal is zero.
+    described, gathered, keys_and_values
+        Bytes between ranks that went along: ids, weights and counts; all-gathers of
+        outputs; keys and values.
+    error
+        Largest difference of a hidden state behind the last norm from that of the model
+        run by itself, over the largest absolute value.
+    differently_routed
+        (Token, layer) pairs whose experts are not those of the model run by itself.
+    num_tokens
+        Tokens of all forward passes.
+    ranks_per_node
+        Ranks of a node.
+    seconds
+        Median seconds of a forward pass of all ranks; ``None`` if it was not timed.
+    """
+
+    placement: str
+    exchange: str
+    dispatch: IntArray
+    combine: IntArray
+    predicted_dispatch: IntArray
+    predicted_combine: IntArray
+    described: int
+    gathered: int
+    keys_and_values: int
+    error: float
+    differently_routed: int
+    num_tokens: int
+    ranks_per_node: int
+    seconds: float | None
+
+    @property
+    def as_predicted(self) -> bool:
+        """Whether every rank sent every other the predicted bytes, in every layer."""
+        apart = ~np.eye(self.dispatch.shape[-1], dtype=np.bool_)
+        return all(
+            np.array_equal(measured[:, apart], predicted[:, apart])
+            for measured, predicted in (
+                (self.dispatch, self.predicted_dispatch),
+                (self.combine, self.predicted_combine),
+            )
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return figures by name; bytes are sums over all forward passes."""
+        measured, predicted = (
+            {
+                f"{way}_{link}_bytes": total
+                for way, matrix in (("dispatch", there), ("combine", back))
+                for link, total in zip(
+                    ("fast", "slow"), link_bytes(matrix, self.ranks_per_node), strict=True
+                )
+            }
+            for there, back in (
+                (self.dispatch, self.combine),
+                (self.predicted_dispatch, self.predicted_combine),
+            )
+        )
+        kept = self.dispatch + self.combine
+        return {
+            "placement": self.placement,
+            "exchange": self.exchange,
+            **measured,
+            "predicted": predicted,
+            "as_predicted": self.as_predicted,
+            "kept_bytes": int(np.trace(kept, axis1=1, axis2=2).sum()),
+            "described_bytes": self.described,
+            "gathered_bytes": self.gathered,
+            "keys_and_values_bytes": self.keys_and_values,
+            "error": self.error,
+            "differently_routed": self.differently_routed,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayOutcome:
+    """All runs of a replay.
+
+    Attributes
+    ----------
+    runs
+        By placement and exchange.
+    num_passes, batch_size, sequence_length
+        Forward passes of all ranks, sequences of one, tokens of a sequence.
+    num_ranks, num_nodes
+        The layout.
+    dtype, device
+        What was computed in, and on what.
+    tolerance
+        The largest error that passes.
+    warnings
+        What limits the figures.
+    """
+
+    runs: tuple[ReplayedRun, ...]
+    num_passes: int
+    batch_size: int
+    sequence_length: int
+    num_ranks: int
+    num_nodes: int
+    dtype: str
+    device: str
+    tolerance: float
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer replay --json``."""
+        return {
+            "runs": [run.to_json() for run in self.runs],
+            "passes": self.num_passes,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "ranks": self.num_ranks,
+            "nodes": self.num_nodes,
+            "dtype": self.dtype,
+            "device": self.device,
+            "tolerance": self.tolerance,
+            "warnings": list(self.warnings),
+        }
+
+    def require_verified(self) -> None:
+        """Refuse a run that sent other bytes, or computed something else.
+
+        Raises
+        ------
+        VerificationError
+            With the run, and both figures.
+        """
+        for run in self.runs:
+            name = f"{run.exchange} with the {run.placement} placement"
+            if not run.as_predicted:
+                sent = run.dispatch + run.combine
+                predicted = run.predicted_dispatch + run.predicted_combine
+                totals = [sum(link_bytes(m, run.ranks_per_node)) for m in (sent, predicted)]
+                raise VerificationError(
+                    f"{name} sent {totals[0]:,} bytes of hidden states, predicted "
+                    f"{totals[1]:,}",
+                    "compare the runs: placer replay ... --json",
+                )
+            if run.error > self.tolerance:
+                raise VerificationError(
+                    f"{name} is off by {run.error:.1e} of the largest hidden state, "
+                    f"allowed {self.tolerance:.1e}; {run.differently_routed} choices of "
+                    "the routers differ",
+                    "compute in more digits: --dtype float32",
+                )
+
+
+def link_bytes(matrix: IntArray, ranks_per_node: int) -> tuple[int, int]:
+    """Return bytes of a matrix ``[L, R, R]`` inside nodes and between them."""
+    node = np.arange(matrix.shape[-1]) // ranks_per_node
+    slow = node[:, None] != node
+    fast = ~slow & ~np.eye(matrix.shape[-1], dtype=np.bool_)
+    return int(matrix[:, fast].sum()), int(matrix[:, slow].sum())
+
+
+def median_seconds(repeats: list[float]) -> float | None:
+    """Return the median, or ``None`` of nothing."""
+    return statistics.median(repeats) if repeats else None

@@ -1,0 +1,316 @@
+"""Replaying a plan: the model runs expert-parallel, and what it sends is counted."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+
+from placer.errors import PlacerError, UsageError
+from placer.files import read_json
+from placer.model import Architecture, ModelSpec, require_same_model
+from placer.plan import Placement, Plan
+from placer.replay.kinds import EXCHANGE_KINDS, FOLLOW, PER_NODE, SHUFFLE
+from placer.replay.outcome import ReplayedRun, ReplayOutcome, median_seconds
+from placer.replay.predict import predict_copies
+from placer.replay.session import Session, WorkerRun
+from placer.simulation.baselines import contiguous
+from placer.simulation.homes import fixed_homes
+from placer.simulation.judge import read_table_of
+from placer.table.table import Table
+from placer.trace import Chunk, Fold, Trace
+from placer.trace.record import Dtype, load_causal_model
+from placer.worker import Worker, together
+
+# Errors that rounding explains: experts are summed in another order, over many layers.
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayOptions:
+    """How to replay.
+
+    Attributes
+    ----------
+    exchanges
+        Names of exchanges; empty for all that the plan and its table allow.
+    sequence_length
+        Tokens of a sequence; the trace's shorter ones are left out, longer ones cut.
+    sequences_per_rank
+        Sequences of a rank in one forward pass.
+    num_passes
+        Forward passes of all ranks.
+    repeats
+        How often the passes are timed; 0 for counting only.
+    dtype
+        Of the weights; ``auto`` takes the checkpoint's own.
+    device
+        ``cpu`` (gloo) or ``cuda`` (NCCL).
+    """
+
+    exchanges: tuple[str, ...] = ()
+    sequence_length: int = 128
+    sequences_per_rank: int = 2
+    num_passes: int = 4
+    repeats: int = 3
+    dtype: Dtype = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "sequences_per_rank", "num_passes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.repeats < 0:
+            raise UsageError(f"repeats must not be negative, got {self.repeats}")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"--device {self.device} is not known", "choose cpu or cuda")
+
+
+def replay(
+    plan_path: Path,
+    directory: Path,
+    trace: Trace,
+    options: ReplayOptions,
+    worker: Worker,
+    *,
+    fold: Fold | None = None,
+    table_path: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> ReplayOutcome | None:
+    """Run a model with its experts where a plan puts them, and where they lie by default.
+
+    To be called by as many workers as the plan has ranks.
+
+    Parameters
+    ----------
+    plan_path, directory
+        The plan, and the original model: a Hugging Face directory.
+    trace
+        Whose tokens to run; what its routers chose is not used.
+    options
+        What to run.
+    worker
+        Which rank this is.
+    fold
+        Which sequences of the trace.
+    table_path
+        The plan's token-shuffle table, for ``placer-shuffle``.
+    say
+        Told what runs, on the first rank.
+
+    Returns
+    -------
+    ReplayOutcome or None
+        What all ranks found, on the first; ``None`` on the others.
+
+    Raises
+    ------
+    PlacerError
+        If plan, model, trace and table do not fit, or the model cannot be run so.
+    UsageError
+        If the workers are not as many as the ranks, or an exchange is not known.
+    """
+    plan = Plan.read(plan_path)
+    if worker.number != plan.placement.num_ranks:
+        raise UsageError(
+            f"{worker.number} workers for a plan of {plan.placement.num_ranks} ranks",
+            f"torchrun --nnodes {plan.placement.num_nodes} --nproc-per-node "
+            f"{plan.placement.ranks_per_node} --no-python placer replay ...",
+        )
+    spec = ModelSpec.from_checkpoint(directory)
+    matched = require_same_model(plan.model, str(plan_path), spec, str(directory))
+    require_same_model(plan.model, str(plan_path), trace.model, str(trace.directory))
+    table = None if table_path is None else read_table_of(table_path, plan_path)
+    tasks = _tasks(plan, table, options)
+    batches = _batches(trace, fold, options, worker.number)
+    backend = "gloo" if options.device == "cpu" else "nccl"
+    with together(worker, backend):
+        runner = _Runner(directory, spec, batches, options, worker)
+        runs = []
+        for name, placement, exchange, its_table in tasks:
+            if say is not None and worker.index == 0:
+                say(f"{exchange}, {name} placement")
+            runs.append(runner.run(name, placement, exchange, its_table))
+        device = runner.device
+    if worker.index:
+        return None
+    return ReplayOutcome(
+        runs=tuple(run for run in runs if run is not None),
+        num_passes=len(batches),
+        batch_size=batches.shape[1],
+        sequence_length=options.sequence_length,
+        num_ranks=worker.number,
+        num_nodes=plan.placement.num_nodes,
+        dtype=runner.dtype,
+        device=device,
+        tolerance=_TOLERANCES[runner.dtype],
+        warnings=() if matched is None else (matched,),
+    )
+
+
+Task = tuple[str, Placement, str, Table | None]
+
+
+def _tasks(plan: Plan, table: Table | None, options: ReplayOptions) -> list[Task]:
+    """Return what to run: name, placement, exchange, and the table where it is needed."""
+    unknown = sorted(set(options.exchanges) - set(EXCHANGE_KINDS))
+    if unknown:
+        raise UsageError(
+            f"--exchange {unknown[0]} is not known",
+            f"choose among {', '.join(EXCHANGE_KINDS)}",
+        )
+    refused = {}
+    if plan.placement.num_nodes == 1:
+        refused[PER_NODE] = "the plan has one node"
+    if table is None:
+        refused[SHUFFLE] = "it needs the plan's table: --table TABLE"
+    if plan.placement.has_replicas:
+        reason = "tokens that move are replayed without redundant experts only"
+        refused |= {SHUFFLE: reason, FOLLOW: reason}
+    for name in options.exchanges:
+        if name in refused:
+            raise UsageError(f"--exchange {name}: {refused[name]}")
+    chosen = [name for name in options.exchanges or EXCHANGE_KINDS if name not in refused]
+    tasks: list[Task] = []
+    divisible = all(size % plan.placement.num_ranks == 0 for size in plan.model.num_experts)
+    if divisible:
+        by_default = contiguous(
+            plan.model.num_experts, plan.placement.num_ranks, plan.placement.num_nodes
+        )
+        tasks += [("contiguous", by_default, one, None) for one in chosen if one != SHUFFLE]
+    return tasks + [("plan", plan.placement, name, table) for name in chosen]
+
+
+def _batches(
+    trace: Trace, fold: Fold | None, options: ReplayOptions, num_ranks: int
+) -> npt.NDArray[np.integer]:
+    """Return ``[passes, B, S]`` token ids: the first sequences that are long enough."""
+    tokens = trace.read(fold)
+    if tokens.token_ids is None or (tokens.token_ids < 0).any():
+        raise PlacerError(
+            f"{trace.directory} has no token ids to run",
+            "record one with them: placer record MODEL --corpus TEXT --out TRACE",
+        )
+    _, starts, lengths = np.unique(
+        tokens.sequence_ids, return_index=True, return_counts=True
+    )
+    starts = starts[lengths >= options.sequence_length]
+    size = num_ranks * options.sequences_per_rank
+    num_passes = min(options.num_passes, len(starts) // size)
+    if not num_passes:
+        raise PlacerError(
+            f"{len(starts)} sequences have {options.sequence_length} tokens or more, "
+            f"one forward pass of {num_ranks} ranks takes {size}",
+            "take shorter ones, or fewer: --sequence-length 32 --sequences-per-rank 1",
+        )
+    taken = starts[: num_passes * size, None] + np.arange(options.sequence_length)
+    batches: npt.NDArray[np.integer] = tokens.token_ids[taken]
+    return batches.reshape(num_passes, size, -1)
+
+
+class _Runner:
+    """Runs placements on all ranks, and puts together what they saw."""
+
+    def __init__(
+        self,
+        directory: Path,
+        spec: ModelSpec,
+        batches: npt.NDArray[np.integer],
+        options: ReplayOptions,
+        worker: Worker,
+    ) -> None:
+        architecture = Architecture.of(
+            read_json(directory / "config.json", "config"), directory
+        )
+        architecture.require_recorded(directory)
+        model = load_causal_model(
+            directory, dtype=options.dtype, device=worker.device(options.device)
+        )
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.device = str(model.device)
+        self.copy_bytes = model.dtype.itemsize * (spec.hidden_size or 0)
+        self.worker, self.batches = worker, batches
+        self.session = Session(model, architecture, spec, batches, options.repeats)
+
+    def run(
+        self, name: str, placement: Placement, exchange: str, table: Table | None
+    ) -> ReplayedRun | None:
+        """Replay one placement under one exchange; the first rank gets the result."""
+        found = self.session.run(placement, exchange, table)
+        gathered: list[Any] = [None] * self.worker.number
+        dist.all_gather_object(gathered, found)
+        if self.worker.index:
+            return None
+        return self._result(name, placement, exchange, table, gathered)
+
+    def _result(
+        self,
+        name: str,
+        placement: Placement,
+        exchange: str,
+        table: Table | None,
+        found: Sequence[WorkerRun],
+    ) -> ReplayedRun:
+        kind = EXCHANGE_KINDS[exchange]
+        tokens = self._routed(found)
+        predicted = predict_copies(
+            placement,
+            tokens,
+            exchange=kind.exchange,
+            policy=kind.policy,
+            batch_size=self.batches[0].size,
+            fixed=fixed_homes(tokens.sequence_ids, placement.num_ranks),
+            table=table,
+        )
+        alone = self.session.routing
+        moved = {
+            part: _between([getattr(one.traffic, part) for one in found])
+            for part in ("described", "gathered", "keys_and_values")
+        }
+        return ReplayedRun(
+            placement=name,
+            exchange=exchange,
+            dispatch=np.stack([one.traffic.dispatch for one in found], axis=1),
+            combine=np.stack([one.traffic.combine for one in found], axis=1),
+            predicted_dispatch=predicted.dispatch * self.copy_bytes,
+            predicted_combine=predicted.combine * self.copy_bytes,
+            **moved,
+            error=max(one.error for one in found),
+            differently_routed=sum(
+                int((np.sort(ids, axis=1) != np.sort(own, axis=1)).any(axis=1).sum())
+                for ids, own in zip(tokens.experts, alone, strict=True)
+            ),
+            num_tokens=tokens.num_tokens,
+            ranks_per_node=placement.ranks_per_node,
+            seconds=median_seconds(found[0].seconds),
+        )
+
+    def _routed(self, found: Sequence[WorkerRun]) -> Chunk:
+        """Put together what the routers of all ranks chose, in the order of the tokens."""
+        num_sequences = self.batches.shape[0] * self.batches.shape[1]
+        length = self.batches.shape[2]
+        experts = []
+        for layer in range(len(found[0].places)):
+            places = np.concatenate([one.places[layer] for one in found])
+            ids = np.concatenate([one.experts[layer] for one in found])
+            if not np.array_equal(np.sort(places), np.arange(num_sequences * length)):
+                raise PlacerError(
+                    f"MoE layer {layer} routed {len(places)} tokens, "
+                    f"expected each of {num_sequences * length} once"
+                )
+            experts.append(ids[places.argsort()])
+        return Chunk(
+            experts=tuple(experts),
+            token_ids=self.batches.ravel().astype(np.int32),
+            sequence_ids=np.repeat(np.arange(num_sequences, dtype=np.int32), length),
+            positions=np.tile(np.arange(length, dtype=np.int32), num_sequences),
+        )
+
+
+def _between(sent: Sequence[npt.NDArray[np.int64]]) -> int:
+    """Sum ``[L, R]`` of every rank, without what a rank sends to itself."""
+    total = sum(int(one.sum()) for one in sent)
+    return total - sum(int(one[:, rank].sum()) for rank, one in enumerate(sent))

@@ -1,0 +1,64 @@
+"""The table of a replay."""
+
+from placer.replay.outcome import ReplayedRun, ReplayOutcome, link_bytes
+
+COLUMNS = (
+    "placement",
+    "exchange",
+    "dispatch fast",
+    "dispatch slow",
+    "combine fast",
+    "combine slow",
+    "as predicted",
+    "error",
+    "ms/pass",
+)
+
+
+def rows(outcome: ReplayOutcome) -> list[tuple[object, ...]]:
+    """Return one row per run: bytes of hidden states per token and layer, measured."""
+    return [_row(run) for run in outcome.runs]
+
+
+def _row(run: ReplayedRun) -> tuple[object, ...]:
+    per_token = run.num_tokens * len(run.dispatch)
+    sent = (
+        round(total / per_token, 1)
+        for matrix in (run.dispatch, run.combine)
+        for total in link_bytes(matrix, run.ranks_per_node)
+    )
+    return (
+        run.placement,
+        run.exchange,
+        *sent,
+        "yes" if run.as_predicted else "NO",
+        f"{run.error:.0e}",
+        "-" if run.seconds is None else f"{run.seconds * 1e3:.1f}",
+    )
+
+
+def facts(outcome: ReplayOutcome) -> list[str]:
+    """Return what the figures mean, and what they leave out."""
+    tokens = outcome.num_passes * outcome.batch_size * outcome.sequence_length
+    lines = [
+        "bytes of hidden states per token and MoE layer, between ranks: fast inside a "
+        "node, slow between nodes",
+        f"{tokens:,} tokens in {outcome.num_passes} forward passes of "
+        f"{outcome.batch_size} sequences x {outcome.sequence_length}, "
+        f"{outcome.num_ranks} ranks, {outcome.num_nodes} nodes, {outcome.dtype} on "
+        f"{outcome.device}",
+    ]
+    for run in outcome.runs:
+        per_token = run.num_tokens * len(run.dispatch)
+        beside = {
+            "ids, weights and counts": run.described,
+            "outputs to all ranks": run.gathered,
+            "keys and values": run.keys_and_values,
+        }
+        told = [
+            f"{total / per_token:,.1f} of {name}" for name, total in beside.items() if total
+        ]
+        lines.append(f"{run.placement}, {run.exchange}: besides {', '.join(told)}")
+    if outcome.device == "cpu":
+        lines.append("times are those of processes that share this machine's cores")
+    return lines
