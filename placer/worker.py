@@ -75,11 +75,12 @@ ALONE = Worker()
 
 @contextmanager
 def together(worker: Worker, backend: str = "gloo") -> Iterator[None]:
-    """Join the workers of torchrun for the length of the block."""
-    if worker.alone:
+    """Join the workers of torchrun for the length of the block, if they are not joined."""
+    import torch.distributed as dist
+
+    if worker.alone or dist.is_initialized():
         yield
         return
-    import torch.distributed as dist
 
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:

@@ -191,7 +191,7 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(model_type: str) -> Any:
+def build(model_type: str, **options: Any) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     extra, _ = FAMILIES[model_type]
     known = {*config_class.__dataclass_fields__, *config_class.attribute_map}
@@ -199,7 +199,9 @@ def build(model_type: str) -> Any:
     if model_type == "dbrx":
         common = {"vocab_size": 64}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**common | extra)).eval()
+    model = AutoModelForCausalLM.from_config(
+        config_class(**common | extra | options)
+    ).eval()
     for name, table in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("tid2eid"):  # hash layers: token id to experts, made by training
             chosen = torch.rand(len(table), 8).topk(table.shape[1]).indices

@@ -147,7 +147,7 @@ class DedupExchange(EPImplementation):
         )
         served = self._through(hops[1:], send(hidden[row]), come_ids, come_weights)
         back = send_rows(served, received, sizes.tolist(), self.group)
-        return torch.zeros_like(hidden).index_add_(0, row, back)
+        return added_up(back, row, len(hidden)).to(hidden.dtype)
 
     def _local(self, ids: Tensor) -> Tensor:
         """Return places among this rank's slots; one past the last for all others."""
@@ -259,11 +259,16 @@ def run_experts(
         Slots of this rank.
     """
     row, place = torch.nonzero(local_ids < num_local_experts, as_tuple=True)
-    result = torch.zeros_like(hidden)
     if len(row) == 0:
-        return result
+        return torch.zeros_like(hidden)
     ids, weight = local_ids[row, place][:, None], weights[row, place][:, None]
-    return result.index_add_(0, row, forward(hidden[row], ids, weight).to(hidden.dtype))
+    return added_up(forward(hidden[row], ids, weight), row, len(hidden)).to(hidden.dtype)
+
+
+def added_up(rows: Tensor, at: Tensor, number: int) -> Tensor:
+    """Add rows ``[m, H]`` up where ``at`` [m] says, in float32; return ``[number, H]``."""
+    total = torch.zeros(number, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return total.index_add_(0, at, rows.float())
 
 
 def visits(next_rank: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from transformers.masking_utils import eager_mask
 
 from placer.errors import PlacerError
 from placer.replay.exchanges import (
+    added_up,
     exchange_sizes,
     packed,
     run_experts,
@@ -184,16 +185,14 @@ class FollowRun:
     ) -> None:
         """Compute attention for the tokens at home, over the keys of all."""
         layer = self.layers[number]
-        # Called with no token too: the other ranks wait for its keys, which are none.
+        place = _at_least_one(tokens.place)
         given = dict(named)
-        given["position_embeddings"] = _taken(
-            named["position_embeddings"], tokens.place, shape
-        )
+        given["position_embeddings"] = _taken(named["position_embeddings"], place, shape)
         given["past_key_values"] = None
         self.attention_layer, self.shape = number, shape
-        normed = layer.input_layernorm(tokens.hidden)[None]
-        attended = layer.self_attn(hidden_states=normed, **given)
-        tokens.hidden = tokens.hidden + _first(attended)[0]
+        normed = layer.input_layernorm(_at_least_one(tokens.hidden))[None]
+        attended = _first(layer.self_attn(hidden_states=normed, **given))[0]
+        tokens.hidden = tokens.hidden + attended[: len(tokens.place)]
 
     def _attention(
         self,
@@ -208,9 +207,12 @@ class FollowRun:
         tokens, (batch, length) = self.tokens, self.shape[:2]
         if tokens is None:
             raise PlacerError("attention was called outside the layers of the model")
-        keys, values = self._all_keys(tokens.place, key, value)
-        if not len(tokens.place):
-            return query.transpose(1, 2)[..., : value.shape[-1]], None
+        number = len(tokens.place)
+        keys, values = self._all_keys(
+            tokens.place, key[:, :, :number], value[:, :, :number]
+        )
+        if not number:
+            return query.new_zeros(1, 1, query.shape[1], value.shape[-1]), None
         sequence, position = tokens.place // length, tokens.place % length
         counts = torch.bincount(sequence, minlength=batch)
         first = torch.cumsum(counts, 0) - counts
@@ -233,12 +235,12 @@ class FollowRun:
         received = exchange_sizes(sizes, self.group)
         everywhere = [len(place)] * self.num_ranks
         places = send_rows(place.repeat(self.num_ranks), everywhere, received, self.group)
-        repeated = rows.reshape(len(rows), -1).repeat(self.num_ranks, 1)
+        repeated = rows.flatten(1).repeat(self.num_ranks, 1)
         with self._counted(self._moe_layer_from(self.attention_layer), "keys_and_values"):
             came = send_rows(repeated, everywhere, received, self.group)
         batch, length = self.shape[:2]
         every = came.new_empty(batch * length, heads, rows.shape[-1])
-        every[places] = came.reshape(len(came), heads, -1)
+        every[places] = came.unflatten(1, (heads, rows.shape[-1]))
         shaped = every.reshape(batch, length, heads, -1).transpose(1, 2)
         return shaped[..., :key_size], shaped[..., key_size:]
 
@@ -263,7 +265,7 @@ class FollowRun:
         here = here[place[here].argsort()]
         total = sums[here]
         if ids.shape[1] > 1:
-            self._add_sums(experts.layer, total, place[here], sums, place, home)
+            total += self._sums_elsewhere(experts.layer, place[here], sums, place, home)
         arrived = _Tokens(place=place[here], hidden=hidden[here])
         if len(here):
             normed = layer.post_attention_layernorm(arrived.hidden)[None]
@@ -282,8 +284,10 @@ class FollowRun:
             return torch.zeros_like(hidden)
 
         with experts.computing(keep):
-            getattr(layer, self.block)(layer.post_attention_layernorm(tokens.hidden)[None])
-        return chosen[0]
+            normed = layer.post_attention_layernorm(_at_least_one(tokens.hidden))
+            getattr(layer, self.block)(normed[None])
+        ids, weights = chosen[0]
+        return ids[: len(tokens.place)], weights[: len(tokens.place)]
 
     def _sums(self, number: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Return ``[n, H]``: weighted sums over this rank's experts."""
@@ -297,21 +301,16 @@ class FollowRun:
         forward = experts.module.forward
         return run_experts(forward, normed, local, weights.to(hidden.dtype), held)
 
-    def _add_sums(
-        self,
-        layer: int,
-        total: Tensor,
-        at: Tensor,
-        sums: Tensor,
-        place: Tensor,
-        home: Tensor,
-    ) -> None:
-        """Send sums to the tokens' next homes; add those that come to ``total``."""
+    def _sums_elsewhere(
+        self, layer: int, here: Tensor, sums: Tensor, place: Tensor, home: Tensor
+    ) -> Tensor:
+        """Send sums to the tokens' next homes; add up those that come for ``here``."""
         away = torch.nonzero(home != self.rank).flatten()
         away = away[home[away].argsort(stable=True)]
         sizes = torch.bincount(home[away], minlength=self.num_ranks)
         came, places = self._send(layer, "combine", sums[away], place[away, None], sizes)
-        total.index_add_(0, torch.searchsorted(at, places[:, 0].contiguous()), came)
+        at = torch.searchsorted(here, places[:, 0].long())
+        return added_up(came, at, len(here)).to(sums.dtype)
 
     def _send(
         self, layer: int, part: Part, hidden: Tensor, told: Tensor, sizes: Tensor
@@ -336,6 +335,14 @@ def _first(output: Any) -> Tensor:
     """Return the hidden states that a module returns, alone or before other things."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
+
+
+def _at_least_one(rows: Tensor) -> Tensor:
+    """Return the rows, or one of zeros: modules cannot shape what is empty.
+
+    A rank without tokens takes part too, since the others wait for it.
+    """
+    return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
 
 
 def _taken(embeddings: Any, place: Tensor, shape: torch.Size) -> Any:

@@ -30,8 +30,9 @@ class ReplayedRun:
         Bytes between ranks that went along: ids, weights and counts; all-gathers of
         outputs; keys and values.
     error
-        Largest difference of a hidden state behind the last norm from that of the model
-        run by itself, over the largest absolute value.
+        Root mean square of the difference between hidden states behind the last norm and
+        those of the model run by itself, over that of the latter; of the worst batch on
+        any rank.
     differently_routed
         (Token, layer) pairs whose experts are not those of the model run by itself.
     num_tokens
@@ -168,7 +169,7 @@ class ReplayOutcome:
                 )
             if run.error > self.tolerance:
                 raise VerificationError(
-                    f"{name} is off by {run.error:.1e} of the largest hidden state, "
+                    f"{name} computes hidden states that are off by {run.error:.1e}, "
                     f"allowed {self.tolerance:.1e}; {run.differently_routed} choices of "
                     "the routers differ",
                     "compute in more digits: --dtype float32",

@@ -26,7 +26,7 @@ from placer.trace.record import Dtype, load_causal_model
 from placer.worker import Worker, together
 
 # Errors that rounding explains: experts are summed in another order, over many layers.
-_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+_TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.01}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,8 +50,8 @@ class WorkerRun:
     experts
         L arrays ``[n, k]`` int64: their logical experts, the heaviest first.
     error
-        Largest difference of a hidden state behind the last norm from that of the model
-        run by itself, over the largest absolute value.
+        Root mean square of the difference between hidden states behind the last norm and
+        those of the model run by itself, over that of the latter; of the worst batch.
     seconds
         Of a forward pass, in each repetition.
     """
@@ -171,8 +171,8 @@ class Session:
             expected = expected[torch.from_numpy(self._own_places())]
         if not len(found):
             return 0.0
-        largest = self.expected[number].abs().max()
-        return float((found - expected).abs().max() / largest)
+        difference = (found.double() - expected.double()).square().mean()
+        return float((difference / expected.double().square().mean()).sqrt())
 
     def _time(self, kind: ExchangeKind) -> float:
         """Return seconds of a forward pass of all ranks."""
