@@ -1,0 +1,85 @@
+"""A replay that sent other bytes, or computed something else, is refused by name."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from placer.errors import VerificationError
+from placer.replay.outcome import ReplayedRun, ReplayOutcome, link_bytes
+from placer.report.replay import rows
+
+SENT = np.arange(32, dtype=np.int64).reshape(2, 4, 4)
+APART = SENT * ~np.eye(4, dtype=np.bool_)
+RUN = ReplayedRun(
+    placement="plan",
+    exchange="placer-dedup",
+    dispatch=SENT,
+    combine=SENT,
+    predicted_dispatch=APART,
+    predicted_combine=APART,
+    described=0,
+    gathered=0,
+    keys_and_values=0,
+    error=1e-7,
+    differently_routed=0,
+    num_tokens=3,
+    ranks_per_node=2,
+    seconds=None,
+)
+
+
+def outcome(run: ReplayedRun) -> ReplayOutcome:
+    return ReplayOutcome(
+        runs=(run,),
+        num_passes=1,
+        batch_size=4,
+        sequence_length=8,
+        num_ranks=4,
+        num_nodes=2,
+        dtype="float32",
+        device="cpu",
+        tolerance=1e-5,
+        warnings=(),
+    )
+
+
+def test_what_a_rank_keeps_is_not_compared() -> None:
+    assert RUN.as_predicted
+    outcome(RUN).require_verified()
+
+
+@pytest.mark.parametrize("way", ["dispatch", "combine"])
+def test_one_byte_too_many_between_two_ranks_is_refused(way: str) -> None:
+    more = SENT.copy()
+    more[1, 2, 3] += 1
+    run = dataclasses.replace(RUN, **{way: more})
+    assert not run.as_predicted
+    with pytest.raises(VerificationError, match=r"sent 745 bytes.*predicted 744"):
+        outcome(run).require_verified()
+
+
+def test_the_same_bytes_over_another_link_are_refused() -> None:
+    other = SENT.copy()
+    other[0, 0, 1], other[0, 0, 2] = SENT[0, 0, 2], SENT[0, 0, 1]
+    assert not dataclasses.replace(RUN, dispatch=other).as_predicted
+
+
+def test_other_outputs_are_refused() -> None:
+    run = dataclasses.replace(RUN, error=2e-5, differently_routed=7)
+    with pytest.raises(VerificationError, match=r"off by 2.0e-05.*1.0e-05; 7 choices"):
+        outcome(run).require_verified()
+
+
+def test_bytes_are_told_by_link() -> None:
+    """By hand: pairs (0, 1), (1, 0), (2, 3), (3, 2) are inside a node."""
+    fast = sum(
+        int(SENT[layer, a, b])
+        for layer in range(2)
+        for a, b in [(0, 1), (1, 0), (2, 3), (3, 2)]
+    )
+    assert link_bytes(SENT, 2) == (fast, int(APART.sum()) - fast)
+    told = RUN.to_json()
+    assert told["dispatch_fast_bytes"] == told["predicted"]["dispatch_fast_bytes"] == fast
+    assert told["kept_bytes"] == 2 * int((SENT - APART).sum())
+    assert rows(outcome(RUN))[0][2] == round(fast / 6, 1)
