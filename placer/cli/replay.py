@@ -33,8 +33,9 @@ def replay(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="all_to_all (transformers' own), placer-dedup, placer-per-node, "
-            "placer-shuffle or placer-follow; repeatable. Default: all that fit the plan.",
+            help="all_to_all (transformers' own), padded (DeepSpeed-MoE's), placer-dedup, "
+            "placer-per-node, placer-shuffle or placer-follow; repeatable. Default: all "
+            "that fit the plan.",
         ),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,

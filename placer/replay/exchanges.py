@@ -24,7 +24,7 @@ from transformers.distributed.expert_parallel import (
 )
 
 from placer.errors import PlacerError
-from placer.replay.kinds import DEDUP, PER_NODE, SHUFFLE
+from placer.replay.kinds import DEDUP, PADDED, PER_NODE, SHUFFLE
 from placer.replay.token_shuffle import TokenShuffle
 
 Tensor = torch.Tensor
@@ -38,11 +38,12 @@ def register(
 ) -> None:
     """Let ``DistributedConfig.ep_implementation`` name placer's exchanges.
 
-    ``placer-dedup`` always, ``placer-per-node`` if ``ranks_per_node`` is given, and
-    ``placer-shuffle`` if there is a token shuffle, which must watch the model too.
+    ``placer-dedup`` and ``padded`` always, ``placer-per-node`` if ``ranks_per_node`` is
+    given, and ``placer-shuffle`` if there is a token shuffle, which must watch the model.
     """
     add = EPImplementationInterface.register
     add(DEDUP, DedupExchange)
+    add(PADDED, PaddedExchange)
     if ranks_per_node is not None:
         add(PER_NODE, partial(PerNodeExchange, ranks_per_node=ranks_per_node))
     if shuffle is not None:
@@ -153,6 +154,36 @@ class DedupExchange(EPImplementation):
         """Return places among this rank's slots; one past the last for all others."""
         first = self.rank * self.num_slots
         return torch.where(self._owner(ids) == self.rank, ids - first, self.num_slots)
+
+
+class PaddedExchange(DedupExchange):
+    """As many rows for every expert from every rank, full or not; all come back.
+
+    DeepSpeed-MoE's exchange without dropped tokens (``drop_tokens=False``): the capacity is
+    the most tokens that any rank has for any expert.
+    """
+
+    def _served(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        num_slots = self.num_slots * self.num_ranks
+        flat = ids.flatten()
+        counts = torch.bincount(flat, minlength=num_slots)
+        most = counts.max()
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        capacity = int(most)
+        order = flat.argsort(stable=True)
+        first = counts.cumsum(0) - counts
+        turn = torch.arange(len(flat), device=flat.device) - first[flat[order]]
+        at = flat[order] * capacity + turn
+        sent = hidden.new_zeros(num_slots * capacity, hidden.shape[1])
+        sent[at] = hidden[order // ids.shape[1]]
+        sizes = [self.num_slots * capacity] * self.num_ranks
+        rows = send_rows(sent, sizes, sizes, self.group)
+        local = torch.arange(self.num_slots, device=flat.device).repeat_interleave(capacity)
+        local = local.repeat(self.num_ranks)[:, None]
+        served = self.experts_forward(rows, local, torch.ones_like(local, dtype=rows.dtype))
+        back = send_rows(served.to(hidden.dtype), sizes, sizes, self.group)[at]
+        weighted = back * weights.flatten()[order, None]
+        return added_up(weighted, order // ids.shape[1], len(hidden)).to(hidden.dtype)
 
 
 class PerNodeExchange(DedupExchange):

@@ -240,7 +240,7 @@ class FollowRun:
             came = send_rows(repeated, everywhere, received, self.group)
         batch, length = self.shape[:2]
         every = came.new_empty(batch * length, heads, rows.shape[-1])
-        every[places] = came.unflatten(1, (heads, rows.shape[-1]))
+        every[places] = came.view(len(came), heads, rows.shape[-1])
         shaped = every.reshape(batch, length, heads, -1).transpose(1, 2)
         return shaped[..., :key_size], shaped[..., key_size:]
 

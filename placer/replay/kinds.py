@@ -6,6 +6,8 @@ from placer.engine import Exchange
 
 #: transformers' own exchange: a hidden state per expert.
 ENGINE = "all_to_all"
+#: DeepSpeed-MoE's: as many rows for every expert, full or not.
+PADDED = "padded"
 DEDUP, PER_NODE = "placer-dedup", "placer-per-node"
 SHUFFLE, FOLLOW = "placer-shuffle", "placer-follow"
 
@@ -31,6 +33,7 @@ class ExchangeKind:
 
 EXCHANGE_KINDS = {
     ENGINE: ExchangeKind(exchange="per-expert", policy="fixed"),
+    PADDED: ExchangeKind(exchange="padded", policy="fixed"),
     DEDUP: ExchangeKind(exchange="per-rank", policy="fixed"),
     PER_NODE: ExchangeKind(exchange="per-node", policy="fixed"),
     SHUFFLE: ExchangeKind(exchange="per-rank", policy="token_equal", shares_batch=True),

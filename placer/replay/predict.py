@@ -52,7 +52,8 @@ def predict_copies(
         What the routers chose, token by token; ``batch_size`` consecutive ones share a
         batch.
     exchange
-        ``per-expert``, ``per-rank`` or ``per-node``.
+        ``per-expert``, ``per-rank``, ``per-node``, or ``padded`` to the capacity that no
+        token exceeds.
     policy
         Home policy: ``fixed``, ``follow``, or ``token_equal`` with the table.
     batch_size
@@ -80,9 +81,29 @@ def predict_copies(
         if homes is not None:
             homes.served(ranks)
         back = majority_rank(ranks) if policy == "follow" else home
+        if exchange == "padded":
+            rows = _capacities(placement.slot_of(layer)[ranks, experts], home, batches)
+            rows *= len(placement.physical_to_logical_map[layer]) // num_ranks
+            for layers in sent.values():
+                layers.append(np.full((num_ranks, num_ranks), rows))
+            continue
         for way, at in (("dispatch", home), ("combine", back)):
             steps = dispatch_messages(exchange, ranks, at, width)
             between = np.sum([step.between(num_ranks) for step in steps], axis=0)
             sent[way].append(between if way == "dispatch" else between.T)
         home = back
     return PairCopies(**{way: np.stack(layers) for way, layers in sent.items()})
+
+
+def _capacities(slots: IntArray, home: RankArray, batches: Batches) -> int:
+    """Sum over batches the most tokens that a rank has for a slot.
+
+    ``slots`` is ``[k, T]``, ``home`` is ``[T]``.
+    """
+    num_slots, num_homes = int(slots.max()) + 1, int(home.max()) + 1
+    group = batches.batch_of_token * num_homes + home
+    counts = np.bincount(
+        (group * num_slots + slots).ravel(),
+        minlength=batches.num_batches * num_homes * num_slots,
+    )
+    return int(counts.reshape(batches.num_batches, -1).max(axis=1).sum())

@@ -16,13 +16,19 @@ from transformers.distributed.expert_parallel import AllToAllEP, EPImplementatio
 
 from placer.model import Architecture, ModelSpec
 from placer.plan.placement import Placement
-from placer.replay.exchanges import DedupExchange, PerNodeExchange, ShuffleExchange
+from placer.replay.exchanges import (
+    DedupExchange,
+    PaddedExchange,
+    PerNodeExchange,
+    ShuffleExchange,
+)
 from placer.replay.follow import FollowRun
 from placer.replay.kinds import (
     DEDUP,
     ENGINE,
     EXCHANGE_KINDS,
     FOLLOW,
+    PADDED,
     PER_NODE,
     ExchangeKind,
 )
@@ -220,6 +226,8 @@ class Session:
             return partial(AllToAllEP, **alone)
         if name == DEDUP:
             return partial(DedupExchange, **alone)
+        if name == PADDED:
+            return partial(PaddedExchange, **alone)
         if name == PER_NODE:
             width = placement.ranks_per_node
             return partial(PerNodeExchange, **alone, ranks_per_node=width)

@@ -58,7 +58,8 @@ def facts(outcome: ReplayOutcome) -> list[str]:
         told = [
             f"{total / per_token:,.1f} of {name}" for name, total in beside.items() if total
         ]
-        lines.append(f"{run.placement}, {run.exchange}: besides {', '.join(told)}")
+        if told:
+            lines.append(f"{run.placement}, {run.exchange}: besides {', '.join(told)}")
     if outcome.device == "cpu":
         lines.append("times are those of processes that share this machine's cores")
     return lines

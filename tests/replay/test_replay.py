@@ -266,6 +266,26 @@ def test_every_rank_sends_every_other_what_brute_force_counts(
 
 @pytest.mark.parametrize("placement", ["contiguous", "plan"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "top1"])
+def test_padded_bytes_are_those_of_the_capacity_that_no_token_exceeds(
+    replayed: dict[str, Replayed], name: str, placement: str
+) -> None:
+    one = replayed[name]
+    run = one.runs[placement, "padded"]
+    half = len(one.homes) // PASSES
+    for layer, routed in enumerate(one.routing):
+        rows = 0
+        for start in range(0, len(routed), half):
+            chosen = zip(routed[start : start + half], one.homes[start:], strict=False)
+            counts = Counter((home, e) for experts, home in chosen for e in experts)
+            rows += max(counts.values())
+        held = len(one.placements[placement].physical_to_logical_map[layer]) // NUM_RANKS
+        for way in ("dispatch", "combine"):
+            sent = set(run[way][layer].flatten().tolist())
+            assert sent == {rows * held * HIDDEN_BYTES}
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "plan"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "top1"])
 def test_tokens_that_follow_send_what_brute_force_counts(
     replayed: dict[str, Replayed], name: str, placement: str
 ) -> None:
@@ -294,9 +314,10 @@ def test_tokens_that_follow_send_what_brute_force_counts(
 def test_all_runs_are_as_predicted_and_compute_the_same(
     replayed: dict[str, Replayed],
 ) -> None:
-    exchanges = {*FIXED, "placer-shuffle", "placer-follow"}
+    fixed = {*FIXED, "padded"}
     for name, one in replayed.items():
-        wanted = set(FIXED) if name == "replicas" else exchanges
+        moving = {"placer-shuffle", "placer-follow"}
+        wanted = fixed if name == "replicas" else fixed | moving
         assert {
             exchange for placement, exchange in one.runs if placement == "plan"
         } == wanted
