@@ -41,7 +41,8 @@ def tables(
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint whose embedding gives ids never seen a neighbour's row.",
+            help="Checkpoint: ids never seen get the row of their nearest neighbour in its "
+            "embedding, hash-routed layers exact rows.",
         ),
     ] = None,
     max_home_imbalance: Annotated[
@@ -101,4 +102,9 @@ def tables(
         f"{table.vocab_size:,} token ids ({result.num_seen_ids:,} of them in the profile), "
         f"{table.num_ranks} ranks: a home by chance serves {1 / table.num_ranks:.3f}"
     )
+    if result.exact_layers:
+        print_line(
+            f"MoE layers {', '.join(map(str, result.exact_layers))} are hash-routed: "
+            "their rows are exact, for every token id"
+        )
     print_line(f"table written to {out}")

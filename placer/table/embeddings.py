@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.files import read_json
+from placer.table.checkpoint_tensors import tensor_files
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -21,8 +21,8 @@ _TENSOR_NAMES = (
     "language_model.model.embed_tokens.weight",
     "transformer.wte.weight",
     "embed_tokens.weight",
+    "embed.weight",
 )
-_INDEX_NAME = "model.safetensors.index.json"
 
 
 class Embeddings(Protocol):
@@ -137,27 +137,10 @@ def _unit_rows(embeddings: Embeddings, ids: IntArray) -> FloatArray:
 
 def _find(directory: Path) -> tuple[Path, str]:
     """Return the file and the name of the embedding tensor."""
-    from safetensors import SafetensorError, safe_open
-
-    if (directory / _INDEX_NAME).is_file():
-        files = dict(read_json(directory / _INDEX_NAME, "checkpoint index")["weight_map"])
-    else:
-        path = directory / "model.safetensors"
-        if not path.is_file():
-            raise PlacerError(
-                f"{directory} holds neither model.safetensors nor {_INDEX_NAME}",
-                "give a Hugging Face checkpoint directory: --embeddings MODEL",
-            )
-        try:
-            with safe_open(path, "np") as opened:
-                files = dict.fromkeys(opened.keys(), path.name)
-        except SafetensorError as error:
-            raise PlacerError(f"{path} cannot be read: {error}") from error
+    files = tensor_files(directory)
     for name in _TENSOR_NAMES:
         if name in files:
-            if Path(files[name]).name != files[name]:
-                raise PlacerError(f"{directory / _INDEX_NAME}: {files[name]!r} is a path")
-            return directory / files[name], name
+            return files[name], name
     raise PlacerError(
         f"{directory} has no embedding tensor that placer knows",
         f"looked for {', '.join(_TENSOR_NAMES)}; leave out --embeddings",

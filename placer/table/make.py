@@ -15,6 +15,7 @@ from placer.simulation.profile import profile_fold
 from placer.simulation.simulate import simulate
 from placer.table.build import DEFAULT_SHRINKAGE, build_table
 from placer.table.embeddings import CheckpointEmbeddings
+from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
 
@@ -32,7 +33,8 @@ class TableOptions:
     with_token_score
         Also hold the second choices of equal slices.
     embeddings
-        Checkpoint whose embedding gives unseen ids the row of a neighbour, or ``None``.
+        Checkpoint whose embedding gives unseen ids the row of a neighbour, and whose
+        hash-routed layers get exact rows; or ``None``.
     max_home_imbalance
         Cap on the tokens of the fullest home over the mean, or ``None``.
     """
@@ -56,6 +58,8 @@ class TableResult:
         The fold that it was built from; ``None`` for all sequences.
     num_seen_ids
         Token ids that occur in the profile.
+    exact_layers
+        MoE layers, from 0, whose rows come from the checkpoint: hash-routed ones.
     heldout
         Metrics by home policy on the sequences outside the profile, ``None`` if there
         are none.
@@ -66,6 +70,7 @@ class TableResult:
     table: Table
     profile: Fold | None
     num_seen_ids: int
+    exact_layers: tuple[int, ...]
     heldout: dict[str, PolicyMetrics] | None
     warnings: tuple[str, ...]
 
@@ -74,6 +79,7 @@ class TableResult:
         return {
             "num_token_ids": self.table.vocab_size,
             "num_seen_ids": self.num_seen_ids,
+            "exact_layers": list(self.exact_layers),
             "lookback": self.table.lookback,
             "fold": None if self.profile is None else str(self.profile),
             "chance": 1 / self.table.num_ranks,
@@ -104,8 +110,15 @@ def make_table(
     profile = profile_fold(plan, trace) if fold is None else fold
     tokens = trace.read(profile)
     model = trace.model if trace.model.bound else plan.model
+    token_experts: TokenExperts = {}
+    if options.embeddings is not None:
+        checkpoint = ModelSpec.from_checkpoint(options.embeddings)
+        require_same_model(model, "the trace", checkpoint, str(options.embeddings))
+        token_experts = read_token_experts(options.embeddings, checkpoint)
+        if not model.bound:
+            model = checkpoint
     table = dataclasses.replace(
-        _build(plan.placement, tokens, model, options),
+        _build(plan.placement, tokens, model, token_experts, options),
         model=model,
         plan_sha256=plan_sha256(plan_path),
         trace_sha256=trace.sha256,
@@ -116,19 +129,25 @@ def make_table(
             "shrinkage": options.shrinkage,
             "max_home_imbalance": options.max_home_imbalance,
             "unseen_ids": "prior" if options.embeddings is None else "nearest embedding",
+            "exact_layers": sorted(token_experts),
         },
     )
     return TableResult(
         table=table,
         profile=profile,
         num_seen_ids=_num_ids(tokens),
+        exact_layers=tuple(sorted(token_experts)),
         heldout=_heldout(plan.placement, table, trace, profile),
         warnings=() if warning is None else (warning,),
     )
 
 
 def _build(
-    placement: Placement, tokens: Chunk, model: ModelSpec, options: TableOptions
+    placement: Placement,
+    tokens: Chunk,
+    model: ModelSpec,
+    token_experts: TokenExperts,
+    options: TableOptions,
 ) -> Table:
     def build(embeddings: CheckpointEmbeddings | None) -> Table:
         return build_table(
@@ -140,12 +159,11 @@ def _build(
             with_token_score=options.with_token_score,
             embeddings=embeddings,
             max_home_imbalance=options.max_home_imbalance,
+            token_experts=token_experts,
         )
 
     if options.embeddings is None:
         return build(None)
-    checkpoint = ModelSpec.from_checkpoint(options.embeddings)
-    require_same_model(model, "the trace", checkpoint, str(options.embeddings))
     with CheckpointEmbeddings(options.embeddings) as embeddings:
         return build(embeddings)
 
