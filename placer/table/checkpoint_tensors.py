@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from placer.checkpoint.shard import Shard
 from placer.errors import PlacerError
 from placer.files import read_json
 
@@ -18,8 +19,6 @@ def tensor_files(directory: Path) -> Mapping[str, Path]:
         If there is no checkpoint, its file or index is damaged, or the index reaches
         outside of the directory.
     """
-    from safetensors import SafetensorError, safe_open
-
     index_path = directory / _INDEX_NAME
     if index_path.is_file():
         weight_map = read_json(index_path, "checkpoint index").get("weight_map")
@@ -35,8 +34,4 @@ def tensor_files(directory: Path) -> Mapping[str, Path]:
             f"{directory} holds neither model.safetensors nor {_INDEX_NAME}",
             "give a Hugging Face checkpoint directory: --embeddings MODEL",
         )
-    try:
-        with safe_open(path, "np") as opened:
-            return dict.fromkeys(opened.keys(), path)
-    except SafetensorError as error:
-        raise PlacerError(f"{path} cannot be read: {error}") from error
+    return dict.fromkeys(Shard.open(path).tensors, path)

@@ -149,23 +149,19 @@ def _build(
     token_experts: TokenExperts,
     options: TableOptions,
 ) -> Table:
-    def build(embeddings: CheckpointEmbeddings | None) -> Table:
-        return build_table(
-            placement,
-            tokens,
-            vocab_size=model.vocab_size or _largest_id(tokens) + 1,
-            lookback=options.lookback,
-            shrinkage=options.shrinkage,
-            with_token_score=options.with_token_score,
-            embeddings=embeddings,
-            max_home_imbalance=options.max_home_imbalance,
-            token_experts=token_experts,
-        )
-
-    if options.embeddings is None:
-        return build(None)
-    with CheckpointEmbeddings(options.embeddings) as embeddings:
-        return build(embeddings)
+    return build_table(
+        placement,
+        tokens,
+        vocab_size=model.vocab_size or _largest_id(tokens) + 1,
+        lookback=options.lookback,
+        shrinkage=options.shrinkage,
+        with_token_score=options.with_token_score,
+        embeddings=None
+        if options.embeddings is None
+        else CheckpointEmbeddings(options.embeddings),
+        max_home_imbalance=options.max_home_imbalance,
+        token_experts=token_experts,
+    )
 
 
 def _heldout(
