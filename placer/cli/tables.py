@@ -1,5 +1,6 @@
 """``placer tables``: the token-shuffle table of a plan."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,13 @@ from placer.cli.output import (
     print_table,
     warn,
 )
+
+
+class UnseenChoice(StrEnum):
+    """Choices of ``--unseen``."""
+
+    REGRESSION = "regression"
+    NEAREST = "nearest"
 
 
 def tables(
@@ -41,10 +49,17 @@ def tables(
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint: ids never seen get the row of their nearest neighbour in its "
-            "embedding, hash-routed layers exact rows.",
+            help="Checkpoint: its embedding gives ids never seen a row, hash-routed layers "
+            "get exact rows.",
         ),
     ] = None,
+    unseen: Annotated[
+        UnseenChoice,
+        typer.Option(
+            help="What the embedding gives: rates foretold by regression, or the row of "
+            "the nearest neighbour."
+        ),
+    ] = UnseenChoice.REGRESSION,
     max_home_imbalance: Annotated[
         float | None,
         typer.Option(
@@ -69,6 +84,7 @@ def tables(
         shrinkage=shrinkage,
         with_token_score=token_score,
         embeddings=embeddings,
+        unseen=unseen.value,
         max_home_imbalance=max_home_imbalance,
     )
     chosen = parse_fold(fold, not_fold)

@@ -8,7 +8,8 @@ rate over all tokens of the layer::
     rate[x, r] = (pairs[x, r] + s k prior[r]) / (k tokens[x] + s k)
 
 where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
-counts and the prior alike, and a row never seen has the prior itself. A history of several
+counts and the prior alike, and a row never seen has the prior itself. With embeddings, the
+prior of a token id is what a regression foretells of its embedding. A history of several
 layers is shrunk towards the rate of its later part, and that one likewise (back-off, as of
 n-gram models: Katz 1987).
 
@@ -24,7 +25,7 @@ it is the share of the id's experts that the home has, and A has no say.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +43,14 @@ from placer.simulation.serving import (
 from placer.table.embeddings import Embeddings, nearest_seen
 from placer.table.hash_routing import TokenExperts, require_same_routing
 from placer.table.lookup import LayerTable, history_index, known_ids
+from placer.table.regression import EmbeddingRegression
 from placer.table.table import Table, expert_rank_rows
 from placer.trace import Chunk
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+UnseenIds = Literal["regression", "nearest"]
 
 # Longer histories than four layers foretell no more, whatever they cost.
 _MOST_DEFAULT_LOOKBACK = 4
@@ -72,6 +75,7 @@ def build_table(
     embeddings: Embeddings | None = None,
     max_home_imbalance: float | None = None,
     token_experts: TokenExperts | None = None,
+    unseen: UnseenIds = "regression",
 ) -> Table:
     """Build the token-shuffle table of a placement.
 
@@ -82,8 +86,7 @@ def build_table(
     tokens
         The profile, whole sequences with token ids.
     vocab_size
-        V. Ids never seen get the row of their nearest neighbour among the seen ones,
-        by cosine of ``embeddings``; without those, the row of the layer's prior.
+        V. Without ``embeddings``, ids never seen get the row of the layer's prior.
     lookback
         Number of past majority ranks that index A; ``None`` for
         :func:`default_lookback`.
@@ -102,6 +105,10 @@ def build_table(
         By hash-routed layer, ``[V, k]``: the experts of every token id (see
         :func:`placer.table.hash_routing.read_token_experts`). Their rows are exact; of
         homes that serve alike the one that the checkpoint lists first is taken.
+    unseen
+        What ``embeddings`` give: ``regression``, a prior for every id (see
+        :mod:`placer.table.regression`); ``nearest``, ids never seen the row of their
+        nearest neighbour among the seen ones, by cosine.
 
     Raises
     ------
@@ -127,9 +134,20 @@ def build_table(
     seen, row = np.unique(ids[ids >= 0], return_inverse=True)
     token_row = np.full(len(ids), -1, dtype=np.int64)
     token_row[ids >= 0] = row
+    vocab_row = np.full(vocab_size, len(seen), dtype=np.int64)
+    vocab_row[seen] = np.arange(len(seen))
+    regression = None
+    if embeddings is not None and unseen == "regression":
+        times = np.bincount(row)
+        weight = times / (times + shrinkage)
+        regression = EmbeddingRegression.of(embeddings, vocab_size, seen, weight)
+    elif embeddings is not None:
+        never = np.flatnonzero(vocab_row == len(seen))
+        vocab_row[never] = nearest_seen(embeddings, seen, never)
     builder = _Builder(
         placement=placement,
-        vocab_row=_vocabulary_rows(seen, vocab_size, embeddings),
+        vocab_row=vocab_row,
+        regression=regression,
         token_row=token_row,
         token_ids=ids,
         fixed=fixed_homes(tokens.sequence_ids, placement.num_ranks),
@@ -191,6 +209,7 @@ class _Builder:
 
     placement: Placement
     vocab_row: IntArray
+    regression: EmbeddingRegression | None
     token_row: IntArray
     token_ids: IntArray
     fixed: RankArray
@@ -207,6 +226,14 @@ class _Builder:
         prior = serving.count_held(experts, everyone, 1)[0] / experts.size
         num_seen = int(self.token_row.max()) + 1
         seen = self._rates(serving, experts, self.token_row, num_seen, prior)
+        vocabulary = None
+        if self.regression is not None:
+            counted = self._rates(serving, experts, self.token_row, num_seen, prior, 0)
+            vocabulary = self.regression.rates(counted)
+            known = np.flatnonzero(self.vocab_row < num_seen)
+            own = vocabulary[known]
+            seen = self._rates(serving, experts, self.token_row, num_seen, own)
+            vocabulary[known] = seen
         rates = np.vstack([seen, prior])
         histories = self._histories(serving, experts, history, prior)
 
@@ -214,8 +241,14 @@ class _Builder:
             rows = self._rows(rates, histories, price)
             return rows.homes(self.token_row, history, self.fixed)[0]
 
-        rows = self._rows(rates, histories, self._prices(homes))
-        return rates[self.vocab_row], self._in_vocabulary(rows, prior)
+        price = self._prices(homes)
+        rows = self._rows(rates, histories, price)
+        if vocabulary is None:
+            return rates[self.vocab_row], self._in_vocabulary(rows, prior)
+        token_rank, token_confidence = _best(vocabulary, price)
+        return vocabulary, dataclasses.replace(
+            rows, token_rank=token_rank, token_confidence=token_confidence
+        )
 
     def exact_layer(
         self, layer: int, token_experts: Array
@@ -323,12 +356,13 @@ class _Builder:
         group: IntArray,
         num_groups: int,
         prior: FloatArray,
+        shrinkage: float | None = None,
     ) -> FloatArray:
         """Return ``[groups, R]``: expected local activation rate of every home."""
         top_k = len(experts)
         pairs = serving.count_held(experts, group, num_groups)
         tokens = np.bincount(group[group >= 0], minlength=num_groups)[:, None]
-        weight = self.shrinkage * top_k
+        weight = (self.shrinkage if shrinkage is None else shrinkage) * top_k
         rates: FloatArray = (pairs + weight * prior) / (top_k * tokens + weight)
         return rates
 
@@ -368,18 +402,6 @@ def _best(
     rank = (rates + bonus - price).argmax(axis=1)
     rate = np.take_along_axis(rates, rank[:, None], axis=1)[:, 0]
     return rank.astype(rank_dtype(rates.shape[1] - 1)), rate.astype(np.float16)
-
-
-def _vocabulary_rows(
-    seen: IntArray, vocab_size: int, embeddings: Embeddings | None
-) -> IntArray:
-    """Return ``[V]``: the row of every id; ``len(seen)`` is the prior's."""
-    rows = np.full(vocab_size, len(seen), dtype=np.int64)
-    rows[seen] = np.arange(len(seen))
-    if embeddings is not None:
-        unseen = np.flatnonzero(rows == len(seen))
-        rows[unseen] = nearest_seen(embeddings, seen, unseen)
-    return rows
 
 
 def default_lookback(num_ranks: int) -> int:

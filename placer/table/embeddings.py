@@ -122,22 +122,16 @@ def nearest_seen(
     PlacerError
         If there is no row for an id.
     """
-    highest = int(max(seen.max(initial=-1), unseen.max(initial=-1)))
-    if highest >= embeddings.num_rows:
-        raise PlacerError(
-            f"the embedding table has {embeddings.num_rows} rows, "
-            f"but the vocabulary has token id {highest}",
-            "give the checkpoint that the trace was recorded from: --embeddings MODEL",
-        )
+    require_rows(embeddings, int(max(seen.max(initial=-1), unseen.max(initial=-1))))
     width = embeddings.rows(0, 1).shape[1]
     part = max(seen_bytes // (width * np.dtype(np.float32).itemsize), 1)
     nearest = np.zeros(len(unseen), dtype=np.int64)
     highest_cosine = np.full(len(unseen), -np.inf, dtype=np.float32)
     for first in range(0, len(seen), part):
-        known = _unit_rows(embeddings, seen[first : first + part], width)
+        known = unit_rows(embeddings, seen[first : first + part], width)
         for start in range(0, len(unseen), _BLOCK):
             block = slice(start, start + _BLOCK)
-            cosine = _unit_rows(embeddings, unseen[block], width) @ known.T
+            cosine = unit_rows(embeddings, unseen[block], width) @ known.T
             best = cosine.argmax(axis=1)
             reached = np.take_along_axis(cosine, best[:, None], axis=1)[:, 0]
             nearer = reached > highest_cosine[block]
@@ -146,7 +140,23 @@ def nearest_seen(
     return nearest
 
 
-def _unit_rows(embeddings: Embeddings, ids: IntArray, width: int) -> FloatArray:
+def require_rows(embeddings: Embeddings, highest: int) -> None:
+    """Refuse an embedding that ends before token id ``highest``.
+
+    Raises
+    ------
+    PlacerError
+        If it has no row for it.
+    """
+    if highest >= embeddings.num_rows:
+        raise PlacerError(
+            f"the embedding table has {embeddings.num_rows} rows, "
+            f"but the vocabulary has token id {highest}",
+            "give the checkpoint that the trace was recorded from: --embeddings MODEL",
+        )
+
+
+def unit_rows(embeddings: Embeddings, ids: IntArray, width: int) -> FloatArray:
     """Return the rows of ascending ``ids``, scaled to length 1 (a zero row stays)."""
     scaled = np.empty((len(ids), width), dtype=np.float32)
     for start in np.unique(ids // _BLOCK) * _BLOCK:

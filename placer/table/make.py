@@ -13,7 +13,7 @@ from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import profile_fold
 from placer.simulation.simulate import simulate
-from placer.table.build import DEFAULT_SHRINKAGE, build_table
+from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
 from placer.table.embeddings import CheckpointEmbeddings
 from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
@@ -33,8 +33,10 @@ class TableOptions:
     with_token_score
         Also hold the second choices of equal slices.
     embeddings
-        Checkpoint whose embedding gives unseen ids the row of a neighbour, and whose
-        hash-routed layers get exact rows; or ``None``.
+        Checkpoint whose embedding gives ids never seen a row, and whose hash-routed
+        layers get exact rows; or ``None``.
+    unseen
+        What the embedding gives.
     max_home_imbalance
         Cap on the tokens of the fullest home over the mean, or ``None``.
     """
@@ -43,6 +45,7 @@ class TableOptions:
     shrinkage: float = DEFAULT_SHRINKAGE
     with_token_score: bool = False
     embeddings: Path | None = None
+    unseen: UnseenIds = "regression"
     max_home_imbalance: float | None = None
 
 
@@ -128,7 +131,7 @@ def make_table(
             "fold": None if profile is None else str(profile),
             "shrinkage": options.shrinkage,
             "max_home_imbalance": options.max_home_imbalance,
-            "unseen_ids": "prior" if options.embeddings is None else "nearest embedding",
+            "unseen_ids": "prior" if options.embeddings is None else options.unseen,
             "exact_layers": sorted(token_experts),
         },
     )
@@ -161,6 +164,7 @@ def _build(
         else CheckpointEmbeddings(options.embeddings),
         max_home_imbalance=options.max_home_imbalance,
         token_experts=token_experts,
+        unseen=options.unseen,
     )
 
 
