@@ -68,6 +68,7 @@ def test_a_table_gives_unseen_ids_their_neighbours_rows(tmp_path, make_chunk):
         make_chunk(),
         vocab_size=100,
         embeddings=CheckpointEmbeddings(folder),
+        unseen="nearest",
     )
     for values in (table.token_rank.T, table.token_confidence.T, table.request_score):
         assert np.array_equal(values[50:], values[:50])
