@@ -14,6 +14,7 @@ from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import profile_fold
 from placer.simulation.simulate import simulate
 from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
+from placer.table.calibration import calibrated, fit_calibration
 from placer.table.embeddings import CheckpointEmbeddings
 from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
@@ -120,8 +121,20 @@ def make_table(
         token_experts = read_token_experts(options.embeddings, checkpoint)
         if not model.bound:
             model = checkpoint
+    vocab_size = model.vocab_size or _largest_id(tokens) + 1
+    table = _build(plan.placement, tokens, vocab_size, token_experts, options)
+    exact_layers = tuple(sorted(token_experts))
+    # Without the embedding: what is measured is the error of counts.
+    counted = dataclasses.replace(options, embeddings=None, with_token_score=False)
+    calibration = fit_calibration(
+        plan.placement,
+        tokens,
+        lambda part: _build(plan.placement, part, vocab_size, {}, counted),
+    )
+    if calibration is not None:
+        table = calibrated(table, calibration, exact_layers)
     table = dataclasses.replace(
-        _build(plan.placement, tokens, model, token_experts, options),
+        table,
         model=model,
         plan_sha256=plan_sha256(plan_path),
         trace_sha256=trace.sha256,
@@ -132,14 +145,15 @@ def make_table(
             "shrinkage": options.shrinkage,
             "max_home_imbalance": options.max_home_imbalance,
             "unseen_ids": "prior" if options.embeddings is None else options.unseen,
-            "exact_layers": sorted(token_experts),
+            "exact_layers": list(exact_layers),
+            "calibration": None if calibration is None else dataclasses.asdict(calibration),
         },
     )
     return TableResult(
         table=table,
         profile=profile,
         num_seen_ids=_num_ids(tokens),
-        exact_layers=tuple(sorted(token_experts)),
+        exact_layers=exact_layers,
         heldout=_heldout(plan.placement, table, trace, profile),
         warnings=() if warning is None else (warning,),
     )
@@ -148,14 +162,14 @@ def make_table(
 def _build(
     placement: Placement,
     tokens: Chunk,
-    model: ModelSpec,
+    vocab_size: int,
     token_experts: TokenExperts,
     options: TableOptions,
 ) -> Table:
     return build_table(
         placement,
         tokens,
-        vocab_size=model.vocab_size or _largest_id(tokens) + 1,
+        vocab_size=vocab_size,
         lookback=options.lookback,
         shrinkage=options.shrinkage,
         with_token_score=options.with_token_score,

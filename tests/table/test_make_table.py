@@ -60,6 +60,7 @@ def test_the_table_names_the_files_that_it_depends_on(make_trace, plan_of):
         "max_home_imbalance": None,
         "unseen_ids": "prior",
         "exact_layers": [],
+        "calibration": None,
     }
 
 
