@@ -5,13 +5,14 @@ or a model runner. :class:`ShuffleTable` reads the file that ``placer tables`` w
 :class:`RequestRouter` sends requests to data-parallel ranks, in front of engines that take
 the rank as a header (SGLang and vLLM, ``X-Data-Parallel-Rank``).
 
-Legend of the shapes: L MoE layers, V token ids, R ranks, T tokens.
+Legend of the shapes: L MoE layers, V token ids, R ranks, T tokens, k experts per token, E
+experts.
 """
 
 import json
 import threading
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,11 @@ Array = npt.NDArray[Any]
 #: Header that names the data-parallel rank of a request.
 RANK_HEADER = "X-Data-Parallel-Rank"
 _SCHEMA_VERSION = 1
+# Rank and confidence in one number, so that a row is one access to memory.
+_RANK_WIDTH = 16
+_RANK_BITS = (1 << _RANK_WIDTH) - 1
+_CONFIDENCE_SHIFT = _RANK_WIDTH + 1
+_BITS_OF_ONE = 0x3C00  # of 1.0 in float16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,6 +48,8 @@ class ShuffleTable:
         ``[L, R^lookback]``: home after the majority ranks of past layers, and how surely.
     request_score
         ``[V, R]``: what a token of a prompt says for each rank.
+    expert_rank
+        ``[L, E]``: rank of each expert's first copy.
     """
 
     num_ranks: int
@@ -51,6 +59,15 @@ class ShuffleTable:
     history_rank: Array
     history_confidence: Array
     request_score: Array
+    expert_rank: Array
+    _token: Array = field(init=False, repr=False)
+    _history: Array = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A tie goes to the token: its rows have a bit more.
+        for name, source, bit in (("_token", "token", 1), ("_history", "history", 0)):
+            rank, sure = (getattr(self, f"{source}_{of}") for of in ("rank", "confidence"))
+            object.__setattr__(self, name, _packed(rank, sure, bit))
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
@@ -59,7 +76,7 @@ class ShuffleTable:
         Raises
         ------
         ValueError
-            If it is no table, or of another schema version.
+            If it is no table, of another schema version, or holds what is no confidence.
         """
         with safe_open(path, "np") as opened:
             header = json.loads((opened.metadata() or {}).get("placer", "{}"))
@@ -75,6 +92,7 @@ class ShuffleTable:
                 "history_rank",
                 "history_confidence",
                 "request_score",
+                "expert_rank",
             )
             return cls(
                 num_ranks=header["num_ranks"],
@@ -103,22 +121,67 @@ class ShuffleTable:
         home, confidence
             ``[T]`` int64 and float32; the confidence of the fallback is -1.
         """
-        known = (token_ids >= 0) & (token_ids < self.token_rank.shape[1])
-        ids = np.where(known, token_ids, 0)
-        home = np.where(known, self.token_rank[layer][ids], fallback).astype(np.int64)
-        sure = self.token_confidence[layer][ids].astype(np.float32)
-        sure = np.where(known, sure, np.float32(-1))
-        if not 0 < self.lookback <= len(history):
-            return home, sure
-        index = np.zeros(len(home), dtype=np.int64)
-        for ranks in history[-self.lookback :]:
-            index = index * self.num_ranks + ranks
-        by_history = self.history_confidence[layer][index].astype(np.float32)
-        surer = by_history > sure
-        return (
-            np.where(surer, self.history_rank[layer][index], home),
-            np.where(surer, by_history, sure),
-        )
+        token = self._token[layer]
+        if token_ids.min(initial=0) < 0 or token_ids.max(initial=0) >= len(token):
+            known = (token_ids >= 0) & (token_ids < len(token))
+            best = np.where(known, token.take(np.where(known, token_ids, 0)), -1)
+        else:
+            best = token.take(token_ids)
+        if 0 < self.lookback <= len(history):
+            index = history[-self.lookback].astype(np.intp)
+            for ranks in history[len(history) - self.lookback + 1 :]:
+                index *= self.num_ranks
+                index += ranks
+            best = np.maximum(best, self._history[layer].take(index))
+        home = (best & _RANK_BITS).astype(np.int64)
+        sure = (best >> _CONFIDENCE_SHIFT).astype(np.int16).view(np.float16)
+        sure = sure.astype(np.float32)
+        if best.min(initial=0) < 0:
+            home = np.where(best < 0, fallback, home)
+            sure = np.where(best < 0, np.float32(-1), sure)
+        return home, sure
+
+    def majority_ranks(self, layer: int, experts: Array) -> Array:
+        """Return the ranks that serve most of the tokens' experts: the next history.
+
+        Parameters
+        ----------
+        layer
+            MoE layer, from 0.
+        experts
+            ``[T, k]``: the router's choice, by descending weight. Of several copies of an
+            expert the first one counts.
+
+        Returns
+        -------
+        ndarray
+            ``[T]``; of ranks that serve alike, the one that the router lists first.
+        """
+        # One choice of all tokens after the other: each step runs along memory.
+        ranks: Array = self.expert_rank[layer][np.ascontiguousarray(experts.T)]
+        best: Array = ranks[0]
+        most = (ranks == best).sum(axis=0, dtype=np.uint8)
+        for rank in ranks[1:]:
+            times = (ranks == rank).sum(axis=0, dtype=np.uint8)
+            best = np.where(times > most, rank, best)
+            most = np.maximum(times, most)
+        return best
+
+
+def _packed(rank: Array, confidence: Array, bit: int) -> Array:
+    """Return int32 of which the greater is the surer: confidence, bit, rank.
+
+    The bits of float16 from 0 to 1, read as a whole number, are in the same order.
+
+    Raises
+    ------
+    ValueError
+        If a confidence is none of those.
+    """
+    bits = np.ascontiguousarray(confidence).view(np.int16).astype(np.int32)
+    if bits.min(initial=0) < 0 or bits.max(initial=0) > _BITS_OF_ONE:
+        raise ValueError("the table holds a confidence outside 0..1: write it again")
+    return bits << _CONFIDENCE_SHIFT | bit << _RANK_WIDTH | rank
 
 
 class RequestRouter:

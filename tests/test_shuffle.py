@@ -51,6 +51,52 @@ def test_homes_are_those_that_placer_looks_up(table: Path) -> None:
         assert found[1].tolist() == expected[1].tolist()
 
 
+def small_table(num_ranks: int, confidences: list[float]) -> ShuffleTable:
+    """One layer: id v has rank v, every history the last rank."""
+    ranks = np.arange(len(confidences), dtype=np.uint16)[None]
+    return ShuffleTable(
+        num_ranks=num_ranks,
+        lookback=1,
+        token_rank=ranks,
+        token_confidence=np.array([confidences], dtype=np.float16),
+        history_rank=np.full((1, num_ranks), num_ranks - 1, dtype=np.uint16),
+        history_confidence=np.full((1, num_ranks), 0.5, dtype=np.float16),
+        request_score=np.zeros((len(confidences), num_ranks), dtype=np.float16),
+        expert_rank=np.zeros((1, 1), dtype=np.uint16),
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [7, 300, 65_536])
+def test_the_surer_of_token_and_history_wins_and_a_tie_goes_to_the_token(
+    num_ranks: int,
+) -> None:
+    table = small_table(num_ranks, [0.0, 0.4998, 0.5, 0.5005, 1.0])
+    ids, last = np.array([0, 1, 2, 3, 4, 5, -1]), num_ranks - 1
+    home, sure = table.homes(0, ids, [np.full(7, last)], np.full(7, 2))
+    assert home.tolist() == [last, last, 2, 3, 4, last, last]
+    assert sure[[0, 2, 4, 5]].tolist() == [0.5, 0.5, 1.0, 0.5]
+    home, sure = table.homes(0, ids, [], np.full(7, 6))
+    assert home.tolist() == [0, 1, 2, 3, 4, 6, 6]
+    assert sure[[0, 4, 5, 6]].tolist() == [0.0, 1.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("wrong", [-0.5, 1.5, float("nan"), float("inf")])
+def test_what_is_no_confidence_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        small_table(7, [0.5, wrong])
+
+
+def test_majority_ranks_by_counting(table: Path) -> None:
+    """Top-5 of 8 experts on 4 ranks: many ties, which go to the rank named first."""
+    found = ShuffleTable.read(table)
+    rng = np.random.default_rng(0)
+    experts = np.array([rng.permutation(8)[:5] for _ in range(200)])
+    ranks = found.majority_ranks(1, experts).tolist()
+    for rank, chosen in zip(ranks, (experts // 2).tolist(), strict=True):
+        most = max(chosen.count(one) for one in chosen)
+        assert rank == next(one for one in chosen if chosen.count(one) == most)
+
+
 def test_the_file_works_where_there_is_no_placer(table: Path, tmp_path: Path) -> None:
     shutil.copy(placer.shuffle.__file__, tmp_path / "vendored.py")
     code = (

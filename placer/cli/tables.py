@@ -1,5 +1,6 @@
 """``placer tables``: the token-shuffle table of a plan."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,13 @@ from placer.cli.output import (
     print_table,
     warn,
 )
+
+
+class UnseenChoice(StrEnum):
+    """Choices of ``--unseen``."""
+
+    REGRESSION = "regression"
+    NEAREST = "nearest"
 
 
 def tables(
@@ -41,9 +49,17 @@ def tables(
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint whose embedding gives ids never seen a neighbour's row.",
+            help="Checkpoint: its embedding gives ids never seen a row, hash-routed layers "
+            "get exact rows.",
         ),
     ] = None,
+    unseen: Annotated[
+        UnseenChoice,
+        typer.Option(
+            help="What the embedding gives: rates foretold by regression, or the row of "
+            "the nearest neighbour."
+        ),
+    ] = UnseenChoice.REGRESSION,
     max_home_imbalance: Annotated[
         float | None,
         typer.Option(
@@ -68,6 +84,7 @@ def tables(
         shrinkage=shrinkage,
         with_token_score=token_score,
         embeddings=embeddings,
+        unseen=unseen.value,
         max_home_imbalance=max_home_imbalance,
     )
     chosen = parse_fold(fold, not_fold)
@@ -101,4 +118,9 @@ def tables(
         f"{table.vocab_size:,} token ids ({result.num_seen_ids:,} of them in the profile), "
         f"{table.num_ranks} ranks: a home by chance serves {1 / table.num_ranks:.3f}"
     )
+    if result.exact_layers:
+        print_line(
+            f"MoE layers {', '.join(map(str, result.exact_layers))} are hash-routed: "
+            "their rows are exact, for every token id"
+        )
     print_line(f"table written to {out}")

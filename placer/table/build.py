@@ -8,7 +8,8 @@ rate over all tokens of the layer::
     rate[x, r] = (pairs[x, r] + s k prior[r]) / (k tokens[x] + s k)
 
 where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
-counts and the prior alike, and a row never seen has the prior itself. A history of several
+counts and the prior alike, and a row never seen has the prior itself. With embeddings, the
+prior of a token id is what a regression foretells of its embedding. A history of several
 layers is shrunk towards the rate of its later part, and that one likewise (back-off, as of
 n-gram models: Katz 1987).
 
@@ -16,11 +17,15 @@ Homes by rate alone crowd a few ranks, and attention waits for the fullest. Unde
 the home imbalance each rank has a price per layer, and a row takes the home of the highest
 rate minus price; its confidence stays the rate. The prices rise where tokens crowd and
 fall elsewhere (an auction, Bertsekas 1979) until the profile's tokens keep the cap.
+
+Where the token id alone decides the experts (hash-routed layers), the rate is no estimate:
+it is the share of the id's experts that the home has, and A has no say.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +41,16 @@ from placer.simulation.serving import (
     rank_dtype,
 )
 from placer.table.embeddings import Embeddings, nearest_seen
+from placer.table.hash_routing import TokenExperts, require_same_routing
 from placer.table.lookup import LayerTable, history_index, known_ids
+from placer.table.regression import EmbeddingRegression
 from placer.table.table import Table, expert_rank_rows
 from placer.trace import Chunk
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
+UnseenIds = Literal["regression", "nearest"]
 
 # Longer histories than four layers foretell no more, whatever they cost.
 _MOST_DEFAULT_LOOKBACK = 4
@@ -66,6 +74,8 @@ def build_table(
     with_token_score: bool = False,
     embeddings: Embeddings | None = None,
     max_home_imbalance: float | None = None,
+    token_experts: TokenExperts | None = None,
+    unseen: UnseenIds = "regression",
 ) -> Table:
     """Build the token-shuffle table of a placement.
 
@@ -76,8 +86,7 @@ def build_table(
     tokens
         The profile, whole sequences with token ids.
     vocab_size
-        V. Ids never seen get the row of their nearest neighbour among the seen ones,
-        by cosine of ``embeddings``; without those, the row of the layer's prior.
+        V. Without ``embeddings``, ids never seen get the row of the layer's prior.
     lookback
         Number of past majority ranks that index A; ``None`` for
         :func:`default_lookback`.
@@ -92,11 +101,20 @@ def build_table(
         Cap, above 1, on the profile's tokens of the fullest home over the mean, in every
         layer; where prices do not reach it, the most even homes found. Ids without a
         row of their own take turns over the ranks. ``None``: the best home of each row.
+    token_experts
+        By hash-routed layer, ``[V, k]``: the experts of every token id (see
+        :func:`placer.table.hash_routing.read_token_experts`). Their rows are exact; of
+        homes that serve alike the one that the checkpoint lists first is taken.
+    unseen
+        What ``embeddings`` give: ``regression``, a prior for every id (see
+        :mod:`placer.table.regression`); ``nearest``, ids never seen the row of their
+        nearest neighbour among the seen ones, by cosine.
 
     Raises
     ------
     PlacerError
-        If the tokens have no ids, or an id at or past ``vocab_size``.
+        If the tokens have no ids, or an id at or past ``vocab_size``, or were routed
+        otherwise than ``token_experts`` says.
     UsageError
         If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range.
     """
@@ -104,12 +122,32 @@ def build_table(
         lookback = default_lookback(placement.num_ranks)
     _require_options(lookback, shrinkage, max_home_imbalance, placement.num_ranks)
     ids = _require_ids(tokens, vocab_size)
+    token_experts = token_experts or {}
+    for table in token_experts.values():
+        if len(table) != vocab_size:
+            raise PlacerError(
+                f"the checkpoint knows the experts of {len(table)} token ids, "
+                f"but the vocabulary has {vocab_size}",
+                "give the checkpoint that the trace was recorded from: --embeddings MODEL",
+            )
+    require_same_routing(token_experts, tokens)
     seen, row = np.unique(ids[ids >= 0], return_inverse=True)
     token_row = np.full(len(ids), -1, dtype=np.int64)
     token_row[ids >= 0] = row
+    vocab_row = np.full(vocab_size, len(seen), dtype=np.int64)
+    vocab_row[seen] = np.arange(len(seen))
+    regression = None
+    if embeddings is not None and unseen == "regression":
+        times = np.bincount(row)
+        weight = times / (times + shrinkage)
+        regression = EmbeddingRegression.of(embeddings, vocab_size, seen, weight)
+    elif embeddings is not None:
+        never = np.flatnonzero(vocab_row == len(seen))
+        vocab_row[never] = nearest_seen(embeddings, seen, never)
     builder = _Builder(
         placement=placement,
-        vocab_row=_vocabulary_rows(seen, vocab_size, embeddings),
+        vocab_row=vocab_row,
+        regression=regression,
         token_row=token_row,
         token_ids=ids,
         fixed=fixed_homes(tokens.sequence_ids, placement.num_ranks),
@@ -119,14 +157,18 @@ def build_table(
     )
     layers = []
     history: list[RankArray] = []
-    request = np.zeros((len(seen) + 1, placement.num_ranks))
+    request = np.zeros((vocab_size, placement.num_ranks))
     for layer, chosen in enumerate(tokens.experts):
         experts = np.ascontiguousarray(chosen.T)
-        rates, rows, majority = builder.layer(layer, experts, history)
+        if layer in token_experts:
+            rates, rows = builder.exact_layer(layer, token_experts[layer])
+        else:
+            rates, rows = builder.layer(layer, experts, history)
+        home, _ = rows.homes(ids, history, builder.fixed)
+        majority = majority_rank(LayerServing.of(placement, layer).ranks(experts, home))
         request += rates
         history = [*history, majority][-lookback:] if lookback else []
-        score = rates.astype(np.float16)[builder.vocab_row] if with_token_score else None
-        layers.append((rows, score))
+        layers.append((rows, rates.astype(np.float16) if with_token_score else None))
     return Table(
         model=ModelSpec(
             num_experts=placement.num_experts, top_k=tokens.experts[0].shape[1]
@@ -138,7 +180,7 @@ def build_table(
         token_confidence=np.stack([rows.token_confidence for rows, _ in layers]),
         history_rank=np.stack([rows.history_rank for rows, _ in layers]),
         history_confidence=np.stack([rows.history_confidence for rows, _ in layers]),
-        request_score=request.astype(np.float16)[builder.vocab_row],
+        request_score=request.astype(np.float16),
         expert_rank=expert_rank_rows(
             [placement.expert_rank(n) for n in range(placement.num_layers)],
             placement.num_ranks,
@@ -167,6 +209,7 @@ class _Builder:
 
     placement: Placement
     vocab_row: IntArray
+    regression: EmbeddingRegression | None
     token_row: IntArray
     token_ids: IntArray
     fixed: RankArray
@@ -176,23 +219,78 @@ class _Builder:
 
     def layer(
         self, layer: int, experts: Array, history: list[RankArray]
-    ) -> tuple[FloatArray, LayerTable, RankArray]:
-        """Return rates ``[seen + 1, R]``, the layer's rows, and majority ranks ``[T]``."""
+    ) -> tuple[FloatArray, LayerTable]:
+        """Return the rates ``[V, R]`` and the rows of a layer."""
         serving = LayerServing.of(self.placement, layer)
         everyone = np.zeros(experts.shape[1], dtype=np.int64)
         prior = serving.count_held(experts, everyone, 1)[0] / experts.size
         num_seen = int(self.token_row.max()) + 1
         seen = self._rates(serving, experts, self.token_row, num_seen, prior)
+        vocabulary = None
+        if self.regression is not None:
+            counted = self._rates(serving, experts, self.token_row, num_seen, prior, 0)
+            vocabulary = self.regression.rates(counted)
+            known = np.flatnonzero(self.vocab_row < num_seen)
+            own = vocabulary[known]
+            seen = self._rates(serving, experts, self.token_row, num_seen, own)
+            vocabulary[known] = seen
         rates = np.vstack([seen, prior])
         histories = self._histories(serving, experts, history, prior)
-        price = np.zeros(self.placement.num_ranks)
+
+        def homes(price: FloatArray) -> RankArray:
+            rows = self._rows(rates, histories, price)
+            return rows.homes(self.token_row, history, self.fixed)[0]
+
+        price = self._prices(homes)
+        rows = self._rows(rates, histories, price)
+        if vocabulary is None:
+            return rates[self.vocab_row], self._in_vocabulary(rows, prior)
+        token_rank, token_confidence = _best(vocabulary, price)
+        return vocabulary, dataclasses.replace(
+            rows, token_rank=token_rank, token_confidence=token_confidence
+        )
+
+    def exact_layer(
+        self, layer: int, token_experts: Array
+    ) -> tuple[FloatArray, LayerTable]:
+        """Return the rates ``[V, R]`` and the rows of a layer, its experts known by id."""
+        serving = LayerServing.of(self.placement, layer)
+        experts = np.ascontiguousarray(token_experts.T)
+        ids = np.arange(experts.shape[1])
+        rates = serving.count_held(experts, ids, len(ids)) / len(experts)
+        # Below the step between two rates, so that it decides between equals alone.
+        bonus = 0.5 / len(experts) * self._tie_breaks(serving, experts)
+        known = self.token_ids >= 0
+
+        def homes(price: FloatArray) -> RankArray:
+            chosen = self.fixed.astype(np.int64)
+            chosen[known] = _best(rates, price, bonus)[0][self.token_ids[known]]
+            return chosen
+
+        token_rank, token_confidence = _best(rates, self._prices(homes), bonus)
+        num_histories = self.placement.num_ranks**self.lookback
+        return rates, LayerTable(
+            token_rank=token_rank,
+            token_confidence=token_confidence,
+            history_rank=np.zeros(num_histories, dtype=token_rank.dtype),
+            history_confidence=np.zeros(num_histories, dtype=token_confidence.dtype),
+            num_ranks=self.placement.num_ranks,
+            lookback=self.lookback,
+        )
+
+    def _tie_breaks(self, serving: LayerServing, experts: Array) -> FloatArray:
+        """Return ``[V, R]`` in 0..1, the more the better: which of equal homes to take.
+
+        That of the expert listed first; under a cap drawn, so that prices can part equals.
+        """
+        shape = (experts.shape[1], self.placement.num_ranks)
         if self.max_home_imbalance is not None:
-            cap = self.max_home_imbalance
-            price = self._prices(rates, histories, history, cap)
-        rows = self._in_vocabulary(self._rows(rates, histories, price), prior)
-        home, _ = rows.homes(self.token_ids, history, self.fixed)
-        majority = majority_rank(serving.ranks(experts, home))
-        return rates, rows, majority
+            return np.random.default_rng(0).random(shape)
+        order = np.zeros(shape)
+        for place in reversed(range(len(experts))):
+            listed = np.take(serving.copy_rank[:, 0], experts[place])
+            order[np.arange(len(listed)), listed] = 1 - place / len(experts)
+        return order
 
     def _rows(
         self, rates: FloatArray, histories: list[_Histories], price: FloatArray
@@ -218,24 +316,22 @@ class _Builder:
             lookback=self.lookback,
         )
 
-    def _prices(
-        self,
-        rates: FloatArray,
-        histories: list[_Histories],
-        history: list[RankArray],
-        cap: float,
-    ) -> FloatArray:
-        """Return ``[R]``: the first prices that keep the cap, else the most even ones."""
+    def _prices(self, homes: Callable[[FloatArray], RankArray]) -> FloatArray:
+        """Return ``[R]``: the first prices that keep the cap, else the most even ones.
+
+        ``homes`` returns the profile's homes ``[T]`` at prices. Without a cap they are 0.
+        """
         num_ranks = self.placement.num_ranks
         price = best_price = np.zeros(num_ranks)
+        if self.max_home_imbalance is None:
+            return price
         lowest = np.inf
         for step in _PRICE_STEP * _PRICE_DECAY ** np.arange(_PRICE_ROUNDS):
-            rows = self._rows(rates, histories, price)
-            home, _ = rows.homes(self.token_row, history, self.fixed)
+            home = homes(price)
             crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
             if crowd.max() < lowest:
                 lowest, best_price = crowd.max(), price
-            if lowest <= cap:
+            if lowest <= self.max_home_imbalance:
                 break
             price = price + step * (crowd - 1)
         return best_price
@@ -260,12 +356,13 @@ class _Builder:
         group: IntArray,
         num_groups: int,
         prior: FloatArray,
+        shrinkage: float | None = None,
     ) -> FloatArray:
         """Return ``[groups, R]``: expected local activation rate of every home."""
         top_k = len(experts)
         pairs = serving.count_held(experts, group, num_groups)
         tokens = np.bincount(group[group >= 0], minlength=num_groups)[:, None]
-        weight = self.shrinkage * top_k
+        weight = (self.shrinkage if shrinkage is None else shrinkage) * top_k
         rates: FloatArray = (pairs + weight * prior) / (top_k * tokens + weight)
         return rates
 
@@ -298,23 +395,13 @@ class _Builder:
         return found
 
 
-def _best(rates: FloatArray, price: FloatArray) -> tuple[RankArray, Array]:
+def _best(
+    rates: FloatArray, price: FloatArray, bonus: FloatArray | float = 0.0
+) -> tuple[RankArray, Array]:
     """Return each row's best home at the prices (the lowest of equals) and its rate."""
-    rank = (rates - price).argmax(axis=1)
+    rank = (rates + bonus - price).argmax(axis=1)
     rate = np.take_along_axis(rates, rank[:, None], axis=1)[:, 0]
     return rank.astype(rank_dtype(rates.shape[1] - 1)), rate.astype(np.float16)
-
-
-def _vocabulary_rows(
-    seen: IntArray, vocab_size: int, embeddings: Embeddings | None
-) -> IntArray:
-    """Return ``[V]``: the row of every id; ``len(seen)`` is the prior's."""
-    rows = np.full(vocab_size, len(seen), dtype=np.int64)
-    rows[seen] = np.arange(len(seen))
-    if embeddings is not None:
-        unseen = np.flatnonzero(rows == len(seen))
-        rows[unseen] = nearest_seen(embeddings, seen, unseen)
-    return rows
 
 
 def default_lookback(num_ranks: int) -> int:

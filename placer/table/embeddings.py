@@ -1,18 +1,24 @@
-"""Rows for token ids that the profile never saw: their neighbours in the embedding."""
+"""Rows for token ids that the profile never saw: their neighbours in the embedding.
+
+An embedding can be larger than memory: it is read in blocks, once for each part of the seen
+ids that :data:`SEEN_BYTES` has room for.
+"""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from placer.checkpoint.shard import Shard
 from placer.errors import PlacerError
-from placer.files import read_json
+from placer.table.checkpoint_tensors import tensor_files
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+#: Memory for the rows of seen ids that are compared at a time.
+SEEN_BYTES = 1 << 30
 # Rows read at a time: a few tens of megabytes of float32 at the usual widths.
 _BLOCK = 1024
 _TENSOR_NAMES = (
@@ -21,8 +27,10 @@ _TENSOR_NAMES = (
     "language_model.model.embed_tokens.weight",
     "transformer.wte.weight",
     "embed_tokens.weight",
+    "embed.weight",
 )
-_INDEX_NAME = "model.safetensors.index.json"
+# NumPy has no bfloat16: its bits are the upper half of those of a float32.
+_STORED: dict[str, npt.DTypeLike] = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 
 class Embeddings(Protocol):
@@ -49,42 +57,47 @@ class CheckpointEmbeddings:
     Raises
     ------
     PlacerError
-        If it has no safetensors, or none of the known embedding tensors.
+        If it has no safetensors, or none of the known embedding tensors in a known type.
     """
 
     def __init__(self, directory: Path) -> None:
-        # torch, because NumPy cannot hold the bfloat16 of most checkpoints.
-        from safetensors import safe_open
-
-        path, name = _find(directory)
-        opened: Any = safe_open(path, "pt")
-        self._file = opened
-        self._slice = self._file.get_slice(name)
+        self._path, name = _find(directory)
+        shard = Shard.open(self._path)
+        info = shard.tensors.get(name)
+        if info is None or len(info.shape) != 2 or info.dtype not in _STORED:
+            found = "absent" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise PlacerError(
+                f"{self._path}: {name} is {found}, expected {', '.join(_STORED)} "
+                "of two dimensions",
+                "leave out --embeddings",
+            )
+        self._num_rows, self._width = info.shape
+        self._dtype = info.dtype
+        self._start = shard.place(name)[0]
 
     @property
     def num_rows(self) -> int:
         """Number of token ids that have a row."""
-        return int(self._slice.get_shape()[0])
+        return self._num_rows
 
     def rows(self, start: int, stop: int) -> FloatArray:
         """Return the rows ``start`` to ``stop - 1``, ``[n, H]`` float32."""
-        rows: FloatArray = self._slice[start:stop].float().numpy()
-        return rows
-
-    def __enter__(self) -> Self:
-        self._file.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, traceback)
+        # Not mapped into memory: mapped pages would count as this process's own.
+        stored = np.dtype(_STORED[self._dtype])
+        count = (stop - start) * self._width
+        offset = self._start + start * self._width * stored.itemsize
+        values = np.fromfile(self._path, stored, count, offset=offset)
+        if self._dtype == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(-1, self._width)
 
 
-def nearest_seen(embeddings: Embeddings, seen: IntArray, unseen: IntArray) -> IntArray:
+def nearest_seen(
+    embeddings: Embeddings,
+    seen: IntArray,
+    unseen: IntArray,
+    seen_bytes: int = SEEN_BYTES,
+) -> IntArray:
     """Return, for each unseen id, the place in ``seen`` of the nearest one by cosine.
 
     Parameters
@@ -92,9 +105,12 @@ def nearest_seen(embeddings: Embeddings, seen: IntArray, unseen: IntArray) -> In
     embeddings
         Rows of all ids.
     seen
-        ``[S]`` ids, ascending; their rows are held in memory.
+        ``[S]`` ids, ascending.
     unseen
-        ``[N]`` ids, ascending; their rows are read block by block.
+        ``[N]`` ids, ascending.
+    seen_bytes
+        Memory for rows of seen ids; where they need more, all unseen rows are read anew
+        for each part.
 
     Returns
     -------
@@ -106,58 +122,58 @@ def nearest_seen(embeddings: Embeddings, seen: IntArray, unseen: IntArray) -> In
     PlacerError
         If there is no row for an id.
     """
-    highest = int(max(seen.max(initial=-1), unseen.max(initial=-1)))
+    require_rows(embeddings, int(max(seen.max(initial=-1), unseen.max(initial=-1))))
+    width = embeddings.rows(0, 1).shape[1]
+    part = max(seen_bytes // (width * np.dtype(np.float32).itemsize), 1)
+    nearest = np.zeros(len(unseen), dtype=np.int64)
+    highest_cosine = np.full(len(unseen), -np.inf, dtype=np.float32)
+    for first in range(0, len(seen), part):
+        known = unit_rows(embeddings, seen[first : first + part], width)
+        for start in range(0, len(unseen), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            cosine = unit_rows(embeddings, unseen[block], width) @ known.T
+            best = cosine.argmax(axis=1)
+            reached = np.take_along_axis(cosine, best[:, None], axis=1)[:, 0]
+            nearer = reached > highest_cosine[block]
+            nearest[block] = np.where(nearer, first + best, nearest[block])
+            highest_cosine[block] = np.where(nearer, reached, highest_cosine[block])
+    return nearest
+
+
+def require_rows(embeddings: Embeddings, highest: int) -> None:
+    """Refuse an embedding that ends before token id ``highest``.
+
+    Raises
+    ------
+    PlacerError
+        If it has no row for it.
+    """
     if highest >= embeddings.num_rows:
         raise PlacerError(
             f"the embedding table has {embeddings.num_rows} rows, "
             f"but the vocabulary has token id {highest}",
             "give the checkpoint that the trace was recorded from: --embeddings MODEL",
         )
-    known = _unit_rows(embeddings, seen)
-    nearest = np.empty(len(unseen), dtype=np.int64)
-    for start in range(0, len(unseen), _BLOCK):
-        block = _unit_rows(embeddings, unseen[start : start + _BLOCK])
-        nearest[start : start + _BLOCK] = (block @ known.T).argmax(axis=1)
-    return nearest
 
 
-def _unit_rows(embeddings: Embeddings, ids: IntArray) -> FloatArray:
+def unit_rows(embeddings: Embeddings, ids: IntArray, width: int) -> FloatArray:
     """Return the rows of ascending ``ids``, scaled to length 1 (a zero row stays)."""
-    parts = []
+    scaled = np.empty((len(ids), width), dtype=np.float32)
     for start in np.unique(ids // _BLOCK) * _BLOCK:
         stop = min(int(start) + _BLOCK, embeddings.num_rows)
-        wanted = ids[(ids >= start) & (ids < stop)]
-        parts.append(embeddings.rows(int(start), stop)[wanted - start])
-    rows = np.concatenate(parts)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    scaled = np.zeros_like(rows)
-    np.divide(rows, length, out=scaled, where=length > 0)
+        wanted = slice(*np.searchsorted(ids, [start, stop]))
+        rows = embeddings.rows(int(start), stop)[ids[wanted] - start]
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        scaled[wanted] = rows / np.where(length > 0, length, 1)
     return scaled
 
 
 def _find(directory: Path) -> tuple[Path, str]:
     """Return the file and the name of the embedding tensor."""
-    from safetensors import SafetensorError, safe_open
-
-    if (directory / _INDEX_NAME).is_file():
-        files = dict(read_json(directory / _INDEX_NAME, "checkpoint index")["weight_map"])
-    else:
-        path = directory / "model.safetensors"
-        if not path.is_file():
-            raise PlacerError(
-                f"{directory} holds neither model.safetensors nor {_INDEX_NAME}",
-                "give a Hugging Face checkpoint directory: --embeddings MODEL",
-            )
-        try:
-            with safe_open(path, "np") as opened:
-                files = dict.fromkeys(opened.keys(), path.name)
-        except SafetensorError as error:
-            raise PlacerError(f"{path} cannot be read: {error}") from error
+    files = tensor_files(directory)
     for name in _TENSOR_NAMES:
         if name in files:
-            if Path(files[name]).name != files[name]:
-                raise PlacerError(f"{directory / _INDEX_NAME}: {files[name]!r} is a path")
-            return directory / files[name], name
+            return files[name], name
     raise PlacerError(
         f"{directory} has no embedding tensor that placer knows",
         f"looked for {', '.join(_TENSOR_NAMES)}; leave out --embeddings",

@@ -13,8 +13,10 @@ from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import profile_fold
 from placer.simulation.simulate import simulate
-from placer.table.build import DEFAULT_SHRINKAGE, build_table
+from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
+from placer.table.calibration import calibrated, fit_calibration
 from placer.table.embeddings import CheckpointEmbeddings
+from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
 
@@ -32,7 +34,10 @@ class TableOptions:
     with_token_score
         Also hold the second choices of equal slices.
     embeddings
-        Checkpoint whose embedding gives unseen ids the row of a neighbour, or ``None``.
+        Checkpoint whose embedding gives ids never seen a row, and whose hash-routed
+        layers get exact rows; or ``None``.
+    unseen
+        What the embedding gives.
     max_home_imbalance
         Cap on the tokens of the fullest home over the mean, or ``None``.
     """
@@ -41,6 +46,7 @@ class TableOptions:
     shrinkage: float = DEFAULT_SHRINKAGE
     with_token_score: bool = False
     embeddings: Path | None = None
+    unseen: UnseenIds = "regression"
     max_home_imbalance: float | None = None
 
 
@@ -56,6 +62,8 @@ class TableResult:
         The fold that it was built from; ``None`` for all sequences.
     num_seen_ids
         Token ids that occur in the profile.
+    exact_layers
+        MoE layers, from 0, whose rows come from the checkpoint: hash-routed ones.
     heldout
         Metrics by home policy on the sequences outside the profile, ``None`` if there
         are none.
@@ -66,6 +74,7 @@ class TableResult:
     table: Table
     profile: Fold | None
     num_seen_ids: int
+    exact_layers: tuple[int, ...]
     heldout: dict[str, PolicyMetrics] | None
     warnings: tuple[str, ...]
 
@@ -74,6 +83,7 @@ class TableResult:
         return {
             "num_token_ids": self.table.vocab_size,
             "num_seen_ids": self.num_seen_ids,
+            "exact_layers": list(self.exact_layers),
             "lookback": self.table.lookback,
             "fold": None if self.profile is None else str(self.profile),
             "chance": 1 / self.table.num_ranks,
@@ -104,8 +114,27 @@ def make_table(
     profile = profile_fold(plan, trace) if fold is None else fold
     tokens = trace.read(profile)
     model = trace.model if trace.model.bound else plan.model
+    token_experts: TokenExperts = {}
+    if options.embeddings is not None:
+        checkpoint = ModelSpec.from_checkpoint(options.embeddings)
+        require_same_model(model, "the trace", checkpoint, str(options.embeddings))
+        token_experts = read_token_experts(options.embeddings, checkpoint)
+        if not model.bound:
+            model = checkpoint
+    vocab_size = model.vocab_size or _largest_id(tokens) + 1
+    table = _build(plan.placement, tokens, vocab_size, token_experts, options)
+    exact_layers = tuple(sorted(token_experts))
+    # Without the embedding: what is measured is the error of counts.
+    counted = dataclasses.replace(options, embeddings=None, with_token_score=False)
+    calibration = fit_calibration(
+        plan.placement,
+        tokens,
+        lambda part: _build(plan.placement, part, vocab_size, {}, counted),
+    )
+    if calibration is not None:
+        table = calibrated(table, calibration, exact_layers)
     table = dataclasses.replace(
-        _build(plan.placement, tokens, model, options),
+        table,
         model=model,
         plan_sha256=plan_sha256(plan_path),
         trace_sha256=trace.sha256,
@@ -115,39 +144,42 @@ def make_table(
             "fold": None if profile is None else str(profile),
             "shrinkage": options.shrinkage,
             "max_home_imbalance": options.max_home_imbalance,
-            "unseen_ids": "prior" if options.embeddings is None else "nearest embedding",
+            "unseen_ids": "prior" if options.embeddings is None else options.unseen,
+            "exact_layers": list(exact_layers),
+            "calibration": None if calibration is None else dataclasses.asdict(calibration),
         },
     )
     return TableResult(
         table=table,
         profile=profile,
         num_seen_ids=_num_ids(tokens),
+        exact_layers=exact_layers,
         heldout=_heldout(plan.placement, table, trace, profile),
         warnings=() if warning is None else (warning,),
     )
 
 
 def _build(
-    placement: Placement, tokens: Chunk, model: ModelSpec, options: TableOptions
+    placement: Placement,
+    tokens: Chunk,
+    vocab_size: int,
+    token_experts: TokenExperts,
+    options: TableOptions,
 ) -> Table:
-    def build(embeddings: CheckpointEmbeddings | None) -> Table:
-        return build_table(
-            placement,
-            tokens,
-            vocab_size=model.vocab_size or _largest_id(tokens) + 1,
-            lookback=options.lookback,
-            shrinkage=options.shrinkage,
-            with_token_score=options.with_token_score,
-            embeddings=embeddings,
-            max_home_imbalance=options.max_home_imbalance,
-        )
-
-    if options.embeddings is None:
-        return build(None)
-    checkpoint = ModelSpec.from_checkpoint(options.embeddings)
-    require_same_model(model, "the trace", checkpoint, str(options.embeddings))
-    with CheckpointEmbeddings(options.embeddings) as embeddings:
-        return build(embeddings)
+    return build_table(
+        placement,
+        tokens,
+        vocab_size=vocab_size,
+        lookback=options.lookback,
+        shrinkage=options.shrinkage,
+        with_token_score=options.with_token_score,
+        embeddings=None
+        if options.embeddings is None
+        else CheckpointEmbeddings(options.embeddings),
+        max_home_imbalance=options.max_home_imbalance,
+        token_experts=token_experts,
+        unseen=options.unseen,
+    )
 
 
 def _heldout(

@@ -59,6 +59,8 @@ def test_the_table_names_the_files_that_it_depends_on(make_trace, plan_of):
         "shrinkage": 2.0,
         "max_home_imbalance": None,
         "unseen_ids": "prior",
+        "exact_layers": [],
+        "calibration": None,
     }
 
 
@@ -98,11 +100,11 @@ def test_a_checkpoint_gives_unseen_ids_a_row_and_the_tokenizer_a_hash(
         writer.append(plain.read())
         writer.finish()
     trace = Trace(tmp_path / "wide")
-    options = TableOptions(embeddings=folder)
+    options = TableOptions(embeddings=folder, unseen="nearest")
     table = make_table(plan_of(trace), trace, fold=None, options=options).table
     assert np.array_equal(table.token_rank[:, 50:], table.token_rank[:, :50])
     assert table.tokenizer_sha256 == sha256_file(folder / "tokenizer.json")
-    assert table.provenance["unseen_ids"] == "nearest embedding"
+    assert table.provenance["unseen_ids"] == "nearest"
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_trace, plan_of, tmp_path):

@@ -1,0 +1,118 @@
+"""Making confidences true: what rows promise on sequences that they were not counted on.
+
+The surer of two estimates is more often the one that errs upwards, so a table promises
+somewhat more than its homes serve. Tables of either half of the profile's sequences are
+tried on the other half, and one line, the same for all rows and layers, is fitted from
+promise to service (linear recalibration: Cox 1958). One rising line for T and A changes no
+choice, but for differences that float16 rounds away.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.plan.placement import Placement
+from placer.simulation.homes import fixed_homes
+from placer.simulation.serving import LayerServing
+from placer.table.homes import TableHomes
+from placer.table.table import Table
+from placer.trace import Chunk
+
+#: With fewer sequences a line would follow their whims.
+FEWEST_SEQUENCES = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A line from promised to expected rates: ``offset + slope * promised``."""
+
+    slope: float
+    offset: float
+
+    def of(self, rates: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return corrected rates, float16 in 0..1."""
+        line = self.offset + self.slope * rates.astype(np.float32)
+        return line.clip(0, 1).astype(np.float16)
+
+
+def fit_calibration(
+    placement: Placement, tokens: Chunk, build: Callable[[Chunk], Table]
+) -> Calibration | None:
+    """Fit the line on the two halves of a profile.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    tokens
+        The profile.
+    build
+        Builds the table of a part of the profile.
+
+    Returns
+    -------
+    Calibration or None
+        ``None`` where there are fewer than :data:`FEWEST_SEQUENCES` sequences, a half has
+        no known token, or service does not rise with the promise.
+    """
+    sequences = np.unique(tokens.sequence_ids)
+    if len(sequences) < FEWEST_SEQUENCES:
+        return None
+    even = np.isin(tokens.sequence_ids, sequences[::2])
+    if tokens.token_ids is None or not all(
+        (tokens.token_ids[half] >= 0).any() for half in (even, ~even)
+    ):
+        return None
+    sums = np.zeros(5)
+    for half in (even, ~even):
+        sums += _sums(placement, tokens.select(~half), build(tokens.select(half)))
+    count, promised, served, squares, products = sums
+    spread = count * squares - promised**2
+    if spread <= 0:
+        return None
+    slope = float((count * products - promised * served) / spread)
+    offset = float((served - slope * promised) / count)
+    return Calibration(slope=slope, offset=offset) if slope > 0 else None
+
+
+def calibrated(
+    table: Table, calibration: Calibration, exact_layers: tuple[int, ...]
+) -> Table:
+    """Correct the confidences and token scores of a table, but for its exact layers."""
+
+    def corrected(rates: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        found = calibration.of(rates)
+        found[list(exact_layers)] = rates[list(exact_layers)]
+        return found
+
+    score = table.token_score
+    return dataclasses.replace(
+        table,
+        token_confidence=corrected(table.token_confidence),
+        history_confidence=corrected(table.history_confidence),
+        token_score=None if score is None else corrected(score),
+    )
+
+
+def _sums(placement: Placement, tokens: Chunk, table: Table) -> npt.NDArray[np.float64]:
+    """Return, over tokens and layers, the count and the sums of x, y, x x and x y.
+
+    x is what a row promised, y what its home served.
+    """
+    fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
+    homes = TableHomes(table, tokens.token_ids, fixed)
+    total = np.zeros(5)
+    for layer, chosen in enumerate(tokens.experts):
+        serving = LayerServing.of(placement, layer)
+        experts = np.ascontiguousarray(chosen.T)
+        home, confidence = homes.of(layer)
+        homes.served(serving.ranks(experts, home))
+        known = confidence >= 0
+        x = confidence[known].astype(np.float64)
+        y = serving.holds[experts, home].mean(axis=0)[known]
+        total += [len(x), x.sum(), y.sum(), np.square(x).sum(), (x * y).sum()]
+    return total
