@@ -25,14 +25,23 @@ for name in sys.argv[1:]:
 """
 
 
+# Classes of transformers' own kinds, which nothing imports before transformers is there.
+EXTENDS_TRANSFORMERS = {
+    "placer.replay.exchanges",
+    "placer.replay.follow",
+    "placer.replay.session",
+}
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def test_every_module_imports_without_the_extras() -> None:
+    names = sorted({*map(module_name, SOURCES)} - EXTENDS_TRANSFORMERS)
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT_WITHOUT_EXTRAS, *map(module_name, SOURCES)],
+        [sys.executable, "-c", IMPORT_WITHOUT_EXTRAS, *names],
         capture_output=True,
         text=True,
         check=False,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ from placer.plan import Placement, Plan
 from placer.replay.kinds import EXCHANGE_KINDS, FOLLOW, PER_NODE, SHUFFLE
 from placer.replay.outcome import ReplayedRun, ReplayOutcome, median_seconds
 from placer.replay.predict import predict_copies
-from placer.replay.session import Session, WorkerRun
 from placer.simulation.baselines import contiguous
 from placer.simulation.homes import fixed_homes
 from placer.simulation.judge import read_table_of
@@ -24,6 +23,9 @@ from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
 from placer.trace.record import Dtype, load_causal_model
 from placer.worker import Worker, together
+
+if TYPE_CHECKING:
+    from placer.replay.session import WorkerRun
 
 # Errors that rounding explains: experts are summed in another order, over many layers.
 _TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.01}
@@ -233,6 +235,8 @@ class _Runner:
         self.device = str(model.device)
         self.copy_bytes = model.dtype.itemsize * (spec.hidden_size or 0)
         self.worker, self.batches = worker, batches
+        from placer.replay.session import Session  # transformers' own: it is there
+
         self.session = Session(model, architecture, spec, batches, options.repeats)
 
     def run(
@@ -252,7 +256,7 @@ class _Runner:
         placement: Placement,
         exchange: str,
         table: Table | None,
-        found: Sequence[WorkerRun],
+        found: Sequence["WorkerRun"],
     ) -> ReplayedRun:
         kind = EXCHANGE_KINDS[exchange]
         tokens = self._routed(found)
@@ -288,7 +292,7 @@ class _Runner:
             seconds=median_seconds(found[0].seconds),
         )
 
-    def _routed(self, found: Sequence[WorkerRun]) -> Chunk:
+    def _routed(self, found: Sequence["WorkerRun"]) -> Chunk:
         """Put together what the routers of all ranks chose, in the order of the tokens."""
         num_sequences = self.batches.shape[0] * self.batches.shape[1]
         length = self.batches.shape[2]
