@@ -27,8 +27,8 @@ class ReplayedRun:
     predicted_dispatch, predicted_combine
         The same by simulation of what the routers chose; the diagonal is zero.
     described, gathered, keys_and_values
-        Bytes between ranks that went along: ids, weights and counts; all-gathers of
-        outputs; keys and values.
+        ``[L, R, R]`` int64: bytes that went along: ids, weights and counts; all-gathers
+        of outputs; keys and values.
     error
         Root mean square of the difference between hidden states behind the last norm and
         those of the model run by itself, over that of the latter; of the worst batch on
@@ -49,14 +49,20 @@ class ReplayedRun:
     combine: IntArray
     predicted_dispatch: IntArray
     predicted_combine: IntArray
-    described: int
-    gathered: int
-    keys_and_values: int
+    described: IntArray
+    gathered: IntArray
+    keys_and_values: IntArray
     error: float
     differently_routed: int
     num_tokens: int
     ranks_per_node: int
     seconds: float | None
+
+    @property
+    def beside(self) -> dict[str, IntArray]:
+        """What went along with the hidden states, by name."""
+        names = ("described", "gathered", "keys_and_values")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def as_predicted(self) -> bool:
@@ -69,6 +75,17 @@ class ReplayedRun:
                 (self.combine, self.predicted_combine),
             )
         )
+
+    def busiest_bytes(self) -> tuple[int, int]:
+        """Return what a link must carry, inside nodes and between them.
+
+        Of every collective the most that a rank sends or receives, summed over layers.
+        """
+        fast, slow = 0, 0
+        for matrix in (self.dispatch, self.combine, *self.beside.values()):
+            inside, across = _by_link(matrix, self.ranks_per_node)
+            fast, slow = fast + _busiest(inside), slow + _busiest(across)
+        return fast, slow
 
     def to_json(self) -> dict[str, Any]:
         """Return figures by name; bytes are sums over all forward passes."""
@@ -93,9 +110,12 @@ class ReplayedRun:
             "predicted": predicted,
             "as_predicted": self.as_predicted,
             "kept_bytes": int(np.trace(kept, axis1=1, axis2=2).sum()),
-            "described_bytes": self.described,
-            "gathered_bytes": self.gathered,
-            "keys_and_values_bytes": self.keys_and_values,
+            **{
+                f"{name}_bytes": sum(link_bytes(matrix, self.ranks_per_node))
+                for name, matrix in self.beside.items()
+            },
+            "busiest_fast_bytes": self.busiest_bytes()[0],
+            "busiest_slow_bytes": self.busiest_bytes()[1],
             "error": self.error,
             "differently_routed": self.differently_routed,
             "seconds": self.seconds,
@@ -178,10 +198,22 @@ class ReplayOutcome:
 
 def link_bytes(matrix: IntArray, ranks_per_node: int) -> tuple[int, int]:
     """Return bytes of a matrix ``[L, R, R]`` inside nodes and between them."""
+    fast, slow = _by_link(matrix, ranks_per_node)
+    return int(fast.sum()), int(slow.sum())
+
+
+def _by_link(matrix: IntArray, ranks_per_node: int) -> tuple[IntArray, IntArray]:
+    """Return the part inside nodes, without what ranks keep, and the part between them."""
     node = np.arange(matrix.shape[-1]) // ranks_per_node
     slow = node[:, None] != node
     fast = ~slow & ~np.eye(matrix.shape[-1], dtype=np.bool_)
-    return int(matrix[:, fast].sum()), int(matrix[:, slow].sum())
+    return matrix * fast, matrix * slow
+
+
+def _busiest(matrix: IntArray) -> int:
+    """Sum over layers the most that a rank sends or receives."""
+    both = np.maximum(matrix.sum(axis=2), matrix.sum(axis=1))
+    return int(both.max(axis=1).sum())
 
 
 def median_seconds(repeats: list[float]) -> float | None:

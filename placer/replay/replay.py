@@ -1,7 +1,7 @@
 """Replaying a plan: the model runs expert-parallel, and what it sends is counted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,18 +270,16 @@ class _Runner:
             table=table,
         )
         alone = self.session.routing
-        moved = {
-            part: _between([getattr(one.traffic, part) for one in found])
-            for part in ("described", "gathered", "keys_and_values")
+        sent = {
+            part.name: np.stack([getattr(one.traffic, part.name) for one in found], axis=1)
+            for part in fields(found[0].traffic)
         }
         return ReplayedRun(
             placement=name,
             exchange=exchange,
-            dispatch=np.stack([one.traffic.dispatch for one in found], axis=1),
-            combine=np.stack([one.traffic.combine for one in found], axis=1),
+            **sent,
             predicted_dispatch=predicted.dispatch * self.copy_bytes,
             predicted_combine=predicted.combine * self.copy_bytes,
-            **moved,
             error=max(one.error for one in found),
             differently_routed=sum(
                 int((np.sort(ids, axis=1) != np.sort(own, axis=1)).any(axis=1).sum())
@@ -312,9 +310,3 @@ class _Runner:
             sequence_ids=np.repeat(np.arange(num_sequences, dtype=np.int32), length),
             positions=np.tile(np.arange(length, dtype=np.int32), num_sequences),
         )
-
-
-def _between(sent: Sequence[npt.NDArray[np.int64]]) -> int:
-    """Sum ``[L, R]`` of every rank, without what a rank sends to itself."""
-    total = sum(int(one.sum()) for one in sent)
-    return total - sum(int(one[:, rank].sum()) for rank, one in enumerate(sent))

@@ -15,6 +15,13 @@ COLUMNS = (
 )
 
 
+_WORDS = {
+    "described": "ids, weights and counts",
+    "gathered": "outputs to all ranks",
+    "keys_and_values": "keys and values",
+}
+
+
 def rows(outcome: ReplayOutcome) -> list[tuple[object, ...]]:
     """Return one row per run: bytes of hidden states per token and layer, measured."""
     return [_row(run) for run in outcome.runs]
@@ -50,13 +57,14 @@ def facts(outcome: ReplayOutcome) -> list[str]:
     ]
     for run in outcome.runs:
         per_token = run.num_tokens * len(run.dispatch)
-        beside = {
-            "ids, weights and counts": run.described,
-            "outputs to all ranks": run.gathered,
-            "keys and values": run.keys_and_values,
+        totals = {
+            name: sum(link_bytes(matrix, run.ranks_per_node))
+            for name, matrix in run.beside.items()
         }
         told = [
-            f"{total / per_token:,.1f} of {name}" for name, total in beside.items() if total
+            f"{total / per_token:,.1f} of {_WORDS[name]}"
+            for name, total in totals.items()
+            if total
         ]
         if told:
             lines.append(f"{run.placement}, {run.exchange}: besides {', '.join(told)}")

@@ -18,9 +18,9 @@ RUN = ReplayedRun(
     combine=SENT,
     predicted_dispatch=APART,
     predicted_combine=APART,
-    described=0,
-    gathered=0,
-    keys_and_values=0,
+    described=np.zeros_like(SENT),
+    gathered=np.zeros_like(SENT),
+    keys_and_values=np.zeros_like(SENT),
     error=1e-7,
     differently_routed=0,
     num_tokens=3,
@@ -83,3 +83,13 @@ def test_bytes_are_told_by_link() -> None:
     assert told["dispatch_fast_bytes"] == told["predicted"]["dispatch_fast_bytes"] == fast
     assert told["kept_bytes"] == 2 * int((SENT - APART).sum())
     assert rows(outcome(RUN))[0][2] == round(fast / 6, 1)
+
+
+def test_a_link_carries_what_its_busiest_rank_sends_or_receives() -> None:
+    """By hand, ranks 0, 1 and 2, 3 on a node: two layers with one message each."""
+    sent = np.zeros((2, 4, 4), dtype=np.int64)
+    sent[0, 0, 1], sent[0, 3, 1], sent[0, 2, 1] = 7, 10, 5
+    sent[1, 2, 3], sent[1, 2, 0] = 4, 9
+    nothing = np.zeros_like(sent)
+    run = dataclasses.replace(RUN, dispatch=sent, combine=nothing, described=sent)
+    assert run.busiest_bytes() == (2 * (7 + 4), 2 * (15 + 9))
