@@ -1,5 +1,6 @@
 """GPUs and links of the cost model: ``placer/hardware.toml`` or a user's file."""
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError, UsageError
-from placer.files import require_file
+from placer.files import atomic_file, require_file
 
 _FIGURES = ("bf16_flops", "fp8_flops", "memory_bandwidth")
 _EXAMPLE = """bf16_flops = 989e12
@@ -106,6 +107,42 @@ class Hardware:
                 f"hardware file {path} cannot be read: {error!r}",
                 f"it holds, for example:\n{_EXAMPLE}",
             ) from error
+
+
+def require_hardware_path(path: Path) -> None:
+    """Refuse to write hardware where :meth:`Hardware.named` would not read it.
+
+    Raises
+    ------
+    UsageError
+        If ``path`` is no ``.toml`` file.
+    """
+    if path.suffix != ".toml" or path.is_dir():
+        raise UsageError(
+            f"hardware is written to a .toml file, not to {path}",
+            "name one: --out hardware.toml",
+        )
+
+
+def write_hardware(hardware: Hardware, path: Path) -> None:
+    """Write a file that :meth:`Hardware.named` reads, figures to four digits."""
+    figures = [f"{field} = {getattr(hardware, field):.3e}" for field in _FIGURES]
+    links = [
+        f"{name} = {{ bandwidth = {link.bandwidth:.3e}, latency = {link.latency:.3e} }}"
+        for name, link in (("fast", hardware.fast), ("slow", hardware.slow))
+    ]
+    # A JSON string of printable ASCII is a TOML basic string too.
+    notes = [f"  {json.dumps(note)}," for note in hardware.notes]
+    lines = [
+        *figures,
+        *links,
+        f"source = {json.dumps(hardware.source)}",
+        "notes = [",
+        *notes,
+        "]",
+    ]
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @cache

@@ -10,6 +10,7 @@ import typer
 from placer import __version__
 from placer.cli.advise import advise
 from placer.cli.affinity import affinity
+from placer.cli.calibrate import calibrate
 from placer.cli.check import check
 from placer.cli.demo import demo
 from placer.cli.export import export
@@ -68,6 +69,7 @@ app.command("export")(export)
 app.command("verify")(verify)
 app.command("simulate")(simulate)
 app.command("replay")(replay)
+app.command("calibrate")(calibrate)
 app.command("check")(check)
 app.command("inspect")(inspect)
 app.command("demo")(demo)

@@ -1,0 +1,115 @@
+"""``placer calibrate``: measure this cluster for the cost model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    JsonOption,
+    note,
+    print_json,
+    print_line,
+    print_table,
+    progress_line,
+    warn,
+)
+
+# Beyond it, latency and bandwidth do not tell how long an exchange takes.
+_POOR_FIT = 0.25
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="The .toml file to write.")],
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Ranks to start on this machine; under torchrun its workers."),
+    ] = None,
+    nodes: Annotated[
+        int, typer.Option(help="Nodes that the ranks are on, numbered node by node.")
+    ] = 1,
+    device: Annotated[
+        str, typer.Option(help="cpu (exchanges by gloo) or cuda (by NCCL).")
+    ] = "cpu",
+    repetitions: Annotated[
+        int, typer.Option(help="Timings of which the median counts.")
+    ] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure latency and bandwidth of this cluster for the cost model.
+
+    The file is for --hardware of simulate, advise and solve. One machine: placer calibrate
+    --ranks 8 --device cuda. Several, on each: torchrun --nnodes 2 --nproc-per-node 8 ...
+    --no-python placer calibrate --nodes 2 --device cuda; rank 0 writes the file.
+    """
+    from placer.calibrate import CalibrationOptions, require_devices
+    from placer.calibrate import calibrate as measure
+    from placer.errors import UsageError
+    from placer.hardware import require_hardware_path, write_hardware
+    from placer.worker import Worker, start_workers
+
+    require_hardware_path(out)
+    worker = Worker.of_environment()
+    if worker.alone and ranks is None:
+        raise UsageError(
+            "--ranks is missing",
+            "start two on this machine: placer calibrate --ranks 2 ...",
+        )
+    options = CalibrationOptions(
+        num_ranks=ranks or worker.number,
+        num_nodes=nodes,
+        device=device,  # type: ignore[arg-type]  # CalibrationOptions refuses other names
+        repetitions=repetitions,
+    )
+    if worker.alone:
+        require_devices(options, options.num_ranks)
+        words = [
+            f"--{name}={value}"
+            for name, value in (
+                ("out", out),
+                ("ranks", ranks),
+                ("nodes", nodes),
+                ("device", device),
+                ("repetitions", repetitions),
+            )
+        ]
+        json_word = ["--json"] if as_json else []
+        raise typer.Exit(
+            start_workers(options.num_ranks, ["calibrate", *words, *json_word])
+        )
+    require_devices(options, worker.local_index + 1)
+    if worker.index:
+        measure(options, worker)
+        return
+    with progress_line("measuring") as progress:
+        found = measure(options, worker, progress)
+    write_hardware(found.hardware(out.stem), out)
+    for name, fit in found.links.items():
+        if fit.worst > _POOR_FIT:
+            warn(
+                f"{name} link: latency and bandwidth are off by up to {fit.worst:.0%} of "
+                "the time of an exchange (--json lists the timings)"
+            )
+    for sentence in found.missing():
+        note(sentence)
+    if as_json:
+        print_json({"out": str(out), **found.to_json()})
+        return
+    print_table(
+        ("link", "GB/s per rank", "latency us", "fit rms", "fit worst"),
+        [
+            (
+                name,
+                fit.link.bandwidth / 1e9,
+                fit.link.latency * 1e6,
+                f"{fit.residual:.1%}",
+                f"{fit.worst:.1%}",
+            )
+            for name, fit in found.links.items()
+        ],
+    )
+    print_line(
+        f"bf16 {found.bf16_flops / 1e12:.3g} TFLOP/s, memory "
+        f"{found.memory_bandwidth / 1e9:.3g} GB/s"
+    )
+    print_line(f"wrote {out}")

@@ -1,0 +1,249 @@
+"""Links fitted to timings that are known, and a calibration by real processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placer.calibrate import Calibration, CalibrationOptions, fit_link, require_devices
+from placer.cli.main import main
+from placer.errors import PlacerError, UsageError
+from placer.hardware import Hardware, Link, write_hardware
+from placer.simulation import contiguous
+from placer.trace import Trace
+
+sizes = st.lists(st.integers(1, 10**9), min_size=2, max_size=20, unique=True)
+PLACER = (sys.executable, "-m", "placer.cli.main")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+@given(num_bytes=sizes, microseconds=st.integers(1, 10**5), rate=st.integers(10**6, 10**12))
+def test_a_fit_gives_back_the_link_of_exact_timings(
+    num_bytes: list[int], microseconds: int, rate: int
+) -> None:
+    """Times are exact fractions; what the fit says at each size is exact to rounding."""
+    times = [Fraction(microseconds, 10**6) + Fraction(one, rate) for one in num_bytes]
+    fit = fit_link(num_bytes, [float(one) for one in times])
+    assert fit.worst < 1e-9
+    # Where bytes or the latency hardly count in any time, no fit can tell them.
+    if max(num_bytes) / rate > microseconds / 10**6 > min(num_bytes) / rate:
+        spread = max(num_bytes) / (max(num_bytes) - min(num_bytes))
+        assert fit.link.latency == pytest.approx(microseconds / 10**6, rel=1e-6 * spread)
+        assert fit.link.bandwidth == pytest.approx(rate, rel=1e-6 * spread)
+
+
+@given(
+    num_bytes=sizes,
+    noise=st.lists(st.floats(0.5, 2), min_size=20, max_size=20),
+    latency=st.floats(0.9, 1.1),
+    bandwidth=st.floats(0.9, 1.1),
+)
+def test_no_link_nearby_fits_better(
+    num_bytes: list[int], noise: list[float], latency: float, bandwidth: float
+) -> None:
+    times = [(1e-4 + one / 1e9) * noise[n] for n, one in enumerate(num_bytes)]
+    try:
+        fit = fit_link(num_bytes, times)
+    except PlacerError:
+        return  # the noise makes more bytes take less time
+    other = Link(
+        latency=fit.link.latency * latency, bandwidth=fit.link.bandwidth * bandwidth
+    )
+
+    def error(link: Link) -> float:
+        return sum(
+            ((link.latency + one / link.bandwidth) / seconds - 1) ** 2
+            for one, seconds in zip(num_bytes, times, strict=True)
+        )
+
+    assert error(fit.link) <= error(other) * (1 + 1e-9) + 1e-12
+    assert fit.residual == pytest.approx((error(fit.link) / len(times)) ** 0.5)
+
+
+def test_a_latency_below_zero_is_none_by_hand() -> None:
+    """Times 1 and 3 of 1 and 2 bytes: the line through both starts at -1.
+
+    Through the origin, the slope s that makes (s - 1)^2 + (2 s / 3 - 1)^2 least is
+    (1 + 2 / 3) / (1 + 4 / 9) = 15 / 13.
+    """
+    fit = fit_link([1, 2], [1.0, 3.0])
+    assert fit.link.latency == 0
+    assert fit.link.bandwidth == pytest.approx(13 / 15)
+    assert fit.errors == pytest.approx([2 / 13, 10 / 13 - 1])
+    assert fit.worst == pytest.approx(3 / 13)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "seconds", "message"),
+    [
+        ([1, 1000], [2.0, 1.0], "takes no longer"),
+        ([8, 8], [1.0, 2.0], "at least two sizes"),
+        ([1, 8], [0.0, 2.0], "positive times"),
+    ],
+)
+def test_what_is_no_link_is_refused(
+    num_bytes: list[int], seconds: list[float], message: str
+) -> None:
+    with pytest.raises(PlacerError, match=message):
+        fit_link(num_bytes, seconds)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_nodes", "missing"), [(2, 1, "slow"), (2, 2, "fast"), (4, 2, None)]
+)
+def test_the_file_is_read_back_and_says_what_was_not_measured(
+    tmp_path: Path, num_ranks: int, num_nodes: int, missing: str | None
+) -> None:
+    fit = fit_link([0, 1_000_000], [12.34e-6, 12.34e-6 + 1e-3])
+    other = fit_link([0, 1_000_000], [5e-3, 1.0])
+    found = Calibration(
+        options=CalibrationOptions(num_ranks=num_ranks, num_nodes=num_nodes),
+        bf16_flops=1.5e12,
+        memory_bandwidth=2.5e10,
+        fast=None if missing == "fast" else fit,
+        slow=None if missing == "slow" else other,
+    )
+    path = tmp_path / "mine.toml"
+    write_hardware(found.hardware("mine"), path)
+    read = Hardware.named(str(path))
+    assert (read.name, read.source) == ("mine", "placer calibrate")
+    assert (read.bf16_flops, read.fp8_flops) == (1.5e12, 1.5e12)
+    assert read.memory_bandwidth == 2.5e10
+    if missing != "fast":
+        assert read.fast.latency == pytest.approx(12.34e-6, rel=1e-3)
+        assert read.fast.bandwidth == pytest.approx(1e9, rel=1e-3)
+    if missing != "slow":
+        assert read.slow.bandwidth == pytest.approx(1e6 / 0.995, rel=1e-3)
+    if missing:
+        assert read.fast == read.slow
+    told = [one for one in read.notes if "link's figures" in one]
+    assert [one.split(":")[0] for one in told] == ([missing] if missing else [])
+
+
+@pytest.fixture(scope="module")
+def run_directly(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("calibrate") / "here.toml"
+    words = ("calibrate", "--ranks", "2", "--repetitions", "1", "--json", "--out", out)
+    done = subprocess.run([*PLACER, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "slow: not measured" in done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_two_processes_measure_the_link_between_them(
+    run_directly: tuple[Path, dict],
+) -> None:
+    out, told = run_directly
+    hardware = Hardware.named(str(out))
+    assert hardware.fast == hardware.slow
+    fast = told["fast"]
+    assert told["slow"] is None
+    assert hardware.fast.bandwidth == pytest.approx(fast["bandwidth_bytes_per_s"], rel=1e-3)
+    assert fast["num_bytes"][:3] == [1, 1024, 2048]
+    assert len(fast["seconds"]) == len(fast["num_bytes"])
+    assert fast["seconds"][-1] > fast["seconds"][1], "more bytes take longer"
+    assert hardware.bf16_flops > 0
+
+
+def test_simulate_reads_what_was_measured(
+    run_directly: tuple[Path, dict],
+    make_trace: Callable[..., Trace],
+    write_plan: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A dispatch of at most 128 copies of 64 bytes takes the latency, and those bytes."""
+    out, _ = run_directly
+    trace = make_trace()
+    plan = write_plan(trace.model, contiguous(trace.model.num_experts, 2))
+    sizes = "--batch-size 128 --hidden-size 32 --expert-size 16"
+    with pytest.raises(SystemExit) as ended:
+        main(f"simulate {plan} {trace.directory} --hardware {out} {sizes} --json".split())
+    assert ended.value.code == 0
+    (batches,) = (
+        one
+        for one in json.loads(capsys.readouterr().out)["batches"]["plan"]
+        if one["batch_size"] == 128
+    )
+    link = Hardware.named(str(out)).fast
+    least = link.latency * 1e6
+    most = least + 128 * 64 / link.bandwidth * 1e6
+    assert least < batches["time"]["dispatch_us"] < most
+
+
+def test_workers_of_torchrun_measure_both_links(tmp_path: Path) -> None:
+    out = tmp_path / "both.toml"
+    words = ("calibrate", "--nodes", "2", "--repetitions", "1", "--out", str(out))
+    done = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node=4", "-m", "placer.cli.main", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1, "one worker speaks"
+    assert [path.name for path in tmp_path.iterdir()] == ["both.toml"]
+    notes = Hardware.named(str(out)).notes
+    assert notes[0].startswith("4 ranks on 2 nodes, cpu, gloo")
+    # Two ranks of a node have one peer each; between the nodes each rank has two.
+    assert notes[1].startswith("fast: fitted to all-to-all exchanges of 1 to")
+    assert notes[2].startswith("slow: fitted to all-to-all exchanges of 2 to")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--out h.toml", "--ranks is missing"),
+        ("--ranks 1 --out h.toml", "a link has two ends"),
+        ("--ranks 3 --nodes 2 --out h.toml", "--ranks 3 on --nodes 2"),
+        ("--ranks 2 --nodes 0 --out h.toml", "on --nodes 0"),
+        ("--ranks 2 --device tpu --out h.toml", "--device tpu is not known"),
+        ("--ranks 2 --repetitions 0 --out h.toml", "--repetitions is 0"),
+        ("--ranks 2 --out h.json", r"written to a \.toml file, not to h\.json"),
+        ("--ranks 2 --out .", r"written to a \.toml file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_process_starts(
+    words: str,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", *words.split()])
+    printed = capfd.readouterr().err
+    assert ended.value.code == 2, printed
+    assert printed.startswith("placer: ")
+    assert len(printed.splitlines()) == 2, "one sentence and the remedy"
+    assert re.search(message, printed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_workers_must_be_as_many_as_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    from placer.cli.calibrate import calibrate
+
+    with pytest.raises(UsageError, match="--ranks is 4, but torchrun started 2 workers"):
+        calibrate(out=tmp_path / "h.toml", ranks=4)
+
+
+def test_every_rank_needs_a_gpu_of_its_own() -> None:
+    import torch
+
+    number = torch.cuda.device_count() + 1
+    options = CalibrationOptions(num_ranks=2, device="cuda")
+    with pytest.raises(PlacerError, match=f"{number} ranks .* it has {number - 1}"):
+        require_devices(options, number)
