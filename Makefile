@@ -13,11 +13,11 @@ COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines check bench docs notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines check bench bench-network docs notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
-	    | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
+	    | awk -F ':.*## ' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
 demo: $(INSTALLED)  ## Run the whole road on the model and text that ship here
 	@rm -rf build/demo
@@ -43,6 +43,9 @@ check: $(INSTALLED)  ## Format, lint, types, generated documentation, stripped n
 bench: $(INSTALLED)  ## Measure: see tests/benchmarks
 	@echo 'The benchmarks are in tests/benchmarks.'
 	@$(BIN)/python -m pytest -s tests/benchmarks/bench_*.py
+
+bench-network: $(INSTALLED)  ## Measure on emulated networks, which takes root
+	@$(BIN)/python -m pytest -s -rs tests/benchmarks/bench_network.py
 
 docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
 	@$(COG) -r $(GENERATED)

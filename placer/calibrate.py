@@ -37,7 +37,7 @@ _SHORTEST = 1024
 _LONGEST = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 # A message that takes longer is the last of its link.
 _LONG_ENOUGH = 0.2
-# Short exchanges are repeated back to back until the clock can tell them.
+# Short exchanges are timed so often that they take this long together.
 _LAP, _MOST_LAPS = 0.02, 50
 _MATMUL = {"cpu": 512, "cuda": 8192}
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
@@ -420,15 +420,22 @@ class _Bench:
         return float(np.median(times))
 
     def _lap(self, action: Callable[[], object], laps: int) -> float:
-        self._slowest(0.0)  # all start together
-        began = time.perf_counter()
-        for _ in range(laps):
-            action()
-        if self.device.type == "cuda":
-            import torch
+        """Return the mean seconds of some actions that all ranks begin together.
 
-            torch.cuda.synchronize(self.device)
-        return self._slowest((time.perf_counter() - began) / laps)
+        Without a common beginning, an exchange would wait for what slower ranks still have
+        to send for the one before.
+        """
+        total = 0.0
+        for _ in range(laps):
+            self._slowest(0.0)
+            began = time.perf_counter()
+            action()
+            if self.device.type == "cuda":
+                import torch
+
+                torch.cuda.synchronize(self.device)
+            total += time.perf_counter() - began
+        return self._slowest(total / laps)
 
     def _slowest(self, seconds: float) -> float:
         import torch
