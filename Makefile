@@ -45,7 +45,7 @@ bench: $(INSTALLED)  ## Measure: see tests/benchmarks
 	@$(BIN)/python -m pytest -s tests/benchmarks/bench_*.py
 
 bench-network: $(INSTALLED)  ## Measure on emulated networks, which takes root
-	@$(BIN)/python -m pytest -s -rs tests/benchmarks/bench_network.py
+	@$(BIN)/python -m pytest -s -rs tests/benchmarks/bench_network*.py
 
 docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
 	@$(COG) -r $(GENERATED)
