@@ -28,7 +28,7 @@ from placer.plan.solve import solve
 from placer.simulation.baselines import contiguous
 from placer.simulation.batch_figures import BatchFigures, BatchOptions, batch_figures
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
-from placer.simulation.judge import FEWEST_SEQUENCES
+from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE
 from placer.trace import Chunk, Fold, Trace
 

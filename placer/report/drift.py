@@ -11,7 +11,7 @@ from placer.errors import PlacerError, UsageError
 from placer.model import require_same_model
 from placer.plan import Plan
 from placer.simulation.baselines import contiguous
-from placer.simulation.judge import FEWEST_SEQUENCES
+from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Trace
 

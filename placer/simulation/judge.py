@@ -24,17 +24,16 @@ from placer.simulation.batch_figures import (
 )
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
 from placer.simulation.homes import Phase
-from placer.simulation.metrics import PolicyMetrics
+from placer.simulation.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
+from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.profile import num_seen_sequences, profile_fold
-from placer.simulation.simulate import DEFAULT_BATCH_SIZE, simulate
+from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.table.table import Table
-from placer.trace import Fold, Trace
+from placer.trace import Chunk, Fold, Trace
 
 DEFAULT_BASELINES = ("contiguous", "balanced")
-# Fewer sequences than this support no verdict (problem.md, section 5).
-FEWEST_SEQUENCES = 30
-
 Figures = Mapping[str, PolicyMetrics]
+Tallies = Mapping[str, PolicyTally]
 BatchTable = Mapping[str, tuple[BatchFigures, ...]]
 
 
@@ -116,6 +115,8 @@ class Judgement:
         The home policy that the plan was solved for, under which batches are served.
     batches
         Figures by name of the placement, ``plan`` last, and batch size.
+    ratios
+        By baseline: copies of the plan over its copies, under ``policy``.
     break_even
         By baseline: for which bandwidth the plan is faster, in the largest batches.
     serving, transfers
@@ -138,6 +139,7 @@ class Judgement:
     policy: str
     batches: BatchTable
     break_even: Mapping[str, BreakEven]
+    ratios: Mapping[str, CopiesRatio]
     serving: Serving
     transfers: tuple[Transfer, Transfer]
     has_replicas: bool
@@ -161,6 +163,7 @@ class Judgement:
                 for name, figures in self.batches.items()
             },
             "bytes_per_token": self.bytes_per_token(),
+            "copies_ratio": {name: one.to_json() for name, one in self.ratios.items()},
             "break_even": {name: one.to_json() for name, one in self.break_even.items()},
             "warnings": list(self.warnings),
         }
@@ -176,6 +179,10 @@ class Judgement:
             lines += self._engine_facts(self.serving.engine)
         if self.has_replicas:
             lines.append(f"replica choice: {self.serving.replica_choice}")
+        lines += [
+            f"under {self.policy}, the plan {one.words(name)}"
+            for name, one in self.ratios.items()
+        ]
         lines += [self._break_even_fact(name) for name in self.break_even]
         lines.append(
             "follow also sends the keys and values of every layer to all other "
@@ -273,8 +280,8 @@ def judge_plan(
         else None,
     ]
 
-    def simulated(placement: Placement, of: Table | None) -> Figures:
-        return simulate(
+    def simulated(placement: Placement, of: Table | None) -> Tallies:
+        return count(
             placement,
             tokens,
             batch_size=batch_size,
@@ -283,6 +290,8 @@ def judge_plan(
             replica_choice=serving.replica_choice,
         )
 
+    own = simulated(plan.placement, table)
+    others = {name: simulated(placed, None) for name, placed in compared.items()}
     transfers = serving.transfers(plan)
     options = BatchOptions(
         policy=plan.policy,
@@ -297,8 +306,9 @@ def judge_plan(
         for name, placement in {**compared, "plan": plan.placement}.items()
     }
     return Judgement(
-        policies=simulated(plan.placement, table),
-        baselines={name: simulated(placed, None) for name, placed in compared.items()},
+        policies=_metrics(own),
+        baselines={name: _metrics(one) for name, one in others.items()},
+        ratios=_ratios(plan.policy, own, others, tokens, trace),
         num_tokens=tokens.num_tokens,
         num_sequences=num_sequences,
         num_layers=plan.model.num_layers,
@@ -316,6 +326,32 @@ def judge_plan(
         has_replicas=plan.placement.has_replicas,
         warnings=tuple(warning for warning in warnings if warning is not None),
     )
+
+
+def _metrics(tallies: Tallies) -> Figures:
+    return {policy: tally.metrics() for policy, tally in tallies.items()}
+
+
+def _ratios(
+    policy: str,
+    own: Tallies,
+    others: Mapping[str, Tallies],
+    tokens: Chunk,
+    trace: Trace,
+) -> dict[str, CopiesRatio]:
+    """Compare the plan's copies with every baseline's, under the plan's policy."""
+    found = {
+        name: copies_ratio(
+            own[policy].copies_of_token,
+            tallies[policy].copies_of_token,
+            tokens.sequence_ids,
+            tokens.domain_ids,
+            trace.header.domains,
+        )
+        for name, tallies in others.items()
+        if policy in own and policy in tallies
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _break_evens(batches: BatchTable, cost: CostModel | None) -> dict[str, BreakEven]:

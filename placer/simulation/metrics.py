@@ -70,11 +70,14 @@ class PolicyTally:
         The topology.
     batches
         Which tokens share a batch.
+    copies_of_token
+        ``[T]`` int64: rank copies that a token sent in all layers counted.
     """
 
     num_ranks: int
     ranks_per_node: int
     batches: Batches
+    copies_of_token: npt.NDArray[np.int64] = field(init=False)
     _num_pairs: int = 0
     _num_tokens: int = 0
     _local: int = 0
@@ -86,6 +89,9 @@ class PolicyTally:
     _home_imbalance: list[float] = field(default_factory=list)
     _straggler: list[float] = field(default_factory=list)
     _bottleneck: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.copies_of_token = np.zeros(len(self.batches.order), dtype=np.int64)
 
     def add(
         self, ranks: RankArray, home: RankArray, combine_home: RankArray | None = None
@@ -104,7 +110,9 @@ class PolicyTally:
         at_home = ranks == home
         first = first_occurrence(ranks)
         remote = first & ~at_home
-        rank_copies = int(np.count_nonzero(remote))
+        copies = remote.sum(axis=0, dtype=np.int64)
+        self.copies_of_token += copies
+        rank_copies = int(copies.sum())
         self._num_pairs += ranks.size
         self._num_tokens += len(home)
         self._local += int(np.count_nonzero(at_home))

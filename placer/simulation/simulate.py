@@ -60,6 +60,27 @@ def simulate(
     UsageError
         If ``batch_size`` is not positive, or the phase is not known.
     """
+    tallies = count(
+        placement,
+        tokens,
+        batch_size=batch_size,
+        phase=phase,
+        table=table,
+        replica_choice=replica_choice,
+    )
+    return {policy: tally.metrics() for policy, tally in tallies.items()}
+
+
+def count(
+    placement: Placement,
+    tokens: Chunk,
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    phase: Phase = "decode",
+    table: Table | None = None,
+    replica_choice: ReplicaChoice = "local-first",
+) -> dict[str, PolicyTally]:
+    """Return the counts behind :func:`simulate`, which says what is given and raised."""
     _require_fitting(placement, tokens, table)
     batches = Batches.of_phase(phase, tokens.sequence_ids, batch_size, placement.num_ranks)
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
@@ -71,8 +92,7 @@ def simulate(
         content.add(serving, experts)
         if shuffled is not None:
             shuffled.add(layer, serving, experts)
-    tallies = content.tallies | ({} if shuffled is None else shuffled.tallies)
-    return {policy: tally.metrics() for policy, tally in tallies.items()}
+    return content.tallies | ({} if shuffled is None else shuffled.tallies)
 
 
 class _ContentPolicies:

@@ -17,13 +17,11 @@ import numpy.typing as npt
 
 from placer.plan.placement import Placement
 from placer.simulation.homes import fixed_homes
+from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.serving import LayerServing
 from placer.table.homes import TableHomes
 from placer.table.table import Table
 from placer.trace import Chunk
-
-#: With fewer sequences a line would follow their whims.
-FEWEST_SEQUENCES = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
