@@ -166,7 +166,7 @@ def solve(
 def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, SolverReport]:
     """Place by loads alone."""
     began = time.monotonic()
-    asked = {"--policy follow": options.policy == "follow"} | options.asked_of_tokens
+    asked = options.asked_of_tokens | {"--policy follow": options.policy == "follow"}
     asked.pop("--redundant-experts")
     for option in (name for name, wanted in asked.items() if wanted):
         if options.objective == "balance":
