@@ -78,7 +78,7 @@ def solve(
         float | None,
         typer.Option(
             metavar="X",
-            help="With --policy token: cap on max/mean tokens per home rank.",
+            help="With --policy follow or token: cap on max/mean tokens per home rank.",
         ),
     ] = None,
     frontier: Annotated[
@@ -287,6 +287,13 @@ def solve(
             f"load cap {max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE "
             f"layers, at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
         )
+    if max_home_imbalance is not None and plan.metrics["profile"] is not None:
+        reached = plan.metrics["profile"][policy]["home_imbalance_max"]
+        if reached > max_home_imbalance:
+            warn(
+                f"--max-home-imbalance {max_home_imbalance:g} was not reached in every "
+                f"layer of the profile: {reached:.3f}"
+            )
     if as_json:
         print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
         return

@@ -33,7 +33,8 @@ class SolveOptions:
     max_imbalance
         Cap on max/mean rank load in every layer.
     max_home_imbalance
-        Cap on max/mean tokens per home rank in every layer, for ``token``, or ``None``.
+        Cap on max/mean tokens per home rank in every layer, for ``follow`` and ``token``,
+        or ``None``.
     relax_cap
         Take the best reachable cap in layers where ``max_imbalance`` is out of reach.
     redundant_experts
@@ -145,10 +146,11 @@ class SolveOptions:
                 f"--max-home-imbalance must be above 1, got {cap:g}",
                 "choose for example --max-home-imbalance 1.5",
             )
-        if self.policy != "token":
+        if self.policy not in ("follow", "token"):
             raise UsageError(
-                f"--max-home-imbalance {cap:g} does not apply to --policy {self.policy}",
-                "drop it, or solve for --policy token",
+                f"--max-home-imbalance {cap:g} means nothing for --policy {self.policy}: "
+                "the homes of whole sequences are for the router to even out",
+                "drop it, or solve for --policy follow or token",
             )
 
     @property
@@ -156,14 +158,16 @@ class SolveOptions:
         """The policy, where a token-shuffle table gives its homes."""
         return self.policy if self.policy in ("token", "request") else None
 
-    @property
-    def start_policy(self) -> Policy:
-        """The policy whose placement is solved first; of those without a table, itself.
+    def start_policy(self, top_k: int) -> Policy:
+        """Return the policy whose placement is solved first; without a table, itself.
 
-        Tables foretell a home from past layers, and requests keep one for all layers, so
-        layers must agree on what a rank is for, as under ``follow``.
+        A table gives each layer homes of its own, so what counts first for ``token`` is how
+        many ranks the ``top_k`` experts of a token are on, as under ``fixed``, where there
+        are several. A request keeps one home: layers must agree on what a rank is for, as
+        under ``follow``.
         """
-        return "fixed" if self.policy == "fixed" else "follow"
+        few_ranks = self.policy == "token" and top_k > 1
+        return "fixed" if self.policy == "fixed" or few_ranks else "follow"
 
     @property
     def constrained(self) -> bool:

@@ -113,7 +113,8 @@ def solve(
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
-    problem = placement_problem(affinity, options.start_policy, options.topology, caps)
+    policy = options.start_policy(affinity.model.top_k)
+    problem = placement_problem(affinity, policy, options.topology, caps)
     if options.needs_tokens is not None and not options.refine.num_sweeps:
         raise UsageError(
             f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
@@ -226,9 +227,8 @@ def _first_placement(
         )
         return with_pins(options.start, options.pins), False
     if options.preserve_groups:
-        placed = place_groups(
-            affinity, options.start_policy, topology, options.limits, options.seed
-        )
+        policy = options.start_policy(affinity.model.top_k)
+        placed = place_groups(affinity, policy, topology, options.limits, options.seed)
         return placed, False
     placement, optimal = _place_pairs(problem, options, start, judged, progress, deadline)
     if options.redundant_experts:
@@ -250,7 +250,8 @@ def _place_pairs(
     if judged is None:
         exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
     elif options.needs_tokens is None and has_few_assignments(problem):
-        cost = CopiesCost.of([judged], options.start_policy, options.topology)
+        policy = options.start_policy(judged.experts[0].shape[1])
+        cost = CopiesCost.of([judged], policy, options.topology)
         exact = solve_exactly(problem, cost, max_operations=_EXACT_OPERATIONS)
     if exact is not None:
         return _placed(list(exact.expert_rank), options.topology), True
@@ -292,7 +293,7 @@ def _traffic_problem(
     return TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
-        policy=options.start_policy,
+        policy=options.start_policy(judged.experts[0].shape[1]),
         exchange=options.exchange,
         load=load,
         max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
@@ -305,6 +306,9 @@ def _traffic_problem(
             options.pins,
         ),
         replica_choice=options.replica_choice,
+        max_home_imbalance=options.max_home_imbalance
+        if options.policy == "follow"
+        else None,
     )
 
 
@@ -473,7 +477,8 @@ def _copies_bound(
     ranks = visited(topology.num_ranks)
     scale = topology.num_ranks * judged.num_tokens * problem.num_layers
     if options.exchange == "per-rank":
-        return ranks.cost_bound(options.start_policy, topology) / scale
+        policy = options.start_policy(judged.experts[0].shape[1])
+        return ranks.cost_bound(policy, topology) / scale
     to_rank, to_node = copy_prices(topology, "per-node")
     nodes = sum(visited(topology.num_nodes).bounds) if topology.num_nodes > 1 else 0.0
     price = float(to_rank[-1].min()) * sum(ranks.bounds)

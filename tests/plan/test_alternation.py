@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,19 @@ from placer.plan.alternation import Alternation, sequence_parts, vocabulary_of
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.refine import RefineLimits, TrafficProblem, layer_tokens
+from placer.plan.refine import (
+    HOME_PRICE,
+    RefineLimits,
+    Refinement,
+    TrafficProblem,
+    layer_tokens,
+)
 from placer.plan.requests import place_requests
 from placer.plan.solve import solve
+from placer.report.drift import check_plan
+from placer.simulation.judge import judge_plan
 from placer.table.build import DEFAULT_SHRINKAGE
+from placer.table.make import TableOptions, make_table
 from placer.trace import Chunk, Fold, Trace, TraceWriter
 
 TWO = Topology(gpus_per_node=2)
@@ -196,6 +206,39 @@ def test_without_token_ids_there_are_no_homes(make_chunk: Callable[..., Chunk]) 
         solve(affinity, options)
 
 
+def test_follow_pays_for_every_token_above_the_cap_on_homes(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    chunk = make_chunk(num_tokens=300, seed=4)
+    plain = replace(alternation(chunk, 8, 4, policy="token").traffic, policy="follow")
+    capped = replace(plain, max_home_imbalance=1.1)
+    limits = RefineLimits(num_sweeps=8)
+    start = Placement.from_expert_rank([np.arange(8) // 2] * 3, 4, 1)
+
+    def excess(placement: Placement) -> list[float]:
+        """Tokens above 1.1 x 75, whose home is where most of their experts are."""
+        found = []
+        for layer in range(2):  # nothing follows the third layer
+            homes = []
+            for experts in chunk.experts[layer]:
+                ranks = [int(placement.expert_rank(layer)[e]) for e in experts]
+                homes.append(max(ranks, key=lambda r: (ranks.count(r), -ranks.index(r))))
+            found.append(sum(max(0, homes.count(r) - 1.1 * 75) for r in range(4)))
+        return [*found, 0.0]
+
+    prices = []
+    for problem in (plain, capped):
+        refinement = Refinement(problem=problem, limits=limits)
+        refinement.evaluate(start)
+        prices.append(refinement.price_per_layer())
+    paid = (prices[1] - prices[0]) / (4 * HOME_PRICE)
+    assert paid == pytest.approx(excess(start))
+    free, even = (
+        Refinement(problem=problem, limits=limits).run(start) for problem in (plain, capped)
+    )
+    assert sum(excess(even)) < 0.5 * sum(excess(free))
+
+
 @pytest.mark.parametrize("policy", ["fixed", "request"])
 def test_a_cap_on_homes_is_refused_where_it_means_nothing(policy: str) -> None:
     with pytest.raises(UsageError, match="--max-home-imbalance") as caught:
@@ -219,3 +262,25 @@ def test_a_cap_on_homes_evens_them_out(make_trace: Callable[..., Trace]) -> None
         plan = plan_from_trace(trace, options, None)
         worst[cap] = plan.metrics["profile"]["token"]["home_imbalance_max"]
     assert worst[1.05] <= 1.05 + 1e-6 < worst[None]
+
+
+def test_a_plan_for_tokens_is_judged_with_its_table_or_says_what_it_lacks(
+    tmp_path: Path,
+) -> None:
+    trace = write(tmp_path / "trace", topics(64, seed=2))
+    fold = Fold(part=0, parts=2)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4), policy="token", proof="none", max_imbalance=1.3
+    )
+    plan = plan_from_trace(trace, options, fold)
+    path, table = tmp_path / "plan.json", tmp_path / "table.safetensors"
+    plan.write(path)
+    found = make_table(path, trace, fold=None, options=TableOptions())
+    found.table.write(table)
+    judged = judge_plan(path, trace, fold=fold.complement(), table_path=table)
+    assert judged.policies["token"].to_json() == plan.metrics["heldout"]["token"]
+    assert not any("--table" in warning for warning in judged.warnings)
+    without = judge_plan(path, trace, fold=fold.complement())
+    assert any("--table TABLE" in warning for warning in without.warnings)
+    assert without.policy == "fixed"
+    assert not check_plan(plan, trace, fold.complement()).drifted
