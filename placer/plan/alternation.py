@@ -184,7 +184,7 @@ def sequence_parts(tokens: Chunk, seed: int) -> IntArray:
 
 
 def request_clusters(placement: Placement, tokens: Chunk) -> Homes:
-    """Return L equal arrays ``[T]``: one rank per sequence, by the experts that it used.
+    """Return L equal arrays ``[T]``: for each sequence the rank that serves most of it.
 
     What serving cannot know: it says which requests the placement should serve where.
     """
@@ -196,5 +196,6 @@ def request_clusters(placement: Placement, tokens: Chunk) -> Homes:
         np.add.at(used, (request[:, None], ids.astype(np.int64)), 1.0)
         served += used @ placement.holds(layer)
         counts.append(used)
-    rank = place_requests(np.hstack(counts), served, _REQUEST_IMBALANCE)
+    # All requests are much alike, far more than their shares differ between ranks.
+    rank = place_requests(np.hstack(counts), served, _REQUEST_IMBALANCE, likeness=0.0)
     return (rank[request],) * placement.num_layers

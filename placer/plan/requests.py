@@ -1,7 +1,8 @@
 """Clusters of requests: each goes whole to one rank, no rank far above its share.
 
-Requests go in turn, the longest first, to the rank whose experts and whose requests so far
-they are most alike, of those with room (Sem-MoE, arXiv 2503.04398v5, algorithm 1).
+Requests go in turn, the longest first, to the rank that serves most of them, and whose
+requests so far they are most alike, of those with room (Sem-MoE, arXiv 2503.04398v5,
+algorithm 1).
 """
 
 import numpy as np
@@ -11,7 +12,10 @@ from placer.plan.problem import FloatArray, IntArray
 
 
 def place_requests(
-    counts: FloatArray, served: FloatArray, max_imbalance: float = 1.0
+    counts: FloatArray,
+    served: FloatArray,
+    max_imbalance: float = 1.0,
+    likeness: float = 1.0,
 ) -> IntArray:
     """Give every request a rank.
 
@@ -24,6 +28,9 @@ def place_requests(
     max_imbalance
         Cap on a rank's pairs over the mean; a request that fits nowhere goes to the rank
         with the fewest.
+    likeness
+        Weight of the cosine between a request and the sum of a rank's requests, beside
+        the share of the request that the rank serves.
 
     Returns
     -------
@@ -33,12 +40,13 @@ def place_requests(
     length = counts.sum(axis=1)
     order = np.argsort(-length, kind="stable")
     capacity = max_imbalance * length.sum() / served.shape[1]
-    chosen: IntArray = _place(counts, length, order, served / length[:, None], capacity)
+    share = served / length[:, None]
+    chosen: IntArray = _place(counts, length, order, share, capacity, likeness)
     return chosen
 
 
 @njit(cache=True, nogil=True)
-def _place(counts, length, order, to_experts, capacity):  # type: ignore[no-untyped-def]
+def _place(counts, length, order, to_experts, capacity, likeness):  # type: ignore[no-untyped-def]
     """Return ``[N]`` int64: each request's rank, most alike of those with room.
 
     ``to_experts`` ``[N, R]``: the share of a request's pairs that each rank serves.
@@ -57,7 +65,7 @@ def _place(counts, length, order, to_experts, capacity):  # type: ignore[no-unty
             score = to_experts[request, rank]
             size = np.sqrt((total[rank] ** 2).sum() * (row**2).sum())
             if size > 0:
-                score += (total[rank] * row).sum() / size
+                score += likeness * (total[rank] * row).sum() / size
             if score > most:
                 best, most = rank, score
         chosen[request] = best

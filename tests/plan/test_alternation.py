@@ -180,6 +180,8 @@ def test_requests_stay_under_the_cap_and_go_where_they_are_served() -> None:
     rank = place_requests(counts, served, 1.2)
     load = np.bincount(rank, counts.sum(axis=1))
     assert load.max() <= 1.2 * load.mean()
+    roomy = place_requests(counts, served, 3.0, likeness=0.0)
+    assert roomy.tolist() == (served / counts.sum(axis=1)[:, None]).argmax(axis=1).tolist()
     alone = np.diag([5.0, 7.0, 9.0])
     assert place_requests(alone, np.roll(alone, 1, axis=1), 2.0).tolist() == [1, 2, 0]
 
