@@ -1,11 +1,11 @@
 """Co-clustering of tokens and experts: Sem-MoE (arXiv 2503.04398v5, ICLR 2026)."""
 
 import numpy as np
-from numba import njit
 
 from placer.baseline.problem import BaselineProblem
 from placer.plan.placement import Placement
 from placer.plan.problem import FloatArray, IntArray
+from placer.plan.requests import place_requests
 
 _NUM_STEPS = 8
 _NUM_SWAPS = 64
@@ -120,40 +120,5 @@ class _CoClustering:
 
     def _place_requests(self, expert: IntArray) -> IntArray:
         """Place requests by descending length, no cluster far above its share."""
-        share = self._counts / self._length[:, None]
-        to_experts = share @ (expert[:, None] == self._clusters).astype(float)
-        chosen: IntArray = _place_requests(
-            self._counts, self._length, self._by_length, to_experts
-        )
-        return chosen
-
-
-@njit(cache=True, nogil=True)
-def _place_requests(counts, length, order, to_experts):  # type: ignore[no-untyped-def]
-    """Return ``[N]`` int64: each request's cluster, most alike of those with room.
-
-    ``counts`` ``[N, E]``, ``length`` and ``order`` ``[N]``, ``to_experts`` ``[N, G]``: the
-    share of a request's pairs that each cluster's experts serve. Likeness to the requests
-    of a cluster is the cosine of their sum.
-    """
-    num_clusters = to_experts.shape[1]
-    capacity = length.sum() / num_clusters
-    filled = np.zeros(num_clusters)
-    total = np.zeros((num_clusters, counts.shape[1]))
-    chosen = np.zeros(len(length), dtype=np.int64)
-    for request in order:
-        row = counts[request]
-        best, most = int(filled.argmin()), -1.0
-        for cluster in range(num_clusters):
-            if filled[cluster] + length[request] > capacity:
-                continue
-            score = to_experts[request, cluster]
-            size = np.sqrt((total[cluster] ** 2).sum() * (row**2).sum())
-            if size > 0:
-                score += (total[cluster] * row).sum() / size
-            if score > most:
-                best, most = cluster, score
-        chosen[request] = best
-        filled[best] += length[request]
-        total[best] += row
-    return chosen
+        served = self._counts @ (expert[:, None] == self._clusters).astype(float)
+        return place_requests(self._counts, served)

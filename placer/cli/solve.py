@@ -56,7 +56,9 @@ def solve(
     hidden_size: HiddenSizeOption = None,
     expert_size: ExpertSizeOption = None,
     weight_bytes: WeightBytesOption = 2.0,
-    policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    policy: Annotated[
+        str, typer.Option(help="Home policy: fixed, follow, token or request.")
+    ] = "fixed",
     engine: Annotated[
         str | None,
         typer.Option(
@@ -72,6 +74,13 @@ def solve(
     max_imbalance: Annotated[
         float, typer.Option(help="Cap on max/mean rank load in every layer.")
     ] = 1.10,
+    max_home_imbalance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="With --policy follow or token: cap on max/mean tokens per home rank.",
+        ),
+    ] = None,
     frontier: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +208,7 @@ def solve(
         objective=served.objective,  # type: ignore[arg-type]
         exchange=served.exchange,  # type: ignore[arg-type]
         max_imbalance=max_imbalance,
+        max_home_imbalance=max_home_imbalance,
         relax_cap=relax_cap,
         redundant_experts=redundant_experts,
         replica_choice=served.replica_choice,  # type: ignore[arg-type]
@@ -277,6 +287,13 @@ def solve(
             f"load cap {max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE "
             f"layers, at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
         )
+    if max_home_imbalance is not None and plan.metrics["profile"] is not None:
+        reached = plan.metrics["profile"][policy]["home_imbalance_max"]
+        if reached > max_home_imbalance:
+            warn(
+                f"--max-home-imbalance {max_home_imbalance:g} was not reached in every "
+                f"layer of the profile: {reached:.3f}"
+            )
     if as_json:
         print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
         return

@@ -69,6 +69,10 @@ class Prices(NamedTuple):
         whose overflow may never grow.
     receive
         Price of a copy that the busiest rank receives.
+    max_homes
+        Tokens that a rank may be the next home of, where homes follow the experts.
+    crowd
+        Price of a token above ``max_homes``; 0: not counted.
     """
 
     to_rank: Array
@@ -79,6 +83,8 @@ class Prices(NamedTuple):
     max_load: Array
     overflow: float
     receive: float
+    max_homes: float
+    crowd: float
 
 
 class LayerState(NamedTuple):
@@ -101,6 +107,8 @@ class LayerState(NamedTuple):
         ``[S, R]`` float64.
     received
         ``[R]`` float64: copies that each rank receives.
+    homes
+        ``[R]`` int64: tokens whose next home each rank is, where ``crowd`` counts them.
     """
 
     slots: Array
@@ -111,6 +119,7 @@ class LayerState(NamedTuple):
     cost: Array
     rank_load: Array
     received: Array
+    homes: Array
 
 
 @njit(cache=True, nogil=True)
@@ -250,6 +259,7 @@ def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
     several = num_choices.shape[0] > 1
     served = np.empty(experts.shape[1], dtype=np.int64)
     state.received[:] = 0.0
+    state.homes[:] = 0
     total = 0
     for token in range(experts.shape[0]):
         home = homes[token]
@@ -265,6 +275,8 @@ def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
         )
         total += cost[token]
         _receive(served, home, 1.0, state.received)
+        if prices.crowd > 0:
+            state.homes[_busiest(served)] += 1
     return total
 
 
@@ -298,18 +310,19 @@ def busiest_ranks(tokens, state, busiest):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _change(tokens, prices, state, changed, choices, num_choices, received):  # type: ignore[no-untyped-def]
+def _change(tokens, prices, state, changed, choices, num_choices, received, next_homes):  # type: ignore[no-untyped-def]
     """Change of the tokens' price when two experts are served by other copies.
 
     ``changed`` ``[2]`` are the experts, ``choices`` ``[H, 2, C]`` and ``num_choices``
-    ``[H, 2]`` their new copies; ``received`` ``[R]`` takes the change of the copies.
+    ``[H, 2]`` their new copies; ``received`` and ``next_homes`` ``[R]`` take the change of
+    the copies and of the homes.
     """
     # Fields are read once: each access to a tuple's array counts references.
     experts, homes, cost = tokens.experts, tokens.home, state.cost
     starts, users, next_price = tokens.starts, tokens.users, tokens.next_price
     old_choices, old_num_choices = state.choices, state.num_choices
     follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
-    count_received = prices.receive > 0
+    count_received, count_homes = prices.receive > 0, prices.crowd > 0
     one, two = changed[0], changed[1]
     top_k = experts.shape[1]
     before, after = np.empty(top_k, dtype=np.int64), np.empty(top_k, dtype=np.int64)
@@ -337,10 +350,14 @@ def _change(tokens, prices, state, changed, choices, num_choices, received):  # 
                 _price(after, home, token, follow, to_rank, to_node, next_price)
                 - cost[token]
             )
-            if count_received:
+            if count_received or count_homes:
                 _serve(experts, row, token, old_choices, old_num_choices, before)
+            if count_received:
                 _receive(before, home, -1.0, received)
                 _receive(after, home, 1.0, received)
+            if count_homes:
+                next_homes[_busiest(before)] -= 1
+                next_homes[_busiest(after)] += 1
     return total
 
 
@@ -375,6 +392,15 @@ def _overflow(rank_load, max_load):  # type: ignore[no-untyped-def]
         else:
             others += over
     return own, others / max(1, rank_load.shape[0] - 1)
+
+
+@njit(cache=True, nogil=True)
+def crowded(homes, max_homes):  # type: ignore[no-untyped-def]
+    """Return how many tokens of ``[R]`` homes are above ``max_homes``."""
+    over = 0.0
+    for rank in range(homes.shape[0]):
+        over += max(0.0, homes[rank] - max_homes)
+    return over
 
 
 @njit(cache=True, nogil=True)
@@ -444,10 +470,15 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     if own > own_before + 1e-6:
         return 0.0, False
     change += prices.overflow * (others - others_before)
-    received = state.received.copy()
-    change += _change(tokens, prices, state, experts, choices, num_choices, received)
+    received, next_homes = state.received.copy(), state.homes.copy()
+    change += _change(
+        tokens, prices, state, experts, choices, num_choices, received, next_homes
+    )
     if prices.receive > 0:
         change += prices.receive * (received.max() - state.received.max())
+    if prices.crowd > 0:
+        over = crowded(next_homes, prices.max_homes)
+        change += prices.crowd * (over - crowded(state.homes, prices.max_homes))
     # Less overflow is always worth a move: only the cap makes a plan valid.
     if change > limit and own >= own_before - 1e-6:
         return 0.0, False
@@ -464,6 +495,7 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
         state.share[expert] = share[side]
     state.rank_load[:] = rank_load
     state.received[:] = received
+    state.homes[:] = next_homes
     _apply(tokens, prices, state, experts)
     return change, True
 

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from placer.errors import UsageError
 from placer.plan.pins import Pin
 from placer.plan.placement import Placement
-from placer.plan.plan import Exchange, Policy
+from placer.plan.plan import ContentPolicy, Exchange, HomePolicy, Policy
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits, ReplicaChoice
 from placer.plan.scenarios import Robust
@@ -27,11 +27,14 @@ class SolveOptions:
     objective
         ``traffic`` under a load cap, or ``balance`` alone.
     policy
-        Home policy: ``fixed`` or ``follow``.
+        Home policy: ``fixed``, ``follow``, ``token`` or ``request``.
     exchange
         ``per-rank`` or ``per-node``: what a copy is.
     max_imbalance
         Cap on max/mean rank load in every layer.
+    max_home_imbalance
+        Cap on max/mean tokens per home rank in every layer, for ``follow`` and ``token``,
+        or ``None``.
     relax_cap
         Take the best reachable cap in layers where ``max_imbalance`` is out of reach.
     redundant_experts
@@ -65,9 +68,10 @@ class SolveOptions:
 
     topology: Topology
     objective: Objective = "traffic"
-    policy: Policy = "fixed"
+    policy: HomePolicy = "fixed"
     exchange: Exchange = "per-rank"
     max_imbalance: float = 1.10
+    max_home_imbalance: float | None = None
     relax_cap: bool = False
     redundant_experts: int = 0
     replica_choice: ReplicaChoice = "local-first"
@@ -87,7 +91,7 @@ class SolveOptions:
     def __post_init__(self) -> None:
         choices = {
             "--objective": (self.objective, ("traffic", "balance")),
-            "--policy": (self.policy, ("fixed", "follow")),
+            "--policy": (self.policy, ("fixed", "follow", "token", "request")),
             "--exchange": (self.exchange, ("per-rank", "per-node")),
             "--replica-choice": (self.replica_choice, ("local-first", "hash")),
             "--robust": (self.robust, ("none", "bootstrap", "domains")),
@@ -111,6 +115,8 @@ class SolveOptions:
         self._require_consistent()
 
     def _require_consistent(self) -> None:
+        if self.max_home_imbalance is not None:
+            self._require_home_cap(self.max_home_imbalance)
         if self.migration_cost and self.start is None:
             raise UsageError(
                 f"--migration-cost {self.migration_cost:g} charges for leaving a plan, but "
@@ -134,6 +140,35 @@ class SolveOptions:
                 "drop one of them",
             )
 
+    def _require_home_cap(self, cap: float) -> None:
+        if not 1 < cap < float("inf"):
+            raise UsageError(
+                f"--max-home-imbalance must be above 1, got {cap:g}",
+                "choose for example --max-home-imbalance 1.5",
+            )
+        if self.policy not in ("follow", "token"):
+            raise UsageError(
+                f"--max-home-imbalance {cap:g} means nothing for --policy {self.policy}: "
+                "the homes of whole sequences are for the router to even out",
+                "drop it, or solve for --policy follow or token",
+            )
+
+    @property
+    def content_policy(self) -> ContentPolicy | None:
+        """The policy, where a token-shuffle table gives its homes."""
+        return self.policy if self.policy in ("token", "request") else None
+
+    def start_policy(self, top_k: int) -> Policy:
+        """Return the policy whose placement is solved first; without a table, itself.
+
+        A table gives each layer homes of its own, so what counts first for ``token`` is how
+        many ranks the ``top_k`` experts of a token are on, as under ``fixed``, where there
+        are several. A request keeps one home: layers must agree on what a rank is for, as
+        under ``follow``.
+        """
+        few_ranks = self.policy == "token" and top_k > 1
+        return "fixed" if self.policy == "fixed" or few_ranks else "follow"
+
     @property
     def constrained(self) -> bool:
         """Whether a placement may start above the load cap."""
@@ -143,6 +178,8 @@ class SolveOptions:
     def asked_of_tokens(self) -> dict[str, bool]:
         """The options that counts alone cannot serve, and whether each is asked for."""
         return {
+            f"--policy {self.policy}": self.content_policy is not None,
+            "--max-home-imbalance": self.max_home_imbalance is not None,
             "--exchange per-node": self.exchange == "per-node",
             "--redundant-experts": self.redundant_experts > 0,
             "--robust": self.robust != "none",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from placer.errors import PlacerError
 from placer.files import atomic_file, read_json, sha256_file
@@ -27,6 +27,9 @@ _FIELDS = {
 }
 
 Policy = Literal["fixed", "follow"]
+#: Policies whose homes a token-shuffle table gives.
+ContentPolicy = Literal["token", "request"]
+HomePolicy = Policy | ContentPolicy
 Exchange = Literal["per-rank", "per-node"]
 
 
@@ -143,6 +146,11 @@ class Plan:
                 f"the placement has {self.placement.num_experts} experts per layer, "
                 f"the model {self.model.num_experts}"
             )
+
+    @property
+    def policy_without_table(self) -> str:
+        """The policy, or ``fixed`` where its homes come from a table of their own file."""
+        return "fixed" if self.policy in get_args(ContentPolicy) else self.policy
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``plan.json``."""

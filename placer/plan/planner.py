@@ -10,6 +10,7 @@ from placer.affinity import Affinity, count_affinity
 from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
+from placer.plan.alternation import vocabulary_of
 from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
@@ -17,6 +18,8 @@ from placer.plan.plan import Plan
 from placer.plan.solve import Progress, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
+from placer.table.build import build_table
+from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
 
 
@@ -48,8 +51,14 @@ def plan_from_trace(
         **_with_equal_slots(trace, fold, options),
     }
 
-    def metrics(tokens: Chunk, placed: Any) -> dict[str, Any]:
-        result = simulate(placed, tokens)
+    tables = {
+        name: _table(placed, profile, options)
+        for name, placed in {**baselines, "placer": placement}.items()
+    }
+
+    def metrics(tokens: Chunk, name: str) -> dict[str, Any]:
+        placed = baselines.get(name, placement)
+        result = simulate(placed, tokens, table=tables[name])
         return {policy: value.to_json() for policy, value in result.items()}
 
     return Plan(
@@ -60,9 +69,9 @@ def plan_from_trace(
         max_imbalance=options.max_imbalance,
         solver=report,
         metrics={
-            "profile": metrics(profile, placement),
-            "heldout": None if heldout is None else metrics(heldout, placement),
-            "baselines": {name: metrics(judged, one) for name, one in baselines.items()},
+            "profile": metrics(profile, "placer"),
+            "heldout": None if heldout is None else metrics(heldout, "placer"),
+            "baselines": {name: metrics(judged, name) for name in baselines},
         },
         provenance=_provenance(options, placement)
         | {
@@ -92,6 +101,18 @@ def plan_from_affinity(
             "affinity_sha256": sha256_file(path),
             "fold": affinity.provenance.get("fold"),
         },
+    )
+
+
+def _table(placement: Placement, profile: Chunk, options: SolveOptions) -> Table | None:
+    """Return the placement's table, where the policy takes its homes from one."""
+    if options.content_policy is None:
+        return None
+    return build_table(
+        placement,
+        profile,
+        vocab_size=vocabulary_of(profile, options.content_policy),
+        max_home_imbalance=options.max_home_imbalance,
     )
 
 
@@ -131,4 +152,5 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
         "objective": options.objective,
         "pins": [str(pin) for pin in options.pins],
         "preserve_groups": options.preserve_groups,
+        "max_home_imbalance": options.max_home_imbalance,
     } | (from_start or {})

@@ -32,6 +32,9 @@ ReplicaChoice = Literal["local-first", "hash"]
 _RULES = {"local-first": kernels.LOCAL_FIRST, "hash": kernels.ANY_COPY}
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
+#: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
+#: layers of gpt-oss-20b stay above a cap that they meet at 30.
+HOME_PRICE = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,6 +71,9 @@ class TrafficProblem:
         one stay; ``None``: all may.
     replica_choice
         Which copy serves: ``local-first`` or ``hash`` (any copy in turn).
+    max_home_imbalance
+        Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
+        ``None``. Every token above it costs :data:`HOME_PRICE` copies.
     """
 
     experts: tuple[npt.NDArray[np.int16], ...]
@@ -82,6 +88,7 @@ class TrafficProblem:
     move_price: tuple[FloatArray, ...] | None = None
     kind: tuple[IntArray, ...] | None = None
     replica_choice: ReplicaChoice = "local-first"
+    max_home_imbalance: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -245,6 +252,7 @@ class Refinement:
             over = np.maximum(state.rank_load - price.max_load[:, None], 0).sum(axis=1)
             total += price.overflow * float(over[1:].mean()) if len(over) > 1 else 0.0
             total += price.receive * float(state.received.max())
+            total += price.crowd * kernels.crowded(state.homes, price.max_homes)
             total += float((price.linear * state.holds).sum())
             prices.append(total)
         return np.array(prices)
@@ -365,6 +373,11 @@ class Refinement:
         linear = np.zeros((problem.load[layer].shape[1], num_ranks), dtype=np.int64)
         if problem.move_price is not None:
             linear = np.rint(problem.move_price[layer] * num_ranks).astype(np.int64)
+        max_homes, crowd = 0.0, 0.0
+        # After the last layer a token is nowhere at home.
+        if problem.max_home_imbalance is not None and layer + 1 < problem.num_layers:
+            max_homes = problem.max_home_imbalance * problem.num_tokens / num_ranks
+            crowd = HOME_PRICE * num_ranks
         return kernels.Prices(
             to_rank=to_rank,
             to_node=to_node,
@@ -374,6 +387,8 @@ class Refinement:
             max_load=np.asarray(problem.max_load[layer], dtype=np.float64),
             overflow=problem.overflow_price * num_ranks,
             receive=problem.receive_price * num_ranks,
+            max_homes=max_homes,
+            crowd=crowd,
         )
 
     def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
@@ -393,6 +408,7 @@ class Refinement:
             cost=np.zeros(problem.num_tokens, dtype=np.int64),
             rank_load=np.zeros((len(problem.load[layer]), num_ranks)),
             received=np.zeros(num_ranks),
+            homes=np.zeros(num_ranks, dtype=np.int64),
         )
         rule = _RULES[problem.replica_choice]
         for expert, held in enumerate(holds):

@@ -13,6 +13,7 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.errors import NoSolutionError, UsageError
+from placer.plan.alternation import Alternation, vocabulary_of
 from placer.plan.balance import load_caps
 from placer.plan.certificate import PairCertificate
 from placer.plan.copies import METHOD as COPIES_METHOD
@@ -54,6 +55,10 @@ Progress = Callable[[str], None]
 COPIES_NAME = {
     "fixed": "price of the copies sent, per token and layer",
     "follow": "price of the copies sent and returned, per token and layer",
+    "token": "price of the copies sent from the homes that tables of other sequences give, "
+    "per token and layer",
+    "request": "price of the copies sent from the homes that tables of other sequences "
+    "give, per token and layer",
 }
 # Steps of the pair certificate and rounds of the copies certificate.
 _PROOF_STEPS: dict[Proof, tuple[int, int]] = {
@@ -108,15 +113,18 @@ def solve(
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
-    problem = placement_problem(affinity, options.policy, options.topology, caps)
+    policy = options.start_policy(affinity.model.top_k)
+    problem = placement_problem(affinity, policy, options.topology, caps)
     if options.needs_tokens is not None and not options.refine.num_sweeps:
         raise UsageError(
             f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
             "leave out --num-sweeps",
         )
-    judged = None
+    judged, vocab_size = None, 0
     if tokens is not None and options.refine.num_sweeps:
         judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
+        if options.content_policy is not None:
+            vocab_size = vocabulary_of(judged, options.content_policy)
     deadline = Deadline(seconds=options.time_limit)
     placement, optimal = _first_placement(
         affinity, problem, options, start, judged, progress, deadline
@@ -129,9 +137,24 @@ def solve(
         traffic = _traffic_problem(judged, tokens, problem, options, affinity.model.n_group)
         if not optimal:
             placement = _refine(placement, traffic, options, progress, deadline)
+        content = None
+        if options.content_policy is not None:
+            content = Alternation(
+                traffic=traffic,
+                tokens=judged,
+                policy=options.content_policy,
+                vocab_size=vocab_size,
+                limits=options.refine,
+                seed=options.seed,
+                max_home_imbalance=options.max_home_imbalance,
+            )
+            placement = _alternate(placement, content, progress, deadline)
         if options.redundant_experts or options.constrained:
             relaxed = _require_cap(placement, traffic, options)
-        report = _copies_report(problem, traffic, judged, placement, optimal, options)
+        if content is not None:
+            report = _content_report(content, placement)
+        else:
+            report = _copies_report(problem, traffic, judged, placement, optimal, options)
     return placement, SolverReport(
         **report,
         seconds=time.monotonic() - began,
@@ -144,7 +167,7 @@ def solve(
 def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, SolverReport]:
     """Place by loads alone."""
     began = time.monotonic()
-    asked = {"--policy follow": options.policy == "follow"} | options.asked_of_tokens
+    asked = options.asked_of_tokens | {"--policy follow": options.policy == "follow"}
     asked.pop("--redundant-experts")
     for option in (name for name, wanted in asked.items() if wanted):
         if options.objective == "balance":
@@ -204,9 +227,8 @@ def _first_placement(
         )
         return with_pins(options.start, options.pins), False
     if options.preserve_groups:
-        placed = place_groups(
-            affinity, options.policy, topology, options.limits, options.seed
-        )
+        policy = options.start_policy(affinity.model.top_k)
+        placed = place_groups(affinity, policy, topology, options.limits, options.seed)
         return placed, False
     placement, optimal = _place_pairs(problem, options, start, judged, progress, deadline)
     if options.redundant_experts:
@@ -228,7 +250,8 @@ def _place_pairs(
     if judged is None:
         exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
     elif options.needs_tokens is None and has_few_assignments(problem):
-        cost = CopiesCost.of([judged], options.policy, options.topology)
+        policy = options.start_policy(judged.experts[0].shape[1])
+        cost = CopiesCost.of([judged], policy, options.topology)
         exact = solve_exactly(problem, cost, max_operations=_EXACT_OPERATIONS)
     if exact is not None:
         return _placed(list(exact.expert_rank), options.topology), True
@@ -270,7 +293,7 @@ def _traffic_problem(
     return TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
-        policy=options.policy,
+        policy=options.start_policy(judged.experts[0].shape[1]),
         exchange=options.exchange,
         load=load,
         max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
@@ -283,6 +306,9 @@ def _traffic_problem(
             options.pins,
         ),
         replica_choice=options.replica_choice,
+        max_home_imbalance=options.max_home_imbalance
+        if options.policy == "follow"
+        else None,
     )
 
 
@@ -310,6 +336,23 @@ def _refine(
         None
         if progress is None
         else lambda sweep, price: progress(f"copies, sweep {sweep}: {price:.4f} per token"),
+        deadline,
+    )
+
+
+def _alternate(
+    placement: Placement,
+    content: Alternation,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> Placement:
+    return content.run(
+        placement,
+        None
+        if progress is None
+        else lambda number, price: progress(
+            f"homes and placement, round {number}: {price:.4f} per token"
+        ),
         deadline,
     )
 
@@ -386,6 +429,17 @@ def _copies_report(
     }
 
 
+def _content_report(content: Alternation, placement: Placement) -> dict[str, Any]:
+    return {
+        "status": "feasible",
+        "objective_name": COPIES_NAME[content.policy],
+        "objective": round(content.price(placement), 6),
+        "bound": None,
+        "gap": None,
+        "bound_method": "none: no bound of copies whose homes depend on the placement",
+    }
+
+
 def _pair_certificate(
     problem: PlacementProblem, placement: Placement, proof: Proof
 ) -> Certificate:
@@ -423,7 +477,8 @@ def _copies_bound(
     ranks = visited(topology.num_ranks)
     scale = topology.num_ranks * judged.num_tokens * problem.num_layers
     if options.exchange == "per-rank":
-        return ranks.cost_bound(options.policy, topology) / scale
+        policy = options.start_policy(judged.experts[0].shape[1])
+        return ranks.cost_bound(policy, topology) / scale
     to_rank, to_node = copy_prices(topology, "per-node")
     nodes = sum(visited(topology.num_nodes).bounds) if topology.num_nodes > 1 else 0.0
     price = float(to_rank[-1].min()) * sum(ranks.bounds)

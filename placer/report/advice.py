@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from placer.hardware import Hardware
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
+from placer.plan.plan import Policy
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
@@ -69,6 +70,13 @@ class Question:
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
     least_gain: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise UsageError(
+                f"batches of --policy {self.policy} cannot be predicted",
+                "choose fixed or follow",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,7 +132,10 @@ def _recorded(plan: Plan) -> tuple[float, float]:
             "solve from a trace: placer solve TRACE --fold 0/2 --out PLAN",
         )
     key = _copies_key(plan)
-    figures, contiguous_figures = own[plan.policy], base[plan.policy]
+    figures, contiguous_figures = (
+        own[plan.policy_without_table],
+        base[plan.policy_without_table],
+    )
     return (
         _ratio(figures[key], contiguous_figures[key]),
         float(figures["load_imbalance_mean"]),
@@ -147,8 +150,8 @@ def _copies_key(plan: Plan) -> str:
 def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
     placement, key = plan.placement, _copies_key(plan)
     base = contiguous(plan.model.num_experts, placement.num_ranks, placement.num_nodes)
-    own = simulate(placement, tokens)[plan.policy].to_json()
-    reference = simulate(base, tokens)[plan.policy].to_json()
+    own = simulate(placement, tokens)[plan.policy_without_table].to_json()
+    reference = simulate(base, tokens)[plan.policy_without_table].to_json()
     return _ratio(own[key], reference[key]), own["load_imbalance_mean"]
 
 

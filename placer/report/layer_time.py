@@ -199,6 +199,7 @@ def _balance(options: SolveOptions) -> SolveOptions:
         options,
         objective="balance",
         policy="fixed",
+        max_home_imbalance=None,
         exchange="per-rank",
         receive_price=0.0,
         robust="none",

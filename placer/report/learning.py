@@ -76,8 +76,8 @@ def learning_curve(
     options = replace(options, relax_cap=True)
     topology = options.topology
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
-    reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
     plans = [solve(count_affinity([part], trace.model, {}), options)[0] for part in parts]
+    reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
     points = []
     for part, placement in zip(parts, plans, strict=True):
         figures = simulate(placement, heldout)[options.policy]

@@ -112,7 +112,8 @@ class Judgement:
     hidden_size
         Width of the hidden state, or ``None`` where the trace does not know.
     policy
-        The home policy that the plan was solved for, under which batches are served.
+        The home policy under which batches are served: what the plan was solved for, or
+        ``fixed`` where that needs a table.
     batches
         Figures by name of the placement, ``plan`` last, and batch size.
     ratios
@@ -275,6 +276,10 @@ def judge_plan(
         f"{FEWEST_SEQUENCES} are needed"
         if num_sequences < FEWEST_SEQUENCES
         else None,
+        f"the plan was solved for {plan.policy}, whose homes need its table; give it by "
+        "--table TABLE: placer tables --help"
+        if table is None and plan.policy != plan.policy_without_table
+        else None,
         "the trace has no token ids: the table knows no token of it"
         if table is not None and tokens.token_ids is None
         else None,
@@ -294,7 +299,7 @@ def judge_plan(
     others = {name: simulated(placed, None) for name, placed in compared.items()}
     transfers = serving.transfers(plan)
     options = BatchOptions(
-        policy=plan.policy,
+        policy=plan.policy_without_table,
         phase=serving.phase,
         exchanges=(transfers[0].exchange, transfers[1].exchange),
         replica_choice=serving.replica_choice,
@@ -318,7 +323,7 @@ def judge_plan(
         hidden_size=trace.model.hidden_size
         or plan.model.hidden_size
         or (None if serving.expert is None else serving.expert.hidden_size),
-        policy=plan.policy,
+        policy=plan.policy_without_table,
         batches=batches,
         break_even=_break_evens(batches, cost),
         serving=serving,

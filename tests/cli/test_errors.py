@@ -99,7 +99,7 @@ CASES = [
     (1, "is damaged: SHA-256", "solve truncated --gpus-per-node 2 --out out"),
     (1, "affinity .* cannot be read", "solve blob --gpus-per-node 2 --out out"),
     (2, "8 slots do not divide over 3", "solve trace --gpus-per-node 3 --out out"),
-    (2, "cannot be solved for", "solve trace --gpus-per-node 2 --policy token --out out"),
+    (2, "cannot be solved for", "solve trace --gpus-per-node 2 --policy oracle --out out"),
     (2, "per-expert", "solve trace --gpus-per-node 2 --exchange per-expert --out out"),
     (3, "out of reach", "solve trace --gpus-per-node 8 --max-imbalance 1.0 --out out"),
     (

@@ -1,0 +1,201 @@
+"""Homes and placement in turn, for the policies whose homes a table gives.
+
+The homes that suit tokens (``token``) or whole requests (``request``) depend on where the
+experts are, and the other way round: so one is improved for the other, in turn, as in the
+co-clustering of Sem-MoE (arXiv 2503.04398v5, algorithm 1). A table is sure of what it was
+built from, so every sequence is judged by the table of other sequences (cross-fitting).
+
+Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placer.errors import PlacerError
+from placer.plan.deadline import Deadline
+from placer.plan.placement import Placement
+from placer.plan.plan import ContentPolicy
+from placer.plan.problem import IntArray
+from placer.plan.refine import RefineLimits, Refinement, TrafficProblem
+from placer.plan.requests import place_requests
+from placer.simulation.homes import fixed_homes
+from placer.simulation.serving import LayerServing
+from placer.table.build import build_table
+from placer.table.homes import TableHomes
+from placer.table.lookup import request_homes
+from placer.table.table import Table
+from placer.trace import Chunk
+
+Homes = tuple[IntArray, ...]
+
+NUM_ROUNDS = 4
+#: Parts of the sequences; the table of all parts but one gives that one its homes.
+NUM_PARTS = 4
+# Cap on a rank's share of the requests that the placement is made for.
+_REQUEST_IMBALANCE = 1.1
+
+
+def vocabulary_of(tokens: Chunk, policy: str) -> int:
+    """Return how many token ids a table of these tokens needs rows for.
+
+    Raises
+    ------
+    PlacerError
+        If no token has an id.
+    """
+    if tokens.token_ids is None or tokens.token_ids.max(initial=-1) < 0:
+        raise PlacerError(
+            f"the trace has no token ids: the homes of --policy {policy} come from a table "
+            "that is indexed by them",
+            "record with them (placer record --help), or solve for --policy follow",
+        )
+    return int(tokens.token_ids.max()) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Alternation:
+    """Improves a placement for the homes that its table gives.
+
+    Attributes
+    ----------
+    traffic
+        What is minimised, for whatever homes.
+    tokens
+        The tokens of ``traffic``, with ids.
+    policy
+        ``token`` or ``request``.
+    vocab_size
+        Above every token id.
+    limits
+        How long to refine, all rounds together.
+    seed
+        Seed of the parts and of the refinements.
+    max_home_imbalance
+        Cap on the homes of a ``token`` table, or ``None``.
+    """
+
+    traffic: TrafficProblem
+    tokens: Chunk
+    policy: ContentPolicy
+    vocab_size: int
+    limits: RefineLimits
+    seed: int = 0
+    max_home_imbalance: float | None = None
+
+    def run(
+        self,
+        placement: Placement,
+        progress: Callable[[int, float], None] | None = None,
+        deadline: Deadline | None = None,
+    ) -> Placement:
+        """Return the best placement of all rounds, the given one included.
+
+        ``progress`` is told the round and the price of the best (see :meth:`price`).
+        """
+        deadline = deadline or Deadline()
+        best = placement
+        with deadline.interruptible():
+            homes = self.table_homes(placement)
+            least = self.price(placement, homes)
+            for number in range(NUM_ROUNDS):
+                if deadline.passed():
+                    break
+                placement = self._refined(placement, homes, number, deadline)
+                homes = self.table_homes(placement)
+                price = self.price(placement, homes)
+                if price < least:
+                    best, least = placement, price
+                if progress is not None:
+                    progress(number, least)
+        return best
+
+    def price(self, placement: Placement, homes: Homes | None = None) -> float:
+        """Return the price of the copies per token and layer, from the homes of the tables.
+
+        ``homes`` are those of :meth:`table_homes`, if they are known.
+        """
+        if homes is None:
+            homes = self.table_homes(placement)
+        given = self._given(homes)
+        return Refinement(problem=given, limits=self.limits).evaluate(placement).copies
+
+    def table_homes(self, placement: Placement) -> Homes:
+        """Return L arrays ``[T]``: homes by the tables of other sequences."""
+        part_of_token = sequence_parts(self.tokens, self.seed)
+        num_parts = int(part_of_token.max()) + 1
+        homes = np.zeros((placement.num_layers, self.tokens.num_tokens), dtype=np.int64)
+        for part in range(num_parts):
+            inside = part_of_token == part
+            others = self.tokens.select(~inside if num_parts > 1 else inside)
+            table = build_table(
+                placement,
+                others,
+                vocab_size=self.vocab_size,
+                max_home_imbalance=self.max_home_imbalance,
+            )
+            homes[:, inside] = self._looked_up(placement, table, self.tokens.select(inside))
+        return tuple(homes)
+
+    def _looked_up(self, placement: Placement, table: Table, tokens: Chunk) -> IntArray:
+        """Return ``[L, T]``."""
+        fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
+        homes = TableHomes(table, tokens.token_ids, fixed)
+        if self.policy == "request":
+            once = request_homes(
+                table.request_score, tokens.sequence_ids, homes.ids, placement.num_ranks
+            )
+            return np.tile(once, (placement.num_layers, 1))
+        found = np.empty((placement.num_layers, tokens.num_tokens), dtype=np.int64)
+        for layer, ids in enumerate(tokens.experts):
+            home, _ = homes.of(layer)
+            experts = np.ascontiguousarray(ids.T)
+            homes.served(LayerServing.of(placement, layer).ranks(experts, home))
+            found[layer] = home
+        return found
+
+    def _refined(
+        self, placement: Placement, homes: Homes, number: int, deadline: Deadline
+    ) -> Placement:
+        """Improve the placement for the homes of one round."""
+        if self.policy == "request":
+            homes = request_clusters(placement, self.tokens)
+        sweeps = -(-self.limits.num_sweeps // NUM_ROUNDS)
+        return Refinement(
+            problem=self._given(homes),
+            limits=replace(
+                self.limits,
+                num_sweeps=sweeps,
+                num_visited_tokens=self.limits.num_visited_tokens // NUM_ROUNDS,
+            ),
+            seed=self.seed + number,
+        ).run(placement, deadline=deadline)
+
+    def _given(self, homes: Homes) -> TrafficProblem:
+        return replace(self.traffic, policy="given", homes=homes)
+
+
+def sequence_parts(tokens: Chunk, seed: int) -> IntArray:
+    """Return ``[T]`` int64: the part of each token's sequence, drawn at random."""
+    ids, sequence = np.unique(tokens.sequence_ids, return_inverse=True)
+    part: IntArray = np.random.default_rng(seed).permutation(len(ids)) % NUM_PARTS
+    return part[sequence]
+
+
+def request_clusters(placement: Placement, tokens: Chunk) -> Homes:
+    """Return L equal arrays ``[T]``: for each sequence the rank that serves most of it.
+
+    What serving cannot know: it says which requests the placement should serve where.
+    """
+    _, request = np.unique(tokens.sequence_ids, return_inverse=True)
+    num_requests = int(request.max()) + 1
+    counts, served = [], np.zeros((num_requests, placement.num_ranks))
+    for layer, ids in enumerate(tokens.experts):
+        used = np.zeros((num_requests, placement.num_experts[layer]))
+        np.add.at(used, (request[:, None], ids.astype(np.int64)), 1.0)
+        served += used @ placement.holds(layer)
+        counts.append(used)
+    # All requests are much alike, far more than their shares differ between ranks.
+    rank = place_requests(np.hstack(counts), served, _REQUEST_IMBALANCE, likeness=0.0)
+    return (rank[request],) * placement.num_layers
