@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import Self
 
-from placer.errors import UsageError
+from placer.errors import PlacerError, UsageError
 
 # A worker waits for the slowest, whose last piece of work may take long.
 _TIMEOUT = datetime.timedelta(days=7)
@@ -93,45 +94,87 @@ def start_workers(number: int, arguments: Sequence[str]) -> int:
     """Run a placer command as ``number`` workers on this machine; return its exit code.
 
     The first worker's output is this process's own; of the others, only what one says that
-    fails alone. One that fails ends all.
+    fails alone. One that fails ends all, and none outlives this process, unless that is
+    killed outright.
+
+    Raises
+    ------
+    PlacerError
+        If a worker was ended by a signal, as the kernel does when memory runs out.
     """
+    workers: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         said = [stack.enter_context(TemporaryFile()) for _ in range(number)]
-        shared = os.environ | {
-            "WORLD_SIZE": str(number),
-            "LOCAL_WORLD_SIZE": str(number),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-        }
-        workers = [
-            subprocess.Popen(
+        stack.enter_context(_exit_at_sigterm())
+        stack.callback(_end, workers)
+        shared = _shared_environment(number)
+        for rank in range(number):
+            worker = subprocess.Popen(
                 [sys.executable, "-m", "placer.cli.main", *arguments],
                 env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=None if rank == 0 else subprocess.DEVNULL,
                 stderr=None if rank == 0 else said[rank],
             )
-            for rank in range(number)
-        ]
-        failed = _wait_for(workers)
-        if failed and 0 not in failed:
-            said[failed[0]].seek(0)
-            sys.stderr.write(said[failed[0]].read().decode(errors="replace"))
-        return workers[failed[0]].returncode if failed else 0
+            workers.append(worker)
+        codes = _wait_for(workers)
+        if not codes:
+            return 0
+        # When one is killed the others fail too, since it does not answer.
+        cause = min(codes, key=lambda rank: (codes[rank] != -signal.SIGKILL, rank))
+        if 0 not in codes:
+            said[cause].seek(0)
+            sys.stderr.write(said[cause].read().decode(errors="replace"))
+    if codes[cause] < 0:
+        raise PlacerError(
+            f"worker {cause} of {number} was ended by {signal.Signals(-codes[cause]).name}",
+            "if memory ran out, start fewer on this machine, and more with torchrun",
+        )
+    return codes[cause]
 
 
-def _wait_for(workers: Sequence["subprocess.Popen[bytes]"]) -> list[int]:
-    """Wait for all, and end all if one fails; return those that failed by themselves."""
+def _shared_environment(number: int) -> dict[str, str]:
+    """Return what torchrun sets, and each worker's share of the cores if nobody says."""
+    threads = str(max(1, (os.cpu_count() or 1) // number))
+    return (
+        {"OMP_NUM_THREADS": threads}
+        | os.environ
+        | {
+            "WORLD_SIZE": str(number),
+            "LOCAL_WORLD_SIZE": str(number),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+    )
+
+
+@contextmanager
+def _exit_at_sigterm() -> Iterator[None]:
+    """Let a polite end of this process run what it has to clean up."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        while True:
-            running = any(worker.poll() is None for worker in workers)
-            failed = [rank for rank, worker in enumerate(workers) if worker.returncode]
-            if failed or not running:
-                return failed
-            time.sleep(_POLL_SECONDS)
+        yield
     finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_for(workers: Sequence["subprocess.Popen[bytes]"]) -> dict[int, int]:
+    """Wait until all are done or one fails; return the exit codes of those that failed."""
+    while True:
+        codes = {rank: worker.poll() for rank, worker in enumerate(workers)}
+        failed = {rank: code for rank, code in codes.items() if code}
+        if failed or None not in codes.values():
+            return failed
+        time.sleep(_POLL_SECONDS)
+
+
+def _end(workers: Sequence["subprocess.Popen[bytes]"]) -> None:
+    for worker in workers:
+        worker.kill()
+        worker.wait()
 
 
 def _free_port() -> int:

@@ -1,8 +1,15 @@
 """Workers started on this machine: their exit code and their words are the command's."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
-from placer.errors import UsageError
+from placer.errors import PlacerError, UsageError
 from placer.worker import Worker, start_workers
 
 
@@ -35,3 +42,63 @@ def test_a_worker_of_several_has_a_device_of_its_own(
     worker = Worker.of_environment()
     assert (worker.index, worker.alone) == (5, False)
     assert (worker.device("cuda"), worker.device("cpu")) == ("cuda:1", "cpu")
+
+
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Let workers run a shell script, which knows its ``$RANK``, instead of Python."""
+    program = tmp_path / "worker"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def test_a_worker_that_the_kernel_ends_is_named_and_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(tmp_path, monkeypatch, "[ $RANK = 2 ] && kill -9 $$; exec sleep 60")
+    with pytest.raises(PlacerError, match="worker 2 of 3 was ended by SIGKILL"):
+        start_workers(3, [])
+
+
+def test_the_failure_of_another_worker_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend(
+        tmp_path, monkeypatch, "[ $RANK = 1 ] && { echo why >&2; exit 4; }; exec sleep 60"
+    )
+    assert start_workers(2, []) == 4
+    assert capfd.readouterr().err == "why\n"
+
+
+def test_workers_share_the_cores_unless_the_user_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretend(tmp_path, monkeypatch, "echo $OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for number in (2, 9):
+        start_workers(number, [])
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    start_workers(2, [])
+    assert capfd.readouterr().out.split() == ["3", "1", "5"]
+
+
+def test_no_worker_outlives_a_command_that_is_ended(tmp_path: Path) -> None:
+    """As by ``timeout`` or a batch system: SIGTERM goes to the first process only."""
+    program = tmp_path / "worker"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/$RANK.pid\nexec sleep 60\n")
+    program.chmod(0o755)
+    code = (
+        f"import sys; sys.executable = {str(program)!r}\n"
+        "from placer.worker import start_workers\nstart_workers(2, [])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as command:
+        files = [tmp_path / f"{rank}.pid" for rank in range(2)]
+        while not all(file.exists() and file.read_text().strip() for file in files):
+            assert command.poll() is None
+            time.sleep(0.02)
+        command.terminate()
+        assert command.wait(timeout=20) == 128 + signal.SIGTERM
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
