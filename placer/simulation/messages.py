@@ -78,10 +78,12 @@ def dispatch_messages(
     first = first_occurrence(ranks)
     if exchange == "per-rank":
         return (Messages(sender=origin, receiver=ranks, sent=first & (ranks != home)),)
-    node = ranks // ranks_per_node
-    landing: npt.NDArray[Any] = node * ranks_per_node + home % ranks_per_node
+    # A byte holds the ranks of a node of 256, but not their number.
+    wide, wide_home = ranks.astype(np.uint16), home.astype(np.uint16)
+    node = wide // ranks_per_node
+    landing: npt.NDArray[Any] = node * ranks_per_node + wide_home % ranks_per_node
     landing = landing.astype(ranks.dtype)
-    away = first_occurrence(node) & (node != home // ranks_per_node)
+    away = first_occurrence(node) & (node != wide_home // ranks_per_node)
     # In the home's own node the landing rank is the home itself.
     return (
         Messages(sender=origin, receiver=landing, sent=away),
