@@ -95,6 +95,7 @@ class DedupExchange(EPImplementation):
                 "placer's exchanges compute no gradients",
                 'run under torch.no_grad(), or train with ep_implementation="all_to_all"',
             )
+        ids = ids.long()  # some routers choose in int32, which torch does not index by
         if self.tp_mesh.size() == 1:
             return self._served(hidden, ids, weights)
         slices = self._slices(hidden, ids, weights)
@@ -180,8 +181,9 @@ class PaddedExchange(DedupExchange):
         rows = send_rows(sent, sizes, sizes, self.group)
         local = torch.arange(self.num_slots, device=flat.device).repeat_interleave(capacity)
         local = local.repeat(self.num_ranks)[:, None]
-        served = self.experts_forward(rows, local, torch.ones_like(local, dtype=rows.dtype))
-        back = send_rows(served.to(hidden.dtype), sizes, sizes, self.group)[at]
+        unweighted = torch.ones_like(local, dtype=rows.dtype)
+        served = run_experts(self.experts_forward, rows, local, unweighted, self.num_slots)
+        back = send_rows(served, sizes, sizes, self.group)[at]
         weighted = back * weights.flatten()[order, None]
         return added_up(weighted, order // ids.shape[1], len(hidden)).to(hidden.dtype)
 
@@ -242,6 +244,11 @@ class ShuffleExchange(DedupExchange):
         As for :class:`DedupExchange`; every rank must hold the same batch.
     shuffle
         The table, which watches the model.
+
+    Raises
+    ------
+    PlacerError
+        If the table is for another number of ranks, or of layers.
     """
 
     needs_shared_batch = True
@@ -255,6 +262,13 @@ class ShuffleExchange(DedupExchange):
         shuffle: TokenShuffle,
     ) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
+        if shuffle.table.num_ranks != self.num_ranks:
+            raise PlacerError(
+                f"the table is for {shuffle.table.num_ranks} ranks, the model runs on "
+                f"{self.num_ranks}",
+                f"set ep_size={shuffle.table.num_ranks}, or make a table of another plan: "
+                "placer tables PLAN TRACE --out TABLE",
+            )
         self.shuffle = shuffle
         self.layer = shuffle.add_layer()
 

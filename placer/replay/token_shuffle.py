@@ -47,7 +47,18 @@ class TokenShuffle:
         self._homes = TableHomes(self.table, ids.reshape(-1).cpu().numpy(), fixed)
 
     def add_layer(self) -> int:
-        """Return the number of the next MoE layer, from 0."""
+        """Return the number of the next MoE layer, from 0.
+
+        Raises
+        ------
+        PlacerError
+            If the table has no more layers.
+        """
+        if self._num_layers == len(self.table.token_rank):
+            raise PlacerError(
+                f"the model has more MoE layers than the table, {self._num_layers}",
+                "give each model a TokenShuffle of its own, and the table of its plan",
+            )
         self._num_layers += 1
         return self._num_layers - 1
 
