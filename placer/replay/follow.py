@@ -89,7 +89,7 @@ class FollowRun:
     Raises
     ------
     PlacerError
-        If the model's layers are not made of attention and a MoE block, each behind a norm.
+        If :func:`why_not_follow` says so.
     """
 
     def __init__(
@@ -108,21 +108,16 @@ class FollowRun:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.counter, self.watch = counter, watch
         self.slot_rank, self.local_slot = slot_rank, local_slot
-        prefix, _, rest = experts[0].path.partition(".layers.")
-        self.layers: Any = model.get_submodule(f"{prefix}.layers")
-        block = rest.split(".")[1]
+        reason = why_not_follow(model, experts)
+        if reason is not None:
+            raise PlacerError(
+                f"tokens of {type(model).__name__} cannot follow their experts: {reason}",
+                "replay the other exchanges: --exchange placer-dedup",
+            )
+        self.layers, self.block = _layers(model, experts)
         self.experts = {
             int(one.path.split(".layers.")[1].split(".")[0]): one for one in experts
         }
-        for number, layer in enumerate(model.get_submodule(f"{prefix}.layers").children()):
-            missing = [name for name in (*_CHILDREN, block) if not hasattr(layer, name)]
-            if missing:
-                raise PlacerError(
-                    f"layer {number} of {type(model).__name__} has no {missing[0]}, so "
-                    "that tokens cannot follow their experts between its parts",
-                    "replay the other exchanges: --exchange placer-dedup",
-                )
-        self.block = block
         self.tokens: _Tokens | None = None
         self.attention_layer = 0
 
@@ -136,18 +131,21 @@ class FollowRun:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the forward of every decoder layer for the block."""
-        AttentionInterface.register(FOLLOW, self._attention)
-        AttentionMaskInterface.register(FOLLOW, eager_mask)
         before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(FOLLOW)
         with ExitStack() as stack:
+            for interface, function in (
+                (AttentionInterface, self._attention),
+                (AttentionMaskInterface, eager_mask),
+            ):
+                interface.register(FOLLOW, function)
+                # There is no public way to take it back, and it would keep the model.
+                stack.callback(interface._global_mapping.pop, FOLLOW)
+            stack.callback(self.model.set_attn_implementation, before)
+            self.model.set_attn_implementation(FOLLOW)
             for number, layer in enumerate(self.layers):
                 stack.callback(setattr, layer, "forward", layer.forward)
                 layer.forward = self._layer_forward(number)
-            try:
-                yield
-            finally:
-                self.model.set_attn_implementation(before)
+            yield
 
     def _layer_forward(self, number: int) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, **named: Any) -> Tensor:
@@ -187,7 +185,9 @@ class FollowRun:
         layer = self.layers[number]
         place = _at_least_one(tokens.place)
         given = dict(named)
-        given["position_embeddings"] = _taken(named["position_embeddings"], place, shape)
+        given["position_embeddings"] = _taken(
+            named.get("position_embeddings"), place, shape
+        )
         given["past_key_values"] = None
         self.attention_layer, self.shape = number, shape
         normed = layer.input_layernorm(_at_least_one(tokens.hidden))[None]
@@ -331,6 +331,36 @@ class FollowRun:
         return min(following, default=len(self.experts) - 1)
 
 
+def why_not_follow(model: nn.Module, experts: Sequence[ExpertsModule]) -> str | None:
+    """Return why tokens cannot move between the parts of a model's layers, if so.
+
+    They can where a layer adds attention and then a block to the hidden state, each behind
+    one norm, and nothing else: no further norms or branches, no scaled residuals (granite,
+    minimax), and no attention that itself looks at other tokens (an indexer).
+    """
+    if ".layers." not in experts[0].path:
+        return f"{experts[0].path} is in no list of layers"
+    layers, block = _layers(model, experts)
+    expected = {*_CHILDREN, block}
+    for number, layer in enumerate(layers):
+        parts = dict(layer.named_children())
+        for name in sorted(expected ^ set(parts)):
+            return f"layer {number} has {'no ' if name in expected else ''}{name}"
+        for name, value in vars(layer).items():
+            if isinstance(value, float) and value not in (0.0, 1.0):
+                return f"layer {number} has a {name} of {value:g}"
+        for name, part in parts["self_attn"].named_children():
+            if list(part.children()):
+                return f"the attention of layer {number} has {name}, with its own parts"
+    return None
+
+
+def _layers(model: nn.Module, experts: Sequence[ExpertsModule]) -> tuple[Any, str]:
+    """Return the decoder layers, and what their MoE or dense block is called."""
+    prefix, _, rest = experts[0].path.partition(".layers.")
+    return model.get_submodule(f"{prefix}.layers"), rest.split(".")[1]
+
+
 def _first(output: Any) -> Tensor:
     """Return the hidden states that a module returns, alone or before other things."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
@@ -346,7 +376,12 @@ def _at_least_one(rows: Tensor) -> Tensor:
 
 
 def _taken(embeddings: Any, place: Tensor, shape: torch.Size) -> Any:
-    """Return the rotary embeddings of some tokens, from those ``[B or 1, S, d]`` of all."""
+    """Return the rotary embeddings of some tokens, from those ``[B or 1, S, d]`` of all.
+
+    There may be several in a tuple, or none.
+    """
+    if embeddings is None:
+        return None
     if isinstance(embeddings, tuple):
         return tuple(_taken(one, place, shape) for one in embeddings)
     row = place // shape[1] if len(embeddings) > 1 else torch.zeros_like(place)

@@ -187,7 +187,7 @@ class ReplayOutcome:
                     f"{totals[1]:,}",
                     "compare the runs: placer replay ... --json",
                 )
-            if run.error > self.tolerance:
+            if not run.error <= self.tolerance:  # nor is what is not a number
                 raise VerificationError(
                     f"{name} computes hidden states that are off by {run.error:.1e}, "
                     f"allowed {self.tolerance:.1e}; {run.differently_routed} choices of "

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.distributed as dist
 
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError, UsageError, VerificationError
 from placer.files import read_json
 from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Placement, Plan
@@ -69,6 +70,11 @@ class ReplayOptions:
             raise UsageError(f"repeats must not be negative, got {self.repeats}")
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device} is not known", "choose cpu or cuda")
+        if self.dtype not in get_args(Dtype):
+            raise UsageError(
+                f"--dtype {self.dtype} is not known",
+                f"choose {', '.join(get_args(Dtype))}",
+            )
 
 
 def replay(
@@ -113,9 +119,15 @@ def replay(
     PlacerError
         If plan, model, trace and table do not fit, or the model cannot be run so.
     UsageError
-        If the workers are not as many as the ranks, or an exchange is not known.
+        If the workers are not as many as the ranks, there is one only, or an exchange is
+        not known.
     """
     plan = Plan.read(plan_path)
+    if plan.placement.num_ranks == 1:
+        raise UsageError(
+            f"{plan_path} has one rank, which sends nothing",
+            "place the experts on more: placer solve TRACE --gpus-per-node 4",
+        )
     if worker.number != plan.placement.num_ranks:
         raise UsageError(
             f"{worker.number} workers for a plan of {plan.placement.num_ranks} ranks",
@@ -128,9 +140,17 @@ def replay(
     table = None if table_path is None else read_table_of(table_path, plan_path)
     tasks = _tasks(plan, table, options)
     batches = _batches(trace, fold, options, worker.number)
+    _require_vocabulary(batches, spec, trace, directory)
     backend = "gloo" if options.device == "cpu" else "nccl"
+    if options.device == "cuda":
+        _use_own_gpu(worker)
+    warnings = [] if matched is None else [matched]
     with together(worker, backend):
         runner = _Runner(directory, spec, batches, options, worker)
+        reason = runner.session.why_not(FOLLOW)
+        if reason is not None and not options.exchanges:
+            warnings.append(f"{FOLLOW} is left out: {reason}")
+            tasks = [task for task in tasks if task[2] != FOLLOW]
         runs = []
         for name, placement, exchange, its_table in tasks:
             if say is not None and worker.index == 0:
@@ -149,7 +169,7 @@ def replay(
         dtype=runner.dtype,
         device=device,
         tolerance=_TOLERANCES[runner.dtype],
-        warnings=() if matched is None else (matched,),
+        warnings=tuple(warnings),
     )
 
 
@@ -213,6 +233,30 @@ def _batches(
     return batches.reshape(num_passes, size, -1)
 
 
+def _require_vocabulary(
+    batches: npt.NDArray[np.integer], spec: ModelSpec, trace: Trace, directory: Path
+) -> None:
+    highest = int(batches.max())
+    if spec.vocab_size is not None and highest >= spec.vocab_size:
+        raise PlacerError(
+            f"{trace.directory} has token id {highest}, the vocabulary of {directory} has "
+            f"{spec.vocab_size}",
+            f"record this model: placer record {directory} --corpus TEXT --out TRACE",
+        )
+
+
+def _use_own_gpu(worker: Worker) -> None:
+    """Make a worker's GPU the current one: NCCL takes that where no tensor names one."""
+    number = torch.cuda.device_count()
+    if worker.local_index >= number:
+        raise PlacerError(
+            f"worker {worker.local_index} of this machine has no GPU of its own: there are "
+            f"{number}",
+            "run on CPUs: --device cpu, or on more machines with torchrun",
+        )
+    torch.cuda.set_device(worker.local_index)
+
+
 class _Runner:
     """Runs placements on all ranks, and puts together what they saw."""
 
@@ -260,6 +304,13 @@ class _Runner:
     ) -> ReplayedRun:
         kind = EXCHANGE_KINDS[exchange]
         tokens = self._routed(found)
+        compared = sum(one.num_compared for one in found)
+        expected = tokens.num_tokens * (len(found) if exchange == SHUFFLE else 1)
+        if compared != expected:
+            raise VerificationError(
+                f"{exchange} with the {name} placement returned {compared} tokens, "
+                f"expected {expected}"
+            )
         predicted = predict_copies(
             placement,
             tokens,
@@ -280,7 +331,8 @@ class _Runner:
             **sent,
             predicted_dispatch=predicted.dispatch * self.copy_bytes,
             predicted_combine=predicted.combine * self.copy_bytes,
-            error=max(one.error for one in found),
+            # Unlike max(), this lets what is not a number through.
+            error=float(np.max([one.error for one in found])),
             differently_routed=sum(
                 int((np.sort(ids, axis=1) != np.sort(own, axis=1)).any(axis=1).sum())
                 for ids, own in zip(tokens.experts, alone, strict=True)

@@ -22,7 +22,7 @@ from placer.replay.exchanges import (
     PerNodeExchange,
     ShuffleExchange,
 )
-from placer.replay.follow import FollowRun
+from placer.replay.follow import FollowRun, why_not_follow
 from placer.replay.kinds import (
     DEDUP,
     ENGINE,
@@ -58,6 +58,8 @@ class WorkerRun:
     error
         Root mean square of the difference between hidden states behind the last norm and
         those of the model run by itself, over that of the latter; of the worst batch.
+    num_compared
+        Tokens whose hidden states were compared.
     seconds
         Of a forward pass, in each repetition.
     """
@@ -66,6 +68,7 @@ class WorkerRun:
     places: list[IntArray]
     experts: list[IntArray]
     error: float
+    num_compared: int
     seconds: list[float]
 
 
@@ -117,6 +120,10 @@ class Session:
                 routed.append([layer.ids.cpu().numpy() for layer in capture.take()])
         return hidden, [np.concatenate(layer) for layer in zip(*routed, strict=True)]
 
+    def why_not(self, name: str) -> str | None:
+        """Return why the model cannot be run under an exchange, if so."""
+        return why_not_follow(self.loaded, self.experts) if name == FOLLOW else None
+
     def run(self, placement: Placement, name: str, table: Table | None) -> WorkerRun:
         """Replay all batches: once counted and compared, then timed.
 
@@ -141,16 +148,18 @@ class Session:
             counter,
             torch.no_grad(),
         ):
-            error = max(
+            compared = [
                 self._compare(number, held, seen) for number in range(len(self.batches))
-            )
+            ]
         with self._installed(placement, name, table, None, None):
             seconds = [self._time(kind) for _ in range(self.repeats)]
         return WorkerRun(
             traffic=counter.traffic(),
             places=[np.concatenate(layer) for layer in seen.places],
             experts=[np.concatenate(layer) for layer in seen.experts],
-            error=error,
+            # Unlike max(), this lets what is not a number through.
+            error=float(np.max([error for error, _ in compared])),
+            num_compared=sum(number for _, number in compared),
             seconds=seconds,
         )
 
@@ -163,8 +172,8 @@ class Session:
         sequence = np.arange(self.rank, size, self.num_ranks)
         return (sequence[:, None] * length + np.arange(length)).ravel()
 
-    def _compare(self, number: int, held: "_Held", seen: "_Seen") -> float:
-        """Run one batch; return how far its hidden states are from those expected."""
+    def _compare(self, number: int, held: "_Held", seen: "_Seen") -> tuple[float, int]:
+        """Run one batch; return its error, and of how many tokens."""
         batch, expected = self.batches[number], self.expected[number]
         seen.first = number * batch.numel()
         held.first = seen.first
@@ -176,9 +185,10 @@ class Session:
         elif not held.kind.shares_batch:
             expected = expected[torch.from_numpy(self._own_places())]
         if not len(found):
-            return 0.0
+            return 0.0, 0
         difference = (found.double() - expected.double()).square().mean()
-        return float((difference / expected.double().square().mean()).sqrt())
+        error = float((difference / expected.double().square().mean()).sqrt())
+        return error, len(found)
 
     def _time(self, kind: ExchangeKind) -> float:
         """Return seconds of a forward pass of all ranks."""

@@ -71,6 +71,11 @@ def test_other_outputs_are_refused() -> None:
         outcome(run).require_verified()
 
 
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(VerificationError, match="off by nan"):
+        outcome(dataclasses.replace(RUN, error=float("nan"))).require_verified()
+
+
 def test_bytes_are_told_by_link() -> None:
     """By hand: pairs (0, 1), (1, 0), (2, 3), (3, 2) are inside a node."""
     fast = sum(
