@@ -123,17 +123,7 @@ def replay(
         not known.
     """
     plan = Plan.read(plan_path)
-    if plan.placement.num_ranks == 1:
-        raise UsageError(
-            f"{plan_path} has one rank, which sends nothing",
-            "place the experts on more: placer solve TRACE --gpus-per-node 4",
-        )
-    if worker.number != plan.placement.num_ranks:
-        raise UsageError(
-            f"{worker.number} workers for a plan of {plan.placement.num_ranks} ranks",
-            f"torchrun --nnodes {plan.placement.num_nodes} --nproc-per-node "
-            f"{plan.placement.ranks_per_node} --no-python placer replay ...",
-        )
+    _require_workers(plan.placement, plan_path, worker)
     spec = ModelSpec.from_checkpoint(directory)
     matched = require_same_model(plan.model, str(plan_path), spec, str(directory))
     require_same_model(plan.model, str(plan_path), trace.model, str(trace.directory))
@@ -231,6 +221,20 @@ def _batches(
     taken = starts[: num_passes * size, None] + np.arange(options.sequence_length)
     batches: npt.NDArray[np.integer] = tokens.token_ids[taken]
     return batches.reshape(num_passes, size, -1)
+
+
+def _require_workers(placement: Placement, plan_path: Path, worker: Worker) -> None:
+    if placement.num_ranks == 1:
+        raise UsageError(
+            f"{plan_path} has one rank, which sends nothing",
+            "place the experts on more: placer solve TRACE --gpus-per-node 4",
+        )
+    if worker.number != placement.num_ranks:
+        raise UsageError(
+            f"{worker.number} workers for a plan of {placement.num_ranks} ranks",
+            f"torchrun --nnodes {placement.num_nodes} --nproc-per-node "
+            f"{placement.ranks_per_node} --no-python placer replay ...",
+        )
 
 
 def _require_vocabulary(
