@@ -25,7 +25,7 @@ class ReplayedRun:
     dispatch, combine
         ``[L, R, R]`` int64: bytes of hidden states that each rank sent to each, measured.
     predicted_dispatch, predicted_combine
-        The same by simulation of what the routers chose; the diagonal is zero.
+        The same by simulation of what the routers chose; diagonals are not compared.
     described, gathered, keys_and_values
         ``[L, R, R]`` int64: bytes that went along: ids, weights and counts; all-gathers
         of outputs; keys and values.

@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PairCopies:
-    """Hidden states sent between ranks, the diagonal zero.
+    """Hidden states sent between ranks; the diagonal never leaves one, and says nothing.
 
     Attributes
     ----------

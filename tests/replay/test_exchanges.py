@@ -1,9 +1,9 @@
 """Exchanges on three ranks with batches of all sizes, against experts that are all here."""
 
-import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +13,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 from placer.errors import PlacerError
-from placer.replay.exchanges import DedupExchange, PaddedExchange, PerNodeExchange
+from placer.replay.exchanges import (
+    DedupExchange,
+    PaddedExchange,
+    PerNodeExchange,
+    ShuffleExchange,
+)
+from placer.replay.token_shuffle import TokenShuffle
 from placer.replay.traffic import TrafficCounter
+from placer.simulation.baselines import contiguous
+from placer.table import build_table
+from placer.trace import Chunk
 
 NUM_RANKS, SLOTS, TOP_K, HIDDEN = 3, 2, 4, 5  # more experts per token than a rank holds
 #: Tokens of each rank: none anywhere, none on some, one, and as they come.
@@ -60,11 +69,11 @@ def expected_copies(ids: torch.Tensor, rank: int) -> list[int]:
     return [sent[other] for other in range(NUM_RANKS)]
 
 
-def every_batch(rank: int, port: int) -> None:
+def every_batch(rank: int, store: Path) -> None:
     """Run on each rank: every exchange on every batch, shared and not."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS
     )
     mesh = init_device_mesh("cpu", (NUM_RANKS, 1), mesh_dim_names=("ep", "tp"))
     together, alone = mesh["ep"], mesh["tp"]
@@ -107,27 +116,11 @@ def compare(
         assert torch.allclose(found, expected, rtol=close, atol=10 * close)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+def test_batches_of_all_sizes_are_served(tmp_path: Path) -> None:
+    spawn(every_batch, (tmp_path / "store",), nprocs=NUM_RANKS)
 
 
-def test_batches_of_all_sizes_are_served() -> None:
-    spawn(every_batch, (free_port(),), nprocs=NUM_RANKS)
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
-
-
-def test_what_an_exchange_cannot_do_is_refused(one_rank: None) -> None:
+def test_what_an_exchange_cannot_do_is_refused(one_rank: dist.ProcessGroup) -> None:
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep", "tp"))
     meshes = {"ep_mesh": mesh["ep"], "tp_mesh": mesh["tp"]}
     experts = Experts(torch.zeros(6, HIDDEN, HIDDEN))
@@ -136,3 +129,21 @@ def test_what_an_exchange_cannot_do_is_refused(one_rank: None) -> None:
     hidden, ids, weights = batch(0, 3, torch.float32)
     with pytest.raises(PlacerError, match="no gradients"):
         DedupExchange(experts, **meshes)(hidden.requires_grad_(), ids, weights)
+
+
+def test_a_table_of_another_plan_is_refused(
+    one_rank: dist.ProcessGroup, make_chunk: Callable[..., Chunk]
+) -> None:
+    chunk = make_chunk(num_experts=(6, 6))
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("ep", "tp"))
+    meshes = {"ep_mesh": mesh["ep"], "tp_mesh": mesh["tp"]}
+    experts = Experts(torch.zeros(6, HIDDEN, HIDDEN))
+    for_one, for_two = (
+        TokenShuffle(build_table(contiguous((6, 6), number, 1), chunk, vocab_size=50))
+        for number in (1, 2)
+    )
+    with pytest.raises(PlacerError, match="for 2 ranks, the model runs on 1"):
+        ShuffleExchange(experts, **meshes, shuffle=for_two)
+    with pytest.raises(PlacerError, match="more MoE layers than the table, 2"):
+        for _ in range(3):
+            ShuffleExchange(experts, **meshes, shuffle=for_one)

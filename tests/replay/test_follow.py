@@ -1,6 +1,5 @@
 """Tokens follow their experts only through layers whose every part is known."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ def experts_of(model: Any, folder: Path) -> list[ExpertsModule]:
     model.save_pretrained(folder)
     architecture = Architecture.of(read_json(folder / "config.json", "config"), folder)
     return experts_modules(model, architecture, ModelSpec.from_checkpoint(folder))
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    store = f"file://{tmp_path}/store"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
