@@ -95,7 +95,7 @@ class DedupExchange(EPImplementation):
                 "placer's exchanges compute no gradients",
                 'run under torch.no_grad(), or train with ep_implementation="all_to_all"',
             )
-        ids = ids.long()  # some routers choose in int32, which torch does not index by
+        ids = ids.long()  # some routers choose in int32, by which not every torch scatters
         if self.tp_mesh.size() == 1:
             return self._served(hidden, ids, weights)
         slices = self._slices(hidden, ids, weights)

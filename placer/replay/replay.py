@@ -131,6 +131,7 @@ def replay(
     tasks = _tasks(plan, table, options)
     batches = _batches(trace, fold, options, worker.number)
     _require_vocabulary(batches, spec, trace, directory)
+    _require_engine()
     backend = "gloo" if options.device == "cpu" else "nccl"
     if options.device == "cuda":
         _use_own_gpu(worker)
@@ -247,6 +248,17 @@ def _require_vocabulary(
             f"{spec.vocab_size}",
             f"record this model: placer record {directory} --corpus TEXT --out TRACE",
         )
+
+
+def _require_engine() -> None:
+    try:
+        import transformers.distributed.expert_parallel  # noqa: F401
+    except ImportError as error:
+        raise PlacerError(
+            "replay needs a transformers whose exchange of experts can be replaced, as in "
+            f"5.23: {error}",
+            "pip install --upgrade 'placer[record]' 'transformers>=5.23,<6'",
+        ) from error
 
 
 def _use_own_gpu(worker: Worker) -> None:

@@ -377,7 +377,7 @@ def test_copies_of_an_expert_serve_at_home(
 
 
 def test_plans_and_tokens_that_cannot_be_run_are_refused(
-    replayed: dict[str, Replayed], tmp_path: Path
+    replayed: dict[str, Replayed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any worker loads the model."""
     folder = replayed["top1"].folder
@@ -398,6 +398,10 @@ def test_plans_and_tokens_that_cannot_be_run_are_refused(
         run(f"{tmp_path}/alone.json")
     with pytest.raises(UsageError, match="--dtype int8 is not known"):
         run(f"{folder}/plan.json", dtype="int8")
+    with monkeypatch.context() as older:
+        older.setitem(sys.modules, "transformers.distributed.expert_parallel", None)
+        with pytest.raises(PlacerError, match="needs a transformers whose exchange"):
+            run(f"{folder}/plan.json")
     chunk = Trace(folder / "trace").read()
     assert chunk.token_ids is not None
     chunk.token_ids[-NUM_RANKS * LENGTH :] = 64
