@@ -105,7 +105,12 @@ def solve(
         ),
     ] = None,
     robust: Annotated[
-        str, typer.Option(help="Loads to bear beside the profile's: bootstrap or domains.")
+        str,
+        typer.Option(
+            help="Keep other sequences to --max-imbalance too, bearing loads beside the "
+            "profile's: bootstrap or domains. Solves under the cap that quick plans of "
+            "halves of the profile ask for."
+        ),
     ] = "none",
     overflow_price: Annotated[
         float, typer.Option(help="With --robust: copies that a pair over the cap is worth.")
@@ -175,7 +180,12 @@ def solve(
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
     from placer.report.advice import Question
-    from placer.report.comparison import COLUMNS, certificate_lines, plan_rows
+    from placer.report.comparison import (
+        COLUMNS,
+        certificate_lines,
+        inner_cap_line,
+        plan_rows,
+    )
     from placer.report.layer_time import choose_by_time
     from placer.simulation.cost import find_expert_shape
     from placer.trace import Trace
@@ -294,6 +304,8 @@ def solve(
                 f"--max-home-imbalance {max_home_imbalance:g} was not reached in every "
                 f"layer of the profile: {reached:.3f}"
             )
+    if report.inner_cap is not None:
+        note(inner_cap_line(report.inner_cap, max_imbalance))
     if as_json:
         print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
         return

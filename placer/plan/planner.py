@@ -1,5 +1,6 @@
 """From a trace, or from counts alone, to a plan with its metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
 from placer.plan.alternation import vocabulary_of
+from placer.model import ModelSpec
+from placer.plan.inner_cap import choose_inner_cap
 from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
-from placer.plan.plan import Plan
-from placer.plan.solve import Progress, solve
+from placer.plan.plan import Plan, SolverReport
+from placer.plan.solve import Progress, out_of_reach, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table.build import build_table
@@ -39,7 +42,7 @@ def plan_from_trace(
     """
     affinity = count_affinity(trace.chunks(fold), trace.model, {})
     profile = trace.read(fold)
-    placement, report = solve(affinity, options, progress, profile)
+    placement, report = _solve(trace.model, affinity, options, profile, progress)
     heldout = None if fold is None else trace.read(fold.complement())
     judged = profile if heldout is None else heldout
     topology = options.topology
@@ -114,6 +117,31 @@ def _table(placement: Placement, profile: Chunk, options: SolveOptions) -> Table
         vocab_size=vocabulary_of(profile, options.content_policy),
         max_home_imbalance=options.max_home_imbalance,
     )
+
+
+def _solve(
+    model: ModelSpec,
+    affinity: Affinity,
+    options: SolveOptions,
+    profile: Chunk,
+    progress: Progress | None,
+) -> tuple[Placement, SolverReport]:
+    """Solve, a robust plan under the cap that halves of the profile ask for."""
+    if options.robust == "none" or options.objective == "balance":
+        return solve(affinity, options, progress, profile)
+    inner_cap = choose_inner_cap(model, profile, options, progress)
+    inner = replace(options, max_imbalance=inner_cap.max_imbalance, relax_cap=True)
+    placement, report = solve(affinity, inner, progress, profile)
+    # A cap that nobody asked for may be missed; what was asked for may not.
+    missed = {
+        int(layer): value
+        for layer, value in report.relaxed_layers.items()
+        if value > options.max_imbalance + 1e-9
+    }
+    if missed and not options.relax_cap:
+        raise out_of_reach(missed, placement, options)
+    relaxed = {str(layer): value for layer, value in missed.items()}
+    return placement, replace(report, inner_cap=inner_cap, relaxed_layers=relaxed)
 
 
 def _with_equal_slots(

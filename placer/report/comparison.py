@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from placer.plan import Plan
-from placer.plan.plan import Certificate, SolverReport
+from placer.plan.plan import Certificate, InnerCap, SolverReport
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
@@ -78,6 +78,17 @@ def certificate_lines(report: SolverReport) -> list[str]:
     if report.pairs is not None:
         lines.append(_line("pairs", report.pairs))
     return lines
+
+
+def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
+    """Return the sentence on the cap that a robust plan was solved under."""
+    line = (
+        f"solved under a load cap of {inner_cap.max_imbalance:g}, chosen on halves of the "
+        f"profile: predicted imbalance {inner_cap.predicted_imbalance:.4f}"
+    )
+    if inner_cap.holds:
+        return line
+    return f"{line}, above the {max_imbalance:g} asked for; it is the closest"
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
+from placer.plan.inner_cap import expert_loads, inner_halves
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
 from placer.plan.solve import Progress, solve
@@ -125,15 +124,16 @@ def choose_by_time(
         )
     topology = options.topology
     load_caps(
-        _loads(model, profile),
+        expert_loads(model, profile),
         topology.num_ranks,
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
-    inner, heldout = _halves(profile)
+    inner, heldout = inner_halves(profile, "--objective time")
+    heldout = heldout.first_sequences(MOST_JUDGED_TOKENS)
     affinity = count_affinity([inner], model, {})
     balanced = balance_loads(
-        _loads(model, inner),
+        expert_loads(model, inner),
         topology.num_ranks,
         topology.num_nodes,
         options.redundant_experts,
@@ -205,23 +205,3 @@ def _balance(options: SolveOptions) -> SolveOptions:
         robust="none",
         relax_cap=True,
     )
-
-
-def _loads(model: ModelSpec, tokens: Chunk) -> list[Any]:
-    return [
-        np.bincount(ids.ravel(), minlength=size).astype(np.float64)
-        for ids, size in zip(tokens.experts, model.num_experts, strict=True)
-    ]
-
-
-def _halves(profile: Chunk) -> tuple[Chunk, Chunk]:
-    """Return every second sequence, and the others, whatever fold they are of."""
-    present, number = np.unique(profile.sequence_ids, return_inverse=True)
-    if len(present) < 2:
-        raise UsageError(
-            "--objective time holds sequences out of the profile, which has only one",
-            "record more sequences, or choose another --fold",
-        )
-    even = number % 2 == 0
-    heldout = profile.select(~even).first_sequences(MOST_JUDGED_TOKENS)
-    return profile.select(even), heldout
