@@ -26,6 +26,9 @@ from placer.errors import NotProvedError, UsageError
 
 if TYPE_CHECKING:
     from placer.plan.options import SolveOptions
+    from placer.plan.redundant import Memory, RedundantChoice
+    from placer.plan.solve import Progress
+    from placer.report.advice import Question
     from placer.trace import Fold
 
 
@@ -96,8 +99,29 @@ def solve(
     inter_cost: Annotated[int, typer.Option(help="Cost of a copy between nodes.")] = 8,
     intra_cost: Annotated[int, typer.Option(help="Cost of a copy inside a node.")] = 1,
     redundant_experts: Annotated[
-        int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")
-    ] = 0,
+        str,
+        typer.Option(
+            metavar="X|auto",
+            help="Slots per layer beyond one for each expert. auto climbs 0, R, 2R, 4R, "
+            "... for R ranks while quick plans say that the next step saves "
+            "--redundant-gain of the objective, within --redundant-memory.",
+        ),
+    ] = "0",
+    redundant_gain: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="With --redundant-experts auto: what a step must save of the objective.",
+        ),
+    ] = 0.05,
+    redundant_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            help="With --redundant-experts auto: most memory per rank, all layers; needs "
+            "--model, or --hidden-size and --expert-size.",
+        ),
+    ] = None,
     replica_choice: Annotated[
         str | None,
         typer.Option(
@@ -169,6 +193,7 @@ def solve(
     """
     from dataclasses import replace
 
+    from placer.affinity import Affinity
     from placer.engine import Engine
     from placer.hardware import Hardware
     from placer.plan import Plan
@@ -176,6 +201,7 @@ def solve(
     from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
     from placer.plan.problem import Topology
+    from placer.plan.redundant import Memory
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
@@ -184,6 +210,7 @@ def solve(
         COLUMNS,
         certificate_lines,
         inner_cap_line,
+        ladder_line,
         plan_rows,
     )
     from placer.report.layer_time import choose_by_time
@@ -196,13 +223,19 @@ def solve(
             f"--hardware {hardware} is for --objective time, not {objective}",
             "add --objective time, or drop --hardware",
         )
+    fixed_redundant = _number_or_auto(redundant_experts)
+    if fixed_redundant is not None and redundant_memory is not None:
+        raise UsageError(
+            f"--redundant-memory {redundant_memory:g} is for --redundant-experts auto",
+            "add --redundant-experts auto, or drop --redundant-memory",
+        )
     served = solved_for(
         engine,
         policy,
         "traffic" if by_time else objective,
         exchange,
         replica_choice,
-        has_replicas=redundant_experts > 0,
+        has_replicas=fixed_redundant != 0,
     )
     for line in served.notes:
         note(line)
@@ -220,7 +253,7 @@ def solve(
         max_imbalance=max_imbalance,
         max_home_imbalance=max_home_imbalance,
         relax_cap=relax_cap,
-        redundant_experts=redundant_experts,
+        redundant_experts=fixed_redundant or 0,
         replica_choice=served.replica_choice,  # type: ignore[arg-type]
         robust=robust,  # type: ignore[arg-type]
         overflow_price=overflow_price,
@@ -236,30 +269,46 @@ def solve(
         refine=RefineLimits(num_sweeps=num_sweeps),
     )
     chosen = parse_fold(fold, not_fold)
+    by_time = by_time and served.objective == "traffic"
+    if by_time and source.is_file():
+        raise UsageError(
+            f"{source} holds counts; --objective time needs tokens",
+            "solve from the trace itself: placer solve TRACE --out PLAN",
+        )
+    expert = None
+    if by_time or redundant_memory is not None:
+        kept = Affinity.read(source).model if source.is_file() else Trace(source).model
+        expert = find_expert_shape(
+            model, hidden_size or kept.hidden_size, expert_size, weight_bytes
+        )
+    question = Question(
+        topology=options.topology,
+        policy=policy,
+        engine=None if engine is None else Engine.named(engine),
+        hardware=None if hardware is None else Hardware.named(hardware),
+        expert=expert,
+    )
+    redundant, choice = None, None
+    if fixed_redundant is None:
+        memory = Memory.of(expert, redundant_memory)
+        with progress_line("solve") as progress:
+            redundant = _choose_redundant(
+                source,
+                chosen,
+                options,
+                question if by_time else None,
+                memory,
+                redundant_gain,
+                progress,
+            )
+        options = replace(options, redundant_experts=redundant.redundant_experts)
+        note(ladder_line(redundant))
     if frontier is not None:
         _frontier(source, options, chosen, frontier, out, by_time, as_json)
         return
-    choice = None
     with progress_line("solve") as progress:
-        if by_time and served.objective == "traffic":
-            if source.is_file():
-                raise UsageError(
-                    f"{source} holds counts; --objective time needs tokens",
-                    "solve from the trace itself: placer solve TRACE --out PLAN",
-                )
+        if by_time:
             trace = Trace(source)
-            question = Question(
-                topology=options.topology,
-                policy=policy,
-                engine=None if engine is None else Engine.named(engine),
-                hardware=None if hardware is None else Hardware.named(hardware),
-                expert=find_expert_shape(
-                    model,
-                    hidden_size or trace.model.hidden_size,
-                    expert_size,
-                    weight_bytes,
-                ),
-            )
             choice = choose_by_time(
                 trace.model, trace.read(chosen), options, question, progress
             )
@@ -277,6 +326,9 @@ def solve(
         if choice.left_out is not None:
             note(choice.left_out)
         plan = replace(plan, provenance={**plan.provenance, "time": choice.to_json()})
+    if redundant is not None:
+        chosen_so = {"redundant_experts": redundant.to_json()}
+        plan = replace(plan, provenance={**plan.provenance, **chosen_so})
     report = plan.solver
     if require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -325,6 +377,47 @@ def solve(
             f"{choice.break_even.words}"
         )
     print_line(f"plan written to {out}")
+
+
+def _number_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UsageError(
+            f"--redundant-experts {text} is neither a number nor auto",
+            "for example --redundant-experts 8",
+        )
+    return int(text)
+
+
+def _choose_redundant(
+    source: Path,
+    fold: "Fold | None",
+    options: "SolveOptions",
+    question: "Question | None",
+    memory: "Memory",
+    least_gain: float,
+    progress: "Progress | None",
+) -> "RedundantChoice":
+    """Climb by the objective on the profile, or by the time that a question asks for."""
+    from placer.affinity import Affinity, count_affinity
+    from placer.plan.redundant import choose_redundant_experts, worth_on_profile
+    from placer.report.layer_time import worth_by_time
+    from placer.trace import Trace
+
+    if source.is_file():
+        affinity, profile = Affinity.read(source), None
+    else:
+        trace = Trace(source)
+        affinity = count_affinity(trace.chunks(fold), trace.model, {})
+        profile = trace.read(fold)
+    if question is not None and profile is not None:
+        worth = worth_by_time(affinity.model, profile, question)
+    else:
+        worth = worth_on_profile(affinity, profile)
+    return choose_redundant_experts(
+        affinity.model.num_experts, options, worth, memory, least_gain, progress
+    )
 
 
 def _frontier(

@@ -19,15 +19,12 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import CapTrial, InnerCap
 from placer.plan.problem import FloatArray
-from placer.plan.search import SearchLimits
 from placer.plan.solve import Progress, solve
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk
 
 # Shares of the imbalance asked for that quick plans may use.
 _SHARES = (1.0, 0.6, 0.2)
-# The imbalance of such a plan is that of a whole search within a hundredth.
-_LIMITS, _NUM_SWEEPS = SearchLimits(num_rounds=0), 1
 _CAP_STEPS = 1000  # caps are rounded down to thousandths
 
 
@@ -66,15 +63,7 @@ def choose_inner_cap(
         relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
     halves = inner_halves(profile, f"--robust {options.robust}")
-    num_sweeps = min(_NUM_SWEEPS, options.refine.num_sweeps)
-    quick = replace(
-        options,
-        relax_cap=True,
-        proof="none",
-        time_limit=None,
-        limits=_LIMITS,
-        refine=replace(options.refine, num_sweeps=num_sweeps),
-    )
+    quick = replace(options.quick(), relax_cap=True)
     trials = []
     for share in _SHARES:
         cap = round(1 + share * (options.max_imbalance - 1), 6)

@@ -5,6 +5,7 @@ from typing import Any
 
 from placer.plan import Plan
 from placer.plan.plan import Certificate, InnerCap, SolverReport
+from placer.plan.redundant import RedundantChoice
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
@@ -89,6 +90,21 @@ def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
     if inner_cap.holds:
         return line
     return f"{line}, above the {max_imbalance:g} asked for; it is the closest"
+
+
+def ladder_line(choice: RedundantChoice) -> str:
+    """Return the sentence on the redundant experts that were tried, and taken."""
+    steps = []
+    for step in choice.ladder:
+        words = f"{step.redundant_experts}: {step.value:.6g}"
+        if step.bytes_per_rank:
+            words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
+        steps.append(words if step.meets_cap else f"{words} above the load cap")
+    return (
+        f"{choice.redundant_experts} redundant experts, the next step saves less than "
+        f"{choice.least_gain:.0%} or is not allowed; {choice.objective_name}, quick plans: "
+        + "; ".join(steps)
+    )
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:
