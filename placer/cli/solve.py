@@ -96,8 +96,40 @@ def solve(
         bool,
         typer.Option("--relax-cap", help="Where the cap is out of reach, take the best."),
     ] = False,
-    inter_cost: Annotated[int, typer.Option(help="Cost of a copy between nodes.")] = 8,
-    intra_cost: Annotated[int, typer.Option(help="Cost of a copy inside a node.")] = 1,
+    inter_cost: Annotated[
+        int | None, typer.Option(help="Cost of a copy between nodes.", show_default="8")
+    ] = None,
+    intra_cost: Annotated[
+        int | None, typer.Option(help="Cost of a copy inside a node.", show_default="1")
+    ] = None,
+    topology: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Cost of a copy between every two ranks, in place of both: R rows of R "
+            "whole numbers, JSON or .csv.",
+        ),
+    ] = None,
+    ep_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="R",
+            help="Ranks of an expert-parallel group, where all GPUs of --nodes are not one "
+            "group.",
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(min=1, help="With --ep-size: neighbouring ranks that share tokens."),
+    ] = 1,
+    ep_groups: Annotated[
+        str,
+        typer.Option(
+            help="With --ep-size: consecutive data parallel ranks make a group "
+            "(DeepSpeed's default), or strided (its use_data_before_expert_parallelism)."
+        ),
+    ] = "consecutive",
     redundant_experts: Annotated[
         str,
         typer.Option(
@@ -200,11 +232,11 @@ def solve(
     from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
-    from placer.plan.problem import Topology
     from placer.plan.redundant import Memory
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
+    from placer.plan.world import WorldLayout, group_topology
     from placer.report.advice import Question
     from placer.report.comparison import (
         COLUMNS,
@@ -239,12 +271,30 @@ def solve(
     )
     for line in served.notes:
         note(line)
+    layout = None
+    if ep_size is not None:
+        layout = WorldLayout(
+            num_nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            ep_size=ep_size,
+            tensor_parallel_size=tensor_parallel_size,
+            ep_groups=ep_groups,  # type: ignore[arg-type]  # it refuses other names
+        )
+        note(layout.describe())
+    elif tensor_parallel_size != 1 or ep_groups != "consecutive":
+        raise UsageError(
+            "--tensor-parallel-size and --ep-groups say where expert-parallel groups lie, "
+            "but there is no --ep-size",
+            "add --ep-size R, the ranks of a group",
+        )
     options = SolveOptions(
-        topology=Topology(
+        topology=group_topology(
             num_nodes=nodes,
             gpus_per_node=gpus_per_node,
             inter_cost=inter_cost,
             intra_cost=intra_cost,
+            layout=layout,
+            cost_file=topology,
         ),
         # SolveOptions refuses names that it does not know.
         policy=policy,  # type: ignore[arg-type]
@@ -329,6 +379,8 @@ def solve(
     if redundant is not None:
         chosen_so = {"redundant_experts": redundant.to_json()}
         plan = replace(plan, provenance={**plan.provenance, **chosen_so})
+    if layout is not None:
+        plan = replace(plan, provenance={**plan.provenance, "layout": layout.to_json()})
     report = plan.solver
     if require_optimal and report.status != "optimal":
         raise NotProvedError(

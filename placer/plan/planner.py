@@ -18,6 +18,7 @@ from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
+from placer.plan.problem import Topology
 from placer.plan.solve import Progress, out_of_reach, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
@@ -159,6 +160,18 @@ def _with_equal_slots(
     return {"eplb": eplb(problem)}
 
 
+def _costs(topology: Topology) -> dict[str, Any]:
+    """Return what a copy costs: two classes of links, or a matrix with its file's hash."""
+    if topology.cost is None:
+        return {
+            "inter_cost": topology.inter_cost,
+            "intra_cost": topology.intra_cost,
+            "topology": None,
+        }
+    matrix = {"sha256": topology.cost_sha256, "cost": [list(r) for r in topology.cost]}
+    return {"inter_cost": None, "intra_cost": None, "topology": matrix}
+
+
 def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
     start = options.start
     from_start = start and {
@@ -168,8 +181,7 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
     }
     return {
         "placer": __version__,
-        "inter_cost": options.topology.inter_cost,
-        "intra_cost": options.topology.intra_cost,
+        **_costs(options.topology),
         "num_rounds": options.limits.num_rounds,
         "num_sweeps": options.refine.num_sweeps,
         "robust": options.robust,

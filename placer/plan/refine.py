@@ -389,6 +389,7 @@ class Refinement:
             receive=problem.receive_price * num_ranks,
             max_homes=max_homes,
             crowd=crowd,
+            ranks_per_node=topology.gpus_per_node,
         )
 
     def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
@@ -441,9 +442,10 @@ def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
         nodes = np.zeros((num_ranks, 0), dtype=np.int64)
     elif exchange == "per-node":
         node, local = np.divmod(np.arange(num_ranks), topology.gpus_per_node)
-        inside = 1 if num_nodes == 1 else topology.intra_cost
-        cost = np.where(local[:, None] != local, inside, 0).astype(np.int64)
-        nodes = np.where(node[:, None] != np.arange(num_nodes), topology.inter_cost, 0)
+        # [R, N]: where a home's copy lands in a node, the rank with the home's index.
+        landing = np.arange(num_nodes) * topology.gpus_per_node + local[:, None]
+        nodes = np.take_along_axis(cost, landing, axis=1)
+        cost = cost[landing[:, node], np.arange(num_ranks)]
     else:
         raise UsageError(
             f"the traffic of exchange {exchange} does not depend on the placement",
