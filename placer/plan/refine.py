@@ -332,8 +332,7 @@ class Refinement:
         elif problem.homes is not None:
             home = problem.homes[layer].astype(np.int16)
         elif len(self._states[layer].num_choices) > 1:
-            # Each token stands for one home; over the tokens every rank is as frequent.
-            home = (np.arange(len(experts)) % num_ranks).astype(np.int16)
+            home = _even_homes(len(experts), num_ranks)
         else:
             home = np.full(len(experts), num_ranks, dtype=np.int16)
         return kernels.LayerTokens(experts, home, next_price, starts, users)
@@ -352,10 +351,12 @@ class Refinement:
         num_tokens = self.problem.num_tokens
         several = any(len(state.num_choices) > 1 for state in self._states)
         num_ranks = self.problem.topology.num_ranks
-        home = (
-            np.arange(num_tokens) % num_ranks if several else np.full(num_tokens, num_ranks)
+        first = (
+            _even_homes(num_tokens, num_ranks)
+            if several
+            else np.full(num_tokens, num_ranks, dtype=np.int16)
         )
-        homes = [home.astype(np.int16)]
+        homes = [first]
         nothing = np.zeros((1, 1), dtype=np.int64)
         for layer in range(self.problem.num_layers - 1):
             starts, users = self._users[layer]
@@ -421,6 +422,15 @@ class Refinement:
             kernels.share_of(choices, number, state.share[expert])
             state.choices[:, expert], state.num_choices[:, expert] = choices, number
         return state
+
+
+def _even_homes(num_tokens: int, num_ranks: int) -> RankArray:
+    """Return a home for each token, every rank as often: one stands for all of them.
+
+    Shuffled, since copies take turns by the token's place: a home must not go with a turn.
+    """
+    homes = np.arange(num_tokens) % num_ranks
+    return np.random.default_rng(num_ranks).permutation(homes).astype(np.int16)
 
 
 def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
