@@ -244,6 +244,7 @@ def solve(
         inner_cap_line,
         ladder_line,
         plan_rows,
+        price_line,
     )
     from placer.report.layer_time import choose_by_time
     from placer.simulation.cost import find_expert_shape
@@ -416,6 +417,8 @@ def solve(
     rows = plan_rows(plan)
     if rows:
         print_table(COLUMNS, rows)
+    if (priced := price_line(plan)) is not None:
+        print_line(priced)
     if start is not None:
         print_line(f"{plan.provenance['moved_experts']} experts moved from {start}")
     for line in certificate_lines(report):

@@ -1,5 +1,6 @@
 """From a trace, or from counts alone, to a plan with its metrics."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
 from placer.plan.problem import Topology
+from placer.plan.refine import Refinement, TrafficProblem, layer_tokens
+from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import Progress, out_of_reach, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
@@ -76,6 +79,10 @@ def plan_from_trace(
             "profile": metrics(profile, "placer"),
             "heldout": None if heldout is None else metrics(heldout, "placer"),
             "baselines": {name: metrics(judged, name) for name in baselines},
+            "profile": metrics(profile, placement),
+            "heldout": None if heldout is None else metrics(heldout, placement),
+            "baselines": {name: metrics(judged, one) for name, one in baselines.items()},
+            **_prices(judged, {**baselines, "placer": placement}, options),
         },
         provenance=_provenance(options, placement)
         | {
@@ -158,6 +165,31 @@ def _with_equal_slots(
         redundant_experts=options.redundant_experts,
     )
     return {"eplb": eplb(problem)}
+
+
+def _prices(
+    tokens: Chunk, placements: Mapping[str, Placement], options: SolveOptions
+) -> dict[str, dict[str, float]]:
+    """Return the price of each placement's copies, where links cost differently."""
+    topology = options.topology
+    if topology.cost is None and topology.num_nodes == 1:
+        return {}
+    load = load_scenarios(tokens, placements["placer"].num_experts, "none", options.seed)
+    problem = TrafficProblem(
+        experts=layer_tokens(tokens),
+        topology=topology,
+        policy=options.policy,
+        exchange=options.exchange,
+        load=load,
+        max_load=tuple(one.sum(axis=1) for one in load),
+        replica_choice=options.replica_choice,
+    )
+    judge = Refinement(problem=problem, limits=options.refine)
+    return {
+        "prices": {
+            name: round(judge.evaluate(one).copies, 5) for name, one in placements.items()
+        }
+    }
 
 
 def _costs(topology: Topology) -> dict[str, Any]:

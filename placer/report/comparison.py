@@ -81,6 +81,22 @@ def certificate_lines(report: SolverReport) -> list[str]:
     return lines
 
 
+def price_line(plan: Plan) -> str | None:
+    """Return the price of a plan's copies beside its baselines', where links differ."""
+    prices = plan.metrics.get("prices")
+    if prices is None:
+        return None
+    others = [
+        f"{prices['placer'] / price:.3f} of {name}'s {price:.4g}"
+        for name, price in prices.items()
+        if name != "placer" and price
+    ]
+    return (
+        f"price of the copies, per token and layer: {prices['placer']:.4g}, "
+        + ", ".join(others)
+    )
+
+
 def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
     """Return the sentence on the cap that a robust plan was solved under."""
     line = (

@@ -19,6 +19,7 @@ from placer.plan import Placement
 from placer.plan.certificate import PairCertificate
 from placer.plan.copies import CopiesCertificate, token_sets
 from placer.plan.options import SolveOptions
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits, Refinement, TrafficProblem, layer_tokens
 from placer.plan.replicas import with_replicas
@@ -27,7 +28,7 @@ from placer.plan.search import SearchLimits
 from placer.plan.solve import solve
 from placer.plan.world import WorldLayout, group_topology, read_costs
 from placer.simulation.baselines import contiguous, random
-from placer.trace import Chunk, Trace
+from placer.trace import Chunk, Fold, Trace
 from tests.plan.enumeration import every_placement, random_problem
 
 SIZES = (8, 8, 8)
@@ -449,6 +450,26 @@ def test_other_files_are_told(tmp_path: Path) -> None:
         group_topology(
             num_nodes=1, gpus_per_node=2, inter_cost=8, cost_file=tmp_path / "links.json"
         )
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+def test_prices_of_a_plan_are_those_of_what_was_held_out(
+    make_trace: Callable[..., Trace], policy: str
+) -> None:
+    trace = make_trace(num_experts=(16, 16), num_tokens=80, num_sequences=6)
+    topology = Topology(num_nodes=2, gpus_per_node=4, cost=PAIRS)
+    options = SolveOptions(topology=topology, policy=policy, relax_cap=True, proof="none")
+    plan = plan_from_trace(trace, options, Fold(0, 2))
+    heldout = trace.read(Fold(1, 2))
+    expected = {
+        "contiguous": contiguous((16, 16), 8, 2),
+        "placer": plan.placement,
+    }
+    for name, placement in expected.items():
+        plain = price_of_copies(heldout, placement, policy, "per-rank", topology)
+        assert plan.metrics["prices"][name] == pytest.approx(plain, abs=1e-5)
+    one = replace(options, topology=Topology(gpus_per_node=8))
+    assert "prices" not in plan_from_trace(trace, one, None).metrics
 
 
 def test_a_plan_says_which_links_and_which_groups(
