@@ -168,6 +168,7 @@ class SolveOptions:
         """
         few_ranks = self.policy == "token" and top_k > 1
         return "fixed" if self.policy == "fixed" or few_ranks else "follow"
+
     def quick(self) -> Self:
         """Return the same for a plan to choose by, a few seconds' search without a proof.
 

@@ -12,8 +12,8 @@ from placer.affinity import Affinity, count_affinity
 from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
-from placer.plan.alternation import vocabulary_of
 from placer.model import ModelSpec
+from placer.plan.alternation import vocabulary_of
 from placer.plan.inner_cap import choose_inner_cap
 from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
@@ -79,9 +79,6 @@ def plan_from_trace(
             "profile": metrics(profile, "placer"),
             "heldout": None if heldout is None else metrics(heldout, "placer"),
             "baselines": {name: metrics(judged, name) for name in baselines},
-            "profile": metrics(profile, placement),
-            "heldout": None if heldout is None else metrics(heldout, placement),
-            "baselines": {name: metrics(judged, one) for name, one in baselines.items()},
             **_prices(judged, {**baselines, "placer": placement}, options),
         },
         provenance=_provenance(options, placement)
@@ -170,15 +167,20 @@ def _with_equal_slots(
 def _prices(
     tokens: Chunk, placements: Mapping[str, Placement], options: SolveOptions
 ) -> dict[str, dict[str, float]]:
-    """Return the price of each placement's copies, where links cost differently."""
-    topology = options.topology
+    """Return the price of each placement's copies, where links cost differently.
+
+    Empty for a policy whose homes each placement's own table gives.
+    """
+    topology, policy = options.topology, options.policy
     if topology.cost is None and topology.num_nodes == 1:
+        return {}
+    if policy == "token" or policy == "request":  # mypy narrows no set
         return {}
     load = load_scenarios(tokens, placements["placer"].num_experts, "none", options.seed)
     problem = TrafficProblem(
         experts=layer_tokens(tokens),
         topology=topology,
-        policy=options.policy,
+        policy=policy,
         exchange=options.exchange,
         load=load,
         max_load=tuple(one.sum(axis=1) for one in load),
