@@ -179,6 +179,7 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
     source = CheckpointSource.open(directory)
     routed = RoutedTensors.of(source, model)
     placement = plan.placement
+    groups = plan.provenance.get("layout", {}).get("groups", [])
     shards, indexes, records = [], [], []
     for rank in range(placement.num_ranks):
         held = [
@@ -197,6 +198,7 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
                 "rank": rank,
                 "num_ranks": placement.num_ranks,
                 "num_nodes": placement.num_nodes,
+                "world_ranks": [group[rank] for group in groups],
                 "plan_sha256": sha256_file(plan_path),
                 "source_fingerprint": model.fingerprint,
                 "layer_ids": list(model.layer_ids or ()),

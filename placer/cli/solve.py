@@ -26,6 +26,9 @@ from placer.errors import NotProvedError, UsageError
 
 if TYPE_CHECKING:
     from placer.plan.options import SolveOptions
+    from placer.plan.redundant import Memory, RedundantChoice
+    from placer.plan.solve import Progress
+    from placer.report.advice import Question
     from placer.trace import Fold
 
 
@@ -93,11 +96,64 @@ def solve(
         bool,
         typer.Option("--relax-cap", help="Where the cap is out of reach, take the best."),
     ] = False,
-    inter_cost: Annotated[int, typer.Option(help="Cost of a copy between nodes.")] = 8,
-    intra_cost: Annotated[int, typer.Option(help="Cost of a copy inside a node.")] = 1,
+    inter_cost: Annotated[
+        int | None, typer.Option(help="Cost of a copy between nodes.", show_default="8")
+    ] = None,
+    intra_cost: Annotated[
+        int | None, typer.Option(help="Cost of a copy inside a node.", show_default="1")
+    ] = None,
+    topology: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Cost of a copy between every two ranks, in place of both: R rows of R "
+            "whole numbers, JSON or .csv.",
+        ),
+    ] = None,
+    ep_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="R",
+            help="Ranks of an expert-parallel group, where all GPUs of --nodes are not one "
+            "group.",
+        ),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(min=1, help="With --ep-size: neighbouring ranks that share tokens."),
+    ] = 1,
+    ep_groups: Annotated[
+        str,
+        typer.Option(
+            help="With --ep-size: consecutive data parallel ranks make a group "
+            "(DeepSpeed's default), or strided (its use_data_before_expert_parallelism)."
+        ),
+    ] = "consecutive",
     redundant_experts: Annotated[
-        int, typer.Option(min=0, help="Slots per layer beyond one for each expert.")
-    ] = 0,
+        str,
+        typer.Option(
+            metavar="X|auto",
+            help="Slots per layer beyond one for each expert. auto climbs 0, R, 2R, 4R, "
+            "... for R ranks while quick plans say that the next step saves "
+            "--redundant-gain of the objective, within --redundant-memory.",
+        ),
+    ] = "0",
+    redundant_gain: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="With --redundant-experts auto: what a step must save of the objective.",
+        ),
+    ] = 0.05,
+    redundant_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB",
+            help="With --redundant-experts auto: most memory per rank, all layers; needs "
+            "--model, or --hidden-size and --expert-size.",
+        ),
+    ] = None,
     replica_choice: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +161,12 @@ def solve(
         ),
     ] = None,
     robust: Annotated[
-        str, typer.Option(help="Loads to bear beside the profile's: bootstrap or domains.")
+        str,
+        typer.Option(
+            help="Keep other sequences to --max-imbalance too, bearing loads beside the "
+            "profile's: bootstrap or domains. Solves under the cap that quick plans of "
+            "halves of the profile ask for."
+        ),
     ] = "none",
     overflow_price: Annotated[
         float, typer.Option(help="With --robust: copies that a pair over the cap is worth.")
@@ -164,18 +225,27 @@ def solve(
     """
     from dataclasses import replace
 
+    from placer.affinity import Affinity
     from placer.engine import Engine
     from placer.hardware import Hardware
     from placer.plan import Plan
     from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
-    from placer.plan.problem import Topology
+    from placer.plan.redundant import Memory
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
+    from placer.plan.world import WorldLayout, group_topology
     from placer.report.advice import Question
-    from placer.report.comparison import COLUMNS, certificate_lines, plan_rows
+    from placer.report.comparison import (
+        COLUMNS,
+        certificate_lines,
+        inner_cap_line,
+        ladder_line,
+        plan_rows,
+        price_line,
+    )
     from placer.report.layer_time import choose_by_time
     from placer.simulation.cost import find_expert_shape
     from placer.trace import Trace
@@ -186,22 +256,46 @@ def solve(
             f"--hardware {hardware} is for --objective time, not {objective}",
             "add --objective time, or drop --hardware",
         )
+    fixed_redundant = _number_or_auto(redundant_experts)
+    if fixed_redundant is not None and redundant_memory is not None:
+        raise UsageError(
+            f"--redundant-memory {redundant_memory:g} is for --redundant-experts auto",
+            "add --redundant-experts auto, or drop --redundant-memory",
+        )
     served = solved_for(
         engine,
         policy,
         "traffic" if by_time else objective,
         exchange,
         replica_choice,
-        has_replicas=redundant_experts > 0,
+        has_replicas=fixed_redundant != 0,
     )
     for line in served.notes:
         note(line)
+    layout = None
+    if ep_size is not None:
+        layout = WorldLayout(
+            num_nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            ep_size=ep_size,
+            tensor_parallel_size=tensor_parallel_size,
+            ep_groups=ep_groups,  # type: ignore[arg-type]  # it refuses other names
+        )
+        note(layout.describe())
+    elif tensor_parallel_size != 1 or ep_groups != "consecutive":
+        raise UsageError(
+            "--tensor-parallel-size and --ep-groups say where expert-parallel groups lie, "
+            "but there is no --ep-size",
+            "add --ep-size R, the ranks of a group",
+        )
     options = SolveOptions(
-        topology=Topology(
+        topology=group_topology(
             num_nodes=nodes,
             gpus_per_node=gpus_per_node,
             inter_cost=inter_cost,
             intra_cost=intra_cost,
+            layout=layout,
+            cost_file=topology,
         ),
         # SolveOptions refuses names that it does not know.
         policy=policy,  # type: ignore[arg-type]
@@ -210,7 +304,7 @@ def solve(
         max_imbalance=max_imbalance,
         max_home_imbalance=max_home_imbalance,
         relax_cap=relax_cap,
-        redundant_experts=redundant_experts,
+        redundant_experts=fixed_redundant or 0,
         replica_choice=served.replica_choice,  # type: ignore[arg-type]
         robust=robust,  # type: ignore[arg-type]
         overflow_price=overflow_price,
@@ -226,30 +320,46 @@ def solve(
         refine=RefineLimits(num_sweeps=num_sweeps),
     )
     chosen = parse_fold(fold, not_fold)
+    by_time = by_time and served.objective == "traffic"
+    if by_time and source.is_file():
+        raise UsageError(
+            f"{source} holds counts; --objective time needs tokens",
+            "solve from the trace itself: placer solve TRACE --out PLAN",
+        )
+    expert = None
+    if by_time or redundant_memory is not None:
+        kept = Affinity.read(source).model if source.is_file() else Trace(source).model
+        expert = find_expert_shape(
+            model, hidden_size or kept.hidden_size, expert_size, weight_bytes
+        )
+    question = Question(
+        topology=options.topology,
+        policy=policy,
+        engine=None if engine is None else Engine.named(engine),
+        hardware=None if hardware is None else Hardware.named(hardware),
+        expert=expert,
+    )
+    redundant, choice = None, None
+    if fixed_redundant is None:
+        memory = Memory.of(expert, redundant_memory)
+        with progress_line("solve") as progress:
+            redundant = _choose_redundant(
+                source,
+                chosen,
+                options,
+                question if by_time else None,
+                memory,
+                redundant_gain,
+                progress,
+            )
+        options = replace(options, redundant_experts=redundant.redundant_experts)
+        note(ladder_line(redundant))
     if frontier is not None:
         _frontier(source, options, chosen, frontier, out, by_time, as_json)
         return
-    choice = None
     with progress_line("solve") as progress:
-        if by_time and served.objective == "traffic":
-            if source.is_file():
-                raise UsageError(
-                    f"{source} holds counts; --objective time needs tokens",
-                    "solve from the trace itself: placer solve TRACE --out PLAN",
-                )
+        if by_time:
             trace = Trace(source)
-            question = Question(
-                topology=options.topology,
-                policy=policy,
-                engine=None if engine is None else Engine.named(engine),
-                hardware=None if hardware is None else Hardware.named(hardware),
-                expert=find_expert_shape(
-                    model,
-                    hidden_size or trace.model.hidden_size,
-                    expert_size,
-                    weight_bytes,
-                ),
-            )
             choice = choose_by_time(
                 trace.model, trace.read(chosen), options, question, progress
             )
@@ -267,6 +377,11 @@ def solve(
         if choice.left_out is not None:
             note(choice.left_out)
         plan = replace(plan, provenance={**plan.provenance, "time": choice.to_json()})
+    if redundant is not None:
+        chosen_so = {"redundant_experts": redundant.to_json()}
+        plan = replace(plan, provenance={**plan.provenance, **chosen_so})
+    if layout is not None:
+        plan = replace(plan, provenance={**plan.provenance, "layout": layout.to_json()})
     report = plan.solver
     if require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -294,12 +409,16 @@ def solve(
                 f"--max-home-imbalance {max_home_imbalance:g} was not reached in every "
                 f"layer of the profile: {reached:.3f}"
             )
+    if report.inner_cap is not None:
+        note(inner_cap_line(report.inner_cap, max_imbalance))
     if as_json:
         print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
         return
     rows = plan_rows(plan)
     if rows:
         print_table(COLUMNS, rows)
+    if (priced := price_line(plan)) is not None:
+        print_line(priced)
     if start is not None:
         print_line(f"{plan.provenance['moved_experts']} experts moved from {start}")
     for line in certificate_lines(report):
@@ -313,6 +432,47 @@ def solve(
             f"{choice.break_even.words}"
         )
     print_line(f"plan written to {out}")
+
+
+def _number_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UsageError(
+            f"--redundant-experts {text} is neither a number nor auto",
+            "for example --redundant-experts 8",
+        )
+    return int(text)
+
+
+def _choose_redundant(
+    source: Path,
+    fold: "Fold | None",
+    options: "SolveOptions",
+    question: "Question | None",
+    memory: "Memory",
+    least_gain: float,
+    progress: "Progress | None",
+) -> "RedundantChoice":
+    """Climb by the objective on the profile, or by the time that a question asks for."""
+    from placer.affinity import Affinity, count_affinity
+    from placer.plan.redundant import choose_redundant_experts, worth_on_profile
+    from placer.report.layer_time import worth_by_time
+    from placer.trace import Trace
+
+    if source.is_file():
+        affinity, profile = Affinity.read(source), None
+    else:
+        trace = Trace(source)
+        affinity = count_affinity(trace.chunks(fold), trace.model, {})
+        profile = trace.read(fold)
+    if question is not None and profile is not None:
+        worth = worth_by_time(affinity.model, profile, question)
+    else:
+        worth = worth_on_profile(affinity, profile)
+    return choose_redundant_experts(
+        affinity.model.num_experts, options, worth, memory, least_gain, progress
+    )
 
 
 def _frontier(

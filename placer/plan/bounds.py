@@ -7,7 +7,8 @@ one min-cost flow. With nodes, the same holds for the experts of a node, and
 
     cost = intra_cost [ranks differ] + (inter_cost - intra_cost) [nodes differ]
 
-is bounded term by term. Load caps and pins only take placements away, so the bound stays
+is bounded term by term; of a matrix of costs the least inside a node and the least between
+nodes count. Load caps and pins only take placements away, so the bound stays
 valid; replicas would break it.
 """
 
@@ -24,11 +25,10 @@ METHOD = "b-matching per layer and pair of neighbouring layers"
 def pair_bound(problem: PlacementProblem) -> float:
     """Return a lower bound of ``problem.objective`` over all placements, a whole number."""
     topology = problem.topology
-    bound = _cut_bound(problem, problem.num_ranks)
-    if topology.num_nodes > 1:
-        across = topology.inter_cost - topology.intra_cost
-        between_nodes = _cut_bound(problem, topology.num_nodes)
-        bound = topology.intra_cost * bound + across * between_nodes
+    inside, across = topology.least_costs()
+    bound = inside * _cut_bound(problem, problem.num_ranks)
+    if across > inside:
+        bound += (across - inside) * _cut_bound(problem, topology.num_nodes)
     return float(math.ceil(bound))  # objectives are whole numbers
 
 

@@ -6,9 +6,10 @@ b-matchings of each two layers (``bounds``). With nodes,
 
     cost = intra_cost [ranks differ] + (inter_cost - intra_cost) [nodes differ],
 
-so the bound is joined from that of splits into ranks and that of splits into nodes. Load
-caps of ranks hold for nodes too, times their ranks. Pins only take placements away;
-replicas would break the bounds.
+so the bound is joined from that of splits into ranks and that of splits into nodes; of a
+matrix of costs the least inside a node and the least between nodes count. Load caps of
+ranks hold for nodes too, times their ranks. Pins only take placements away; replicas would
+break the bounds.
 """
 
 import math
@@ -48,11 +49,10 @@ class PairCertificate:
         self.method = MATCHING_METHOD
         self._total = _total_weight(problem)
         topology = problem.topology
-        costs = {topology.num_ranks: 1}
-        if topology.num_nodes > 1:
-            costs[topology.num_ranks] = topology.intra_cost
-            across = topology.inter_cost - topology.intra_cost
-            costs[topology.num_nodes] = costs.get(topology.num_nodes, 0) + across
+        inside, across = topology.least_costs()
+        costs = {topology.num_ranks: inside}
+        if across > inside:
+            costs[topology.num_nodes] = across - inside
         self._groupings = [
             (cost, _Grouping(_grouping_problem(problem, num_groups)))
             for num_groups, cost in costs.items()

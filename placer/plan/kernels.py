@@ -73,6 +73,8 @@ class Prices(NamedTuple):
         Tokens that a rank may be the next home of, where homes follow the experts.
     crowd
         Price of a token above ``max_homes``; 0: not counted.
+    ranks_per_node
+        Ranks that are near to each other where copies of an expert are chosen among.
     """
 
     to_rank: Array
@@ -85,6 +87,7 @@ class Prices(NamedTuple):
     receive: float
     max_homes: float
     crowd: float
+    ranks_per_node: int
 
 
 class LayerState(NamedTuple):
@@ -439,7 +442,6 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     if other >= 0 and state.holds[one, other]:
         return 0.0, False
     num_ranks, num_homes = state.holds.shape[1], state.num_choices.shape[0]
-    ranks_per_node = num_ranks // max(1, prices.to_node.shape[1])
     experts = np.array([one, two], dtype=np.int64)
     held = np.empty((2, num_ranks), dtype=np.bool_)
     held[0], held[1] = state.holds[one], state.holds[two]
@@ -452,7 +454,7 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     change = 0.0
     for side in range(2):
         mine, my_number = choices[:, side], num_choices[:, side]
-        choose(held[side], ranks_per_node, rule, mine, my_number)
+        choose(held[side], prices.ranks_per_node, rule, mine, my_number)
         share_of(mine, my_number, share[side])
     change += prices.linear[two, rank] - prices.linear[one, rank]
     if other >= 0:

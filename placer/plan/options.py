@@ -1,7 +1,7 @@
 """What to solve for."""
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
 
 from placer.errors import UsageError
 from placer.plan.pins import Pin
@@ -168,6 +168,20 @@ class SolveOptions:
         """
         few_ranks = self.policy == "token" and top_k > 1
         return "fixed" if self.policy == "fixed" or few_ranks else "follow"
+
+    def quick(self) -> Self:
+        """Return the same for a plan to choose by, a few seconds' search without a proof.
+
+        Its copies and its imbalance are those of a whole search within a hundredth or two.
+        """
+        num_sweeps = min(1, self.refine.num_sweeps)
+        return replace(
+            self,
+            proof="none",
+            time_limit=None,
+            limits=SearchLimits(num_rounds=0),
+            refine=replace(self.refine, num_sweeps=num_sweeps),
+        )
 
     @property
     def constrained(self) -> bool:

@@ -59,6 +59,57 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CapTrial:
+    """What a load cap is worth: quick plans of each half of the profile, their mean.
+
+    Attributes
+    ----------
+    max_imbalance
+        The cap.
+    objective
+        The solver's objective on the half solved on.
+    profile_imbalance, heldout_imbalance
+        Max/mean rank load, mean over the layers, on that half and on the other.
+    predicted_imbalance
+        The same on other sequences, of a plan that is solved on the whole profile.
+    """
+
+    max_imbalance: float
+    objective: float
+    profile_imbalance: float
+    heldout_imbalance: float
+    predicted_imbalance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerCap:
+    """The load cap that a robust plan was solved under, and why.
+
+    Attributes
+    ----------
+    max_imbalance
+        The cap on the profile; the plan's own ``max_imbalance`` is what was asked for.
+    predicted_imbalance
+        What other sequences should see of it.
+    holds
+        Whether that is no more than what was asked for.
+    trials
+        The caps that it was chosen from.
+    """
+
+    max_imbalance: float
+    predicted_imbalance: float
+    holds: bool
+    trials: tuple[CapTrial, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Read what ``dataclasses.asdict`` wrote."""
+        trials = tuple(CapTrial(**one) for one in value["trials"])
+        return cls(**dict(value) | {"trials": trials})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SolverReport:
     """How good a placement is, and what proves it.
 
@@ -88,6 +139,9 @@ class SolverReport:
     pairs
         Certificate of the pair objective, which stands in for traffic; ``None`` where it
         is the objective itself, or replicas void it.
+    inner_cap
+        With ``--robust`` the load cap that was chosen to solve under, which the bound is
+        of; else ``None``.
     """
 
     status: Literal["optimal", "feasible"]
@@ -101,12 +155,17 @@ class SolverReport:
     reproducible: bool = True
     relaxed_layers: Mapping[str, float] = field(default_factory=dict)
     pairs: Certificate | None = None
+    inner_cap: InnerCap | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Read what ``dataclasses.asdict`` wrote."""
-        pairs = value["pairs"]
-        return cls(**dict(value) | {"pairs": pairs and Certificate(**pairs)})
+        pairs, inner_cap = value["pairs"], value.get("inner_cap")
+        read = {
+            "pairs": pairs and Certificate(**pairs),
+            "inner_cap": inner_cap and InnerCap.from_json(inner_cap),
+        }
+        return cls(**dict(value) | read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,7 @@
 """From a trace, or from counts alone, to a plan with its metrics."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ from placer.affinity import Affinity, count_affinity
 from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
+from placer.model import ModelSpec
 from placer.plan.alternation import vocabulary_of
+from placer.plan.inner_cap import choose_inner_cap
 from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
-from placer.plan.plan import Plan
-from placer.plan.solve import Progress, solve
+from placer.plan.plan import Plan, SolverReport
+from placer.plan.problem import Topology
+from placer.plan.refine import Refinement, TrafficProblem, layer_tokens
+from placer.plan.scenarios import load_scenarios
+from placer.plan.solve import Progress, out_of_reach, solve
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table.build import build_table
@@ -39,7 +46,7 @@ def plan_from_trace(
     """
     affinity = count_affinity(trace.chunks(fold), trace.model, {})
     profile = trace.read(fold)
-    placement, report = solve(affinity, options, progress, profile)
+    placement, report = _solve(trace.model, affinity, options, profile, progress)
     heldout = None if fold is None else trace.read(fold.complement())
     judged = profile if heldout is None else heldout
     topology = options.topology
@@ -72,6 +79,7 @@ def plan_from_trace(
             "profile": metrics(profile, "placer"),
             "heldout": None if heldout is None else metrics(heldout, "placer"),
             "baselines": {name: metrics(judged, name) for name in baselines},
+            **_prices(judged, {**baselines, "placer": placement}, options),
         },
         provenance=_provenance(options, placement)
         | {
@@ -116,6 +124,31 @@ def _table(placement: Placement, profile: Chunk, options: SolveOptions) -> Table
     )
 
 
+def _solve(
+    model: ModelSpec,
+    affinity: Affinity,
+    options: SolveOptions,
+    profile: Chunk,
+    progress: Progress | None,
+) -> tuple[Placement, SolverReport]:
+    """Solve, a robust plan under the cap that halves of the profile ask for."""
+    if options.robust == "none" or options.objective == "balance":
+        return solve(affinity, options, progress, profile)
+    inner_cap = choose_inner_cap(model, profile, options, progress)
+    inner = replace(options, max_imbalance=inner_cap.max_imbalance, relax_cap=True)
+    placement, report = solve(affinity, inner, progress, profile)
+    # A cap that nobody asked for may be missed; what was asked for may not.
+    missed = {
+        int(layer): value
+        for layer, value in report.relaxed_layers.items()
+        if value > options.max_imbalance + 1e-9
+    }
+    if missed and not options.relax_cap:
+        raise out_of_reach(missed, placement, options)
+    relaxed = {str(layer): value for layer, value in missed.items()}
+    return placement, replace(report, inner_cap=inner_cap, relaxed_layers=relaxed)
+
+
 def _with_equal_slots(
     trace: Trace, fold: Fold | None, options: SolveOptions
 ) -> dict[str, Placement]:
@@ -131,6 +164,48 @@ def _with_equal_slots(
     return {"eplb": eplb(problem)}
 
 
+def _prices(
+    tokens: Chunk, placements: Mapping[str, Placement], options: SolveOptions
+) -> dict[str, dict[str, float]]:
+    """Return the price of each placement's copies, where links cost differently.
+
+    Empty for a policy whose homes each placement's own table gives.
+    """
+    topology, policy = options.topology, options.policy
+    if topology.cost is None and topology.num_nodes == 1:
+        return {}
+    if policy == "token" or policy == "request":  # mypy narrows no set
+        return {}
+    load = load_scenarios(tokens, placements["placer"].num_experts, "none", options.seed)
+    problem = TrafficProblem(
+        experts=layer_tokens(tokens),
+        topology=topology,
+        policy=policy,
+        exchange=options.exchange,
+        load=load,
+        max_load=tuple(one.sum(axis=1) for one in load),
+        replica_choice=options.replica_choice,
+    )
+    judge = Refinement(problem=problem, limits=options.refine)
+    return {
+        "prices": {
+            name: round(judge.evaluate(one).copies, 5) for name, one in placements.items()
+        }
+    }
+
+
+def _costs(topology: Topology) -> dict[str, Any]:
+    """Return what a copy costs: two classes of links, or a matrix with its file's hash."""
+    if topology.cost is None:
+        return {
+            "inter_cost": topology.inter_cost,
+            "intra_cost": topology.intra_cost,
+            "topology": None,
+        }
+    matrix = {"sha256": topology.cost_sha256, "cost": [list(r) for r in topology.cost]}
+    return {"inter_cost": None, "intra_cost": None, "topology": matrix}
+
+
 def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
     start = options.start
     from_start = start and {
@@ -140,8 +215,7 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
     }
     return {
         "placer": __version__,
-        "inter_cost": options.topology.inter_cost,
-        "intra_cost": options.topology.intra_cost,
+        **_costs(options.topology),
         "num_rounds": options.limits.num_rounds,
         "num_sweeps": options.refine.num_sweeps,
         "robust": options.robust,

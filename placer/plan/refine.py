@@ -332,8 +332,7 @@ class Refinement:
         elif problem.homes is not None:
             home = problem.homes[layer].astype(np.int16)
         elif len(self._states[layer].num_choices) > 1:
-            # Each token stands for one home; over the tokens every rank is as frequent.
-            home = (np.arange(len(experts)) % num_ranks).astype(np.int16)
+            home = _even_homes(len(experts), num_ranks)
         else:
             home = np.full(len(experts), num_ranks, dtype=np.int16)
         return kernels.LayerTokens(experts, home, next_price, starts, users)
@@ -352,10 +351,12 @@ class Refinement:
         num_tokens = self.problem.num_tokens
         several = any(len(state.num_choices) > 1 for state in self._states)
         num_ranks = self.problem.topology.num_ranks
-        home = (
-            np.arange(num_tokens) % num_ranks if several else np.full(num_tokens, num_ranks)
+        first = (
+            _even_homes(num_tokens, num_ranks)
+            if several
+            else np.full(num_tokens, num_ranks, dtype=np.int16)
         )
-        homes = [home.astype(np.int16)]
+        homes = [first]
         nothing = np.zeros((1, 1), dtype=np.int64)
         for layer in range(self.problem.num_layers - 1):
             starts, users = self._users[layer]
@@ -389,6 +390,7 @@ class Refinement:
             receive=problem.receive_price * num_ranks,
             max_homes=max_homes,
             crowd=crowd,
+            ranks_per_node=topology.gpus_per_node,
         )
 
     def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
@@ -422,6 +424,15 @@ class Refinement:
         return state
 
 
+def _even_homes(num_tokens: int, num_ranks: int) -> RankArray:
+    """Return a home for each token, every rank as often: one stands for all of them.
+
+    Shuffled, since copies take turns by the token's place: a home must not go with a turn.
+    """
+    homes = np.arange(num_tokens) % num_ranks
+    return np.random.default_rng(num_ranks).permutation(homes).astype(np.int16)
+
+
 def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
     """Return what a copy costs: ``[R + 1, R]`` to a rank and ``[R + 1, N]`` to a node.
 
@@ -441,9 +452,10 @@ def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
         nodes = np.zeros((num_ranks, 0), dtype=np.int64)
     elif exchange == "per-node":
         node, local = np.divmod(np.arange(num_ranks), topology.gpus_per_node)
-        inside = 1 if num_nodes == 1 else topology.intra_cost
-        cost = np.where(local[:, None] != local, inside, 0).astype(np.int64)
-        nodes = np.where(node[:, None] != np.arange(num_nodes), topology.inter_cost, 0)
+        # [R, N]: where a home's copy lands in a node, the rank with the home's index.
+        landing = np.arange(num_nodes) * topology.gpus_per_node + local[:, None]
+        nodes = np.take_along_axis(cost, landing, axis=1)
+        cost = cost[landing[:, node], np.arange(num_ranks)]
     else:
         raise UsageError(
             f"the traffic of exchange {exchange} does not depend on the placement",

@@ -86,6 +86,7 @@ def _between_groups(
         gpus_per_node=blocks // num_nodes,
         inter_cost=topology.inter_cost,
         intra_cost=topology.intra_cost,
+        cost=_between_blocks(topology, blocks),
     )
     within = []
     for counts in affinity.coactivation:
@@ -104,6 +105,15 @@ def _between_groups(
     )
     no_cap = [float(counts.sum()) for counts in affinity.load]
     return placement_problem(grouped_affinity, policy, between_blocks, no_cap)
+
+
+def _between_blocks(topology: Topology, blocks: int) -> tuple[tuple[int, ...], ...] | None:
+    """Return a matrix of costs summed over the ranks of blocks, if there is one."""
+    if topology.cost is None:
+        return None
+    summed = _by_group(np.array(topology.cost, dtype=np.int64), blocks)
+    np.fill_diagonal(summed, 0)
+    return tuple(map(tuple, summed.tolist()))
 
 
 def _by_group(counts: IntArray, n_group: int) -> IntArray:

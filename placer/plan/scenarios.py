@@ -13,7 +13,7 @@ from placer.trace import Chunk
 
 FloatArray = npt.NDArray[np.float64]
 Robust = Literal["none", "bootstrap", "domains"]
-NUM_RESAMPLES = 16
+NUM_RESAMPLES = 64
 
 
 def load_scenarios(
@@ -21,7 +21,7 @@ def load_scenarios(
 ) -> tuple[FloatArray, ...]:
     """Return L arrays ``[S, E]``: pairs per expert; the first row is the profile's own.
 
-    ``bootstrap`` draws as many sequences as there are, with replacement, 16 times: what
+    ``bootstrap`` draws as many sequences as there are, with replacement, 64 times: what
     differs between them is what one more day of the same traffic may differ by.
     ``domains`` has one scenario per domain, as if all traffic were of it. Every scenario
     is scaled to the profile's number of tokens.

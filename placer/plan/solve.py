@@ -191,7 +191,7 @@ def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, Solv
         if value > options.max_imbalance + 1e-9
     }
     if missed and not options.relax_cap:
-        raise _out_of_reach(missed, found.placement, options)
+        raise out_of_reach(missed, found.placement, options)
     objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
     return found.placement, SolverReport(
         status=_status(objective, bound * (1 + 1e-9)),
@@ -368,13 +368,14 @@ def _require_cap(
         if value > options.max_imbalance + 1e-9
     }
     if missed and not options.relax_cap:
-        raise _out_of_reach(missed, placement, options)
+        raise out_of_reach(missed, placement, options)
     return missed
 
 
-def _out_of_reach(
+def out_of_reach(
     missed: Mapping[int, float], placement: Placement, options: SolveOptions
 ) -> NoSolutionError:
+    """Return the error of layers, with what they reached, that miss the load cap."""
     worst = max(missed.values())
     return NoSolutionError(
         f"--max-imbalance {options.max_imbalance} was not reached in {len(missed)} of "

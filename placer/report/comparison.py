@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from placer.plan import Plan
-from placer.plan.plan import Certificate, SolverReport
+from placer.plan.plan import Certificate, InnerCap, SolverReport
+from placer.plan.redundant import RedundantChoice
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
@@ -78,6 +79,48 @@ def certificate_lines(report: SolverReport) -> list[str]:
     if report.pairs is not None:
         lines.append(_line("pairs", report.pairs))
     return lines
+
+
+def price_line(plan: Plan) -> str | None:
+    """Return the price of a plan's copies beside its baselines', where links differ."""
+    prices = plan.metrics.get("prices")
+    if prices is None:
+        return None
+    others = [
+        f"{prices['placer'] / price:.3f} of {name}'s {price:.4g}"
+        for name, price in prices.items()
+        if name != "placer" and price
+    ]
+    return (
+        f"price of the copies, per token and layer: {prices['placer']:.4g}, "
+        + ", ".join(others)
+    )
+
+
+def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
+    """Return the sentence on the cap that a robust plan was solved under."""
+    line = (
+        f"solved under a load cap of {inner_cap.max_imbalance:g}, chosen on halves of the "
+        f"profile: predicted imbalance {inner_cap.predicted_imbalance:.4f}"
+    )
+    if inner_cap.holds:
+        return line
+    return f"{line}, above the {max_imbalance:g} asked for; it is the closest"
+
+
+def ladder_line(choice: RedundantChoice) -> str:
+    """Return the sentence on the redundant experts that were tried, and taken."""
+    steps = []
+    for step in choice.ladder:
+        words = f"{step.redundant_experts}: {step.value:.6g}"
+        if step.bytes_per_rank:
+            words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
+        steps.append(words if step.meets_cap else f"{words} above the load cap")
+    return (
+        f"{choice.redundant_experts} redundant experts, the next step saves less than "
+        f"{choice.least_gain:.0%} or is not allowed; {choice.objective_name}, quick plans: "
+        + "; ".join(steps)
+    )
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
+from placer.plan.inner_cap import expert_loads, inner_halves
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
+from placer.plan.placement import Placement
+from placer.plan.redundant import Worth
 from placer.plan.solve import Progress, solve
 from placer.report.advice import (
     MOST_JUDGED_TOKENS,
@@ -24,7 +25,7 @@ from placer.report.advice import (
     Question,
     batch_options,
 )
-from placer.simulation.batch_figures import BatchFigures, batch_figures
+from placer.simulation.batch_figures import BatchFigures, BatchOptions, batch_figures
 from placer.simulation.cost import BreakEven, break_even
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE
 from placer.trace import Chunk
@@ -115,35 +116,19 @@ def choose_by_time(
     NoSolutionError
         If the load cap is out of reach on the whole profile, and may not be relaxed.
     """
-    if question.hardware is None:
-        raise UsageError("--objective time needs the hardware", "give --hardware h100")
-    if options.constrained:
-        raise UsageError(
-            "--objective time compares plans made anew, which --start, --pin and "
-            "--preserve-groups are not",
-            "solve with --objective traffic",
-        )
+    _require_comparable(options, question)
     topology = options.topology
     load_caps(
-        _loads(model, profile),
+        expert_loads(model, profile),
         topology.num_ranks,
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
     )
-    inner, heldout = _halves(profile)
+    inner, heldout = _judged_halves(profile)
     affinity = count_affinity([inner], model, {})
-    balanced = balance_loads(
-        _loads(model, inner),
-        topology.num_ranks,
-        topology.num_nodes,
-        options.redundant_experts,
-    ).placement
+    balanced = _balanced(model, inner, options)
     asked = _candidates(options)
-    engine = question.engine
-    served = replace(
-        batch_options(question),
-        replica_choice=options.replica_choice if engine is None else engine.replica_choice,
-    )
+    served = _served(options, question)
     figures = {BALANCED: batch_figures(balanced, heldout, DEFAULT_BATCH_SIZE, served)}
     for name, one in asked.items():
         if progress is not None:
@@ -164,6 +149,30 @@ def choose_by_time(
         figures=figures,
         break_even=break_even(times[fastest], times[BALANCED], served.cost),
     )
+
+
+def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth:
+    """Return what judges numbers of redundant experts by predicted time of a layer.
+
+    The better of a quick plan for traffic and a load balancer, made from half of the
+    profile's sequences and judged on the other half.
+    """
+    inner, heldout = _judged_halves(profile)
+    affinity = count_affinity([inner], model, {})
+
+    def worth(options: SolveOptions) -> tuple[float, str, bool]:
+        _require_comparable(options, question)
+        quick = replace(options.quick(), relax_cap=True)
+        placement, report = solve(affinity, quick, None, inner)
+        served = _served(options, question)
+        figures = [
+            batch_figures(one, heldout, DEFAULT_BATCH_SIZE, served)
+            for one in (placement, _balanced(model, inner, options))
+        ]
+        seconds = min(one.time.total for one in figures if one.time is not None)
+        return seconds, "predicted seconds of a layer", not report.relaxed_layers
+
+    return worth
 
 
 def choose(figures: Mapping[str, BatchFigures]) -> str:
@@ -207,21 +216,35 @@ def _balance(options: SolveOptions) -> SolveOptions:
     )
 
 
-def _loads(model: ModelSpec, tokens: Chunk) -> list[Any]:
-    return [
-        np.bincount(ids.ravel(), minlength=size).astype(np.float64)
-        for ids, size in zip(tokens.experts, model.num_experts, strict=True)
-    ]
-
-
-def _halves(profile: Chunk) -> tuple[Chunk, Chunk]:
-    """Return every second sequence, and the others, whatever fold they are of."""
-    present, number = np.unique(profile.sequence_ids, return_inverse=True)
-    if len(present) < 2:
+def _require_comparable(options: SolveOptions, question: Question) -> None:
+    if question.hardware is None:
+        raise UsageError("--objective time needs the hardware", "give --hardware h100")
+    if options.constrained:
         raise UsageError(
-            "--objective time holds sequences out of the profile, which has only one",
-            "record more sequences, or choose another --fold",
+            "--objective time compares plans made anew, which --start, --pin and "
+            "--preserve-groups are not",
+            "solve with --objective traffic",
         )
-    even = number % 2 == 0
-    heldout = profile.select(~even).first_sequences(MOST_JUDGED_TOKENS)
-    return profile.select(even), heldout
+
+
+def _judged_halves(profile: Chunk) -> tuple[Chunk, Chunk]:
+    inner, heldout = inner_halves(profile, "--objective time")
+    return inner, heldout.first_sequences(MOST_JUDGED_TOKENS)
+
+
+def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placement:
+    topology = options.topology
+    return balance_loads(
+        expert_loads(model, tokens),
+        topology.num_ranks,
+        topology.num_nodes,
+        options.redundant_experts,
+    ).placement
+
+
+def _served(options: SolveOptions, question: Question) -> BatchOptions:
+    engine = question.engine
+    return replace(
+        batch_options(question),
+        replica_choice=options.replica_choice if engine is None else engine.replica_choice,
+    )

@@ -62,6 +62,11 @@ class ExpertShape:
         """Weights of one expert."""
         return _MATRICES * self.hidden_size * self.intermediate_size
 
+    @property
+    def num_bytes(self) -> float:
+        """Bytes of one expert."""
+        return self.num_weights * self.weight_bytes
+
 
 def find_expert_shape(
     model: Path | None,

@@ -58,7 +58,7 @@ VARIANTS = {
     "even receivers": ("fixed", {"receive_price": 10.0}),
     "robust": (
         "follow",
-        {"robust": "bootstrap", "max_imbalance": 1.04, "relax_cap": True},
+        {"robust": "bootstrap", "relax_cap": True},
     ),
     "8 redundant experts": (
         "fixed",

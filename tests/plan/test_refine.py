@@ -254,7 +254,7 @@ def test_scenarios_keep_the_profile_first_and_its_size(
     chunk = make_chunk(num_tokens=300)
     domains = (chunk.sequence_ids % 2).astype(np.uint8)
     chunk = replace(chunk, domain_ids=domains)
-    for robust, number in (("none", 1), ("bootstrap", 17), ("domains", 3)):
+    for robust, number in (("none", 1), ("bootstrap", 65), ("domains", 3)):
         for layer, load in enumerate(load_scenarios(chunk, SIZES, robust, 0)):
             own = np.bincount(chunk.experts[layer].ravel(), minlength=8)
             assert load.shape == (number, 8)

@@ -1,0 +1,211 @@
+"""How many redundant experts: the fewest beyond which the next step gains little.
+
+Every step costs memory on every rank, and later copies gain less than earlier ones. The
+ladder is 0, R, 2R, 4R, ... further slots per layer for R ranks; quick plans of the profile
+say what each step is worth by the objective that the plan is solved for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.errors import UsageError
+from placer.plan.options import SolveOptions
+from placer.plan.solve import Progress, solve
+from placer.simulation.cost import ExpertShape
+from placer.trace import Chunk
+
+LEAST_GAIN = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What a number of redundant experts is worth.
+
+    Attributes
+    ----------
+    redundant_experts
+        Slots per layer beyond one for each expert.
+    value
+        The objective of a quick plan, to be minimised.
+    meets_cap
+        Whether that plan is under the load cap.
+    bytes_per_rank
+        Memory that they take on each rank, all layers, or ``None`` where the size of an
+        expert is not known.
+    """
+
+    redundant_experts: int
+    value: float
+    meets_cap: bool
+    bytes_per_rank: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedundantChoice:
+    """A number of redundant experts, and why.
+
+    Attributes
+    ----------
+    redundant_experts
+        The number chosen.
+    objective_name
+        What the ladder's values count.
+    least_gain
+        Share of the value that the next step must save to be taken.
+    ladder
+        The steps tried, ascending.
+    """
+
+    redundant_experts: int
+    objective_name: str
+    least_gain: float
+    ladder: tuple[Step, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the choice as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What redundant experts may take.
+
+    Attributes
+    ----------
+    expert_bytes
+        Bytes of one expert, or ``None`` where it is not known.
+    most_bytes
+        Most bytes on each rank, all layers, or ``None`` for no limit but that of the
+        ladder.
+    """
+
+    expert_bytes: int | None = None
+    most_bytes: int | None = None
+
+    @classmethod
+    def of(cls, expert: ExpertShape | None, most_gib: float | None) -> Self:
+        """Return what experts of a shape may take, in GiB per rank."""
+        if most_gib is not None and most_gib < 0:
+            raise UsageError(f"--redundant-memory must not be negative, got {most_gib:g}")
+        return cls(
+            expert_bytes=None if expert is None else round(expert.num_bytes),
+            most_bytes=None if most_gib is None else int(most_gib * 2**30),
+        )
+
+    def __post_init__(self) -> None:
+        if self.most_bytes is not None and self.expert_bytes is None:
+            raise UsageError(
+                "--redundant-memory needs the size of an expert",
+                "give --model DIR, or --hidden-size and --expert-size",
+            )
+
+    def bytes_per_rank(self, slots_per_rank: int, num_layers: int) -> int | None:
+        """Return what further slots take on each rank."""
+        if self.expert_bytes is None:
+            return None
+        return slots_per_rank * num_layers * self.expert_bytes
+
+
+#: Solves for options and tells the objective, its name, and whether the cap is met.
+Worth = Callable[[SolveOptions], tuple[float, str, bool]]
+
+
+def choose_redundant_experts(
+    num_experts: Sequence[int],
+    options: SolveOptions,
+    worth: Worth,
+    memory: Memory,
+    least_gain: float = LEAST_GAIN,
+    progress: Progress | None = None,
+) -> RedundantChoice:
+    """Climb the ladder while the next step saves ``least_gain`` of the objective.
+
+    Steps whose quick plan misses the load cap are passed over, unless it may be relaxed.
+
+    Parameters
+    ----------
+    num_experts
+        ``[L]``: experts of every layer.
+    options
+        What to solve for; its ``redundant_experts`` is not looked at.
+    worth
+        What a quick plan with some options reaches.
+    memory
+        What the experts may take.
+    least_gain
+        Share of the objective, above 0 and below 1.
+    progress
+        Told each step.
+
+    Raises
+    ------
+    UsageError
+        If ``least_gain`` is no such share.
+    """
+    if not 0 < least_gain < 1:
+        raise UsageError(
+            f"--redundant-gain is a share above 0 and below 1, got {least_gain:g}",
+            f"for example --redundant-gain {LEAST_GAIN:g}",
+        )
+    num_ranks = options.topology.num_ranks
+    steps: list[Step] = []
+    chosen, name = None, ""
+    for number in ladder(num_experts, num_ranks, memory):
+        if progress is not None:
+            progress(f"{number} redundant experts, quick plan")
+        value, name, meets_cap = worth(replace(options, redundant_experts=number))
+        per_rank = memory.bytes_per_rank(number // num_ranks, len(num_experts))
+        step = Step(
+            redundant_experts=number,
+            value=round(value, 9),
+            meets_cap=meets_cap,
+            bytes_per_rank=per_rank,
+        )
+        steps.append(step)
+        if not meets_cap and not options.relax_cap:
+            continue
+        if chosen is not None and step.value > (1 - least_gain) * chosen.value:
+            break
+        chosen = step
+    return RedundantChoice(
+        # Where no step meets the cap, the solver says so of the largest.
+        redundant_experts=(chosen or steps[-1]).redundant_experts,
+        objective_name=name,
+        least_gain=least_gain,
+        ladder=tuple(steps),
+    )
+
+
+def ladder(num_experts: Sequence[int], num_ranks: int, memory: Memory) -> list[int]:
+    """Return 0, R, 2R, 4R, ... as far as ranks, experts and memory allow.
+
+    No rank may hold two copies of an expert, and more than one further copy of each, on
+    average, is not tried.
+    """
+    fewest = min(num_experts)
+    most = min(fewest, fewest * (num_ranks - 1))
+    found, number = [0], num_ranks
+    while number <= most:
+        needed = memory.bytes_per_rank(number // num_ranks, len(num_experts))
+        if (needed or 0) > (np.inf if memory.most_bytes is None else memory.most_bytes):
+            break
+        found.append(number)
+        number *= 2
+    return found
+
+
+def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
+    """Return what judges a step by the objective on the profile itself."""
+
+    def worth(options: SolveOptions) -> tuple[float, str, bool]:
+        quick = replace(options.quick(), relax_cap=True)
+        _, report = solve(affinity, quick, None, profile)
+        if not report.reproducible:  # Ctrl-C, before there is a plan to give
+            raise KeyboardInterrupt
+        return report.objective, report.objective_name, not report.relaxed_layers
+
+    return worth
