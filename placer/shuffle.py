@@ -12,7 +12,7 @@ experts.
 import json
 import threading
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,97 @@ _BITS_OF_ONE = 0x3C00  # of 1.0 in float16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CombinedRule:
+    """Token and past experts together: what each adds to a home's expected rate.
+
+    Attributes
+    ----------
+    token_weight
+        ``[L, R, R]`` float32: by it a row of ``token_score`` is multiplied from the left.
+    unknown_score
+        ``[L, R]`` float16: stands in for that row where a token has none.
+    combined_bias
+        ``[L, R]`` float32: added for every token.
+    expert_score
+        ``[L, G, E, R]`` float16: added for every expert that the router chose 1, 2, ...
+        G layers before. Where there is no such layer, or expert, zeros.
+    home_price
+        ``[L, R]`` float32: subtracted where a home is chosen, so that homes are even.
+    """
+
+    token_weight: Array
+    unknown_score: Array
+    combined_bias: Array
+    expert_score: Array
+    home_price: Array
+
+    def scores(
+        self, layer: int, token_score: Array, token_ids: Array, past: Sequence[Array]
+    ) -> Array:
+        """Return ``[T, R]`` float32: the expected local activation rate of every home.
+
+        Parameters
+        ----------
+        layer
+            MoE layer, from 0.
+        token_score
+            ``[V, R]``: the table's rates of every home in this layer.
+        token_ids
+            ``[T]`` whole numbers; those outside 0..V-1 are unknown.
+        past
+            ``[k, T]`` logical experts of each past layer, the oldest first.
+        """
+        known = (token_ids >= 0) & (token_ids < len(token_score))
+        rows = token_score.take(np.where(known, token_ids, 0), axis=0)
+        rows[~known] = self.unknown_score[layer]
+        return combined_scores(
+            rows,
+            self.token_weight[layer],
+            self.combined_bias[layer],
+            self.expert_score[layer],
+            past,
+        )
+
+    def homes(self, layer: int, scores: Array) -> tuple[Array, Array]:
+        """Return ``[T]`` homes, int64, of the best score at the prices, and their scores.
+
+        ``scores`` is ``[T, R]``; of equal homes the lowest is taken.
+        """
+        home = (scores - self.home_price[layer]).argmax(axis=1)
+        return home, np.take_along_axis(scores, home[:, None], axis=1)[:, 0]
+
+
+def combined_scores(
+    token_rows: Array,
+    token_weight: Array,
+    bias: Array,
+    expert_score: Array,
+    past: Sequence[Array],
+) -> Array:
+    """Return ``[T, R]`` float32: the sum of :class:`CombinedRule` in one layer.
+
+    Parameters
+    ----------
+    token_rows
+        ``[T, R]``.
+    token_weight, bias, expert_score
+        ``[R, R]``, ``[R]`` and ``[G, E, R]``.
+    past
+        ``[k, T]`` logical experts of each past layer, the oldest first.
+    """
+    rows = token_rows.astype(np.float32)
+    total = np.tile(bias.astype(np.float32), (len(rows), 1))
+    # Column by column, no matrix product: a token's sum must not depend on its batch.
+    for column, weight in zip(rows.T, token_weight, strict=True):
+        total += column[:, None] * weight
+    for added, experts in zip(expert_score, reversed(past), strict=False):
+        by_expert = added.astype(np.float32)
+        for chosen in experts:
+            total += by_expert.take(chosen, axis=0)
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ShuffleTable:
     """The rows that say where tokens and requests should go.
 
@@ -50,6 +141,10 @@ class ShuffleTable:
         ``[V, R]``: what a token of a prompt says for each rank.
     expert_rank
         ``[L, E]``: rank of each expert's first copy.
+    token_score
+        ``[L, V, R]``: rate of every home, read for the combined rule alone.
+    combined
+        The combined rule, or ``None`` where the file has none.
     """
 
     num_ranks: int
@@ -60,6 +155,8 @@ class ShuffleTable:
     history_confidence: Array
     request_score: Array
     expert_rank: Array
+    token_score: Array | None = None
+    combined: CombinedRule | None = None
     _token: Array = field(init=False, repr=False)
     _history: Array = field(init=False, repr=False)
 
@@ -86,7 +183,7 @@ class ShuffleTable:
                     f"{path} is {kind} of schema_version {version}, expected table of "
                     f"{_SCHEMA_VERSION}: placer tables PLAN TRACE --out {path}"
                 )
-            names = (
+            names: tuple[str, ...] = (
                 "token_rank",
                 "token_confidence",
                 "history_rank",
@@ -94,9 +191,19 @@ class ShuffleTable:
                 "request_score",
                 "expert_rank",
             )
+            rule = None
+            if "expert_score" in opened.keys():  # noqa: SIM118: not a mapping
+                names += ("token_score",)
+                rule = CombinedRule(
+                    **{
+                        one.name: opened.get_tensor(one.name)
+                        for one in fields(CombinedRule)
+                    }
+                )
             return cls(
                 num_ranks=header["num_ranks"],
                 lookback=header["lookback"],
+                combined=rule,
                 **{name: opened.get_tensor(name) for name in names},
             )
 
@@ -140,6 +247,40 @@ class ShuffleTable:
             home = np.where(best < 0, fallback, home)
             sure = np.where(best < 0, np.float32(-1), sure)
         return home, sure
+
+    def combined_homes(
+        self, layer: int, token_ids: Array, past_experts: Sequence[Array]
+    ) -> tuple[Array, Array]:
+        """Choose the home of every token in a layer by the combined rule.
+
+        Parameters
+        ----------
+        layer
+            MoE layer, from 0.
+        token_ids
+            ``[T]`` whole numbers; those outside 0..V-1 are unknown.
+        past_experts
+            ``[T, k]`` logical experts of the past layers, the oldest first; those of the
+            last G layers count.
+
+        Returns
+        -------
+        home, scores
+            ``[T]`` int64 and ``[T, R]`` float32: the expected rate of every home.
+
+        Raises
+        ------
+        ValueError
+            If the file has no combined rule.
+        """
+        if self.combined is None or self.token_score is None:
+            raise ValueError(
+                "the table has no combined rule: placer tables PLAN TRACE --combined"
+            )
+        past = [np.ascontiguousarray(one.T) for one in past_experts]
+        scores = self.combined.scores(layer, self.token_score[layer], token_ids, past)
+        home, _ = self.combined.homes(layer, scores)
+        return home, scores
 
     def majority_ranks(self, layer: int, experts: Array) -> Array:
         """Return the ranks that serve most of the tokens' experts: the next history.

@@ -45,6 +45,14 @@ def tables(
         bool,
         typer.Option("--token-score", help="Also hold the second choices of tokens."),
     ] = False,
+    combined: Annotated[
+        bool,
+        typer.Option(
+            "--combined",
+            help="Also hold the combined rule, from the token and the experts before, and "
+            "the second choices.",
+        ),
+    ] = False,
     embeddings: Annotated[
         Path | None,
         typer.Option(
@@ -83,6 +91,7 @@ def tables(
         lookback=lookback,
         shrinkage=shrinkage,
         with_token_score=token_score,
+        with_combined=combined,
         embeddings=embeddings,
         unseen=unseen.value,
         max_home_imbalance=max_home_imbalance,

@@ -76,10 +76,10 @@ def predict_copies(
     for layer, serving in enumerate(server.layers()):
         experts = np.ascontiguousarray(tokens.experts[layer].T)
         if policy == "token_equal" and homes is not None:
-            home = homes.equal(layer, batches)
+            home = homes.best_equal(layer, batches)
         ranks = server.ranks(serving, experts, home)
         if homes is not None:
-            homes.served(ranks)
+            homes.served(ranks, experts)
         back = majority_rank(ranks) if policy == "follow" else home
         if exchange == "padded":
             rows = _capacities(placement.slot_of(layer)[ranks, experts], home, batches)

@@ -51,7 +51,8 @@ def simulate(
         Metrics by home policy: ``fixed``, ``follow`` and ``oracle`` (the home that serves
         most of the token's experts in that very layer: the highest local activation rate
         that any policy can reach), with a table also ``token``, ``token_equal`` and
-        ``request``.
+        ``request``, with a combined rule in it ``token_combined`` and
+        ``token_equal_combined``.
 
     Raises
     ------
@@ -125,7 +126,7 @@ class _ContentPolicies:
 
 
 class _TablePolicies:
-    """``token``, ``token_equal`` and ``request``: homes from a token-shuffle table."""
+    """``token``, ``token_equal``, ``request`` and the combined rule: homes of a table."""
 
     def __init__(self, content: _ContentPolicies, tokens: Chunk, table: Table) -> None:
         num_ranks = content.server.placement.num_ranks
@@ -134,9 +135,10 @@ class _TablePolicies:
         self._request = request_homes(
             table.request_score, tokens.sequence_ids, self._homes.ids, num_ranks
         ).astype(content.fixed.dtype)
-        self.tallies = {
-            name: content.new_tally() for name in ("token", "token_equal", "request")
-        }
+        names = ["token", "token_equal", "request"]
+        if table.combined is not None:
+            names += ["token_combined", "token_equal_combined"]
+        self.tallies = {name: content.new_tally() for name in names}
 
     def add(
         self, layer: int, serving: LayerServing, experts: npt.NDArray[np.generic]
@@ -145,11 +147,16 @@ class _TablePolicies:
         serve = self._server.ranks
         home, _ = self._homes.of(layer)
         even = self._homes.equal(layer, self._server.batches)
+        chosen = {"token_equal": even, "request": self._request}
+        if "token_combined" in self.tallies:
+            combined = self._homes.combined(layer)
+            chosen["token_combined"] = combined.home
+            chosen["token_equal_combined"] = combined.equal(self._server.batches)
         ranks = serve(serving, experts, home)
-        self._homes.served(ranks)
+        self._homes.served(ranks, experts)
         self.tallies["token"].add(ranks, home)
-        self.tallies["token_equal"].add(serve(serving, experts, even), even)
-        self.tallies["request"].add(serve(serving, experts, self._request), self._request)
+        for name, other in chosen.items():
+            self.tallies[name].add(serve(serving, experts, other), other)
 
 
 def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -> None:

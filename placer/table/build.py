@@ -13,17 +13,15 @@ prior of a token id is what a regression foretells of its embedding. A history o
 layers is shrunk towards the rate of its later part, and that one likewise (back-off, as of
 n-gram models: Katz 1987).
 
-Homes by rate alone crowd a few ranks, and attention waits for the fullest. Under a cap on
-the home imbalance each rank has a price per layer, and a row takes the home of the highest
-rate minus price; its confidence stays the rate. The prices rise where tokens crowd and
-fall elsewhere (an auction, Bertsekas 1979) until the profile's tokens keep the cap.
+Under a cap on the home imbalance each rank has a price per layer
+(:mod:`placer.table.prices`), and a row takes the home of the highest rate minus price; its
+confidence stays the rate.
 
 Where the token id alone decides the experts (hash-routed layers), the rate is no estimate:
 it is the share of the id's experts that the home has, and A has no say.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,9 +38,11 @@ from placer.simulation.serving import (
     majority_rank,
     rank_dtype,
 )
+from placer.table.combined import CombinedBuilder
 from placer.table.embeddings import Embeddings, nearest_seen
 from placer.table.hash_routing import TokenExperts, require_same_routing
 from placer.table.lookup import LayerTable, history_index, known_ids
+from placer.table.prices import even_prices
 from placer.table.regression import EmbeddingRegression
 from placer.table.table import Table, expert_rank_rows
 from placer.trace import Chunk
@@ -58,10 +58,6 @@ _MOST_DEFAULT_HISTORIES = 1 << 14
 DEFAULT_SHRINKAGE = 2.0
 # R^lookback rows per layer: above this, a table is no longer something to ship.
 _MOST_HISTORIES = 1 << 22
-# Prices move by this much of a rate per unit of imbalance, less from round to round.
-_PRICE_STEP = 0.04
-_PRICE_DECAY = 0.97
-_PRICE_ROUNDS = 120
 
 
 def build_table(
@@ -72,6 +68,7 @@ def build_table(
     lookback: int | None = None,
     shrinkage: float = DEFAULT_SHRINKAGE,
     with_token_score: bool = False,
+    with_combined: bool = False,
     embeddings: Embeddings | None = None,
     max_home_imbalance: float | None = None,
     token_experts: TokenExperts | None = None,
@@ -95,6 +92,9 @@ def build_table(
     with_token_score
         Also hold the rate of every home, ``[L, V, R]``: the second choices of equal
         slices.
+    with_combined
+        Also hold the combined rule (:mod:`placer.table.combined`), and the scores that it
+        needs.
     embeddings
         Embedding rows of at least ``vocab_size`` ids, or ``None``.
     max_home_imbalance
@@ -155,6 +155,14 @@ def build_table(
         shrinkage=shrinkage,
         max_home_imbalance=max_home_imbalance,
     )
+    combined = CombinedBuilder(
+        placement=placement,
+        tokens=tokens,
+        token_ids=ids,
+        shrinkage=shrinkage,
+        max_home_imbalance=max_home_imbalance,
+    )
+    with_token_score |= with_combined
     layers = []
     history: list[RankArray] = []
     request = np.zeros((vocab_size, placement.num_ranks))
@@ -167,6 +175,8 @@ def build_table(
         home, _ = rows.homes(ids, history, builder.fixed)
         majority = majority_rank(LayerServing.of(placement, layer).ranks(experts, home))
         request += rates
+        if with_combined:
+            combined.add(rates, exact=layer in token_experts)
         history = [*history, majority][-lookback:] if lookback else []
         layers.append((rows, rates.astype(np.float16) if with_token_score else None))
     return Table(
@@ -188,6 +198,7 @@ def build_table(
         token_score=np.stack([s for _, s in layers if s is not None])
         if with_token_score
         else None,
+        combined=combined.rule() if with_combined else None,
     )
 
 
@@ -241,7 +252,7 @@ class _Builder:
             rows = self._rows(rates, histories, price)
             return rows.homes(self.token_row, history, self.fixed)[0]
 
-        price = self._prices(homes)
+        price = even_prices(homes, self.placement.num_ranks, self.max_home_imbalance)
         rows = self._rows(rates, histories, price)
         if vocabulary is None:
             return rates[self.vocab_row], self._in_vocabulary(rows, prior)
@@ -267,7 +278,8 @@ class _Builder:
             chosen[known] = _best(rates, price, bonus)[0][self.token_ids[known]]
             return chosen
 
-        token_rank, token_confidence = _best(rates, self._prices(homes), bonus)
+        price = even_prices(homes, self.placement.num_ranks, self.max_home_imbalance)
+        token_rank, token_confidence = _best(rates, price, bonus)
         num_histories = self.placement.num_ranks**self.lookback
         return rates, LayerTable(
             token_rank=token_rank,
@@ -315,26 +327,6 @@ class _Builder:
             num_ranks=self.placement.num_ranks,
             lookback=self.lookback,
         )
-
-    def _prices(self, homes: Callable[[FloatArray], RankArray]) -> FloatArray:
-        """Return ``[R]``: the first prices that keep the cap, else the most even ones.
-
-        ``homes`` returns the profile's homes ``[T]`` at prices. Without a cap they are 0.
-        """
-        num_ranks = self.placement.num_ranks
-        price = best_price = np.zeros(num_ranks)
-        if self.max_home_imbalance is None:
-            return price
-        lowest = np.inf
-        for step in _PRICE_STEP * _PRICE_DECAY ** np.arange(_PRICE_ROUNDS):
-            home = homes(price)
-            crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
-            if crowd.max() < lowest:
-                lowest, best_price = crowd.max(), price
-            if lowest <= self.max_home_imbalance:
-                break
-            price = price + step * (crowd - 1)
-        return best_price
 
     def _in_vocabulary(self, rows: LayerTable, prior: FloatArray) -> LayerTable:
         """Give every id of the vocabulary its row."""

@@ -108,7 +108,7 @@ def _sums(placement: Placement, tokens: Chunk, table: Table) -> npt.NDArray[np.f
         serving = LayerServing.of(placement, layer)
         experts = np.ascontiguousarray(chosen.T)
         home, confidence = homes.of(layer)
-        homes.served(serving.ranks(experts, home))
+        homes.served(serving.ranks(experts, home), experts)
         known = confidence >= 0
         x = confidence[known].astype(np.float64)
         y = serving.holds[experts, home].mean(axis=0)[known]

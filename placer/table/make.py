@@ -33,6 +33,8 @@ class TableOptions:
         Tokens of the layer's prior that are added to every row.
     with_token_score
         Also hold the second choices of equal slices.
+    with_combined
+        Also hold the combined rule.
     embeddings
         Checkpoint whose embedding gives ids never seen a row, and whose hash-routed
         layers get exact rows; or ``None``.
@@ -45,6 +47,7 @@ class TableOptions:
     lookback: int | None = None
     shrinkage: float = DEFAULT_SHRINKAGE
     with_token_score: bool = False
+    with_combined: bool = False
     embeddings: Path | None = None
     unseen: UnseenIds = "regression"
     max_home_imbalance: float | None = None
@@ -173,6 +176,7 @@ def _build(
         lookback=options.lookback,
         shrinkage=options.shrinkage,
         with_token_score=options.with_token_score,
+        with_combined=options.with_combined,
         embeddings=None
         if options.embeddings is None
         else CheckpointEmbeddings(options.embeddings),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from placer.errors import PlacerError
 from placer.files import require_file, write_tensors
 from placer.model import ModelSpec
+from placer.shuffle import CombinedRule
 from placer.simulation.serving import rank_dtype
 
 Array = npt.NDArray[Any]
@@ -42,11 +43,17 @@ _DTYPES = {
     "request_score": ("F16",),
     "expert_rank": _RANKS,
     "token_score": ("F16",),
+    "token_weight": ("F32",),
+    "unknown_score": ("F16",),
+    "combined_bias": ("F32",),
+    "expert_score": ("F16",),
+    "home_price": ("F32",),
 }
 # What uint16 ranks can name, and more digits than any table has room for.
 _MOST_RANKS = 1 << 16
 _MOST_LOOKBACK = 64
-_OPTIONAL = {"token_score"}
+_COMBINED = {one.name for one in fields(CombinedRule)}
+_OPTIONAL = {"token_score"} | _COMBINED
 _REMEDY = "write it again: placer tables PLAN TRACE --out {path}"
 
 
@@ -85,6 +92,9 @@ class Table:
     token_score
         ``[L, V, R]`` float16 in 0..1: expected local activation rate of every home, the
         second choices of equal slices, or ``None``.
+    combined
+        What turns ``token_score`` and the experts of past layers into one rate per home
+        (see :mod:`placer.table.combined`), or ``None``.
     plan_sha256, trace_sha256, tokenizer_sha256
         Hashes of the files that the table depends on, ``None`` where not known.
     provenance
@@ -102,6 +112,7 @@ class Table:
     request_score: Array
     expert_rank: Array
     token_score: Array | None = None
+    combined: CombinedRule | None = None
     plan_sha256: str | None = None
     trace_sha256: str | None = None
     tokenizer_sha256: str | None = None
@@ -132,6 +143,8 @@ class Table:
                 )
         self._require_ranks()
         self._require_rates()
+        if self.combined is not None:
+            self._require_combined(self.combined)
 
     def _require_ranks(self) -> None:
         sizes = np.asarray(self.model.num_experts)[:, None]
@@ -167,6 +180,27 @@ class Table:
                     f"{name} holds a value outside 0..{highest} or that is no number"
                 )
 
+    def _require_combined(self, rule: CombinedRule) -> None:
+        if self.token_score is None:
+            raise PlacerError("the combined rule needs token_score, which is missing")
+        ranks = (self.model.num_layers, self.num_ranks)
+        depth = rule.expert_score.shape[1:2]
+        experts = (*depth, max(self.model.num_experts))
+        for name, shape in {
+            "token_weight": (*ranks, self.num_ranks),
+            "unknown_score": ranks,
+            "combined_bias": ranks,
+            "expert_score": (ranks[0], *experts, ranks[1]),
+            "home_price": ranks,
+        }.items():
+            values = getattr(rule, name)
+            if values.shape != shape:
+                raise PlacerError(
+                    f"{name} has shape {list(values.shape)}, expected {list(shape)}"
+                )
+            if not np.isfinite(values).all():
+                raise PlacerError(f"{name} holds a value that is no number")
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids that have a row, V."""
@@ -177,7 +211,9 @@ class Table:
         named = {
             name: np.ascontiguousarray(values)
             for name in _DTYPES
-            if name != "lookback" and (values := getattr(self, name)) is not None
+            if name != "lookback"
+            and (values := getattr(self.combined if name in _COMBINED else self, name, None))
+            is not None
         }
         return named | {"lookback": np.array(self.lookback, dtype=np.int32)}
 
@@ -226,6 +262,7 @@ class Table:
                 raise PlacerError(
                     f"lookback is {lookback.tolist()}, the header says {header['lookback']}"
                 )
+            combined = {name: tensors.pop(name) for name in _COMBINED & set(tensors)}
             return cls(
                 model=ModelSpec.from_json(header["model"]),
                 **{
@@ -241,6 +278,7 @@ class Table:
                     )
                 },
                 **tensors,
+                combined=CombinedRule(**combined) if combined else None,
             )
         except (KeyError, TypeError, AttributeError, PlacerError) as error:
             raise PlacerError(
@@ -254,9 +292,10 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads((opened.metadata() or {}).get("placer", "{}"))
         _require_header(header)
         names = set(opened.keys())
+        optional = _OPTIONAL - _COMBINED if names & _COMBINED else _OPTIONAL
         for what, odd in (
             ("unknown tensors", names - set(_DTYPES)),
-            ("missing tensors", set(_DTYPES) - _OPTIONAL - names),
+            ("missing tensors", set(_DTYPES) - optional - names),
         ):
             if odd:
                 raise PlacerError(f"{what}: {', '.join(sorted(odd))}")

@@ -1,0 +1,151 @@
+"""One rate per home from the token and from all experts that it met before.
+
+The plain rule takes the surer of two estimates. Here both add up: by ridge regression
+(Hoerl and Kennard 1970), fitted per layer and home on the tokens of the profile, from the
+token's row of rates and from which logical experts the router chose 1, 2, ... G layers
+before, to the share of the token's pairs that the home could serve. In training a token's
+row leaves the token itself out, as its row does when a table meets a new token.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.plan.placement import Placement
+from placer.shuffle import CombinedRule, combined_scores
+from placer.simulation.serving import LayerServing
+from placer.table.prices import even_prices
+from placer.trace import Chunk
+
+Array = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+# Tokens that the penalty weighs as much as: 10 and 100 do as well.
+_PENALTY = 40.0
+_MOST_PAST_LAYERS = 8
+_MOST_COLUMNS = 1024
+# Tokens whose features are held at a time.
+_ROWS = 8192
+
+
+def past_layers(num_experts: tuple[int, ...]) -> int:
+    """Return G: at most 8 layers, and no more columns than are quickly solved for."""
+    return max(1, min(_MOST_PAST_LAYERS, _MOST_COLUMNS // max(num_experts)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CombinedBuilder:
+    """Fits the combined rule of a table, layer by layer.
+
+    Attributes
+    ----------
+    placement
+        Experts in slots.
+    tokens
+        The profile.
+    token_ids
+        ``[T]`` int64, -1 where unknown.
+    shrinkage
+        Tokens of the prior in every row of rates.
+    max_home_imbalance
+        Cap on the profile's tokens of the fullest home over the mean, or ``None``.
+    """
+
+    placement: Placement
+    tokens: Chunk
+    token_ids: IntArray
+    shrinkage: float
+    max_home_imbalance: float | None
+    _layers: list[dict[str, Array]] = field(init=False, default_factory=list)
+
+    def add(self, rates: FloatArray, *, exact: bool) -> None:
+        """Fit the next layer.
+
+        Parameters
+        ----------
+        rates
+            ``[V, R]``: the layer's rates of every token id.
+        exact
+            Whether they come from the checkpoint, and not from these tokens.
+        """
+        layer = len(self._layers)
+        serving = LayerServing.of(self.placement, layer)
+        experts = np.ascontiguousarray(self.tokens.experts[layer].T)
+        every = np.arange(self.tokens.num_tokens)
+        served = serving.count_held(experts, every, len(every)) / len(experts)
+        mean = served.mean(axis=0)
+        rows = np.tile(mean, (len(every), 1))
+        known = self.token_ids >= 0
+        ids = self.token_ids[known]
+        rows[known] = rates[ids]
+        if not exact:
+            weight = np.bincount(ids)[ids][:, None] + self.shrinkage
+            rows[known] = (rows[known] * weight - served[known]) / (weight - 1)
+        depth = past_layers(self.placement.num_experts)
+        width = max(self.placement.num_experts)
+        past = [
+            np.ascontiguousarray(chosen.T)
+            for chosen in self.tokens.experts[max(0, layer - depth) : layer]
+        ]
+        coefficients, means = _ridge(rows, past, width, served)
+        by_expert = np.zeros((depth, width, len(mean)), dtype=np.float16)
+        cut = len(past) * width
+        by_expert[: len(past)] = coefficients[:cut].reshape(-1, width, len(mean))
+        bias = mean - means @ coefficients
+        found: dict[str, Array] = {
+            "token_weight": coefficients[cut:].astype(np.float32),
+            "unknown_score": mean.astype(np.float16),
+            "combined_bias": bias.astype(np.float32),
+            "expert_score": by_expert,
+        }
+        scores = combined_scores(
+            rows, found["token_weight"], found["combined_bias"], by_expert, past
+        )
+        found["home_price"] = even_prices(
+            lambda price: (scores - price.astype(np.float32)).argmax(axis=1),
+            len(mean),
+            self.max_home_imbalance,
+        ).astype(np.float32)
+        self._layers.append(found)
+
+    def rule(self) -> CombinedRule:
+        """Return the rule of the layers added."""
+        return CombinedRule(
+            **{
+                one.name: np.stack([layer[one.name] for layer in self._layers])
+                for one in dataclasses.fields(CombinedRule)
+            }
+        )
+
+
+def _ridge(
+    rows: FloatArray, past: list[Array], width: int, served: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the coefficients ``[G E + R, R]`` and the features' means ``[G E + R]``.
+
+    The features of a token are, for each past layer, the latest first, a one for every
+    expert chosen, and then its row.
+    """
+    columns = len(past) * width + rows.shape[1]
+    squares = np.zeros((columns, columns))
+    products = np.zeros((columns, served.shape[1]))
+    total = np.zeros(columns)
+    for begin in range(0, len(rows), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        features = np.zeros((len(rows[part]), columns))
+        for back, experts in enumerate(reversed(past)):
+            for chosen in experts[:, part]:
+                features[np.arange(len(chosen)), back * width + chosen] = 1
+        features[:, len(past) * width :] = rows[part]
+        squares += features.T @ features
+        products += features.T @ served[part]
+        total += features.sum(axis=0)
+    mean = total / len(rows)
+    squares -= np.outer(total, mean)
+    products -= np.outer(total, served.mean(axis=0))
+    squares[np.diag_indices(columns)] += _PENALTY
+    return np.linalg.solve(squares, products), mean

@@ -1,0 +1,50 @@
+"""Prices of ranks, so that no home is crowded.
+
+Homes by rate alone crowd a few ranks, and attention waits for the fullest. Each rank of a
+layer has a price, and a token takes the home of the highest rate minus price. The prices
+rise where tokens crowd and fall elsewhere (an auction, Bertsekas 1979).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+# Prices move by this much of a rate per unit of imbalance, less from round to round.
+_STEP = 0.04
+_DECAY = 0.97
+_ROUNDS = 120
+
+
+def even_prices(
+    homes: Callable[[FloatArray], npt.NDArray[Any]],
+    num_ranks: int,
+    max_home_imbalance: float | None,
+) -> FloatArray:
+    """Return ``[R]``: the first prices that keep the cap, else the most even ones.
+
+    Parameters
+    ----------
+    homes
+        Returns the profile's homes ``[T]`` at prices.
+    num_ranks
+        R.
+    max_home_imbalance
+        Cap on the tokens of the fullest home over the mean; ``None``: prices of 0.
+    """
+    price = best_price = np.zeros(num_ranks)
+    if max_home_imbalance is None:
+        return price
+    lowest = np.inf
+    for step in _STEP * _DECAY ** np.arange(_ROUNDS):
+        home = homes(price)
+        crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
+        if crowd.max() < lowest:
+            lowest, best_price = crowd.max(), price
+        if lowest <= max_home_imbalance:
+            break
+        price = price + step * (crowd - 1)
+    return best_price
