@@ -192,7 +192,7 @@ class ShuffleTable:
                 "expert_rank",
             )
             rule = None
-            if "expert_score" in opened.keys():  # noqa: SIM118: not a mapping
+            if "expert_score" in set(opened.keys()):
                 names += ("token_score",)
                 rule = CombinedRule(
                     **{
@@ -249,9 +249,15 @@ class ShuffleTable:
         return home, sure
 
     def combined_homes(
-        self, layer: int, token_ids: Array, past_experts: Sequence[Array]
+        self,
+        layer: int,
+        token_ids: Array,
+        past_experts: Sequence[Array],
+        fallback: Array,
     ) -> tuple[Array, Array]:
         """Choose the home of every token in a layer by the combined rule.
+
+        The first layer has no past: there it is :meth:`homes`.
 
         Parameters
         ----------
@@ -262,11 +268,13 @@ class ShuffleTable:
         past_experts
             ``[T, k]`` logical experts of the past layers, the oldest first; those of the
             last G layers count.
+        fallback
+            ``[T]``: home of an unknown token in the first layer.
 
         Returns
         -------
-        home, scores
-            ``[T]`` int64 and ``[T, R]`` float32: the expected rate of every home.
+        home, confidence
+            ``[T]`` int64 and float32; the confidence of the fallback is -1.
 
         Raises
         ------
@@ -277,10 +285,11 @@ class ShuffleTable:
             raise ValueError(
                 "the table has no combined rule: placer tables PLAN TRACE --combined"
             )
+        if layer == 0:
+            return self.homes(layer, token_ids, [], fallback)
         past = [np.ascontiguousarray(one.T) for one in past_experts]
         scores = self.combined.scores(layer, self.token_score[layer], token_ids, past)
-        home, _ = self.combined.homes(layer, scores)
-        return home, scores
+        return self.combined.homes(layer, scores)
 
     def majority_ranks(self, layer: int, experts: Array) -> Array:
         """Return the ranks that serve most of the tokens' experts: the next history.

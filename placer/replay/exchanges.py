@@ -273,7 +273,7 @@ class ShuffleExchange(DedupExchange):
         self.layer = shuffle.add_layer()
 
     def _slices(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Sequence[Tensor]:
-        home = self.shuffle.homes(self.layer, self._owner(ids), weights)
+        home = self.shuffle.homes(self.layer, ids, self._owner(ids), weights)
         on_device = home.to(hidden.device)
         return [
             torch.nonzero(on_device == rank).flatten() for rank in range(self.num_ranks)

@@ -55,7 +55,8 @@ def predict_copies(
         ``per-expert``, ``per-rank``, ``per-node``, or ``padded`` to the capacity that no
         token exceeds.
     policy
-        Home policy: ``fixed``, ``follow``, or ``token_equal`` with the table.
+        Home policy: ``fixed``, ``follow``, or ``token_equal`` with the table (by
+        its combined rule where it has one).
     batch_size
         Tokens of one forward pass of all ranks.
     fixed
@@ -76,7 +77,7 @@ def predict_copies(
     for layer, serving in enumerate(server.layers()):
         experts = np.ascontiguousarray(tokens.experts[layer].T)
         if policy == "token_equal" and homes is not None:
-            home = homes.best_equal(layer, batches)
+            home = homes.best(layer).equal(batches)
         ranks = server.ranks(serving, experts, home)
         if homes is not None:
             homes.served(ranks, experts)

@@ -243,7 +243,7 @@ class Session:
             return partial(PerNodeExchange, **alone, ranks_per_node=width)
         if table is None:
             raise ValueError(f"{name} needs a table")
-        shuffle = TokenShuffle(table)
+        shuffle = TokenShuffle(table, placement)
         stack.callback(shuffle.watch(self.model).remove)
         shared: dict[str, Any] = {"ep_mesh": self.everyone, "tp_mesh": self.everyone}
         return partial(ShuffleExchange, **shared, shuffle=shuffle)

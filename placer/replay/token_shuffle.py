@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from placer.errors import PlacerError
+from placer.plan.placement import Placement
 from placer.simulation.homes import Batches
 from placer.table.homes import TableHomes
 from placer.table.table import Table
@@ -22,10 +23,14 @@ class TokenShuffle:
     ----------
     table
         The plan's table.
+    placement
+        What turns the slots that an exchange sees into logical experts, which a combined
+        rule needs; ``None`` where the slots are the logical experts.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, placement: Placement | None = None) -> None:
         self.table = table
+        self._placement = placement
         self._num_layers = 0
         self._homes: TableHomes | None = None
 
@@ -62,16 +67,22 @@ class TokenShuffle:
         self._num_layers += 1
         return self._num_layers - 1
 
-    def homes(self, layer: int, ranks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def homes(
+        self,
+        layer: int,
+        slots: torch.Tensor,
+        ranks: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
         """Return the rank of every token, equally many tokens on each.
 
         Parameters
         ----------
         layer
             MoE layer, from 0; layers are asked in order.
-        ranks, weights
-            ``[T, k]``: the ranks that serve a token in this layer, and the routing
-            weights: they foretell later layers.
+        slots, ranks, weights
+            ``[T, k]``: the slots and ranks that serve a token in this layer, and the
+            routing weights: they foretell later layers.
 
         Returns
         -------
@@ -91,7 +102,12 @@ class TokenShuffle:
         whole = Batches(
             order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
         )
-        even = self._homes.equal(layer, whole)
+        even = self._homes.best(layer).equal(whole)
+        experts = slots.cpu()
+        if self._placement is not None:
+            row = self._placement.physical_to_logical_map[layer]
+            experts = torch.from_numpy(row)[experts]
         by_weight, _ = by_descending_weight(ranks, weights)
-        self._homes.served(by_weight.T.cpu().numpy())
+        chosen, _ = by_descending_weight(experts, weights.cpu())
+        self._homes.served(by_weight.T.cpu().numpy(), chosen.T.numpy())
         return torch.from_numpy(even.astype(np.int64))

@@ -265,6 +265,7 @@ def _summarize_table(table: Table) -> Summary:
         "median_token_confidence": _median(tokens),
         "median_history_confidence": _median(histories),
         "has_token_score": table.token_score is not None,
+        "has_combined_rule": table.combined is not None,
         "plan_sha256": table.plan_sha256,
         "trace_sha256": table.trace_sha256,
         "tokenizer_sha256": table.tokenizer_sha256,

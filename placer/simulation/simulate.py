@@ -145,18 +145,18 @@ class _TablePolicies:
     ) -> None:
         """Count one layer; ``experts`` is ``[k, T]``."""
         serve = self._server.ranks
-        home, _ = self._homes.of(layer)
-        even = self._homes.equal(layer, self._server.batches)
-        chosen = {"token_equal": even, "request": self._request}
+        batches = self._server.batches
+        plain = self._homes.plain(layer)
+        others = {"token_equal": plain.equal(batches), "request": self._request}
         if "token_combined" in self.tallies:
-            combined = self._homes.combined(layer)
-            chosen["token_combined"] = combined.home
-            chosen["token_equal_combined"] = combined.equal(self._server.batches)
-        ranks = serve(serving, experts, home)
+            combined = self._homes.best(layer)
+            others["token_combined"] = combined.home
+            others["token_equal_combined"] = combined.equal(batches)
+        ranks = serve(serving, experts, plain.home)
         self._homes.served(ranks, experts)
-        self.tallies["token"].add(ranks, home)
-        for name, other in chosen.items():
-            self.tallies[name].add(serve(serving, experts, other), other)
+        self.tallies["token"].add(ranks, plain.home)
+        for name, home in others.items():
+            self.tallies[name].add(serve(serving, experts, home), home)
 
 
 def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.plan.placement import Placement
+from placer.shuffle import CombinedRule
 from placer.simulation.homes import fixed_homes
 from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.serving import LayerServing
@@ -26,10 +27,14 @@ from placer.trace import Chunk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A line from promised to expected rates: ``offset + slope * promised``."""
+    """A line from promised to expected rates: ``offset + slope * promised``.
+
+    ``combined`` is that of the combined rule, where the table has one.
+    """
 
     slope: float
     offset: float
+    combined: "Calibration | None" = None
 
     def of(self, rates: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return corrected rates, float16 in 0..1."""
@@ -65,10 +70,16 @@ def fit_calibration(
         (tokens.token_ids[half] >= 0).any() for half in (even, ~even)
     ):
         return None
-    sums = np.zeros(5)
+    sums = np.zeros((2, 5))
     for half in (even, ~even):
         sums += _sums(placement, tokens.select(~half), build(tokens.select(half)))
-    count, promised, served, squares, products = sums
+    plain, combined = (_line(*rule) for rule in sums)
+    return None if plain is None else dataclasses.replace(plain, combined=combined)
+
+
+def _line(
+    count: float, promised: float, served: float, squares: float, products: float
+) -> Calibration | None:
     spread = count * squares - promised**2
     if spread <= 0:
         return None
@@ -93,24 +104,52 @@ def calibrated(
         token_confidence=corrected(table.token_confidence),
         history_confidence=corrected(table.history_confidence),
         token_score=None if score is None else corrected(score),
+        combined=None
+        if table.combined is None
+        else _corrected_rule(table.combined, calibration, exact_layers),
     )
+
+
+def _corrected_rule(
+    rule: CombinedRule, calibration: Calibration, exact_layers: tuple[int, ...]
+) -> CombinedRule:
+    """Undo in the rule what corrects the token scores, and correct what it promises."""
+    own = calibration.combined or Calibration(slope=1.0, offset=0.0)
+    weight = rule.token_weight / calibration.slope
+    bias = rule.combined_bias - calibration.offset * weight.sum(axis=1)
+    found = {
+        "token_weight": own.slope * weight,
+        "unknown_score": calibration.of(rule.unknown_score),
+        "combined_bias": own.offset + own.slope * bias,
+        "expert_score": own.slope * rule.expert_score.astype(np.float32),
+        "home_price": own.slope * rule.home_price,
+    }
+    for name, values in found.items():
+        before = getattr(rule, name)
+        found[name] = values.astype(before.dtype)
+        found[name][list(exact_layers)] = before[list(exact_layers)]
+    return CombinedRule(**found)
 
 
 def _sums(placement: Placement, tokens: Chunk, table: Table) -> npt.NDArray[np.float64]:
     """Return, over tokens and layers, the count and the sums of x, y, x x and x y.
 
-    x is what a row promised, y what its home served.
+    x is what a row promised, y what its home served: ``[2, 5]``, by the plain rule and,
+    past the first layer, by the combined one, where there is one.
     """
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
     homes = TableHomes(table, tokens.token_ids, fixed)
-    total = np.zeros(5)
+    total = np.zeros((2, 5))
     for layer, chosen in enumerate(tokens.experts):
         serving = LayerServing.of(placement, layer)
         experts = np.ascontiguousarray(chosen.T)
-        home, confidence = homes.of(layer)
-        homes.served(serving.ranks(experts, home), experts)
-        known = confidence >= 0
-        x = confidence[known].astype(np.float64)
-        y = serving.holds[experts, home].mean(axis=0)[known]
-        total += [len(x), x.sum(), y.sum(), np.square(x).sum(), (x * y).sum()]
+        choices = [homes.plain(layer)]
+        if table.combined is not None and layer > 0:
+            choices.append(homes.best(layer))
+        homes.served(serving.ranks(experts, choices[0].home), experts)
+        for rule, choice in enumerate(choices):
+            known = choice.confidence >= 0 if rule == 0 else slice(None)
+            x = choice.confidence[known].astype(np.float64)
+            y = serving.holds[experts, choice.home].mean(axis=0)[known]
+            total[rule] += [len(x), x.sum(), y.sum(), np.square(x).sum(), (x * y).sum()]
     return total

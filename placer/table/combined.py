@@ -5,11 +5,13 @@ The plain rule takes the surer of two estimates. Here both add up: by ridge regr
 token's row of rates and from which logical experts the router chose 1, 2, ... G layers
 before, to the share of the token's pairs that the home could serve. In training a token's
 row leaves the token itself out, as its row does when a table meets a new token.
+
+The first layer has no past: there the plain rule stays, and this one holds zeros.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +75,19 @@ class CombinedBuilder:
             Whether they come from the checkpoint, and not from these tokens.
         """
         layer = len(self._layers)
+        num_ranks = self.placement.num_ranks
+        depth = past_layers(self.placement.num_experts)
+        width = max(self.placement.num_experts)
+        found: dict[str, Array] = {
+            "token_weight": np.zeros((num_ranks, num_ranks), dtype=np.float32),
+            "unknown_score": np.zeros(num_ranks, dtype=np.float16),
+            "combined_bias": np.zeros(num_ranks, dtype=np.float32),
+            "expert_score": np.zeros((depth, width, num_ranks), dtype=np.float16),
+            "home_price": np.zeros(num_ranks, dtype=np.float32),
+        }
+        self._layers.append(found)
+        if layer == 0:
+            return
         serving = LayerServing.of(self.placement, layer)
         experts = np.ascontiguousarray(self.tokens.experts[layer].T)
         every = np.arange(self.tokens.num_tokens)
@@ -85,32 +100,26 @@ class CombinedBuilder:
         if not exact:
             weight = np.bincount(ids)[ids][:, None] + self.shrinkage
             rows[known] = (rows[known] * weight - served[known]) / (weight - 1)
-        depth = past_layers(self.placement.num_experts)
-        width = max(self.placement.num_experts)
         past = [
             np.ascontiguousarray(chosen.T)
             for chosen in self.tokens.experts[max(0, layer - depth) : layer]
         ]
         coefficients, means = _ridge(rows, past, width, served)
-        by_expert = np.zeros((depth, width, len(mean)), dtype=np.float16)
         cut = len(past) * width
-        by_expert[: len(past)] = coefficients[:cut].reshape(-1, width, len(mean))
-        bias = mean - means @ coefficients
-        found: dict[str, Array] = {
-            "token_weight": coefficients[cut:].astype(np.float32),
-            "unknown_score": mean.astype(np.float16),
-            "combined_bias": bias.astype(np.float32),
-            "expert_score": by_expert,
-        }
-        scores = combined_scores(
-            rows, found["token_weight"], found["combined_bias"], by_expert, past
+        found["token_weight"][:] = coefficients[cut:]
+        found["unknown_score"][:] = mean
+        found["combined_bias"][:] = mean - means @ coefficients
+        found["expert_score"][: len(past)] = coefficients[:cut].reshape(
+            -1, width, num_ranks
         )
-        found["home_price"] = even_prices(
+        scores = combined_scores(
+            rows, found["token_weight"], found["combined_bias"], found["expert_score"], past
+        )
+        found["home_price"][:] = even_prices(
             lambda price: (scores - price.astype(np.float32)).argmax(axis=1),
-            len(mean),
+            num_ranks,
             self.max_home_imbalance,
-        ).astype(np.float32)
-        self._layers.append(found)
+        )
 
     def rule(self) -> CombinedRule:
         """Return the rule of the layers added."""

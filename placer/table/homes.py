@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from placer.errors import PlacerError
 from placer.simulation.homes import Batches
 from placer.simulation.serving import RankArray, majority_rank
 from placer.table.lookup import LayerTable, equal_homes, known_ids
@@ -13,30 +12,31 @@ from placer.table.table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class CombinedHomes:
-    """What the combined rule says of a layer.
+class HomeChoice:
+    """What a rule says of a layer.
 
     Attributes
     ----------
     home, confidence
         ``[T]``: its choice as it is, and the expected local activation rate there.
     scores
-        ``[T, R]`` float32: the expected rate of every home.
+        ``[T, R]`` float32: the expected rate of every home, or ``None``.
+    num_ranks
+        R.
     """
 
     home: RankArray
     confidence: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32] | None
+    num_ranks: int
 
     def equal(self, batches: Batches) -> RankArray:
         """Return ``[T]`` homes, equally many tokens of a batch on every rank."""
-        return equal_homes(
-            self.home, self.confidence, self.scores.shape[1], batches, self.scores
-        )
+        return equal_homes(self.home, self.confidence, self.num_ranks, batches, self.scores)
 
 
 class TableHomes:
-    """Looks tokens up in a table, and remembers where they were served.
+    """Looks tokens up in a table, and remembers how they were served.
 
     Parameters
     ----------
@@ -55,48 +55,40 @@ class TableHomes:
         self.ids = known_ids(token_ids, len(fallback), table.vocab_size)
         self._fallback = fallback
         self._history: list[RankArray] = []
-        self._past_experts: list[npt.NDArray[np.integer]] = []
+        self._past_experts: list[npt.NDArray[np.generic]] = []
 
-    def of(self, layer: int) -> tuple[RankArray, npt.NDArray[np.float32]]:
-        """Return ``[T]`` homes and confidences: the table's choice as it is."""
+    def plain(self, layer: int) -> HomeChoice:
+        """Return the choice of the plain rule: the surer of token and history."""
         rows = LayerTable.of(self.table, layer)
-        return rows.homes(self.ids, self._history, self._fallback)
-
-    def equal(self, layer: int, batches: Batches) -> RankArray:
-        """Return ``[T]`` homes, equally many tokens of a batch on every rank."""
-        home, confidence = self.of(layer)
-        score = self.table.token_score
-        if score is not None:
-            score = score[layer][np.maximum(self.ids, 0)].astype(np.float32)
-        return equal_homes(home, confidence, self.table.num_ranks, batches, score)
-
-    def combined(self, layer: int) -> CombinedHomes:
-        """Return the choice of the combined rule.
-
-        Raises
-        ------
-        PlacerError
-            If the table has none.
-        """
-        table = self.table
-        if table.combined is None or table.token_score is None:
-            raise PlacerError(
-                "the table has no combined rule",
-                "write it with one: placer tables PLAN TRACE --combined --out TABLE",
-            )
-        scores = table.combined.scores(
-            layer, table.token_score[layer], self.ids, self._past_experts
+        home, confidence = rows.homes(self.ids, self._history, self._fallback)
+        scores = self.table.token_score
+        if scores is not None:
+            scores = scores[layer][np.maximum(self.ids, 0)].astype(np.float32)
+        return HomeChoice(
+            home=home,
+            confidence=confidence,
+            scores=scores,
+            num_ranks=self.table.num_ranks,
         )
-        home, confidence = table.combined.homes(layer, scores)
-        return CombinedHomes(home=home, confidence=confidence, scores=scores)
 
-    def best_equal(self, layer: int, batches: Batches) -> RankArray:
-        """Return ``[T]`` homes in equal slices, by the combined rule where there is one."""
-        if self.table.combined is None:
-            return self.equal(layer, batches)
-        return self.combined(layer).equal(batches)
+    def best(self, layer: int) -> HomeChoice:
+        """Return the choice of the combined rule, of the plain one where there is none.
 
-    def served(self, ranks: RankArray, experts: npt.NDArray[np.integer]) -> None:
+        The first layer has no past, and keeps the plain rule.
+        """
+        rule, token_score = self.table.combined, self.table.token_score
+        if layer == 0 or rule is None or token_score is None:
+            return self.plain(layer)
+        scores = rule.scores(layer, token_score[layer], self.ids, self._past_experts)
+        home, confidence = rule.homes(layer, scores)
+        return HomeChoice(
+            home=home,
+            confidence=confidence,
+            scores=scores,
+            num_ranks=self.table.num_ranks,
+        )
+
+    def served(self, ranks: RankArray, experts: npt.NDArray[np.generic]) -> None:
         """Take note of how a layer was served.
 
         Parameters

@@ -212,7 +212,9 @@ class Table:
             name: np.ascontiguousarray(values)
             for name in _DTYPES
             if name != "lookback"
-            and (values := getattr(self.combined if name in _COMBINED else self, name, None))
+            and (
+                values := getattr(self.combined if name in _COMBINED else self, name, None)
+            )
             is not None
         }
         return named | {"lookback": np.array(self.lookback, dtype=np.int32)}
