@@ -11,6 +11,7 @@ import pytest
 
 from placer.model import ModelSpec
 from placer.plan import SolverReport
+from placer.shuffle import CombinedRule
 from placer.simulation import PolicyMetrics
 from placer.table import Table
 from placer.table.lookup import LayerTable, known_ids
@@ -139,6 +140,43 @@ def test_documented_table_rule_is_the_one_that_is_simulated() -> None:
         expected, _ = LayerTable.of(table, layer).homes(known, past, fallback)
         found = [
             names["home_of"](tensors, layer, token, [h[n] for h in past], fallback[n])
+            for n, token in enumerate(token_ids)
+        ]
+        assert found == expected.tolist()
+
+
+def test_documented_combined_rule_is_the_one_that_is_simulated() -> None:
+    """In sixty-fourths, of which float32 holds every sum."""
+    (source,) = blocks(FORMATS_PAGE, "python")
+    names: dict[str, Any] = {}
+    exec(compile(source, "docs/formats.md", "exec"), names)
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape: int, dtype: type = np.float32) -> Any:
+        return rng.integers(-64, 65, size=shape).astype(dtype) / dtype(64)
+
+    rule = CombinedRule(
+        token_weight=drawn(4, 3, 3),
+        unknown_score=drawn(4, 3, dtype=np.float16),
+        combined_bias=drawn(4, 3),
+        expert_score=drawn(4, 2, 6, 3, dtype=np.float16),
+        home_price=drawn(4, 3),
+    )
+    token_score = np.abs(drawn(4, 20, 3, dtype=np.float16))
+    tensors = {one.name: getattr(rule, one.name) for one in fields(CombinedRule)}
+    token_ids = rng.integers(-2, 24, size=200)
+    experts = [rng.integers(6, size=(2, 200)) for _ in range(4)]
+    for layer in range(1, 4):
+        past = experts[:layer]
+        scores = rule.scores(layer, token_score[layer], token_ids, past)
+        expected, _ = rule.homes(layer, scores)
+        found = [
+            names["combined_home_of"](
+                tensors | {"token_score": token_score},
+                layer,
+                token,
+                [one[:, n].tolist() for one in past],
+            )
             for n, token in enumerate(token_ids)
         ]
         assert found == expected.tolist()

@@ -98,7 +98,7 @@ def write_table(path: Path, spec: ModelSpec) -> None:
     )
     slots = [list(range(size)) for size in spec.num_experts]
     placement = Placement.from_json(slots, spec.num_experts, num_ranks=4, num_nodes=1)
-    build_table(placement, chunk, vocab_size=64, with_token_score=True).write(path)
+    build_table(placement, chunk, vocab_size=64, with_combined=True).write(path)
 
 
 def compare(model: torch.nn.Module, found: Path, *, seed: int) -> None:

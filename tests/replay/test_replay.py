@@ -154,7 +154,8 @@ def prepare(folder: Path, name: str) -> None:
             folder / "plan.json",
             Trace(folder / "trace"),
             fold=None,
-            options=TableOptions(with_token_score=True),
+            # The combined rule, and once the plain one.
+            options=TableOptions(with_token_score=True, with_combined=name != "top1"),
         )
         made.table.write(folder / "table")
 

@@ -111,6 +111,33 @@ def table_homes(table, layer, token_ids, history, fixed, num_ranks):
     return homes, sure
 
 
+def combined_homes(table, layer, token_ids, past, num_ranks):
+    """Sums over the token's row and all experts of the past layers, number by number."""
+    homes, sure, every = [], [], []
+    rule = table.combined
+    for token, token_id in enumerate(token_ids):
+        row = rule.unknown_score[layer].tolist()
+        if 0 <= token_id < table.token_rank.shape[1]:
+            row = table.token_score[layer, token_id].tolist()
+        scores = []
+        for rank in range(num_ranks):
+            score = float(rule.combined_bias[layer, rank])
+            score += sum(
+                value * float(weight)
+                for value, weight in zip(
+                    row, rule.token_weight[layer, :, rank], strict=True
+                )
+            )
+            for added, chosen in zip(rule.expert_score[layer], past[::-1], strict=False):
+                score += sum(float(added[expert, rank]) for expert in chosen[token])
+            scores.append(score)
+        price = rule.home_price[layer].tolist()
+        homes.append(max(range(num_ranks), key=lambda r: (scores[r] - price[r], -r)))
+        sure.append(scores[homes[-1]])
+        every.append(scores)
+    return homes, sure, every
+
+
 def equal_homes(homes, sure, num_ranks, batches, scores=None):
     result = [None] * len(homes)
     for batch in batches:
@@ -218,6 +245,8 @@ def plain_simulate(placement, tokens, batch_size, table=None, choice="local-firs
     names = ["fixed", "follow", "oracle"]
     if table is not None:
         names += ["token", "token_equal", "request"]
+        if table.combined is not None:
+            names += ["token_combined", "token_equal_combined"]
         unknown = [-1] * len(sequence_ids)
         ids = unknown if tokens.token_ids is None else tokens.token_ids.tolist()
         request = request_homes(table.request_score, sequence_ids, ids, num_ranks)
@@ -268,4 +297,12 @@ def plain_simulate(placement, tokens, batch_size, table=None, choice="local-firs
         even = equal_homes(homes, sure, num_ranks, batches, scores)
         tallies["token_equal"].add(serve(even), even, even)
         tallies["request"].add(serve(request), request, request)
+        if table.combined is None:
+            continue
+        if number:
+            past = [one.tolist() for one in tokens.experts[:number]]
+            homes, sure, scores = combined_homes(table, number, ids, past, num_ranks)
+        even = equal_homes(homes, sure, num_ranks, batches, scores)
+        tallies["token_combined"].add(serve(homes), homes, homes)
+        tallies["token_equal_combined"].add(serve(even), even, even)
     return {name: tally.metrics() for name, tally in tallies.items()}

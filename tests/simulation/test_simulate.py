@@ -11,6 +11,7 @@ from placer.plan import Placement
 from placer.simulation import contiguous, simulate
 from placer.table import build_table
 from placer.trace import Chunk
+from tests.simulation.dyadic import dyadic
 
 
 def chunk_of(experts, sequence_ids, token_ids=None):
@@ -184,8 +185,10 @@ def test_a_cover_of_two_experts_visits_no_more_ranks_than_the_nearest_copies(pro
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(), st.integers(0, 3), st.booleans(), st.booleans())
-def test_agrees_with_the_definitions_under_a_table(problem, lookback, scores, ids):
+@given(problems(), st.integers(0, 3), st.booleans(), st.booleans(), st.booleans())
+def test_agrees_with_the_definitions_under_a_table(
+    problem, lookback, scores, combined, ids
+):
     """The table is of other tokens, so that unknown and unseen ids occur."""
     placement, tokens, batch_size, rng = problem
     profile = tokens.select(rng.random(tokens.num_tokens) < 0.7)
@@ -197,7 +200,10 @@ def test_agrees_with_the_definitions_under_a_table(problem, lookback, scores, id
         vocab_size=int(profile.token_ids.max()) + 1,
         lookback=lookback,
         with_token_score=scores,
+        with_combined=combined,
     )
+    if combined:
+        table = dyadic(table)
     judged = tokens if ids else chunk_of(tokens.experts, tokens.sequence_ids)
     assert_same(
         simulate(placement, judged, batch_size=batch_size, table=table),
