@@ -92,7 +92,7 @@ class TokenShuffle:
         Raises
         ------
         PlacerError
-            If no model is watched.
+            If no model is watched, or slots cannot be told for logical experts.
         """
         if self._homes is None:
             raise PlacerError(
@@ -103,11 +103,25 @@ class TokenShuffle:
             order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
         )
         even = self._homes.best(layer).equal(whole)
-        experts = slots.cpu()
-        if self._placement is not None:
-            row = self._placement.physical_to_logical_map[layer]
-            experts = torch.from_numpy(row)[experts]
+        experts = self._logical(layer, slots.cpu(), ranks.cpu())
         by_weight, _ = by_descending_weight(ranks, weights)
         chosen, _ = by_descending_weight(experts, weights.cpu())
         self._homes.served(by_weight.T.cpu().numpy(), chosen.T.numpy())
         return torch.from_numpy(even.astype(np.int64))
+
+    def _logical(
+        self, layer: int, slots: torch.Tensor, ranks: torch.Tensor
+    ) -> torch.Tensor:
+        if self._placement is not None:
+            row = torch.from_numpy(self._placement.physical_to_logical_map[layer])
+            return row[slots]
+        expert_rank = torch.from_numpy(self.table.expert_rank[layer].astype(np.int64))
+        if self.table.combined is not None and (
+            slots.max() >= len(expert_rank) or (expert_rank[slots] != ranks).any()
+        ):
+            raise PlacerError(
+                "the slots of the model are not the logical experts that the combined "
+                "rule of the table knows",
+                "give the plan's placement: TokenShuffle(table, placement)",
+            )
+        return slots
