@@ -39,7 +39,7 @@ class CombinedRule:
     Attributes
     ----------
     token_weight
-        ``[L, R, R]`` float32: by it a row of ``token_score`` is multiplied from the left.
+        ``[L]`` float32: by it a row of ``token_score`` is multiplied.
     unknown_score
         ``[L, R]`` float16: stands in for that row where a token has none.
     combined_bias
@@ -95,7 +95,7 @@ class CombinedRule:
 
 def combined_scores(
     token_rows: Array,
-    token_weight: Array,
+    token_weight: np.float32,
     bias: Array,
     expert_score: Array,
     past: Sequence[Array],
@@ -107,15 +107,13 @@ def combined_scores(
     token_rows
         ``[T, R]``.
     token_weight, bias, expert_score
-        ``[R, R]``, ``[R]`` and ``[G, E, R]``.
+        A number, ``[R]`` and ``[G, E, R]``.
     past
         ``[k, T]`` logical experts of each past layer, the oldest first.
     """
-    rows = token_rows.astype(np.float32)
-    total = np.tile(bias.astype(np.float32), (len(rows), 1))
-    # Column by column, no matrix product: a token's sum must not depend on its batch.
-    for column, weight in zip(rows.T, token_weight, strict=True):
-        total += column[:, None] * weight
+    total: Array = token_rows.astype(np.float32) * token_weight
+    total += bias
+    # One after the other, no matrix product: a sum must not depend on the token's batch.
     for added, experts in zip(expert_score, reversed(past), strict=False):
         by_expert = added.astype(np.float32)
         for chosen in experts:

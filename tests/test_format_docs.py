@@ -156,7 +156,7 @@ def test_documented_combined_rule_is_the_one_that_is_simulated() -> None:
         return rng.integers(-64, 65, size=shape).astype(dtype) / dtype(64)
 
     rule = CombinedRule(
-        token_weight=drawn(4, 3, 3),
+        token_weight=drawn(4),
         unknown_score=drawn(4, 3, dtype=np.float16),
         combined_bias=drawn(4, 3),
         expert_score=drawn(4, 2, 6, 3, dtype=np.float16),

@@ -116,7 +116,7 @@ def _corrected_rule(
     """Undo in the rule what corrects the token scores, and correct what it promises."""
     own = calibration.combined or Calibration(slope=1.0, offset=0.0)
     weight = rule.token_weight / calibration.slope
-    bias = rule.combined_bias - calibration.offset * weight.sum(axis=1)
+    bias = rule.combined_bias - calibration.offset * weight[:, None]
     found = {
         "token_weight": own.slope * weight,
         "unknown_score": calibration.of(rule.unknown_score),

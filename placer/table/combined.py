@@ -1,10 +1,10 @@
 """One rate per home from the token and from all experts that it met before.
 
 The plain rule takes the surer of two estimates. Here both add up: by ridge regression
-(Hoerl and Kennard 1970), fitted per layer and home on the tokens of the profile, from the
-token's row of rates and from which logical experts the router chose 1, 2, ... G layers
-before, to the share of the token's pairs that the home could serve. In training a token's
-row leaves the token itself out, as its row does when a table meets a new token.
+(Hoerl and Kennard 1970), fitted per layer on the tokens of the profile, to the share of a
+token's pairs that each home could serve, from the token's row of rates, by one weight for
+all homes, and from which logical experts the router chose 1, 2, ... G layers before. In
+training a token's row leaves the token itself out, as it does when a new token is met.
 
 The first layer has no past: there the plain rule stays, and this one holds zeros.
 """
@@ -79,7 +79,7 @@ class CombinedBuilder:
         depth = past_layers(self.placement.num_experts)
         width = max(self.placement.num_experts)
         found: dict[str, Array] = {
-            "token_weight": np.zeros((num_ranks, num_ranks), dtype=np.float32),
+            "token_weight": np.zeros((), dtype=np.float32),
             "unknown_score": np.zeros(num_ranks, dtype=np.float16),
             "combined_bias": np.zeros(num_ranks, dtype=np.float32),
             "expert_score": np.zeros((depth, width, num_ranks), dtype=np.float16),
@@ -88,38 +88,46 @@ class CombinedBuilder:
         self._layers.append(found)
         if layer == 0:
             return
-        serving = LayerServing.of(self.placement, layer)
-        experts = np.ascontiguousarray(self.tokens.experts[layer].T)
-        every = np.arange(self.tokens.num_tokens)
-        served = serving.count_held(experts, every, len(every)) / len(experts)
-        mean = served.mean(axis=0)
-        rows = np.tile(mean, (len(every), 1))
-        known = self.token_ids >= 0
-        ids = self.token_ids[known]
-        rows[known] = rates[ids]
-        if not exact:
-            weight = np.bincount(ids)[ids][:, None] + self.shrinkage
-            rows[known] = (rows[known] * weight - served[known]) / (weight - 1)
+        rows, served = self._rows_and_served(layer, rates, exact)
         past = [
             np.ascontiguousarray(chosen.T)
             for chosen in self.tokens.experts[max(0, layer - depth) : layer]
         ]
-        coefficients, means = _ridge(rows, past, width, served)
-        cut = len(past) * width
-        found["token_weight"][:] = coefficients[cut:]
-        found["unknown_score"][:] = mean
-        found["combined_bias"][:] = mean - means @ coefficients
-        found["expert_score"][: len(past)] = coefficients[:cut].reshape(
-            -1, width, num_ranks
-        )
+        token_weight, added, bias = _ridge(rows, past, width, served)
+        found["token_weight"][...] = token_weight
+        found["unknown_score"][:] = served.mean(axis=0)
+        found["combined_bias"][:] = bias
+        found["expert_score"][: len(past)] = added
         scores = combined_scores(
-            rows, found["token_weight"], found["combined_bias"], found["expert_score"], past
+            rows,
+            np.float32(token_weight),
+            found["combined_bias"],
+            found["expert_score"],
+            past,
         )
         found["home_price"][:] = even_prices(
             lambda price: (scores - price.astype(np.float32)).argmax(axis=1),
             num_ranks,
             self.max_home_imbalance,
         )
+
+    def _rows_and_served(
+        self, layer: int, rates: FloatArray, exact: bool
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return ``[T, R]`` each: the rates of every token's id, counted without the token,
+        and the share of its pairs that each home could serve."""
+        serving = LayerServing.of(self.placement, layer)
+        experts = np.ascontiguousarray(self.tokens.experts[layer].T)
+        every = np.arange(self.tokens.num_tokens)
+        served = serving.count_held(experts, every, len(every)) / len(experts)
+        rows = np.tile(served.mean(axis=0), (len(every), 1))
+        known = self.token_ids >= 0
+        ids = self.token_ids[known]
+        rows[known] = rates[ids]
+        if not exact:
+            counted = np.bincount(ids)[ids][:, None] + self.shrinkage
+            rows[known] = (rows[known] * counted - served[known]) / (counted - 1)
+        return rows, served
 
     def rule(self) -> CombinedRule:
         """Return the rule of the layers added."""
@@ -133,28 +141,38 @@ class CombinedBuilder:
 
 def _ridge(
     rows: FloatArray, past: list[Array], width: int, served: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Return the coefficients ``[G E + R, R]`` and the features' means ``[G E + R]``.
+) -> tuple[float, FloatArray, FloatArray]:
+    """Return the weight of the rows, what experts add ``[G, E, R]``, and the bias ``[R]``.
 
-    The features of a token are, for each past layer, the latest first, a one for every
-    expert chosen, and then its row.
+    ``G`` is the number of past layers. They make least what is left of ``served`` squared
+    plus the penalty times their own squares, the bias apart: as many equations as there are
+    experts give these for the weight, and their error is then a parabola of the weight.
     """
-    columns = len(past) * width + rows.shape[1]
-    squares = np.zeros((columns, columns))
-    products = np.zeros((columns, served.shape[1]))
+    columns, num_ranks = len(past) * width, served.shape[1]
+    # The last columns are what the experts should explain: the rows and what was served.
+    squares = np.zeros((columns, columns + 2 * num_ranks))
+    own = np.zeros((2 * num_ranks, 2 * num_ranks))
     total = np.zeros(columns)
+    explained = np.hstack([rows, served])
+    mean_explained = explained.mean(axis=0)
+    explained = explained - mean_explained
     for begin in range(0, len(rows), _ROWS):
         part = slice(begin, begin + _ROWS)
         features = np.zeros((len(rows[part]), columns))
         for back, experts in enumerate(reversed(past)):
             for chosen in experts[:, part]:
                 features[np.arange(len(chosen)), back * width + chosen] = 1
-        features[:, len(past) * width :] = rows[part]
-        squares += features.T @ features
-        products += features.T @ served[part]
+        squares[:, :columns] += features.T @ features
+        squares[:, columns:] += features.T @ explained[part]
+        own += explained[part].T @ explained[part]
         total += features.sum(axis=0)
     mean = total / len(rows)
-    squares -= np.outer(total, mean)
-    products -= np.outer(total, served.mean(axis=0))
+    squares[:, :columns] -= np.outer(total, mean)
     squares[np.diag_indices(columns)] += _PENALTY
-    return np.linalg.solve(squares, products), mean
+    solved = np.linalg.solve(squares[:, :columns], squares[:, columns:])
+    left = own - squares[:, columns:].T @ solved
+    curvature = np.trace(left[:num_ranks, :num_ranks]) + _PENALTY
+    weight = float(np.trace(left[:num_ranks, num_ranks:]) / curvature)
+    added = solved[:, num_ranks:] - weight * solved[:, :num_ranks]
+    bias = mean_explained[num_ranks:] - weight * mean_explained[:num_ranks] - mean @ added
+    return weight, added.reshape(len(past), width, num_ranks), bias

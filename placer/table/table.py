@@ -187,7 +187,7 @@ class Table:
         depth = rule.expert_score.shape[1:2]
         experts = (*depth, max(self.model.num_experts))
         for name, shape in {
-            "token_weight": (*ranks, self.num_ranks),
+            "token_weight": ranks[:1],
             "unknown_score": ranks,
             "combined_bias": ranks,
             "expert_score": (ranks[0], *experts, ranks[1]),

@@ -122,12 +122,7 @@ def combined_homes(table, layer, token_ids, past, num_ranks):
         scores = []
         for rank in range(num_ranks):
             score = float(rule.combined_bias[layer, rank])
-            score += sum(
-                value * float(weight)
-                for value, weight in zip(
-                    row, rule.token_weight[layer, :, rank], strict=True
-                )
-            )
+            score += row[rank] * float(rule.token_weight[layer])
             for added, chosen in zip(rule.expert_score[layer], past[::-1], strict=False):
                 score += sum(float(added[expert, rank]) for expert in chosen[token])
             scores.append(score)

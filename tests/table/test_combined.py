@@ -29,15 +29,14 @@ def build(tokens, **options):
 
 def scores_by_hand(table, layer, token_id, past):
     """One token: the formula of docs/formats.md in plain numbers."""
-    rule, num_ranks = table.combined, table.num_ranks
+    rule = table.combined
     row = rule.unknown_score[layer]
     if 0 <= token_id < table.vocab_size:
         row = table.token_score[layer, token_id]
     scores = []
-    for rank in range(num_ranks):
+    for rank in range(table.num_ranks):
         score = float(rule.combined_bias[layer, rank])
-        for other in range(num_ranks):
-            score += float(row[other]) * float(rule.token_weight[layer, other, rank])
+        score += float(row[rank]) * float(rule.token_weight[layer])
         for back, experts in enumerate(reversed(past)):
             if back < rule.expert_score.shape[1]:
                 score += sum(
@@ -72,26 +71,33 @@ def test_the_fit_is_the_least_squares_one_with_a_penalty(make_chunk, layer):
     tokens = make_chunk(num_tokens=150, vocab_size=40)
     tokens.token_ids[7:12] = -1
     rule = build(tokens, shrinkage=1.5).combined
-    features = []
+    experts, rows = [], []
     for token in range(150):
         chosen = [0.0] * 8 * layer
         for back in range(layer):
             for expert in tokens.experts[layer - 1 - back][token]:
                 chosen[back * 8 + expert] = 1.0
-        features.append(chosen + rates_without(tokens, layer, token, 1.5))
-    features = np.array(features)
+        experts.append(chosen)
+        rows.append(rates_without(tokens, layer, token, 1.5))
+    experts, rows = np.array(experts), np.array(rows)
     ranks = tokens.experts[layer].astype(int) // 2
     served = np.stack([(ranks == rank).mean(axis=1) for rank in range(4)], axis=1)
-    centred = features - features.mean(axis=0)
-    width = features.shape[1]
+    # Unknowns: what each expert adds to each home, home by home, and last the weight.
+    centred = experts - experts.mean(axis=0)
+    by_home = np.kron(np.eye(4), centred)
+    row = (rows - rows.mean(axis=0)).T.reshape(-1, 1)
+    equations = np.hstack([by_home, row])
+    width = equations.shape[1]
     solved, *_ = np.linalg.lstsq(
-        np.vstack([centred, np.sqrt(40) * np.eye(width)]),
-        np.vstack([served - served.mean(axis=0), np.zeros((width, 4))]),
+        np.vstack([equations, np.sqrt(40) * np.eye(width)]),
+        np.concatenate([(served - served.mean(axis=0)).T.ravel(), np.zeros(width)]),
     )
+    added = solved[:-1].reshape(4, -1).T
     found = rule.expert_score[layer, :layer].reshape(-1, 4)
-    assert found == pytest.approx(solved[: 8 * layer], abs=2e-4)
-    assert rule.token_weight[layer] == pytest.approx(solved[8 * layer :], abs=1e-5)
-    bias = served.mean(axis=0) - features.mean(axis=0) @ solved
+    assert found == pytest.approx(added, abs=2e-4)
+    assert rule.token_weight[layer] == pytest.approx(solved[-1], abs=1e-5)
+    bias = served.mean(axis=0) - experts.mean(axis=0) @ added
+    bias -= solved[-1] * rows.mean(axis=0)
     assert rule.combined_bias[layer] == pytest.approx(bias, abs=1e-5)
     assert rule.unknown_score[layer] == pytest.approx(served.mean(axis=0), abs=1e-3)
     assert not rule.expert_score[layer, layer:].any()
@@ -356,7 +362,7 @@ def test_what_is_no_number_is_refused(make_chunk, tmp_path, name, wrong):
 def test_other_shapes_are_refused(make_chunk, tmp_path, name):
     table = build(make_chunk())
     table.write(tmp_path / "table")
-    short = np.ascontiguousarray(getattr(table.combined, name)[..., :3])
+    short = np.ascontiguousarray(getattr(table.combined, name)[..., :2])
     rewrite(tmp_path / "table", {name: short})
     with pytest.raises(PlacerError, match=f"{name} has shape"):
         Table.read(tmp_path / "table")
