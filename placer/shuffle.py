@@ -285,7 +285,7 @@ class ShuffleTable:
             )
         if layer == 0:
             return self.homes(layer, token_ids, [], fallback)
-        past = [np.ascontiguousarray(one.T) for one in past_experts]
+        past = [one.T for one in past_experts]
         scores = self.combined.scores(layer, self.token_score[layer], token_ids, past)
         return self.combined.homes(layer, scores)
 

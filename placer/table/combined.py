@@ -114,8 +114,10 @@ class CombinedBuilder:
     def _rows_and_served(
         self, layer: int, rates: FloatArray, exact: bool
     ) -> tuple[FloatArray, FloatArray]:
-        """Return ``[T, R]`` each: the rates of every token's id, counted without the token,
-        and the share of its pairs that each home could serve."""
+        """Return ``[T, R]``: rates of a token's id, and what each home could serve of it.
+
+        The rates are counted without the token itself.
+        """
         serving = LayerServing.of(self.placement, layer)
         experts = np.ascontiguousarray(self.tokens.experts[layer].T)
         every = np.arange(self.tokens.num_tokens)
