@@ -145,3 +145,20 @@ def test_baselines_of_others_are_simulated_by_name(files):
     asked = [word for name in names for word in ("--baseline", name)]
     result = call("simulate", plan, trace, "--fold", "1/2", "--json", *asked)
     assert tuple(json.loads(result.stdout)["baselines"]) == names
+
+
+def test_a_combined_rule_is_judged_beside_the_plain_one(files):
+    plan, trace, table = files
+    value = json.loads(
+        call("tables", plan, trace, "--combined", "--out", table, "--json").stdout
+    )
+    heldout = value["heldout"]
+    assert heldout["token_combined"]["local_activation_rate"] > 0.3
+    assert heldout["token_equal_combined"]["home_imbalance_max"] < 1.05
+    judged = call("simulate", plan, trace, "--table", table, "--fold", "1/2", "--json")
+    assert json.loads(judged.stdout)["policies"] == heldout
+    plain = Table.read(table).provenance["calibration"]
+    assert plain["combined"]["slope"] > 0
+    first = table.read_bytes()
+    call("tables", plan, trace, "--combined", "--out", table)
+    assert table.read_bytes() == first
