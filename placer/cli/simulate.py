@@ -80,9 +80,9 @@ def simulate(
 
     Policies: fixed (the sequence's data-parallel rank), follow (the rank that served most
     of the previous layer), oracle (the best home of every layer), and with --table token,
-    token_equal (equal slices of every batch) and request (one home per sequence);
-    token_combined and token_equal_combined if it has a combined rule. Judge
-    on sequences that the plan was not solved on: --fold or --not-fold.
+    token_equal (equal slices of every batch) and request (one home per sequence), and by
+    its combined rule token_combined and token_equal_combined. Judge on sequences that the
+    plan was not solved on: --fold or --not-fold.
     """
     from placer.engine import Engine, choose_replicas
     from placer.hardware import Hardware

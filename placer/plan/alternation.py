@@ -149,9 +149,9 @@ class Alternation:
             return np.tile(once, (placement.num_layers, 1))
         found = np.empty((placement.num_layers, tokens.num_tokens), dtype=np.int64)
         for layer, ids in enumerate(tokens.experts):
-            home, _ = homes.of(layer)
+            home = homes.plain(layer).home
             experts = np.ascontiguousarray(ids.T)
-            homes.served(LayerServing.of(placement, layer).ranks(experts, home))
+            homes.served(LayerServing.of(placement, layer).ranks(experts, home), experts)
             found[layer] = home
         return found
 
