@@ -5,10 +5,10 @@ token prefers one node per layer, which it mostly keeps from layer to layer, and
 of four experts from it.
 """
 
+import json
 import os
 import resource
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +68,60 @@ def node_copies(placement: Placement, tokens: Chunk, policy: str) -> float:
     return float(found)
 
 
+def solved(
+    profile: Chunk, model: ModelSpec, num_ranks: int, num_nodes: int, policy: str
+) -> tuple[float, float, Placement]:
+    """Solve in a child; return its seconds, its peak memory in GiB, and the placement."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        options = SolveOptions(
+            topology=Topology(num_nodes=num_nodes, gpus_per_node=num_ranks // num_nodes),
+            relax_cap=True,
+            exchange="per-node",
+            policy=policy,  # type: ignore[arg-type]
+            proof="none",
+        )
+        began = time.perf_counter()
+        affinity = count_affinity([profile], model, {})
+        placement, _ = solve(affinity, options, None, profile)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        told = {"seconds": seconds, "peak": peak, "slots": placement.to_json()}
+        with os.fdopen(write, "w") as stream:
+            json.dump(told, stream)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as stream:
+        found = json.load(stream)
+    os.waitpid(child, 0)
+    placement = Placement.from_json(
+        found["slots"], model.num_experts, num_ranks=num_ranks, num_nodes=num_nodes
+    )
+    return found["seconds"], found["peak"], placement
+
+
+#: Layers, experts, ranks and tokens of the smallest instance whose growth is measured.
+SMALLEST = (8, 64, 8, 8192)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+def test_growth(policy: str) -> None:
+    """Double each of layers, experts, ranks and tokens twice, the others as they are."""
+    print(f"\n{policy}: seconds and GiB of the smallest, then of twice and four times")
+    for place, name in enumerate(("layers", "experts", "ranks", "tokens")):
+        cells = []
+        for factor in (1, 2, 4):
+            sizes = list(SMALLEST)
+            sizes[place] *= factor
+            num_layers, num_experts, num_ranks, num_tokens = sizes
+            model = ModelSpec(num_experts=(num_experts,) * num_layers, top_k=8)
+            profile = draw(model, planted(model, num_ranks, 2, seed=0), num_tokens, seed=1)
+            seconds, peak, _ = solved(profile, model, num_ranks, 2, policy)
+            cells.append(f"{seconds:6.1f} s {peak:5.2f} GiB")
+        print(f"{name:8s} {' | '.join(cells)}", flush=True)
+
+
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
 @pytest.mark.parametrize(
     ("num_layers", "num_experts", "num_ranks", "num_nodes", "num_tokens"),
@@ -91,28 +145,8 @@ def test_planted_structure(
     secret = planted(model, num_ranks, num_nodes, seed=0)
     profile = draw(model, secret, num_tokens, seed=1)
     heldout = draw(model, secret, 16_384, seed=2)
-    # A child measures the memory of solving alone.
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        options = SolveOptions(
-            topology=Topology(num_nodes=num_nodes, gpus_per_node=num_ranks // num_nodes),
-            relax_cap=True,
-            exchange="per-node",
-            policy=policy,  # type: ignore[arg-type]
-        )
-        began = time.perf_counter()
-        affinity = count_affinity([profile], model, {})
-        placement, _ = solve(affinity, replace(options, proof="none"), None, profile)
-        seconds = time.perf_counter() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        reached = node_copies(placement, heldout, policy)
-        os.write(write, f"{seconds} {peak} {reached}".encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as stream:
-        seconds, peak, reached = map(float, stream.read().split())
-    os.waitpid(child, 0)
+    seconds, peak, placement = solved(profile, model, num_ranks, num_nodes, policy)
+    reached = node_copies(placement, heldout, policy)
     base = node_copies(contiguous(model.num_experts, num_ranks, num_nodes), heldout, policy)
     best = node_copies(secret, heldout, policy)
     print(
