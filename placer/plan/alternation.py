@@ -18,7 +18,7 @@ from placer.plan.deadline import Deadline
 from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy
 from placer.plan.problem import IntArray
-from placer.plan.refine import RefineLimits, Refinement, TrafficProblem
+from placer.plan.refine import Evaluation, RefineLimits, Refinement, TrafficProblem
 from placer.plan.requests import place_requests
 from placer.simulation.homes import fixed_homes
 from placer.simulation.serving import LayerServing
@@ -92,34 +92,34 @@ class Alternation:
     ) -> Placement:
         """Return the best placement of all rounds, the given one included.
 
-        ``progress`` is told the round and the price of the best (see :meth:`price`).
+        The best by all that ``traffic`` prices, under the load cap where one is.
+        ``progress`` is told the round and the price of its copies (see :meth:`price`).
         """
         deadline = deadline or Deadline()
         best = placement
         with deadline.interruptible():
             homes = self.table_homes(placement)
-            least = self.price(placement, homes)
+            least = self._evaluate(placement, homes)
             for number in range(NUM_ROUNDS):
                 if deadline.passed():
                     break
                 placement = self._refined(placement, homes, number, deadline)
                 homes = self.table_homes(placement)
-                price = self.price(placement, homes)
-                if price < least:
-                    best, least = placement, price
+                found = self._evaluate(placement, homes)
+                if found.is_better(least):
+                    best, least = placement, found
                 if progress is not None:
-                    progress(number, least)
+                    progress(number, least.copies)
         return best
 
-    def price(self, placement: Placement, homes: Homes | None = None) -> float:
-        """Return the price of the copies per token and layer, from the homes of the tables.
+    def price(self, placement: Placement) -> float:
+        """Return the price of the copies per token and layer, from the homes of tables."""
+        return self._evaluate(placement, self.table_homes(placement)).copies
 
-        ``homes`` are those of :meth:`table_homes`, if they are known.
-        """
-        if homes is None:
-            homes = self.table_homes(placement)
+    def _evaluate(self, placement: Placement, homes: Homes) -> Evaluation:
+        """Return what a placement costs from the homes of its own tables."""
         given = self._given(homes)
-        return Refinement(problem=given, limits=self.limits).evaluate(placement).copies
+        return Refinement(problem=given, limits=self.limits).evaluate(placement)
 
     def table_homes(self, placement: Placement) -> Homes:
         """Return L arrays ``[T]``: homes by the tables of other sequences."""

@@ -9,7 +9,8 @@ Legend of the shapes: L MoE layers, E logical experts of a layer, R ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -201,6 +202,18 @@ class PlacementProblem:
             self.rank_load(layer, ranks).max() <= self.max_load[layer]
             for layer, ranks in enumerate(expert_rank)
         )
+
+    def admitting(self, expert_rank: Sequence[IntArray]) -> Self:
+        """Return the same problem with caps raised where a placement is above them.
+
+        Bounds of it hold for that placement too: pins, groups or a start that is served
+        may keep a placement above a cap that others meet.
+        """
+        caps = (
+            max(self.max_load[layer], float(self.rank_load(layer, ranks).max()))
+            for layer, ranks in enumerate(expert_rank)
+        )
+        return replace(self, max_load=tuple(caps))
 
 
 def rank_load(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> FloatArray:

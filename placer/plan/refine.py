@@ -35,6 +35,8 @@ _HOTTEST, _COOLING = 2e-3, 1 / 30
 #: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
 #: layers of gpt-oss-20b stay above a cap that they meet at 30.
 HOME_PRICE = 30.0
+# Pairs; sums of the shares of replicas differ by rounding.
+_SAME_OVERFLOW = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,12 +141,34 @@ class Evaluation:
     ----------
     copies
         Price of the copies, per token and MoE layer.
+    price
+        The same with all that is priced beside them: other loads, the busiest receiver,
+        homes and moves.
+    overflow
+        ``[L]``: pairs of the profile above the load cap.
     imbalance
         ``[L]``: max/mean rank load, each copy serving as often as even homes ask it to.
     """
 
     copies: float
+    price: float
+    overflow: FloatArray
     imbalance: FloatArray
+
+    def is_better(self, other: "Evaluation") -> bool:
+        """Return whether it is nearer the load cap or, as near, costs less."""
+        return _is_better(
+            self.overflow.sum(), self.price, other.overflow.sum(), other.price
+        )
+
+
+def _is_better(
+    overflow: float, price: float, other_overflow: float, other_price: float
+) -> bool:
+    """Compare by load above the cap, which no price outweighs, then by price."""
+    if abs(overflow - other_overflow) > _SAME_OVERFLOW:
+        return overflow < other_overflow
+    return price < other_price
 
 
 @dataclass(slots=True, kw_only=True)
@@ -180,14 +204,16 @@ class Refinement:
     ) -> Placement:
         """Return a placement that costs no more; ``progress`` is told sweep and price.
 
-        The price is in copies per token and MoE layer (cheapest copy 1).
+        Of a placement above the load cap, one that is nearer to it, whatever it costs. The
+        price is in copies per token and MoE layer (cheapest copy 1).
         """
         deadline = deadline or Deadline()
         self._load(placement)
-        best, best_price = self._snapshot(), self.price_per_layer()
+        start, start_price = self._snapshot(), self.price_per_layer()
+        start_overflow = self._overflow_per_layer()
         with deadline.interruptible():
             self._improve(progress, deadline)
-        best = self._better(best, best_price)
+        best = self._better(start, start_price, start_overflow)
         return Placement(
             physical_to_logical_map=tuple(best),
             num_experts=placement.num_experts,
@@ -214,12 +240,18 @@ class Refinement:
     def evaluate(self, placement: Placement) -> "Evaluation":
         """Return what a placement costs."""
         self._load(placement)
-        copies, imbalance = 0.0, []
+        copies, penalties, imbalance = 0.0, 0.0, []
         for layer in range(self.problem.num_layers):
-            copies += self._price_layer(self._tokens(layer, with_next=False), layer)
+            copies += self._copies(layer)
+            penalties += self._penalties(layer)
             load = self._states[layer].rank_load[0]
             imbalance.append(load.max() / load.mean() if load.any() else 1.0)
-        return Evaluation(copies=self._per_token(copies), imbalance=np.array(imbalance))
+        return Evaluation(
+            copies=self._per_token(copies),
+            price=self._per_token(copies + penalties),
+            overflow=self._overflow_per_layer(),
+            imbalance=np.array(imbalance),
+        )
 
     def _load(self, placement: Placement) -> None:
         layers = range(self.problem.num_layers)
@@ -230,13 +262,21 @@ class Refinement:
         ]
         self._states = [self._state(placement, n) for n in layers]
 
-    def _better(self, start: list[IntArray], start_price: FloatArray) -> list[IntArray]:
+    def _better(
+        self, start: list[IntArray], start_price: FloatArray, start_overflow: FloatArray
+    ) -> list[IntArray]:
         """Choose between the start and the end, layer by layer where layers do not link."""
-        end, end_price = self._snapshot(), self.price_per_layer()
+        end, price = self._snapshot(), self.price_per_layer()
+        overflow = self._overflow_per_layer()
         if self.problem.policy == "follow":
-            return end if end_price.sum() <= start_price.sum() else start
+            lost = _is_better(
+                start_overflow.sum(), start_price.sum(), overflow.sum(), price.sum()
+            )
+            return start if lost else end
+        lost_layers = map(_is_better, start_overflow, start_price, overflow, price)
         return [
-            end[n] if end_price[n] <= start_price[n] else start[n] for n in range(len(end))
+            old if lost else new
+            for old, new, lost in zip(start, end, lost_layers, strict=True)
         ]
 
     def price_per_layer(self) -> FloatArray:
@@ -244,18 +284,30 @@ class Refinement:
 
         A layer's share of ``follow`` is the dispatch to it and the combine from it.
         """
-        prices = []
-        for layer in range(self.problem.num_layers):
-            tokens = self._tokens(layer, with_next=False)
-            state, price = self._states[layer], self._prices[layer]
-            total = self._price_layer(tokens, layer)
-            over = np.maximum(state.rank_load - price.max_load[:, None], 0).sum(axis=1)
-            total += price.overflow * float(over[1:].mean()) if len(over) > 1 else 0.0
-            total += price.receive * float(state.received.max())
-            total += price.crowd * kernels.crowded(state.homes, price.max_homes)
-            total += float((price.linear * state.holds).sum())
-            prices.append(total)
-        return np.array(prices)
+        layers = range(self.problem.num_layers)
+        return np.array([self._copies(n) + self._penalties(n) for n in layers])
+
+    def _copies(self, layer: int) -> float:
+        """Price a layer's copies anew."""
+        return self._price_layer(self._tokens(layer, with_next=False), layer)
+
+    def _penalties(self, layer: int) -> float:
+        """Return what is priced beside the copies of a layer, as they were priced last."""
+        state, price = self._states[layer], self._prices[layer]
+        over = np.maximum(state.rank_load - price.max_load[:, None], 0).sum(axis=1)
+        total = price.overflow * float(over[1:].mean()) if len(over) > 1 else 0.0
+        total += price.receive * float(state.received.max())
+        total += price.crowd * float(kernels.crowded(state.homes, price.max_homes))
+        return total + float((price.linear * state.holds).sum())
+
+    def _overflow_per_layer(self) -> FloatArray:
+        """Return ``[L]``: pairs of the profile above the cap, as they were priced last."""
+        return np.array(
+            [
+                np.maximum(state.rank_load[0] - price.max_load[0], 0).sum()
+                for state, price in zip(self._states, self._prices, strict=True)
+            ]
+        )
 
     def _price_layer(self, tokens: kernels.LayerTokens, layer: int) -> float:
         state, prices = self._states[layer], self._prices[layer]

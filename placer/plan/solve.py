@@ -416,13 +416,14 @@ def _copies_report(
     if options.redundant_experts:
         why = "none: replicas void the bounds"
         return report | {"bound": None, "gap": None, "bound_method": why}
+    problem = problem.admitting(_ranks(placement))
     pairs = _pair_certificate(problem, placement, options.proof)
     bound = _copies_bound(problem, judged, options)
     if bound is None:
         why = "none: no bound of the copies of this policy and exchange was computed"
         return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
     return report | {
-        "status": _status(objective, bound),
+        "status": _status(reached.copies, bound),  # rounding proves nothing
         "bound": bound,
         "gap": _gap(objective, bound),
         "bound_method": COPIES_METHOD,
@@ -444,8 +445,7 @@ def _content_report(content: Alternation, placement: Placement) -> dict[str, Any
 def _pair_certificate(
     problem: PlacementProblem, placement: Placement, proof: Proof
 ) -> Certificate:
-    ranks = [placement.expert_rank(layer) for layer in range(placement.num_layers)]
-    objective = problem.objective(ranks)
+    objective = problem.objective(_ranks(placement))
     certificate = PairCertificate(problem)
     if (steps := _steps(problem, proof)[0]) and certificate.bound < objective:
         certificate.improve(steps)
@@ -494,6 +494,10 @@ def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:
 
 def _status(objective: float, bound: float) -> Literal["optimal", "feasible"]:
     return "optimal" if objective <= bound else "feasible"
+
+
+def _ranks(placement: Placement) -> list[IntArray]:
+    return [placement.expert_rank(layer) for layer in range(placement.num_layers)]
 
 
 def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[IntArray]:

@@ -191,3 +191,71 @@ def test_a_start_of_another_shape_is_refused(make_chunk: Callable[..., Chunk]) -
     with pytest.raises(UsageError, match="needs the tokens of a trace"):
         model = ModelSpec(num_experts=(6,), top_k=2)
         solve(count_affinity([chunk], model, {}), replace(PLAIN, start=start))
+
+
+def crowded_chunk(make_chunk: Callable[..., Chunk]) -> Chunk:
+    """Tokens that mostly use two of experts 0, 1 and 2: cheapest where all load is."""
+    rng = np.random.default_rng(3)
+    chunk = make_chunk(num_tokens=400, num_experts=(6, 6), num_sequences=10)
+    pairs = np.array([[0, 1], [1, 2], [2, 0], [3, 4], [4, 5], [5, 3]])
+    kinds = rng.choice(6, size=400, p=[0.28, 0.28, 0.28, 0.06, 0.05, 0.05])
+    experts = pairs[kinds].astype(np.uint8)
+    return replace(chunk, experts=(experts, experts))
+
+
+CROWDED = Placement.from_expert_rank([np.repeat([0, 1], 3)] * 2, 2)
+
+
+def max_imbalance(chunk: Chunk, expert_rank: list[np.ndarray]) -> float:
+    """Max/mean rank load of the worst layer, pair by pair."""
+    worst = 0.0
+    for ids, ranks in zip(chunk.experts, expert_rank, strict=True):
+        load = np.bincount(ranks[ids].ravel(), minlength=2)
+        worst = max(worst, load.max() / load.mean())
+    return worst
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow", "token", "request"])
+def test_a_start_above_the_cap_is_brought_under_it_whatever_it_costs(
+    make_chunk: Callable[..., Chunk], policy: str
+) -> None:
+    chunk = crowded_chunk(make_chunk)
+    assert max_imbalance(chunk, ranks_of(CROWDED)) > 1.6
+    options = replace(PLAIN, policy=policy, start=CROWDED, max_imbalance=1.25)
+    found = ranks_of(solved(chunk, options))
+    assert max_imbalance(chunk, found) <= 1.25
+    if policy == "fixed":
+        allowed = [one for one in halves() if max_imbalance(chunk, [one] * 2) <= 1.25]
+        best = min(distinct_ranks(chunk, [one] * 2) for one in allowed)
+        assert distinct_ranks(chunk, found) == best
+        assert best > distinct_ranks(chunk, ranks_of(CROWDED)), "the start was cheaper"
+
+
+def test_a_table_s_placement_pays_for_its_moves(make_chunk: Callable[..., Chunk]) -> None:
+    """Moves that cost more than all copies are not made, however few copies are left."""
+    chunk = make_chunk(num_tokens=200, num_experts=(6, 6), num_sequences=10)
+    options = replace(PLAIN, policy="token", start=CROWDED)
+    assert num_moved(CROWDED, solved(chunk, options)) > 0
+    dear = replace(options, migration_cost=1000.0)
+    assert num_moved(CROWDED, solved(chunk, dear)) == 0
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+@pytest.mark.parametrize("proof", ["quick", "full"])
+def test_a_bound_holds_for_what_pins_keep_above_the_cap(
+    make_chunk: Callable[..., Chunk], policy: str, proof: str
+) -> None:
+    """Only one placement has these pins, so it is the optimum: no bound may be above."""
+    chunk = crowded_chunk(make_chunk)
+    pins = tuple(Pin(layer=n, expert=e, rank=0) for n in range(2) for e in range(3))
+    options = replace(
+        PLAIN, policy=policy, pins=pins, max_imbalance=1.25, relax_cap=True, proof=proof
+    )
+    model = ModelSpec(num_experts=(6, 6), top_k=2)
+    placement, report = solve(count_affinity([chunk], model, {}), options, None, chunk)
+    assert (ranks_of(placement)[0] == np.repeat([0, 1], 3)).all()
+    assert set(report.relaxed_layers) == {"0", "1"}
+    assert report.bound is not None
+    assert report.pairs is not None
+    assert report.bound <= report.objective + 1e-6
+    assert report.pairs.bound <= report.pairs.objective
