@@ -332,13 +332,15 @@ def solve(
         expert = find_expert_shape(
             model, hidden_size or kept.hidden_size, expert_size, weight_bytes
         )
-    question = Question(
-        topology=options.topology,
-        policy=policy,
-        engine=None if engine is None else Engine.named(engine),
-        hardware=None if hardware is None else Hardware.named(hardware),
-        expert=expert,
-    )
+    question = None
+    if by_time:
+        question = Question(
+            topology=options.topology,
+            policy=policy,
+            engine=None if engine is None else Engine.named(engine),
+            hardware=None if hardware is None else Hardware.named(hardware),
+            expert=expert,
+        )
     redundant, choice = None, None
     if fixed_redundant is None:
         memory = Memory.of(expert, redundant_memory)
@@ -347,7 +349,7 @@ def solve(
                 source,
                 chosen,
                 options,
-                question if by_time else None,
+                question,
                 memory,
                 redundant_gain,
                 progress,
@@ -358,7 +360,7 @@ def solve(
         _frontier(source, options, chosen, frontier, out, by_time, as_json)
         return
     with progress_line("solve") as progress:
-        if by_time:
+        if question is not None:
             trace = Trace(source)
             choice = choose_by_time(
                 trace.model, trace.read(chosen), options, question, progress
