@@ -1,7 +1,7 @@
 """``placer solve``: experts to ranks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,10 +25,14 @@ from placer.cli.output import (
 from placer.errors import NotProvedError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from placer.plan import Plan
     from placer.plan.options import SolveOptions
     from placer.plan.redundant import Memory, RedundantChoice
     from placer.plan.solve import Progress
     from placer.report.advice import Question
+    from placer.report.layer_time import TimeChoice
     from placer.trace import Fold
 
 
@@ -140,12 +144,13 @@ def solve(
         ),
     ] = "0",
     redundant_gain: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="SHARE",
             help="With --redundant-experts auto: what a step must save of the objective.",
+            show_default="0.05",
         ),
-    ] = 0.05,
+    ] = None,
     redundant_memory: Annotated[
         float | None,
         typer.Option(
@@ -169,8 +174,12 @@ def solve(
         ),
     ] = "none",
     overflow_price: Annotated[
-        float, typer.Option(help="With --robust: copies that a pair over the cap is worth.")
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            help="With --robust: copies that a pair over the cap is worth.",
+            show_default="10",
+        ),
+    ] = None,
     receive_price: Annotated[
         float, typer.Option(help="Copies that one to the busiest receiver is worth.")
     ] = 0.0,
@@ -228,39 +237,52 @@ def solve(
     from placer.affinity import Affinity
     from placer.engine import Engine
     from placer.hardware import Hardware
+    from placer.model import require_same_model
     from placer.plan import Plan
     from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
     from placer.plan.planner import plan_from_affinity, plan_from_trace
-    from placer.plan.redundant import Memory
+    from placer.plan.redundant import LEAST_GAIN, Memory
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
     from placer.plan.served import solved_for
     from placer.plan.world import WorldLayout, group_topology
     from placer.report.advice import Question
-    from placer.report.comparison import (
-        COLUMNS,
-        certificate_lines,
-        inner_cap_line,
-        ladder_line,
-        plan_rows,
-        price_line,
-    )
+    from placer.report.comparison import ladder_line
     from placer.report.layer_time import choose_by_time
     from placer.simulation.cost import find_expert_shape
     from placer.trace import Trace
 
     by_time = objective == "time"
-    if hardware is not None and not by_time:
-        raise UsageError(
-            f"--hardware {hardware} is for --objective time, not {objective}",
-            "add --objective time, or drop --hardware",
-        )
+    _require_company({"--hardware": hardware}, "--objective time", is_given=by_time)
     fixed_redundant = _number_or_auto(redundant_experts)
-    if fixed_redundant is not None and redundant_memory is not None:
+    _require_company(
+        {
+            "--redundant-memory": redundant_memory,
+            "--redundant-gain": redundant_gain,
+        },
+        "--redundant-experts auto",
+        is_given=fixed_redundant is None,
+    )
+    _require_company(
+        {"--overflow-price": overflow_price},
+        "--robust bootstrap or domains",
+        is_given=robust != "none",
+    )
+    _require_company(
+        {"--replica-choice": replica_choice},
+        "--redundant-experts: which copy serves is no question where each expert has one",
+        is_given=fixed_redundant != 0,
+    )
+    _require_company(
+        {"--model": model, "--hidden-size": hidden_size, "--expert-size": expert_size},
+        "--objective time or --redundant-memory: nothing else asks what an expert weighs",
+        is_given=by_time or redundant_memory is not None,
+    )
+    if require_optimal and frontier is not None:
         raise UsageError(
-            f"--redundant-memory {redundant_memory:g} is for --redundant-experts auto",
-            "add --redundant-experts auto, or drop --redundant-memory",
+            "--require-optimal is about one plan, --frontier writes several",
+            "drop one; frontier.csv has the bound of each",
         )
     served = solved_for(
         engine,
@@ -288,6 +310,7 @@ def solve(
             "but there is no --ep-size",
             "add --ep-size R, the ranks of a group",
         )
+    served_now = None if start is None else Plan.read(start)
     options = SolveOptions(
         topology=group_topology(
             num_nodes=nodes,
@@ -307,10 +330,10 @@ def solve(
         redundant_experts=fixed_redundant or 0,
         replica_choice=served.replica_choice,  # type: ignore[arg-type]
         robust=robust,  # type: ignore[arg-type]
-        overflow_price=overflow_price,
+        overflow_price=10.0 if overflow_price is None else overflow_price,
         receive_price=receive_price,
         proof=proof,  # type: ignore[arg-type]
-        start=None if start is None else Plan.read(start).placement,
+        start=None if served_now is None else served_now.placement,
         migration_cost=migration_cost,
         pins=tuple(map(Pin.parse, pin or [])),
         preserve_groups=preserve_groups,
@@ -326,9 +349,14 @@ def solve(
             f"{source} holds counts; --objective time needs tokens",
             "solve from the trace itself: placer solve TRACE --out PLAN",
         )
-    expert = None
-    if by_time or redundant_memory is not None:
+    expert, weighs = None, by_time or redundant_memory is not None
+    if weighs or served_now is not None:
         kept = Affinity.read(source).model if source.is_file() else Trace(source).model
+    if served_now is not None:
+        matched = require_same_model(served_now.model, str(start), kept, str(source))
+        if matched is not None:
+            warn(matched)
+    if weighs:
         expert = find_expert_shape(
             model, hidden_size or kept.hidden_size, expert_size, weight_bytes
         )
@@ -351,13 +379,18 @@ def solve(
                 options,
                 question,
                 memory,
-                redundant_gain,
+                LEAST_GAIN if redundant_gain is None else redundant_gain,
                 progress,
             )
         options = replace(options, redundant_experts=redundant.redundant_experts)
         note(ladder_line(redundant))
+    chosen_so: dict[str, Any] = {}
+    if redundant is not None:
+        chosen_so["redundant_experts"] = redundant.to_json()
+    if layout is not None:
+        chosen_so["layout"] = layout.to_json()
     if frontier is not None:
-        _frontier(source, options, chosen, frontier, out, by_time, as_json)
+        _frontier(source, options, chosen, frontier, out, by_time, as_json, chosen_so)
         return
     with progress_line("solve") as progress:
         if question is not None:
@@ -378,12 +411,8 @@ def solve(
     if choice is not None:
         if choice.left_out is not None:
             note(choice.left_out)
-        plan = replace(plan, provenance={**plan.provenance, "time": choice.to_json()})
-    if redundant is not None:
-        chosen_so = {"redundant_experts": redundant.to_json()}
-        plan = replace(plan, provenance={**plan.provenance, **chosen_so})
-    if layout is not None:
-        plan = replace(plan, provenance={**plan.provenance, "layout": layout.to_json()})
+        chosen_so["time"] = choice.to_json()
+    plan = replace(plan, provenance={**plan.provenance, **chosen_so})
     report = plan.solver
     if require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -392,30 +421,46 @@ def solve(
             "solve without --require-optimal to get the best plan found",
         )
     plan.write(out)
-    if plan.metrics["profile"] is None:
+    _tell(plan, holds_out=chosen is not None, max_home_imbalance=max_home_imbalance)
+    if as_json:
+        print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
+        return
+    _show(plan, start, choice)
+    print_line(f"plan written to {out}")
+
+
+def _tell(plan: "Plan", *, holds_out: bool, max_home_imbalance: float | None) -> None:
+    """Say on stderr what to know of a plan beside its figures."""
+    from placer.report.comparison import inner_cap_line
+
+    report, profile = plan.solver, plan.metrics["profile"]
+    if profile is None:
         warn("solved from counts: no tokens are known, so no held-out figure is given")
-    elif chosen is None:
+    elif not holds_out:
         warn("nothing was held out: the figures are those of the profile itself")
     if not report.reproducible:
         warn("the search was stopped: this is its best so far, and cannot be reproduced")
     if report.relaxed_layers:
         worst = max(report.relaxed_layers, key=lambda n: report.relaxed_layers[n])
         note(
-            f"load cap {max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE "
+            f"load cap {plan.max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE "
             f"layers, at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
         )
-    if max_home_imbalance is not None and plan.metrics["profile"] is not None:
-        reached = plan.metrics["profile"][policy]["home_imbalance_max"]
+    if max_home_imbalance is not None and profile is not None:
+        reached = profile[plan.policy]["home_imbalance_max"]
         if reached > max_home_imbalance:
             warn(
                 f"--max-home-imbalance {max_home_imbalance:g} was not reached in every "
                 f"layer of the profile: {reached:.3f}"
             )
     if report.inner_cap is not None:
-        note(inner_cap_line(report.inner_cap, max_imbalance))
-    if as_json:
-        print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
-        return
+        note(inner_cap_line(report.inner_cap, plan.max_imbalance))
+
+
+def _show(plan: "Plan", start: Path | None, choice: "TimeChoice | None") -> None:
+    """Print the figures of a plan and what proves them."""
+    from placer.report.comparison import COLUMNS, certificate_lines, plan_rows, price_line
+
     rows = plan_rows(plan)
     if rows:
         print_table(COLUMNS, rows)
@@ -423,7 +468,7 @@ def solve(
         print_line(priced)
     if start is not None:
         print_line(f"{plan.provenance['moved_experts']} experts moved from {start}")
-    for line in certificate_lines(report):
+    for line in certificate_lines(plan.solver):
         print_line(line)
     if choice is not None:
         print_line(
@@ -433,7 +478,6 @@ def solve(
             "beside the load balancer, the quickest plan for traffic "
             f"{choice.break_even.words}"
         )
-    print_line(f"plan written to {out}")
 
 
 def _number_or_auto(text: str) -> int | None:
@@ -445,6 +489,18 @@ def _number_or_auto(text: str) -> int | None:
             "for example --redundant-experts 8",
         )
     return int(text)
+
+
+def _require_company(
+    options: "Mapping[str, object]", company: str, *, is_given: bool
+) -> None:
+    """Refuse the first of these options that is given without what it belongs to."""
+    for name, value in options.items():
+        if value is not None and not is_given:
+            raise UsageError(
+                f"{name} {value} is for {company}",
+                f"drop {name}, or add {company.partition(':')[0]}",
+            )
 
 
 def _choose_redundant(
@@ -485,6 +541,7 @@ def _frontier(
     out: Path,
     by_time: bool,
     as_json: bool,
+    chosen_so: "Mapping[str, Any]",
 ) -> None:
     from placer.report.frontier import TABLE_NAME, parse_caps, write_frontier
     from placer.trace import Trace
@@ -496,7 +553,7 @@ def _frontier(
         )
     with progress_line("solve") as progress:
         points = write_frontier(
-            Trace(source), options, fold, parse_caps(caps), out, progress
+            Trace(source), options, fold, parse_caps(caps), out, progress, chosen_so
         )
     rows = [point.to_json() for point in points]
     if as_json:

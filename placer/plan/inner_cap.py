@@ -19,7 +19,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import CapTrial, InnerCap
 from placer.plan.problem import FloatArray
-from placer.plan.solve import Progress, solve
+from placer.plan.solve import Progress, solve_to_choose
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk
 
@@ -150,11 +150,8 @@ def _trial(
     """Solve on each half and judge on both."""
     own, other, prices = [], [], []
     for solved, heldout in (halves, halves[::-1]):
-        placement, report = solve(
-            count_affinity([solved], model, {}), options, None, solved
-        )
-        if not report.reproducible:  # Ctrl-C, before there is a plan to give
-            raise KeyboardInterrupt
+        affinity = count_affinity([solved], model, {})
+        placement, report = solve_to_choose(affinity, options, solved)
         own.append(_imbalance(placement, solved, options))
         other.append(_imbalance(placement, heldout, options))
         prices.append(report.objective)

@@ -1,5 +1,6 @@
 """What to solve for."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
@@ -109,9 +110,13 @@ class SolveOptions:
             "--receive-price": self.receive_price,
             "--migration-cost": self.migration_cost,
             "--time-limit": self.time_limit or 0,
+            "--max-imbalance": self.max_imbalance,
         }.items():
-            if number < 0:
-                raise UsageError(f"{option} must not be negative, got {number}")
+            if not 0 <= number < math.inf:  # nor is NaN
+                raise UsageError(
+                    f"{option} must be a finite number and not negative, got {number}",
+                    "leave it out for its default",
+                )
         self._require_consistent()
 
     def _require_consistent(self) -> None:
@@ -178,7 +183,6 @@ class SolveOptions:
         return replace(
             self,
             proof="none",
-            time_limit=None,
             limits=SearchLimits(num_rounds=0),
             refine=replace(self.refine, num_sweeps=num_sweeps),
         )

@@ -14,7 +14,7 @@ import numpy as np
 from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.plan.options import SolveOptions
-from placer.plan.solve import Progress, solve
+from placer.plan.solve import Progress, solve_to_choose
 from placer.simulation.cost import ExpertShape
 from placer.trace import Chunk
 
@@ -89,8 +89,12 @@ class Memory:
     @classmethod
     def of(cls, expert: ExpertShape | None, most_gib: float | None) -> Self:
         """Return what experts of a shape may take, in GiB per rank."""
-        if most_gib is not None and most_gib < 0:
-            raise UsageError(f"--redundant-memory must not be negative, got {most_gib:g}")
+        if most_gib is not None and not 0 <= most_gib < np.inf:  # nor is NaN
+            raise UsageError(
+                "--redundant-memory must be a finite number and not negative, got "
+                f"{most_gib:g}",
+                "leave it out for no limit",
+            )
         return cls(
             expert_bytes=None if expert is None else round(expert.num_bytes),
             most_bytes=None if most_gib is None else int(most_gib * 2**30),
@@ -144,8 +148,18 @@ def choose_redundant_experts(
     Raises
     ------
     UsageError
-        If ``least_gain`` is no such share.
+        If ``least_gain`` is no such share, or other options leave no choice.
     """
+    if options.start is not None or options.preserve_groups:
+        why = (
+            "--start has as many slots as it has"
+            if options.start is not None
+            else "--preserve-groups is for permuted checkpoints, which hold none"
+        )
+        raise UsageError(
+            f"--redundant-experts auto chooses a number of slots, but {why}",
+            "give the number instead of auto: 0, or that of the plan to start from",
+        )
     if not 0 < least_gain < 1:
         raise UsageError(
             f"--redundant-gain is a share above 0 and below 1, got {least_gain:g}",
@@ -203,9 +217,7 @@ def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
 
     def worth(options: SolveOptions) -> tuple[float, str, bool]:
         quick = replace(options.quick(), relax_cap=True)
-        _, report = solve(affinity, quick, None, profile)
-        if not report.reproducible:  # Ctrl-C, before there is a plan to give
-            raise KeyboardInterrupt
+        _, report = solve_to_choose(affinity, quick, profile)
         return report.objective, report.objective_name, not report.relaxed_layers
 
     return worth

@@ -164,6 +164,22 @@ def solve(
     )
 
 
+def solve_to_choose(
+    affinity: Affinity, options: SolveOptions, profile: Chunk | None
+) -> tuple[Placement, SolverReport]:
+    """Solve for a plan to choose by, which no clock may cut: the choice must be the same.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        On Ctrl-C: there is no plan to give yet.
+    """
+    placement, report = solve(affinity, replace(options, time_limit=None), None, profile)
+    if not report.reproducible:
+        raise KeyboardInterrupt
+    return placement, report
+
+
 def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, SolverReport]:
     """Place by loads alone."""
     began = time.monotonic()

@@ -1,6 +1,7 @@
 """The trade-off between traffic and balance: one plan for each load cap."""
 
 import csv
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,12 @@ def write_frontier(
     caps: list[float],
     out: Path,
     progress: Progress | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> list[FrontierPoint]:
     """Solve under every cap; write a directory of plans and ``frontier.csv``.
 
-    Caps that are out of reach are relaxed.
+    Caps that are out of reach are relaxed. ``provenance`` is what every plan should say
+    beside its own.
 
     Raises
     ------
@@ -90,6 +93,7 @@ def write_frontier(
         for cap in caps:
             asked = replace(options, max_imbalance=cap, relax_cap=True)
             plan = plan_from_trace(trace, asked, fold, progress)
+            plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
             name = f"plan-{cap:g}.json"
             plan.write(directory / name)
             points.append(_point(plan, cap, name))

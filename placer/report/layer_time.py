@@ -18,7 +18,7 @@ from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.redundant import Worth
-from placer.plan.solve import Progress, solve
+from placer.plan.solve import Progress, solve_to_choose
 from placer.report.advice import (
     MOST_JUDGED_TOKENS,
     QUICK,
@@ -136,7 +136,7 @@ def choose_by_time(
         quick = replace(
             one, relax_cap=True, proof="none", limits=QUICK.limits, refine=QUICK.refine
         )
-        placement, _ = solve(affinity, quick, None, inner)
+        placement, _ = solve_to_choose(affinity, quick, inner)
         figures[name] = batch_figures(placement, heldout, DEFAULT_BATCH_SIZE, served)
     name = choose(figures)
     times = {key: value.time for key, value in figures.items() if value.time is not None}
@@ -163,7 +163,7 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
     def worth(options: SolveOptions) -> tuple[float, str, bool]:
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
-        placement, report = solve(affinity, quick, None, inner)
+        placement, report = solve_to_choose(affinity, quick, inner)
         served = _served(options, question)
         figures = [
             batch_figures(one, heldout, DEFAULT_BATCH_SIZE, served)

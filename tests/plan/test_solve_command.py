@@ -1,0 +1,117 @@
+"""Options of ``placer solve`` together: each pair works, or is refused with a remedy."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from placer.cli.main import main
+from placer.plan import Plan
+from placer.trace import Trace
+
+QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
+
+
+def solve(
+    trace: Trace, out: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Run ``placer solve`` on two ranks; return its exit code and what it told."""
+    arguments = ["solve", str(trace.directory), "--gpus-per-node", "2", "--out", str(out)]
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, *QUICK, "--max-imbalance", "2", *words.split()])
+    assert isinstance(done.value.code, int)
+    return done.value.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def trace(make_trace: Callable[..., Trace]) -> Trace:
+    return make_trace(num_experts=(8, 8), num_sequences=8)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--policy token --fold 0/2",
+        "--policy request --fold 0/2",
+        "--policy token --redundant-experts auto --redundant-gain 0.5",
+        "--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
+        "--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
+    ],
+)
+def test_what_goes_together_is_solved(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    code, told = solve(trace, tmp_path / "plan.json", words, capsys)
+    assert code == 0, told
+    plan = Plan.read(tmp_path / "plan.json")
+    assert plan.policy == words.split()[1]
+    for text in plan.provenance["pins"]:
+        layer, expert, rank = (int(c) for c in text if c.isdigit())
+        assert plan.placement.holds(layer)[expert, rank]
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("--policy token --objective time --hardware h100 --hidden-size 64 "
+         "--expert-size 32", "cannot be predicted"),
+        ("--hardware h100", "--hardware h100 is for --objective time"),
+        ("--redundant-gain 0.2", "--redundant-gain 0.2 is for --redundant-experts auto"),
+        ("--redundant-experts 2 --redundant-memory 1", "--redundant-memory 1.0 is for"),
+        ("--overflow-price 3", "--overflow-price 3.0 is for --robust"),
+        ("--replica-choice hash", "--replica-choice hash is for --redundant-experts"),
+        ("--hidden-size 64", "--hidden-size 64 is for --objective time"),
+        ("--require-optimal --frontier 1.5,2", "--require-optimal is about one plan"),
+        ("--max-imbalance nan", "--max-imbalance must be a finite number"),
+        ("--max-imbalance inf", "--max-imbalance must be a finite number"),
+        ("--receive-price nan", "--receive-price must be a finite number"),
+        ("--redundant-experts auto --redundant-memory nan --hidden-size 64 "
+         "--expert-size 32", "--redundant-memory must be a finite number"),
+        ("--redundant-experts auto --preserve-groups", "checkpoints, which hold none"),
+    ],
+)  # fmt: skip
+def test_what_does_not_is_refused_and_leaves_nothing(
+    trace: Trace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    match: str,
+) -> None:
+    code, told = solve(trace, tmp_path / "plan.json", words, capsys)
+    assert code == 2
+    assert match in told
+    assert "hint: " in told
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_start_of_another_model_or_number_of_slots_is_refused(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, out = tmp_path / "first.json", tmp_path / "plan.json"
+    assert solve(trace, first, "", capsys)[0] == 0
+    auto = f"--start {first} --redundant-experts auto"
+    code, told = solve(trace, out, auto, capsys)
+    assert (code, "--start has as many slots as it has" in told) == (2, True)
+    value = json.loads(first.read_text())
+    value["model"]["top_k"] = 1
+    first.write_text(json.dumps(value))
+    code, told = solve(trace, out, f"--start {first}", capsys)
+    assert (code, "are of different models: top_k 1 against 2" in told) == (1, True)
+    assert not out.exists()
+
+
+def test_plans_of_a_frontier_say_what_was_chosen_for_all(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--frontier 1.5,2 --redundant-experts auto --ep-size 2"
+    assert solve(trace, tmp_path / "curve", words, capsys)[0] == 0
+    with (tmp_path / "curve" / "frontier.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2
+    for row in rows:
+        plan = Plan.read(tmp_path / "curve" / row["file"])
+        number = plan.provenance["redundant_experts"]["redundant_experts"]
+        assert plan.placement.has_replicas == (number > 0)
+        assert plan.provenance["layout"]["ep_size"] == 2
