@@ -112,9 +112,11 @@ class SolveOptions:
             "--time-limit": self.time_limit or 0,
             "--max-imbalance": self.max_imbalance,
         }.items():
-            if not 0 <= number < math.inf:  # nor is NaN
+            if number < 0:
+                raise UsageError(f"{option} must not be negative, got {number}")
+            if not math.isfinite(number):
                 raise UsageError(
-                    f"{option} must be a finite number and not negative, got {number}",
+                    f"{option} must be a finite number, got {number}",
                     "leave it out for its default",
                 )
         self._require_consistent()

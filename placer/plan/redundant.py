@@ -89,10 +89,11 @@ class Memory:
     @classmethod
     def of(cls, expert: ExpertShape | None, most_gib: float | None) -> Self:
         """Return what experts of a shape may take, in GiB per rank."""
-        if most_gib is not None and not 0 <= most_gib < np.inf:  # nor is NaN
+        if most_gib is not None and most_gib < 0:
+            raise UsageError(f"--redundant-memory must not be negative, got {most_gib:g}")
+        if most_gib is not None and not np.isfinite(most_gib):
             raise UsageError(
-                "--redundant-memory must be a finite number and not negative, got "
-                f"{most_gib:g}",
+                f"--redundant-memory must be a finite number, got {most_gib:g}",
                 "leave it out for no limit",
             )
         return cls(

@@ -6,8 +6,7 @@ the copies that the profile's tokens really cause (``refine``), and a certificat
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,21 +14,17 @@ from placer.affinity import Affinity
 from placer.errors import NoSolutionError, UsageError
 from placer.plan.alternation import Alternation, vocabulary_of
 from placer.plan.balance import load_caps
-from placer.plan.certificate import PairCertificate
-from placer.plan.copies import METHOD as COPIES_METHOD
-from placer.plan.copies import CopiesCertificate, token_sets
 from placer.plan.copies_cost import CopiesCost
 from placer.plan.deadline import Deadline
-from placer.plan.dynamic import METHOD as EXACT_METHOD
 from placer.plan.dynamic import has_few_assignments, solve_exactly
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
 from placer.plan.migration import move_prices, require_same_shape
-from placer.plan.options import Proof, SolveOptions
+from placer.plan.options import SolveOptions
 from placer.plan.pins import pinned_kinds, with_pins
 from placer.plan.placement import Placement
-from placer.plan.plan import Certificate, SolverReport
+from placer.plan.plan import SolverReport
 from placer.plan.problem import (
     FloatArray,
     IntArray,
@@ -40,11 +35,11 @@ from placer.plan.problem import (
 from placer.plan.refine import (
     Refinement,
     TrafficProblem,
-    copy_prices,
     layer_tokens,
     sample_sequences,
 )
 from placer.plan.replicas import with_replicas
+from placer.plan.reports import content_report, copies_report, gap, pair_report, status
 from placer.plan.router_groups import group_kinds, place_groups
 from placer.plan.scenarios import load_scenarios
 from placer.plan.search import Search
@@ -52,21 +47,6 @@ from placer.trace import Chunk
 
 Progress = Callable[[str], None]
 
-COPIES_NAME = {
-    "fixed": "price of the copies sent, per token and layer",
-    "follow": "price of the copies sent and returned, per token and layer",
-    "token": "price of the copies sent from the homes that tables of other sequences give, "
-    "per token and layer",
-    "request": "price of the copies sent from the homes that tables of other sequences "
-    "give, per token and layer",
-}
-# Steps of the pair certificate and rounds of the copies certificate.
-_PROOF_STEPS: dict[Proof, tuple[int, int]] = {
-    "none": (0, 0),
-    "quick": (40, 20),
-    "full": (300, 200),
-}
-_QUICK_EXPERTS = 4096
 _EXACT_OPERATIONS = 2e10
 
 
@@ -132,7 +112,7 @@ def solve(
     if deadline.stopped:
         options = replace(options, proof="none")
     if judged is None:
-        report = _pair_report(problem, placement, options)
+        report = pair_report(problem, placement, options)
     else:
         traffic = _traffic_problem(judged, tokens, problem, options, affinity.model.n_group)
         if not optimal:
@@ -152,9 +132,9 @@ def solve(
         if options.redundant_experts or options.constrained:
             relaxed = _require_cap(placement, traffic, options)
         if content is not None:
-            report = _content_report(content, placement)
+            report = content_report(content, placement)
         else:
-            report = _copies_report(problem, traffic, judged, placement, optimal, options)
+            report = copies_report(problem, traffic, judged, placement, optimal, options)
     return placement, SolverReport(
         **report,
         seconds=time.monotonic() - began,
@@ -210,11 +190,11 @@ def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, Solv
         raise out_of_reach(missed, found.placement, options)
     objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
     return found.placement, SolverReport(
-        status=_status(objective, bound * (1 + 1e-9)),
+        status=status(objective, bound * (1 + 1e-9)),
         objective_name=BALANCE_OBJECTIVE,
         objective=objective,
         bound=bound,
-        gap=_gap(objective, bound),
+        gap=gap(objective, bound),
         bound_method=BALANCE_METHOD,
         seconds=time.monotonic() - began,
         seed=options.seed,
@@ -402,120 +382,6 @@ def out_of_reach(
     )
 
 
-def _pair_report(
-    problem: PlacementProblem, placement: Placement, options: SolveOptions
-) -> dict[str, Any]:
-    found = _pair_certificate(problem, placement, options.proof)
-    return asdict(found) | {"status": _status(found.objective, found.bound)}
-
-
-def _copies_report(
-    problem: PlacementProblem,
-    traffic: TrafficProblem,
-    judged: Chunk,
-    placement: Placement,
-    optimal: bool,
-    options: SolveOptions,
-) -> dict[str, Any]:
-    reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
-    objective = round(reached.copies, 6)
-    report: dict[str, Any] = {
-        "status": "optimal" if optimal else "feasible",
-        "objective_name": COPIES_NAME[options.policy],
-        "objective": objective,
-        "bound": objective,
-        "gap": 0.0,
-        "bound_method": EXACT_METHOD,
-    }
-    if optimal:
-        return report
-    if options.redundant_experts:
-        why = "none: replicas void the bounds"
-        return report | {"bound": None, "gap": None, "bound_method": why}
-    problem = problem.admitting(_ranks(placement))
-    pairs = _pair_certificate(problem, placement, options.proof)
-    bound = _copies_bound(problem, judged, options)
-    if bound is None:
-        why = "none: no bound of the copies of this policy and exchange was computed"
-        return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
-    return report | {
-        "status": _status(reached.copies, bound),  # rounding proves nothing
-        "bound": bound,
-        "gap": _gap(objective, bound),
-        "bound_method": COPIES_METHOD,
-        "pairs": pairs,
-    }
-
-
-def _content_report(content: Alternation, placement: Placement) -> dict[str, Any]:
-    return {
-        "status": "feasible",
-        "objective_name": COPIES_NAME[content.policy],
-        "objective": round(content.price(placement), 6),
-        "bound": None,
-        "gap": None,
-        "bound_method": "none: no bound of copies whose homes depend on the placement",
-    }
-
-
-def _pair_certificate(
-    problem: PlacementProblem, placement: Placement, proof: Proof
-) -> Certificate:
-    objective = problem.objective(_ranks(placement))
-    certificate = PairCertificate(problem)
-    if (steps := _steps(problem, proof)[0]) and certificate.bound < objective:
-        certificate.improve(steps)
-    return Certificate(
-        objective_name=problem.objective_name,
-        objective=objective,
-        bound=certificate.bound,
-        gap=_gap(objective, certificate.bound),
-        bound_method=certificate.method,
-    )
-
-
-def _copies_bound(
-    problem: PlacementProblem, judged: Chunk, options: SolveOptions
-) -> float | None:
-    """Return a bound of the price of copies, per token and layer, if there is one."""
-    topology = options.topology
-    rounds = _steps(problem, options.proof)[1]
-    if not rounds or (options.exchange == "per-node" and options.policy != "fixed"):
-        return None
-    sets = token_sets([judged])
-
-    def visited(num_groups: int) -> CopiesCertificate:
-        width = topology.num_ranks // num_groups
-        caps = [width * cap for cap in problem.max_load]
-        found = CopiesCertificate(sets, problem.load, caps, num_groups)
-        found.improve(rounds)
-        return found
-
-    ranks = visited(topology.num_ranks)
-    scale = topology.num_ranks * judged.num_tokens * problem.num_layers
-    if options.exchange == "per-rank":
-        policy = options.start_policy(judged.experts[0].shape[1])
-        return ranks.cost_bound(policy, topology) / scale
-    to_rank, to_node = copy_prices(topology, "per-node")
-    nodes = sum(visited(topology.num_nodes).bounds) if topology.num_nodes > 1 else 0.0
-    price = float(to_rank[-1].min()) * sum(ranks.bounds)
-    return (price + float(to_node[-1].min()) * nodes) / scale
-
-
-def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:
-    """Return the work of a proof; a quick one is left out where it would not be quick."""
-    large = sum(len(load) for load in problem.load) > _QUICK_EXPERTS
-    return (0, 0) if large and proof == "quick" else _PROOF_STEPS[proof]
-
-
-def _status(objective: float, bound: float) -> Literal["optimal", "feasible"]:
-    return "optimal" if objective <= bound else "feasible"
-
-
-def _ranks(placement: Placement) -> list[IntArray]:
-    return [placement.expert_rank(layer) for layer in range(placement.num_layers)]
-
-
 def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[IntArray]:
     """Start from the contiguous placement where it is allowed and cheaper.
 
@@ -530,7 +396,3 @@ def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[Int
     if allowed and problem.objective(contiguous) < problem.objective(balanced):
         return contiguous
     return [ranks.copy() for ranks in balanced]
-
-
-def _gap(objective: float, bound: float) -> float:
-    return max(0.0, (objective - bound) / objective) if objective > 0 else 0.0

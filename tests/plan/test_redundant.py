@@ -116,7 +116,7 @@ def test_a_gain_that_is_no_share_is_refused(least_gain: float) -> None:
 def test_memory_without_the_size_of_an_expert_is_refused() -> None:
     with pytest.raises(UsageError, match="needs the size of an expert"):
         Memory.of(None, 1.0)
-    with pytest.raises(UsageError, match="not negative"):
+    with pytest.raises(UsageError, match="must not be negative"):
         Memory.of(ExpertShape(hidden_size=1, intermediate_size=1), -1.0)
 
 
