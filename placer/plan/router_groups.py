@@ -15,6 +15,7 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import greedy_balance
+from placer.plan.deadline import Deadline
 from placer.plan.placement import Placement
 from placer.plan.plan import Policy
 from placer.plan.problem import IntArray, PlacementProblem, Topology, placement_problem
@@ -32,11 +33,12 @@ def place_groups(
     topology: Topology,
     limits: SearchLimits,
     seed: int,
+    deadline: Deadline | None = None,
 ) -> Placement:
     """Place whole router groups by the pairs between them.
 
     Inside the ranks of a group its experts are balanced; who sits where is left to the
-    refinement, among experts of a group.
+    refinement, among experts of a group. The search stops at the ``deadline``.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def place_groups(
         rng=np.random.default_rng(seed),
         limits=limits,
     )
-    search.run()
+    search.run(deadline=deadline)
     width = num_ranks // problem.num_ranks
     ranks = [
         _inside(block, counts.astype(np.float64), n_group, width)

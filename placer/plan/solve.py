@@ -224,7 +224,8 @@ def _first_placement(
         return with_pins(options.start, options.pins), False
     if options.preserve_groups:
         policy = options.start_policy(affinity.model.top_k)
-        placed = place_groups(affinity, policy, topology, options.limits, options.seed)
+        limits, seed = options.limits, options.seed
+        placed = place_groups(affinity, policy, topology, limits, seed, deadline)
         return placed, False
     placement, optimal = _place_pairs(problem, options, start, judged, progress, deadline)
     if options.redundant_experts:

@@ -17,6 +17,7 @@ from placer.plan import Plan
 from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
+from placer.plan.search import Search
 from placer.plan.solve import solve
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Trace
@@ -62,6 +63,19 @@ def test_an_interrupt_keeps_what_was_reached(chunk: Chunk, where: str) -> None:
     assert not report.reproducible
     found, begun = (simulate(one, chunk)["fixed"].to_json() for one in (placement, start))
     assert found[COPIES] < begun[COPIES]
+
+
+def test_an_interrupt_among_router_groups_is_told(
+    chunk: Chunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(search: Search, number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "_round", interrupt)
+    model = ModelSpec(num_experts=SIZES, top_k=3, n_group=4)
+    options = replace(OPTIONS, preserve_groups=True)
+    _, report = solve(count_affinity([chunk], model, {}), options, None, chunk)
+    assert not report.reproducible
 
 
 def test_time_passes() -> None:
