@@ -1,9 +1,9 @@
 """Compiled loops of the refinement: what a change of one layer's copies costs.
 
 Written for numba, since each proposal touches every token that uses one of two experts:
-NumPy needs a pass over all tokens for the same answer. Costs are int64 and exact. All are in
-one file: what numba has cached of a function is not compiled anew where another file, of a
-function that it calls, has changed.
+NumPy needs a pass over all tokens for the same answer. Costs are int64 and exact. All
+are in one file: what numba has cached of a function is not compiled anew when a function
+that it calls changes in another file.
 
 Legend of the shapes: T tokens, E logical experts, R ranks, k experts per token, C most
 copies of an expert, H homes told apart (1 without replicas, where the home does not decide
