@@ -17,7 +17,7 @@ from placer.errors import PlacerError
 from placer.files import read_json, require_absent, require_file, sha256_file
 from placer.model import Architecture, ModelSpec
 from placer.trace.chunk import Chunk, expert_dtype
-from placer.trace.header import TraceHeader
+from placer.trace.header import MAX_DOMAINS, TraceHeader
 from placer.trace.writer import TraceWriter
 
 Array = npt.NDArray[Any]
@@ -89,10 +89,10 @@ class ImportedTokens:
                 f"but sequence ids go up to {last}"
             )
         names = len(self.domain_names)
-        if domain_of.min() < 0 or domain_of.max() >= names or names > 256:
+        if domain_of.min() < 0 or domain_of.max() >= names or names > MAX_DOMAINS:
             raise PlacerError(
                 f"domain_of_sequence goes up to {domain_of.max()}, "
-                f"domain_names has {names} names (at most 256)"
+                f"domain_names has {names} names (at most {MAX_DOMAINS})"
             )
 
 
