@@ -229,10 +229,7 @@ class Chunk:
             If the number of layers or top-k differs, an expert id is out of range, a
             token lists one expert twice, or another id is none that the format has.
         """
-        for name, low, high in _RANGES:
-            values = getattr(self, name)
-            if values is not None and values.size:
-                _require_range(name, values, low, high)
+        require_ranges(self)
         if len(self.experts) != model.num_layers:
             raise PlacerError(
                 f"{len(self.experts)} MoE layers recorded, the model has {model.num_layers}"
@@ -265,10 +262,21 @@ class Chunk:
                 )
 
 
-def _require_range(name: str, values: Array, low: int, high: int) -> None:
-    for found in (int(values.min()), int(values.max())):
-        if not low <= found <= high:
-            raise PlacerError(f"{name} holds {found}, expected {low} to {high}")
+def require_ranges(tokens: object) -> None:
+    """Refuse ids of tokens, under the names of :class:`Chunk`, that the format has not.
+
+    Raises
+    ------
+    PlacerError
+        If one is too small or too large; both values are named.
+    """
+    for name, low, high in _RANGES:
+        values = getattr(tokens, name)
+        if values is None or not values.size:
+            continue
+        for found in (int(values.min()), int(values.max())):
+            if not low <= found <= high:
+                raise PlacerError(f"{name} holds {found}, expected {low} to {high}")
 
 
 def _listed_twice(ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
