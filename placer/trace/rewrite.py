@@ -22,7 +22,9 @@ _OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")
 
 
 def validate_trace(trace: Trace) -> TraceHeader:
-    """Read every chunk: hashes, format, ids, and that a sequence id stands in one chunk.
+    """Read every chunk: hashes, format, ids, and what chunks must have in common.
+
+    All hold the same tensors, and a sequence id stands in one of them.
 
     Raises
     ------
@@ -30,6 +32,7 @@ def validate_trace(trace: Trace) -> TraceHeader:
         If a chunk is damaged or breaks the format, by name.
     """
     found: list[IntArray] = []
+    expected: set[str] = set()
     infos = [info for info in trace.header.chunks if info.num_tokens]
     for info, chunk in zip(infos, trace.chunks(), strict=True):
         ids = np.unique(chunk.sequence_ids)
@@ -39,6 +42,15 @@ def validate_trace(trace: Trace) -> TraceHeader:
                 f"but trace.json says {info.num_sequences}",
                 AGAIN,
             )
+        names = set(chunk.tensors())
+        odd = names ^ (expected or names)
+        if odd:
+            raise PlacerError(
+                f"{trace.directory / info.file} and the chunks before do not hold the same "
+                f"tensors: {', '.join(sorted(odd))}",
+                AGAIN,
+            )
+        expected = names
         found.append(ids)
     _require_apart(found, [trace.directory / info.file for info in infos])
     return trace.header

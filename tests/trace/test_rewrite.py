@@ -166,6 +166,14 @@ def test_validate_names_the_damaged_chunk(
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(PlacerError, match=r"chunk-00001\.safetensors is damaged"):
         validate_trace(Trace(tmp_path / "t"))
+    with TraceWriter(directory=tmp_path / "v", model=MODEL) as writer:
+        writer.append(chunk.select(chunk.sequence_ids == 2))
+        writer.append(replace(chunk.select(chunk.sequence_ids == 3), token_ids=None))
+        writer.finish()
+    with pytest.raises(
+        PlacerError, match=r"chunk-00001\.safetensors and .* the same tensors: token_ids"
+    ):
+        validate_trace(Trace(tmp_path / "v"))
     with TraceWriter(directory=tmp_path / "u", model=MODEL) as writer:
         for part in (
             chunk.sequence_ids == 2,
