@@ -116,5 +116,7 @@ class Trace:
         last, number = int(chunk.domain_ids.max()), len(self.header.domains)
         if last >= number:
             raise PlacerError(
-                f"chunk {path} is of domain {last}, but trace.json names {number}", AGAIN
+                f"chunk {path}: domain_ids holds {last}, but trace.json names "
+                f"{number} domains",
+                AGAIN,
             )

@@ -134,7 +134,7 @@ def test_a_damaged_chunk_is_named(make_trace: Callable[..., Trace]) -> None:
         (lambda t: t.update(phase=np.full(400, 2, np.uint8)), "phase holds 2"),
         (
             lambda t: t.update(domain_ids=np.zeros(400, np.uint8)),
-            "is of domain 0, but trace.json names 0",
+            "domain_ids holds 0, but trace.json names 0 domains",
         ),
     ],
 )
