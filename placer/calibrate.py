@@ -106,7 +106,8 @@ def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> LinkFit:
         If there are fewer than two sizes, or the time does not grow with them.
     """
     sizes, times = np.asarray(num_bytes, float), np.asarray(seconds, float)
-    if len(np.unique(sizes)) < 2 or times.min() <= 0:
+    positive = np.isfinite(times).all() and (times > 0).all()
+    if len(np.unique(sizes)) < 2 or not positive:
         raise PlacerError(
             f"a link is fitted to positive times of at least two sizes, got {times.size}",
             "measure again: placer calibrate",
@@ -308,6 +309,8 @@ def calibrate(
             "leave --ranks out under torchrun",
         )
     tell = progress or (lambda _text: None)
+    if options.device == "cuda":
+        worker.use_own_gpu()
     with together(worker, BACKENDS[options.device]):
         bench = _Bench(options, worker)
         tell("matrix product and copy")
@@ -336,8 +339,6 @@ class _Bench:
         self.options = options
         self.rank = worker.index
         self.device = torch.device(worker.device(options.device))
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         width = options.ranks_per_node
         nodes = [
             list(range(first, first + width))

@@ -1,6 +1,7 @@
 """GPUs and links of the cost model: ``placer/hardware.toml`` or a user's file."""
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Link:
     latency: float
 
     def __post_init__(self) -> None:
-        if self.bandwidth <= 0 or self.latency < 0:
+        if not (0 < self.bandwidth < math.inf and 0 <= self.latency < math.inf):
             raise UsageError(
                 f"a link needs a positive bandwidth and a latency of at least 0, got "
                 f"{self.bandwidth:g} and {self.latency:g}",
@@ -67,9 +68,9 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for field in _FIGURES:
-            if getattr(self, field) <= 0:
+            if not 0 < getattr(self, field) < math.inf:
                 raise UsageError(
-                    f"hardware {self.name}: {field} must be positive, got "
+                    f"hardware {self.name}: {field} must be positive and finite, got "
                     f"{getattr(self, field):g}"
                 )
 

@@ -132,10 +132,15 @@ def _on_ray(
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise cause if isinstance(cause, PlacerError) else error from None
-    except ray.exceptions.WorkerCrashedError as error:
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise PlacerError(
             f"a Ray worker was lost {_MAX_RETRIES + 1} times, perhaps for want of memory",
             "give the workers more memory, or work here: --backend processes",
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise PlacerError(
+            f"Ray could not finish a task: {str(error).strip().splitlines()[0]}",
+            "look at the cluster: ray status; or work here: --backend processes",
         ) from error
     finally:
         for reference in pending:

@@ -70,6 +70,28 @@ class Worker:
         """Return the device of this worker: ``cuda`` means its own one."""
         return f"cuda:{self.local_index}" if name == "cuda" and self.number > 1 else name
 
+    def use_own_gpu(self) -> None:
+        """Make this worker's GPU the current one.
+
+        NCCL and pinned memory take that where no tensor names a device; all workers would
+        hold a context on the first GPU.
+
+        Raises
+        ------
+        PlacerError
+            If the machine has fewer GPUs than workers.
+        """
+        import torch
+
+        number = torch.cuda.device_count()
+        if self.local_index >= number:
+            raise PlacerError(
+                f"worker {self.local_index} of this machine has no GPU of its own: there "
+                f"are {number}",
+                "run on CPUs: --device cpu, or on more machines with torchrun",
+            )
+        torch.cuda.set_device(self.local_index)
+
 
 ALONE = Worker()
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,12 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placer.calibrate import Calibration, CalibrationOptions, fit_link, require_devices
+from placer.calibrate import (
+    Calibration,
+    CalibrationOptions,
+    calibrate,
+    fit_link,
+    require_devices,
+)
 from placer.cli.main import main
 from placer.errors import PlacerError, UsageError
 from placer.hardware import Hardware, Link, write_hardware
 from placer.simulation import contiguous
 from placer.trace import Trace
+from placer.worker import Worker
 
 sizes = st.lists(st.integers(1, 10**9), min_size=2, max_size=20, unique=True)
 PLACER = (sys.executable, "-m", "placer.cli.main")
@@ -87,6 +95,8 @@ def test_a_latency_below_zero_is_none_by_hand() -> None:
         ([1, 1000], [2.0, 1.0], "takes no longer"),
         ([8, 8], [1.0, 2.0], "at least two sizes"),
         ([1, 8], [0.0, 2.0], "positive times"),
+        ([1, 8], [float("nan"), 2.0], "positive times"),
+        ([1, 8], [1.0, float("inf")], "positive times"),
     ],
 )
 def test_what_is_no_link_is_refused(
@@ -203,6 +213,7 @@ def test_workers_of_torchrun_measure_both_links(tmp_path: Path) -> None:
     [
         ("--out h.toml", "--ranks is missing"),
         ("--ranks 1 --out h.toml", "a link has two ends"),
+        ("--ranks 0 --out h.toml", "a link has two ends, got --ranks 0"),
         ("--ranks 3 --nodes 2 --out h.toml", "--ranks 3 on --nodes 2"),
         ("--ranks 2 --nodes 0 --out h.toml", "on --nodes 0"),
         ("--ranks 2 --device tpu --out h.toml", "--device tpu is not known"),
@@ -234,10 +245,10 @@ def test_workers_must_be_as_many_as_the_ranks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    from placer.cli.calibrate import calibrate
+    from placer.cli.calibrate import calibrate as command
 
     with pytest.raises(UsageError, match="--ranks is 4, but torchrun started 2 workers"):
-        calibrate(out=tmp_path / "h.toml", ranks=4)
+        command(out=tmp_path / "h.toml", ranks=4)
 
 
 def test_every_rank_needs_a_gpu_of_its_own() -> None:
@@ -247,3 +258,36 @@ def test_every_rank_needs_a_gpu_of_its_own() -> None:
     options = CalibrationOptions(num_ranks=2, device="cuda")
     with pytest.raises(PlacerError, match=f"{number} ranks .* it has {number - 1}"):
         require_devices(options, number)
+    worker = Worker(index=number - 1, number=max(number, 2), local_index=number - 1)
+    with pytest.raises(PlacerError, match=f"has no GPU of its own: there are {number - 1}"):
+        calibrate(replace(options, num_ranks=worker.number), worker)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bf16_flops = nan",
+        "memory_bandwidth = inf",
+        "fast = { bandwidth = nan, latency = 0 }",
+        "slow = { bandwidth = 1e9, latency = nan }",
+        "slow = { bandwidth = 1e9, latency = inf }",
+    ],
+)
+def test_hardware_of_figures_that_are_no_numbers_is_refused(
+    tmp_path: Path, line: str
+) -> None:
+    known = {
+        "bf16_flops": "1e12",
+        "fp8_flops": "1e12",
+        "memory_bandwidth": "1e12",
+        "fast": "{ bandwidth = 1e9, latency = 1e-6 }",
+        "slow": "{ bandwidth = 1e9, latency = 1e-6 }",
+    }
+    path = tmp_path / "h.toml"
+    path.write_text("\n".join(f"{key} = {value}" for key, value in known.items()))
+    assert Hardware.named(str(path)).fast.bandwidth == 1e9
+    key, _, value = line.partition(" = ")
+    known[key] = value
+    path.write_text("\n".join(f"{key} = {value}" for key, value in known.items()))
+    with pytest.raises(UsageError, match=r"positive"):
+        Hardware.named(str(path))

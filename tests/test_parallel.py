@@ -66,6 +66,18 @@ def test_a_worker_killed_on_the_way_changes_nothing(
     assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
 
 
+def die(number: int) -> int:
+    """Kill the worker at every call."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_workers_that_are_always_lost_are_told(ray_cluster: None) -> None:
+    with pytest.raises(PlacerError, match="a Ray worker was lost 4 times") as caught:
+        RAY.map(die, [1])
+    assert "--backend processes" in caught.value.hint
+
+
 def test_damage_found_by_a_task_is_told(ray_cluster: None, trace: Trace) -> None:
     path = trace.directory / "chunk-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")

@@ -66,6 +66,11 @@ class Affinity:
             "coactivation": [(size, size) for size in sizes],
             "transition": list(itertools.pairwise(sizes)),
         }
+        # A bool would be an int too.
+        if type(self.num_tokens) is not int or self.num_tokens < 0:
+            raise PlacerError(f"num_tokens is {self.num_tokens!r}, no whole number from 0")
+        if not isinstance(self.provenance, Mapping):
+            raise PlacerError(f"provenance is {self.provenance!r}, no JSON object")
         if not (self.transition or self.coactivation):
             expected = {"load": expected["load"]}
         for name, shapes in expected.items():
@@ -160,7 +165,8 @@ class Affinity:
             with safe_open(path, "np") as opened:
                 header = json.loads((opened.metadata() or {}).get("placer", "{}"))
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+            # A dtype that NumPy does not have, such as bfloat16, is a TypeError.
             raise PlacerError(f"affinity {path} cannot be read: {error}", again) from error
         if not isinstance(header, dict) or header.get("kind") != KIND:
             raise PlacerError(
@@ -219,6 +225,6 @@ def _read_rows(
             indices=tensors[f"{name}.{n}.indices"],
             counts=tensors[f"{name}.{n}.counts"],
             num_columns=size,
-        )
+        ).require_canonical()
         for n, size in enumerate(model.num_experts)
     )

@@ -115,6 +115,7 @@ def merged_affinity(paths: Sequence[Path]) -> Affinity:
             "one affinity file is given twice, so its tokens would count twice",
             "give each file once",
         )
-    total = reduce(Affinity.add, [Affinity.read(path) for path in paths])
+    # One after another, so that memory holds two of them at a time.
+    total = reduce(Affinity.add, map(Affinity.read, paths))
     provenance = {"placer": __version__, "affinity_sha256": sorted(hashes)}
     return replace(total.without_sequences(), provenance=provenance)

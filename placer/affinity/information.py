@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from placer.affinity.count import count_pairs
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.trace import Chunk
@@ -148,20 +149,14 @@ def _tables(
             f"give a distance from 1 to {model.num_layers - 1}",
         )
     sizes = model.num_experts
-    tables = [
-        np.zeros(one * two, dtype=np.int64)
-        for one, two in zip(sizes, sizes[distance:], strict=False)
-    ]
+    shapes = list(zip(sizes, sizes[distance:], strict=False))
+    tables = [np.zeros(shape, dtype=np.int64) for shape in shapes]
     for chunk in chunks:
-        for layer, counts in enumerate(tables):
-            width = sizes[layer + distance]
-            first = chunk.experts[layer][:, :columns].astype(np.intp) * width
-            second = chunk.experts[layer + distance]
-            for i in range(columns):
-                for j in range(columns):
-                    keys = first[:, i] + second[:, j]
-                    counts += np.bincount(keys, minlength=len(counts))
-    return [counts.reshape(sizes[n], -1) for n, counts in enumerate(tables)]
+        for layer, (counts, shape) in enumerate(zip(tables, shapes, strict=True)):
+            first = chunk.experts[layer][:, :columns]
+            second = chunk.experts[layer + distance][:, :columns]
+            counts += count_pairs(first, second, *shape)
+    return tables
 
 
 def _entropy(probability: FloatArray) -> float:

@@ -14,11 +14,13 @@ from placer import __version__
 from placer.affinity.affinity import Affinity, IntArray
 from placer.errors import PlacerError
 from placer.files import read_json, require_absent, sha256_file
-from placer.trace.imported import BoundModel
+from placer.trace.csv_rows import read_table, require_whole
+from placer.trace.imported import UNREADABLE, BoundModel
 from placer.trace.sglang_dump import load_dump
 
 # The experts in the slots of a layer: its own layer number -> logical experts.
 Assignments = Mapping[int, Sequence[int]]
+_CSV_COLUMNS = ("layer", "expert", "count")
 _CSV_LAYOUT = "the header is layer,expert,count (docs/importing.md)"
 _STATISTIC = re.compile(r"rank\d+\.safetensors")
 
@@ -115,8 +117,12 @@ def read_sglang_stat(file: Path, model: BoundModel) -> CountedLoads:
         raise PlacerError(
             "there is no logical_count in it", "a dump of tokens is format sglang-dump"
         )
-    counts = _whole(np.asarray(dump["logical_count"]), "logical_count")
-    if counts.ndim not in (2, 3):
+    try:
+        raw = np.asarray(dump["logical_count"])
+    except UNREADABLE as error:
+        raise PlacerError(f"logical_count is no array: {error}") from error
+    counts = _whole(raw, "logical_count")
+    if counts.ndim not in (2, 3) or not counts.size:
         raise PlacerError(
             f"logical_count has shape {list(counts.shape)}, expected [passes, L, E]"
         )
@@ -127,7 +133,7 @@ def read_sglang_stat(file: Path, model: BoundModel) -> CountedLoads:
     )
 
 
-def read_csv_loads(file: Path, _model: BoundModel) -> CountedLoads:
+def read_csv_loads(file: Path, model: BoundModel) -> CountedLoads:
     """Read columns ``layer, expert, count``; layers count from 0 over MoE layers.
 
     Rows may be in any order; those of one expert add up, and one without rows has none.
@@ -135,25 +141,20 @@ def read_csv_loads(file: Path, _model: BoundModel) -> CountedLoads:
     Raises
     ------
     PlacerError
-        If a column is missing or a value is no whole number.
+        If a column is missing, a value is no whole number, or the model has no such
+        expert.
     """
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(file)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise PlacerError(f"it is no CSV file: {error}", _CSV_LAYOUT) from error
-    for name in ("layer", "expert", "count"):
-        if name not in table.columns:
-            raise PlacerError(f"it has no column {name}", _CSV_LAYOUT)
-        _whole(table[name].to_numpy(), f"column {name}")
+    table = read_table(file, _CSV_LAYOUT)
+    require_whole(table, _CSV_COLUMNS, _CSV_LAYOUT)
     layer, expert, count = (
-        table[name].to_numpy(np.int64) for name in ("layer", "expert", "count")
+        _whole(table[name].to_numpy(), f"column {name}") for name in _CSV_COLUMNS
     )
+    num_experts = max(model.spec.num_experts)
     by_layer = {}
     for number in np.unique(layer).tolist():
         of_it = layer == number
-        rows = np.zeros(int(expert.max()) + 1, dtype=np.int64)
+        _require_expert(int(expert[of_it].max()), num_experts, number)
+        rows = np.zeros(num_experts, dtype=np.int64)
         np.add.at(rows, expert[of_it], count[of_it])
         by_layer[number] = rows
     return CountedLoads(by_layer=by_layer, of_moe_layers=True)
@@ -182,7 +183,7 @@ def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
             return CountedLoads(by_layer=by_layer)
         return CountedLoads(
             by_layer={
-                layer: _of_slots(counts, layer, assignments)
+                layer: _of_slots(counts, layer, assignments, max(model.spec.num_experts))
                 for layer, counts in by_layer.items()
             }
         )
@@ -202,7 +203,7 @@ def _slot_counts(directory: Path) -> dict[int, IntArray]:
         try:
             with safe_open(file, "np") as opened:
                 counted = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, *UNREADABLE) as error:
             raise PlacerError(f"{file.name} cannot be read: {error}") from error
         for name, raw in counted.items():
             counts = _whole(raw, f"{name} of {file.name}")
@@ -217,7 +218,9 @@ def _slot_counts(directory: Path) -> dict[int, IntArray]:
     return total
 
 
-def _of_slots(counts: IntArray, layer: int, assignments: Assignments) -> IntArray:
+def _of_slots(
+    counts: IntArray, layer: int, assignments: Assignments, num_experts: int
+) -> IntArray:
     slots = assignments.get(layer)
     if slots is None or len(slots) != len(counts):
         raise PlacerError(
@@ -225,12 +228,18 @@ def _of_slots(counts: IntArray, layer: int, assignments: Assignments) -> IntArra
             f"{'none' if slots is None else len(slots)}",
             "give the map that the engine ran with: --map FILE",
         )
-    return np.bincount(slots, counts).astype(np.int64)
+    # Not bincount, whose weights are floats: exact up to 2^53 only.
+    _require_expert(max(slots, default=0), num_experts, layer)
+    total = np.zeros(num_experts, dtype=np.int64)
+    np.add.at(total, np.asarray(slots, dtype=np.int64), counts)
+    return total
 
 
 def _whole(values: npt.NDArray[Any], what: str) -> IntArray:
     if not np.issubdtype(values.dtype, np.integer) or (values < 0).any():
         raise PlacerError(f"{what} holds something that is no whole number from 0")
+    if values.sum(dtype=np.float64) >= 2**63:
+        raise PlacerError(f"{what} holds numbers beyond int64, or that add up to more")
     return values.astype(np.int64)
 
 
@@ -257,10 +266,14 @@ def _of_model(counted: CountedLoads, model: BoundModel) -> tuple[IntArray, ...]:
 
 def _of_layer(counts: IntArray, num_experts: int, layer: int) -> IntArray:
     used = int(counts.nonzero()[0].max()) + 1
-    if used > num_experts:
+    _require_expert(used - 1, num_experts, layer)
+    return np.pad(counts[:used], (0, num_experts - used))
+
+
+def _require_expert(expert: int, num_experts: int, layer: int) -> None:
+    if expert >= num_experts:
         raise PlacerError(
-            f"layer {layer} counts experts up to {used - 1}, the model has {num_experts}",
+            f"layer {layer} counts experts up to {expert}, the model has {num_experts}",
             "ids beyond the model's experts are slots of an engine that ran with redundant "
             "experts: give the map that it ran with, --map FILE",
         )
-    return np.pad(counts[:used], (0, num_experts - used))

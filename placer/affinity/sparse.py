@@ -33,6 +33,11 @@ class SparseCounts:
     num_columns: int
 
     def __post_init__(self) -> None:
+        arrays = (self.indptr, self.indices, self.counts)
+        if any(one.ndim != 1 or one.dtype != np.int64 for one in arrays):
+            raise PlacerError(
+                "sparse counts are damaged: indptr, indices and counts must be [N] int64"
+            )
         nnz = len(self.indices)
         ordered = len(self.indptr) and self.indptr[0] == 0 and self.indptr[-1] == nnz
         if not ordered or (np.diff(self.indptr) < 0).any() or len(self.counts) != nnz:
@@ -73,6 +78,20 @@ class SparseCounts:
         indptr = np.zeros(num_rows + 1, dtype=np.int64)
         np.cumsum(np.bincount(rows, minlength=num_rows), out=indptr[1:])
         return cls(indptr=indptr, indices=columns, counts=counts, num_columns=num_columns)
+
+    def require_canonical(self) -> Self:
+        """Refuse what this class never makes, but a file may hold; return the counts.
+
+        Raises
+        ------
+        PlacerError
+            If columns do not ascend inside a row, or a count is not positive.
+        """
+        if (np.diff(self.keys()) <= 0).any() or (self.counts < 1).any():
+            raise PlacerError(
+                "sparse counts are damaged: columns must ascend, and counts be positive"
+            )
+        return self
 
     def keys(self) -> IntArray:
         """Return ``[nnz]``: ``row * num_columns + column`` of every entry, ascending."""

@@ -56,7 +56,7 @@ def calibrate(
             "start two on this machine: placer calibrate --ranks 2 ...",
         )
     options = CalibrationOptions(
-        num_ranks=ranks or worker.number,
+        num_ranks=worker.number if ranks is None else ranks,
         num_nodes=nodes,
         device=device,  # type: ignore[arg-type]  # CalibrationOptions refuses other names
         repetitions=repetitions,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
 
 from placer.errors import PlacerError, UsageError, VerificationError
@@ -134,7 +133,7 @@ def replay(
     _require_engine()
     backend = "gloo" if options.device == "cpu" else "nccl"
     if options.device == "cuda":
-        _use_own_gpu(worker)
+        worker.use_own_gpu()
     warnings = [] if matched is None else [matched]
     with together(worker, backend):
         runner = _Runner(directory, spec, batches, options, worker)
@@ -259,18 +258,6 @@ def _require_engine() -> None:
             f"5.23: {error}",
             "pip install --upgrade 'placer[record]' 'transformers>=5.23,<6'",
         ) from error
-
-
-def _use_own_gpu(worker: Worker) -> None:
-    """Make a worker's GPU the current one: NCCL takes that where no tensor names one."""
-    number = torch.cuda.device_count()
-    if worker.local_index >= number:
-        raise PlacerError(
-            f"worker {worker.local_index} of this machine has no GPU of its own: there are "
-            f"{number}",
-            "run on CPUs: --device cpu, or on more machines with torchrun",
-        )
-    torch.cuda.set_device(worker.local_index)
 
 
 class _Runner:

@@ -21,6 +21,13 @@ _TOKEN_FIELDS: dict[str, type[np.generic]] = {
     "step_ids": np.int32,
 }
 _REQUIRED_FIELDS = ("sequence_ids", "positions")
+_LARGEST = int(np.iinfo(np.int32).max)
+_RANGES = (
+    ("sequence_ids", 0, _LARGEST),
+    ("positions", 0, _LARGEST),
+    ("token_ids", -1, _LARGEST),
+    ("phase", 0, 1),
+)
 
 
 def expert_dtype(num_experts: int) -> type[np.generic]:
@@ -63,19 +70,27 @@ class Chunk:
     step_ids: Array | None = None
 
     def __post_init__(self) -> None:
-        shape = (self.num_tokens, self.experts[0].shape[-1])
-        for layer, ids in enumerate(self.experts):
-            if ids.shape != shape:
-                raise PlacerError(
-                    f"experts.{layer} has shape {list(ids.shape)}, expected {list(shape)}"
-                )
+        if self.sequence_ids.ndim != 1 or self.experts[0].ndim != 2:
+            raise PlacerError(
+                f"sequence_ids has shape {list(self.sequence_ids.shape)} and experts.0 "
+                f"{list(self.experts[0].shape)}, expected [T] and [T, k]"
+            )
+        shape = (self.num_tokens, self.experts[0].shape[1])
+        for name, layers in (("experts", self.experts), ("weights", self.weights or ())):
+            for layer, values in enumerate(layers):
+                if values.shape != shape:
+                    raise PlacerError(
+                        f"{name}.{layer} has shape {list(values.shape)}, "
+                        f"expected {list(shape)}"
+                    )
         for name in _TOKEN_FIELDS:
             values = getattr(self, name)
             if values is not None and values.shape != (self.num_tokens,):
                 raise PlacerError(
                     f"{name} has shape {list(values.shape)}, expected [{self.num_tokens}]"
                 )
-        if (np.diff(self.sequence_ids) < 0).any():
+        # Compared, not subtracted: a difference of int32 may wrap around.
+        if (self.sequence_ids[1:] < self.sequence_ids[:-1]).any():
             raise PlacerError("sequence_ids decrease inside a chunk")
 
     @property
@@ -183,6 +198,22 @@ class Chunk:
             **{name: join([getattr(p, name) for p in parts]) for name in _TOKEN_FIELDS},  # type: ignore[arg-type]
         )
 
+    def require_finite_weights(self) -> None:
+        """Refuse router weights that are no numbers, or too large for float16.
+
+        Raises
+        ------
+        PlacerError
+            If a weight is infinite or NaN; the MoE layer is named.
+        """
+        for layer, weights in enumerate(self.weights or ()):
+            if not np.isfinite(weights).all():
+                raise PlacerError(
+                    f"MoE layer {layer}: a router weight is NaN or beyond float16, so the "
+                    "order of the experts means nothing",
+                    "check how they were recorded; some models need bfloat16 or float32",
+                )
+
     def first_sequences(self, num_tokens: int) -> "Chunk":
         """Return the first whole sequences: at least so many tokens where there are."""
         if self.num_tokens <= num_tokens:
@@ -195,9 +226,10 @@ class Chunk:
         Raises
         ------
         PlacerError
-            If the number of layers or top-k differs, an expert id is out of range, or a
-            token lists one expert twice.
+            If the number of layers or top-k differs, an expert id is out of range, a
+            token lists one expert twice, or another id is none that the format has.
         """
+        require_ranges(self)
         if len(self.experts) != model.num_layers:
             raise PlacerError(
                 f"{len(self.experts)} MoE layers recorded, the model has {model.num_layers}"
@@ -228,6 +260,23 @@ class Chunk:
                     "a layer that is not captured often comes back as zeros: "
                     "record again, or leave that layer out",
                 )
+
+
+def require_ranges(tokens: object) -> None:
+    """Refuse ids of tokens, under the names of :class:`Chunk`, that the format has not.
+
+    Raises
+    ------
+    PlacerError
+        If one is too small or too large; both values are named.
+    """
+    for name, low, high in _RANGES:
+        values = getattr(tokens, name)
+        if values is None or not values.size:
+            continue
+        for found in (int(values.min()), int(values.max())):
+            if not low <= found <= high:
+                raise PlacerError(f"{name} holds {found}, expected {low} to {high}")
 
 
 def _listed_twice(ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from placer.errors import PlacerError, UsageError
+from placer.files import sha256_file
+from placer.trace.header import MAX_DOMAINS
 
 #: A text, or the messages of a chat, each with its role and content.
 Document = str | list[dict[str, Any]]
@@ -51,8 +53,12 @@ class Corpus:
                 f"corpus {self.path} does not exist",
                 f"check the path: ls {self.path.parent}",
             )
-        if not self.domain:
-            raise UsageError(f"the corpus {self.path} needs a domain name")
+        if not self.domain or not self.domain.isprintable():
+            raise UsageError(
+                f"the corpus {str(self.path)!r} needs a domain name of printable text, not "
+                f"{self.domain!r}",
+                "name it: --domain NAME=PATH",
+            )
 
     def files(self) -> list[Path]:
         """Return the files of the corpus, sorted by path; none for standard input.
@@ -89,10 +95,13 @@ class Corpus:
         if self.content is not None:
             yield from [self.content] if self.content.strip() else []
             return
-        places = [place for path in self.files() for place in _places(path)]
+        places: Iterable[_Place] = (
+            place for path in self.files() for place in _places(path)
+        )
         if seed is not None:
-            order = np.random.default_rng(seed).permutation(len(places))
-            places = [places[n] for n in order]
+            drawn = list(places)
+            order = np.random.default_rng(seed).permutation(len(drawn))
+            places = (drawn[n] for n in order)
         for place in places:
             document = self._read(place)
             if document and (not isinstance(document, str) or document.strip()):
@@ -104,8 +113,9 @@ class Corpus:
         for path in self.files():
             whole = path == self.path
             name = path.name if whole else path.relative_to(self.path).as_posix()
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            digest.update(f"{name}\0{content}\n".encode())
+            line = f"{name}\0{sha256_file(path)}\n"
+            # File names are bytes, which need not be UTF-8.
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _read(self, place: "_Place") -> Document | None:
@@ -173,6 +183,11 @@ def name_corpora(
                 f"two corpora are named {name!r}",
                 f"name them: --domain {name}-1=PATH --domain {name}-2=PATH",
             )
+    if len(corpora) > MAX_DOMAINS:
+        raise UsageError(
+            f"{len(corpora)} corpora are given, a trace has at most {MAX_DOMAINS} domains",
+            "give directories, each of which is one corpus",
+        )
     return corpora
 
 

@@ -77,8 +77,8 @@ def dedup_trace(
         Where to write.
     kinds
         What to remove; the shares of both kinds are counted anyway. Prefixes are told by
-        token ids, or by rows where no ids were recorded; from an unknown id on, and in a
-        sequence whose start is missing, nothing counts as a prefix.
+        token ids, or by rows where no ids were recorded; from an unknown id or a missing
+        position on, nothing of a sequence counts as a prefix.
     fold
         ``None`` keeps the first of equals. A fold keeps itself whole, and what is outside
         it loses what the fold holds: profile on the fold, judge on the rest.
@@ -129,11 +129,13 @@ class _Search:
             self._num_tokens += int(np.count_nonzero(looked_at))
             found = {}
             for kind, (hashes, known) in _hashes(chunk).items():
-                repeated = _contains(self._seen[kind], hashes)
+                repeated = np.zeros(chunk.num_tokens, dtype=np.bool_)
+                repeated[known] = _contains(self._seen[kind], hashes[known])
                 if self._fold is None:
-                    repeated |= ~_first(hashes)
+                    # What is unknown is no first of equals either.
+                    repeated[known] |= ~_first(hashes[known])
                     self._keep(kind, hashes[known])
-                found[kind] = repeated & known & looked_at
+                found[kind] = repeated & looked_at
                 self._counts[kind] += int(np.count_nonzero(found[kind]))
             yield chunk, found
 
@@ -161,7 +163,8 @@ def _hashes(chunk: Chunk) -> dict[Kind, tuple[HashArray, BoolArray]]:
     else:
         words = chunk.token_ids.astype(np.uint64)
         unknown = (chunk.token_ids < 0).astype(np.int64)
-    unknown[starts] += chunk.positions[starts] != 0
+    # A token that follows a gap has a context of which a part is not here.
+    unknown += chunk.positions != np.arange(chunk.num_tokens) - np.repeat(starts, lengths)
     before = np.concatenate([[0], np.cumsum(unknown)])
     known = before[1:] == np.repeat(before[starts], lengths)
     return {

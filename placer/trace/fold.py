@@ -20,7 +20,8 @@ class Fold:
     inverted: bool = False
 
     def __post_init__(self) -> None:
-        if self.parts < 2 or not 0 <= self.part < self.parts:
+        # Sequence ids are int32, and so is what they are divided by.
+        if not 0 <= self.part < self.parts or not 2 <= self.parts < 2**31:
             raise UsageError(
                 f"a fold is K/N with N of at least 2 and 0 <= K < N, got {self}",
                 "for example --fold 0/2 (profile) and --fold 1/2 (held out)",
@@ -30,7 +31,7 @@ class Fold:
     def parse(cls, text: str, *, inverted: bool = False) -> Self:
         """Read ``K/N``."""
         part, slash, parts = text.partition("/")
-        if not slash or not part.isdigit() or not parts.isdigit():
+        if not slash or not part.isdecimal() or not parts.isdecimal():
             raise UsageError(
                 f"a fold is written K/N, got {text!r}", "for example --fold 0/2"
             )

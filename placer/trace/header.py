@@ -11,6 +11,8 @@ from placer.model import ModelSpec
 
 SCHEMA_VERSION = 1
 HEADER_NAME = "trace.json"
+# Their index is a byte.
+MAX_DOMAINS = 256
 AGAIN = "record or import the trace again"
 _FIELDS = {
     "schema_version",
@@ -32,6 +34,15 @@ class ChunkInfo:
     num_tokens: int
     num_sequences: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        for name in ("file", "sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} of a chunk is {getattr(self, name)!r}")
+        for name in ("num_tokens", "num_sequences"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} of chunk {self.file} is {value!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -63,6 +74,15 @@ class TraceHeader:
     domains: tuple[str, ...]
     provenance: Mapping[str, Any]
     chunks: tuple[ChunkInfo, ...]
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in self.domains):
+            raise ValueError(f"a domain is no text: {list(self.domains)}")
+        if len(set(self.domains)) < len(self.domains) or len(self.domains) > MAX_DOMAINS:
+            raise PlacerError(
+                f"a trace has at most {MAX_DOMAINS} domains, of different names; these are "
+                f"{len(self.domains)}, {len(set(self.domains))} of them different"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -120,13 +140,25 @@ class TraceHeader:
                 "placer needs logical ones"
             )
         try:
-            return cls(
+            header = cls(
                 model=ModelSpec.from_json(value["model"]),
                 domains=tuple(value["domains"]),
                 provenance=value["provenance"],
                 chunks=tuple(ChunkInfo(**chunk) for chunk in value["chunks"]),
             )
+            header._require_sums(value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlacerError(
                 f"{directory / HEADER_NAME} is damaged: {error}", AGAIN
             ) from error
+        return header
+
+    def _require_sums(self, value: Mapping[str, Any]) -> None:
+        if not self.num_tokens:
+            raise ValueError("its chunks hold no token")
+        for name in ("num_tokens", "num_sequences"):
+            if value[name] != getattr(self, name):
+                raise ValueError(
+                    f"{name} is {value[name]!r}, but its chunks add up to "
+                    f"{getattr(self, name)}"
+                )

@@ -4,6 +4,10 @@ Every reader of a foreign format ends in :class:`ImportedTokens`; what is wrong 
 records is caught here, once.
 """
 
+import lzma
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +20,37 @@ from placer import __version__
 from placer.errors import PlacerError
 from placer.files import read_json, require_absent, require_file, sha256_file
 from placer.model import Architecture, ModelSpec
-from placer.trace.chunk import Chunk, expert_dtype
-from placer.trace.header import TraceHeader
+from placer.trace.chunk import Chunk, expert_dtype, require_ranges
+from placer.trace.header import MAX_DOMAINS, TraceHeader
 from placer.trace.writer import TraceWriter
 
 Array = npt.NDArray[Any]
 _CHUNK_TOKENS = 65_536
+_INTEGERS = (
+    "experts",
+    "sequence_ids",
+    "token_ids",
+    "positions",
+    "phase",
+    "domain_of_sequence",
+)
+# What NumPy, pandas and Python's archives raise at bytes that are damaged, or whose header
+# promises more than is there.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,12 +101,18 @@ class ImportedTokens:
                 raise PlacerError(
                     f"{name} has shape {list(values.shape)}, expected {list(shape)}"
                 )
-        for name in ("experts", "sequence_ids", "token_ids", "domain_of_sequence"):
+        for name in _INTEGERS:
             values = getattr(self, name)
             if values is not None and not np.issubdtype(values.dtype, np.integer):
                 raise PlacerError(f"{name} is {values.dtype}, expected integers")
-        if self.sequence_ids.min() < 0 or self.experts.min() < 0:
-            raise PlacerError("experts and sequence_ids must not be negative")
+        if self.weights is not None and not np.issubdtype(self.weights.dtype, np.floating):
+            raise PlacerError(f"weights is {self.weights.dtype}, expected floats")
+        if self.experts.min() < 0:
+            raise PlacerError(
+                f"experts must not be negative, but holds {self.experts.min()}"
+            )
+        # Before they are narrowed to the dtypes of a trace, which would wrap around.
+        require_ranges(self)
         if self.domain_of_sequence is not None:
             self._require_domains(self.domain_of_sequence)
 
@@ -89,10 +124,10 @@ class ImportedTokens:
                 f"but sequence ids go up to {last}"
             )
         names = len(self.domain_names)
-        if domain_of.min() < 0 or domain_of.max() >= names or names > 256:
+        if domain_of.min() < 0 or domain_of.max() >= names or names > MAX_DOMAINS:
             raise PlacerError(
                 f"domain_of_sequence goes up to {domain_of.max()}, "
-                f"domain_names has {names} names (at most 256)"
+                f"domain_names has {names} names (at most {MAX_DOMAINS})"
             )
 
 
@@ -227,7 +262,9 @@ def _chunk(tokens: ImportedTokens, spec: ModelSpec, rows: Array) -> Chunk:
     domain_of = tokens.domain_of_sequence
 
     def optional(values: Array | None, dtype: type[np.generic]) -> Array | None:
-        return None if values is None else values[rows].astype(dtype)
+        # A weight too large for float16 is refused when it is written.
+        with np.errstate(over="ignore"):
+            return None if values is None else values[rows].astype(dtype)
 
     weights = optional(tokens.weights, np.float16)
     positions = optional(tokens.positions, np.int32)

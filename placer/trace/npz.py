@@ -5,13 +5,12 @@ An archive holds ``experts`` [T, L, k] and ``sequence_ids`` [T], and may hold ``
 (https://github.com/YJHMITWEB/ExFlow) saves one array [T, L] instead: top-1 routing.
 """
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.trace.imported import BoundModel, ImportedTokens
+from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 
 _ARRAYS = ("experts", "sequence_ids", "token_ids", "weights", "domain_of_sequence")
 # ExFlow's rows have no sequences; blocks of so many rows make folds possible.
@@ -31,9 +30,13 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in _ARRAYS if name in archive.files}
             has_names = "domain_names" in archive.files
-            names = archive["domain_names"] if has_names else ()
+            names = archive["domain_names"] if has_names else np.zeros(0, dtype=str)
             found = list(archive.files)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        for name, one in {**arrays, "domain_names": names}.items():
+            # Of a member that is no array NumPy returns the bytes.
+            if not isinstance(one, np.ndarray):
+                raise ValueError(f"{name} is no array")
+    except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npz archive of plain arrays: {error}", remedy
         ) from error
@@ -41,6 +44,8 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
         if name not in arrays:
             listed = ", ".join(found) or "nothing"
             raise PlacerError(f"lacks the array {name}; it holds {listed}", remedy)
+    if names.ndim != 1:
+        raise PlacerError(f"domain_names has shape {list(names.shape)}, expected [D]")
     return ImportedTokens(**arrays, domain_names=tuple(str(name) for name in names))
 
 
@@ -56,7 +61,7 @@ def read_exflow(file: Path, model: BoundModel | None) -> ImportedTokens:
     """
     try:
         experts = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npy array: {error}", "save it with numpy.save(FILE, experts)"
         ) from error

@@ -1,5 +1,6 @@
 """Reading a trace, chunk by chunk."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Trace:
                 AGAIN,
             )
         data = path.read_bytes()
-        found = sha256_file(path)
+        found = hashlib.sha256(data).hexdigest()
         if found != info.sha256:
             raise PlacerError(
                 f"chunk {path} is damaged: SHA-256 {found[:12]}, "
@@ -95,7 +96,8 @@ class Trace:
         try:
             chunk = Chunk.from_tensors(load(data), self.model.num_layers)
             chunk.require_within(self.model)
-        except SafetensorError as error:
+        except (SafetensorError, TypeError, KeyError) as error:
+            # The latter two are of dtypes that NumPy does not have, such as bfloat16.
             raise PlacerError(f"chunk {path}: {error}", AGAIN) from error
         except PlacerError as error:
             raise PlacerError(f"chunk {path}: {error}", error.hint or AGAIN) from error
@@ -105,4 +107,16 @@ class Trace:
                 f"but trace.json says {info.num_tokens}",
                 AGAIN,
             )
+        self._require_domains(chunk, path)
         return chunk
+
+    def _require_domains(self, chunk: Chunk, path: Path) -> None:
+        if chunk.domain_ids is None or not chunk.num_tokens:
+            return
+        last, number = int(chunk.domain_ids.max()), len(self.header.domains)
+        if last >= number:
+            raise PlacerError(
+                f"chunk {path}: domain_ids holds {last}, but trace.json names "
+                f"{number} domains",
+                AGAIN,
+            )

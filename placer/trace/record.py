@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from placer import __version__
 from placer.errors import PlacerError, UsageError
@@ -92,6 +94,11 @@ class RecordOptions:
                 f"--generate {self.generate} and --temperature {self.temperature} must not "
                 "be negative"
             )
+        if self.seed < 0 or not math.isfinite(self.temperature):
+            raise UsageError(
+                f"--seed {self.seed} must not be negative, nor --temperature "
+                f"{self.temperature} infinite"
+            )
         if self.temperature and not self.generate:
             raise UsageError(
                 f"--temperature {self.temperature} draws generated tokens, but none are",
@@ -170,6 +177,8 @@ def record(
                 provenance=provenance,
                 resumable=True,
             ) as writer:
+                if options.device == "cuda" and not worker.alone:
+                    worker.use_own_gpu()
                 local = replace(options, device=worker.device(options.device))
                 runner = _Runner(directory, spec, local)
                 _record_chunks(writer, runner, corpora, worker, progress)
@@ -344,9 +353,30 @@ class _Runner:
             positions=positions,
             domain_ids=np.full(length, prompt.domain, dtype=np.uint8),
             phase=np.where(positions < prompt_length, _PREFILL, _DECODE).astype(np.uint8),
-            # A batch has at most one pass per generated token, and one for the prompts.
-            step_ids=(first * (self.options.generate + 1) + step).astype(np.int32),
+            step_ids=_step_ids(first, self.options.generate, step),
         )
+
+
+def _step_ids(
+    first: int, num_generated: int, step: npt.NDArray[np.integer]
+) -> npt.NDArray[np.int32]:
+    """Return the numbers of the passes ``step`` [T] of the batch that begins at ``first``.
+
+    A batch has at most one pass per generated token, and one for the prompts.
+
+    Raises
+    ------
+    PlacerError
+        If the number is beyond int32, the format's dtype.
+    """
+    passes = num_generated + 1
+    if (first + 1) * passes > 2**31:
+        raise PlacerError(
+            f"forward passes of sequence {first} with --generate {num_generated} cannot "
+            "be numbered in int32",
+            "record in parts, and join them: placer trace merge TRACE... --out TRACE",
+        )
+    return (np.int64(first * passes) + step).astype(np.int32)
 
 
 def _draw_seed(seed: int, sequence: int) -> int:
@@ -415,7 +445,14 @@ def load_causal_model(
             directory, dtype=dtype, device_map=device_map
         )
     if device_map is None:
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+            raise PlacerError(
+                f"the model cannot be moved to --device {device}: "
+                f"{str(error).strip().splitlines()[0]}",
+                "name another device, or spread the model: --device-map auto",
+            ) from error
     return model.eval()
 
 
@@ -473,6 +510,11 @@ def _chunks_of(
         yield group
 
 
+def _readable(name: str) -> str:
+    """Return a file name as UTF-8 can hold it."""
+    return name.encode(errors="replace").decode()
+
+
 def _provenance(
     directory: Path, corpora: Sequence[Corpus], options: RecordOptions
 ) -> dict[str, Any]:
@@ -481,7 +523,11 @@ def _provenance(
         "placer": __version__,
         "source": "record",
         "corpora": [
-            {"domain": corpus.domain, "name": corpus.path.name, "sha256": corpus.sha256()}
+            {
+                "domain": corpus.domain,
+                "name": _readable(corpus.path.name),
+                "sha256": corpus.sha256(),
+            }
             for corpus in corpora
         ],
         "tokenizer_sha256": sha256_file(tokenizer) if tokenizer.is_file() else None,

@@ -13,7 +13,7 @@ from placer.errors import PlacerError, UsageError
 from placer.model import require_same_model
 from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
-from placer.trace.header import TraceHeader
+from placer.trace.header import AGAIN, MAX_DOMAINS, TraceHeader
 from placer.trace.reader import Trace
 from placer.trace.writer import TraceWriter
 
@@ -22,32 +22,54 @@ _OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")
 
 
 def validate_trace(trace: Trace) -> TraceHeader:
-    """Read every chunk: hashes, format, ids, and that a sequence id stands in one chunk.
+    """Read every chunk: hashes, format, ids, and what chunks must have in common.
+
+    All hold the same tensors, and a sequence id stands in one of them.
 
     Raises
     ------
     PlacerError
         If a chunk is damaged or breaks the format, by name.
     """
-    seen: set[int] = set()
-    num_sequences = 0
-    for info, chunk in zip(trace.header.chunks, trace.chunks(), strict=True):
-        ids = np.unique(chunk.sequence_ids).tolist()
-        if not seen.isdisjoint(ids):
-            raise PlacerError(
-                f"sequence {min(seen.intersection(ids))} of {trace.directory / info.file} "
-                "stands in an earlier chunk too",
-                "record or import the trace again",
-            )
-        seen.update(ids)
-        num_sequences += len(ids)
+    found: list[IntArray] = []
+    expected: set[str] = set()
+    infos = [info for info in trace.header.chunks if info.num_tokens]
+    for info, chunk in zip(infos, trace.chunks(), strict=True):
+        ids = np.unique(chunk.sequence_ids)
         if len(ids) != info.num_sequences:
             raise PlacerError(
                 f"{trace.directory / info.file} holds {len(ids)} sequences, "
                 f"but trace.json says {info.num_sequences}",
-                "record or import the trace again",
+                AGAIN,
             )
+        names = set(chunk.tensors())
+        odd = names ^ (expected or names)
+        if odd:
+            raise PlacerError(
+                f"{trace.directory / info.file} and the chunks before do not hold the same "
+                f"tensors: {', '.join(sorted(odd))}",
+                AGAIN,
+            )
+        expected = names
+        found.append(ids)
+    _require_apart(found, [trace.directory / info.file for info in infos])
     return trace.header
+
+
+def _require_apart(found: Sequence[IntArray], files: Sequence[Path]) -> None:
+    """Refuse a sequence id that two chunks have, given those of each, ascending."""
+    if not found:
+        return
+    ids = np.concatenate(found)
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        place = int(np.flatnonzero(ids == twice[0])[1])
+        ends = np.cumsum([len(one) for one in found])
+        file = files[int(np.searchsorted(ends, place, side="right"))]
+        raise PlacerError(
+            f"sequence {twice[0]} of {file} stands in an earlier chunk too", AGAIN
+        )
 
 
 def split_trace(
@@ -111,7 +133,8 @@ def split_trace(
 
 def _period(trace: Trace, text: str) -> Iterator[Chunk]:
     number, slash, parts = text.partition("/")
-    if not (slash and number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+    whole = slash and number.isdecimal() and parts.isdecimal()
+    if not whole or not int(number) < int(parts) < 2**31:
         raise UsageError(
             f"a period is K/N with 0 <= K < N, got {text!r}",
             "for example --period 0/2, the first half",
@@ -170,13 +193,20 @@ def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
             "give each trace once",
         )
     domains = tuple(dict.fromkeys(d for trace in traces for d in trace.header.domains))
-    if len(domains) > 256:
-        raise PlacerError(f"{len(domains)} domains in all, a trace holds at most 256")
+    if len(domains) > MAX_DOMAINS:
+        raise PlacerError(
+            f"{len(domains)} domains in all, a trace holds at most {MAX_DOMAINS}"
+        )
     shared = _shared_fields(traces)
     offsets = [0]
     for trace in traces:
         last = max(int(chunk.sequence_ids[-1]) for chunk in trace.chunks())
         offsets.append(offsets[-1] + last + 1)
+    if offsets[-1] > 2**31:
+        raise PlacerError(
+            f"renumbered, sequence ids go up to {offsets[-1] - 1}, beyond int32",
+            "merge fewer traces, or import those with smaller sequence ids",
+        )
 
     def parts() -> Iterator[Chunk]:
         for trace, offset in zip(traces, offsets, strict=False):
@@ -188,7 +218,7 @@ def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
                 }
                 if fields["domain_ids"] is not None:
                     fields["domain_ids"] = place[fields["domain_ids"]]
-                ids = (chunk.sequence_ids + offset).astype(np.int32)
+                ids = (chunk.sequence_ids + np.int64(offset)).astype(np.int32)
                 yield replace(chunk, sequence_ids=ids, **fields)
 
     made = {

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.trace.imported import BoundModel, ImportedTokens
+from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 
 Array = npt.NDArray[Any]
 _NEEDS_MODEL = "name the model, which says how many layers a row has: --model DIR"
@@ -32,6 +32,11 @@ class _Sequence:
     start: int
     prompt_tokens: int | None
     token_ids: list[int] | None
+
+    def __post_init__(self) -> None:
+        for value in (self.prompt_tokens, *(self.token_ids or ())):
+            if value is not None and type(value) is not int:
+                raise PlacerError(f"a count or id of tokens is {value!r}, no whole number")
 
 
 def read_sglang_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
@@ -73,10 +78,10 @@ def _read(
                 continue
             try:
                 sequences += sequences_of(json.loads(line))
-            except (LookupError, ValueError, TypeError, AttributeError) as error:
-                raise PlacerError(f"line {number} is no such response: {error}") from error
             except PlacerError as error:
                 raise PlacerError(f"line {number}: {error}", error.hint) from error
+            except UNREADABLE as error:
+                raise PlacerError(f"line {number} is no such response: {error}") from error
     if not sequences:
         raise PlacerError("holds no response", "ask the server for return_routed_experts")
     shapes = {one.experts.shape[1:] for one in sequences}

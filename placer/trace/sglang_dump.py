@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.trace.imported import Array, BoundModel, ImportedTokens
+from placer.trace.imported import UNREADABLE, Array, BoundModel, ImportedTokens
 
 _DECODE = 2  # SGLang's ForwardMode.DECODE
 _RECORD_AGAIN = "record in mode per_token: --expert-distribution-recorder-mode per_token"
@@ -34,6 +34,15 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
         place in the map.
     """
     dump = _tokens_of(file)
+    try:
+        return _imported(dump, model)
+    except UNREADABLE as error:
+        raise PlacerError(
+            f"it is no dump of mode per_token: {error!r}", _RECORD_AGAIN
+        ) from error
+
+
+def _imported(dump: Mapping[str, Any], model: BoundModel | None) -> ImportedTokens:
     physical = [np.asarray(one["topk_ids_of_layer"]) for one in dump["records"]]
     ids = _logical(np.concatenate(physical, axis=1), dump["last_physical_to_logical_map"])
     recorded = (ids >= 0).any(axis=(1, 2))
@@ -41,7 +50,7 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
     columns = (ids[recorded][:, real] >= 0).all(axis=(0, 1))
     kept = ids[:, real][:, :, columns]
     if not kept.size:
-        raise PlacerError(f"{file} holds no routed token", _RECORD_AGAIN)
+        raise PlacerError("it holds no routed token", _RECORD_AGAIN)
     if model is None:
         kept = kept[recorded]
     tokens = {name: values[real] for name, values in _passes(dump["records"]).items()}
@@ -66,10 +75,10 @@ def load_dump(file: Path, record_again: str) -> Any:
 
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines() or [repr(error)]
         raise PlacerError(
-            f"{file} cannot be read without running code from it: "
-            f"{str(error).splitlines()[0]}",
+            f"{file} cannot be read without running code from it: {reason[0]}",
             record_again,
         ) from error
 
@@ -88,7 +97,7 @@ def _tokens_of(file: Path) -> Mapping[str, Any]:
         not isinstance(records, list)
         or not records
         or "last_physical_to_logical_map" not in dump
-        or any("topk_ids_of_layer" not in one for one in records)
+        or any(not isinstance(one, dict) for one in records)
     ):
         raise PlacerError(f"{file} is no dump of mode per_token", _RECORD_AGAIN)
     loaded: Mapping[str, Any] = dump
@@ -98,6 +107,12 @@ def _tokens_of(file: Path) -> Mapping[str, Any]:
 def _logical(physical: Array, mapping: Any) -> Array:
     """Map ``[L, T, k]`` physical ids by ``[L, P]``; -1 stays -1."""
     table = np.asarray(mapping)
+    if not (
+        np.issubdtype(table.dtype, np.integer) and np.issubdtype(physical.dtype, np.integer)
+    ):
+        raise PlacerError(
+            f"ids are {physical.dtype} and the map {table.dtype}, expected integers"
+        )
     if table.ndim != 2 or len(table) != len(physical):
         raise PlacerError(
             f"last_physical_to_logical_map has shape {list(table.shape)}, but ids are of "

@@ -86,6 +86,7 @@ class TraceWriter:
     def append(self, chunk: Chunk) -> None:
         """Write the next chunk; its sequences must follow those already written."""
         chunk.require_within(self.model)
+        chunk.require_finite_weights()
         name = f"chunk-{len(self._chunks):05d}.safetensors"
         path = self._partial / name
         write_tensors(path, chunk.tensors())
@@ -129,7 +130,13 @@ class TraceWriter:
 
     def _take_up_journal(self) -> None:
         journal = read_json(self._partial / _JOURNAL_NAME, "journal")
-        chunks = [ChunkInfo(**chunk) for chunk in journal["chunks"]]
+        try:
+            chunks = [ChunkInfo(**chunk) for chunk in journal["chunks"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlacerError(
+                f"{self._partial / _JOURNAL_NAME} is damaged: {error!r}",
+                f"start anew: rm -r {self._partial}",
+            ) from error
         self._chunks = chunks
         if canonical_json(self._header.to_json()) != canonical_json(journal):
             raise PlacerError(

@@ -114,6 +114,10 @@ def test_truncated_and_foreign_files_are_refused(
         ({}, {"load.0": np.zeros(8)}, "load must hold int64 counts"),
         ({}, {"load.0": np.full(8, -1)}, "load must hold int64 counts, none negative"),
         ({}, {"token_expert.1.indptr": np.arange(3)}, "sparse counts are damaged"),
+        ({}, {"token_expert.1.indptr": np.zeros(3)}, r"must be \[N\] int64"),
+        ({"num_tokens": "400"}, {}, "num_tokens is '400'"),
+        ({"num_tokens": -1}, {}, "num_tokens is -1"),
+        ({"provenance": []}, {}, "provenance is"),
     ],
 )
 def test_a_file_that_breaks_the_format_is_refused(
@@ -141,3 +145,34 @@ def test_damaged_sparse_counts_are_refused() -> None:
             counts=np.asarray([1]),
             num_columns=3,
         )
+
+
+@pytest.mark.parametrize(("indices", "counts"), [([1, 0], [1, 1]), ([0, 1], [1, 0])])
+def test_sparse_counts_of_a_file_are_ordered_and_positive(
+    indices: list[int], counts: list[int]
+) -> None:
+    read = SparseCounts(
+        indptr=np.asarray([0, 2]),
+        indices=np.asarray(indices),
+        counts=np.asarray(counts),
+        num_columns=3,
+    )
+    with pytest.raises(PlacerError, match="columns must ascend, and counts be positive"):
+        read.require_canonical()
+
+
+def test_a_dtype_that_numpy_lacks_is_refused(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "affinity.safetensors"
+    affinity_of_traces([make_trace()], None).write(path)
+    with safe_open(path, "np") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    tensors["load.0"] = tensors["load.0"].to(torch.bfloat16)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(PlacerError, match=r"cannot be read|load must hold int64"):
+        Affinity.read(path)

@@ -69,6 +69,7 @@ def test_sglang_counts_all_hidden_layers_or_moe_layers(tmp_path: Path, model: Pa
     [
         ([[1, 0, 0, 0], *COUNTS], "layer 0 has counts, but the model's MoE layers are"),
         ([[0, 0, 0, 0], [0, 0, 0, 0], COUNTS[0]], "MoE layer 1 has no counts"),
+        ([], "expected \\[passes, L, E\\]"),
         ([[0] * 5, [1, 2, 3, 4, 5], [1] * 5], "counts experts up to 4, the model has 4"),
     ],
 )
@@ -122,6 +123,24 @@ def test_slots_of_a_load_balancer_become_experts(tmp_path: Path, model: Path) ->
     assert loads(trtllm_statistic_reader(slots), path, model) == COUNTS
 
 
+def test_counts_of_slots_are_exact_beyond_floats(tmp_path: Path, model: Path) -> None:
+    """2^53 + 1 is no float64: a sum in floats would give 2^53."""
+    ranks = [{"7_1": [2**53, 1, 0, 0], "7_2": [1, 1, 1, 1]}]
+    path = statistic(tmp_path / "s", ranks, 4)
+    read = trtllm_statistic_reader({1: [0, 0, 1, 2], 2: [0, 1, 2, 3]})
+    affinity = import_loads(read, "x", path, tmp_path / "a.safetensors", model)
+    assert affinity.load[0].tolist() == [2**53 + 1, 0, 0, 0]
+
+
+def test_a_map_of_experts_that_the_model_lacks_is_refused(
+    tmp_path: Path, model: Path
+) -> None:
+    path = statistic(tmp_path / "s", [{"7_1": COUNTS[0], "7_2": COUNTS[1]}], 4)
+    slots = {1: [0, 1, 2, 10**15], 2: [0, 1, 2, 3]}
+    with pytest.raises(PlacerError, match="layer 1 counts experts up to 1000000000000000"):
+        loads(trtllm_statistic_reader(slots), path, model)
+
+
 def test_a_map_of_another_run_is_refused(tmp_path: Path, model: Path) -> None:
     path = statistic(tmp_path / "s", [{"7_1": COUNTS[0], "7_2": COUNTS[1]}], 4)
     with pytest.raises(PlacerError, match="layer 2 has counts of 4 slots, the map assigns"):
@@ -150,6 +169,10 @@ def test_csv_rows_add_up_in_any_order(tmp_path: Path, model: Path) -> None:
         ("layer,expert,count\n0,1,0.5\n", "column count holds something"),
         ("layer,expert,count\n0,-1,3\n", "column expert holds something"),
         ("layer,expert,count\n", "column layer holds something|no counts"),
+        ("layer,expert,count\n0,9,0,3\n", "more values than its header"),
+        ("layer,expert,count\n0,999999999999999,1\n", "up to 999999999999999, the model"),
+        ("layer,expert,count\n0,0,18446744073709551615\n", "beyond int64"),
+        (f"layer,expert,count\n0,0,{2**62}\n0,0,{2**62}\n", "add up to more"),
     ],
 )
 def test_csv_that_is_wrong_is_told(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from placer.errors import PlacerError
+from placer.errors import PlacerError, UsageError
 from placer.trace import Trace
 from placer.trace.corpus import Corpus, name_corpora
 from placer.trace.record import RecordOptions, record
@@ -54,6 +54,26 @@ def test_a_line_without_text_is_named(tmp_path: Path, line: str, match: str) -> 
     with pytest.raises(PlacerError, match=match) as caught:
         list(Corpus(domain="a", path=path).documents())
     assert caught.value.hint
+
+
+def test_file_names_need_not_be_utf8(tiny_model: Path, tmp_path: Path) -> None:
+    """A name in Latin-1, as older archives have them: the byte e9 alone is no UTF-8."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    name = "caf\udce9.txt"
+    (folder / name).write_text("the sum of two numbers")
+    corpus = Corpus(domain="text", path=folder)
+    before = corpus.sha256()
+    record(tiny_model, [corpus], tmp_path / "t", RecordOptions())
+    assert Trace(tmp_path / "t").header.num_sequences == 1
+    (folder / name).rename(folder / "other.txt")
+    assert corpus.sha256() != before
+    (folder / "other.txt").rename(folder / name)
+    one = Corpus(domain="one", path=folder / name)
+    record(tiny_model, [one], tmp_path / "u", RecordOptions())
+    assert Trace(tmp_path / "u").header.provenance["corpora"][0]["name"] == "caf?.txt"
+    with pytest.raises(UsageError, match="needs a domain name of printable text"):
+        name_corpora([folder / name], [])
 
 
 def test_standard_input_is_a_corpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def rows_of(chunk: Chunk) -> list[list[object]]:
 
 
 def write(path: Path, rows: list[list[object]], header: str) -> Path:
-    with path.open("w", newline="") as stream:
+    with path.open("w", newline="", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow(header.split(","))
         writer.writerows(rows)
@@ -58,6 +58,19 @@ def test_tokens_come_back_whatever_the_order(
         (lambda rows: [["x", *rows[0][1:]], *rows], HEADER, "column sequence_id holds"),
         (lambda rows: [[*rows[0][:5], -1], *rows[1:]], HEADER, "must not be negative"),
         (lambda rows: [[*rows[0][:4], 1, 1], *rows[1:]], HEADER, "twice"),
+        (lambda rows: rows, HEADER.removesuffix(",e1"), "more values than its header"),
+        (
+            lambda rows: [[*one[:3], -1, *one[4:]] for one in rows],
+            HEADER,
+            "layer -1 is negative",
+        ),
+        (lambda rows: [[*rows[0][:3], 10**18, *rows[0][4:]]], HEADER, "does not have each"),
+        (
+            lambda rows: [[int(one[0]) + 2**31, *one[1:]] for one in rows],
+            HEADER,
+            "sequence_ids holds 21474836.., expected 0 to 2147483647",
+        ),
+        (lambda rows: [["\udcff", *rows[0][1:]]], HEADER, "is no CSV file"),
     ],
 )
 def test_what_cannot_be_a_trace_is_refused(

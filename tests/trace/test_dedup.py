@@ -161,6 +161,29 @@ def test_a_sequence_without_its_start_has_no_prefix(tmp_path: Path) -> None:
     assert kept(tmp_path / "out") == [(0, 7), (1, 7)]
 
 
+def test_a_sequence_without_its_start_is_no_prefix_of_others_in_its_chunk(
+    tmp_path: Path,
+) -> None:
+    """Tokens 5, 6 at positions 7, 8; then at 0, 1; then at 0, 1 and, after a gap, 2."""
+    positions = [[7, 8], [0, 1], [0, 1, 3], [0, 1, 2], [0, 1, 3]]
+    words = [[5, 6], [5, 6], [5, 6, 4], [5, 6, 4], [5, 6, 4]]
+    with TraceWriter(directory=tmp_path / "in", model=MODEL) as writer:
+        lengths = [len(one) for one in words]
+        ids = np.zeros((sum(lengths), 1), np.uint8)
+        writer.append(
+            Chunk(
+                experts=(ids, ids),
+                token_ids=np.concatenate(words).astype(np.int32),
+                sequence_ids=np.repeat(np.arange(5), lengths).astype(np.int32),
+                positions=np.concatenate(positions).astype(np.int32),
+            )
+        )
+        writer.finish()
+    dedup_trace(Trace(tmp_path / "in"), tmp_path / "out", kinds=("prefixes",))
+    first = [(0, 7), (0, 8), (1, 0), (1, 1)]
+    assert kept(tmp_path / "out") == [*first, (2, 3), (3, 2), (4, 3)]
+
+
 def test_same_input_same_bytes_and_provenance(tmp_path: Path) -> None:
     trace = write(tmp_path / "in", [[(0, 0), (1, 1)], [(0, 0), (2, 2)]])
     for name in ("one", "two"):

@@ -1,5 +1,6 @@
 """Archives become traces as they are, and those that lie are refused."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from placer.errors import PlacerError
 from placer.trace import Trace
 from placer.trace.header import TraceHeader
 from placer.trace.imported import import_file
-from placer.trace.npz import read_npz
+from placer.trace.npz import read_exflow, read_npz
 
 
 def import_npz(file: Path, out: Path, model: Path | None = None) -> TraceHeader:
@@ -94,6 +95,14 @@ EXPERTS = arrays()["experts"]
         ({"token_ids": np.zeros(5, int)}, r"token_ids has shape \[5\]"),
         ({"domain_of_sequence": np.zeros(3, int)}, "sequence ids go up to 7"),
         ({"domain_names": np.asarray(["one"])}, "domain_names has 1 names"),
+        ({"sequence_ids": np.repeat([7, 2**32 + 2, 4], 10)}, "holds 4294967298, expected"),
+        ({"sequence_ids": np.repeat([7, -1, 4], 10)}, "sequence_ids holds -1, expected"),
+        ({"token_ids": np.full(30, 2**40)}, "token_ids holds 1099511627776, expected"),
+        ({"weights": np.full((30, 3, 2), np.nan)}, "weight is NaN or beyond float16"),
+        ({"weights": np.full((30, 3, 2), 1e9)}, "weight is NaN or beyond float16"),
+        ({"weights": np.full((30, 3, 2), "a")}, "weights is <U1, expected floats"),
+        ({"domain_names": np.asarray("one")}, r"domain_names has shape \[\], expected"),
+        ({"domain_names": np.asarray(["one", "one"])}, "2, 1 of them different"),
         ({"experts": np.asarray([{}], dtype=object)}, r"no readable \.npz"),
     ],
 )
@@ -111,6 +120,46 @@ def test_no_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlacerError, match="does not exist"):
         import_npz(path, tmp_path / "t")
     path.write_bytes(b"PK not really")
+    with pytest.raises(PlacerError, match=r"no readable \.npz"):
+        import_npz(path, tmp_path / "t")
+
+
+def npy(shape: str, version: bytes = b"\x01\x00") -> bytes:
+    """An .npy file of eight bytes that promises an int64 array of some shape."""
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    size = len(header).to_bytes(2, "little")
+    return b"\x93NUMPY" + version + size + header + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("(1000000000000000, 3)"),
+        npy("(9223372036854775807, 9223372036854775807)"),
+        npy("(-1, 3)"),
+        npy("(4, 3)"),
+        npy("((4, 3)"),
+        b"",
+    ],
+)
+def test_an_array_whose_header_lies_is_refused(tmp_path: Path, content: bytes) -> None:
+    """More is promised than there is memory for or are bytes, or what is no shape."""
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(PlacerError, match=r"no readable \.npy array"):
+        import_file(read_exflow, "exflow", tmp_path / "a.npy", tmp_path / "t")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("experts.npy", content)
+        archive.writestr("sequence_ids.npy", content)
+    with pytest.raises(PlacerError, match=r"no readable \.npz"):
+        import_npz(tmp_path / "a.npz", tmp_path / "t")
+
+
+def test_damaged_compressed_bytes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, **arrays())
+    data = bytearray(path.read_bytes())
+    data[60:200] = bytes(140)
+    path.write_bytes(data)
     with pytest.raises(PlacerError, match=r"no readable \.npz"):
         import_npz(path, tmp_path / "t")
 

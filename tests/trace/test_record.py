@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.trace import Trace
+from placer.trace.capture import by_descending_weight
 from placer.trace.corpus import Corpus, name_corpora, token_sequences
-from placer.trace.record import RecordOptions, record
+from placer.trace.record import RecordOptions, _step_ids, record
 
 CODE = "def add(one, two):\n    return one + two\n"
 PROSE = "The sum of two numbers. "
@@ -166,6 +169,43 @@ def test_what_cannot_be_recorded_is_refused_with_the_remedy(
     assert not out.exists()
     with pytest.raises(UsageError, match="at least 2"):
         RecordOptions(sequence_length=1)
+    with pytest.raises(UsageError, match="--seed -1 must not be negative"):
+        RecordOptions(seed=-1)
+    with pytest.raises(UsageError, match="--temperature nan"):
+        RecordOptions(generate=1, temperature=float("nan"))
+    with pytest.raises(PlacerError, match="cannot be moved to --device nowhere"):
+        record(tiny_model, corpora, out, RecordOptions(device="nowhere"))
+    assert not list(tmp_path.glob("t*.partial"))
+
+
+def test_weights_on_an_accelerator_are_ordered_without_asking_for_a_value() -> None:
+    """A meta tensor has no values, so asking for one, which would wait, raises."""
+    ids = torch.empty(5, 3, dtype=torch.int64, device="meta")
+    weights = torch.empty(5, 3, device="meta")
+    found = by_descending_weight(ids, weights)
+    assert [one.shape for one in found] == [ids.shape, weights.shape]
+
+
+@given(data=st.data(), top_k=st.integers(1, 5))
+def test_experts_are_listed_by_weight_and_equal_ones_as_they_came(
+    data: st.DataObject, top_k: int
+) -> None:
+    row = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=top_k, max_size=top_k)
+    weights = data.draw(st.lists(row, min_size=1, max_size=4))
+    ids = [list(range(top_k)) for _ in weights]
+    found, ordered = by_descending_weight(torch.tensor(ids), torch.tensor(weights))
+    expected = [sorted(range(top_k), key=lambda n: -one[n]) for one in weights]
+    assert found.tolist() == expected
+    assert ordered.tolist() == [sorted(one, reverse=True) for one in weights]
+
+
+def test_passes_beyond_int32_are_refused_not_wrapped() -> None:
+    """With 8 passes per batch the last one, 2^31 - 1, is of the batch that begins at
+    sequence 2^28 - 1."""
+    step = np.arange(8, dtype=np.int32)
+    assert _step_ids(2**28 - 1, 7, step)[-1] == 2**31 - 1
+    with pytest.raises(PlacerError, match="cannot be numbered in int32"):
+        _step_ids(2**28, 7, step)
 
 
 def test_corpora_are_named_once(corpora: list[Corpus]) -> None:
@@ -180,3 +220,5 @@ def test_corpora_are_named_once(corpora: list[Corpus]) -> None:
         name_corpora([], ["prose"])
     with pytest.raises(UsageError, match="no text"):
         name_corpora([], [])
+    with pytest.raises(UsageError, match=r"257 corpora are given, .* at most 256 domains"):
+        name_corpora([], [f"{n}={path}" for n in range(257)])

@@ -77,13 +77,31 @@ def test_split_by_period_cuts_time_between_sequences(
         assert earlier.sequence_ids[-1] < later.sequence_ids[0]
 
 
-@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0"])
+@pytest.mark.parametrize("text", ["2/2", "1", "a/b", "-1/2", "0/0", "²/3", "0/9999999999"])
 def test_a_wrong_period_is_refused(
     make_trace: Callable[..., Trace], tmp_path: Path, text: str
 ) -> None:
     with pytest.raises(UsageError, match="a period is K/N") as caught:
         split_trace(make_trace(), tmp_path / "x", period=text)
     assert "--period 0/2" in caught.value.hint
+    assert not (tmp_path / "x").exists()
+
+
+def test_ids_that_a_merge_would_wrap_around_are_refused(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    """The last id that fits is 2^31 - 1: that of sequence 1 after ids up to 2^31 - 3."""
+    small = make_chunk(num_tokens=10, num_sequences=2)
+    ids = np.full(10, 2**31 - 3, np.int32)
+    traces = [
+        write(tmp_path / "high", replace(small, sequence_ids=ids), ("a",)),
+        write(tmp_path / "small", small, ("a",)),
+        write(tmp_path / "more", make_chunk(num_tokens=9, num_sequences=1), ("a",)),
+    ]
+    merge_traces(traces[:2], tmp_path / "m")
+    assert Trace(tmp_path / "m").read().sequence_ids[-1] == 2**31 - 1
+    with pytest.raises(PlacerError, match="go up to 2147483648, beyond int32"):
+        merge_traces(traces, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -148,6 +166,14 @@ def test_validate_names_the_damaged_chunk(
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(PlacerError, match=r"chunk-00001\.safetensors is damaged"):
         validate_trace(Trace(tmp_path / "t"))
+    with TraceWriter(directory=tmp_path / "v", model=MODEL) as writer:
+        writer.append(chunk.select(chunk.sequence_ids == 2))
+        writer.append(replace(chunk.select(chunk.sequence_ids == 3), token_ids=None))
+        writer.finish()
+    with pytest.raises(
+        PlacerError, match=r"chunk-00001\.safetensors and .* the same tensors: token_ids"
+    ):
+        validate_trace(Trace(tmp_path / "v"))
     with TraceWriter(directory=tmp_path / "u", model=MODEL) as writer:
         for part in (
             chunk.sequence_ids == 2,

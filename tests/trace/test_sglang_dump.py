@@ -72,6 +72,14 @@ def test_padded_rows_are_no_tokens(tmp_path: Path) -> None:
         ({"logical_count": torch.ones(1, 3, 4)}, "counts of mode stat"),
         ({"last_physical_to_logical_map": MAP[:2]}, "of 3 layers"),
         ({"last_physical_to_logical_map": MAP[:, :4]}, "physical expert 5"),
+        (
+            {"last_physical_to_logical_map": MAP.float()},
+            "the map float32, expected integers",
+        ),
+        ({"last_physical_to_logical_map": "x"}, "expected integers"),
+        ({"records": [1]}, "no dump of mode per_token"),
+        ({"records": [{"topk_ids_of_layer": 7}]}, "no dump of mode per_token"),
+        ({"records": [{"topk_ids_of_layer": MAP[:, :0, None]}]}, "no dump of mode"),
     ],
 )
 def test_what_is_no_such_dump_is_refused(

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,9 @@ def test_a_fold_and_its_complement_part_the_sequences(
     assert Fold.from_text(str(fold.complement())) == fold.complement()
 
 
-@pytest.mark.parametrize("text", ["", "1", "2/2", "1/1", "-1/2", "a/b", "0/2/3"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "2/2", "1/1", "-1/2", "a/b", "0/2/3", "²/3", "0/2147483648"]
+)
 def test_what_is_no_fold_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="a fold is") as caught:
         Fold.parse(text)
@@ -110,7 +113,28 @@ def test_a_damaged_chunk_is_named(make_trace: Callable[..., Trace]) -> None:
         ),
         (
             lambda t: t.update({"experts.0": t["experts.0"][:9]}),
-            r"experts.1 has shape \[400, 2\]|shape",
+            r"experts.0 has shape \[9, 2\], expected \[400, 2\]",
+        ),
+        (lambda t: t.update({"experts.0": np.zeros((), np.uint8)}), r"expected \[T\] and"),
+        (lambda t: t.update(sequence_ids=np.zeros((), np.int32)), r"expected \[T\] and"),
+        (
+            lambda t: t.update(
+                {f"weights.{n}": np.zeros((400, 2 + n), np.float16) for n in range(3)}
+            ),
+            r"weights.1 has shape \[400, 3\], expected \[400, 2\]",
+        ),
+        (
+            # Their int32 difference wraps around to 1.
+            lambda t: t["sequence_ids"].__setitem__(slice(1, 3), [2**31 - 1, -(2**31)]),
+            "sequence_ids decrease",
+        ),
+        (lambda t: t["sequence_ids"].__setitem__(0, -1), "sequence_ids holds -1"),
+        (lambda t: t["positions"].__setitem__(3, -5), "positions holds -5"),
+        (lambda t: t["token_ids"].__setitem__(3, -2), "token_ids holds -2"),
+        (lambda t: t.update(phase=np.full(400, 2, np.uint8)), "phase holds 2"),
+        (
+            lambda t: t.update(domain_ids=np.zeros(400, np.uint8)),
+            "domain_ids holds 0, but trace.json names 0 domains",
         ),
     ],
 )
@@ -130,6 +154,9 @@ def test_a_chunk_that_breaks_the_format_is_refused(
         Trace(trace.directory).read()
 
 
+CHUNK = {"file": "c", "num_tokens": 400, "num_sequences": 8, "sha256": "0"}
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -137,6 +164,14 @@ def test_a_chunk_that_breaks_the_format_is_refused(
         ({"surprise": 1}, "missing or unknown fields: surprise"),
         ({"id_space": "physical"}, "holds physical expert ids"),
         ({"chunks": [{"file": "x"}]}, "is damaged"),
+        ({"chunks": [CHUNK | {"num_tokens": "400"}]}, "num_tokens of chunk c is '400'"),
+        ({"chunks": [CHUNK | {"num_sequences": -1}]}, "num_sequences of chunk c is -1"),
+        ({"chunks": [CHUNK | {"file": 7}]}, "file of a chunk is 7"),
+        ({"chunks": []}, "its chunks hold no token"),
+        ({"num_tokens": 9}, "num_tokens is 9, but its chunks add up to 400"),
+        ({"domains": ["a", "a"]}, "these are 2, 1 of them different"),
+        ({"domains": [str(n) for n in range(257)]}, "at most 256 domains"),
+        ({"domains": [1]}, "a domain is no text"),
     ],
 )
 def test_a_header_that_breaks_the_format_is_refused(
@@ -146,6 +181,34 @@ def test_a_header_that_breaks_the_format_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(PlacerError, match=match):
         Trace(path.parent)
+
+
+def test_a_dtype_that_numpy_lacks_is_refused(make_trace: Callable[..., Trace]) -> None:
+    """A bfloat16 tensor of one element, in a file written byte by byte."""
+    trace = make_trace()
+    path = trace.directory / "chunk-00000.safetensors"
+    entry = {"experts.0": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}
+    text = json.dumps(entry).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
+    header = json.loads((trace.directory / "trace.json").read_text())
+    header["chunks"][0]["sha256"] = sha256_file(path)
+    (trace.directory / "trace.json").write_text(json.dumps(header))
+    with pytest.raises(PlacerError, match=r"chunk-00000\.safetensors"):
+        Trace(trace.directory).read()
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_not_written(
+    make_chunk: Callable[..., Chunk], tmp_path: Path, weight: float
+) -> None:
+    weights = [np.full((400, 2), 0.5, np.float16) for _ in range(3)]
+    weights[1][17, 1] = weight
+    with (
+        pytest.raises(PlacerError, match="MoE layer 1: a router weight is NaN or beyond"),
+        TraceWriter(directory=tmp_path / "t", model=MODEL) as writer,
+    ):
+        writer.append(replace(make_chunk(), weights=tuple(weights)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_trace_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -205,4 +268,7 @@ def test_a_resumed_writer_refuses_other_options_and_damage(
     path = tmp_path / "t.partial" / "chunk-00000.safetensors"
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(PlacerError, match="cannot go on"):
+        TraceWriter(**options)
+    (tmp_path / "t.partial" / "journal.json").write_text('{"chunks": [{"file": "c"}]}')
+    with pytest.raises(PlacerError, match=r"journal\.json is damaged"):
         TraceWriter(**options)
