@@ -102,7 +102,7 @@ def solved(
 
 
 #: Layers, experts, ranks and tokens of the smallest instance whose growth is measured.
-SMALLEST = (8, 64, 8, 8192)
+SMALLEST = (4, 64, 8, 1024)
 
 
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
