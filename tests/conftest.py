@@ -159,7 +159,8 @@ def tiny_sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def write_plan(tmp_path: Path) -> Callable[..., Path]:
     """Return a writer of a plan that was not solved: of a placement as it is given."""
-    from placer.plan import Placement, Plan, SolverReport
+    from placer.plan import Placement
+    from tests.plans import unsolved_plan
 
     def write(
         model: ModelSpec,
@@ -167,26 +168,7 @@ def write_plan(tmp_path: Path) -> Callable[..., Path]:
         name: str = "plan.json",
         **provenance: object,
     ) -> Path:
-        plan = Plan(
-            model=model,
-            placement=placement,
-            policy="fixed",
-            exchange="per-rank",
-            max_imbalance=1.1,
-            solver=SolverReport(
-                status="feasible",
-                objective_name="none",
-                objective=0.0,
-                bound=None,
-                gap=None,
-                bound_method="placed without a solver",
-                seconds=None,
-                seed=0,
-            ),
-            metrics={"profile": None, "heldout": None, "baselines": {}},
-            provenance=provenance,
-        )
-        plan.write(tmp_path / name)
+        unsolved_plan(model, placement, **provenance).write(tmp_path / name)
         return tmp_path / name
 
     return write

@@ -81,7 +81,7 @@ def replay(
             sequences_per_rank=sequences_per_rank,
             num_passes=passes,
             repeats=repeats,
-            dtype=dtype,  # type: ignore[arg-type]  # transformers refuses other names
+            dtype=dtype,  # type: ignore[arg-type]  # ReplayOptions refuses other names
             device=device,
         ),
         worker,

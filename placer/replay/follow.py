@@ -3,8 +3,8 @@
 A token stays where its experts are. In every layer its hidden state goes from its home to
 the ranks that serve it; the one of them that serves most is its next home, where the others
 send their sums: with one expert per token nothing returns, so that a layer has a single
-exchange (ExFlow, section IV-A). So that attention can be computed anywhere, every layer's
-new keys and values go to all ranks.
+exchange (ExFlow, arXiv 2401.08383). So that attention can be computed anywhere, every
+layer's new keys and values go to all ranks.
 
 It is no ``EPImplementation``: those give a token back to the rank that brought it. Here the
 layers' own modules are called on the tokens that are at home, and only the way between them

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from placer.replay.session import WorkerRun
 
 # Errors that rounding explains: experts are summed in another order, over many layers.
-_TOLERANCES = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.01}
+_TOLERANCES = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.01}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

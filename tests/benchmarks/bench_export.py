@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from placer.model import ModelSpec
-from placer.plan import Placement, Plan, SolverReport
+from placer.plan import Placement
+from tests.plans import unsolved_plan
 
 LAYERS, EXPERTS, HIDDEN, WIDTH = 8, 64, 2048, 1024
 ROUNDS = 5
@@ -99,25 +100,8 @@ def model(layout: str, tmp_path: Path) -> Iterator[Path]:
 def write_plan(path: Path, model: ModelSpec) -> None:
     rng = np.random.default_rng(0)
     rows = [rng.permutation(size).tolist() for size in model.num_experts]
-    Plan(
-        model=model,
-        placement=Placement.from_json(rows, model.num_experts, 8, 1),
-        policy="fixed",
-        exchange="per-rank",
-        max_imbalance=1.1,
-        solver=SolverReport(
-            status="feasible",
-            objective_name="none",
-            objective=0.0,
-            bound=None,
-            gap=None,
-            bound_method="placed at random",
-            seconds=None,
-            seed=0,
-        ),
-        metrics={"profile": None, "heldout": None, "baselines": {}},
-        provenance={},
-    ).write(path)
+    placement = Placement.from_json(rows, model.num_experts, 8, 1)
+    unsolved_plan(model, placement).write(path)
 
 
 def timed(words: list[object], out: Path) -> tuple[float, int]:

@@ -20,7 +20,7 @@ import torch
 from placer.errors import PlacerError, UsageError
 from placer.files import read_json
 from placer.model import Architecture, ModelSpec
-from placer.plan import Placement, Plan, SolverReport
+from placer.plan import Placement, Plan
 from placer.replay.replay import ReplayOptions, replay
 from placer.table.make import TableOptions, make_table
 from placer.trace import Chunk, Trace, TraceWriter
@@ -28,6 +28,7 @@ from placer.trace.capture import RouterCapture
 from placer.trace.record import load_causal_model
 from placer.worker import Worker
 from tests.families import build, legal_rows, randomise
+from tests.plans import unsolved_plan
 
 NUM_RANKS, NUM_NODES, LENGTH, PASSES = 4, 2, 12, 2
 HIDDEN_BYTES = 32 * 4
@@ -168,27 +169,10 @@ def write_plan(
     num_ranks: int = NUM_RANKS,
     num_nodes: int = NUM_NODES,
 ) -> None:
-    Plan(
-        model=spec,
-        placement=Placement.from_json(
-            slots, spec.num_experts, num_ranks=num_ranks, num_nodes=num_nodes
-        ),
-        policy="fixed",
-        exchange="per-rank",
-        max_imbalance=1.1,
-        solver=SolverReport(
-            status="feasible",
-            objective_name="none",
-            objective=0.0,
-            bound=None,
-            gap=None,
-            bound_method="placed without a solver",
-            seconds=None,
-            seed=0,
-        ),
-        metrics={"profile": None, "heldout": None, "baselines": {}},
-        provenance={},
-    ).write(path)
+    placement = Placement.from_json(
+        slots, spec.num_experts, num_ranks=num_ranks, num_nodes=num_nodes
+    )
+    unsolved_plan(spec, placement).write(path)
 
 
 def collect(folder: Path) -> Replayed:
