@@ -28,6 +28,8 @@ class LayerTokens(NamedTuple):
     ----------
     experts
         ``[T, k]`` int16, in the router's order.
+    weight
+        ``[T]`` int64: tokens that a row stands for.
     home
         ``[T]`` int16: the rank that dispatches a token, R for a home that is any rank
         with the same probability.
@@ -40,6 +42,7 @@ class LayerTokens(NamedTuple):
     """
 
     experts: Array
+    weight: Array
     home: Array
     next_price: Array
     starts: Array
@@ -107,7 +110,7 @@ class LayerState(NamedTuple):
     share
         ``[E, R]`` float64: share of an expert's load that a rank serves, homes being even.
     cost
-        ``[T]`` int64: each token's price.
+        ``[T]`` int64: the price of one token of each row.
     rank_load
         ``[S, R]`` float64.
     received
@@ -260,6 +263,7 @@ def _receive(served, home, amount, received):  # type: ignore[no-untyped-def]
 def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
     """Fill ``cost`` and ``received`` from the placement; return the cost of all tokens."""
     experts, homes, cost = tokens.experts, tokens.home, state.cost
+    weights = tokens.weight
     choices, num_choices = state.choices, state.num_choices
     several = num_choices.shape[0] > 1
     served = np.empty(experts.shape[1], dtype=np.int64)
@@ -278,10 +282,11 @@ def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
             prices.to_node,
             tokens.next_price,
         )
-        total += cost[token]
-        _receive(served, home, 1.0, state.received)
+        weight = weights[token]
+        total += weight * cost[token]
+        _receive(served, home, 1.0 * weight, state.received)
         if prices.crowd > 0:
-            state.homes[_busiest(served)] += 1
+            state.homes[_busiest(served)] += weight
     return total
 
 
@@ -324,7 +329,8 @@ def _change(tokens, prices, state, changed, choices, num_choices, received, next
     """
     # Fields are read once: each access to a tuple's array counts references.
     experts, homes, cost = tokens.experts, tokens.home, state.cost
-    starts, users, next_price = tokens.starts, tokens.users, tokens.next_price
+    weights, next_price = tokens.weight, tokens.next_price
+    starts, users = tokens.starts, tokens.users
     old_choices, old_num_choices = state.choices, state.num_choices
     follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
     count_received, count_homes = prices.receive > 0, prices.crowd > 0
@@ -351,18 +357,17 @@ def _change(tokens, prices, state, changed, choices, num_choices, received, next
                     after[i] = _copy(old_choices, old_num_choices, row, used, token)
             if counted:
                 continue
-            total += (
-                _price(after, home, token, follow, to_rank, to_node, next_price)
-                - cost[token]
-            )
+            weight = weights[token]
+            price = _price(after, home, token, follow, to_rank, to_node, next_price)
+            total += weight * (price - cost[token])
             if count_received or count_homes:
                 _serve(experts, row, token, old_choices, old_num_choices, before)
             if count_received:
-                _receive(before, home, -1.0, received)
-                _receive(after, home, 1.0, received)
+                _receive(before, home, -1.0 * weight, received)
+                _receive(after, home, 1.0 * weight, received)
             if count_homes:
-                next_homes[_busiest(before)] -= 1
-                next_homes[_busiest(after)] += 1
+                next_homes[_busiest(before)] -= weight
+                next_homes[_busiest(after)] += weight
     return total
 
 

@@ -15,12 +15,13 @@ from placer.files import sha256_file, sha256_json
 from placer.model import ModelSpec
 from placer.plan.alternation import vocabulary_of
 from placer.plan.inner_cap import choose_inner_cap
+from placer.plan.layer_profile import layer_tokens
 from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
 from placer.plan.problem import Topology
-from placer.plan.refine import Refinement, TrafficProblem, layer_tokens
+from placer.plan.refine import Refinement, TrafficProblem
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import Progress, out_of_reach, solve
 from placer.simulation.baselines import balanced, contiguous

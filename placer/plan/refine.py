@@ -12,7 +12,7 @@ token, S load scenarios.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from placer.errors import UsageError
 from placer.plan import kernels
 from placer.plan.deadline import Deadline
+from placer.plan.layer_profile import LayerProfile
 from placer.plan.placement import Placement
 from placer.plan.problem import Topology
 from placer.trace import Chunk
@@ -116,11 +117,16 @@ class RefineLimits:
         Most tokens that all proposals together may look at.
     num_tokens
         Most tokens to judge by; of longer profiles whole sequences are sampled.
+    num_starts
+        Under ``fixed`` without replicas, where no layer's price depends on another's: most
+        times to anneal from the start, each layer keeping its best; fewer where
+        ``num_visited_tokens`` would not let each of them try all moves.
     """
 
     num_sweeps: int = 16
     num_visited_tokens: int = 2_000_000_000
     num_tokens: int = 65_536
+    num_starts: int = 4
 
 
 def sample_sequences(tokens: Chunk, num_tokens: int, seed: int) -> Chunk:
@@ -171,6 +177,15 @@ def _is_better(
     return price < other_price
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Snapshot:
+    """A state of the search: L maps, and ``[L]`` their prices and pairs above the cap."""
+
+    slots: tuple[IntArray, ...]
+    price: FloatArray
+    overflow: FloatArray
+
+
 @dataclass(slots=True, kw_only=True)
 class Refinement:
     """The state of a refinement.
@@ -194,7 +209,7 @@ class Refinement:
     num_threads: int = 2
     _states: list[kernels.LayerState] = field(init=False)
     _prices: list[kernels.Prices] = field(init=False)
-    _users: list[tuple[Any, Any]] = field(init=False)
+    _profiles: list[LayerProfile] = field(init=False)
 
     def run(
         self,
@@ -209,32 +224,50 @@ class Refinement:
         """
         deadline = deadline or Deadline()
         self._load(placement)
-        start, start_price = self._snapshot(), self.price_per_layer()
-        start_overflow = self._overflow_per_layer()
-        with deadline.interruptible():
-            self._improve(progress, deadline)
-        best = self._better(start, start_price, start_overflow)
+        best = self._snapshot()
+        for number in range(self._num_starts()):
+            if deadline.passed():
+                break
+            if number:
+                self._put(placement)
+            with deadline.interruptible():
+                self._improve(2 * self.limits.num_sweeps * number, progress, deadline)
+            best = self._better(best, self._snapshot())
         return Placement(
-            physical_to_logical_map=tuple(best),
+            physical_to_logical_map=best.slots,
             num_experts=placement.num_experts,
             num_ranks=placement.num_ranks,
             num_nodes=placement.num_nodes,
         )
 
+    def _num_starts(self) -> int:
+        """Return how often to anneal: as often as all proposals fit into the limit."""
+        limits, layers = self.limits, range(self.problem.num_layers)
+        if self.problem.policy != "fixed" or not limits.num_sweeps:
+            return 1
+        if any(state.slots.size > len(state.holds) for state in self._states):
+            # Each token stands for one home there: the best of several fits these.
+            return 1
+        times = min(self._allowed_moves(n) / self._all_moves(n) for n in layers)
+        return max(1, min(limits.num_starts, int(times)))
+
     def _improve(
-        self, progress: Callable[[int, float], None] | None, deadline: Deadline
+        self,
+        first: int,
+        progress: Callable[[int, float], None] | None,
+        deadline: Deadline,
     ) -> None:
-        """Anneal, then descend until no move pays."""
+        """Anneal, then descend until no move pays; ``first`` numbers the first sweep."""
         num_sweeps = self.limits.num_sweeps
         for sweep in range(num_sweeps):
             if deadline.passed():
                 return
             share = _HOTTEST * _COOLING ** (sweep / max(num_sweeps - 1, 1))
-            self._sweep(share, sweep)
+            self._sweep(share, first + sweep)
             if progress is not None:
-                progress(sweep, self._per_token(self.price_per_layer().sum()))
+                progress(first + sweep, self._per_token(self.price_per_layer().sum()))
         for sweep in range(num_sweeps):
-            if deadline.passed() or self._sweep(None, num_sweeps + sweep) == 0:
+            if deadline.passed() or self._sweep(None, first + num_sweeps + sweep) == 0:
                 return
 
     def evaluate(self, placement: Placement) -> "Evaluation":
@@ -256,28 +289,38 @@ class Refinement:
     def _load(self, placement: Placement) -> None:
         layers = range(self.problem.num_layers)
         self._prices = [self._layer_prices(n) for n in layers]
-        self._users = [
-            _users(ids, size)
-            for ids, size in zip(self.problem.experts, placement.num_experts, strict=True)
-        ]
-        self._states = [self._state(placement, n) for n in layers]
+        self._profiles = [self._profile(placement, n) for n in layers]
+        self._put(placement)
 
-    def _better(
-        self, start: list[IntArray], start_price: FloatArray, start_overflow: FloatArray
-    ) -> list[IntArray]:
-        """Choose between the start and the end, layer by layer where layers do not link."""
-        end, price = self._snapshot(), self.price_per_layer()
-        overflow = self._overflow_per_layer()
+    def _put(self, placement: Placement) -> None:
+        """Start from a placement with as many slots as the one before."""
+        self._states = [self._state(placement, n) for n in range(self.problem.num_layers)]
+
+    def _profile(self, placement: Placement, layer: int) -> LayerProfile:
+        num_experts = placement.num_experts[layer]
+        has_replicas = placement.physical_to_logical_map[layer].size > num_experts
+        # Homes, and copies that take turns, tell tokens with the same experts apart.
+        merged = self.problem.policy == "fixed" and not has_replicas
+        return LayerProfile.of(self.problem.experts[layer], num_experts, merged=merged)
+
+    def _better(self, one: "_Snapshot", other: "_Snapshot") -> "_Snapshot":
+        """Choose between two states, layer by layer where layers do not link."""
         if self.problem.policy == "follow":
             lost = _is_better(
-                start_overflow.sum(), start_price.sum(), overflow.sum(), price.sum()
+                one.overflow.sum(), one.price.sum(), other.overflow.sum(), other.price.sum()
             )
-            return start if lost else end
-        lost_layers = map(_is_better, start_overflow, start_price, overflow, price)
-        return [
-            old if lost else new
-            for old, new, lost in zip(start, end, lost_layers, strict=True)
-        ]
+            return one if lost else other
+        lost_layers = list(
+            map(_is_better, one.overflow, one.price, other.overflow, other.price)
+        )
+        return _Snapshot(
+            slots=tuple(
+                old if lost else new
+                for old, new, lost in zip(one.slots, other.slots, lost_layers, strict=True)
+            ),
+            price=np.where(lost_layers, one.price, other.price),
+            overflow=np.where(lost_layers, one.overflow, other.overflow),
+        )
 
     def price_per_layer(self) -> FloatArray:
         """Return ``[L]``: the price of every layer, penalties included, scaled by R.
@@ -344,35 +387,47 @@ class Refinement:
         if share is not None:
             args = (kind, rule, share * cost, moves, seed[0] | np.uint64(1))
             return float(kernels.anneal(tokens, prices, state, *args))
-        if moves < state.slots.size**2 // 2:
+        if moves < self._all_moves(layer):
             args = (kind, rule, 0.0, moves, seed[0] | np.uint64(1))
             return float(kernels.anneal(tokens, prices, state, *args))
         return float(kernels.descend(tokens, prices, state, kind, rule))
 
     def _num_moves(self, layer: int) -> int:
         """Return the proposals of a visit: all pairs of slots, or what the limit allows."""
-        limits, state = self.limits, self._states[layer]
-        visited = 2 * self.problem.experts[layer].size / len(state.holds)
-        allowed = limits.num_visited_tokens / (
-            visited * self.problem.num_layers * max(2 * limits.num_sweeps, 1)
-        )
-        return max(1, min(state.slots.size**2 // 2, int(allowed)))
+        return max(1, min(self._all_moves(layer), int(self._allowed_moves(layer))))
+
+    def _all_moves(self, layer: int) -> int:
+        return int(self._states[layer].slots.size ** 2 // 2)
+
+    def _allowed_moves(self, layer: int) -> float:
+        limits, num_experts = self.limits, len(self._states[layer].holds)
+        visited = 2 * self._profiles[layer].experts.size / num_experts
+        num_visits = self.problem.num_layers * max(2 * limits.num_sweeps, 1)
+        return limits.num_visited_tokens / (visited * num_visits)
 
     def _kind(self, layer: int) -> IntArray:
         if self.problem.kind is None:
             return np.zeros(len(self._states[layer].holds), dtype=np.int64)
         return self.problem.kind[layer]
 
-    def _snapshot(self) -> list[IntArray]:
-        """Return the maps, experts of a rank in ascending order."""
-        return [np.sort(s.slots, axis=1).ravel().astype(np.int64) for s in self._states]
+    def _snapshot(self) -> "_Snapshot":
+        """Return where the search is, experts of a rank in ascending order."""
+        price = self.price_per_layer()
+        return _Snapshot(
+            slots=tuple(
+                np.sort(state.slots, axis=1).ravel().astype(np.int64)
+                for state in self._states
+            ),
+            price=price,
+            overflow=self._overflow_per_layer(),
+        )
 
     def _tokens(
         self, layer: int, *, with_next: bool = True, homes: list[RankArray] | None = None
     ) -> kernels.LayerTokens:
         problem = self.problem
-        starts, users = self._users[layer]
-        experts = problem.experts[layer]
+        profile = self._profiles[layer]
+        experts = profile.experts
         num_ranks = problem.topology.num_ranks
         next_price = np.zeros((1, 1), dtype=np.int64)
         if problem.policy == "follow":
@@ -387,14 +442,12 @@ class Refinement:
             home = _even_homes(len(experts), num_ranks)
         else:
             home = np.full(len(experts), num_ranks, dtype=np.int16)
-        return kernels.LayerTokens(experts, home, next_price, starts, users)
+        return _layer_tokens(profile, home, next_price)
 
     def _fill_next_price(self, layer: int, price: IntArray) -> None:
-        starts, users = self._users[layer]
         nowhere = np.zeros(self.problem.num_tokens, dtype=np.int16)
         nothing = np.zeros((1, 1), dtype=np.int64)
-        experts = self.problem.experts[layer]
-        tokens = kernels.LayerTokens(experts, nowhere, nothing, starts, users)
+        tokens = _layer_tokens(self._profiles[layer], nowhere, nothing)
         prices, state = self._prices[layer], self._states[layer]
         kernels.dispatch_prices(tokens, state, prices.to_rank, prices.to_node, price)
 
@@ -411,9 +464,7 @@ class Refinement:
         homes = [first]
         nothing = np.zeros((1, 1), dtype=np.int64)
         for layer in range(self.problem.num_layers - 1):
-            starts, users = self._users[layer]
-            experts = self.problem.experts[layer]
-            tokens = kernels.LayerTokens(experts, homes[-1], nothing, starts, users)
+            tokens = _layer_tokens(self._profiles[layer], homes[-1], nothing)
             busiest = np.empty(num_tokens, dtype=np.int16)
             kernels.busiest_ranks(tokens, self._states[layer], busiest)
             homes.append(busiest)
@@ -459,7 +510,7 @@ class Refinement:
             choices=np.zeros((num_homes, len(holds), most), dtype=np.int16),
             num_choices=np.zeros((num_homes, len(holds)), dtype=np.int16),
             share=np.zeros((len(holds), num_ranks)),
-            cost=np.zeros(problem.num_tokens, dtype=np.int64),
+            cost=np.zeros(len(self._profiles[layer].experts), dtype=np.int64),
             rank_load=np.zeros((len(problem.load[layer]), num_ranks)),
             received=np.zeros(num_ranks),
             homes=np.zeros(num_ranks, dtype=np.int64),
@@ -474,6 +525,14 @@ class Refinement:
             kernels.share_of(choices, number, state.share[expert])
             state.choices[:, expert], state.num_choices[:, expert] = choices, number
         return state
+
+
+def _layer_tokens(
+    profile: LayerProfile, home: RankArray, next_price: IntArray
+) -> kernels.LayerTokens:
+    return kernels.LayerTokens(
+        profile.experts, profile.weight, home, next_price, profile.starts, profile.users
+    )
 
 
 def _even_homes(num_tokens: int, num_ranks: int) -> RankArray:
@@ -518,17 +577,3 @@ def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
         return np.vstack([num_ranks * price, price.sum(axis=0)]).astype(np.int64)
 
     return with_any(cost), with_any(nodes.astype(np.int64))
-
-
-def _users(experts: npt.NDArray[np.int16], num_experts: int) -> tuple[IntArray, IntArray]:
-    """Return which tokens use each expert: ``[E + 1]`` starts and ``[T x k]`` tokens."""
-    flat = experts.ravel()
-    counts = np.bincount(flat, minlength=num_experts)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    order = np.argsort(flat, kind="stable")
-    return starts, (order // experts.shape[1]).astype(np.int64)
-
-
-def layer_tokens(tokens: Chunk) -> tuple[npt.NDArray[np.int16], ...]:
-    """Return the expert ids of every layer, as the refinement reads them."""
-    return tuple(np.ascontiguousarray(ids, dtype=np.int16) for ids in tokens.experts)

@@ -17,6 +17,7 @@ from placer.plan.balance import load_caps
 from placer.plan.copies_cost import CopiesCost
 from placer.plan.deadline import Deadline
 from placer.plan.dynamic import has_few_assignments, solve_exactly
+from placer.plan.layer_profile import layer_tokens
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
@@ -35,7 +36,6 @@ from placer.plan.problem import (
 from placer.plan.refine import (
     Refinement,
     TrafficProblem,
-    layer_tokens,
     sample_sequences,
 )
 from placer.plan.replicas import with_replicas

@@ -14,6 +14,7 @@ from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Placement
 from placer.plan.alternation import Alternation, sequence_parts, vocabulary_of
+from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
@@ -22,7 +23,6 @@ from placer.plan.refine import (
     RefineLimits,
     Refinement,
     TrafficProblem,
-    layer_tokens,
 )
 from placer.plan.requests import place_requests
 from placer.plan.solve import solve

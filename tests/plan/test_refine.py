@@ -11,6 +11,7 @@ from placer.affinity import count_affinity
 from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Placement
+from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.refine import (
@@ -18,7 +19,6 @@ from placer.plan.refine import (
     Refinement,
     TrafficProblem,
     copy_prices,
-    layer_tokens,
     sample_sequences,
 )
 from placer.plan.replicas import with_replicas

@@ -18,10 +18,11 @@ from placer.model import ModelSpec
 from placer.plan import Placement
 from placer.plan.certificate import PairCertificate
 from placer.plan.copies import CopiesCertificate, token_sets
+from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.refine import RefineLimits, Refinement, TrafficProblem, layer_tokens
+from placer.plan.refine import RefineLimits, Refinement, TrafficProblem
 from placer.plan.replicas import with_replicas
 from placer.plan.scenarios import load_scenarios
 from placer.plan.search import SearchLimits
