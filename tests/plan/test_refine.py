@@ -174,6 +174,23 @@ def test_tiny_problems_end_at_the_optimum(
     assert reached == pytest.approx(best)
 
 
+def test_annealing_again_only_makes_layers_cheaper(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    """Under ``fixed`` each layer keeps its best; the first annealing is the same in both."""
+    chunk = make_chunk(num_tokens=400, top_k=3)
+    problem = traffic(chunk, TOPOLOGIES["1x4"])
+    start = random(SIZES, 4, 1, seed=3)
+    prices = []
+    for num_starts in (1, 4):
+        limits = RefineLimits(num_sweeps=1, num_starts=num_starts)
+        refinement = Refinement(problem=problem, limits=limits)
+        refinement.evaluate(refinement.run(start))
+        prices.append(refinement.price_per_layer())
+    assert (prices[1] <= prices[0]).all()
+    assert (prices[1] < prices[0]).any()
+
+
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
 def test_the_cap_is_never_left(make_chunk: Callable[..., Chunk], policy: str) -> None:
     chunk = make_chunk(num_tokens=2000)
