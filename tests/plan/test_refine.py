@@ -177,7 +177,7 @@ def test_tiny_problems_end_at_the_optimum(
 def test_annealing_again_only_makes_layers_cheaper(
     make_chunk: Callable[..., Chunk],
 ) -> None:
-    """Under ``fixed`` each layer keeps its best; the first annealing is the same in both."""
+    """Under ``fixed`` each layer keeps its best; the first of four is the only one."""
     chunk = make_chunk(num_tokens=400, top_k=3)
     problem = traffic(chunk, TOPOLOGIES["1x4"])
     start = random(SIZES, 4, 1, seed=3)
