@@ -41,7 +41,7 @@ def advise(
     model: SizedByOption = None,
     hidden_size: HiddenSizeOption = None,
     expert_size: ExpertSizeOption = None,
-    weight_bytes: WeightBytesOption = 2.0,
+    weight_bytes: WeightBytesOption = None,
     least_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share that a change must save.")
     ] = 0.03,

@@ -42,7 +42,10 @@ ExpertSizeOption = Annotated[
     int | None, typer.Option(help="Width of an expert, without --model.")
 ]
 WeightBytesOption = Annotated[
-    float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
+    float | None,
+    typer.Option(
+        help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.", show_default="2.0"
+    ),
 ]
 
 
