@@ -31,6 +31,10 @@ NotFoldOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
+GpusPerNodeOption = Annotated[
+    int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
+]
+NodesOption = Annotated[int, typer.Option(min=1, help="Number of nodes.")]
 SizedByOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),

@@ -8,8 +8,10 @@ import typer
 from placer.cli.output import (
     ExpertSizeOption,
     FoldOption,
+    GpusPerNodeOption,
     HiddenSizeOption,
     JsonOption,
+    NodesOption,
     NotFoldOption,
     OutOption,
     SizedByOption,
@@ -36,10 +38,8 @@ def solve(
         Path, typer.Argument(metavar="TRACE|AFFINITY", help="What to profile on.")
     ],
     out: OutOption,
-    gpus_per_node: Annotated[
-        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
-    ],
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: GpusPerNodeOption,
+    nodes: NodesOption = 1,
     objective: Annotated[
         str,
         typer.Option(

@@ -5,16 +5,12 @@ run that was stopped goes on where it was, and no figure outlives the code that 
 """
 
 import hashlib
-import importlib.util
 import json
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 import placer
 from placer.affinity import Affinity, count_affinity
@@ -29,6 +25,7 @@ from placer.simulation.intervals import copies_ratio
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.trace import Chunk, Fold, Trace
+from tests.referee import load_referee, referee_result
 
 #: Commands and reports print figures, they make none.
 WITHOUT_FIGURES = ("cli", "report", "checkpoint", "replay", "runtime_map", "demo")
@@ -140,30 +137,11 @@ def _read(directory: Path, fold: Fold) -> tuple[Affinity, Chunk, Chunk]:
     return affinity, trace.read(fold), trace.read(fold.complement())
 
 
-@lru_cache(maxsize=1)
-def _referee(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("referee_score", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _difference(
     judged: dict[str, PolicyMetrics], placement: Placement, tokens: Chunk, referee: Path
 ) -> float:
     """Return how far any figure is from the referee's, which rounds to 1e-4."""
-    expected = _referee(referee).score(
-        np.stack(tokens.experts, axis=1).astype(np.int64),
-        tokens.sequence_ids.astype(np.int64),
-        list(placement.physical_to_logical_map),
-        placement.num_ranks,
-        placement.num_nodes,
-        DEFAULT_BATCH_SIZE,
-        None,
-        None,
-        list(placement.num_experts),
-    )
+    expected = referee_result(load_referee(referee), placement, tokens, DEFAULT_BATCH_SIZE)
     return max(
         abs(value - expected[policy][name])
         for policy, metrics in judged.items()
