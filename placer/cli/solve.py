@@ -88,8 +88,8 @@ def solve(
         str | None,
         typer.Option(
             metavar="CAPS",
-            help="Solve under each of these load caps, such as 1.02,1.05,1.1: --out is a "
-            "directory of plans and frontier.csv.",
+            help="Solve under each of these load caps, such as 1.02,1.05,1.1, in place of "
+            "--max-imbalance: --out is a directory of plans and frontier.csv.",
         ),
     ] = None,
     relax_cap: Annotated[
