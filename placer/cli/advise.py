@@ -7,8 +7,10 @@ import typer
 
 from placer.cli.output import (
     ExpertSizeOption,
+    GpusPerNodeOption,
     HiddenSizeOption,
     JsonOption,
+    NodesOption,
     SizedByOption,
     WeightBytesOption,
     print_json,
@@ -22,10 +24,8 @@ def advise(
     source: Annotated[
         Path, typer.Argument(metavar="TRACE|AFFINITY", help="Traffic, or loads alone.")
     ],
-    gpus_per_node: Annotated[
-        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
-    ],
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: GpusPerNodeOption,
+    nodes: NodesOption = 1,
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
     engine: Annotated[
         str | None,
@@ -41,7 +41,7 @@ def advise(
     model: SizedByOption = None,
     hidden_size: HiddenSizeOption = None,
     expert_size: ExpertSizeOption = None,
-    weight_bytes: WeightBytesOption = 2.0,
+    weight_bytes: WeightBytesOption = None,
     least_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share that a change must save.")
     ] = 0.03,

@@ -8,7 +8,9 @@ import typer
 
 from placer.cli.output import (
     FoldOption,
+    GpusPerNodeOption,
     JsonOption,
+    NodesOption,
     NotFoldOption,
     parse_fold,
     print_json,
@@ -18,10 +20,8 @@ from placer.cli.output import (
 
 def learning(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")],
-    gpus_per_node: Annotated[
-        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
-    ],
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: GpusPerNodeOption,
+    nodes: NodesOption = 1,
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
     max_imbalance: Annotated[
         float, typer.Option(help="Cap on max/mean rank load in every layer.")

@@ -31,6 +31,10 @@ NotFoldOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
+GpusPerNodeOption = Annotated[
+    int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
+]
+NodesOption = Annotated[int, typer.Option(min=1, help="Number of nodes.")]
 SizedByOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
@@ -42,7 +46,10 @@ ExpertSizeOption = Annotated[
     int | None, typer.Option(help="Width of an expert, without --model.")
 ]
 WeightBytesOption = Annotated[
-    float, typer.Option(help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.")
+    float | None,
+    typer.Option(
+        help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.", show_default="2.0"
+    ),
 ]
 
 

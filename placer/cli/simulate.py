@@ -71,7 +71,7 @@ def simulate(
     model: SizedByOption = None,
     hidden_size: HiddenSizeOption = None,
     expert_size: ExpertSizeOption = None,
-    weight_bytes: WeightBytesOption = 2.0,
+    weight_bytes: WeightBytesOption = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,

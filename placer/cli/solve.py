@@ -1,15 +1,17 @@
 """``placer solve``: experts to ranks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from placer.cli.output import (
     ExpertSizeOption,
     FoldOption,
+    GpusPerNodeOption,
     HiddenSizeOption,
     JsonOption,
+    NodesOption,
     NotFoldOption,
     OutOption,
     SizedByOption,
@@ -22,18 +24,13 @@ from placer.cli.output import (
     progress_line,
     warn,
 )
-from placer.errors import NotProvedError, UsageError
+from placer.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
-    from placer.plan import Plan
-    from placer.plan.options import SolveOptions
-    from placer.plan.redundant import Memory, RedundantChoice
-    from placer.plan.solve import Progress
-    from placer.report.advice import Question
-    from placer.report.layer_time import TimeChoice
-    from placer.trace import Fold
+    from placer.report.frontier import FrontierPoint
+    from placer.solving import Solved
 
 
 def solve(
@@ -41,10 +38,8 @@ def solve(
         Path, typer.Argument(metavar="TRACE|AFFINITY", help="What to profile on.")
     ],
     out: OutOption,
-    gpus_per_node: Annotated[
-        int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
-    ],
-    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: GpusPerNodeOption,
+    nodes: NodesOption = 1,
     objective: Annotated[
         str,
         typer.Option(
@@ -62,7 +57,7 @@ def solve(
     model: SizedByOption = None,
     hidden_size: HiddenSizeOption = None,
     expert_size: ExpertSizeOption = None,
-    weight_bytes: WeightBytesOption = 2.0,
+    weight_bytes: WeightBytesOption = None,
     policy: Annotated[
         str, typer.Option(help="Home policy: fixed, follow, token or request.")
     ] = "fixed",
@@ -79,8 +74,9 @@ def solve(
         typer.Option(help="Exchange: per-rank or per-node.", show_default="per-rank"),
     ] = None,
     max_imbalance: Annotated[
-        float, typer.Option(help="Cap on max/mean rank load in every layer.")
-    ] = 1.10,
+        float | None,
+        typer.Option(help="Cap on max/mean rank load in every layer.", show_default="1.10"),
+    ] = None,
     max_home_imbalance: Annotated[
         float | None,
         typer.Option(
@@ -92,8 +88,8 @@ def solve(
         str | None,
         typer.Option(
             metavar="CAPS",
-            help="Solve under each of these load caps, such as 1.02,1.05,1.1: --out is a "
-            "directory of plans and frontier.csv.",
+            help="Solve under each of these load caps, such as 1.02,1.05,1.1, in place of "
+            "--max-imbalance: --out is a directory of plans and frontier.csv.",
         ),
     ] = None,
     relax_cap: Annotated[
@@ -232,235 +228,94 @@ def solve(
     Profiles on the sequences of --fold and judges on all others. Deterministic: the same
     input and seed give the same plan.
     """
-    from dataclasses import replace
-
-    from placer.affinity import Affinity
-    from placer.engine import Engine
-    from placer.hardware import Hardware
-    from placer.model import require_same_model
-    from placer.plan import Plan
     from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
-    from placer.plan.planner import plan_from_affinity, plan_from_trace
-    from placer.plan.redundant import LEAST_GAIN, Memory
     from placer.plan.refine import RefineLimits
     from placer.plan.search import SearchLimits
-    from placer.plan.served import solved_for
-    from placer.plan.world import WorldLayout, group_topology
-    from placer.report.advice import Question
-    from placer.report.comparison import ladder_line
-    from placer.report.layer_time import choose_by_time
-    from placer.simulation.cost import find_expert_shape
-    from placer.trace import Trace
+    from placer.plan.world import group_topology, world_layout
+    from placer.report.comparison import plan_notes, plan_warnings
+    from placer.report.frontier import parse_caps
+    from placer.solving import SolveRequest, solve_frontier, solve_request
 
-    by_time = objective == "time"
-    _require_company({"--hardware": hardware}, "--objective time", is_given=by_time)
-    fixed_redundant = _number_or_auto(redundant_experts)
-    _require_company(
-        {
-            "--redundant-memory": redundant_memory,
-            "--redundant-gain": redundant_gain,
-        },
-        "--redundant-experts auto",
-        is_given=fixed_redundant is None,
+    layout = world_layout(
+        num_nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ep_size=ep_size,
+        tensor_parallel_size=tensor_parallel_size,
+        ep_groups=ep_groups,
     )
-    _require_company(
-        {"--overflow-price": overflow_price},
-        "--robust bootstrap or domains",
-        is_given=robust != "none",
-    )
-    _require_company(
-        {"--replica-choice": replica_choice},
-        "--redundant-experts: which copy serves is no question where each expert has one",
-        is_given=fixed_redundant != 0,
-    )
-    _require_company(
-        {"--model": model, "--hidden-size": hidden_size, "--expert-size": expert_size},
-        "--objective time or --redundant-memory: nothing else asks what an expert weighs",
-        is_given=by_time or redundant_memory is not None,
-    )
-    if require_optimal and frontier is not None:
-        raise UsageError(
-            "--require-optimal is about one plan, --frontier writes several",
-            "drop one; frontier.csv has the bound of each",
-        )
-    served = solved_for(
-        engine,
-        policy,
-        "traffic" if by_time else objective,
-        exchange,
-        replica_choice,
-        has_replicas=fixed_redundant != 0,
-    )
-    for line in served.notes:
-        note(line)
-    layout = None
-    if ep_size is not None:
-        layout = WorldLayout(
-            num_nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            ep_size=ep_size,
-            tensor_parallel_size=tensor_parallel_size,
-            ep_groups=ep_groups,  # type: ignore[arg-type]  # it refuses other names
-        )
-        note(layout.describe())
-    elif tensor_parallel_size != 1 or ep_groups != "consecutive":
-        raise UsageError(
-            "--tensor-parallel-size and --ep-groups say where expert-parallel groups lie, "
-            "but there is no --ep-size",
-            "add --ep-size R, the ranks of a group",
-        )
-    served_now = None if start is None else Plan.read(start)
-    options = SolveOptions(
-        topology=group_topology(
-            num_nodes=nodes,
-            gpus_per_node=gpus_per_node,
-            inter_cost=inter_cost,
-            intra_cost=intra_cost,
-            layout=layout,
-            cost_file=topology,
+    request = SolveRequest(
+        source=source,
+        fold=parse_fold(fold, not_fold),
+        options=SolveOptions(
+            topology=group_topology(
+                num_nodes=nodes,
+                gpus_per_node=gpus_per_node,
+                inter_cost=inter_cost,
+                intra_cost=intra_cost,
+                layout=layout,
+                cost_file=topology,
+            ),
+            # SolveOptions refuses names that it does not know.
+            policy=policy,  # type: ignore[arg-type]
+            max_home_imbalance=max_home_imbalance,
+            relax_cap=relax_cap,
+            robust=robust,  # type: ignore[arg-type]
+            receive_price=receive_price,
+            proof=proof,  # type: ignore[arg-type]
+            pins=tuple(map(Pin.parse, pin or [])),
+            preserve_groups=preserve_groups,
+            seed=seed,
+            time_limit=time_limit,
+            limits=SearchLimits(num_rounds=num_rounds),
+            refine=RefineLimits(num_sweeps=num_sweeps),
         ),
-        # SolveOptions refuses names that it does not know.
-        policy=policy,  # type: ignore[arg-type]
-        objective=served.objective,  # type: ignore[arg-type]
-        exchange=served.exchange,  # type: ignore[arg-type]
+        objective=objective,
+        engine=engine,
+        exchange=exchange,
+        replica_choice=replica_choice,
         max_imbalance=max_imbalance,
-        max_home_imbalance=max_home_imbalance,
-        relax_cap=relax_cap,
-        redundant_experts=fixed_redundant or 0,
-        replica_choice=served.replica_choice,  # type: ignore[arg-type]
-        robust=robust,  # type: ignore[arg-type]
-        overflow_price=10.0 if overflow_price is None else overflow_price,
-        receive_price=receive_price,
-        proof=proof,  # type: ignore[arg-type]
-        start=None if served_now is None else served_now.placement,
+        overflow_price=overflow_price,
+        redundant_experts=_number_or_auto(redundant_experts),
+        redundant_gain=redundant_gain,
+        redundant_memory=redundant_memory,
+        hardware=hardware,
+        model=model,
+        hidden_size=hidden_size,
+        expert_size=expert_size,
+        weight_bytes=weight_bytes,
+        start=start,
         migration_cost=migration_cost,
-        pins=tuple(map(Pin.parse, pin or [])),
-        preserve_groups=preserve_groups,
-        seed=seed,
-        time_limit=time_limit,
-        limits=SearchLimits(num_rounds=num_rounds),
-        refine=RefineLimits(num_sweeps=num_sweeps),
+        layout=layout,
+        priced_links=(inter_cost, intra_cost, topology) != (None, None, None),
+        require_optimal=require_optimal,
     )
-    chosen = parse_fold(fold, not_fold)
-    by_time = by_time and served.objective == "traffic"
-    if by_time and source.is_file():
-        raise UsageError(
-            f"{source} holds counts; --objective time needs tokens",
-            "solve from the trace itself: placer solve TRACE --out PLAN",
-        )
-    expert, weighs = None, by_time or redundant_memory is not None
-    if weighs or served_now is not None:
-        kept = Affinity.read(source).model if source.is_file() else Trace(source).model
-    if served_now is not None:
-        matched = require_same_model(served_now.model, str(start), kept, str(source))
-        if matched is not None:
-            warn(matched)
-    if weighs:
-        expert = find_expert_shape(
-            model, hidden_size or kept.hidden_size, expert_size, weight_bytes
-        )
-    question = None
-    if by_time:
-        question = Question(
-            topology=options.topology,
-            policy=policy,
-            engine=None if engine is None else Engine.named(engine),
-            hardware=None if hardware is None else Hardware.named(hardware),
-            expert=expert,
-        )
-    redundant, choice = None, None
-    if fixed_redundant is None:
-        memory = Memory.of(expert, redundant_memory)
-        with progress_line("solve") as progress:
-            redundant = _choose_redundant(
-                source,
-                chosen,
-                options,
-                question,
-                memory,
-                LEAST_GAIN if redundant_gain is None else redundant_gain,
-                progress,
-            )
-        options = replace(options, redundant_experts=redundant.redundant_experts)
-        note(ladder_line(redundant))
-    chosen_so: dict[str, Any] = {}
-    if redundant is not None:
-        chosen_so["redundant_experts"] = redundant.to_json()
-    if layout is not None:
-        chosen_so["layout"] = layout.to_json()
     if frontier is not None:
-        _frontier(source, options, chosen, frontier, out, by_time, as_json, chosen_so)
+        caps = parse_caps(frontier)
+        with progress_line("solve") as progress:
+            points = solve_frontier(request, caps, out, note, warn, progress)
+        _show_frontier(points, out, as_json)
         return
     with progress_line("solve") as progress:
-        if question is not None:
-            trace = Trace(source)
-            choice = choose_by_time(
-                trace.model, trace.read(chosen), options, question, progress
-            )
-            options = choice.options
-        if source.is_dir() or not source.exists():
-            plan = plan_from_trace(Trace(source), options, chosen, progress)
-        elif chosen is not None:
-            raise UsageError(
-                f"{source} holds counts, which cannot be folded any more",
-                "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
-            )
-        else:
-            plan = plan_from_affinity(source, options, progress)
-    if choice is not None:
-        if choice.left_out is not None:
-            note(choice.left_out)
-        chosen_so["time"] = choice.to_json()
-    plan = replace(plan, provenance={**plan.provenance, **chosen_so})
-    report = plan.solver
-    if require_optimal and report.status != "optimal":
-        raise NotProvedError(
-            f"no proof of optimality: objective {report.objective:g}, "
-            f"bound {report.bound}, gap {report.gap}",
-            "solve without --require-optimal to get the best plan found",
-        )
-    plan.write(out)
-    _tell(plan, holds_out=chosen is not None, max_home_imbalance=max_home_imbalance)
+        solved = solve_request(request, note, warn, progress)
+    solved.plan.write(out)
+    for line in plan_warnings(solved.plan):
+        warn(line)
+    for line in plan_notes(solved.plan):
+        note(line)
     if as_json:
-        print_json({"out": str(out), "seconds": report.seconds} | plan.to_json())
+        report = {"out": str(out), "seconds": solved.plan.solver.seconds}
+        print_json(report | solved.plan.to_json())
         return
-    _show(plan, start, choice)
+    _show(solved, start)
     print_line(f"plan written to {out}")
 
 
-def _tell(plan: "Plan", *, holds_out: bool, max_home_imbalance: float | None) -> None:
-    """Say on stderr what to know of a plan beside its figures."""
-    from placer.report.comparison import inner_cap_line
-
-    report, profile = plan.solver, plan.metrics["profile"]
-    if profile is None:
-        warn("solved from counts: no tokens are known, so no held-out figure is given")
-    elif not holds_out:
-        warn("nothing was held out: the figures are those of the profile itself")
-    if not report.reproducible:
-        warn("the search was stopped: this is its best so far, and cannot be reproduced")
-    if report.relaxed_layers:
-        worst = max(report.relaxed_layers, key=lambda n: report.relaxed_layers[n])
-        note(
-            f"load cap {plan.max_imbalance:g} relaxed in {len(report.relaxed_layers)} MoE "
-            f"layers, at most to {report.relaxed_layers[worst]:.4f} (layer {worst})"
-        )
-    if max_home_imbalance is not None and profile is not None:
-        reached = profile[plan.policy]["home_imbalance_max"]
-        if reached > max_home_imbalance:
-            warn(
-                f"--max-home-imbalance {max_home_imbalance:g} was not reached in every "
-                f"layer of the profile: {reached:.3f}"
-            )
-    if report.inner_cap is not None:
-        note(inner_cap_line(report.inner_cap, plan.max_imbalance))
-
-
-def _show(plan: "Plan", start: Path | None, choice: "TimeChoice | None") -> None:
+def _show(solved: "Solved", start: Path | None) -> None:
     """Print the figures of a plan and what proves them."""
     from placer.report.comparison import COLUMNS, certificate_lines, plan_rows, price_line
 
+    plan, choice = solved.plan, solved.time
     rows = plan_rows(plan)
     if rows:
         print_table(COLUMNS, rows)
@@ -491,70 +346,9 @@ def _number_or_auto(text: str) -> int | None:
     return int(text)
 
 
-def _require_company(
-    options: "Mapping[str, object]", company: str, *, is_given: bool
-) -> None:
-    """Refuse the first of these options that is given without what it belongs to."""
-    for name, value in options.items():
-        if value is not None and not is_given:
-            raise UsageError(
-                f"{name} {value} is for {company}",
-                f"drop {name}, or add {company.partition(':')[0]}",
-            )
+def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) -> None:
+    from placer.report.frontier import TABLE_NAME
 
-
-def _choose_redundant(
-    source: Path,
-    fold: "Fold | None",
-    options: "SolveOptions",
-    question: "Question | None",
-    memory: "Memory",
-    least_gain: float,
-    progress: "Progress | None",
-) -> "RedundantChoice":
-    """Climb by the objective on the profile, or by the time that a question asks for."""
-    from placer.affinity import Affinity, count_affinity
-    from placer.plan.redundant import choose_redundant_experts, worth_on_profile
-    from placer.report.layer_time import worth_by_time
-    from placer.trace import Trace
-
-    if source.is_file():
-        affinity, profile = Affinity.read(source), None
-    else:
-        trace = Trace(source)
-        affinity = count_affinity(trace.chunks(fold), trace.model, {})
-        profile = trace.read(fold)
-    if question is not None and profile is not None:
-        worth = worth_by_time(affinity.model, profile, question)
-    else:
-        worth = worth_on_profile(affinity, profile)
-    return choose_redundant_experts(
-        affinity.model.num_experts, options, worth, memory, least_gain, progress
-    )
-
-
-def _frontier(
-    source: Path,
-    options: "SolveOptions",
-    fold: "Fold | None",
-    caps: str,
-    out: Path,
-    by_time: bool,
-    as_json: bool,
-    chosen_so: "Mapping[str, Any]",
-) -> None:
-    from placer.report.frontier import TABLE_NAME, parse_caps, write_frontier
-    from placer.trace import Trace
-
-    if source.is_file() or by_time or options.objective != "traffic":
-        raise UsageError(
-            "--frontier trades traffic for balance: it needs the tokens of a trace",
-            "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
-        )
-    with progress_line("solve") as progress:
-        points = write_frontier(
-            Trace(source), options, fold, parse_caps(caps), out, progress, chosen_so
-        )
     rows = [point.to_json() for point in points]
     if as_json:
         print_json({"out": str(out), "points": rows})

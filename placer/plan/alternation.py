@@ -47,9 +47,10 @@ def vocabulary_of(tokens: Chunk, policy: str) -> int:
     """
     if tokens.token_ids is None or tokens.token_ids.max(initial=-1) < 0:
         raise PlacerError(
-            f"the trace has no token ids: the homes of --policy {policy} come from a table "
-            "that is indexed by them",
-            "record with them (placer record --help), or solve for --policy follow",
+            f"the profile has no token ids: the homes of --policy {policy} come from a "
+            "table that is indexed by them",
+            "profile tokens whose ids were recorded, as placer record does, or solve for "
+            "--policy follow",
         )
     return int(tokens.token_ids.max()) + 1
 

@@ -84,13 +84,16 @@ def _require_possible(placement: Placement, pins: Sequence[Pin]) -> None:
     for pin in pins:
         if pin.layer >= placement.num_layers:
             raise UsageError(
-                f"--pin {pin}: there are MoE layers 0 to {placement.num_layers - 1}"
+                f"--pin {pin}: there are MoE layers 0 to {placement.num_layers - 1}",
+                "count MoE layers from 0, those without experts left out: placer inspect "
+                "TRACE",
             )
         size = placement.num_experts[pin.layer]
         if pin.expert >= size or pin.rank >= num_ranks:
             raise UsageError(
                 f"--pin {pin}: MoE layer {pin.layer} has experts 0 to {size - 1}, and "
-                f"ranks are 0 to {num_ranks - 1}"
+                f"ranks are 0 to {num_ranks - 1}",
+                "a pin is LAYER:EXPERT=RANK, all counted from 0",
             )
         row = placement.physical_to_logical_map[pin.layer]
         same = {other for other in pins if other.layer == pin.layer}
@@ -99,13 +102,15 @@ def _require_possible(placement: Placement, pins: Sequence[Pin]) -> None:
         if wanted > copies:
             raise UsageError(
                 f"--pin {pin}: expert {pin.expert} is pinned to {wanted} ranks, and has "
-                f"{copies} copies"
+                f"{copies} copies",
+                f"drop {wanted - copies} of its pins, or add --redundant-experts",
             )
         width = len(row) // num_ranks
         if (on_rank := sum(other.rank == pin.rank for other in same)) > width:
             raise UsageError(
                 f"--pin {pin}: {on_rank} experts of MoE layer {pin.layer} are pinned to "
-                f"rank {pin.rank}, which has {width} slots"
+                f"rank {pin.rank}, which has {width} slots",
+                f"drop {on_rank - width} of its pins, or add --redundant-experts",
             )
 
 

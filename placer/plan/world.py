@@ -170,6 +170,38 @@ class WorldLayout:
         }
 
 
+def world_layout(
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    ep_size: int | None,
+    tensor_parallel_size: int,
+    ep_groups: str,
+) -> WorldLayout | None:
+    """Return how groups lie in the world; ``None`` without ``ep_size``: it is one group.
+
+    Raises
+    ------
+    UsageError
+        If it is said how groups lie that there are none of, or they do not fit.
+    """
+    if ep_size is not None:
+        return WorldLayout(
+            num_nodes=num_nodes,
+            gpus_per_node=gpus_per_node,
+            ep_size=ep_size,
+            tensor_parallel_size=tensor_parallel_size,
+            ep_groups=ep_groups,  # type: ignore[arg-type]  # it refuses other names
+        )
+    if tensor_parallel_size != 1 or ep_groups != "consecutive":
+        raise UsageError(
+            "--tensor-parallel-size and --ep-groups say where expert-parallel groups lie, "
+            "but there is no --ep-size",
+            "add --ep-size R, the ranks of a group",
+        )
+    return None
+
+
 def read_costs(path: Path) -> Costs:
     """Read a matrix of link costs: JSON, or CSV with one row per line.
 
@@ -237,12 +269,14 @@ def group_topology(
     Raises
     ------
     UsageError
-        If both kinds of costs are given, or they do not fit the ranks.
+        If both kinds of costs are given, or they do not fit the ranks, or there is one
+        node, on which every copy costs the same.
     """
     if layout is not None:
         num_nodes = layout.nodes_per_group
         gpus_per_node = layout.ep_size // num_nodes
     if cost_file is None:
+        _require_several_nodes(num_nodes, inter_cost, intra_cost)
         return Topology(
             num_nodes=num_nodes,
             gpus_per_node=gpus_per_node,
@@ -262,3 +296,17 @@ def group_topology(
         cost=costs if layout is None else layout.group_costs(costs),
         cost_sha256=sha256_file(cost_file),
     )
+
+
+def _require_several_nodes(
+    num_nodes: int, inter_cost: int | None, intra_cost: int | None
+) -> None:
+    if num_nodes > 1:
+        return
+    for option, cost in (("--inter-cost", inter_cost), ("--intra-cost", intra_cost)):
+        if cost is not None:
+            raise UsageError(
+                f"{option} {cost} sets links inside nodes and between them apart, but the "
+                "ranks are on one node: every copy costs 1",
+                f"drop {option}, or add --nodes N",
+            )

@@ -1,6 +1,6 @@
 """The table that sets a plan beside its baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from placer.plan import Plan
@@ -95,6 +95,37 @@ def price_line(plan: Plan) -> str | None:
         f"price of the copies, per token and layer: {prices['placer']:.4g}, "
         + ", ".join(others)
     )
+
+
+def plan_warnings(plan: Plan) -> Iterator[str]:
+    """Yield a sentence on each thing that limits what a plan's figures say."""
+    if plan.metrics["profile"] is None:
+        yield "solved from counts: no tokens are known, so no held-out figure is given"
+    elif plan.metrics["heldout"] is None:
+        yield "nothing was held out: the figures are those of the profile itself"
+    if not plan.solver.reproducible:
+        yield "the search was stopped: this is its best so far, and cannot be reproduced"
+    cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
+    if cap is not None and profile is not None:
+        reached = profile[plan.policy]["home_imbalance_max"]
+        if reached > cap:
+            yield (
+                f"--max-home-imbalance {cap:g} was not reached in every layer of the "
+                f"profile: {reached:.3f}"
+            )
+
+
+def plan_notes(plan: Plan) -> Iterator[str]:
+    """Yield a sentence on each load cap that is not the one that was asked for."""
+    relaxed = plan.solver.relaxed_layers
+    if relaxed:
+        worst = max(relaxed, key=lambda n: relaxed[n])
+        yield (
+            f"load cap {plan.max_imbalance:g} relaxed in {len(relaxed)} MoE layers, at "
+            f"most to {relaxed[worst]:.4f} (layer {worst})"
+        )
+    if plan.solver.inner_cap is not None:
+        yield inner_cap_line(plan.solver.inner_cap, plan.max_imbalance)
 
 
 def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:

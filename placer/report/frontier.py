@@ -94,7 +94,8 @@ def write_frontier(
             asked = replace(options, max_imbalance=cap, relax_cap=True)
             plan = plan_from_trace(trace, asked, fold, progress)
             plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
-            name = f"plan-{cap:g}.json"
+            # All digits, so that no two caps share a file.
+            name = f"plan-{str(cap).removesuffix('.0')}.json"
             plan.write(directory / name)
             points.append(_point(plan, cap, name))
         with (directory / TABLE_NAME).open("w", newline="", encoding="utf-8") as stream:

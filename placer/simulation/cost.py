@@ -28,6 +28,7 @@ from placer.hardware import Hardware
 from placer.model import ModelSpec, expert_size
 from placer.simulation.steps import Copies, FloatArray, LayerSteps
 
+BF16_BYTES = 2.0
 _MATRICES, _OPERATIONS = 3, 2
 
 
@@ -47,7 +48,7 @@ class ExpertShape:
 
     hidden_size: int
     intermediate_size: int
-    weight_bytes: float = 2.0
+    weight_bytes: float = BF16_BYTES
 
     def __post_init__(self) -> None:
         if min(self.hidden_size, self.intermediate_size, self.weight_bytes) <= 0:
@@ -72,11 +73,11 @@ def find_expert_shape(
     model: Path | None,
     hidden_size: int | None,
     intermediate_size: int | None,
-    weight_bytes: float,
+    weight_bytes: float | None,
 ) -> ExpertShape | None:
     """Return the size of an expert from a checkpoint's config, else from the sizes given.
 
-    ``None`` where neither says it.
+    ``None`` where neither says it. Without ``weight_bytes`` they are those of bf16.
 
     Raises
     ------
@@ -91,7 +92,7 @@ def find_expert_shape(
     return ExpertShape(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        weight_bytes=weight_bytes,
+        weight_bytes=BF16_BYTES if weight_bytes is None else weight_bytes,
     )
 
 

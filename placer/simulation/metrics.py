@@ -72,19 +72,21 @@ class PolicyTally:
         Which tokens share a batch.
     copies_of_token
         ``[T]`` int64: rank copies that a token sent in all layers counted.
+    node_copies_of_token
+        ``[T]`` int64: node copies, likewise.
     """
 
     num_ranks: int
     ranks_per_node: int
     batches: Batches
     copies_of_token: npt.NDArray[np.int64] = field(init=False)
+    node_copies_of_token: npt.NDArray[np.int64] = field(init=False)
     _num_pairs: int = 0
     _num_tokens: int = 0
     _local: int = 0
     _rank_copies: int = 0
     _combine: int = 0
     _crossing: int = 0
-    _node_copies: int = 0
     _load_imbalance: list[float] = field(default_factory=list)
     _home_imbalance: list[float] = field(default_factory=list)
     _straggler: list[float] = field(default_factory=list)
@@ -92,6 +94,7 @@ class PolicyTally:
 
     def __post_init__(self) -> None:
         self.copies_of_token = np.zeros(len(self.batches.order), dtype=np.int64)
+        self.node_copies_of_token = np.zeros_like(self.copies_of_token)
 
     def add(
         self, ranks: RankArray, home: RankArray, combine_home: RankArray | None = None
@@ -130,7 +133,7 @@ class PolicyTally:
         node = ranks // self.ranks_per_node
         away = node != home // self.ranks_per_node
         self._crossing += int(np.count_nonzero(first & away))
-        self._node_copies += int(np.count_nonzero(first_occurrence(node) & away))
+        self.node_copies_of_token += np.count_nonzero(first_occurrence(node) & away, axis=0)
 
     def _add_balance(self, ranks: RankArray, home: RankArray, remote: RankArray) -> None:
         cell = self.batches.batch_of_token * self.num_ranks + ranks
@@ -157,7 +160,8 @@ class PolicyTally:
             remote_rank_copies_per_token=self._rank_copies / self._num_tokens,
             combine_rank_copies_per_token=self._combine / self._num_tokens,
             crossing_rank_copies_per_token=self._crossing / self._num_tokens,
-            remote_node_copies_per_token=self._node_copies / self._num_tokens,
+            remote_node_copies_per_token=int(self.node_copies_of_token.sum())
+            / self._num_tokens,
             load_imbalance_mean=float(np.mean(self._load_imbalance)),
             load_imbalance_max=max(self._load_imbalance),
             straggler_mean=float(np.mean(self._straggler)),

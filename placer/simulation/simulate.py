@@ -1,5 +1,7 @@
 """Traffic and balance of a placement on recorded tokens, under every home policy."""
 
+from typing import TypedDict, Unpack
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,14 +20,31 @@ from placer.trace import Chunk
 DEFAULT_BATCH_SIZE = 4096
 
 
+class ServingOptions(TypedDict, total=False):
+    """How recorded tokens are served.
+
+    Attributes
+    ----------
+    batch_size
+        Tokens of one forward pass; 4,096.
+    phase
+        How batches are drawn: see :meth:`Batches.of_phase`; ``decode``.
+    table
+        The placement's token-shuffle table, for the policies ``token``, ``token_equal``
+        and ``request``; ``None``.
+    replica_choice
+        Which copy of an expert serves (:mod:`placer.simulation.replica_choice`);
+        ``local-first``.
+    """
+
+    batch_size: int
+    phase: Phase
+    table: Table | None
+    replica_choice: ReplicaChoice
+
+
 def simulate(
-    placement: Placement,
-    tokens: Chunk,
-    *,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    phase: Phase = "decode",
-    table: Table | None = None,
-    replica_choice: ReplicaChoice = "local-first",
+    placement: Placement, tokens: Chunk, **options: Unpack[ServingOptions]
 ) -> dict[str, PolicyMetrics]:
     """Serve recorded tokens from a placement and count what crosses the wire.
 
@@ -35,15 +54,8 @@ def simulate(
         Experts in slots.
     tokens
         Whole sequences. Homes of ``fixed`` follow their order in these tokens.
-    batch_size
-        Tokens of one forward pass.
-    phase
-        How batches are drawn: see :meth:`Batches.of_phase`.
-    table
-        The placement's token-shuffle table, for the policies ``token``, ``token_equal``
-        and ``request``.
-    replica_choice
-        Which copy of an expert serves (:mod:`placer.simulation.replica_choice`).
+    **options
+        See :class:`ServingOptions`.
 
     Returns
     -------
@@ -61,31 +73,24 @@ def simulate(
     UsageError
         If ``batch_size`` is not positive, or the phase is not known.
     """
-    tallies = count(
-        placement,
-        tokens,
-        batch_size=batch_size,
-        phase=phase,
-        table=table,
-        replica_choice=replica_choice,
-    )
+    tallies = count(placement, tokens, **options)
     return {policy: tally.metrics() for policy, tally in tallies.items()}
 
 
 def count(
-    placement: Placement,
-    tokens: Chunk,
-    *,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    phase: Phase = "decode",
-    table: Table | None = None,
-    replica_choice: ReplicaChoice = "local-first",
+    placement: Placement, tokens: Chunk, **options: Unpack[ServingOptions]
 ) -> dict[str, PolicyTally]:
     """Return the counts behind :func:`simulate`, which says what is given and raised."""
+    table = options.get("table")
     _require_fitting(placement, tokens, table)
-    batches = Batches.of_phase(phase, tokens.sequence_ids, batch_size, placement.num_ranks)
+    batches = Batches.of_phase(
+        options.get("phase", "decode"),
+        tokens.sequence_ids,
+        options.get("batch_size", DEFAULT_BATCH_SIZE),
+        placement.num_ranks,
+    )
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
-    server = Server(placement, replica_choice, batches)
+    server = Server(placement, options.get("replica_choice", "local-first"), batches)
     content = _ContentPolicies(server, fixed)
     shuffled = None if table is None else _TablePolicies(content, tokens, table)
     for layer, serving in enumerate(server.layers()):

@@ -19,8 +19,9 @@ def solve(
 ) -> tuple[int, str]:
     """Run ``placer solve`` on two ranks; return its exit code and what it told."""
     arguments = ["solve", str(trace.directory), "--gpus-per-node", "2", "--out", str(out)]
+    cap = () if "--frontier" in words else ("--max-imbalance", "2")
     with pytest.raises(SystemExit) as done:
-        main([*arguments, *QUICK, "--max-imbalance", "2", *words.split()])
+        main([*arguments, *QUICK, *cap, *words.split()])
     assert isinstance(done.value.code, int)
     return done.value.code, capsys.readouterr().err
 
@@ -64,6 +65,16 @@ def test_what_goes_together_is_solved(
         ("--replica-choice hash", "--replica-choice hash is for --redundant-experts"),
         ("--hidden-size 64", "--hidden-size 64 is for --objective time"),
         ("--require-optimal --frontier 1.5,2", "--require-optimal is about one plan"),
+        ("--frontier 1.5,2 --max-imbalance 1.2", "--max-imbalance 1.2 is one load cap"),
+        ("--weight-bytes 1", "--weight-bytes 1.0 is for --objective time"),
+        ("--inter-cost 8", "--inter-cost 8 sets links inside nodes and between them apart"),
+        ("--intra-cost 2 --ep-size 2", "--intra-cost 2 sets links"),
+        ("--tensor-parallel-size 2", "there is no --ep-size"),
+        ("--pin 9:0=0", "--pin 9:0=0: there are MoE layers 0 to 1"),
+        ("--pin 0:9=0", "MoE layer 0 has experts 0 to 7, and ranks are 0 to 1"),
+        ("--pin 0:1=0 --pin 0:1=1", "expert 1 is pinned to 2 ranks, and has 1 copies"),
+        ("--pin 0:1=0 --pin 0:2=0 --pin 0:3=0 --pin 0:4=0 --pin 0:5=0",
+         "5 experts of MoE layer 0 are pinned to rank 0, which has 4 slots"),
         ("--max-imbalance nan", "--max-imbalance must be a finite number"),
         ("--max-imbalance inf", "--max-imbalance must be a finite number"),
         ("--receive-price nan", "--receive-price must be a finite number"),
@@ -115,3 +126,13 @@ def test_plans_of_a_frontier_say_what_was_chosen_for_all(
         number = plan.provenance["redundant_experts"]["redundant_experts"]
         assert plan.placement.has_replicas == (number > 0)
         assert plan.provenance["layout"]["ep_size"] == 2
+
+
+def test_costs_of_links_are_no_matter_of_balance(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--objective balance --nodes 2 --gpus-per-node 1 --inter-cost 3"
+    code, told = solve(trace, tmp_path / "plan.json", words, capsys)
+    assert (code, "their costs only price the copies" in told) == (0, True)
+    code, told = solve(trace, tmp_path / "two.json", words[20:], capsys)
+    assert (code, "their costs only price the copies" in told) == (0, False)

@@ -9,7 +9,9 @@ import pytest
 from placer.cli.main import main
 from placer.errors import UsageError
 from placer.plan import Plan
-from placer.report.frontier import parse_caps
+from placer.plan.options import SolveOptions
+from placer.plan.problem import Topology
+from placer.report.frontier import parse_caps, write_frontier
 from placer.simulation.simulate import simulate
 from placer.trace import Trace
 
@@ -41,6 +43,18 @@ def test_each_point_is_its_plan(
         key = "remote_rank_copies_per_token"
         assert float(row[key]) == own[key]
     assert float(tight["load_imbalance_mean"]) < float(loose["load_imbalance_mean"])
+
+
+def test_caps_that_are_almost_equal_have_plans_of_their_own(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    quick = SolveOptions(topology=Topology(gpus_per_node=2), proof="none").quick()
+    caps = parse_caps("1.5000001,1.5,2,3.50")
+    points = write_frontier(make_trace(), quick, None, caps, tmp_path / "curve")
+    names = ["plan-1.5.json", "plan-1.5000001.json", "plan-2.json", "plan-3.5.json"]
+    assert [point.file for point in points] == names
+    for point in points:
+        assert Plan.read(tmp_path / "curve" / point.file).max_imbalance in caps
 
 
 def test_a_directory_that_is_there_is_kept(

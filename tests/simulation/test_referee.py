@@ -3,7 +3,6 @@
 Both are found beside the repository; where they are not, these tests are skipped.
 """
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from placer.plan import Placement
 from placer.simulation import balanced, contiguous, random, simulate
 from placer.table import Table, build_table
 from placer.trace import Chunk
+from tests.referee import load_referee, referee_result
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 SCORE = SHARED / "tools" / "score.py"
@@ -25,10 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def referee():
-    spec = importlib.util.spec_from_file_location("referee_score", SCORE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_referee(SCORE)
 
 
 def read_slice(name, num_tokens, num_layers):
@@ -62,20 +59,6 @@ def with_replicas(num_experts, num_layers, num_ranks, num_nodes, spare_per_rank)
         num_experts=(num_experts,) * num_layers,
         num_ranks=num_ranks,
         num_nodes=num_nodes,
-    )
-
-
-def referee_result(referee, placement, tokens, batch_size, table=None):
-    return referee.score(
-        np.stack(tokens.experts, axis=1).astype(np.int64),
-        tokens.sequence_ids.astype(np.int64),
-        list(placement.physical_to_logical_map),
-        placement.num_ranks,
-        placement.num_nodes,
-        batch_size,
-        table,
-        None if tokens.token_ids is None else tokens.token_ids.astype(np.int64),
-        list(placement.num_experts),
     )
 
 

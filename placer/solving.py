@@ -1,0 +1,437 @@
+"""From what a user asks of a plan to the plan: what ``placer solve`` does.
+
+Some options mean nothing without others, some are decided by an engine, and some are left
+to be chosen on the profile: the number of redundant experts, and what to solve for where
+time is the objective. All of it is settled here; ``plan`` then solves.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from placer.affinity import Affinity, count_affinity
+from placer.engine import Engine
+from placer.errors import NotProvedError, UsageError
+from placer.hardware import Hardware
+from placer.model import ModelSpec, require_same_model
+from placer.plan.options import SolveOptions
+from placer.plan.placement import Placement
+from placer.plan.plan import Plan
+from placer.plan.planner import plan_from_affinity, plan_from_trace
+from placer.plan.redundant import (
+    LEAST_GAIN,
+    Memory,
+    RedundantChoice,
+    choose_redundant_experts,
+    worth_on_profile,
+)
+from placer.plan.served import Served, solved_for
+from placer.plan.solve import Progress
+from placer.plan.world import WorldLayout
+from placer.report.advice import Question
+from placer.report.comparison import ladder_line
+from placer.report.frontier import FrontierPoint, write_frontier
+from placer.report.layer_time import TimeChoice, choose_by_time, worth_by_time
+from placer.simulation.cost import ExpertShape, find_expert_shape
+from placer.trace import Fold, Trace
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveRequest:
+    """What is asked of a plan; ``None`` is what nobody asked for.
+
+    Attributes
+    ----------
+    source
+        A trace, or an affinity file.
+    fold
+        The sequences to profile, or ``None`` for all.
+    options
+        What to solve for, but for what the other fields decide.
+    objective
+        ``traffic``, ``balance`` or ``time``.
+    engine
+        Name of the engine that the plan is for.
+    exchange, replica_choice
+        As in ``SolveOptions``.
+    max_imbalance, overflow_price
+        As in ``SolveOptions``.
+    redundant_experts
+        Slots per layer beyond one for each expert; ``None`` to choose their number.
+    redundant_gain, redundant_memory
+        What a step of that choice must save, and GiB that they may take on a rank.
+    hardware
+        Name or file of the hardware whose time is predicted.
+    model, hidden_size, expert_size, weight_bytes
+        What sizes an expert, as in ``find_expert_shape``.
+    start
+        Path of the plan to improve.
+    migration_cost
+        As in ``SolveOptions``.
+    layout
+        How expert-parallel groups lie in a larger world.
+    priced_links
+        Whether costs of links were given.
+    require_optimal
+        Whether a plan without a proof of optimality is an error.
+
+    Raises
+    ------
+    UsageError
+        If an option is given without what it belongs to.
+    """
+
+    source: Path
+    fold: Fold | None
+    options: SolveOptions
+    objective: str = "traffic"
+    engine: str | None = None
+    exchange: str | None = None
+    replica_choice: str | None = None
+    max_imbalance: float | None = None
+    overflow_price: float | None = None
+    redundant_experts: int | None = 0
+    redundant_gain: float | None = None
+    redundant_memory: float | None = None
+    hardware: str | None = None
+    model: Path | None = None
+    hidden_size: int | None = None
+    expert_size: int | None = None
+    weight_bytes: float | None = None
+    start: Path | None = None
+    migration_cost: float = 0.0
+    layout: WorldLayout | None = None
+    priced_links: bool = False
+    require_optimal: bool = False
+
+    def __post_init__(self) -> None:
+        auto = {
+            "--redundant-memory": self.redundant_memory,
+            "--redundant-gain": self.redundant_gain,
+        }
+        sizes = {
+            "--model": self.model,
+            "--hidden-size": self.hidden_size,
+            "--expert-size": self.expert_size,
+            "--weight-bytes": self.weight_bytes,
+        }
+        for options, is_given, company in (
+            ({"--hardware": self.hardware}, self.by_time, "--objective time"),
+            (auto, self.redundant_experts is None, "--redundant-experts auto"),
+            (
+                {"--overflow-price": self.overflow_price},
+                self.options.robust != "none",
+                "--robust bootstrap or domains",
+            ),
+            (
+                {"--replica-choice": self.replica_choice},
+                self.redundant_experts != 0,
+                "--redundant-experts: which copy serves is no question where each expert "
+                "has one",
+            ),
+            (
+                sizes,
+                self.weighs_experts,
+                "--objective time or --redundant-memory: nothing else asks what an expert "
+                "weighs",
+            ),
+        ):
+            if not is_given:
+                _require_left_out(options, company)
+
+    @property
+    def by_time(self) -> bool:
+        """Whether predicted time is the objective."""
+        return self.objective == "time"
+
+    @property
+    def weighs_experts(self) -> bool:
+        """Whether the size of an expert counts."""
+        return self.by_time or self.redundant_memory is not None
+
+    @property
+    def holds_counts(self) -> bool:
+        """Whether the source is an affinity file, which has no tokens."""
+        return self.source.is_file()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """A plan, and how its options were chosen.
+
+    Attributes
+    ----------
+    plan
+        The plan.
+    time
+        Why it was solved as it was, where time is the objective; else ``None``.
+    """
+
+    plan: Plan
+    time: TimeChoice | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settled:
+    """Options that nothing is left to decide of, and what plans should say of them."""
+
+    options: SolveOptions
+    question: Question | None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def solve_request(
+    request: SolveRequest, note: Tell, warn: Tell, progress: Progress | None = None
+) -> Solved:
+    """Return the plan that is asked for.
+
+    Parameters
+    ----------
+    request
+        What is asked.
+    note, warn
+        Told what to know of it, one sentence each.
+    progress
+        Told each step of a search.
+
+    Raises
+    ------
+    PlacerError
+        If the trace is damaged, or the plan to start from is another model's.
+    UsageError
+        If options contradict each other or the source.
+    NoSolutionError
+        If the load cap is out of reach.
+    NotProvedError
+        If a proof of optimality is required and there is none.
+    """
+    settled = _settle(request, note, warn, progress)
+    options, provenance, choice = settled.options, dict(settled.provenance), None
+    if settled.question is not None:
+        trace = Trace(request.source)
+        choice = choose_by_time(
+            trace.model, trace.read(request.fold), options, settled.question, progress
+        )
+        options = choice.options
+        provenance["time"] = choice.to_json()
+    if not request.holds_counts:
+        plan = plan_from_trace(Trace(request.source), options, request.fold, progress)
+    elif request.fold is None:
+        plan = plan_from_affinity(request.source, options, progress)
+    else:
+        raise UsageError(
+            f"{request.source} holds counts, which cannot be folded any more",
+            "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
+        )
+    if choice is not None and choice.left_out is not None:
+        note(choice.left_out)
+    report = plan.solver
+    if request.require_optimal and report.status != "optimal":
+        raise NotProvedError(
+            f"no proof of optimality: objective {report.objective:g}, "
+            f"bound {report.bound}, gap {report.gap}",
+            "solve without --require-optimal to get the best plan found",
+        )
+    return Solved(
+        plan=replace(plan, provenance={**plan.provenance, **provenance}), time=choice
+    )
+
+
+def solve_frontier(
+    request: SolveRequest,
+    caps: list[float],
+    out: Path,
+    note: Tell,
+    warn: Tell,
+    progress: Progress | None = None,
+) -> list[FrontierPoint]:
+    """Solve what is asked under each of several load caps; write the plans to ``out``.
+
+    Parameters
+    ----------
+    request
+        What is asked; redundant experts are chosen under the loosest cap.
+    caps
+        Ascending.
+    out
+        Directory to write.
+    note, warn, progress
+        As in :func:`solve_request`.
+
+    Raises
+    ------
+    PlacerError
+        As :func:`solve_request` does.
+    UsageError
+        If one plan or one cap is asked for too, or tokens are not what is solved on.
+    """
+    if request.require_optimal:
+        raise UsageError(
+            "--require-optimal is about one plan, --frontier writes several",
+            "drop one; frontier.csv has the bound of each",
+        )
+    if request.max_imbalance is not None:
+        raise UsageError(
+            f"--max-imbalance {request.max_imbalance:g} is one load cap, --frontier has "
+            "its own",
+            "drop one of them",
+        )
+    if request.holds_counts or request.objective != "traffic":
+        raise _no_frontier()
+    settled = _settle(replace(request, max_imbalance=caps[-1]), note, warn, progress)
+    if settled.options.objective != "traffic":
+        raise _no_frontier()
+    return write_frontier(
+        Trace(request.source),
+        settled.options,
+        request.fold,
+        caps,
+        out,
+        progress,
+        settled.provenance,
+    )
+
+
+def _no_frontier() -> UsageError:
+    return UsageError(
+        "--frontier trades traffic for balance: it needs the tokens of a trace",
+        "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
+    )
+
+
+def _settle(
+    request: SolveRequest, note: Tell, warn: Tell, progress: Progress | None
+) -> _Settled:
+    """Decide what engine, start and profile decide."""
+    served = solved_for(
+        request.engine,
+        request.options.policy,
+        "traffic" if request.by_time else request.objective,
+        request.exchange,
+        request.replica_choice,
+        has_replicas=request.redundant_experts != 0,
+    )
+    for line in (*served.notes, *_without_effect(request)):
+        note(line)
+    if request.layout is not None:
+        note(request.layout.describe())
+    options = _options(request, served, _served_now(request, warn))
+    by_time = request.by_time and served.objective == "traffic"
+    if by_time and request.holds_counts:
+        raise UsageError(
+            f"{request.source} holds counts; --objective time needs tokens",
+            "solve from the trace itself: placer solve TRACE --out PLAN",
+        )
+    weighs = by_time or request.redundant_memory is not None
+    expert = _expert_shape(request) if weighs else None
+    question = None
+    if by_time:
+        question = Question(
+            topology=options.topology,
+            policy=options.policy,
+            engine=None if request.engine is None else Engine.named(request.engine),
+            hardware=None if request.hardware is None else Hardware.named(request.hardware),
+            expert=expert,
+        )
+    provenance: dict[str, Any] = {}
+    if request.redundant_experts is None:
+        chosen = _choose_redundant(request, options, question, expert, progress)
+        options = replace(options, redundant_experts=chosen.redundant_experts)
+        note(ladder_line(chosen))
+        provenance["redundant_experts"] = chosen.to_json()
+    if request.layout is not None:
+        provenance["layout"] = request.layout.to_json()
+    return _Settled(options=options, question=question, provenance=provenance)
+
+
+def _options(
+    request: SolveRequest, served: Served, start: Placement | None
+) -> SolveOptions:
+    """Complete the options; those that nobody asked for keep their defaults."""
+    asked = {
+        name: value
+        for name in ("max_imbalance", "overflow_price")
+        if (value := getattr(request, name)) is not None
+    }
+    return replace(
+        request.options,
+        # SolveOptions refuses names that it does not know.
+        objective=served.objective,  # type: ignore[arg-type]
+        exchange=served.exchange,  # type: ignore[arg-type]
+        replica_choice=served.replica_choice,  # type: ignore[arg-type]
+        redundant_experts=request.redundant_experts or 0,
+        start=start,
+        migration_cost=request.migration_cost,
+        **asked,
+    )
+
+
+def _without_effect(request: SolveRequest) -> Iterator[str]:
+    if request.priced_links and request.objective == "balance":
+        yield (
+            "--objective balance evens out the load whatever links cost: their costs only "
+            "price the copies of the plan"
+        )
+
+
+def _served_now(request: SolveRequest, warn: Tell) -> Placement | None:
+    """Return the placement to start from, which must be of the source's model."""
+    if request.start is None:
+        return None
+    now, start, source = Plan.read(request.start), str(request.start), str(request.source)
+    matched = require_same_model(now.model, start, _model_of(request), source)
+    if matched is not None:
+        warn(matched)
+    return now.placement
+
+
+def _expert_shape(request: SolveRequest) -> ExpertShape | None:
+    return find_expert_shape(
+        request.model,
+        request.hidden_size or _model_of(request).hidden_size,
+        request.expert_size,
+        request.weight_bytes,
+    )
+
+
+def _model_of(request: SolveRequest) -> ModelSpec:
+    if request.holds_counts:
+        return Affinity.read(request.source).model
+    return Trace(request.source).model
+
+
+def _choose_redundant(
+    request: SolveRequest,
+    options: SolveOptions,
+    question: Question | None,
+    expert: ExpertShape | None,
+    progress: Progress | None,
+) -> RedundantChoice:
+    """Climb by the objective on the profile, or by the time that a question asks for."""
+    memory = Memory.of(expert, request.redundant_memory)
+    if request.holds_counts:
+        affinity, profile = Affinity.read(request.source), None
+    else:
+        trace = Trace(request.source)
+        affinity = count_affinity(trace.chunks(request.fold), trace.model, {})
+        profile = trace.read(request.fold)
+    if question is not None and profile is not None:
+        worth = worth_by_time(affinity.model, profile, question)
+    else:
+        worth = worth_on_profile(affinity, profile)
+    gain = LEAST_GAIN if request.redundant_gain is None else request.redundant_gain
+    sizes = affinity.model.num_experts
+    return choose_redundant_experts(sizes, options, worth, memory, gain, progress)
+
+
+def _require_left_out(options: Mapping[str, object], company: str) -> None:
+    """Refuse the first of these options that is given."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} {value} is for {company}",
+                f"drop {name}, or add {company.partition(':')[0]}",
+            )

@@ -1,0 +1,98 @@
+"""What is settled before a plan is solved, and who is told."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from placer.errors import NotProvedError, UsageError
+from placer.plan import Plan
+from placer.plan.options import SolveOptions
+from placer.plan.problem import Topology
+from placer.simulation.simulate import simulate
+from placer.solving import SolveRequest, solve_frontier, solve_request
+from placer.trace import Fold, Trace
+
+QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()
+
+
+@pytest.fixture
+def request_of(make_trace: Callable[..., Trace]) -> Callable[..., SolveRequest]:
+    """Return a builder of requests for one trace on two ranks."""
+    trace = make_trace(num_experts=(8, 8), num_sequences=8)
+
+    def build(**asked: object) -> SolveRequest:
+        fields = {"source": trace.directory, "fold": Fold(0, 2), "options": QUICK}
+        return SolveRequest(**(fields | asked))
+
+    return build
+
+
+def nobody(text: str) -> None:
+    pytest.fail(f"nothing is to be told, but: {text}")
+
+
+def test_the_plan_is_that_of_the_options_and_judged_on_what_was_held_out(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    request = request_of(max_imbalance=1.5)
+    plan = solve_request(request, nobody, nobody).plan
+    assert (plan.max_imbalance, plan.provenance["fold"]) == (1.5, "0/2")
+    heldout = Trace(request.source).read(Fold(1, 2))
+    judged = simulate(plan.placement, heldout)["fixed"].to_json()
+    assert plan.metrics["heldout"]["fixed"] == judged
+
+
+def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(
+    request_of: Callable[..., SolveRequest], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    request = request_of(engine="vllm-agrs")
+    plan = solve_request(request, told.append, nobody).plan
+    assert plan.provenance["objective"] == "balance"
+    assert len(told) == 1
+    assert "so the load is balanced" in told[0]
+    with pytest.raises(UsageError, match="trades traffic for balance"):
+        solve_frontier(request, [1.5], tmp_path / "curve", told.append, nobody)
+    assert not (tmp_path / "curve").exists()
+
+
+def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
+    request_of: Callable[..., SolveRequest], tmp_path: Path
+) -> None:
+    """The default cap of 1.10 is out of reach of 8 experts on 8 ranks; 8 is not."""
+    options = replace(QUICK, topology=Topology(gpus_per_node=8), relax_cap=False)
+    request = request_of(options=options, redundant_experts=None, redundant_gain=0.99)
+    told: list[str] = []
+    curve = tmp_path / "curve"
+    solve_frontier(request, [4.0, 8.0], curve, told.append, nobody)
+    assert "above the load cap" not in told[0]
+    plan = Plan.read(curve / "plan-4.json")
+    assert plan.provenance["redundant_experts"]["redundant_experts"] == 0
+
+
+def test_a_proof_that_is_required_and_missing_is_an_error(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    by_table = request_of(options=replace(QUICK, policy="token"), require_optimal=True)
+    with pytest.raises(NotProvedError, match="bound None"):
+        solve_request(by_table, nobody, nobody)
+
+
+@pytest.mark.parametrize(
+    ("asked", "company"),
+    [
+        ({"hardware": "h100"}, "--objective time"),
+        ({"weight_bytes": 1.0}, "--redundant-memory"),
+        ({"redundant_gain": 0.1, "redundant_experts": 2}, "--redundant-experts auto"),
+        ({"overflow_price": 1.0}, "--robust bootstrap"),
+        ({"replica_choice": "hash"}, "--redundant-experts"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    request_of: Callable[..., SolveRequest], asked: dict[str, object], company: str
+) -> None:
+    with pytest.raises(UsageError, match=company) as error:
+        request_of(**asked)
+    assert error.value.hint.startswith("drop --")
