@@ -8,9 +8,32 @@ from torch import nn
 
 from placer.errors import PlacerError
 from placer.plan.placement import Placement
+from placer.simulation.homes import Batches
+from placer.table.homes import TableHomes
 from placer.table.on_device import DeviceHomes, DeviceTable
 from placer.table.table import Table
 from placer.trace.capture import by_descending_weight
+
+# Where NumPy is quicker than torch: a CPU runs many small operations one after the other.
+_NUMPY_DEVICES = ("cpu",)
+
+
+class _HostHomes:
+    """What :class:`DeviceHomes` does, with NumPy."""
+
+    def __init__(self, table: Table, ids: torch.Tensor, fallback: torch.Tensor) -> None:
+        self._homes = TableHomes(table, ids.numpy(), fallback.numpy())
+        size = len(ids)
+        self._whole = Batches(
+            order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
+        )
+
+    def equal(self, layer: int) -> torch.Tensor:
+        even = self._homes.best(layer).equal(self._whole)
+        return torch.from_numpy(even.astype(np.int64))
+
+    def served(self, ranks: torch.Tensor, experts: torch.Tensor) -> None:
+        self._homes.served(ranks.T.numpy(), experts.T.numpy())
 
 
 class TokenShuffle:
@@ -31,7 +54,7 @@ class TokenShuffle:
         self.table = table
         self._placement = placement
         self._num_layers = 0
-        self._homes: DeviceHomes | None = None
+        self._homes: _HostHomes | DeviceHomes | None = None
         self._device_table: DeviceTable | None = None
 
     def watch(self, model: nn.Module) -> "torch.utils.hooks.RemovableHandle":
@@ -47,13 +70,18 @@ class TokenShuffle:
                 "the model is called without input_ids, which the token shuffle looks up",
                 "call model(input_ids=...)",
             )
-        if self._device_table is None or self._device_table.token_rank.device != ids.device:
-            self._device_table = DeviceTable.of(self.table, ids.device)
         rows, length = ids.shape
         fixed = torch.arange(rows, device=ids.device) % self.table.num_ranks
-        self._homes = DeviceHomes(
-            self._device_table, ids.reshape(-1), fixed.repeat_interleave(length)
-        )
+        self._homes = self._look_up(ids.reshape(-1), fixed.repeat_interleave(length))
+
+    def _look_up(
+        self, ids: torch.Tensor, fallback: torch.Tensor
+    ) -> _HostHomes | DeviceHomes:
+        if ids.device.type in _NUMPY_DEVICES:
+            return _HostHomes(self.table, ids, fallback)
+        if self._device_table is None or self._device_table.token_rank.device != ids.device:
+            self._device_table = DeviceTable.of(self.table, ids.device)
+        return DeviceHomes(self._device_table, ids, fallback)
 
     def add_layer(self) -> int:
         """Return the number of the next MoE layer, from 0.
@@ -102,7 +130,7 @@ class TokenShuffle:
             raise PlacerError(
                 "the token shuffle has seen no forward pass", "call shuffle.watch(model)"
             )
-        even = self._homes.best(layer).equal()
+        even = self._homes.equal(layer)
         experts = self._logical(layer, slots, ranks)
         by_weight, _ = by_descending_weight(ranks, weights)
         chosen, _ = by_descending_weight(experts, weights)

@@ -237,6 +237,10 @@ class DeviceHomes:
         home = (scores - rule.home_price[layer]).argmax(dim=1)
         return self._choice(home, scores.gather(1, home[:, None])[:, 0], scores)
 
+    def equal(self, layer: int) -> Tensor:
+        """Return ``[T]`` int64: :meth:`best`, equally many tokens on every rank."""
+        return self.best(layer).equal()
+
     def _token_rows(self, layer: int) -> Tensor | None:
         scores = self.table.token_score
         return None if scores is None else scores[layer][self._ids].float()
