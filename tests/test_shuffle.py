@@ -1,5 +1,6 @@
 """The file that a runtime takes along: alone, and with the answers of placer itself."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import placer.shuffle
 from placer.files import write_tensors
-from placer.shuffle import RANK_HEADER, RequestRouter, ShuffleTable
+from placer.shuffle import RANK_HEADER, CombinedRule, RequestRouter, ShuffleTable
 from placer.simulation import contiguous
 from placer.table.lookup import LayerTable, known_ids
 from placer.table.make import TableOptions, make_table
@@ -84,6 +85,91 @@ def test_the_surer_of_token_and_history_wins_and_a_tie_goes_to_the_token(
 def test_what_is_no_confidence_is_refused(wrong: float) -> None:
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         small_table(7, [0.5, wrong])
+
+
+@pytest.mark.parametrize("wrong", [-0.5, 1.5, float("nan"), float("inf")])
+def test_what_is_no_rate_is_refused(wrong: float) -> None:
+    plain = small_table(7, [0.5])
+    scores = np.full((1, 1, 7), wrong, dtype=np.float16)
+    with pytest.raises(ValueError, match=r"outside 0\.\.1"):
+        dataclasses.replace(plain, token_score=scores)
+
+
+def drawn_rule(num_experts: int, num_ranks: int, depth: int = 2) -> CombinedRule:
+    """A rule of three layers whose numbers are not round."""
+    rng = np.random.default_rng(num_experts)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return rng.normal(scale=0.1, size=shape).astype(np.float32)
+
+    return CombinedRule(
+        token_weight=drawn(3),
+        unknown_score=rng.random((3, num_ranks)).astype(np.float16),
+        combined_bias=drawn(3, num_ranks),
+        expert_score=drawn(3, depth, num_experts, num_ranks).astype(np.float16),
+        home_price=drawn(3, num_ranks),
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_experts=st.sampled_from([1, 3, 16, 256, 300]),
+    top_k=st.integers(1, 5),
+    num_ranks=st.sampled_from([1, 4, 9, 300]),
+    dtype=st.sampled_from([np.uint8, np.uint16, np.int32, np.int64]),
+    seed=st.integers(0, 99),
+)
+def test_combined_scores_are_sums_whatever_the_batch(
+    num_experts: int, top_k: int, num_ranks: int, dtype: type, seed: int
+) -> None:
+    """Against float64; many tokens and one alone give the same bits."""
+    rng = np.random.default_rng(seed)
+    rule = drawn_rule(num_experts, num_ranks)
+    token_score = rng.random((20, num_ranks)).astype(np.float16)
+    ids = rng.integers(-3, 25, size=300)
+    highest = min(num_experts, 256) if dtype is np.uint8 else num_experts
+    past = [rng.integers(highest, size=(300, top_k)).astype(dtype).T for _ in range(2)]
+    found = rule.scores(2, token_score, ids, past)
+    known = (ids >= 0) & (ids < 20)
+    rows = np.where(
+        known[:, None], token_score[np.where(known, ids, 0)], rule.unknown_score[2]
+    )
+    expected = rows.astype(np.float64) * rule.token_weight[2] + rule.combined_bias[2]
+    for back, experts in enumerate(reversed(past)):
+        for chosen in experts:
+            expected += rule.expert_score[2, back, chosen]
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-5
+    alone = rule.scores(2, token_score, ids[7:8], [np.array(one[:, 7:8]) for one in past])
+    assert alone.tobytes() == found[7:8].tobytes()
+    worth = found - rule.home_price[2]
+    homes, sure = rule.homes(2, found)
+    assert homes.tolist() == [row.index(max(row)) for row in worth.tolist()]
+    assert sure.tolist() == [row[home] for row, home in zip(found, homes, strict=True)]
+    free = dataclasses.replace(rule, home_price=np.zeros_like(rule.home_price))
+    tied = found.round(1)
+    assert free.homes(2, tied)[0].tolist() == [row.index(max(row)) for row in tied.tolist()]
+
+
+def test_every_rate_of_float16_is_read_exactly() -> None:
+    every = np.arange(0x3C01, dtype=np.uint16).view(np.float16)
+    rule = dataclasses.replace(
+        drawn_rule(2, 1),
+        token_weight=np.ones(3, dtype=np.float32),
+        combined_bias=np.zeros((3, 1), dtype=np.float32),
+    )
+    found = rule.scores(1, every[:, None], np.arange(len(every)), [])
+    assert found[:, 0].tolist() == every.tolist()
+
+
+@pytest.mark.parametrize("wrong", [-1, 8])
+@pytest.mark.parametrize("num_tokens", [1, 2000])
+def test_experts_that_do_not_exist_are_refused(wrong: int, num_tokens: int) -> None:
+    past: list[np.ndarray] = [np.full((2, num_tokens), wrong)]
+    with pytest.raises(IndexError, match=r"outside 0\.\.7"):
+        drawn_rule(8, 4).scores(
+            1, np.zeros((5, 4), np.float16), np.zeros(num_tokens, np.int64), past
+        )
 
 
 def test_majority_ranks_by_counting(table: Path) -> None:

@@ -5,22 +5,23 @@ chunks nor on how many processes count them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
+from placer.affinity.sums import PairwiseSum, Rows
+from placer.devices import CPU, torch_device
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.parallel import PROCESSES, Backend
 from placer.trace import Chunk
 
 IntArray = npt.NDArray[np.int64]
-Rows = Literal["none", "tokens", "sequences"]
 ChunkSource = Callable[[], Iterable[Chunk]]
 
 # So many tokens at a time, the keys of all pairs stay in the processor's cache.
@@ -33,6 +34,7 @@ def count_affinity(
     provenance: Mapping[str, Any],
     *,
     rows: Rows = "none",
+    device: str = CPU,
 ) -> Affinity:
     """Count load, transitions, co-activation and, where ids are known, rows per token.
 
@@ -48,13 +50,15 @@ def count_affinity(
         What experts are counted for one by one, beside in all: ``none``, ``tokens``
         (token ids, where they are known; memory grows with the vocabulary) or
         ``sequences`` (those too; memory grows with the trace).
+    device
+        ``cpu``, with NumPy, or ``cuda``: where to count. The counts are the same.
 
     Raises
     ------
     PlacerError
-        If there is no token.
+        If there is no token, or no such device.
     """
-    total = _count(chunks, model, provenance, rows)
+    total = _count(chunks, model, provenance, rows, device)
     if total is None:
         raise _no_token()
     return total
@@ -67,6 +71,7 @@ def count_sources(
     *,
     rows: Rows = "none",
     backend: Backend = PROCESSES,
+    device: str = CPU,
 ) -> Affinity:
     """Count several streams of chunks, each in a process or Ray task of its own.
 
@@ -76,7 +81,7 @@ def count_sources(
         Functions that yield chunks; they are sent to the processes, so they must be
         picklable, such as ``functools.partial`` of a module's function. A single one is
         counted in this process.
-    model, provenance, rows
+    model, provenance, rows, device
         As for :func:`count_affinity`.
     backend
         Where to count.
@@ -84,10 +89,12 @@ def count_sources(
     Raises
     ------
     PlacerError
-        If there is no token, or a process was killed.
+        If there is no token or no such device, or a process was killed.
     """
-    task = partial(_count_source, model=model, provenance=provenance, rows=rows)
-    total = _Sum()
+    task = partial(
+        _count_source, model=model, provenance=provenance, rows=rows, device=device
+    )
+    total = PairwiseSum[Affinity]()
     for part in backend.map(task, sources):
         total.add(part)
     if (counted := total.result()) is None:
@@ -102,9 +109,14 @@ def _no_token() -> PlacerError:
 
 
 def _count_source(
-    source: ChunkSource, *, model: ModelSpec, provenance: Mapping[str, Any], rows: Rows
+    source: ChunkSource,
+    *,
+    model: ModelSpec,
+    provenance: Mapping[str, Any],
+    rows: Rows,
+    device: str,
 ) -> Affinity | None:
-    return _count(source(), model, provenance, rows)
+    return _count(source(), model, provenance, rows, device)
 
 
 def _count(
@@ -112,40 +124,18 @@ def _count(
     model: ModelSpec,
     provenance: Mapping[str, Any],
     rows: Rows,
+    device: str,
 ) -> Affinity | None:
-    total = _Sum()
+    if device != CPU:
+        from placer.affinity.on_device import count_on_device
+
+        return count_on_device(
+            chunks, model, provenance, device=torch_device(device), rows=rows
+        )
+    total = PairwiseSum[Affinity]()
     for chunk in chunks:
         total.add(_count_chunk(chunk, model, provenance, rows))
     return total.result()
-
-
-@dataclass(slots=True)
-class _Sum:
-    """Adds counts in pairs of equal age, like the digits of a binary counter.
-
-    Rows per token and sequence grow with the trace: added one by one to a running total,
-    they would cost a time quadratic in its length.
-    """
-
-    _digits: list[Affinity | None] = field(default_factory=list)
-
-    def add(self, part: Affinity | None) -> None:
-        if part is None:
-            return
-        for place, held in enumerate(self._digits):
-            if held is None:
-                self._digits[place] = part
-                return
-            part = held.add(part)
-            self._digits[place] = None
-        self._digits.append(part)
-
-    def result(self) -> Affinity | None:
-        total: Affinity | None = None
-        for held in self._digits:
-            if held is not None:
-                total = held if total is None else held.add(total)
-        return total
 
 
 def _count_chunk(

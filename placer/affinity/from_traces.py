@@ -9,7 +9,9 @@ from typing import get_args
 
 from placer import __version__
 from placer.affinity.affinity import Affinity
-from placer.affinity.count import ChunkSource, Rows, count_sources
+from placer.affinity.count import ChunkSource, count_sources
+from placer.affinity.sums import Rows
+from placer.devices import CPU
 from placer.errors import UsageError
 from placer.files import sha256_file
 from placer.parallel import PROCESSES, Backend
@@ -26,11 +28,13 @@ def affinity_of_traces(
     backend: Backend = PROCESSES,
     *,
     rows: Rows = "none",
+    device: str = CPU,
 ) -> Affinity:
     """Count the sequences of ``fold`` in traces of one model.
 
     At most ``num_workers`` processes share the chunks of a trace; small traces are not
-    shared. The counts are the same.
+    shared. The counts are the same, on a GPU (``device`` ``cuda``) too, which one process
+    feeds.
 
     ``rows`` is as for :func:`count_affinity`. Sequence ids of several traces name different
     sequences, so rows per sequence are for one trace only.
@@ -38,14 +42,21 @@ def affinity_of_traces(
     Raises
     ------
     PlacerError
-        If the traces are of different models, or the fold is empty.
+        If the traces are of different models, the fold is empty, or there is no such
+        device.
     UsageError
-        If one trace is given twice, several with rows per sequence, or ``rows`` is not
-        known.
+        If one trace is given twice, several with rows per sequence, ``rows`` or ``device``
+        is not known, or several processes should share a GPU.
     """
     if rows not in get_args(Rows):
         raise UsageError(
             f"--rows {rows} is not known", f"choose {', '.join(get_args(Rows))}"
+        )
+    if device != CPU and (num_workers > 1 or backend != PROCESSES):
+        raise UsageError(
+            f"--device {device} is fed by one process here, not by --workers "
+            f"{num_workers} of --backend {backend.name}",
+            f"leave --workers and --backend out, or count on CPUs: --device {CPU}",
         )
     if rows == "sequences" and len(traces) > 1:
         raise UsageError(
@@ -71,6 +82,7 @@ def affinity_of_traces(
             provenance,
             rows=rows,
             backend=backend,
+            device=device,
         )
         for trace in traces
     ]

@@ -38,7 +38,9 @@ def affinity(
     ] = "none",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that count.", show_default="all cores"),
+        typer.Option(
+            min=1, help="Processes that count.", show_default="all cores; 1 with a GPU"
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option(help="Where to count: processes, or tasks of a ray cluster.")
@@ -47,6 +49,9 @@ def affinity(
         str | None,
         typer.Option(help="Of a Ray cluster that sees the traces; else one starts here."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where to count: cpu, or cuda, fed by one process.")
+    ] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Count load, transitions and co-activation.
@@ -56,6 +61,7 @@ def affinity(
     import os
 
     from placer.affinity.from_traces import affinity_of_traces, merged_affinity
+    from placer.devices import CPU
     from placer.parallel import Backend
     from placer.trace import Trace
 
@@ -70,13 +76,14 @@ def affinity(
     else:
         opened = [Trace(path) for path in traces]
         where = Backend(name=backend, address=ray_address)  # type: ignore[arg-type]
-        most = workers or os.cpu_count() or 1
+        most = workers or (os.cpu_count() if device == CPU else None) or 1
         counted = affinity_of_traces(
             opened,
             chosen,
             most,
             where,
             rows=rows,  # type: ignore[arg-type]  # names that are not known are refused
+            device=device,
         )
     counted.write(out)
     facts = {

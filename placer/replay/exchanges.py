@@ -274,10 +274,7 @@ class ShuffleExchange(DedupExchange):
 
     def _slices(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Sequence[Tensor]:
         home = self.shuffle.homes(self.layer, ids, self._owner(ids), weights)
-        on_device = home.to(hidden.device)
-        return [
-            torch.nonzero(on_device == rank).flatten() for rank in range(self.num_ranks)
-        ]
+        return [torch.nonzero(home == rank).flatten() for rank in range(self.num_ranks)]
 
 
 def run_experts(

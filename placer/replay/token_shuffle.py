@@ -10,14 +10,36 @@ from placer.errors import PlacerError
 from placer.plan.placement import Placement
 from placer.simulation.homes import Batches
 from placer.table.homes import TableHomes
+from placer.table.on_device import DeviceHomes, DeviceTable
 from placer.table.table import Table
 from placer.trace.capture import by_descending_weight
+
+# Where NumPy is quicker than torch: a CPU runs many small operations one after the other.
+_NUMPY_DEVICES = ("cpu",)
+
+
+class _HostHomes:
+    """What :class:`DeviceHomes` does, with NumPy."""
+
+    def __init__(self, table: Table, ids: torch.Tensor, fallback: torch.Tensor) -> None:
+        self._homes = TableHomes(table, ids.numpy(), fallback.numpy())
+        size = len(ids)
+        self._whole = Batches(
+            order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
+        )
+
+    def equal(self, layer: int) -> torch.Tensor:
+        even = self._homes.best(layer).equal(self._whole)
+        return torch.from_numpy(even.astype(np.int64))
+
+    def served(self, ranks: torch.Tensor, experts: torch.Tensor) -> None:
+        self._homes.served(ranks.T.numpy(), experts.T.numpy())
 
 
 class TokenShuffle:
     """Follows the forward passes of a model, and says where each token should be served.
 
-    Every rank computes the same, so nothing has to be sent.
+    Every rank computes the same, where its tokens are, so nothing has to be sent.
 
     Parameters
     ----------
@@ -32,7 +54,8 @@ class TokenShuffle:
         self.table = table
         self._placement = placement
         self._num_layers = 0
-        self._homes: TableHomes | None = None
+        self._homes: _HostHomes | DeviceHomes | None = None
+        self._device_table: DeviceTable | None = None
 
     def watch(self, model: nn.Module) -> "torch.utils.hooks.RemovableHandle":
         """Begin anew with each forward pass of a transformers model."""
@@ -48,8 +71,17 @@ class TokenShuffle:
                 "call model(input_ids=...)",
             )
         rows, length = ids.shape
-        fixed = np.repeat(np.arange(rows) % self.table.num_ranks, length)
-        self._homes = TableHomes(self.table, ids.reshape(-1).cpu().numpy(), fixed)
+        fixed = torch.arange(rows, device=ids.device) % self.table.num_ranks
+        self._homes = self._look_up(ids.reshape(-1), fixed.repeat_interleave(length))
+
+    def _look_up(
+        self, ids: torch.Tensor, fallback: torch.Tensor
+    ) -> _HostHomes | DeviceHomes:
+        if ids.device.type in _NUMPY_DEVICES:
+            return _HostHomes(self.table, ids, fallback)
+        if self._device_table is None or self._device_table.token_rank.device != ids.device:
+            self._device_table = DeviceTable.of(self.table, ids.device)
+        return DeviceHomes(self._device_table, ids, fallback)
 
     def add_layer(self) -> int:
         """Return the number of the next MoE layer, from 0.
@@ -87,7 +119,7 @@ class TokenShuffle:
         Returns
         -------
         Tensor
-            ``[T]`` int64, on the CPU.
+            ``[T]`` int64.
 
         Raises
         ------
@@ -98,30 +130,26 @@ class TokenShuffle:
             raise PlacerError(
                 "the token shuffle has seen no forward pass", "call shuffle.watch(model)"
             )
-        size = len(ranks)
-        whole = Batches(
-            order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
-        )
-        even = self._homes.best(layer).equal(whole)
-        experts = self._logical(layer, slots.cpu(), ranks.cpu())
+        even = self._homes.equal(layer)
+        experts = self._logical(layer, slots, ranks)
         by_weight, _ = by_descending_weight(ranks, weights)
-        chosen, _ = by_descending_weight(experts, weights.cpu())
-        self._homes.served(by_weight.T.cpu().numpy(), chosen.T.numpy())
-        return torch.from_numpy(even.astype(np.int64))
+        chosen, _ = by_descending_weight(experts, weights)
+        self._homes.served(by_weight, chosen)
+        return even
 
     def _logical(
         self, layer: int, slots: torch.Tensor, ranks: torch.Tensor
     ) -> torch.Tensor:
         if self._placement is not None:
             row = torch.from_numpy(self._placement.physical_to_logical_map[layer])
-            return row[slots]
-        expert_rank = torch.from_numpy(self.table.expert_rank[layer].astype(np.int64))
-        if self.table.combined is not None and (
-            slots.max() >= len(expert_rank) or (expert_rank[slots] != ranks).any()
-        ):
-            raise PlacerError(
-                "the slots of the model are not the logical experts that the combined "
-                "rule of the table knows",
-                "give the plan's placement: TokenShuffle(table, placement)",
-            )
+            return row.to(slots.device)[slots]
+        if self.table.combined is not None:
+            expert_rank = torch.from_numpy(self.table.expert_rank[layer].astype(np.int64))
+            expert_rank = expert_rank.to(slots.device)
+            if slots.max() >= len(expert_rank) or (expert_rank[slots] != ranks).any():
+                raise PlacerError(
+                    "the slots of the model are not the logical experts that the combined "
+                    "rule of the table knows",
+                    "give the plan's placement: TokenShuffle(table, placement)",
+                )
         return slots

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from placer.affinity import count_affinity
 from placer.affinity.count import count_pairs
+from placer.affinity.sums import Rows
 from placer.model import ModelSpec
 from placer.trace import Chunk, Trace, TraceWriter
 
@@ -76,6 +79,24 @@ def test_counting_speed() -> None:
         "times as fast as a bare bincount loop over the transitions: "
         f"transitions {speed['transitions']:.2f}, load and co-activation too "
         f"{speed['pairs']:.2f}, experts per token id too {speed['rows']:.2f}"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("rows", ["none", "tokens"])
+def test_counting_on_a_gpu(rows: Rows) -> None:
+    tokens = chunk(0)
+    took: dict[str, list[float]] = {"cpu": [], "cuda": []}
+    for _ in range(ROUNDS + 1):
+        for device, seconds in took.items():
+            began = time.perf_counter()
+            count_affinity([tokens] * 8, MODEL, {}, rows=rows, device=device)
+            seconds.append(time.perf_counter() - began)
+    # The first round loads kernels.
+    speed = {name: 8 * TOKENS / statistics.median(one[1:]) for name, one in took.items()}
+    print(
+        f"\nrows {rows}: {speed['cpu']:,.0f} tokens/s on one core, {speed['cuda']:,.0f} on "
+        f"{torch.cuda.get_device_name()}"
     )
 
 
