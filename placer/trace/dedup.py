@@ -110,9 +110,7 @@ class _Search:
 
     def __init__(self, trace: Trace, fold: Fold | None) -> None:
         self._trace, self._fold = trace, fold
-        self._seen: dict[Kind, HashArray] = {
-            kind: np.zeros(0, dtype=np.uint64) for kind in KINDS
-        }
+        self._seen: dict[Kind, _Seen] = {kind: _Seen() for kind in KINDS}
         self._counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self._num_tokens = 0
         self.num_removed = 0
@@ -121,7 +119,7 @@ class _Search:
         """Yield every chunk with ``[T]`` masks of its repeated tokens."""
         for chunk in self._trace.chunks(self._fold) if self._fold is not None else ():
             for kind, (hashes, known) in _hashes(chunk).items():
-                self._keep(kind, hashes[known])
+                self._seen[kind].add(hashes[known])
         for chunk in self._trace.chunks():
             looked_at = np.ones(chunk.num_tokens, dtype=np.bool_)
             if self._fold is not None:
@@ -130,11 +128,11 @@ class _Search:
             found = {}
             for kind, (hashes, known) in _hashes(chunk).items():
                 repeated = np.zeros(chunk.num_tokens, dtype=np.bool_)
-                repeated[known] = _contains(self._seen[kind], hashes[known])
+                repeated[known] = self._seen[kind].contains(hashes[known])
                 if self._fold is None:
                     # What is unknown is no first of equals either.
                     repeated[known] |= ~_first(hashes[known])
-                    self._keep(kind, hashes[known])
+                    self._seen[kind].add(hashes[known])
                 found[kind] = repeated & looked_at
                 self._counts[kind] += int(np.count_nonzero(found[kind]))
             yield chunk, found
@@ -148,8 +146,33 @@ class _Search:
             num_removed=self.num_removed,
         )
 
-    def _keep(self, kind: Kind, hashes: HashArray) -> None:
-        self._seen[kind] = np.union1d(self._seen[kind], hashes)
+
+class _Seen:
+    """A set of hashes, in sorted runs each more than twice as long as the next.
+
+    One sorted array would be copied for every chunk, in a time quadratic in the trace's
+    length; here a hash is copied once for every doubling (as in a log-structured merge
+    tree: O'Neil et al. 1996).
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[HashArray] = []
+
+    def add(self, hashes: HashArray) -> None:
+        """Add hashes ``[T]``."""
+        run = np.unique(hashes[~self.contains(hashes)])
+        while self._runs and len(self._runs[-1]) <= 2 * len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+        if len(run):
+            self._runs.append(run)
+
+    def contains(self, hashes: HashArray) -> BoolArray:
+        """Return ``[T]``: whether each hash is in the set."""
+        found = np.zeros(len(hashes), dtype=np.bool_)
+        for run in self._runs:
+            place = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            found |= run[place] == hashes
+        return found
 
 
 def _hashes(chunk: Chunk) -> dict[Kind, tuple[HashArray, BoolArray]]:
@@ -178,12 +201,3 @@ def _first(hashes: HashArray) -> BoolArray:
     first = np.zeros(len(hashes), dtype=np.bool_)
     first[np.unique(hashes, return_index=True)[1]] = True
     return first
-
-
-def _contains(ordered: HashArray, hashes: HashArray) -> BoolArray:
-    """Return ``[T]``: whether each hash is in a sorted array."""
-    if not len(ordered):
-        return np.zeros(len(hashes), dtype=np.bool_)
-    place = np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)
-    found: BoolArray = ordered[place] == hashes
-    return found
