@@ -9,6 +9,8 @@ import numpy.typing as npt
 from placer.errors import PlacerError
 
 IntArray = npt.NDArray[np.int64]
+# The index of so many rows takes a GiB.
+_MOST_ROWS = 1 << 27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +76,19 @@ class SparseCounts:
         num_rows: int,
         num_columns: int,
     ) -> Self:
-        """Take entries by ascending row and column, each once."""
+        """Take entries by ascending row and column, each once.
+
+        Raises
+        ------
+        PlacerError
+            If there would be so many rows that their index alone takes more than a GiB.
+        """
+        if num_rows > _MOST_ROWS:
+            raise PlacerError(
+                f"ids go up to {num_rows - 1}: counts per id would take "
+                f"{num_rows * 8 / 2**30:.1f} GiB for every layer",
+                "count without --rows, or number the ids from 0 and import again",
+            )
         indptr = np.zeros(num_rows + 1, dtype=np.int64)
         np.cumsum(np.bincount(rows, minlength=num_rows), out=indptr[1:])
         return cls(indptr=indptr, indices=columns, counts=counts, num_columns=num_columns)

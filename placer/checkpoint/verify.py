@@ -31,7 +31,7 @@ from placer.layout import TensorKind, TensorLayout
 from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Placement, Plan
 from placer.trace.capture import RouterCapture
-from placer.trace.record import load_model
+from placer.trace.loading import load_model
 
 if TYPE_CHECKING:
     import torch

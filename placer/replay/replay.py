@@ -21,7 +21,7 @@ from placer.simulation.homes import fixed_homes
 from placer.simulation.judge import read_table_of
 from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
-from placer.trace.record import Dtype, load_causal_model
+from placer.trace.loading import Dtype, load_causal_model
 from placer.worker import Worker, together
 
 if TYPE_CHECKING:

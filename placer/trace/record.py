@@ -1,13 +1,11 @@
 """Recording: run a transformers model over text and keep what its routers choose."""
 
-import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +25,11 @@ from placer.trace.chunk import Chunk, expert_dtype
 from placer.trace.corpus import STANDARD_INPUT, Corpus, Document, Encode, token_sequences
 from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
+from placer.trace.loading import Dtype, load_model, weights_sample_sha256
 from placer.trace.parts import assemble, part_of
 from placer.trace.writer import TraceWriter
 from placer.worker import ALONE, Worker, together
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[int], None]
 _PREFILL, _DECODE = 0, 1
 
@@ -202,7 +200,7 @@ def _chunks_of_part(part: Path, provenance: Mapping[str, Any]) -> int:
     found = TraceHeader.read(part)
     if canonical_json(found.provenance) != canonical_json(provenance):
         raise PlacerError(
-            f"{part} was recorded with another corpus or other options",
+            f"{part} was recorded with another model, corpus or options",
             f"give the same ones to go on, or start anew: rm -r {part}",
         )
     return len(found.chunks)
@@ -403,72 +401,6 @@ def _end_ids(model: Any) -> frozenset[int]:
     return frozenset(ends if isinstance(ends, list) else [ends])
 
 
-def load_model(
-    directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
-) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer with transformers.
-
-    With ``device_map`` accelerate spreads it over devices, and ``device`` is not used.
-
-    Raises
-    ------
-    PlacerError
-        If transformers is not installed or cannot load the directory.
-    """
-    model = load_causal_model(directory, dtype=dtype, device=device, device_map=device_map)
-    from transformers import AutoTokenizer
-
-    with _loading(directory):
-        return model, AutoTokenizer.from_pretrained(directory)
-
-
-def load_causal_model(
-    directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
-) -> Any:
-    """Load a model as :func:`load_model` does, without its tokenizer."""
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError as error:
-        raise PlacerError(
-            "running a model needs transformers, which is not installed",
-            "pip install 'placer[record]'",
-        ) from error
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
-        raise PlacerError(
-            f"--device-map {device_map} needs accelerate, which is not installed",
-            "pip install accelerate",
-        )
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # placer has its own
-    with _loading(directory):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map=device_map
-        )
-    if device_map is None:
-        try:
-            model = model.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
-            raise PlacerError(
-                f"the model cannot be moved to --device {device}: "
-                f"{str(error).strip().splitlines()[0]}",
-                "name another device, or spread the model: --device-map auto",
-            ) from error
-    return model.eval()
-
-
-@contextmanager
-def _loading(directory: Path) -> Iterator[None]:
-    """Say what transformers could not load."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise PlacerError(
-            f"transformers cannot load {directory}: {reason[0] if reason else error!r}",
-            f"check the directory: placer inspect {directory}",
-        ) from error
-
-
 def _architecture(directory: Path) -> Architecture:
     return Architecture.of(read_json(directory / "config.json", "config"), directory)
 
@@ -530,6 +462,7 @@ def _provenance(
             }
             for corpus in corpora
         ],
+        "weights_sample_sha256": weights_sample_sha256(directory),
         "tokenizer_sha256": sha256_file(tokenizer) if tokenizer.is_file() else None,
         "sequence_length": options.sequence_length,
         "batch_size": options.batch_size,

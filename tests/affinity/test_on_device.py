@@ -1,6 +1,7 @@
 """Counts made with torch are those of NumPy, integer by integer, on every device."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_ids_that_the_model_has_not_never_reach_the_device() -> None:
     wrong = drawn((8,), 2, 10, 0)
     with pytest.raises(PlacerError, match=r"outside 0\.\.2"):
         count_on_device([wrong], ModelSpec(num_experts=(3,), top_k=2), {}, device=CPU)
+
+
+def test_sequences_numbered_with_large_gaps_are_refused() -> None:
+    """By NumPy and by torch; the index of 2^31 rows would take 16 GiB a layer."""
+    chunk = drawn((5,), 2, 4, 0)
+    chunk.sequence_ids[-1] = 2**31 - 2
+    model = ModelSpec(num_experts=(5,), top_k=2)
+    for count in (count_affinity, partial(count_on_device, device=CPU)):
+        with pytest.raises(PlacerError, match=r"go up to 2147483646.* 16\.0 GiB") as caught:
+            count([chunk], model, {}, rows="sequences")
+        assert "--rows" in str(caught.value.hint)
+        assert count([chunk], model, {}, rows="tokens")
 
 
 @WITH_GPU

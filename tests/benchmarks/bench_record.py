@@ -12,7 +12,7 @@ from placer.demo.text import documents
 from placer.files import read_json
 from placer.model import Architecture, ModelSpec
 from placer.trace.capture import RouterCapture
-from placer.trace.record import load_model
+from placer.trace.loading import load_model
 
 PAIRS = 15
 BATCH, LENGTH = 16, 256

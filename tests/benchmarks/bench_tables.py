@@ -16,7 +16,7 @@ from placer.simulation.baselines import contiguous
 from placer.table import Table, build_table
 from placer.table.on_device import DeviceHomes, DeviceTable
 from placer.trace import Chunk, Trace
-from placer.trace.record import load_model
+from placer.trace.loading import load_model
 
 RANKS = 8
 TOKENS, LENGTH = 8192, 256

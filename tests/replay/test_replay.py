@@ -25,7 +25,7 @@ from placer.replay.replay import ReplayOptions, replay
 from placer.table.make import TableOptions, make_table
 from placer.trace import Chunk, Trace, TraceWriter
 from placer.trace.capture import RouterCapture
-from placer.trace.record import load_causal_model
+from placer.trace.loading import load_causal_model
 from placer.worker import Worker
 from tests.families import build, legal_rows, randomise
 from tests.plans import unsolved_plan

@@ -117,7 +117,7 @@ def test_a_part_of_other_options_is_refused(
     worker = Worker(index=0, number=2)
     record(tiny_model, corpora, part_of(worker, tmp_path / "out"), RecordOptions(seed=1))
     monkeypatch.setattr("placer.trace.record.together", nullcontext)
-    with pytest.raises(PlacerError, match="recorded with another corpus or other options"):
+    with pytest.raises(PlacerError, match="recorded with another model, corpus or options"):
         record(tiny_model, corpora, tmp_path / "out", RecordOptions(seed=2), worker=worker)
 
 

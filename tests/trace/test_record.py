@@ -1,5 +1,6 @@
 """Recorded ids are those that the experts were called with, and a kill changes nothing."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from placer.errors import PlacerError, UsageError
@@ -128,6 +130,30 @@ def test_an_unfinished_recording_refuses_other_options(
     other = RecordOptions(sequence_length=16, chunk_tokens=100, dtype="bfloat16")
     with pytest.raises(PlacerError, match="begun with another") as caught:
         record(tiny_model, corpora, tmp_path / "t", other)
+    assert "rm -r" in caught.value.hint
+
+
+def test_an_unfinished_recording_refuses_other_weights(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path
+) -> None:
+    """The same config and files of the same sizes, trained a step further."""
+
+    def stop(num_tokens: int) -> None:
+        if num_tokens:
+            raise KeyboardInterrupt
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    options = RecordOptions(sequence_length=16, chunk_tokens=100)
+    with pytest.raises(KeyboardInterrupt):
+        record(model, corpora, tmp_path / "t", options, stop)
+    (path,) = model.glob("*.safetensors")
+    tensors = {name: one + 1e-3 for name, one in load_file(path).items()}
+    size = path.stat().st_size
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert path.stat().st_size == size
+    with pytest.raises(PlacerError, match="begun with another model") as caught:
+        record(model, corpora, tmp_path / "t", options)
     assert "rm -r" in caught.value.hint
 
 

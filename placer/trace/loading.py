@@ -1,0 +1,102 @@
+"""Loading a model with transformers, and telling its weights from others."""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from placer.errors import PlacerError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Blocks of a weight file that are read to tell it from another: the first, the last and
+# some between.
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+def load_model(
+    directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer with transformers.
+
+    With ``device_map`` accelerate spreads it over devices, and ``device`` is not used.
+
+    Raises
+    ------
+    PlacerError
+        If transformers is not installed or cannot load the directory.
+    """
+    model = load_causal_model(directory, dtype=dtype, device=device, device_map=device_map)
+    from transformers import AutoTokenizer
+
+    with _loading(directory):
+        return model, AutoTokenizer.from_pretrained(directory)
+
+
+def load_causal_model(
+    directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
+) -> Any:
+    """Load a model as :func:`load_model` does, without its tokenizer."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise PlacerError(
+            "running a model needs transformers, which is not installed",
+            "pip install 'placer[record]'",
+        ) from error
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise PlacerError(
+            f"--device-map {device_map} needs accelerate, which is not installed",
+            "pip install accelerate",
+        )
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # placer has its own
+    with _loading(directory):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map=device_map
+        )
+    if device_map is None:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+            raise PlacerError(
+                f"the model cannot be moved to --device {device}: "
+                f"{str(error).strip().splitlines()[0]}",
+                "name another device, or spread the model: --device-map auto",
+            ) from error
+    return model.eval()
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """Say what transformers could not load."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise PlacerError(
+            f"transformers cannot load {directory}: {reason[0] if reason else error!r}",
+            f"check the directory: placer inspect {directory}",
+        ) from error
+
+
+def weights_sample_sha256(directory: Path) -> str:
+    """Return a SHA-256 of the names, sizes and evenly spaced blocks of the weight files.
+
+    It costs a few reads, whatever the size. A model trained further or quantised again has
+    another one; a few bytes that were changed elsewhere go unseen.
+    """
+    digest = hashlib.sha256()
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(os.fsencode(path.name) + b"\0" + str(size).encode() + b"\0")
+        with path.open("rb") as opened:
+            for sample in range(_SAMPLES):
+                opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(opened.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
