@@ -121,8 +121,9 @@ def combined_scores(
     past
         ``[k, T]`` logical experts of each past layer, the oldest first.
     """
-    total: Array = token_rows.astype(np.float32, copy=False) * token_weight
-    total += bias
+    # Rows of the bias, since to add a short row to each of many is slow.
+    total: Array = np.repeat(bias[None], len(token_rows), axis=0)
+    total += token_rows.astype(np.float32, copy=False) * token_weight
     for added, experts in zip(expert_score, reversed(past), strict=False):
         _add_experts(total, added.astype(np.float32), experts)
     return total
