@@ -165,15 +165,15 @@ def solve(
         str,
         typer.Option(
             help="Keep other sequences to --max-imbalance too, bearing loads beside the "
-            "profile's: bootstrap or domains. Solves under the cap that quick plans of "
-            "halves of the profile ask for."
+            "profile's: bootstrap or domains. Solves under the cap, and at the price, that "
+            "quick plans of halves of the profile ask for."
         ),
     ] = "none",
     overflow_price: Annotated[
         float | None,
         typer.Option(
             help="With --robust: copies that a pair over the cap is worth.",
-            show_default="10",
+            show_default="10, or up to 40 as the cap takes",
         ),
     ] = None,
     receive_price: Annotated[

@@ -1,13 +1,15 @@
 """The load cap to solve under, so that sequences not seen keep to the one asked for.
 
 Ranks that are just under a cap on the profile are above it on other sequences, whose load
-is another. How much lower the cap of the solver must be is measured on the profile alone:
-quick plans of each half of its sequences, judged on the other half.
+is another. How much lower the cap of the solver must be, and if that is not enough how dear
+load above it in resampled profiles, is measured on the profile alone: quick plans of each
+half of its sequences, judged on the other half.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
-from placer.plan.options import SolveOptions
+from placer.plan.options import OVERFLOW_PRICE, SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import CapTrial, InnerCap
 from placer.plan.problem import FloatArray
@@ -26,6 +28,8 @@ from placer.trace import Chunk
 # Shares of the imbalance asked for that quick plans may use.
 _SHARES = (1.0, 0.6, 0.2)
 _CAP_STEPS = 1000  # caps are rounded down to thousandths
+# Prices of a pair above the tightest cap, over the first one, where no cap holds.
+_TIMES = (1, 2, 4)
 
 
 def choose_inner_cap(
@@ -36,7 +40,8 @@ def choose_inner_cap(
 ) -> InnerCap:
     """Return the loosest cap under which other sequences keep to ``max_imbalance``.
 
-    Where none does, the one that comes closest.
+    Where none does, the tightest, at the least price of load above it under which they do,
+    if no price is asked for.
 
     Parameters
     ----------
@@ -64,13 +69,21 @@ def choose_inner_cap(
     )
     halves = inner_halves(profile, f"--robust {options.robust}")
     quick = replace(options.quick(), relax_cap=True)
-    trials = []
-    for share in _SHARES:
-        cap = round(1 + share * (options.max_imbalance - 1), 6)
+    price = OVERFLOW_PRICE if options.overflow_price is None else options.overflow_price
+
+    def trial(cap: float, price: float) -> CapTrial:
         if progress is not None:
-            progress(f"cap {cap:g} on halves of the profile")
-        trials.append(_trial(model, halves, replace(quick, max_imbalance=cap)))
-    return loosest_that_holds(options.max_imbalance, trials)
+            progress(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
+        tried = replace(quick, max_imbalance=cap, overflow_price=price)
+        return _trial(model, halves, tried, price)
+
+    caps = [round(1 + share * (options.max_imbalance - 1), 6) for share in _SHARES]
+    trials = [trial(cap, price) for cap in caps]
+    found = loosest_that_holds(options.max_imbalance, trials)
+    if found.holds or options.overflow_price is not None:
+        return found
+    dearer = [trial(min(caps), times * price) for times in _TIMES[1:]]
+    return cheapest_that_holds(options.max_imbalance, trials, dearer)
 
 
 def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
@@ -86,29 +99,82 @@ def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> Inne
     trials
         The caps tried; the line is of ``predicted_imbalance``.
     """
-    caps = np.array([one.max_imbalance for one in trials])
-    values = np.array([one.predicted_imbalance for one in trials])
-    mean_cap, mean_value = caps.mean(), values.mean()
-    spread = float(((caps - mean_cap) ** 2).sum())
-    rise = float(((caps - mean_cap) * (values - mean_value)).sum())
-    slope = rise / spread if spread else 0.0
-
-    def line(cap: float) -> float:
-        return float(mean_value + slope * (cap - mean_cap))
-
-    loosest, tightest = float(caps.max()), float(caps.min())
+    line = _Line.through([(one.max_imbalance, one.predicted_imbalance) for one in trials])
+    loosest = max(one.max_imbalance for one in trials)
+    tightest = min(one.max_imbalance for one in trials)
     chosen = loosest
-    if line(loosest) > max_imbalance:
+    if line.at(loosest) > max_imbalance:
         chosen = tightest
-        if slope > 0:
-            crossing = loosest - (line(loosest) - max_imbalance) / slope
-            chosen = max(tightest, math.floor(crossing * _CAP_STEPS) / _CAP_STEPS)
+        if line.slope > 0:
+            crossing = math.floor(line.reaches(max_imbalance) * _CAP_STEPS) / _CAP_STEPS
+            chosen = max(tightest, crossing)
     return InnerCap(
         max_imbalance=chosen,
-        predicted_imbalance=round(line(chosen), 6),
-        holds=line(chosen) <= max_imbalance,
+        overflow_price=trials[0].overflow_price,
+        predicted_imbalance=round(line.at(chosen), 6),
+        holds=line.at(chosen) <= max_imbalance,
         trials=tuple(trials),
     )
+
+
+def cheapest_that_holds(
+    max_imbalance: float, trials: Sequence[CapTrial], dearer: Sequence[CapTrial]
+) -> InnerCap:
+    """Choose between prices under the tightest cap, by a line over their logarithms.
+
+    Parameters
+    ----------
+    max_imbalance
+        What other sequences should keep to.
+    trials
+        The caps tried; the last is the tightest.
+    dearer
+        Trials of that cap at ascending prices.
+    """
+    tightest = trials[-1]
+    line = _Line.through(
+        [
+            (math.log2(one.overflow_price), one.predicted_imbalance)
+            for one in (tightest, *dearer)
+        ]
+    )
+    chosen = dearer[-1].overflow_price if line.slope < 0 else tightest.overflow_price
+    if line.at(math.log2(chosen)) < max_imbalance and line.slope < 0:
+        crossing = math.ceil(round(2 ** line.reaches(max_imbalance), 6))
+        chosen = max(tightest.overflow_price, float(crossing))
+    predicted = line.at(math.log2(chosen))
+    return InnerCap(
+        max_imbalance=tightest.max_imbalance,
+        overflow_price=chosen,
+        predicted_imbalance=round(predicted, 6),
+        holds=predicted <= max_imbalance,
+        trials=(*trials, *dearer),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    """A straight line by least squares."""
+
+    x: float
+    y: float
+    slope: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> Self:
+        """Fit a line to points (x, y); level where all have one x."""
+        x, y = np.array(points).T
+        spread = float(((x - x.mean()) ** 2).sum())
+        rise = float(((x - x.mean()) * (y - y.mean())).sum())
+        slope = rise / spread if spread else 0.0
+        return cls(x=float(x.mean()), y=float(y.mean()), slope=slope)
+
+    def at(self, x: float) -> float:
+        return self.y + self.slope * (x - self.x)
+
+    def reaches(self, y: float) -> float:
+        """Return the x of a value; the line must not be level."""
+        return self.x + (y - self.y) / self.slope
 
 
 def predicted_imbalance(profile: float, heldout: float) -> float:
@@ -145,7 +211,7 @@ def inner_halves(profile: Chunk, option: str) -> tuple[Chunk, Chunk]:
 
 
 def _trial(
-    model: ModelSpec, halves: tuple[Chunk, Chunk], options: SolveOptions
+    model: ModelSpec, halves: tuple[Chunk, Chunk], options: SolveOptions, price: float
 ) -> CapTrial:
     """Solve on each half and judge on both."""
     own, other, prices = [], [], []
@@ -158,6 +224,7 @@ def _trial(
     profile, judged = float(np.mean(own)), float(np.mean(other))
     return CapTrial(
         max_imbalance=options.max_imbalance,
+        overflow_price=price,
         objective=round(float(np.mean(prices)), 6),
         profile_imbalance=round(profile, 6),
         heldout_imbalance=round(judged, 6),

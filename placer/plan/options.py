@@ -16,6 +16,9 @@ from placer.plan.search import SearchLimits
 Proof = Literal["none", "quick", "full"]
 Objective = Literal["traffic", "balance"]
 
+#: Copies that a pair above the cap is worth, unless another price is asked for or chosen.
+OVERFLOW_PRICE = 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveOptions:
@@ -45,7 +48,8 @@ class SolveOptions:
     robust
         Which other loads the placement should bear (``scenarios``).
     overflow_price
-        Copies that a pair above the cap is worth, mean over those other loads.
+        Copies that a pair above the cap is worth, mean over those other loads; ``None`` for
+        :data:`OVERFLOW_PRICE`, or what ``inner_cap`` finds that the cap takes.
     receive_price
         Copies that a copy to the busiest receiver is worth, beyond itself.
     proof
@@ -77,7 +81,7 @@ class SolveOptions:
     redundant_experts: int = 0
     replica_choice: ReplicaChoice = "local-first"
     robust: Robust = "none"
-    overflow_price: float = 10.0
+    overflow_price: float | None = None
     receive_price: float = 0.0
     proof: Proof = "quick"
     start: Placement | None = None
@@ -106,7 +110,7 @@ class SolveOptions:
         for option, number in {
             "--seed": self.seed,
             "--redundant-experts": self.redundant_experts,
-            "--overflow-price": self.overflow_price,
+            "--overflow-price": self.overflow_price or 0,
             "--receive-price": self.receive_price,
             "--migration-cost": self.migration_cost,
             "--time-limit": self.time_limit or 0,
@@ -186,7 +190,7 @@ class SolveOptions:
             self,
             proof="none",
             limits=SearchLimits(num_rounds=0),
-            refine=replace(self.refine, num_sweeps=num_sweeps),
+            refine=replace(self.refine, num_sweeps=num_sweeps, num_starts=1),
         )
 
     @property

@@ -66,6 +66,8 @@ class CapTrial:
     ----------
     max_imbalance
         The cap.
+    overflow_price
+        Copies that a pair above it is worth in other loads.
     objective
         The solver's objective on the half solved on.
     profile_imbalance, heldout_imbalance
@@ -75,6 +77,7 @@ class CapTrial:
     """
 
     max_imbalance: float
+    overflow_price: float
     objective: float
     profile_imbalance: float
     heldout_imbalance: float
@@ -89,15 +92,18 @@ class InnerCap:
     ----------
     max_imbalance
         The cap on the profile; the plan's own ``max_imbalance`` is what was asked for.
+    overflow_price
+        Copies that a pair above it is worth in other loads.
     predicted_imbalance
         What other sequences should see of it.
     holds
         Whether that is no more than what was asked for.
     trials
-        The caps that it was chosen from.
+        The caps, and prices under the tightest, that it was chosen from.
     """
 
     max_imbalance: float
+    overflow_price: float
     predicted_imbalance: float
     holds: bool
     trials: tuple[CapTrial, ...]

@@ -136,7 +136,12 @@ def _solve(
     if options.robust == "none" or options.objective == "balance":
         return solve(affinity, options, progress, profile)
     inner_cap = choose_inner_cap(model, profile, options, progress)
-    inner = replace(options, max_imbalance=inner_cap.max_imbalance, relax_cap=True)
+    inner = replace(
+        options,
+        max_imbalance=inner_cap.max_imbalance,
+        overflow_price=inner_cap.overflow_price,
+        relax_cap=True,
+    )
     placement, report = solve(affinity, inner, progress, profile)
     # A cap that nobody asked for may be missed; what was asked for may not.
     missed = {

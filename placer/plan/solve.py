@@ -22,7 +22,7 @@ from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
 from placer.plan.migration import move_prices, require_same_shape
-from placer.plan.options import SolveOptions
+from placer.plan.options import OVERFLOW_PRICE, SolveOptions
 from placer.plan.pins import pinned_kinds, with_pins
 from placer.plan.placement import Placement
 from placer.plan.plan import SolverReport
@@ -294,7 +294,9 @@ def _traffic_problem(
         exchange=options.exchange,
         load=load,
         max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
-        overflow_price=options.overflow_price,
+        overflow_price=OVERFLOW_PRICE
+        if options.overflow_price is None
+        else options.overflow_price,
         receive_price=options.receive_price,
         move_price=_move_price(judged, profile, options),
         kind=pinned_kinds(

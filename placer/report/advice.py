@@ -41,7 +41,7 @@ QUICK = SolveOptions(
     relax_cap=True,
     proof="none",
     limits=SearchLimits(num_rounds=3),
-    refine=RefineLimits(num_sweeps=3, num_tokens=16_384),
+    refine=RefineLimits(num_sweeps=3, num_starts=1, num_tokens=16_384),
 )
 MOST_JUDGED_TOKENS = 65_536
 

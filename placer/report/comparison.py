@@ -131,7 +131,8 @@ def plan_notes(plan: Plan) -> Iterator[str]:
 def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
     """Return the sentence on the cap that a robust plan was solved under."""
     line = (
-        f"solved under a load cap of {inner_cap.max_imbalance:g}, chosen on halves of the "
+        f"solved under a load cap of {inner_cap.max_imbalance:g} and at "
+        f"{inner_cap.overflow_price:g} copies per pair above it, chosen on halves of the "
         f"profile: predicted imbalance {inner_cap.predicted_imbalance:.4f}"
     )
     if inner_cap.holds:

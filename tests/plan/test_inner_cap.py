@@ -14,6 +14,7 @@ from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Plan
 from placer.plan.inner_cap import (
+    cheapest_that_holds,
     choose_inner_cap,
     inner_halves,
     loosest_that_holds,
@@ -54,16 +55,21 @@ def imbalance(expert_rank: list[np.ndarray], chunk: Chunk, num_ranks: int) -> fl
     return sum(found) / len(found)
 
 
-def trials(*values: float) -> list[CapTrial]:
+def trials(
+    *values: float,
+    caps: tuple[float, ...] = (1.10, 1.06, 1.02),
+    prices: tuple[float, ...] = (10.0, 10.0, 10.0),
+) -> list[CapTrial]:
     return [
         CapTrial(
             max_imbalance=cap,
+            overflow_price=price,
             objective=1.0,
             profile_imbalance=1.0,
             heldout_imbalance=1.0,
             predicted_imbalance=value,
         )
-        for cap, value in zip((1.10, 1.06, 1.02), values, strict=True)
+        for cap, price, value in zip(caps, prices, values, strict=True)
     ]
 
 
@@ -96,6 +102,44 @@ def test_the_loosest_cap_on_the_line_is_taken(
     assert found.holds is holds
 
 
+@pytest.mark.parametrize(
+    ("values", "asked", "price", "expected", "holds"),
+    [
+        # A line that falls by 0.02 per doubling: 1.12 at 10, 1.08 at 40.
+        ((1.12, 1.10, 1.08), 1.10, 20, 1.10, True),
+        ((1.12, 1.10, 1.08), 1.11, 15, 1.12 - 0.02 * math.log2(1.5), True),
+        ((1.12, 1.10, 1.08), 1.07, 40, 1.08, False),
+        # The same line through values that lie about it.
+        ((1.13, 1.08, 1.09), 1.10, 20, 1.10, True),
+        # Prices that help nothing, or do harm: the first.
+        ((1.12, 1.12, 1.12), 1.10, 10, 1.12, False),
+        ((1.12, 1.13, 1.14), 1.10, 10, 1.12, False),
+    ],
+)
+def test_the_cheapest_price_on_the_line_is_taken(
+    values: tuple[float, ...], asked: float, price: float, expected: float, holds: bool
+) -> None:
+    caps = trials(1.14, 1.13, values[0])
+    dearer = trials(*values[1:], caps=(1.02, 1.02), prices=(20.0, 40.0))
+    found = cheapest_that_holds(asked, caps, dearer)
+    assert (found.max_imbalance, found.overflow_price) == (1.02, price)
+    assert found.predicted_imbalance == pytest.approx(expected, abs=6e-4)
+    assert found.holds is holds
+    assert found.trials == (*caps, *dearer)
+
+
+def test_prices_are_tried_where_no_cap_holds_and_none_is_asked_for(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    chunk = make_chunk(num_tokens=300, num_experts=SIZES, num_sequences=12)
+    strict = replace(ROBUST, max_imbalance=1.01)
+    found = choose_inner_cap(model(), chunk, strict)
+    assert [one.overflow_price for one in found.trials] == [10, 10, 10, 20, 40]
+    asked = choose_inner_cap(model(), chunk, replace(strict, overflow_price=15.0))
+    assert [one.overflow_price for one in asked.trials] == [15, 15, 15]
+    assert asked.overflow_price == 15
+
+
 def test_halves_are_every_second_sequence_whatever_their_ids(
     make_chunk: Callable[..., Chunk],
 ) -> None:
@@ -116,7 +160,7 @@ def test_trials_are_plans_of_one_half_judged_on_the_other(
         ROBUST,
         max_imbalance=trial.max_imbalance,
         limits=SearchLimits(num_rounds=0),
-        refine=RefineLimits(num_sweeps=1),
+        refine=RefineLimits(num_sweeps=1, num_starts=1),
     )
     even = np.unique(chunk.sequence_ids, return_inverse=True)[1] % 2 == 0
     halves = [chunk.select(even), chunk.select(~even)]
