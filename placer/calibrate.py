@@ -5,40 +5,45 @@ measured by one: ``all_to_all_single`` with split sizes, nothing to the rank its
 fast link the ranks of each node exchange among themselves; for the slow one all ranks do,
 with one byte to each rank of the own node and the message spread over those of other nodes.
 All ranks send at once, as in a dispatch, so what they share (a network card of the node,
-processor cores) is shared here too.
+processor cores) is shared here too. The same is measured with every other rank (for the
+slow link, every other node) sending and the rest receiving, since real exchanges are
+unequal, and as an all-gather of all ranks, which is another algorithm.
 
 An exchange takes ``latency + bytes / bandwidth``, the bytes those that one rank sends over
 the link: the cost of a message of LogGP, with one latency for all that does not grow with
 the bytes (Alexandrov et al., SPAA 1995). Both are fitted to medians of several repetitions
 by least squares on the relative errors, so that short messages decide the latency and long
-ones the bandwidth.
+ones the bandwidth. Libraries change their way with the length of the message, so no two
+numbers fit all: the medians themselves are kept as a curve too. A repetition goes through
+all sizes and kinds of exchange, as a model does, so that what disturbs the machine for a
+while disturbs one repetition of all, and connections do not get used to one size.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError, UsageError
-from placer.hardware import Hardware, Link
+from placer.hardware import Curve, Hardware, Link, LinkCurves
 from placer.worker import Worker, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 BACKENDS: dict[str, str] = {"cpu": "gloo", "cuda": "nccl"}
 
 _SHORTEST = 1024
 _LONGEST = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 # A message that takes longer is the last of its link.
-_LONG_ENOUGH = 0.2
+_LONG_ENOUGH = 0.1
 # Short exchanges are timed so often that they take this long together.
-_LAP, _MOST_LAPS = 0.02, 50
+_LAP, _MOST_LAPS = 0.01, 10
 _MATMUL = {"cpu": 512, "cuda": 8192}
 _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
 
@@ -55,11 +60,15 @@ class LinkFit:
         Bytes that one rank sent in an exchange, ascending.
     seconds
         How long the exchange took on the slowest rank.
+    one_way
+        Times of exchanges in which each rank only sends or only receives, by the bytes of
+        the busiest.
     """
 
     link: Link
     num_bytes: tuple[int, ...]
     seconds: tuple[float, ...]
+    one_way: Curve | None = None
 
     def __post_init__(self) -> None:
         if len(self.num_bytes) != len(self.seconds) or not self.num_bytes:
@@ -83,6 +92,14 @@ class LinkFit:
         """The largest relative error, by magnitude."""
         return max(abs(error) for error in self.errors)
 
+    @property
+    def measured(self) -> Link:
+        """The link with its measured curves."""
+        if self.one_way is None:
+            return self.link
+        both = Curve.rising(self.num_bytes, self.seconds)
+        return replace(self.link, curves=LinkCurves(both_ways=both, one_way=self.one_way))
+
     def to_json(self) -> dict[str, object]:
         """Return the link, how well it fits, and the timings."""
         return {
@@ -92,6 +109,7 @@ class LinkFit:
             "residual_worst": round(self.worst, 4),
             "num_bytes": list(self.num_bytes),
             "seconds": list(self.seconds),
+            "one_way": None if self.one_way is None else self.one_way.to_json(),
         }
 
 
@@ -193,6 +211,9 @@ class Calibration:
         Bytes read and written per second by a copy on the slowest rank.
     fast, slow
         Links inside and between nodes; ``None`` where no two ranks are joined by it.
+    all_gather
+        Times of an all-gather of all ranks, by the bytes that one rank gives times the
+        number of the others.
     """
 
     options: CalibrationOptions
@@ -200,6 +221,7 @@ class Calibration:
     memory_bandwidth: float
     fast: LinkFit | None
     slow: LinkFit | None
+    all_gather: Curve | None = None
 
     @property
     def links(self) -> dict[str, LinkFit]:
@@ -217,8 +239,9 @@ class Calibration:
             bf16_flops=self.bf16_flops,
             fp8_flops=self.bf16_flops,
             memory_bandwidth=self.memory_bandwidth,
-            fast=fast.link,
-            slow=slow.link,
+            fast=fast.measured,
+            slow=slow.measured,
+            all_gather=self.all_gather,
             source="placer calibrate",
             notes=tuple(self.notes()),
         )
@@ -256,6 +279,7 @@ class Calibration:
             "memory_bandwidth": self.memory_bandwidth,
             "fast": None if self.fast is None else self.fast.to_json(),
             "slow": None if self.slow is None else self.slow.to_json(),
+            "all_gather": None if self.all_gather is None else self.all_gather.to_json(),
             "notes": list(self.notes()),
         }
 
@@ -315,18 +339,47 @@ def calibrate(
         bench = _Bench(options, worker)
         tell("matrix product and copy")
         flops, memory = bench.flops(), bench.memory_bandwidth()
-        fits = {}
-        for name, measure in (("fast", bench.time_fast), ("slow", bench.time_slow)):
-            tell(f"{name} link")
-            timings = list(measure())
-            fits[name] = fit_link(*zip(*timings, strict=True)) if timings else None
+        tell("exchanges")
+        timings = bench.time_exchanges()
     return Calibration(
         options=options,
         bf16_flops=flops,
         memory_bandwidth=memory,
-        fast=fits["fast"],
-        slow=fits["slow"],
+        fast=_fit(timings, "fast"),
+        slow=_fit(timings, "slow"),
+        all_gather=Curve.rising(*zip(*timings["all_gather"], strict=True)),
     )
+
+
+def _fit(timings: dict[str, list[tuple[int, float]]], name: str) -> LinkFit | None:
+    """Fit a link to its exchanges, if there are any."""
+    if name not in timings:
+        return None
+    fit = fit_link(*zip(*timings[name], strict=True))
+    one_way = zip(*timings[f"{name} one way"], strict=True)
+    return replace(fit, one_way=Curve.rising(*one_way))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Exchange:
+    """What is timed.
+
+    Attributes
+    ----------
+    name
+        The curve that it is a point of.
+    num_bytes
+        Sent or received by the busiest rank.
+    action
+        Does it.
+    laps
+        How often it is done for one timing.
+    """
+
+    name: str
+    num_bytes: int
+    action: Callable[[], object]
+    laps: int
 
 
 class _Bench:
@@ -344,9 +397,12 @@ class _Bench:
             list(range(first, first + width))
             for first in range(0, options.num_ranks, width)
         ]
-        self.node = nodes[self.rank // width]
         # Every rank takes part in making the group of every node.
         self.node_group = [dist.new_group(node) for node in nodes][self.rank // width]
+        # What is sent and received does not matter: all exchanges share the memory.
+        longest = 2 * _LONGEST[self.device.type]
+        self.sent = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        self.received = torch.empty_like(self.sent)
 
     def flops(self) -> float:
         """Return operations per second of a square bf16 matrix product."""
@@ -366,59 +422,98 @@ class _Bench:
         out = torch.empty_like(one)
         return 2.0 * size / self.seconds(lambda: out.copy_(one))
 
-    def time_fast(self) -> Iterator[tuple[int, float]]:
-        """Yield bytes sent per rank and seconds of exchanges inside the nodes."""
-        splits = np.array([rank != self.rank for rank in self.node], np.int64)
-        yield from self._time(splits, np.zeros_like(splits), self.node_group)
+    def time_exchanges(self) -> dict[str, list[tuple[int, float]]]:
+        """Return bytes of the busiest rank and median seconds, by name of the curve."""
+        exchanges = list(self._exchanges())
+        laps = [
+            [self._lap(one.action, one.laps) for one in exchanges]
+            for _ in range(self.options.repetitions)
+        ]
+        found: dict[str, list[tuple[int, float]]] = {}
+        for one, seconds in zip(exchanges, np.median(laps, axis=0), strict=True):
+            found.setdefault(one.name, []).append((one.num_bytes, float(seconds)))
+        return found
 
-    def time_slow(self) -> Iterator[tuple[int, float]]:
-        """Yield bytes sent per rank and seconds of exchanges between the nodes."""
+    def _exchanges(self) -> Iterator[_Exchange]:
+        """Yield what is timed, from one byte to each peer up."""
+        width = self.options.ranks_per_node
         ranks = np.arange(self.options.num_ranks)
-        far = ~np.isin(ranks, self.node)
-        near = ~far & (ranks != self.rank)
-        yield from self._time(far.astype(np.int64), near.astype(np.int64), None)
+        near = ranks[:, None] // width == ranks // width
+        near &= ranks[:, None] != ranks
+        far = ranks[:, None] // width != ranks // width
+        for name, pairs, turn in (
+            ("fast", near[:width, :width], ranks[:width]),
+            ("slow", far, ranks // width),
+        ):
+            if not pairs.any():
+                continue
+            group = self.node_group if name == "fast" else None
+            rest = np.zeros_like(pairs) if name == "fast" else near
+            # Every other rank, or every other node, sends to the rest.
+            apart = pairs & (turn % 2 == 0)[:, None] & (turn % 2 == 1)
+            for which, sends in ((name, pairs), (f"{name} one way", apart)):
+                yield from self._growing(which, sends, rest, group)
+        yield from self._growing("all_gather", near | far, None, None)
 
-    def _time(
+    def _growing(
         self,
-        far: IntArray,
-        near: IntArray,
+        name: str,
+        pairs: BoolArray,
+        rest: BoolArray | None,
         group: "ProcessGroup | None",
-    ) -> Iterator[tuple[int, float]]:
-        """Time growing messages to the ranks ``far``, with one byte to those ``near``."""
-        num_peers = int(far.sum())
-        if not num_peers:
-            return
-        for each in itertools.chain([1], self._message_sizes(num_peers)):
-            exchange = self._exchange((far * each + near).tolist(), group)
-            seconds = self.seconds(exchange)
-            yield each * num_peers, seconds
+    ) -> Iterator[_Exchange]:
+        """Yield growing messages between ``pairs``, with one byte between the ``rest``.
+
+        Both are ``[n, n]`` of the ranks of the group; without ``rest`` it is an all-gather.
+        """
+        busiest = int(max(pairs.sum(axis=0).max(), pairs.sum(axis=1).max()))
+        for each in self._message_sizes(busiest):
+            if rest is None:
+                action = self._all_gather(each)
+            else:
+                action = self._all_to_all(pairs * each + rest, group)
+            seconds = self._warm(action)
+            laps = int(np.clip(_LAP / seconds, 1, _MOST_LAPS))
+            yield _Exchange(name=name, num_bytes=each * busiest, action=action, laps=laps)
             if seconds > _LONG_ENOUGH:
                 return
 
     def _message_sizes(self, num_peers: int) -> Iterator[int]:
         """Yield bytes to each peer, doubling up to the longest message of a rank."""
+        yield 1
         size = _SHORTEST
         while size * num_peers <= _LONGEST[self.device.type]:
             yield size
             size *= 2
 
-    def _exchange(
-        self, splits: list[int], group: "ProcessGroup | None"
+    def _all_to_all(
+        self, matrix: IntArray, group: "ProcessGroup | None"
     ) -> Callable[[], object]:
-        import torch
+        """Return what sends the bytes of a matrix ``[n, n]`` from each rank to each."""
         import torch.distributed as dist
 
-        sent = torch.zeros(sum(splits), dtype=torch.uint8, device=self.device)
-        received = torch.empty_like(sent)
-        # Whatever a rank sends to another, it receives from it.
-        return lambda: dist.all_to_all_single(received, sent, splits, splits, group=group)
+        own = self.rank % len(matrix)
+        to, by = matrix[own].tolist(), matrix[:, own].tolist()
+        sent, received = self.sent[: sum(to)], self.received[: sum(by)]
+        return lambda: dist.all_to_all_single(received, sent, by, to, group=group)
+
+    def _all_gather(self, each: int) -> Callable[[], object]:
+        """Return what gives so many bytes of each rank to every other."""
+        import torch.distributed as dist
+
+        received = list(self.received[: each * self.options.num_ranks].split(each))
+        return lambda: dist.all_gather(received, self.sent[:each])
 
     def seconds(self, action: Callable[[], object]) -> float:
         """Return the median over repetitions of the seconds on the slowest rank."""
-        self._lap(action, 2)  # connections and buffers warm up
-        laps = int(np.clip(_LAP / self._lap(action, 2), 1, _MOST_LAPS))
+        laps = int(np.clip(_LAP / self._warm(action), 1, _MOST_LAPS))
         times = [self._lap(action, laps) for _ in range(self.options.repetitions)]
         return float(np.median(times))
+
+    def _warm(self, action: Callable[[], object]) -> float:
+        """Warm connections and buffers up; return the seconds that it takes then."""
+        self._lap(action, 1)
+        return self._lap(action, 1)
 
     def _lap(self, action: Callable[[], object], laps: int) -> float:
         """Return the mean seconds of some actions that all ranks begin together.

@@ -48,6 +48,18 @@ def replay(
         str, typer.Option(help="auto, float32, bfloat16 or float16.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL).")] = "cpu",
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The links that it runs on (placer calibrate)."),
+    ] = None,
+    elsewhere: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Predict the time of a pass with these links instead of --hardware; "
+            "repeatable.",
+        ),
+    ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
@@ -66,9 +78,10 @@ def replay(
     num_ranks = Plan.read(plan).placement.num_ranks
     if worker.alone and num_ranks > 1:
         raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
+    from placer.hardware import Hardware
     from placer.replay.replay import ReplayOptions
     from placer.replay.replay import replay as replay_plan
-    from placer.report.replay import COLUMNS, facts, rows
+    from placer.report.replay import columns, facts, rows
     from placer.trace import Trace
 
     outcome = replay_plan(
@@ -83,6 +96,8 @@ def replay(
             repeats=repeats,
             dtype=dtype,  # type: ignore[arg-type]  # ReplayOptions refuses other names
             device=device,
+            hardware=None if hardware is None else Hardware.named(hardware),
+            elsewhere=tuple(Hardware.named(name) for name in elsewhere or ()),
         ),
         worker,
         fold=parse_fold(fold, not_fold),
@@ -96,7 +111,7 @@ def replay(
     if as_json:
         print_json(outcome.to_json())
     else:
-        print_table(COLUMNS, rows(outcome))
+        print_table(columns(outcome), rows(outcome))
         for fact in facts(outcome):
             print_line(fact)
     outcome.require_verified()

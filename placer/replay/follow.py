@@ -232,11 +232,14 @@ class FollowRun:
         heads, key_size = key.shape[1], key.shape[-1]
         rows = torch.cat([key[0], value[0]], dim=-1).transpose(0, 1)
         sizes = torch.full((self.num_ranks,), len(place), device=place.device)
-        received = exchange_sizes(sizes, self.group)
         everywhere = [len(place)] * self.num_ranks
-        places = send_rows(place.repeat(self.num_ranks), everywhere, received, self.group)
         repeated = rows.flatten(1).repeat(self.num_ranks, 1)
-        with self._counted(self._moe_layer_from(self.attention_layer), "keys_and_values"):
+        moe_layer = self._moe_layer_from(self.attention_layer)
+        with self._counted(moe_layer, "dispatch"):
+            received = exchange_sizes(sizes, self.group)
+            told = place.repeat(self.num_ranks)
+            places = send_rows(told, everywhere, received, self.group)
+        with self._counted(moe_layer, "keys_and_values"):
             came = send_rows(repeated, everywhere, received, self.group)
         batch, length = self.shape[:2]
         every = came.new_empty(batch * length, heads, rows.shape[-1])
@@ -316,9 +319,9 @@ class FollowRun:
         self, layer: int, part: Part, hidden: Tensor, told: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Send rows and what is told of them, sorted by rank; return what comes."""
-        received = exchange_sizes(sizes, self.group)
         splits = sizes.tolist()
         with self._counted(layer, part):
+            received = exchange_sizes(sizes, self.group)
             rows = send_rows(hidden, splits, received, self.group)
             return rows, send_rows(told, splits, received, self.group)
 

@@ -1,7 +1,7 @@
 """What a replay found, and whether it is what a simulation says."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class ReplayedRun:
         Ranks of a node.
     seconds
         Median seconds of a forward pass of all ranks; ``None`` if it was not timed.
+    elsewhere
+        Predicted seconds of a forward pass on other links, by their name.
     """
 
     placement: str
@@ -57,6 +59,7 @@ class ReplayedRun:
     num_tokens: int
     ranks_per_node: int
     seconds: float | None
+    elsewhere: dict[str, float] = field(default_factory=dict)
 
     @property
     def beside(self) -> dict[str, IntArray]:
@@ -119,6 +122,7 @@ class ReplayedRun:
             "error": self.error,
             "differently_routed": self.differently_routed,
             "seconds": self.seconds,
+            "seconds_elsewhere": self.elsewhere,
         }
 
 

@@ -1,16 +1,21 @@
-"""What a simulation says that a replayed run sends."""
+"""What a simulation says that a replayed run sends, and how long it takes elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.engine import Exchange
+from placer.hardware import FloatArray, Hardware
 from placer.plan.placement import Placement
+from placer.replay.traffic import Collective
+from placer.simulation.cost import exchange_seconds
 from placer.simulation.homes import Batches
 from placer.simulation.messages import dispatch_messages
 from placer.simulation.replica_choice import Server
 from placer.simulation.serving import RankArray, majority_rank
+from placer.simulation.steps import Copies, LinkCopies
 from placer.table.homes import TableHomes
 from placer.table.table import Table
 from placer.trace import Chunk
@@ -108,3 +113,68 @@ def _capacities(slots: IntArray, home: RankArray, batches: Batches) -> int:
         minlength=batches.num_batches * num_homes * num_slots,
     )
     return int(counts.reshape(batches.num_batches, -1).max(axis=1).sum())
+
+
+def predict_seconds(
+    seconds: float,
+    collectives: Sequence[Collective],
+    *,
+    num_passes: int,
+    ranks_per_node: int,
+    here: Hardware,
+    elsewhere: Hardware,
+) -> float:
+    """Return what a measured forward pass would take with other links.
+
+    Computation is what is left of the pass without what its collectives take by the links
+    that it was measured on; the same collectives then take what they do elsewhere. Ranks
+    are taken to enter a collective together, as those that wait do not compute.
+
+    Parameters
+    ----------
+    seconds
+        Of a forward pass of all ranks, measured here.
+    collectives
+        What it sent, ``[R, R]`` bytes each, in all passes.
+    num_passes
+        Forward passes.
+    ranks_per_node
+        Ranks of a node.
+    here, elsewhere
+        The links that it was measured on, and the others.
+    """
+    before, after = (
+        _collective_seconds(collectives, ranks_per_node, hardware) / num_passes
+        for hardware in (here, elsewhere)
+    )
+    return max(seconds - before, 0.0) + after
+
+
+def _collective_seconds(
+    collectives: Sequence[Collective], ranks_per_node: int, hardware: Hardware
+) -> float:
+    """Add up what collectives take."""
+    total = 0.0
+    curve = hardware.all_gather
+    for operation in ("all_to_all", "all_gather"):
+        chosen = [one.num_bytes for one in collectives if one.operation == operation]
+        if not chosen:
+            continue
+        sent = np.stack(chosen).astype(float)
+        num_ranks = sent.shape[-1]
+        ranks = np.arange(num_ranks)
+        sent[:, ranks, ranks] = 0
+        if operation == "all_gather" and curve is not None:
+            total += curve.at(sent.sum(axis=2).max(axis=1)).sum()
+            continue
+        node = ranks // ranks_per_node
+        far = node[:, None] != node
+        copies = Copies(fast=_moved(sent * ~far), slow=_moved(sent * far))
+        num_nodes = num_ranks // ranks_per_node
+        total += exchange_seconds(hardware, num_nodes, copies, 1).sum()
+    return float(total)
+
+
+def _moved(num_bytes: FloatArray) -> LinkCopies:
+    """Return what each rank sends and receives, from bytes ``[n, R, R]``."""
+    return LinkCopies(sent=num_bytes.sum(axis=2), received=num_bytes.sum(axis=1))

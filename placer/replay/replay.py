@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.files import read_json
+from placer.hardware import Hardware
 from placer.model import Architecture, ModelSpec, require_same_model
 from placer.plan import Placement, Plan
 from placer.replay.kinds import EXCHANGE_KINDS, FOLLOW, PER_NODE, SHUFFLE
 from placer.replay.outcome import ReplayedRun, ReplayOutcome, median_seconds
-from placer.replay.predict import predict_copies
+from placer.replay.predict import predict_copies, predict_seconds
+from placer.replay.traffic import Collective
 from placer.simulation.baselines import contiguous
 from placer.simulation.homes import fixed_homes
 from placer.simulation.judge import read_table_of
@@ -51,6 +53,10 @@ class ReplayOptions:
         Of the weights; ``auto`` takes the checkpoint's own.
     device
         ``cpu`` (gloo) or ``cuda`` (NCCL).
+    hardware
+        The links that it runs on, measured.
+    elsewhere
+        Others, for which the time is predicted from that here.
     """
 
     exchanges: tuple[str, ...] = ()
@@ -60,6 +66,8 @@ class ReplayOptions:
     repeats: int = 3
     dtype: Dtype = "float32"
     device: str = "cpu"
+    hardware: Hardware | None = None
+    elsewhere: tuple[Hardware, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "sequences_per_rank", "num_passes"):
@@ -73,6 +81,25 @@ class ReplayOptions:
             raise UsageError(
                 f"--dtype {self.dtype} is not known",
                 f"choose {', '.join(get_args(Dtype))}",
+            )
+        self._require_prediction()
+
+    def _require_prediction(self) -> None:
+        names = [other.name for other in self.elsewhere]
+        if names and self.hardware is None:
+            raise UsageError(
+                f"--elsewhere {names[0]} needs what the links are here",
+                "measure them: placer calibrate --out here.toml, then --hardware here.toml",
+            )
+        if names and not self.repeats:
+            raise UsageError(
+                f"--elsewhere {names[0]} is predicted from the time here, but repeats is 0",
+                "time the passes: --repeats 3",
+            )
+        if len(set(names)) < len(names):
+            raise UsageError(
+                f"two of --elsewhere have one name: {', '.join(names)}",
+                "rename a file: predictions are told by its name",
             )
 
 
@@ -260,6 +287,17 @@ def _require_engine() -> None:
         ) from error
 
 
+def _collectives(found: Sequence["WorkerRun"]) -> tuple[Collective, ...]:
+    """Put together what the ranks sent in each collective, in which all take part."""
+    return tuple(
+        Collective(
+            operation=ranks[0].operation,
+            num_bytes=np.stack([one.num_bytes for one in ranks]),
+        )
+        for ranks in zip(*(one.collectives for one in found), strict=True)
+    )
+
+
 class _Runner:
     """Runs placements on all ranks, and puts together what they saw."""
 
@@ -281,7 +319,7 @@ class _Runner:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.device = str(model.device)
         self.copy_bytes = model.dtype.itemsize * (spec.hidden_size or 0)
-        self.worker, self.batches = worker, batches
+        self.worker, self.batches, self.options = worker, batches, options
         from placer.replay.session import Session  # transformers' own: it is there
 
         self.session = Session(model, architecture, spec, batches, options.repeats)
@@ -342,8 +380,29 @@ class _Runner:
             ),
             num_tokens=tokens.num_tokens,
             ranks_per_node=placement.ranks_per_node,
-            seconds=median_seconds(found[0].seconds),
+            seconds=(seconds := median_seconds(found[0].seconds)),
+            elsewhere=self._elsewhere(seconds, found, placement.ranks_per_node),
         )
+
+    def _elsewhere(
+        self, seconds: float | None, found: Sequence["WorkerRun"], ranks_per_node: int
+    ) -> dict[str, float]:
+        """Predict the seconds of a pass with other links."""
+        here = self.options.hardware
+        if here is None or seconds is None:
+            return {}
+        collectives = _collectives(found)
+        return {
+            other.name: predict_seconds(
+                seconds,
+                collectives,
+                num_passes=len(self.batches),
+                ranks_per_node=ranks_per_node,
+                here=here,
+                elsewhere=other,
+            )
+            for other in self.options.elsewhere
+        }
 
     def _routed(self, found: Sequence["WorkerRun"]) -> Chunk:
         """Put together what the routers of all ranks chose, in the order of the tokens."""

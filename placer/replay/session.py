@@ -34,7 +34,7 @@ from placer.replay.kinds import (
 )
 from placer.replay.sharding import ExpertsForward, ExpertsModule, experts_modules
 from placer.replay.token_shuffle import TokenShuffle
-from placer.replay.traffic import Traffic, TrafficCounter
+from placer.replay.traffic import Collective, Traffic, TrafficCounter
 from placer.simulation.serving import LayerServing
 from placer.table.table import Table
 from placer.trace.capture import RouterCapture, by_descending_weight
@@ -51,6 +51,8 @@ class WorkerRun:
     ----------
     traffic
         What it sent.
+    collectives
+        The same, one after another.
     places
         L arrays ``[n]`` int64: the tokens whose routers ran here.
     experts
@@ -65,6 +67,7 @@ class WorkerRun:
     """
 
     traffic: Traffic
+    collectives: tuple[Collective, ...]
     places: list[IntArray]
     experts: list[IntArray]
     error: float
@@ -155,6 +158,7 @@ class Session:
             seconds = [self._time(kind) for _ in range(self.repeats)]
         return WorkerRun(
             traffic=counter.traffic(),
+            collectives=counter.collectives(),
             places=[np.concatenate(layer) for layer in seen.places],
             experts=[np.concatenate(layer) for layer in seen.experts],
             # Unlike max(), this lets what is not a number through.

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 IntArray = npt.NDArray[np.int64]
 Part = Literal["exchange", "dispatch", "combine", "keys_and_values"]
+#: What a collective of torch.distributed does with what it is given, as far as it is timed.
+Operation = Literal["all_to_all", "all_gather"]
 
 #: Operators of torch.distributed by what they send: rows that are split over the ranks,
 #: or all that they are given to every rank. (Functional ones are what DTensors use.)
@@ -25,6 +27,8 @@ _WHOLE = (
     "c10d::_allgather_base_",
     "_c10d_functional::all_gather_into_tensor",
 )
+#: Every rank's word for all, as an all-gather of it is.
+_REDUCED = ("c10d::allreduce_",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,7 +41,7 @@ class Traffic:
         ``[L, R]`` int64: hidden states sent to each rank in each MoE layer, on their way
         to experts and back. A rank's own column is what never leaves it.
     described
-        ``[L, R]`` int64: ids, weights and counts that go along.
+        ``[L, R]`` int64: ids, weights, counts and capacities that go along.
     gathered
         ``[L, R]`` int64: hidden states that every rank is given in an all-gather.
     keys_and_values
@@ -49,6 +53,22 @@ class Traffic:
     described: IntArray
     gathered: IntArray
     keys_and_values: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Collective:
+    """One collective of all ranks.
+
+    Attributes
+    ----------
+    operation
+        What it does.
+    num_bytes
+        ``[R]`` int64: bytes that one rank sends to each, or ``[R, R]`` from each to each.
+    """
+
+    operation: Operation
+    num_bytes: IntArray
 
 
 class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
@@ -72,6 +92,7 @@ class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         self._steps: list[IntArray] = []
         shape = (num_layers, num_ranks)
         self._bytes = {f.name: np.zeros(shape, dtype=np.int64) for f in fields(Traffic)}
+        self._collectives: list[Collective] = []
 
     @contextmanager
     def within(self, layer: int, part: Part) -> Iterator[None]:
@@ -93,6 +114,10 @@ class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         """Return what was sent until now."""
         return Traffic(**{name: counts.copy() for name, counts in self._bytes.items()})
 
+    def collectives(self) -> tuple["Collective", ...]:
+        """Return what was sent until now, one after another, inside layers and out."""
+        return tuple(self._collectives)
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -103,23 +128,38 @@ class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         """Run an operator; count what it sends."""
         result = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0]
-        if self._place is not None and name in (*_SPLIT, *_WHOLE):
-            self._count(name, args, *self._place)
+        if name in (*_SPLIT, *_WHOLE, *_REDUCED):
+            self._count(name, args)
         return result
 
-    def _count(self, name: str, args: Sequence[Any], layer: int, part: Part) -> None:
-        functional = name.startswith("_c10d_functional")
-        sent = args[0] if functional else args[1]
+    def _count(self, name: str, args: Sequence[Any]) -> None:
+        given_first = name.startswith("_c10d_functional") or name in _REDUCED
+        sent = args[0] if given_first else args[1]
         sent = sent[0] if isinstance(sent, (list, tuple)) else sent
-        if name in _WHOLE:
-            to_rank = np.full(self._num_ranks, sent.numel() * sent.element_size())
+        if name in _SPLIT:
+            operation: Operation = "all_to_all"
+            to_rank = self._split_bytes(sent, args[2] if given_first else args[4])
         else:
-            to_rank = self._split_bytes(sent, args[2] if functional else args[4])
+            operation = "all_gather"
+            to_rank = np.full(self._num_ranks, sent.numel() * sent.element_size())
+        self._collectives.append(Collective(operation=operation, num_bytes=to_rank))
+        if self._place is not None:
+            self._add(sent, operation, to_rank, *self._place)
+
+    def _add(
+        self,
+        sent: torch.Tensor,
+        operation: Operation,
+        to_rank: IntArray,
+        layer: int,
+        part: Part,
+    ) -> None:
+        """Add bytes to those of a part of a layer."""
         if part == "keys_and_values":
             self._bytes[part][layer] += to_rank
-        elif not (sent.is_floating_point() and sent.shape[-1] == self._hidden_size):
+        elif not (sent.is_floating_point() and sent.shape[-1:] == (self._hidden_size,)):
             self._bytes["described"][layer] += to_rank
-        elif name in _WHOLE:
+        elif operation == "all_gather":
             self._bytes["gathered"][layer] += to_rank
         elif part == "exchange":
             self._steps.append(to_rank)

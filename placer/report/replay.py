@@ -2,7 +2,7 @@
 
 from placer.replay.outcome import ReplayedRun, ReplayOutcome, link_bytes
 
-COLUMNS = (
+_COLUMNS = (
     "placement",
     "exchange",
     "dispatch fast",
@@ -20,6 +20,11 @@ _WORDS = {
     "gathered": "outputs to all ranks",
     "keys_and_values": "keys and values",
 }
+
+
+def columns(outcome: ReplayOutcome) -> tuple[str, ...]:
+    """Return what the rows hold: the last ones are predictions for other links."""
+    return (*_COLUMNS, *(f"on {name}" for name in outcome.runs[0].elsewhere))
 
 
 def rows(outcome: ReplayOutcome) -> list[tuple[object, ...]]:
@@ -41,6 +46,7 @@ def _row(run: ReplayedRun) -> tuple[object, ...]:
         "yes" if run.as_predicted else "NO",
         f"{run.error:.0e}",
         "-" if run.seconds is None else f"{run.seconds * 1e3:.1f}",
+        *(f"{seconds * 1e3:.1f}" for seconds in run.elsewhere.values()),
     )
 
 
@@ -68,6 +74,11 @@ def facts(outcome: ReplayOutcome) -> list[str]:
         ]
         if told:
             lines.append(f"{run.placement}, {run.exchange}: besides {', '.join(told)}")
+    if outcome.runs[0].elsewhere:
+        lines.append(
+            "ms/pass on other links are predicted: the pass here, with what its "
+            "collectives take there"
+        )
     if outcome.device == "cpu":
         lines.append("times are those of processes that share this machine's cores")
     return lines

@@ -8,7 +8,9 @@ link. A layer's time is their sum::
 
 with hidden size H, expert width I (gate, up and down projection: 3 H I weights of w bytes,
 two operations each per pair), and copies the more of sent and received. Both link classes
-work at the same time; the latency is that of the slowest link in use.
+work at the same time; the latency is that of the slowest link in use. Where a link was
+measured, its times for so many bytes are taken instead of the two figures
+(:class:`~placer.hardware.Link`).
 
 Left out: attention, the router, shared experts (they run on every rank alike), kernels that
 pad to tiles, and overlap. ``overlapped`` says what is left where two half batches take
@@ -24,7 +26,7 @@ import numpy as np
 
 from placer.engine import Transfer
 from placer.errors import UsageError
-from placer.hardware import Hardware
+from placer.hardware import Hardware, Link
 from placer.model import ModelSpec, expert_size
 from placer.simulation.steps import Copies, FloatArray, LayerSteps
 
@@ -196,12 +198,11 @@ class CostModel:
 
     def layer_times(self, steps: LayerSteps) -> LayerTimes:
         """Return the seconds of one layer in each batch."""
-        latency = self._latency()
         return LayerTimes(
             compute=self._compute(steps),
-            dispatch=latency + self._transfer(steps.dispatch, self.dispatch),
-            combine=latency + self._transfer(steps.combine, self.combine),
-            fixed=2 * latency,
+            dispatch=self._transfer(steps.dispatch, self.dispatch),
+            combine=self._transfer(steps.combine, self.combine),
+            fixed=2 * slowest_link(self.hardware, self.num_nodes).start,
         )
 
     def _compute(self, steps: LayerSteps) -> FloatArray:
@@ -215,14 +216,38 @@ class CostModel:
 
     def _transfer(self, copies: Copies, way: Transfer) -> FloatArray:
         copy_bytes = way.copy_bytes(self.expert.hidden_size)
-        fast = copies.fast.busiest * (copy_bytes / self.hardware.fast.bandwidth)
-        slow = copies.slow.busiest * (copy_bytes / self.hardware.slow.bandwidth)
-        busiest: FloatArray = np.maximum(fast, slow).max(axis=1)
-        return busiest
+        return exchange_seconds(self.hardware, self.num_nodes, copies, copy_bytes)
 
-    def _latency(self) -> float:
-        link = self.hardware.slow if self.num_nodes > 1 else self.hardware.fast
-        return link.latency
+
+def exchange_seconds(
+    hardware: Hardware, num_nodes: int, copies: Copies, copy_bytes: float
+) -> FloatArray:
+    """Return ``[B]``: the seconds of exchanges that end with the busiest link.
+
+    Parameters
+    ----------
+    hardware
+        Links.
+    num_nodes
+        Nodes that the ranks are on.
+    copies
+        What each rank sends and receives in each of B exchanges.
+    copy_bytes
+        Bytes of a copy.
+    """
+    growth: FloatArray = np.maximum(
+        *(
+            link.growth(moved.sent * copy_bytes, moved.received * copy_bytes)
+            for link, moved in ((hardware.fast, copies.fast), (hardware.slow, copies.slow))
+        )
+    )
+    seconds: FloatArray = slowest_link(hardware, num_nodes).start + growth.max(axis=1)
+    return seconds
+
+
+def slowest_link(hardware: Hardware, num_nodes: int) -> Link:
+    """Return the link that an exchange of all ranks has to wait for."""
+    return hardware.slow if num_nodes > 1 else hardware.fast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,8 +300,7 @@ def break_even(plan: PredictedTime, other: PredictedTime, model: CostModel) -> B
         )
     if slower >= 0 and saved <= 0:
         return BreakEven(pays="never", bandwidth=None)
-    link = model.hardware.slow if model.num_nodes > 1 else model.hardware.fast
     return BreakEven(
         pays="below" if slower > 0 else "above",
-        bandwidth=link.bandwidth * saved / slower,
+        bandwidth=slowest_link(model.hardware, model.num_nodes).bandwidth * saved / slower,
     )
