@@ -6,8 +6,8 @@ fast link the ranks of each node exchange among themselves; for the slow one all
 with one byte to each rank of the own node and the message spread over those of other nodes.
 All ranks send at once, as in a dispatch, so what they share (a network card of the node,
 processor cores) is shared here too. The same is measured with every other rank (for the
-slow link, every other node) sending and the rest receiving, since real exchanges are
-unequal, and as an all-gather of all ranks, which is another algorithm.
+slow link, every rank of every other node) sending to the next one only, since real
+exchanges are unequal, and as an all-gather of all ranks, which is another algorithm.
 
 An exchange takes ``latency + bytes / bandwidth``, the bytes those that one rank sends over
 the link: the cost of a message of LogGP, with one latency for all that does not grow with
@@ -209,6 +209,8 @@ class Calibration:
         Dense operations per second of a bf16 matrix product on the slowest rank.
     memory_bandwidth
         Bytes read and written per second by a copy on the slowest rank.
+    processor_share
+        Operations per second when all ranks compute over those of one by itself, at most 1.
     fast, slow
         Links inside and between nodes; ``None`` where no two ranks are joined by it.
     all_gather
@@ -222,6 +224,7 @@ class Calibration:
     fast: LinkFit | None
     slow: LinkFit | None
     all_gather: Curve | None = None
+    processor_share: float = 1.0
 
     @property
     def links(self) -> dict[str, LinkFit]:
@@ -242,6 +245,7 @@ class Calibration:
             fast=fast.measured,
             slow=slow.measured,
             all_gather=self.all_gather,
+            processor_share=self.processor_share,
             source="placer calibrate",
             notes=tuple(self.notes()),
         )
@@ -277,6 +281,7 @@ class Calibration:
             "device": self.options.device,
             "bf16_flops": self.bf16_flops,
             "memory_bandwidth": self.memory_bandwidth,
+            "processor_share": self.processor_share,
             "fast": None if self.fast is None else self.fast.to_json(),
             "slow": None if self.slow is None else self.slow.to_json(),
             "all_gather": None if self.all_gather is None else self.all_gather.to_json(),
@@ -339,12 +344,14 @@ def calibrate(
         bench = _Bench(options, worker)
         tell("matrix product and copy")
         flops, memory = bench.flops(), bench.memory_bandwidth()
+        share = min(flops / bench.flops(alone=True), 1.0)
         tell("exchanges")
         timings = bench.time_exchanges()
     return Calibration(
         options=options,
         bf16_flops=flops,
         memory_bandwidth=memory,
+        processor_share=share,
         fast=_fit(timings, "fast"),
         slow=_fit(timings, "slow"),
         all_gather=Curve.rising(*zip(*timings["all_gather"], strict=True)),
@@ -404,14 +411,19 @@ class _Bench:
         self.sent = torch.zeros(longest, dtype=torch.uint8, device=self.device)
         self.received = torch.empty_like(self.sent)
 
-    def flops(self) -> float:
-        """Return operations per second of a square bf16 matrix product."""
+    def flops(self, *, alone: bool = False) -> float:
+        """Return operations per second of a square bf16 matrix product.
+
+        ``alone``: of the first rank, while the others wait.
+        """
         import torch
 
         size = _MATMUL[self.device.type]
         one = torch.ones(size, size, dtype=torch.bfloat16, device=self.device)
         out = torch.empty_like(one)
-        return 2.0 * size**3 / self.seconds(lambda: torch.matmul(one, one, out=out))
+        idle = alone and self.rank > 0
+        seconds = self.seconds(lambda: idle or torch.matmul(one, one, out=out))
+        return 2.0 * size**3 / seconds
 
     def memory_bandwidth(self) -> float:
         """Return bytes read and written per second by a copy."""
@@ -441,18 +453,19 @@ class _Bench:
         near = ranks[:, None] // width == ranks // width
         near &= ranks[:, None] != ranks
         far = ranks[:, None] // width != ranks // width
-        for name, pairs, turn in (
-            ("fast", near[:width, :width], ranks[:width]),
-            ("slow", far, ranks // width),
+        for name, pairs, rest, step in (
+            ("fast", near[:width, :width], far[:width, :width], 1),
+            ("slow", far, near, width),
         ):
             if not pairs.any():
                 continue
             group = self.node_group if name == "fast" else None
-            rest = np.zeros_like(pairs) if name == "fast" else near
-            # Every other rank, or every other node, sends to the rest.
-            apart = pairs & (turn % 2 == 0)[:, None] & (turn % 2 == 1)
-            for which, sends in ((name, pairs), (f"{name} one way", apart)):
-                yield from self._growing(which, sends, rest, group)
+            yield from self._growing(name, pairs, rest, group)
+            # Every other rank sends to the next, or every other node's ranks to those of
+            # the next node.
+            place = ranks[: len(pairs)]
+            apart = (place[:, None] + step == place) & (place // step % 2 == 0)[:, None]
+            yield from self._growing(f"{name} one way", apart, rest, group)
         yield from self._growing("all_gather", near | far, None, None)
 
     def _growing(

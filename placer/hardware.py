@@ -171,6 +171,9 @@ class Hardware:
     all_gather
         Measured times of an all-gather of all ranks, by the bytes that one rank gives times
         the number of the others; ``None`` where it is taken for an all-to-all.
+    processor_share
+        Part of its speed that a processor has left when all ranks compute: below 1 where
+        ranks share one.
     source
         Where the figures come from.
     notes
@@ -184,6 +187,7 @@ class Hardware:
     fast: Link
     slow: Link
     all_gather: Curve | None = None
+    processor_share: float = 1.0
     source: str = "the user's own file"
     notes: tuple[str, ...] = ()
 
@@ -194,6 +198,12 @@ class Hardware:
                     f"hardware {self.name}: {field} must be positive and finite, got "
                     f"{getattr(self, field):g}"
                 )
+
+        if not 0 < self.processor_share <= 1:
+            raise UsageError(
+                f"hardware {self.name}: processor_share must be above 0 and at most 1, got "
+                f"{self.processor_share:g}"
+            )
 
     def flops(self, weight_bytes: float) -> float:
         """Return operations per second for weights of this many bytes per element."""
@@ -249,6 +259,7 @@ def require_hardware_path(path: Path) -> None:
 def write_hardware(hardware: Hardware, path: Path) -> None:
     """Write a file that :meth:`Hardware.named` reads, figures to four digits."""
     lines = [f"{field} = {getattr(hardware, field):.3e}" for field in _FIGURES]
+    lines.append(f"processor_share = {hardware.processor_share:.3f}")
     # A JSON string of printable ASCII is a TOML basic string too.
     lines += [f"source = {json.dumps(hardware.source)}", "notes = ["]
     lines += [*(f"  {json.dumps(note)}," for note in hardware.notes), "]"]

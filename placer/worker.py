@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Self
 
 from placer.errors import PlacerError, UsageError
@@ -18,6 +19,9 @@ from placer.errors import PlacerError, UsageError
 # A worker waits for the slowest, whose last piece of work may take long.
 _TIMEOUT = datetime.timedelta(days=7)
 _POLL_SECONDS = 0.05
+# Where the first worker that fails says so, and how long it may take to end after that.
+_FIRST_FAILURE = "PLACER_FIRST_FAILURE"
+_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +112,32 @@ def together(worker: Worker, backend: str = "gloo") -> Iterator[None]:
     dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield
+    except BaseException:
+        fails_first()  # leaving the group fails the others too
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def fails_first() -> bool:
+    """Note that this worker fails; return whether it is the first, or has no others.
+
+    When one worker fails the connections of the others break, which is not worth telling.
+    """
+    path, rank = os.environ.get(_FIRST_FAILURE), os.environ.get("RANK")
+    if path is None or rank is None:
+        return True
+    with suppress(FileExistsError):
+        os.symlink(rank, path)  # unlike a file it is there with what it says, or not
+    return os.readlink(path) == rank
 
 
 def start_workers(number: int, arguments: Sequence[str]) -> int:
     """Run a placer command as ``number`` workers on this machine; return its exit code.
 
-    The first worker's output is this process's own; of the others, only what one says that
-    fails alone. One that fails ends all, and none outlives this process, unless that is
-    killed outright.
+    The first worker's output is this process's own; of the others, only what the one says
+    that fails first. One that fails ends all, and none outlives this process, unless that
+    is killed outright.
 
     Raises
     ------
@@ -128,8 +148,9 @@ def start_workers(number: int, arguments: Sequence[str]) -> int:
     with ExitStack() as stack:
         said = [stack.enter_context(TemporaryFile()) for _ in range(number)]
         stack.enter_context(_exit_at_sigterm())
+        first = Path(stack.enter_context(TemporaryDirectory()), "rank")
         stack.callback(_end, workers)
-        shared = _shared_environment(number)
+        shared = _shared_environment(number) | {_FIRST_FAILURE: str(first)}
         for rank in range(number):
             worker = subprocess.Popen(
                 [sys.executable, "-m", "placer.cli.main", *arguments],
@@ -141,9 +162,16 @@ def start_workers(number: int, arguments: Sequence[str]) -> int:
         codes = _wait_for(workers)
         if not codes:
             return 0
+        failed = int(os.readlink(first)) if first.is_symlink() else None
+        if failed is not None:
+            with suppress(subprocess.TimeoutExpired):
+                codes[failed] = workers[failed].wait(_END_SECONDS)
         # When one is killed the others fail too, since it does not answer.
-        cause = min(codes, key=lambda rank: (codes[rank] != -signal.SIGKILL, rank))
-        if 0 not in codes:
+        cause = min(
+            codes,
+            key=lambda rank: (codes[rank] != -signal.SIGKILL, rank != failed, rank),
+        )
+        if cause:
             said[cause].seek(0)
             sys.stderr.write(said[cause].read().decode(errors="replace"))
     if codes[cause] < 0:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,8 +160,14 @@ def test_two_processes_measure_the_link_between_them(
     assert hardware.fast.bandwidth == pytest.approx(fast["bandwidth_bytes_per_s"], rel=1e-3)
     assert fast["num_bytes"][:3] == [1, 1024, 2048]
     assert len(fast["seconds"]) == len(fast["num_bytes"])
+    assert hardware.fast.curves is not None
+    assert list(hardware.fast.curves.both_ways.num_bytes) == fast["num_bytes"]
+    assert fast["one_way"][1][0] == 1024, "one rank sends to the other"
+    assert hardware.all_gather is not None
+    assert hardware.all_gather.num_bytes[1] == 1024
     assert fast["seconds"][-1] > fast["seconds"][1], "more bytes take longer"
     assert hardware.bf16_flops > 0
+    assert 0 < hardware.processor_share <= 1
 
 
 def test_simulate_reads_what_was_measured(
@@ -169,7 +176,7 @@ def test_simulate_reads_what_was_measured(
     write_plan: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A dispatch of at most 128 copies of 64 bytes takes the latency, and those bytes."""
+    """A dispatch of at most 128 copies of 64 bytes takes a time that was measured."""
     out, _ = run_directly
     trace = make_trace()
     plan = write_plan(trace.model, contiguous(trace.model.num_experts, 2))
@@ -183,9 +190,13 @@ def test_simulate_reads_what_was_measured(
         if one["batch_size"] == 128
     )
     link = Hardware.named(str(out)).fast
-    least = link.latency * 1e6
-    most = least + 128 * 64 / link.bandwidth * 1e6
-    assert least < batches["time"]["dispatch_us"] < most
+    assert link.curves is not None
+    most = max(
+        np.interp(128 * 64, one.num_bytes, one.seconds)
+        for one in (link.curves.both_ways, link.curves.one_way)
+    )
+    least = link.curves.both_ways.seconds[0]
+    assert least * 1e6 - 1 <= batches["time"]["dispatch_us"] <= most * 1e6 + 1
 
 
 def test_workers_of_torchrun_measure_both_links(tmp_path: Path) -> None:
@@ -201,11 +212,18 @@ def test_workers_of_torchrun_measure_both_links(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1, "one worker speaks"
     assert [path.name for path in tmp_path.iterdir()] == ["both.toml"]
-    notes = Hardware.named(str(out)).notes
+    hardware = Hardware.named(str(out))
+    notes = hardware.notes
     assert notes[0].startswith("4 ranks on 2 nodes, cpu, gloo")
     # Two ranks of a node have one peer each; between the nodes each rank has two.
     assert notes[1].startswith("fast: fitted to all-to-all exchanges of 1 to")
     assert notes[2].startswith("slow: fitted to all-to-all exchanges of 2 to")
+    # One way each rank of the first node sends to one of the other; each gives its bytes
+    # to three ranks in an all-gather.
+    assert hardware.slow.curves is not None
+    assert hardware.slow.curves.one_way.num_bytes[:2] == (1, 1024)
+    assert hardware.all_gather is not None
+    assert hardware.all_gather.num_bytes[:2] == (3, 3072)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def test_every_worker_runs_the_command() -> None:
 
 def test_a_failure_is_told_once_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:
     assert start_workers(3, ["inspect", "nowhere"]) == 1
-    assert capfd.readouterr().err.count("nowhere") <= 2
+    assert capfd.readouterr().err.count("placer: ") == 1
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,44 @@ def test_the_failure_of_another_worker_is_told(
     )
     assert start_workers(2, []) == 4
     assert capfd.readouterr().err == "why\n"
+
+
+def test_the_first_failure_is_told_where_others_end_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        '[ $RANK = 1 ] && { ln -s 1 "$PLACER_FIRST_FAILURE"; sleep 0.3; '
+        "echo why >&2; exit 4; }; "
+        'until [ -L "$PLACER_FIRST_FAILURE" ]; do sleep 0.01; done; exit 1'
+    )
+    pretend(tmp_path, monkeypatch, script)
+    assert start_workers(2, []) == 4
+    assert capfd.readouterr().err == "why\n"
+
+
+def test_a_connection_that_a_failure_breaks_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 fails while rank 0 waits for it, whose collective then fails too."""
+    code = tmp_path / "command.py"
+    code.write_text(
+        "import torch.distributed as dist\n"
+        "from placer.cli import main\n"
+        "from placer.errors import PlacerError\n"
+        "from placer.worker import Worker, together\n"
+        "def app(**_):\n"
+        "    worker = Worker.of_environment()\n"
+        "    with together(worker):\n"
+        "        dist.barrier()\n"
+        "        if worker.index:\n"
+        "            raise PlacerError('why', 'how')\n"
+        "        dist.barrier()\n"
+        "main.app = app\n"
+        "main.main()\n"
+    )
+    pretend(tmp_path, monkeypatch, f"exec {sys.executable} {code}")
+    assert start_workers(2, []) == 1
+    assert capfd.readouterr().err == "placer: why\nhint: how\n"
 
 
 def test_workers_share_the_cores_unless_the_user_says_how(

@@ -26,6 +26,7 @@ from placer.cli.tables import tables
 from placer.cli.trace import trace_app
 from placer.cli.verify import verify
 from placer.errors import PlacerError
+from placer.worker import fails_first
 
 app = typer.Typer(
     name="placer",
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     the traceback of a failure.
     """
     try:
-        app(args=list(argv) if argv is not None else None, prog_name="placer")
+        _run(argv)
     except PlacerError as error:
         if os.environ.get("PLACER_DEBUG"):
             raise
@@ -95,6 +96,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(*_explain(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", None, 130)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    """Run the command line; a worker that fails because another one did says nothing."""
+    try:
+        app(args=list(argv) if argv is not None else None, prog_name="placer")
+    except Exception:
+        if fails_first():
+            raise
+        sys.exit(1)
 
 
 def _explain(error: OSError) -> tuple[str, str | None]:

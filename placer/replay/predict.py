@@ -127,8 +127,10 @@ def predict_seconds(
     """Return what a measured forward pass would take with other links.
 
     Computation is what is left of the pass without what its collectives take by the links
-    that it was measured on; the same collectives then take what they do elsewhere. Ranks
-    are taken to enter a collective together, as those that wait do not compute.
+    that it was measured on; the same collectives then take what they do elsewhere, until
+    the last rank has done its part. Where ranks share a processor, those that are done
+    early leave it to those that are not: of the time by which the last rank is behind the
+    mean, as much is won back as it computes faster by itself.
 
     Parameters
     ----------
@@ -141,20 +143,20 @@ def predict_seconds(
     ranks_per_node
         Ranks of a node.
     here, elsewhere
-        The links that it was measured on, and the others.
+        The links that it was measured on, and the others. The processor is the one here.
     """
-    before, after = (
-        _collective_seconds(collectives, ranks_per_node, hardware) / num_passes
-        for hardware in (here, elsewhere)
-    )
-    return max(seconds - before, 0.0) + after
+    before, _ = _collective_seconds(collectives, ranks_per_node, here)
+    after, behind = _collective_seconds(collectives, ranks_per_node, elsewhere)
+    compute = max(seconds - before / num_passes, 0.0)
+    won_back = min(behind / num_passes, (1 - here.processor_share) * compute)
+    return compute + after / num_passes - won_back
 
 
 def _collective_seconds(
     collectives: Sequence[Collective], ranks_per_node: int, hardware: Hardware
-) -> float:
-    """Add up what collectives take."""
-    total = 0.0
+) -> tuple[float, float]:
+    """Add up what collectives take, and by how much the last rank is behind the mean."""
+    total, behind = 0.0, 0.0
     curve = hardware.all_gather
     for operation in ("all_to_all", "all_gather"):
         chosen = [one.num_bytes for one in collectives if one.operation == operation]
@@ -165,14 +167,16 @@ def _collective_seconds(
         ranks = np.arange(num_ranks)
         sent[:, ranks, ranks] = 0
         if operation == "all_gather" and curve is not None:
-            total += curve.at(sent.sum(axis=2).max(axis=1)).sum()
+            total += float(curve.at(sent.sum(axis=2).max(axis=1)).sum())
             continue
         node = ranks // ranks_per_node
         far = node[:, None] != node
         copies = Copies(fast=_moved(sent * ~far), slow=_moved(sent * far))
-        num_nodes = num_ranks // ranks_per_node
-        total += exchange_seconds(hardware, num_nodes, copies, 1).sum()
-    return float(total)
+        seconds = exchange_seconds(hardware, num_ranks // ranks_per_node, copies, 1)
+        last = seconds.max(axis=1)
+        total += float(last.sum())
+        behind += float((last - seconds.mean(axis=1)).sum())
+    return total, behind
 
 
 def _moved(num_bytes: FloatArray) -> LinkCopies:

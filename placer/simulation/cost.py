@@ -216,13 +216,15 @@ class CostModel:
 
     def _transfer(self, copies: Copies, way: Transfer) -> FloatArray:
         copy_bytes = way.copy_bytes(self.expert.hidden_size)
-        return exchange_seconds(self.hardware, self.num_nodes, copies, copy_bytes)
+        seconds = exchange_seconds(self.hardware, self.num_nodes, copies, copy_bytes)
+        busiest: FloatArray = seconds.max(axis=1)
+        return busiest
 
 
 def exchange_seconds(
     hardware: Hardware, num_nodes: int, copies: Copies, copy_bytes: float
 ) -> FloatArray:
-    """Return ``[B]``: the seconds of exchanges that end with the busiest link.
+    """Return ``[B, R]``: the seconds until each rank has done its part of an exchange.
 
     Parameters
     ----------
@@ -241,8 +243,7 @@ def exchange_seconds(
             for link, moved in ((hardware.fast, copies.fast), (hardware.slow, copies.slow))
         )
     )
-    seconds: FloatArray = slowest_link(hardware, num_nodes).start + growth.max(axis=1)
-    return seconds
+    return slowest_link(hardware, num_nodes).start + growth
 
 
 def slowest_link(hardware: Hardware, num_nodes: int) -> Link:

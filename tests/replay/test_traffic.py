@@ -56,3 +56,22 @@ def test_all_gathers_and_keys_are_apart() -> None:
     size = 4 * HIDDEN * 4
     assert (found.gathered.sum(), found.keys_and_values.sum()) == (size, size)
     assert found.dispatch.sum() == found.combine.sum() == 0
+
+
+def test_the_word_of_an_all_reduce_describes_and_collectives_are_kept_in_order() -> None:
+    seen = counter()
+    send(torch.zeros(9, HIDDEN))  # before the counter
+    with seen:
+        with seen.within(0, "exchange"):
+            dist.all_reduce(torch.tensor(3), dist.ReduceOp.MAX)
+            send(torch.zeros(2, HIDDEN))
+            send(torch.zeros(2, HIDDEN))
+        rows = torch.zeros(4)
+        dist.all_gather([torch.empty_like(rows)], rows)  # outside any layer
+    assert seen.traffic().described.tolist() == [[8], [0]]
+    assert [(one.operation, one.num_bytes.tolist()) for one in seen.collectives()] == [
+        ("all_gather", [8]),
+        ("all_to_all", [2 * HIDDEN * 4]),
+        ("all_to_all", [2 * HIDDEN * 4]),
+        ("all_gather", [16]),
+    ]

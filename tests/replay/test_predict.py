@@ -1,0 +1,95 @@
+"""What a pass takes on other links, by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from placer.hardware import Curve, Hardware, Link
+from placer.replay.predict import predict_seconds
+from placer.replay.traffic import Collective, Operation
+
+HERE = Hardware(
+    name="here",
+    bf16_flops=1,
+    fp8_flops=1,
+    memory_bandwidth=1,
+    fast=Link(bandwidth=100, latency=0.5),
+    slow=Link(bandwidth=10, latency=2.0),
+)
+THERE = dataclasses.replace(HERE, name="there", slow=Link(bandwidth=5, latency=3.0))
+
+
+def collective(operation: Operation, rows: list[list[int]]) -> Collective:
+    return Collective(operation=operation, num_bytes=np.array(rows))
+
+
+#: Ranks 0, 1 and 2, 3 share a node. Over the slow link rank 0 sends 40 and rank 2 gets 60;
+#: over the fast one rank 3 sends 200. What a rank keeps costs nothing.
+UNEQUAL = collective(
+    "all_to_all", [[999, 0, 40, 0], [0, 0, 20, 0], [0, 0, 0, 0], [0, 0, 200, 0]]
+)
+
+
+def predicted(
+    *collectives: Collective, seconds: float = 20, there: Hardware = THERE, passes: int = 1
+) -> float:
+    return predict_seconds(
+        seconds,
+        collectives,
+        num_passes=passes,
+        ranks_per_node=2,
+        here=HERE,
+        elsewhere=there,
+    )
+
+
+def test_the_exchanges_here_come_off_and_those_there_are_added() -> None:
+    """Here 2 + max(60 / 10, 200 / 100) = 8 seconds, there 3 + 60 / 5 = 15."""
+    assert predicted(UNEQUAL) == pytest.approx(20 - 8 + 15)
+    assert predicted(UNEQUAL, UNEQUAL) == pytest.approx(20 - 16 + 30)
+    assert predicted(UNEQUAL, UNEQUAL, passes=2) == pytest.approx(20 - 8 + 15)
+
+
+def test_nothing_changes_on_the_same_links() -> None:
+    assert predicted(UNEQUAL, there=HERE) == pytest.approx(20)
+
+
+def test_exchanges_that_would_take_longer_than_the_pass_leave_no_computation() -> None:
+    assert predicted(UNEQUAL, seconds=5) == pytest.approx(15)
+
+
+def test_an_exchange_of_nothing_takes_the_latency() -> None:
+    nothing = collective("all_to_all", np.zeros((4, 4), int).tolist())
+    assert predicted(nothing) == pytest.approx(20 - 2 + 3)
+
+
+def test_an_all_gather_takes_what_was_measured_of_one() -> None:
+    """Every rank gives 30 bytes to 3 others: 90, at 1 second per 45 bytes there.
+
+    Here none was measured: it is an all-to-all, of 60 bytes over the slow link.
+    """
+    gathered = collective("all_gather", [[30] * 4] * 4)
+    there = dataclasses.replace(THERE, all_gather=Curve.of([[0, 0], [45, 1]]))
+    assert predicted(gathered, there=there) == pytest.approx(20 - (2 + 6) + 2)
+    assert predicted(gathered) == pytest.approx(20 - (2 + 6) + (3 + 12))
+
+
+def test_ranks_that_share_a_processor_win_back_what_the_last_one_is_behind() -> None:
+    """There 15, 7, 15 and 3 + 200 / 100 = 5 seconds: the last is 15 - 10.5 behind.
+
+    It computes 20 - 8 = 12 seconds, and half of them at most are won back: all 4.5 are.
+    With a share of 0.9 it is 1.2.
+    """
+    ranks = np.array([3 + 40 / 5, 3 + 20 / 5, 3 + 60 / 5, 3 + 200 / 100])
+    behind = 15 - ranks.mean()
+    half = dataclasses.replace(HERE, processor_share=0.5)
+    found = predict_seconds(
+        20, [UNEQUAL], num_passes=1, ranks_per_node=2, here=half, elsewhere=THERE
+    )
+    assert found == pytest.approx(20 - 8 + 15 - behind)
+    most = dataclasses.replace(HERE, processor_share=0.9)
+    found = predict_seconds(
+        20, [UNEQUAL], num_passes=1, ranks_per_node=2, here=most, elsewhere=THERE
+    )
+    assert found == pytest.approx(20 - 8 + 15 - 0.1 * 12)
