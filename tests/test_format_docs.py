@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from placer.hardware import Hardware, write_hardware
 from placer.model import ModelSpec
 from placer.plan import SolverReport
 from placer.shuffle import CombinedRule
@@ -188,3 +189,15 @@ def test_every_tensor_and_metric_is_documented() -> None:
     solver = {one.name for one in fields(SolverReport)}
     tensors = {"load", "transition", "coactivation", *TABLE_DTYPES}
     assert metrics | solver | tensors <= documented
+
+
+def test_the_documented_hardware_is_read_and_written_back(tmp_path: Path) -> None:
+    (text,) = blocks(FORMATS_PAGE, "toml")
+    page, again = tmp_path / "mine.toml", tmp_path / "again" / "mine.toml"
+    page.write_text(text)
+    again.parent.mkdir()
+    hardware = Hardware.named(str(page))
+    assert hardware.slow.curves is not None
+    assert hardware.fast.curves is None
+    write_hardware(hardware, again)
+    assert Hardware.named(str(again)) == hardware

@@ -12,10 +12,9 @@ from placer.cli.output import (
     print_line,
     print_table,
     progress_line,
-    warn,
 )
 
-# Beyond it, latency and bandwidth do not tell how long an exchange takes.
+# Beyond it, latency and bandwidth alone do not tell how long an exchange takes.
 _POOR_FIT = 0.25
 
 
@@ -36,11 +35,12 @@ def calibrate(
     ] = 7,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure latency and bandwidth of this cluster for the cost model.
+    """Measure the links and processors of this cluster for the cost model.
 
-    The file is for --hardware of simulate, advise and solve. One machine: placer calibrate
-    --ranks 8 --device cuda. Several, on each: torchrun --nnodes 2 --nproc-per-node 8 ...
-    --no-python placer calibrate --nodes 2 --device cuda; rank 0 writes the file.
+    The file is for --hardware of simulate, advise, solve and replay. One machine: placer
+    calibrate --ranks 8 --device cuda. Several, on each: torchrun --nnodes 2
+    --nproc-per-node 8 ... --no-python placer calibrate --nodes 2 --device cuda; rank 0
+    writes the file.
     """
     from placer.calibrate import CalibrationOptions, require_devices
     from placer.calibrate import calibrate as measure
@@ -86,9 +86,10 @@ def calibrate(
     write_hardware(found.hardware(out.stem), out)
     for name, fit in found.links.items():
         if fit.worst > _POOR_FIT:
-            warn(
-                f"{name} link: latency and bandwidth are off by up to {fit.worst:.0%} of "
-                "the time of an exchange (--json lists the timings)"
+            note(
+                f"{name} link: latency and bandwidth alone are off by up to "
+                f"{fit.worst:.0%} of the time of an exchange; the file also holds the "
+                "times themselves, which the cost model takes"
             )
     for sentence in found.missing():
         note(sentence)
