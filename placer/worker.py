@@ -147,7 +147,7 @@ def start_workers(number: int, arguments: Sequence[str]) -> int:
     workers: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
         said = [stack.enter_context(TemporaryFile()) for _ in range(number)]
-        stack.enter_context(_exit_at_sigterm())
+        ended = stack.enter_context(_noted_sigterm())
         first = Path(stack.enter_context(TemporaryDirectory()), "rank")
         stack.callback(_end, workers)
         shared = _shared_environment(number) | {_FIRST_FAILURE: str(first)}
@@ -159,7 +159,7 @@ def start_workers(number: int, arguments: Sequence[str]) -> int:
                 stderr=None if rank == 0 else said[rank],
             )
             workers.append(worker)
-        codes = _wait_for(workers)
+        codes = _wait_for(workers, ended)
         if not codes:
             return 0
         failed = int(os.readlink(first)) if first.is_symlink() else None
@@ -198,22 +198,29 @@ def _shared_environment(number: int) -> dict[str, str]:
 
 
 @contextmanager
-def _exit_at_sigterm() -> Iterator[None]:
-    """Let a polite end of this process run what it has to clean up."""
+def _noted_sigterm() -> Iterator[list[int]]:
+    """Let a polite end of this process run what it has to clean up: only note it.
 
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    An exception could come while a worker starts, who would then outlive this process.
+    """
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: noted.append(number))
     try:
-        yield
+        yield noted
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _wait_for(workers: Sequence["subprocess.Popen[bytes]"]) -> dict[int, int]:
-    """Wait until all are done or one fails; return the exit codes of those that failed."""
+def _wait_for(
+    workers: Sequence["subprocess.Popen[bytes]"], ended: Sequence[int]
+) -> dict[int, int]:
+    """Wait until all are done or one fails; return the exit codes of those that failed.
+
+    Exits with 128 and the signal if this process was ``ended`` by one.
+    """
     while True:
+        if ended:
+            raise SystemExit(128 + ended[0])
         codes = {rank: worker.poll() for rank, worker in enumerate(workers)}
         failed = {rank: code for rank, code in codes.items() if code}
         if failed or None not in codes.values():
