@@ -20,7 +20,7 @@ from network import Network, emulated, run_ranks
 
 LAPS = 5
 #: Of every exchange that is calibrated.
-REPETITIONS = 7
+REPETITIONS = 5
 FILES = TemporaryDirectory()
 #: Bytes of a message: what takes 50 ms.
 SECONDS = 0.05
