@@ -515,7 +515,8 @@ class _Bench:
         """Return what gives so many bytes of each rank to every other."""
         import torch.distributed as dist
 
-        received = list(self.received[: each * self.options.num_ranks].split(each))
+        number = self.options.num_ranks
+        received = list(self.received[: each * number].view(number, each).unbind())
         return lambda: dist.all_gather(received, self.sent[:each])
 
     def seconds(self, action: Callable[[], object]) -> float:
