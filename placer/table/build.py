@@ -48,6 +48,7 @@ from placer.table.histories import HistoryRates, sums
 from placer.table.lookup import LayerTable, known_ids
 from placer.table.prices import even_prices
 from placer.table.regression import EmbeddingRegression
+from placer.table.requests import request_scores
 from placer.table.table import Table, expert_rank_rows
 from placer.trace import Chunk
 
@@ -173,7 +174,6 @@ def build_table(
     with_token_score |= with_combined
     layers = []
     history: list[RankArray] = []
-    request = np.zeros((vocab_size, placement.num_ranks))
     for layer, chosen in enumerate(tokens.experts):
         experts = np.ascontiguousarray(chosen.T)
         if layer in token_experts:
@@ -182,11 +182,16 @@ def build_table(
             rates, rows = builder.layer(layer, experts, history)
         home, _ = rows.homes(ids, history, builder.fixed)
         majority = majority_rank(LayerServing.of(placement, layer).ranks(experts, home))
-        request += rates
         if with_combined:
             combined.add(rates, exact=layer in token_experts)
         history = [*history, majority][-lookback:] if lookback else []
         layers.append((rows, rates.astype(np.float16) if with_token_score else None))
+    request = request_scores(placement, tokens, token_row, len(seen) + 1)[vocab_row]
+    if regression is not None:
+        # Shares are rates; their regression wants numbers in 0..1.
+        never = vocab_row == len(seen)
+        level = 1 / placement.num_ranks
+        request[never] = regression.rates(request[seen] + level)[never] - level
     return Table(
         model=ModelSpec(
             num_experts=placement.num_experts, top_k=tokens.experts[0].shape[1]

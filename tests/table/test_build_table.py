@@ -37,7 +37,7 @@ def test_token_rows_by_hand():
     # Id 2 was never seen: the prior, rank 1 at 0.625.
     assert table.token_rank.tolist() == [[0, 1, 1]]
     assert table.token_confidence.tolist() == [[0.625, 0.8125, 0.625]]
-    assert table.request_score[0].tolist() == [0.625, 0.375]
+    assert table.request_score.tolist() == [[0, 0]] * 3  # one sequence is no choice
     assert table.expert_rank.tolist() == [[0, 0, 1, 1]]
     assert table.token_score is None
 
