@@ -39,8 +39,8 @@ def tables(
         ),
     ] = None,
     shrinkage: Annotated[
-        float, typer.Option(help="Tokens of the layer's average added to every row.")
-    ] = 2.0,
+        float, typer.Option(help="Tokens of the layer's average added to every token id.")
+    ] = 4.0,
     token_score: Annotated[
         bool,
         typer.Option("--token-score", help="Also hold the second choices of tokens."),

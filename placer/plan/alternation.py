@@ -24,8 +24,8 @@ from placer.simulation.homes import fixed_homes
 from placer.simulation.serving import LayerServing
 from placer.table.build import build_table
 from placer.table.homes import TableHomes
-from placer.table.lookup import request_homes
-from placer.table.table import Table
+from placer.table.lookup import known_ids, request_homes
+from placer.table.requests import request_scores
 from placer.trace import Chunk
 
 Homes = tuple[IntArray, ...]
@@ -130,26 +130,37 @@ class Alternation:
         for part in range(num_parts):
             inside = part_of_token == part
             others = self.tokens.select(~inside if num_parts > 1 else inside)
-            table = build_table(
-                placement,
-                others,
-                vocab_size=self.vocab_size,
-                max_home_imbalance=self.max_home_imbalance,
-            )
-            homes[:, inside] = self._looked_up(placement, table, self.tokens.select(inside))
+            judged = self.tokens.select(inside)
+            if self.policy == "request":
+                homes[:, inside] = self._sent(placement, others, judged)
+            else:
+                homes[:, inside] = self._looked_up(placement, others, judged)
         return tuple(homes)
 
-    def _looked_up(self, placement: Placement, table: Table, tokens: Chunk) -> IntArray:
-        """Return ``[L, T]``."""
-        fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
-        homes = TableHomes(table, tokens.token_ids, fixed)
-        if self.policy == "request":
-            once = request_homes(
-                table.request_score, tokens.sequence_ids, homes.ids, placement.num_ranks
-            )
-            return np.tile(once, (placement.num_layers, 1))
-        found = np.empty((placement.num_layers, tokens.num_tokens), dtype=np.int64)
-        for layer, ids in enumerate(tokens.experts):
+    def _sent(self, placement: Placement, others: Chunk, judged: Chunk) -> IntArray:
+        """Return ``[T]``: the homes of whole requests by the scores of other ones."""
+        known, ids = (
+            known_ids(one.token_ids, one.num_tokens, self.vocab_size)
+            for one in (others, judged)
+        )
+        scores = request_scores(placement, others, known, self.vocab_size)
+        once: IntArray = request_homes(
+            scores.astype(np.float16), judged.sequence_ids, ids, placement.num_ranks
+        )
+        return once
+
+    def _looked_up(self, placement: Placement, others: Chunk, judged: Chunk) -> IntArray:
+        """Return ``[L, T]``: the homes of tokens by the table of other ones."""
+        table = build_table(
+            placement,
+            others,
+            vocab_size=self.vocab_size,
+            max_home_imbalance=self.max_home_imbalance,
+        )
+        fixed = fixed_homes(judged.sequence_ids, placement.num_ranks)
+        homes = TableHomes(table, judged.token_ids, fixed)
+        found = np.empty((placement.num_layers, judged.num_tokens), dtype=np.int64)
+        for layer, ids in enumerate(judged.experts):
             home = homes.plain(layer).home
             experts = np.ascontiguousarray(ids.T)
             homes.served(LayerServing.of(placement, layer).ranks(experts, home), experts)

@@ -9,9 +9,12 @@ rate over all tokens of the layer::
 
 where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
 counts and the prior alike, and a row never seen has the prior itself. With embeddings, the
-prior of a token id is what a regression foretells of its embedding. A history of several
-layers is shrunk towards the rate of its later part, and that one likewise (back-off, as of
-n-gram models: Katz 1987).
+prior of a token id is what a regression foretells of its embedding, that of a history what
+its ranks and pairs of ranks do (:mod:`placer.table.histories`).
+
+A token takes the surer of T and A, so T serves the tokens whose history tells little, and A
+those whose id does. Both are therefore counted a second time, every token by how likely
+it is to take the one or the other, and shrunk towards what they were.
 
 Under a cap on the home imbalance each rank has a price per layer
 (:mod:`placer.table.prices`), and a row takes the home of the highest rate minus price; its
@@ -41,9 +44,11 @@ from placer.simulation.serving import (
 from placer.table.combined import CombinedBuilder
 from placer.table.embeddings import Embeddings, nearest_seen
 from placer.table.hash_routing import TokenExperts, require_same_routing
-from placer.table.lookup import LayerTable, history_index, known_ids
+from placer.table.histories import HistoryRates, sums
+from placer.table.lookup import LayerTable, known_ids
 from placer.table.prices import even_prices
 from placer.table.regression import EmbeddingRegression
+from placer.table.requests import request_scores
 from placer.table.table import Table, expert_rank_rows
 from placer.trace import Chunk
 
@@ -55,7 +60,11 @@ UnseenIds = Literal["regression", "nearest"]
 # Longer histories than four layers foretell no more, whatever they cost.
 _MOST_DEFAULT_LOOKBACK = 4
 _MOST_DEFAULT_HISTORIES = 1 << 14
-DEFAULT_SHRINKAGE = 2.0
+DEFAULT_SHRINKAGE = 4.0
+# A lead in rate that leaves a doubt, of 1 in 1 + e, about which of T and A will be taken;
+# and the tokens that rates count for when they are counted by the tokens that take them.
+_DOUBT = 0.03
+_USE_SHRINKAGE = 8.0
 # R^lookback rows per layer: above this, a table is no longer something to ship.
 _MOST_HISTORIES = 1 << 22
 
@@ -165,7 +174,6 @@ def build_table(
     with_token_score |= with_combined
     layers = []
     history: list[RankArray] = []
-    request = np.zeros((vocab_size, placement.num_ranks))
     for layer, chosen in enumerate(tokens.experts):
         experts = np.ascontiguousarray(chosen.T)
         if layer in token_experts:
@@ -174,11 +182,16 @@ def build_table(
             rates, rows = builder.layer(layer, experts, history)
         home, _ = rows.homes(ids, history, builder.fixed)
         majority = majority_rank(LayerServing.of(placement, layer).ranks(experts, home))
-        request += rates
         if with_combined:
             combined.add(rates, exact=layer in token_experts)
         history = [*history, majority][-lookback:] if lookback else []
         layers.append((rows, rates.astype(np.float16) if with_token_score else None))
+    request = request_scores(placement, tokens, token_row, len(seen) + 1)[vocab_row]
+    if regression is not None:
+        # Shares are rates; their regression wants numbers in 0..1.
+        never = vocab_row == len(seen)
+        level = 1 / placement.num_ranks
+        request[never] = regression.rates(request[seen] + level)[never] - level
     return Table(
         model=ModelSpec(
             num_experts=placement.num_experts, top_k=tokens.experts[0].shape[1]
@@ -200,14 +213,6 @@ def build_table(
         else None,
         combined=combined.rule() if with_combined else None,
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Histories:
-    """Histories of some length that were met, ``[N]``, and their rates ``[N, R]``."""
-
-    met: IntArray
-    rates: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -246,17 +251,25 @@ class _Builder:
             seen = self._rates(serving, experts, self.token_row, num_seen, own)
             vocabulary[known] = seen
         rates = np.vstack([seen, prior])
-        histories = self._histories(serving, experts, history, prior)
+        chosen, histories = rates, None
+        if 0 < self.lookback <= len(history):
+            every = np.arange(experts.shape[1])
+            served = serving.count_held(experts, every, len(every)) / len(experts)
+            histories = HistoryRates.of(
+                history[-self.lookback :], served, self.placement.num_ranks
+            )
+            chosen, histories = self._as_used(rates, histories, served)
 
         def homes(price: FloatArray) -> RankArray:
-            rows = self._rows(rates, histories, price)
-            return rows.homes(self.token_row, history, self.fixed)[0]
+            return self._homes(chosen, histories, price)
 
         price = even_prices(homes, self.placement.num_ranks, self.max_home_imbalance)
-        rows = self._rows(rates, histories, price)
+        rows = self._rows(chosen, histories, price)
         if vocabulary is None:
             return rates[self.vocab_row], self._in_vocabulary(rows, prior)
-        token_rank, token_confidence = _best(vocabulary, price)
+        used = vocabulary.copy()
+        used[known] = chosen[self.vocab_row[known]]
+        token_rank, token_confidence = _best(used, price)
         return vocabulary, dataclasses.replace(
             rows, token_rank=token_rank, token_confidence=token_confidence
         )
@@ -304,21 +317,62 @@ class _Builder:
             order[np.arange(len(listed)), listed] = 1 - place / len(experts)
         return order
 
+    def _as_used(
+        self, rates: FloatArray, histories: HistoryRates, served: FloatArray
+    ) -> tuple[FloatArray, HistoryRates]:
+        """Count T and A anew, each by the tokens that will take it, shrunk towards itself.
+
+        ``served`` ``[T, R]``: the share of a token's pairs that each home could serve.
+        """
+        known = self.token_row >= 0
+        sure = np.where(known, rates.max(axis=1)[self.token_row], -1.0)
+        lead = histories.rates.max(axis=1)[histories.group] - sure
+        takes_history = 1 / (1 + np.exp(-lead / _DOUBT))
+
+        def anew(before: FloatArray, group: IntArray, weight: FloatArray) -> FloatArray:
+            total = sums(group, served, weight, len(before))
+            tokens = np.bincount(group[group >= 0], weight[group >= 0], len(before))
+            found: FloatArray = (total + _USE_SHRINKAGE * before) / (
+                tokens + _USE_SHRINKAGE
+            )[:, None]
+            return found
+
+        return anew(rates, self.token_row, 1 - takes_history), dataclasses.replace(
+            histories, rates=anew(histories.rates, histories.group, takes_history)
+        )
+
+    def _homes(
+        self, rates: FloatArray, histories: HistoryRates | None, price: FloatArray
+    ) -> RankArray:
+        """Return ``[T]``: the profile's homes at a price per rank."""
+        token_rank, token_confidence = _best(rates, price)
+        past = rates[-1:] if histories is None else histories.rates
+        history_rank, history_confidence = _best(past, price)
+        # The histories that were met, numbered, are all that the profile looks up.
+        rows = LayerTable(
+            token_rank=token_rank,
+            token_confidence=token_confidence,
+            history_rank=history_rank,
+            history_confidence=history_confidence,
+            num_ranks=self.placement.num_ranks,
+            lookback=1,
+        )
+        met = [] if histories is None else [histories.group]
+        return rows.homes(self.token_row, met, self.fixed)[0]
+
     def _rows(
-        self, rates: FloatArray, histories: list[_Histories], price: FloatArray
+        self, rates: FloatArray, histories: HistoryRates | None, price: FloatArray
     ) -> LayerTable:
         """Return the rows of the ids seen and, last, of the prior, at a price per rank."""
         token_rank, token_confidence = _best(rates, price)
-        num_ranks = self.placement.num_ranks
-        history_rank, history_confidence = token_rank[-1:], token_confidence[-1:]
-        for one in histories:
-            # A history that was never met has the row of its later part.
-            history_rank = np.tile(history_rank, num_ranks)
-            history_confidence = np.tile(history_confidence, num_ranks)
-            history_rank[one.met], history_confidence[one.met] = _best(one.rates, price)
-        missing = num_ranks ** (self.lookback - len(histories))
-        history_rank = np.tile(history_rank, missing)
-        history_confidence = np.tile(history_confidence, missing)
+        if histories is None:
+            num_histories = self.placement.num_ranks**self.lookback
+            history_rank = np.tile(token_rank[-1:], num_histories)
+            history_confidence = np.tile(token_confidence[-1:], num_histories)
+        else:
+            blocks = [_best(block, price) for block in histories.blocks()]
+            history_rank = np.concatenate([rank for rank, _ in blocks])
+            history_confidence = np.concatenate([sure for _, sure in blocks])
         return LayerTable(
             token_rank=token_rank,
             token_confidence=token_confidence,
@@ -357,34 +411,6 @@ class _Builder:
         weight = (self.shrinkage if shrinkage is None else shrinkage) * top_k
         rates: FloatArray = (pairs + weight * prior) / (top_k * tokens + weight)
         return rates
-
-    def _histories(
-        self,
-        serving: LayerServing,
-        experts: Array,
-        history: list[RankArray],
-        prior: FloatArray,
-    ) -> list[_Histories]:
-        """Return the rates of histories of 1, 2, ... past layers.
-
-        Longer ones are shrunk towards their later part. None where too few layers have
-        passed for A.
-        """
-        if not 0 < self.lookback <= len(history):
-            return []
-        num_ranks = self.placement.num_ranks
-        found: list[_Histories] = []
-        for order in range(1, self.lookback + 1):
-            index = history_index(history[-order:], num_ranks)
-            met, group = np.unique(index, return_inverse=True)
-            later = np.broadcast_to(prior, (len(met), num_ranks))
-            if found:
-                shorter = found[-1]
-                place = np.searchsorted(shorter.met, met % num_ranks ** (order - 1))
-                later = shorter.rates[place]
-            rates = self._rates(serving, experts, group, len(met), later)
-            found.append(_Histories(met, rates))
-        return found
 
 
 def _best(

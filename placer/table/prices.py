@@ -1,8 +1,10 @@
 """Prices of ranks, so that no home is crowded.
 
 Homes by rate alone crowd a few ranks, and attention waits for the fullest. Each rank of a
-layer has a price, and a token takes the home of the highest rate minus price. The prices
-rise where tokens crowd and fall elsewhere (an auction, Bertsekas 1979).
+layer has a price, and a token takes the home of the highest rate minus price. Prices rise
+where there are more tokens than the cap allows, and fall again, to 0 and no further, where
+there are fewer (an auction, Bertsekas 1979): ranks under the cap cost nothing, so no token
+leaves a home for more evenness than was asked.
 """
 
 from collections.abc import Callable
@@ -13,8 +15,10 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-# Prices move by this much of a rate per unit of imbalance, less from round to round.
-_STEP = 0.04
+# Prices move by this much of a rate per unit of imbalance, less from round to round, and
+# towards a share of the cap's distance to 1, so that they reach the cap itself.
+_STEP = 0.1
+_AIM = 0.96
 _DECAY = 0.97
 _ROUNDS = 120
 
@@ -38,6 +42,7 @@ def even_prices(
     price = best_price = np.zeros(num_ranks)
     if max_home_imbalance is None:
         return price
+    aim = 1 + _AIM * (max_home_imbalance - 1)
     lowest = np.inf
     for step in _STEP * _DECAY ** np.arange(_ROUNDS):
         home = homes(price)
@@ -46,5 +51,5 @@ def even_prices(
             lowest, best_price = crowd.max(), price
         if lowest <= max_home_imbalance:
             break
-        price = price + step * (crowd - 1)
+        price = np.maximum(price + step * (crowd - aim), 0)
     return best_price

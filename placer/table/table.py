@@ -84,8 +84,9 @@ class Table:
     history_confidence
         ``[L, R^lookback]`` float16 in 0..1: expected local activation rate of that home.
     request_score
-        ``[V, R]`` float16: expected local activation rate of each home, summed over the
-        layers; summed over a prompt it says where the whole request is served best.
+        ``[V, R]`` float16: how well each rank serves requests that hold the id, above or
+        below the average; summed over a prompt it says where the whole request is served
+        best.
     expert_rank
         ``[L, E]``: the rank of each expert's first copy. E is that of the largest layer;
         places past the experts of a smaller layer hold ``num_ranks``, which is no rank.
@@ -165,19 +166,20 @@ class Table:
             )
 
     def _require_rates(self) -> None:
-        for name, highest in (
-            ("token_confidence", 1),
-            ("history_confidence", 1),
-            ("token_score", 1),
-            ("request_score", self.model.num_layers),
+        num_layers = self.model.num_layers
+        for name, lowest, highest in (
+            ("token_confidence", 0, 1),
+            ("history_confidence", 0, 1),
+            ("token_score", 0, 1),
+            ("request_score", -num_layers, num_layers),
         ):
             values = getattr(self, name)
             if values is None or not values.size:
                 continue
             # A value that is no number fails both comparisons.
-            if not (values.min() >= 0 and values.max() <= highest):
+            if not (values.min() >= lowest and values.max() <= highest):
                 raise PlacerError(
-                    f"{name} holds a value outside 0..{highest} or that is no number"
+                    f"{name} holds a value outside {lowest}..{highest} or that is no number"
                 )
 
     def _require_combined(self, rule: CombinedRule) -> None:

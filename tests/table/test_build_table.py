@@ -37,7 +37,7 @@ def test_token_rows_by_hand():
     # Id 2 was never seen: the prior, rank 1 at 0.625.
     assert table.token_rank.tolist() == [[0, 1, 1]]
     assert table.token_confidence.tolist() == [[0.625, 0.8125, 0.625]]
-    assert table.request_score[0].tolist() == [0.625, 0.375]
+    assert table.request_score.tolist() == [[0, 0]] * 3  # one sequence is no choice
     assert table.expert_rank.tolist() == [[0, 0, 1, 1]]
     assert table.token_score is None
 
@@ -58,36 +58,31 @@ def test_a_replica_serves_at_both_homes():
     assert table.token_score[0, 0].tolist() == pytest.approx([5 / 6, 4 / 6], abs=1e-3)
 
 
-def test_history_rows_by_hand():
-    """With one past layer, A of layer 1 is indexed by the majority rank of layer 0."""
+def test_a_layer_without_history_has_the_prior_in_a():
     tokens = chunk_of([[[0], [0], [1], [1]], [[1], [1], [1], [0]]], token_ids=[0, 1, 2, 3])
-    table = build_table(
-        contiguous((2, 2), 2), tokens, vocab_size=4, lookback=1, shrinkage=1.0
-    )
-    # Layer 0 has no history: the prior, (1/2, 1/2), whose best is the lower rank.
+    table = build_table(contiguous((2, 2), 2), tokens, vocab_size=4, lookback=1)
+    # The prior, (1/2, 1/2), whose best is the lower rank.
     assert table.history_rank[0].tolist() == [0, 0]
     assert table.history_confidence[0].tolist() == [0.5, 0.5]
-    # Layer 1, prior (1/4, 3/4). After rank 0: 2 of 2 on rank 1: (2 + 3/4) / 3.
-    # After rank 1: 1 of 2 on rank 1: (1 + 3/4) / 3.
-    assert table.history_rank[1].tolist() == [1, 1]
-    expected = [np.float16(2.75 / 3), np.float16(1.75 / 3)]
-    assert table.history_confidence[1].tolist() == expected
 
 
-def test_longer_histories_back_off_to_their_later_part():
-    """Two ranks, two past layers; layer 2 by hand, shrinkage of one token."""
-    past = [[[0], [0], [1], [1]], [[0], [1], [1], [1]]]
-    tokens = chunk_of([*past, [[1], [0], [0], [1]]], token_ids=[0, 1, 2, 3])
+def test_rows_that_decide_are_counted_by_the_tokens_that_take_them():
+    """One past layer, after which A is sure: T keeps its rates, A gains weight."""
+    past, ids = [[0]] * 20 + [[1]] * 20, list(range(20)) * 2
+    tokens = chunk_of([past, past], ids)
     table = build_table(
-        contiguous((2, 2, 2), 2), tokens, vocab_size=4, lookback=2, shrinkage=1.0
+        contiguous((2, 2), 2), tokens, vocab_size=20, lookback=1, shrinkage=4.0
     )
-    # Prior (1/2, 1/2). After 0: one token, on rank 1: (0 + 1/2, 1 + 1/2) / 2 = 1/4, 3/4.
-    # After 1: two of three on rank 0: (2 + 1/2, 1 + 1/2) / 4 = 5/8, 3/8.
-    # After 0, 0: (0 + 1/4, 1 + 3/4) / 2; after 0, 1: (1 + 5/8, 0 + 3/8) / 2;
-    # after 1, 1: (1 + 5/8, 1 + 3/8) / 3; after 1, 0, never met: as after 0.
-    assert table.history_rank[2].tolist() == [1, 0, 1, 0]
-    expected = [1.75 / 2, 1.625 / 2, 3 / 4, 1.625 / 3]
-    assert table.history_confidence[2].tolist() == pytest.approx(expected, abs=1e-3)
+    # Centred and penalised by 40, a rank's effect is 10/(20 + 40) / 2 for 20 tokens that
+    # lead the mean of 1/2 by 1/2: ridge on two columns that are each other's mirror.
+    effect = 10 / (20 + 40)
+    counted = (20 + 20 * (0.5 + effect)) / (20 + 20)
+    # Each id was met once on either rank: 1/2. A leads by that much, and is taken.
+    taken = 20 / (1 + np.exp(-(counted - 0.5) / 0.03))
+    expected = (taken + 8 * counted) / (taken + 8)
+    assert table.history_rank[1].tolist() == [0, 1]
+    assert table.history_confidence[1].tolist() == pytest.approx([expected] * 2, abs=1e-3)
+    assert table.token_confidence[1].tolist() == pytest.approx([0.5] * 20, abs=1e-3)
 
 
 def test_the_default_lookback_keeps_few_rows():

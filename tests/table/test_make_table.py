@@ -56,7 +56,7 @@ def test_the_table_names_the_files_that_it_depends_on(make_trace, plan_of):
     assert table.provenance == {
         "placer": __version__,
         "fold": None,
-        "shrinkage": 2.0,
+        "shrinkage": 4.0,
         "max_home_imbalance": None,
         "unseen_ids": "prior",
         "exact_layers": [],
