@@ -15,6 +15,7 @@ from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import CapTrial, InnerCap
@@ -33,6 +34,7 @@ def choose_inner_cap(
     profile: Chunk,
     options: SolveOptions,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> InnerCap:
     """Return the loosest cap under which other sequences keep to ``max_imbalance``.
 
@@ -48,6 +50,8 @@ def choose_inner_cap(
         What to solve for, ``max_imbalance`` being the mean imbalance to keep to.
     progress
         Told each cap.
+    deadline
+        No further cap is tried after it; one of ``options.time_limit`` by default.
 
     Raises
     ------
@@ -64,12 +68,16 @@ def choose_inner_cap(
     )
     halves = inner_halves(profile, f"--robust {options.robust}")
     quick = replace(options.quick(), relax_cap=True)
-    trials = []
+    deadline = deadline or Deadline(seconds=options.time_limit)
+    trials: list[CapTrial] = []
     for share in _SHARES:
+        if trials and deadline.passed():
+            break
         cap = round(1 + share * (options.max_imbalance - 1), 6)
         if progress is not None:
             progress(f"cap {cap:g} on halves of the profile")
-        trials.append(_trial(model, halves, replace(quick, max_imbalance=cap)))
+        asked = replace(quick, max_imbalance=cap)
+        trials.append(_trial(model, halves, asked, deadline))
     return loosest_that_holds(options.max_imbalance, trials)
 
 
@@ -145,13 +153,16 @@ def inner_halves(profile: Chunk, option: str) -> tuple[Chunk, Chunk]:
 
 
 def _trial(
-    model: ModelSpec, halves: tuple[Chunk, Chunk], options: SolveOptions
+    model: ModelSpec,
+    halves: tuple[Chunk, Chunk],
+    options: SolveOptions,
+    deadline: Deadline,
 ) -> CapTrial:
     """Solve on each half and judge on both."""
     own, other, prices = [], [], []
     for solved, heldout in (halves, halves[::-1]):
         affinity = count_affinity([solved], model, {})
-        placement, report = solve_to_choose(affinity, options, solved)
+        placement, report = solve_to_choose(affinity, options, solved, deadline)
         own.append(_imbalance(placement, solved, options))
         other.append(_imbalance(placement, heldout, options))
         prices.append(report.objective)
