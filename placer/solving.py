@@ -15,6 +15,7 @@ from placer.engine import Engine
 from placer.errors import NotProvedError, UsageError
 from placer.hardware import Hardware
 from placer.model import ModelSpec, require_same_model
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan
@@ -208,19 +209,23 @@ def solve_request(
     NotProvedError
         If a proof of optimality is required and there is none.
     """
-    settled = _settle(request, note, warn, progress)
+    deadline = Deadline(seconds=request.options.time_limit)
+    settled = _settle(request, note, warn, progress, deadline)
     options, provenance, choice = settled.options, dict(settled.provenance), None
     if settled.question is not None:
-        trace = Trace(request.source)
-        choice = choose_by_time(
-            trace.model, trace.read(request.fold), options, settled.question, progress
-        )
+        trace, question = Trace(request.source), settled.question
+        profile = trace.read(request.fold)
+        with deadline.choosing() as quick:
+            choice = choose_by_time(
+                trace.model, profile, options, question, progress, quick
+            )
         options = choice.options
         provenance["time"] = choice.to_json()
     if not request.holds_counts:
-        plan = plan_from_trace(Trace(request.source), options, request.fold, progress)
+        trace = Trace(request.source)
+        plan = plan_from_trace(trace, options, request.fold, progress, deadline)
     elif request.fold is None:
-        plan = plan_from_affinity(request.source, options, progress)
+        plan = plan_from_affinity(request.source, options, progress, deadline)
     else:
         raise UsageError(
             f"{request.source} holds counts, which cannot be folded any more",
@@ -281,10 +286,12 @@ def solve_frontier(
         )
     if request.holds_counts or request.objective != "traffic":
         raise _no_frontier()
-    settled = _settle(replace(request, max_imbalance=caps[-1]), note, warn, progress)
+    deadline = Deadline(seconds=request.options.time_limit)
+    loosest = replace(request, max_imbalance=caps[-1])
+    settled = _settle(loosest, note, warn, progress, deadline)
     if settled.options.objective != "traffic":
         raise _no_frontier()
-    return write_frontier(
+    points = write_frontier(
         Trace(request.source),
         settled.options,
         request.fold,
@@ -292,7 +299,11 @@ def solve_frontier(
         out,
         progress,
         settled.provenance,
+        deadline,
     )
+    if not all(point.reproducible for point in points):
+        warn("the search was stopped: some plans are the best so far, see reproducible")
+    return points
 
 
 def _no_frontier() -> UsageError:
@@ -303,7 +314,11 @@ def _no_frontier() -> UsageError:
 
 
 def _settle(
-    request: SolveRequest, note: Tell, warn: Tell, progress: Progress | None
+    request: SolveRequest,
+    note: Tell,
+    warn: Tell,
+    progress: Progress | None,
+    deadline: Deadline,
 ) -> _Settled:
     """Decide what engine, start and profile decide."""
     served = solved_for(
@@ -338,7 +353,8 @@ def _settle(
         )
     provenance: dict[str, Any] = {}
     if request.redundant_experts is None:
-        chosen = _choose_redundant(request, options, question, expert, progress)
+        with deadline.choosing() as quick:
+            chosen = _choose_redundant(request, options, question, expert, progress, quick)
         options = replace(options, redundant_experts=chosen.redundant_experts)
         note(ladder_line(chosen))
         provenance["redundant_experts"] = chosen.to_json()
@@ -409,6 +425,7 @@ def _choose_redundant(
     question: Question | None,
     expert: ExpertShape | None,
     progress: Progress | None,
+    deadline: Deadline,
 ) -> RedundantChoice:
     """Climb by the objective on the profile, or by the time that a question asks for."""
     memory = Memory.of(expert, request.redundant_memory)
@@ -424,7 +441,7 @@ def _choose_redundant(
         worth = worth_on_profile(affinity, profile)
     gain = LEAST_GAIN if request.redundant_gain is None else request.redundant_gain
     sizes = affinity.model.num_experts
-    return choose_redundant_experts(sizes, options, worth, memory, gain, progress)
+    return choose_redundant_experts(sizes, options, worth, memory, gain, progress, deadline)
 
 
 def _require_left_out(options: Mapping[str, object], company: str) -> None:

@@ -84,6 +84,15 @@ def solve(
             help="With --policy follow or token: cap on max/mean tokens per home rank.",
         ),
     ] = None,
+    max_received_copies: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="With --policy fixed or follow: cap on the ranks times the copies that "
+            "one of them receives per token, in every layer; compare "
+            "bottleneck_rank_copies_per_token.",
+        ),
+    ] = None,
     frontier: Annotated[
         str | None,
         typer.Option(
@@ -94,7 +103,7 @@ def solve(
     ] = None,
     relax_cap: Annotated[
         bool,
-        typer.Option("--relax-cap", help="Where the cap is out of reach, take the best."),
+        typer.Option("--relax-cap", help="Where a cap is out of reach, take the best."),
     ] = False,
     inter_cost: Annotated[
         int | None, typer.Option(help="Cost of a copy between nodes.", show_default="8")
@@ -212,8 +221,9 @@ def solve(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="Take the best after so long; such a plan cannot be reproduced. So does "
-            "Ctrl-C.",
+            help="Take the best after so long: a plan that this cut cannot be reproduced. "
+            "Quick plans to choose by have at most half of it; proofs count, the plans of "
+            "--frontier share it. Ctrl-C stops too.",
         ),
     ] = None,
     require_optimal: Annotated[
@@ -259,6 +269,7 @@ def solve(
             # SolveOptions refuses names that it does not know.
             policy=policy,  # type: ignore[arg-type]
             max_home_imbalance=max_home_imbalance,
+            max_received_copies=max_received_copies,
             relax_cap=relax_cap,
             robust=robust,  # type: ignore[arg-type]
             receive_price=receive_price,

@@ -15,7 +15,7 @@ load cap. Prices and relaxation are improved in turn; any prices certify.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from placer.trace import Chunk
 METHOD = "envelope of distinct ranks over the semidefinite relaxation of each layer"
 NUM_ROUNDS = 200
 _MOST_SPLIT = 6  # experts of a set; 6 have 203 splits, 8 have 4,140
-_FIRST_STEPS = 50
+FIRST_STEPS = 50
 _STEPS_PER_ROUND = 4
 _BLOCK_SETS = 1 << 14
 # Prices are rounded to multiples of these, so that their sums are exact: of splits in
@@ -120,10 +120,27 @@ class CopiesCertificate:
         moved = math.fsum(others) + math.fsum(others[1:])  # combine, later dispatch
         return from_anywhere * self.bounds[0] + num_ranks * apart * moved
 
-    def improve(self, num_rounds: int = NUM_ROUNDS) -> float:
-        """Improve every layer and return the sum of the bounds."""
-        for layer in self._layers:
-            layer.improve(num_rounds)
+    def improve(
+        self,
+        num_rounds: int = NUM_ROUNDS,
+        first_steps: int = FIRST_STEPS,
+        goes_on: Callable[[int], bool] | None = None,
+    ) -> float:
+        """Improve every layer and return the sum of the bounds.
+
+        Parameters
+        ----------
+        num_rounds
+            Of prices and relaxation in turn; with 0, prices are those of chords.
+        first_steps
+            Of the relaxation, before the first round.
+        goes_on
+            Told the number of layers done after each, and asked whether to go on.
+        """
+        for done, layer in enumerate(self._layers, start=1):
+            layer.improve(num_rounds, first_steps)
+            if goes_on is not None and not goes_on(done):
+                break
         return math.fsum(self.bounds)
 
 
@@ -152,12 +169,12 @@ class _Layer:
             )
         )
 
-    def improve(self, num_rounds: int) -> None:
+    def improve(self, num_rounds: int, first_steps: int) -> None:
         """Improve prices and relaxation in turn, then prove what they are worth."""
         if self._is_exact:
             return
         if self._num_rounds == 0:
-            self._relaxed.run(_FIRST_STEPS)
+            self._relaxed.run(first_steps)
             self._envelope.start(self._relaxed.shared((0, 0)))
         for _ in range(num_rounds):
             self._envelope.move(self._relaxed.shared((0, 0)), self._num_rounds)

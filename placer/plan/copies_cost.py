@@ -8,16 +8,21 @@ replicas the rank that serves most of a token's experts does not depend on its h
 Legend of the shapes: A assignments, N different rows of experts in router order, R ranks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from placer.plan.plan import Policy
 from placer.plan.problem import FloatArray, IntArray, Topology
 from placer.simulation.serving import majority_rank
 from placer.trace import Chunk
+
+BoolArray = npt.NDArray[np.bool_]
+# Shares are not whole numbers of copies, so a cap met exactly is met but for rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,26 +86,26 @@ class CopiesCost:
     def single(self, layer: int, assignments: IntArray) -> FloatArray:
         """Return ``[A]``: what does not depend on the layer before."""
         rank_cost = self.topology.rank_cost()
-        served = self._served(layer, assignments)
+        served = self.served(layer, assignments)
         cost = np.zeros(served.shape[:2])
         if self.policy == "fixed" or layer == 0:
             cost += served @ rank_cost.sum(axis=0)
         if self.policy == "follow":
-            to_home = rank_cost.T[self._home(layer, assignments)]
+            to_home = rank_cost.T[self.home(layer, assignments)]
             cost += self.topology.num_ranks * (served * to_home).sum(axis=2)
         total: FloatArray = cost @ self.num_tokens[layer]
         return total
 
     def earlier(self, layer: int, assignments: IntArray) -> FloatArray:
         """Return ``[A, N * R]``: one where a row's tokens have their home on a rank."""
-        home = self._home(layer, assignments)
+        home = self.home(layer, assignments)
         at_home = home[:, :, None] == np.arange(self.topology.num_ranks)
         features: FloatArray = at_home.reshape(len(home), -1).astype(np.float64)
         return features
 
     def later(self, layer: int, assignments: IntArray) -> FloatArray:
         """Return ``[A, N * R]``: cost of the next layer from every home of a row."""
-        served = self._served(layer + 1, assignments)
+        served = self.served(layer + 1, assignments)
         reach = served @ self.topology.rank_cost().T
         cost: FloatArray = self.topology.num_ranks * np.matmul(
             self.num_linked[layer], reach
@@ -113,7 +118,7 @@ class CopiesCost:
             return 0
         return len(self.rows[layer]) * self.topology.num_ranks
 
-    def _served(self, layer: int, assignments: IntArray) -> FloatArray:
+    def served(self, layer: int, assignments: IntArray) -> FloatArray:
         """Return ``[A, N, R]``: one where a rank serves an expert of a row."""
         shape = (len(assignments), len(self.rows[layer]), self.topology.num_ranks)
         served = np.zeros(shape)
@@ -121,7 +126,67 @@ class CopiesCost:
             np.put_along_axis(served, assignments[:, experts][:, :, None], 1.0, axis=2)
         return served
 
-    def _home(self, layer: int, assignments: IntArray) -> IntArray:
+    def home(self, layer: int, assignments: IntArray) -> IntArray:
         """Return ``[A, N]``: the rank that serves most of a row."""
         ranks = np.stack([assignments[:, experts] for experts in self.rows[layer].T])
         return majority_rank(ranks).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReceiveLimit:
+    """Allows what keeps the copies that any rank receives under a cap.
+
+    Attributes
+    ----------
+    cost
+        The tokens and their policy.
+    max_copies
+        Cap on R x the copies that a rank receives per token, in every layer.
+    """
+
+    cost: CopiesCost
+    max_copies: float
+
+    def allows(self, layer: int, assignments: IntArray) -> BoolArray:
+        """Return ``[A]``; layers whose homes follow from the one before may be all."""
+        if self.cost.policy == "follow" and layer:
+            return np.ones(len(assignments), dtype=np.bool_)
+        # Of homes that are any rank with the same probability, one in R is spared.
+        num_ranks = self.cost.topology.num_ranks
+        reached = self._reached(layer, assignments).max(axis=1)
+        return self._meets_cap(reached * (num_ranks - 1) / num_ranks)
+
+    def steps_to(
+        self, layer: int, assignments: IntArray
+    ) -> Callable[[IntArray], BoolArray] | None:
+        """Return what tells which assignments of the layer before are allowed."""
+        if self.cost.policy == "fixed":
+            return None
+        reached = self._reached(layer, assignments)  # [B, R], homes included
+        served = self.cost.served(layer, assignments)
+        # [N, B, R]: tokens of an earlier row that each rank serves.
+        linked = np.tensordot(self.cost.num_linked[layer - 1], served, axes=(1, 1))
+
+        def allowed(earlier: IntArray) -> BoolArray:
+            home = self.cost.home(layer - 1, earlier)
+            most = np.zeros((len(earlier), len(reached)))
+            for rank in range(reached.shape[1]):
+                at_home = (home == rank).astype(np.float64)
+                received = reached[:, rank] - at_home @ linked[:, :, rank]
+                np.maximum(most, received, out=most)
+            return self._meets_cap(most)
+
+        return allowed
+
+    def _reached(self, layer: int, assignments: IntArray) -> FloatArray:
+        """Return ``[A, R]``: tokens that each rank serves an expert of."""
+        served = self.cost.served(layer, assignments)
+        reached: FloatArray = np.einsum("anr,n->ar", served, self.cost.num_tokens[layer])
+        return reached
+
+    def _meets_cap(self, most: FloatArray) -> BoolArray:
+        """Return which numbers of copies to the busiest rank are under the cap."""
+        num_tokens = self.cost.num_tokens[0].sum()
+        limit = self.max_copies * num_tokens / self.cost.topology.num_ranks
+        met: BoolArray = most <= limit * (1 + _ROUNDING)
+        return met

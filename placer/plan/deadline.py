@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 
 @dataclass(slots=True, kw_only=True)
@@ -15,12 +16,23 @@ class Deadline:
     seconds
         Wall-clock seconds from now, or ``None`` for no limit.
     stopped
-        Whether a search was stopped; its result cannot be reproduced.
+        Whether a search was stopped.
+    interrupted
+        Whether it was so by Ctrl-C.
+    chosen_in_haste
+        Whether what to search for was chosen by quick plans that were stopped.
     """
 
     seconds: float | None = None
     stopped: bool = False
+    interrupted: bool = False
+    chosen_in_haste: bool = False
     _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether no clock and no Ctrl-C had a say."""
+        return not self.stopped and not self.chosen_in_haste
 
     def passed(self) -> bool:
         """Return whether to stop now, and remember it."""
@@ -28,10 +40,24 @@ class Deadline:
             self.stopped = True
         return self.stopped
 
+    def part(self, share: float) -> Self:
+        """Return a deadline of its own for a share of the time that is left."""
+        left = None
+        if self.seconds is not None:
+            left = max(0.0, self.seconds - (time.monotonic() - self._began)) * share
+        return type(self)(seconds=left, chosen_in_haste=self.chosen_in_haste)
+
+    @contextmanager
+    def choosing(self) -> Iterator[Self]:
+        """Give half of the time that is left to a choice of what to search for."""
+        part = self.part(0.5)
+        yield part
+        self.chosen_in_haste = not part.reproducible
+
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Let Ctrl-C end the block, not the program."""
         try:
             yield
         except KeyboardInterrupt:
-            self.stopped = True
+            self.stopped = self.interrupted = True

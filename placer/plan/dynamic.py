@@ -13,7 +13,7 @@ Legend of the shapes: A assignments of a layer, B classes of assignments, D feat
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +50,25 @@ class ChainCost(Protocol):
 
     def num_features(self, layer: int) -> int:
         """Return D of the step to the layer after ``layer``, 0 if it costs nothing."""
+
+
+class ChainLimit(Protocol):
+    """Which assignments, and which steps between neighbouring layers, are allowed.
+
+    Renaming ranks changes no answer.
+    """
+
+    def allows(self, layer: int, assignments: IntArray) -> BoolArray:
+        """Return ``[A]``: which of a layer's assignments ``[A, E]`` are allowed at all."""
+
+    def steps_to(
+        self, layer: int, assignments: IntArray
+    ) -> Callable[[IntArray], BoolArray] | None:
+        """Return what tells for ``[A, E]`` of the layer before which may lead where.
+
+        Its answer is ``[A, B]`` for ``assignments`` ``[B, E]`` of ``layer``; ``None``
+        where all may.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,6 +131,7 @@ def solve_exactly(
     cost: ChainCost | None = None,
     allowed: Sequence[BoolArray] | None = None,
     max_operations: float = MAX_OPERATIONS,
+    limit: ChainLimit | None = None,
 ) -> ExactPlacement | None:
     """Return a cheapest placement under the load caps, or ``None`` if there are too many.
 
@@ -126,22 +146,26 @@ def solve_exactly(
         L arrays ``[E, R]``: whether an expert may be on a rank; all may by default.
     max_operations
         Most multiplications to spend.
+    limit
+        What else is allowed; everything by default.
 
     Raises
     ------
     NoSolutionError
-        If a layer has no assignment under its load cap and pins.
+        If a layer has no assignment under its load cap and pins that the limit allows.
     """
     cost = PairCost(problem=problem) if cost is None else cost
     if not has_few_assignments(problem):
         return None
     counts = [num_assignments(len(load), problem.num_ranks) for load in problem.load]
     renamings = _renamings(problem.topology.rank_cost(), allowed)
-    if _num_operations(counts, len(renamings), cost) > max_operations:
+    operations = _num_operations(counts, len(renamings), cost)
+    # A limit's steps take as many as those of the cost.
+    if operations * (1 if limit is None else 2) > max_operations:
         return None
-    path = _Path(cost=cost)
+    path = _Path(cost=cost, limit=limit)
     for layer in range(problem.num_layers):
-        path.append(_states(problem, layer, renamings, allowed))
+        path.append(_states(problem, layer, renamings, allowed, limit))
     return path.cheapest()
 
 
@@ -227,6 +251,7 @@ def _states(
     layer: int,
     renamings: IntArray,
     allowed: Sequence[BoolArray] | None,
+    limit: ChainLimit | None,
 ) -> _States:
     load, num_ranks = problem.load[layer], problem.num_ranks
     found = balanced_assignments(
@@ -240,7 +265,19 @@ def _states(
             f"{problem.max_load[layer]:.0f} pairs on every rank and meets the pins",
             "relax the cap: placer solve --relax-cap",
         )
+    if limit is not None:
+        found = found[limit.allows(layer, found)]
+        if not len(found):
+            raise _none_allowed(layer)
     return _classify(found, renamings)
+
+
+def _none_allowed(layer: int) -> NoSolutionError:
+    return NoSolutionError(
+        f"MoE layer {layer}: no balanced assignment under the load cap keeps what every "
+        "rank receives under --max-received-copies (proved)",
+        "take the best reached with --relax-cap, or raise one of the two caps",
+    )
 
 
 def _classify(assignments: IntArray, renamings: IntArray) -> _States:
@@ -269,8 +306,8 @@ def _classify(assignments: IntArray, renamings: IntArray) -> _States:
 class _Path:
     """Cheapest ways to every class of the last layer, and how they came there."""
 
-    def __init__(self, *, cost: ChainCost) -> None:
-        self._cost = cost
+    def __init__(self, *, cost: ChainCost, limit: ChainLimit | None) -> None:
+        self._cost, self._limit = cost, limit
         self._layers: list[_States] = []
         self._came_from: list[IntArray] = []  # [B] indices into the layer before
         self._value = np.zeros(0)  # [B]
@@ -281,6 +318,8 @@ class _Path:
         value = self._cost.single(layer, ends)
         if layer:
             step, came_from = self._step(layer - 1, ends)
+            if not np.isfinite(step).any():
+                raise _none_allowed(layer)
             value = value + step
             self._came_from.append(came_from)
         self._layers.append(states)
@@ -294,12 +333,15 @@ class _Path:
             first = int(so_far.argmin())
             return np.full(len(ends), so_far[first]), np.full(len(ends), first)
         later = cost.later(layer, ends).T
+        leads = None if self._limit is None else self._limit.steps_to(layer + 1, ends)
         best, came_from = np.full(len(ends), np.inf), np.zeros(len(ends), dtype=np.int64)
         size = max(1, _BLOCK_ENTRIES // max(later.shape))
         for start in range(0, len(so_far), size):
             block = states.assignments[start : start + size]
             total = cost.earlier(layer, block) @ later
             total += so_far[start : start + size, None]
+            if leads is not None:
+                total[~leads(block)] = np.inf
             index = total.argmin(axis=0)
             least = total[index, np.arange(len(ends))]
             better = least < best

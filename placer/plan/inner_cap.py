@@ -7,7 +7,7 @@ half of its sequences, judged on the other half.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,6 +17,7 @@ from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
+from placer.plan.deadline import Deadline
 from placer.plan.options import OVERFLOW_PRICE, SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import CapTrial, InnerCap
@@ -37,6 +38,7 @@ def choose_inner_cap(
     profile: Chunk,
     options: SolveOptions,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> InnerCap:
     """Return the loosest cap under which other sequences keep to ``max_imbalance``.
 
@@ -53,6 +55,8 @@ def choose_inner_cap(
         What to solve for, ``max_imbalance`` being the mean imbalance to keep to.
     progress
         Told each cap.
+    deadline
+        No further cap is tried after it; one of ``options.time_limit`` by default.
 
     Raises
     ------
@@ -69,20 +73,24 @@ def choose_inner_cap(
     )
     halves = inner_halves(profile, f"--robust {options.robust}")
     quick = replace(options.quick(), relax_cap=True)
+    deadline = deadline or Deadline(seconds=options.time_limit)
     price = OVERFLOW_PRICE if options.overflow_price is None else options.overflow_price
 
-    def trial(cap: float, price: float) -> CapTrial:
-        if progress is not None:
-            progress(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
-        tried = replace(quick, max_imbalance=cap, overflow_price=price)
-        return _trial(model, halves, tried, price)
+    def try_all(trials: Sequence[tuple[float, float]]) -> Iterator[CapTrial]:
+        for cap, price in trials:
+            if progress is not None:
+                progress(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
+            tried = replace(quick, max_imbalance=cap, overflow_price=price)
+            yield _trial(model, halves, tried, price, deadline)
+            if deadline.passed():
+                return
 
     caps = [round(1 + share * (options.max_imbalance - 1), 6) for share in _SHARES]
-    trials = [trial(cap, price) for cap in caps]
+    trials = list(try_all([(cap, price) for cap in caps]))
     found = loosest_that_holds(options.max_imbalance, trials)
-    if found.holds or options.overflow_price is not None:
+    if found.holds or options.overflow_price is not None or deadline.passed():
         return found
-    dearer = [trial(min(caps), times * price) for times in _TIMES[1:]]
+    dearer = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
     return cheapest_that_holds(options.max_imbalance, trials, dearer)
 
 
@@ -211,13 +219,17 @@ def inner_halves(profile: Chunk, option: str) -> tuple[Chunk, Chunk]:
 
 
 def _trial(
-    model: ModelSpec, halves: tuple[Chunk, Chunk], options: SolveOptions, price: float
+    model: ModelSpec,
+    halves: tuple[Chunk, Chunk],
+    options: SolveOptions,
+    price: float,
+    deadline: Deadline,
 ) -> CapTrial:
     """Solve on each half and judge on both."""
     own, other, prices = [], [], []
     for solved, heldout in (halves, halves[::-1]):
         affinity = count_affinity([solved], model, {})
-        placement, report = solve_to_choose(affinity, options, solved)
+        placement, report = solve_to_choose(affinity, options, solved, deadline)
         own.append(_imbalance(placement, solved, options))
         other.append(_imbalance(placement, heldout, options))
         prices.append(report.objective)

@@ -39,6 +39,9 @@ class LayerTokens(NamedTuple):
     starts, users
         ``[E + 1]`` and ``[T x k]`` int64: users[starts[e]:starts[e + 1]] are the tokens
         that use expert e.
+    next_experts, next_choices, next_num_choices
+        The next layer's ``experts``, ``choices`` and ``num_choices``, where what it
+        receives is limited and its homes follow from this layer; else empty.
     """
 
     experts: Array
@@ -47,6 +50,9 @@ class LayerTokens(NamedTuple):
     next_price: Array
     starts: Array
     users: Array
+    next_experts: Array
+    next_choices: Array
+    next_num_choices: Array
 
 
 class Prices(NamedTuple):
@@ -74,6 +80,8 @@ class Prices(NamedTuple):
         whose overflow may never grow.
     receive
         Price of a copy that the busiest rank receives.
+    max_receive
+        Copies that a rank may receive, in this layer and in the next; 0: no limit.
     max_homes
         Tokens that a rank may be the next home of, where homes follow the experts.
     crowd
@@ -90,6 +98,7 @@ class Prices(NamedTuple):
     max_load: Array
     overflow: float
     receive: float
+    max_receive: float
     max_homes: float
     crowd: float
     ranks_per_node: int
@@ -115,6 +124,8 @@ class LayerState(NamedTuple):
         ``[S, R]`` float64.
     received
         ``[R]`` float64: copies that each rank receives.
+    next_received
+        ``[R]`` float64: the same in the next layer, where ``next_experts`` are known.
     homes
         ``[R]`` int64: tokens whose next home each rank is, where ``crowd`` counts them.
     """
@@ -127,6 +138,7 @@ class LayerState(NamedTuple):
     cost: Array
     rank_load: Array
     received: Array
+    next_received: Array
     homes: Array
 
 
@@ -260,6 +272,16 @@ def _receive(served, home, amount, received):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _receive_next(tokens, token, home, amount, received):  # type: ignore[no-untyped-def]
+    """Add ``amount`` per rank that a token's copies reach in the next layer from a home."""
+    row = home if tokens.next_num_choices.shape[0] > 1 else 0
+    served = np.empty(tokens.next_experts.shape[1], dtype=np.int64)
+    choices, num_choices = tokens.next_choices, tokens.next_num_choices
+    _serve(tokens.next_experts, row, token, choices, num_choices, served)
+    _receive(served, home, amount, received)
+
+
+@njit(cache=True, nogil=True)
 def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
     """Fill ``cost`` and ``received`` from the placement; return the cost of all tokens."""
     experts, homes, cost = tokens.experts, tokens.home, state.cost
@@ -267,7 +289,9 @@ def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
     choices, num_choices = state.choices, state.num_choices
     several = num_choices.shape[0] > 1
     served = np.empty(experts.shape[1], dtype=np.int64)
+    follows = tokens.next_experts.shape[0] > 0
     state.received[:] = 0.0
+    state.next_received[:] = 0.0
     state.homes[:] = 0
     total = 0
     for token in range(experts.shape[0]):
@@ -287,6 +311,9 @@ def price_layer(tokens, prices, state):  # type: ignore[no-untyped-def]
         _receive(served, home, 1.0 * weight, state.received)
         if prices.crowd > 0:
             state.homes[_busiest(served)] += weight
+        if follows:
+            amount = 1.0 * weight
+            _receive_next(tokens, token, _busiest(served), amount, state.next_received)
     return total
 
 
@@ -320,12 +347,22 @@ def busiest_ranks(tokens, state, busiest):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _change(tokens, prices, state, changed, choices, num_choices, received, next_homes):  # type: ignore[no-untyped-def]
+def _change(  # type: ignore[no-untyped-def]
+    tokens,
+    prices,
+    state,
+    changed,
+    choices,
+    num_choices,
+    received,
+    next_received,
+    next_homes,
+):
     """Change of the tokens' price when two experts are served by other copies.
 
     ``changed`` ``[2]`` are the experts, ``choices`` ``[H, 2, C]`` and ``num_choices``
-    ``[H, 2]`` their new copies; ``received`` and ``next_homes`` ``[R]`` take the change of
-    the copies and of the homes.
+    ``[H, 2]`` their new copies; ``received``, ``next_received`` and ``next_homes`` ``[R]``
+    take the change of the copies and of the homes.
     """
     # Fields are read once: each access to a tuple's array counts references.
     experts, homes, cost = tokens.experts, tokens.home, state.cost
@@ -333,7 +370,8 @@ def _change(tokens, prices, state, changed, choices, num_choices, received, next
     starts, users = tokens.starts, tokens.users
     old_choices, old_num_choices = state.choices, state.num_choices
     follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
-    count_received, count_homes = prices.receive > 0, prices.crowd > 0
+    count_received = prices.receive > 0 or prices.max_receive > 0
+    count_next, count_homes = tokens.next_experts.shape[0] > 0, prices.crowd > 0
     one, two = changed[0], changed[1]
     top_k = experts.shape[1]
     before, after = np.empty(top_k, dtype=np.int64), np.empty(top_k, dtype=np.int64)
@@ -360,14 +398,19 @@ def _change(tokens, prices, state, changed, choices, num_choices, received, next
             weight = weights[token]
             price = _price(after, home, token, follow, to_rank, to_node, next_price)
             total += weight * (price - cost[token])
-            if count_received or count_homes:
+            if count_received or count_next or count_homes:
                 _serve(experts, row, token, old_choices, old_num_choices, before)
             if count_received:
                 _receive(before, home, -1.0 * weight, received)
                 _receive(after, home, 1.0 * weight, received)
-            if count_homes:
-                next_homes[_busiest(before)] -= weight
-                next_homes[_busiest(after)] += weight
+            if count_next or count_homes:
+                old, new = _busiest(before), _busiest(after)
+                if count_homes:
+                    next_homes[old] -= weight
+                    next_homes[new] += weight
+                if count_next and old != new:
+                    _receive_next(tokens, token, old, -1.0 * weight, next_received)
+                    _receive_next(tokens, token, new, 1.0 * weight, next_received)
     return total
 
 
@@ -405,11 +448,23 @@ def _overflow(rank_load, max_load):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def crowded(homes, max_homes):  # type: ignore[no-untyped-def]
-    """Return how many tokens of ``[R]`` homes are above ``max_homes``."""
+def above(counts, limit):  # type: ignore[no-untyped-def]
+    """Return how much of the counts ``[R]`` of all ranks is above a limit."""
     over = 0.0
-    for rank in range(homes.shape[0]):
-        over += max(0.0, homes[rank] - max_homes)
+    for rank in range(counts.shape[0]):
+        over += max(0.0, counts[rank] - limit)
+    return over
+
+
+@njit(cache=True, nogil=True)
+def busy(received, limit):  # type: ignore[no-untyped-def]
+    """Return the squares of what the ranks ``[R]`` receive above a limit, added up.
+
+    Where all are above it their sum does not tell who is the busiest.
+    """
+    over = 0.0
+    for rank in range(received.shape[0]):
+        over += max(0.0, received[rank] - limit) ** 2
     return over
 
 
@@ -479,19 +534,34 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     if own > own_before + 1e-6:
         return 0.0, False
     change += prices.overflow * (others - others_before)
-    received, next_homes = state.received.copy(), state.homes.copy()
+    received, next_received = state.received.copy(), state.next_received.copy()
+    next_homes = state.homes.copy()
     change += _change(
-        tokens, prices, state, experts, choices, num_choices, received, next_homes
+        tokens,
+        prices,
+        state,
+        experts,
+        choices,
+        num_choices,
+        received,
+        next_received,
+        next_homes,
     )
+    nearer = own < own_before - 1e-6
+    if prices.max_receive > 0 and not nearer:
+        most = prices.max_receive
+        over = busy(received, most) + busy(next_received, most)
+        over -= busy(state.received, most) + busy(state.next_received, most)
+        if over > 1e-6:
+            return 0.0, False
+        nearer = over < -1e-6
     if prices.receive > 0:
         change += prices.receive * (received.max() - state.received.max())
     if prices.crowd > 0:
-        over = crowded(next_homes, prices.max_homes)
-        change += prices.crowd * (over - crowded(state.homes, prices.max_homes))
-    # Less overflow is always worth a move: only the cap makes a plan valid.
-    if change > limit and own >= own_before - 1e-6:
-        return 0.0, False
-    if change == 0.0 and own >= own_before - 1e-6:
+        over = above(next_homes, prices.max_homes)
+        change += prices.crowd * (over - above(state.homes, prices.max_homes))
+    # Nearer to a cap is always worth a move: only caps make a plan valid.
+    if (change > limit or change == 0.0) and not nearer:
         return 0.0, False
     state.slots[rank, slot] = two
     if other >= 0:
@@ -504,6 +574,7 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
         state.share[expert] = share[side]
     state.rank_load[:] = rank_load
     state.received[:] = received
+    state.next_received[:] = next_received
     state.homes[:] = next_homes
     _apply(tokens, prices, state, experts)
     return change, True

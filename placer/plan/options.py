@@ -39,8 +39,12 @@ class SolveOptions:
     max_home_imbalance
         Cap on max/mean tokens per home rank in every layer, for ``follow`` and ``token``,
         or ``None``.
+    max_received_copies
+        Cap on R x the copies that a rank receives per token, in every layer, for ``fixed``
+        and ``follow``, or ``None``.
     relax_cap
-        Take the best reachable cap in layers where ``max_imbalance`` is out of reach.
+        Take the best reachable value in layers where ``max_imbalance`` or
+        ``max_received_copies`` is out of reach.
     redundant_experts
         Slots per layer beyond one for each expert.
     replica_choice
@@ -57,7 +61,9 @@ class SolveOptions:
     seed
         Seed of the search.
     time_limit
-        Wall-clock seconds after which the best so far is taken, or ``None``.
+        Wall-clock seconds after which the best so far is taken, or ``None``; quick plans
+        to choose by have at most half of them, and what is left is the search's and the
+        proof's.
     start
         A placement to improve, or ``None``.
     migration_cost
@@ -77,6 +83,7 @@ class SolveOptions:
     exchange: Exchange = "per-rank"
     max_imbalance: float = 1.10
     max_home_imbalance: float | None = None
+    max_received_copies: float | None = None
     relax_cap: bool = False
     redundant_experts: int = 0
     replica_choice: ReplicaChoice = "local-first"
@@ -128,6 +135,8 @@ class SolveOptions:
     def _require_consistent(self) -> None:
         if self.max_home_imbalance is not None:
             self._require_home_cap(self.max_home_imbalance)
+        if self.max_received_copies is not None:
+            self._require_receive_cap(self.max_received_copies)
         if self.migration_cost and self.start is None:
             raise UsageError(
                 f"--migration-cost {self.migration_cost:g} charges for leaving a plan, but "
@@ -162,6 +171,21 @@ class SolveOptions:
                 f"--max-home-imbalance {cap:g} means nothing for --policy {self.policy}: "
                 "the homes of whole sequences are for the router to even out",
                 "drop it, or solve for --policy follow or token",
+            )
+
+    def _require_receive_cap(self, cap: float) -> None:
+        if not 0 < cap < float("inf"):
+            raise UsageError(
+                f"--max-received-copies must be above 0, got {cap:g}",
+                "the bottleneck_rank_copies_per_token of a plan without it says what to "
+                "ask for",
+            )
+        if self.content_policy is not None:
+            raise UsageError(
+                f"--max-received-copies {cap:g} cannot be kept for --policy "
+                f"{self.policy}: what a rank receives depends on homes that a table gives "
+                "afterwards",
+                "drop it for --receive-price, or solve for --policy fixed or follow",
             )
 
     @property
@@ -204,6 +228,7 @@ class SolveOptions:
         return {
             f"--policy {self.policy}": self.content_policy is not None,
             "--max-home-imbalance": self.max_home_imbalance is not None,
+            "--max-received-copies": self.max_received_copies is not None,
             "--exchange per-node": self.exchange == "per-node",
             "--redundant-experts": self.redundant_experts > 0,
             "--robust": self.robust != "none",

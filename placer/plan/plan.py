@@ -142,6 +142,12 @@ class SolverReport:
         Whether the same input and seed give the same plan.
     relaxed_layers
         MoE layers whose load cap was out of reach and relaxed, with the value reached.
+    relaxed_receive_layers
+        The same of the cap on received copies.
+    most_received_copies
+        R x the copies that the busiest rank receives per token of the profile, in the
+        worst layer, homes of ``fixed`` being even; ``None`` where copies are not what was
+        minimised.
     pairs
         Certificate of the pair objective, which stands in for traffic; ``None`` where it
         is the objective itself, or replicas void it.
@@ -160,8 +166,15 @@ class SolverReport:
     seed: int
     reproducible: bool = True
     relaxed_layers: Mapping[str, float] = field(default_factory=dict)
+    relaxed_receive_layers: Mapping[str, float] = field(default_factory=dict)
+    most_received_copies: float | None = None
     pairs: Certificate | None = None
     inner_cap: InnerCap | None = None
+
+    @property
+    def meets_caps(self) -> bool:
+        """Whether no cap was relaxed."""
+        return not self.relaxed_layers and not self.relaxed_receive_layers
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

@@ -14,6 +14,7 @@ from placer.baseline.eplb import eplb
 from placer.files import sha256_file, sha256_json
 from placer.model import ModelSpec
 from placer.plan.alternation import vocabulary_of
+from placer.plan.deadline import Deadline
 from placer.plan.inner_cap import choose_inner_cap
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.migration import num_moved
@@ -23,7 +24,12 @@ from placer.plan.plan import Plan, SolverReport
 from placer.plan.problem import Topology
 from placer.plan.refine import Refinement, TrafficProblem
 from placer.plan.scenarios import load_scenarios
-from placer.plan.solve import Progress, out_of_reach, solve
+from placer.plan.solve import (
+    Progress,
+    out_of_reach,
+    receive_cap_out_of_reach,
+    solve,
+)
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table.build import build_table
@@ -32,11 +38,16 @@ from placer.trace import Chunk, Fold, Trace
 
 
 def plan_from_trace(
-    trace: Trace, options: SolveOptions, fold: Fold | None, progress: Progress | None = None
+    trace: Trace,
+    options: SolveOptions,
+    fold: Fold | None,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> Plan:
     """Profile on the sequences of ``fold``, solve, and judge on all others.
 
-    Without a fold every sequence is profiled and nothing is held out.
+    Without a fold every sequence is profiled and nothing is held out. All that is solved
+    stops at the ``deadline``, by default one of ``options.time_limit`` from now.
 
     Raises
     ------
@@ -45,9 +56,10 @@ def plan_from_trace(
     NoSolutionError
         If the load cap is out of reach.
     """
+    deadline = deadline or Deadline(seconds=options.time_limit)
     affinity = count_affinity(trace.chunks(fold), trace.model, {})
     profile = trace.read(fold)
-    placement, report = _solve(trace.model, affinity, options, profile, progress)
+    placement, report = _solve(trace.model, affinity, options, profile, progress, deadline)
     heldout = None if fold is None else trace.read(fold.complement())
     judged = profile if heldout is None else heldout
     topology = options.topology
@@ -92,11 +104,14 @@ def plan_from_trace(
 
 
 def plan_from_affinity(
-    path: Path, options: SolveOptions, progress: Progress | None = None
+    path: Path,
+    options: SolveOptions,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> Plan:
     """Solve from counts alone, which know pairs but no held-out figure."""
     affinity = Affinity.read(path)
-    placement, report = solve(affinity, options, progress)
+    placement, report = solve(affinity, options, progress, deadline=deadline)
     return Plan(
         model=affinity.model,
         placement=placement,
@@ -131,18 +146,20 @@ def _solve(
     options: SolveOptions,
     profile: Chunk,
     progress: Progress | None,
+    deadline: Deadline,
 ) -> tuple[Placement, SolverReport]:
     """Solve, a robust plan under the cap that halves of the profile ask for."""
     if options.robust == "none" or options.objective == "balance":
-        return solve(affinity, options, progress, profile)
-    inner_cap = choose_inner_cap(model, profile, options, progress)
+        return solve(affinity, options, progress, profile, deadline)
+    with deadline.choosing() as quick:
+        inner_cap = choose_inner_cap(model, profile, options, progress, quick)
     inner = replace(
         options,
         max_imbalance=inner_cap.max_imbalance,
         overflow_price=inner_cap.overflow_price,
         relax_cap=True,
     )
-    placement, report = solve(affinity, inner, progress, profile)
+    placement, report = solve(affinity, inner, progress, profile, deadline)
     # A cap that nobody asked for may be missed; what was asked for may not.
     missed = {
         int(layer): value
@@ -151,6 +168,10 @@ def _solve(
     }
     if missed and not options.relax_cap:
         raise out_of_reach(missed, placement, options)
+    busy = {int(n): value for n, value in report.relaxed_receive_layers.items()}
+    if busy and not options.relax_cap:
+        stopped = not report.reproducible
+        raise receive_cap_out_of_reach(busy, placement, options, stopped=stopped)
     relaxed = {str(layer): value for layer, value in missed.items()}
     return placement, replace(report, inner_cap=inner_cap, relaxed_layers=relaxed)
 
@@ -233,4 +254,5 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
         "pins": [str(pin) for pin in options.pins],
         "preserve_groups": options.preserve_groups,
         "max_home_imbalance": options.max_home_imbalance,
+        "max_received_copies": options.max_received_copies,
     } | (from_start or {})

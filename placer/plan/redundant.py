@@ -13,6 +13,7 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.errors import UsageError
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.solve import Progress, solve_to_choose
 from placer.simulation.cost import ExpertShape
@@ -115,8 +116,9 @@ class Memory:
         return slots_per_rank * num_layers * self.expert_bytes
 
 
-#: Solves for options and tells the objective, its name, and whether the cap is met.
-Worth = Callable[[SolveOptions], tuple[float, str, bool]]
+#: Solves for options until a deadline; tells the objective, its name, and whether the cap
+#: is met.
+Worth = Callable[[SolveOptions, Deadline], tuple[float, str, bool]]
 
 
 def choose_redundant_experts(
@@ -126,6 +128,7 @@ def choose_redundant_experts(
     memory: Memory,
     least_gain: float = LEAST_GAIN,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> RedundantChoice:
     """Climb the ladder while the next step saves ``least_gain`` of the objective.
 
@@ -145,6 +148,8 @@ def choose_redundant_experts(
         Share of the objective, above 0 and below 1.
     progress
         Told each step.
+    deadline
+        No further step is tried after it; one of ``options.time_limit`` by default.
 
     Raises
     ------
@@ -169,10 +174,13 @@ def choose_redundant_experts(
     num_ranks = options.topology.num_ranks
     steps: list[Step] = []
     chosen, name = None, ""
+    deadline = deadline or Deadline(seconds=options.time_limit)
     for number in ladder(num_experts, num_ranks, memory):
+        if steps and deadline.passed():
+            break
         if progress is not None:
             progress(f"{number} redundant experts, quick plan")
-        value, name, meets_cap = worth(replace(options, redundant_experts=number))
+        value, name, meets_cap = worth(replace(options, redundant_experts=number), deadline)
         per_rank = memory.bytes_per_rank(number // num_ranks, len(num_experts))
         step = Step(
             redundant_experts=number,
@@ -216,9 +224,9 @@ def ladder(num_experts: Sequence[int], num_ranks: int, memory: Memory) -> list[i
 def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
     """Return what judges a step by the objective on the profile itself."""
 
-    def worth(options: SolveOptions) -> tuple[float, str, bool]:
+    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, bool]:
         quick = replace(options.quick(), relax_cap=True)
-        _, report = solve_to_choose(affinity, quick, profile)
-        return report.objective, report.objective_name, not report.relaxed_layers
+        _, report = solve_to_choose(affinity, quick, profile, deadline)
+        return report.objective, report.objective_name, report.meets_caps
 
     return worth

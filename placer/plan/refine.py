@@ -36,8 +36,14 @@ _HOTTEST, _COOLING = 2e-3, 1 / 30
 #: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
 #: layers of gpt-oss-20b stay above a cap that they meet at 30.
 HOME_PRICE = 30.0
-# Pairs; sums of the shares of replicas differ by rounding.
+# Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
 _SAME_OVERFLOW = 1e-3
+# Of the layer after the last, or where nothing is asked of the next: no tokens.
+_NO_LAYER = (
+    np.zeros((0, 1), dtype=np.int16),
+    np.zeros((1, 0, 1), dtype=np.int16),
+    np.zeros((1, 0), dtype=np.int16),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,6 +83,9 @@ class TrafficProblem:
     max_home_imbalance
         Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
         ``None``. Every token above it costs :data:`HOME_PRICE` copies.
+    max_received_copies
+        Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
+        a limit that no move may break, as that of the load.
     """
 
     experts: tuple[npt.NDArray[np.int16], ...]
@@ -92,6 +101,7 @@ class TrafficProblem:
     kind: tuple[IntArray, ...] | None = None
     replica_choice: ReplicaChoice = "local-first"
     max_home_imbalance: float | None = None
+    max_received_copies: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -151,35 +161,45 @@ class Evaluation:
         The same with all that is priced beside them: other loads, the busiest receiver,
         homes and moves.
     overflow
-        ``[L]``: pairs of the profile above the load cap.
+        ``[2, L]``: pairs of the profile above the load cap; squares of the copies that a
+        rank receives above the cap on those.
     imbalance
         ``[L]``: max/mean rank load, each copy serving as often as even homes ask it to.
+    most_received_copies
+        ``[L]``: R x the copies that the busiest rank receives, per token.
     """
 
     copies: float
     price: float
     overflow: FloatArray
     imbalance: FloatArray
+    most_received_copies: FloatArray
 
     def is_better(self, other: "Evaluation") -> bool:
-        """Return whether it is nearer the load cap or, as near, costs less."""
+        """Return whether it is nearer the caps or, as near, costs less."""
         return _is_better(
-            self.overflow.sum(), self.price, other.overflow.sum(), other.price
+            self.overflow.sum(axis=1), self.price, other.overflow.sum(axis=1), other.price
         )
+
+    def missed_receive_cap(self) -> dict[int, float]:
+        """Return what the layers above the cap on received copies reach."""
+        missed = np.flatnonzero(self.overflow[1] > _SAME_OVERFLOW)
+        return {int(layer): float(self.most_received_copies[layer]) for layer in missed}
 
 
 def _is_better(
-    overflow: float, price: float, other_overflow: float, other_price: float
+    overflow: FloatArray, price: float, other_overflow: FloatArray, other_price: float
 ) -> bool:
-    """Compare by load above the cap, which no price outweighs, then by price."""
-    if abs(overflow - other_overflow) > _SAME_OVERFLOW:
-        return overflow < other_overflow
+    """Compare by what is above each cap, which no price outweighs, then by price."""
+    for one, other in zip(overflow, other_overflow, strict=True):
+        if abs(one - other) > _SAME_OVERFLOW:
+            return bool(one < other)
     return price < other_price
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Snapshot:
-    """A state of the search: L maps, and ``[L]`` their prices and pairs above the cap."""
+    """A state of the search: L maps, ``[L]`` prices and ``[2, L]`` what is above caps."""
 
     slots: tuple[IntArray, ...]
     price: FloatArray
@@ -219,7 +239,7 @@ class Refinement:
     ) -> Placement:
         """Return a placement that costs no more; ``progress`` is told sweep and price.
 
-        Of a placement above the load cap, one that is nearer to it, whatever it costs. The
+        Of a placement above a cap, one that is nearer to it, whatever it costs. The
         price is in copies per token and MoE layer (cheapest copy 1).
         """
         deadline = deadline or Deadline()
@@ -273,17 +293,23 @@ class Refinement:
     def evaluate(self, placement: Placement) -> "Evaluation":
         """Return what a placement costs."""
         self._load(placement)
-        copies, penalties, imbalance = 0.0, 0.0, []
+        copies, penalties = 0.0, 0.0
         for layer in range(self.problem.num_layers):
             copies += self._copies(layer)
             penalties += self._penalties(layer)
-            load = self._states[layer].rank_load[0]
-            imbalance.append(load.max() / load.mean() if load.any() else 1.0)
         return Evaluation(
             copies=self._per_token(copies),
             price=self._per_token(copies + penalties),
             overflow=self._overflow_per_layer(),
-            imbalance=np.array(imbalance),
+            imbalance=np.array(
+                [
+                    load.max() / load.mean() if load.any() else 1.0
+                    for load in (state.rank_load[0] for state in self._states)
+                ]
+            ),
+            most_received_copies=self.problem.topology.num_ranks
+            / self.problem.num_tokens
+            * np.array([state.received.max() for state in self._states]),
         )
 
     def _load(self, placement: Placement) -> None:
@@ -307,11 +333,14 @@ class Refinement:
         """Choose between two states, layer by layer where layers do not link."""
         if self.problem.policy == "follow":
             lost = _is_better(
-                one.overflow.sum(), one.price.sum(), other.overflow.sum(), other.price.sum()
+                one.overflow.sum(axis=1),
+                one.price.sum(),
+                other.overflow.sum(axis=1),
+                other.price.sum(),
             )
             return one if lost else other
         lost_layers = list(
-            map(_is_better, one.overflow, one.price, other.overflow, other.price)
+            map(_is_better, one.overflow.T, one.price, other.overflow.T, other.price)
         )
         return _Snapshot(
             slots=tuple(
@@ -340,15 +369,19 @@ class Refinement:
         over = np.maximum(state.rank_load - price.max_load[:, None], 0).sum(axis=1)
         total = price.overflow * float(over[1:].mean()) if len(over) > 1 else 0.0
         total += price.receive * float(state.received.max())
-        total += price.crowd * float(kernels.crowded(state.homes, price.max_homes))
+        total += price.crowd * float(kernels.above(state.homes, price.max_homes))
         return total + float((price.linear * state.holds).sum())
 
     def _overflow_per_layer(self) -> FloatArray:
-        """Return ``[L]``: pairs of the profile above the cap, as they were priced last."""
+        """Return ``[2, L]``: what is above the caps, as it was priced last."""
+        both = list(zip(self._states, self._prices, strict=True))
         return np.array(
             [
-                np.maximum(state.rank_load[0] - price.max_load[0], 0).sum()
-                for state, price in zip(self._states, self._prices, strict=True)
+                [np.maximum(s.rank_load[0] - p.max_load[0], 0).sum() for s, p in both],
+                [
+                    kernels.busy(s.received, p.max_receive) if p.max_receive else 0.0
+                    for s, p in both
+                ],
             ]
         )
 
@@ -442,7 +475,12 @@ class Refinement:
             home = _even_homes(len(experts), num_ranks)
         else:
             home = np.full(len(experts), num_ranks, dtype=np.int16)
-        return _layer_tokens(profile, home, next_price)
+        following = _NO_LAYER
+        limited = problem.max_received_copies is not None and problem.policy == "follow"
+        if limited and with_next and layer + 1 < problem.num_layers:
+            state = self._states[layer + 1]
+            following = (problem.experts[layer + 1], state.choices, state.num_choices)
+        return _layer_tokens(profile, home, next_price, following)
 
     def _fill_next_price(self, layer: int, price: IntArray) -> None:
         nowhere = np.zeros(self.problem.num_tokens, dtype=np.int16)
@@ -491,6 +529,9 @@ class Refinement:
             max_load=np.asarray(problem.max_load[layer], dtype=np.float64),
             overflow=problem.overflow_price * num_ranks,
             receive=problem.receive_price * num_ranks,
+            max_receive=(problem.max_received_copies or 0.0)
+            * problem.num_tokens
+            / num_ranks,
             max_homes=max_homes,
             crowd=crowd,
             ranks_per_node=topology.gpus_per_node,
@@ -513,6 +554,7 @@ class Refinement:
             cost=np.zeros(len(self._profiles[layer].experts), dtype=np.int64),
             rank_load=np.zeros((len(problem.load[layer]), num_ranks)),
             received=np.zeros(num_ranks),
+            next_received=np.zeros(num_ranks),
             homes=np.zeros(num_ranks, dtype=np.int64),
         )
         rule = _RULES[problem.replica_choice]
@@ -528,10 +570,20 @@ class Refinement:
 
 
 def _layer_tokens(
-    profile: LayerProfile, home: RankArray, next_price: IntArray
+    profile: LayerProfile,
+    home: RankArray,
+    next_price: IntArray,
+    following: tuple[RankArray, RankArray, RankArray] = _NO_LAYER,
 ) -> kernels.LayerTokens:
+    """Return a layer's tokens; ``following`` are those of the next and their ranks."""
     return kernels.LayerTokens(
-        profile.experts, profile.weight, home, next_price, profile.starts, profile.users
+        profile.experts,
+        profile.weight,
+        home,
+        next_price,
+        profile.starts,
+        profile.users,
+        *following,
     )
 
 

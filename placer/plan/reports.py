@@ -1,17 +1,21 @@
 """What a placement reaches, and the bounds that prove how far from the best it can be."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
 from placer.plan.alternation import Alternation
+from placer.plan.bounds import pair_bound
 from placer.plan.certificate import PairCertificate
+from placer.plan.copies import FIRST_STEPS, CopiesCertificate, token_sets
 from placer.plan.copies import METHOD as COPIES_METHOD
-from placer.plan.copies import CopiesCertificate, token_sets
+from placer.plan.deadline import Deadline
 from placer.plan.dynamic import METHOD as EXACT_METHOD
 from placer.plan.options import Proof, SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Certificate
 from placer.plan.problem import IntArray, PlacementProblem
+from placer.plan.progress import GapLine, gap
 from placer.plan.refine import Refinement, TrafficProblem, copy_prices
 from placer.trace import Chunk
 
@@ -30,13 +34,24 @@ _PROOF_STEPS: dict[Proof, tuple[int, int]] = {
     "full": (300, 200),
 }
 _QUICK_EXPERTS = 4096
+# What proves a bound in under a second, before the search: arcs of b-matchings; experts and
+# (token, layer) rows of the relaxation, and its steps.
+_EARLY_ARCS = 1 << 20
+_EARLY_EXPERTS, _EARLY_ROWS = 2048, 1 << 20
+_EARLY_STEPS = 5
+# The proof of pairs tells its bound, and stops when time is up, each time it took so many.
+_STEPS_PER_LOOK = 20
 
 
 def pair_report(
-    problem: PlacementProblem, placement: Placement, options: SolveOptions
+    problem: PlacementProblem,
+    placement: Placement,
+    options: SolveOptions,
+    progress: Callable[[str], None] | None,
+    deadline: Deadline,
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what pairs cost."""
-    found = _pair_certificate(problem, placement, options.proof)
+    found = _pair_certificate(problem, placement, options.proof, progress, deadline)
     return asdict(found) | {"status": status(found.objective, found.bound)}
 
 
@@ -47,8 +62,13 @@ def copies_report(
     placement: Placement,
     optimal: bool,
     options: SolveOptions,
+    progress: Callable[[str], None] | None,
+    deadline: Deadline,
 ) -> dict[str, Any]:
-    """Return the fields of ``SolverReport`` that say what copies of ``judged`` cost."""
+    """Return the fields of ``SolverReport`` that say what copies of ``judged`` cost.
+
+    Proofs tell ``progress`` their bounds, and stop at the ``deadline``: any stop certifies.
+    """
     reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
     objective = round(reached.copies, 6)
     report: dict[str, Any] = {
@@ -58,6 +78,7 @@ def copies_report(
         "bound": objective,
         "gap": 0.0,
         "bound_method": EXACT_METHOD,
+        "most_received_copies": round(float(reached.most_received_copies.max()), 6),
     }
     if optimal:
         return report
@@ -65,8 +86,20 @@ def copies_report(
         why = "none: replicas void the bounds"
         return report | {"bound": None, "gap": None, "bound_method": why}
     problem = problem.admitting(_ranks(placement))
-    pairs = _pair_certificate(problem, placement, options.proof)
-    bound = _copies_bound(problem, judged, options)
+    pairs = _pair_certificate(problem, placement, options.proof, progress, deadline)
+    line = GapLine(tell=progress, num_decimals=4)
+
+    def told(step: str, found: float) -> bool:
+        line.raise_bound(found)
+        line(f"proof of the copies, {step}", objective)
+        return not deadline.passed()
+
+    rounds = _steps(problem, options.proof)[1]
+    with deadline.interruptible():
+        if rounds and not deadline.passed():
+            found = _copies_bound(problem, judged, options, rounds=rounds, told=told)
+            line.raise_bound(found)
+    bound = line.bound
     if bound is None:
         why = "none: no bound of the copies of this policy and exchange was computed"
         return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
@@ -91,13 +124,45 @@ def content_report(content: Alternation, placement: Placement) -> dict[str, Any]
     }
 
 
+def early_pair_bound(problem: PlacementProblem) -> float | None:
+    """Return a bound of the pairs before any search, where it takes no second."""
+    arcs = sum(one.size for one in (*problem.within, *(problem.between or ())))
+    return pair_bound(problem) if arcs <= _EARLY_ARCS else None
+
+
+def early_copies_bound(
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+) -> float | None:
+    """Return a bound of the price of copies before any search, where it is as cheap.
+
+    ``None`` too where what is placed may break the problem's caps, or has replicas.
+    """
+    rows = judged.num_tokens * problem.num_layers
+    large = _num_experts(problem) > _EARLY_EXPERTS or rows > _EARLY_ROWS
+    unbound = options.redundant_experts or options.constrained or options.content_policy
+    if large or unbound:
+        return None
+    return _copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
+
+
 def _pair_certificate(
-    problem: PlacementProblem, placement: Placement, proof: Proof
+    problem: PlacementProblem,
+    placement: Placement,
+    proof: Proof,
+    progress: Callable[[str], None] | None,
+    deadline: Deadline,
 ) -> Certificate:
     objective = problem.objective(_ranks(placement))
     certificate = PairCertificate(problem)
-    if (steps := _steps(problem, proof)[0]) and certificate.bound < objective:
-        certificate.improve(steps)
+    line = GapLine(tell=progress, num_decimals=0, bound=certificate.bound)
+    steps = _steps(problem, proof)[0]
+    looks = range(_STEPS_PER_LOOK, steps + 1, _STEPS_PER_LOOK)
+    with deadline.interruptible():
+        for done in looks:
+            if certificate.bound >= objective or deadline.passed():
+                break
+            line.raise_bound(certificate.improve(_STEPS_PER_LOOK))
+            line(f"proof of the pairs, step {done} of {steps}", objective)
     return Certificate(
         objective_name=problem.objective_name,
         objective=objective,
@@ -108,36 +173,57 @@ def _pair_certificate(
 
 
 def _copies_bound(
-    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+    problem: PlacementProblem,
+    judged: Chunk,
+    options: SolveOptions,
+    *,
+    rounds: int,
+    first_steps: int = FIRST_STEPS,
+    told: Callable[[str, float], bool] | None = None,
 ) -> float | None:
-    """Return a bound of the price of copies, per token and layer, if there is one."""
+    """Return a bound of the price of copies, per token and layer, if there is one.
+
+    ``told`` takes what was done and the bound so far, and says whether to go on.
+    """
     topology = options.topology
-    rounds = _steps(problem, options.proof)[1]
-    if not rounds or (options.exchange == "per-node" and options.policy != "fixed"):
+    if options.exchange == "per-node" and options.policy != "fixed":
         return None
     sets = token_sets([judged])
+    scale = topology.num_ranks * judged.num_tokens * problem.num_layers
+    policy = options.start_policy(judged.experts[0].shape[1])
 
-    def visited(num_groups: int) -> CopiesCertificate:
+    def of_groups(num_groups: int) -> CopiesCertificate:
         width = topology.num_ranks // num_groups
         caps = [width * cap for cap in problem.max_load]
-        found = CopiesCertificate(sets, problem.load, caps, num_groups)
-        found.improve(rounds)
-        return found
+        return CopiesCertificate(sets, problem.load, caps, num_groups)
 
-    ranks = visited(topology.num_ranks)
-    scale = topology.num_ranks * judged.num_tokens * problem.num_layers
-    if options.exchange == "per-rank":
-        policy = options.start_policy(judged.experts[0].shape[1])
-        return ranks.cost_bound(policy, topology) / scale
-    to_rank, to_node = copy_prices(topology, "per-node")
-    nodes = sum(visited(topology.num_nodes).bounds) if topology.num_nodes > 1 else 0.0
-    price = float(to_rank[-1].min()) * sum(ranks.bounds)
-    return (price + float(to_node[-1].min()) * nodes) / scale
+    ranks, nodes = of_groups(topology.num_ranks), None
+    if options.exchange == "per-node" and topology.num_nodes > 1:
+        nodes = of_groups(topology.num_nodes)
+
+    def bound() -> float:
+        if options.exchange == "per-rank":
+            return ranks.cost_bound(policy, topology) / scale
+        to_rank, to_node = copy_prices(topology, "per-node")
+        price = float(to_rank[-1].min()) * sum(ranks.bounds)
+        crossing = 0.0 if nodes is None else sum(nodes.bounds)
+        return (price + float(to_node[-1].min()) * crossing) / scale
+
+    for certificate, what in ((ranks, "ranks"), (nodes, "nodes")):
+        if certificate is None:
+            continue
+
+        def goes_on(done: int, what: str = what) -> bool:
+            step = f"{what}, layer {done} of {problem.num_layers}"
+            return told is None or told(step, bound())
+
+        certificate.improve(rounds, first_steps, goes_on)
+    return bound()
 
 
 def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:
     """Return the work of a proof; a quick one is left out where it would not be quick."""
-    large = sum(len(load) for load in problem.load) > _QUICK_EXPERTS
+    large = _num_experts(problem) > _QUICK_EXPERTS
     return (0, 0) if large and proof == "quick" else _PROOF_STEPS[proof]
 
 
@@ -150,6 +236,5 @@ def _ranks(placement: Placement) -> list[IntArray]:
     return [placement.expert_rank(layer) for layer in range(placement.num_layers)]
 
 
-def gap(objective: float, bound: float) -> float:
-    """Return ``(objective - bound) / objective``, 0 where nothing is to be gained."""
-    return max(0.0, (objective - bound) / objective) if objective > 0 else 0.0
+def _num_experts(problem: PlacementProblem) -> int:
+    return sum(len(load) for load in problem.load)

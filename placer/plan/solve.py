@@ -14,9 +14,9 @@ from placer.affinity import Affinity
 from placer.errors import NoSolutionError, UsageError
 from placer.plan.alternation import Alternation, vocabulary_of
 from placer.plan.balance import load_caps
-from placer.plan.copies_cost import CopiesCost
+from placer.plan.copies_cost import CopiesCost, ReceiveLimit
 from placer.plan.deadline import Deadline
-from placer.plan.dynamic import has_few_assignments, solve_exactly
+from placer.plan.dynamic import ExactPlacement, has_few_assignments, solve_exactly
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
 from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
@@ -33,13 +33,21 @@ from placer.plan.problem import (
     Topology,
     placement_problem,
 )
+from placer.plan.progress import GapLine, gap
 from placer.plan.refine import (
     Refinement,
     TrafficProblem,
     sample_sequences,
 )
 from placer.plan.replicas import with_replicas
-from placer.plan.reports import content_report, copies_report, gap, pair_report, status
+from placer.plan.reports import (
+    content_report,
+    copies_report,
+    early_copies_bound,
+    early_pair_bound,
+    pair_report,
+    status,
+)
 from placer.plan.router_groups import group_kinds, place_groups
 from placer.plan.scenarios import load_scenarios
 from placer.plan.search import Search
@@ -55,6 +63,7 @@ def solve(
     options: SolveOptions,
     progress: Progress | None = None,
     tokens: Chunk | None = None,
+    deadline: Deadline | None = None,
 ) -> tuple[Placement, SolverReport]:
     """Place the experts of every layer.
 
@@ -70,17 +79,21 @@ def solve(
     tokens
         The profile itself: the copies that it causes are minimised. Without it pairs of
         experts are all that is known.
+    deadline
+        Stops search and proof; one of ``options.time_limit`` from now by default.
 
     Raises
     ------
     NoSolutionError
-        If a layer cannot meet the load cap and ``relax_cap`` is false.
+        If a layer cannot meet the load cap, or was not brought under the cap on received
+        copies, and ``relax_cap`` is false.
     UsageError
         If slots do not divide over the ranks, or an option needs tokens.
     """
     began = time.monotonic()
+    deadline = deadline or Deadline(seconds=options.time_limit)
     if options.objective == "balance" or not affinity.has_links:
-        return _balance(affinity, options)
+        return _balance(affinity, options, deadline)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
@@ -105,18 +118,19 @@ def solve(
         judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
         if options.content_policy is not None:
             vocab_size = vocabulary_of(judged, options.content_policy)
-    deadline = Deadline(seconds=options.time_limit)
     placement, optimal = _first_placement(
         affinity, problem, options, start, judged, progress, deadline
     )
-    if deadline.stopped:
-        options = replace(options, proof="none")
+    relaxed_receive: dict[int, float] = {}
     if judged is None:
-        report = pair_report(problem, placement, options)
+        report = pair_report(problem, placement, options, progress, deadline)
     else:
         traffic = _traffic_problem(judged, tokens, problem, options, affinity.model.n_group)
         if not optimal:
-            placement = _refine(placement, traffic, options, progress, deadline)
+            line = GapLine(tell=progress, num_decimals=4)
+            if progress is not None:
+                line.raise_bound(early_copies_bound(problem, judged, options))
+            placement = _refine(placement, traffic, options, line, deadline)
         content = None
         if options.content_policy is not None:
             content = Alternation(
@@ -131,36 +145,50 @@ def solve(
             placement = _alternate(placement, content, progress, deadline)
         if options.redundant_experts or options.constrained:
             relaxed = _require_cap(placement, traffic, options)
+        if options.max_received_copies is not None:
+            reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
+            relaxed_receive = reached.missed_receive_cap()
+            if relaxed_receive and not options.relax_cap:
+                raise receive_cap_out_of_reach(
+                    relaxed_receive, placement, options, stopped=deadline.stopped
+                )
         if content is not None:
             report = content_report(content, placement)
         else:
-            report = copies_report(problem, traffic, judged, placement, optimal, options)
+            report = copies_report(
+                problem, traffic, judged, placement, optimal, options, progress, deadline
+            )
     return placement, SolverReport(
         **report,
         seconds=time.monotonic() - began,
         seed=options.seed,
-        reproducible=not deadline.stopped,
+        reproducible=deadline.reproducible,
         relaxed_layers={str(layer): value for layer, value in relaxed.items()},
+        relaxed_receive_layers={
+            str(layer): value for layer, value in relaxed_receive.items()
+        },
     )
 
 
 def solve_to_choose(
-    affinity: Affinity, options: SolveOptions, profile: Chunk | None
+    affinity: Affinity, options: SolveOptions, profile: Chunk | None, deadline: Deadline
 ) -> tuple[Placement, SolverReport]:
-    """Solve for a plan to choose by, which no clock may cut: the choice must be the same.
+    """Solve for a plan to choose by; of a choice that the clock cut, the deadline knows.
 
     Raises
     ------
     KeyboardInterrupt
         On Ctrl-C: there is no plan to give yet.
     """
-    placement, report = solve(affinity, replace(options, time_limit=None), None, profile)
-    if not report.reproducible:
+    placement, report = solve(affinity, options, None, profile, deadline)
+    if deadline.interrupted:
         raise KeyboardInterrupt
     return placement, report
 
 
-def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, SolverReport]:
+def _balance(
+    affinity: Affinity, options: SolveOptions, deadline: Deadline
+) -> tuple[Placement, SolverReport]:
     """Place by loads alone."""
     began = time.monotonic()
     asked = options.asked_of_tokens | {"--policy follow": options.policy == "follow"}
@@ -198,6 +226,7 @@ def _balance(affinity: Affinity, options: SolveOptions) -> tuple[Placement, Solv
         bound_method=BALANCE_METHOD,
         seconds=time.monotonic() - began,
         seed=options.seed,
+        reproducible=deadline.reproducible,
         relaxed_layers={str(layer): value for layer, value in missed.items()},
     )
 
@@ -246,10 +275,8 @@ def _place_pairs(
     exact = None
     if judged is None:
         exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
-    elif options.needs_tokens is None and has_few_assignments(problem):
-        policy = options.start_policy(judged.experts[0].shape[1])
-        cost = CopiesCost.of([judged], policy, options.topology)
-        exact = solve_exactly(problem, cost, max_operations=_EXACT_OPERATIONS)
+    elif has_few_assignments(problem):
+        exact = _exact_copies(problem, judged, options)
     if exact is not None:
         return _placed(list(exact.expert_rank), options.topology), True
     search = Search(
@@ -258,15 +285,31 @@ def _place_pairs(
         rng=np.random.default_rng(options.seed),
         limits=options.limits,
     )
+    line = GapLine(tell=progress, num_decimals=0)
+    if progress is not None:
+        line.raise_bound(early_pair_bound(problem))
     search.run(
-        None
-        if progress is None
-        else lambda number, value: progress(
-            f"pairs, round {number}: objective {value:.0f}"
-        ),
-        deadline,
+        lambda number, objective: line(f"pairs, round {number}", objective), deadline
     )
     return _placed(search.expert_rank, options.topology), False
+
+
+def _exact_copies(
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+) -> ExactPlacement | None:
+    """Minimise copies exactly, where few assignments and nothing else asked allow it."""
+    cap = options.max_received_copies
+    if replace(options, max_received_copies=None).needs_tokens is not None:
+        return None
+    policy = options.start_policy(judged.experts[0].shape[1])
+    cost = CopiesCost.of([judged], policy, options.topology)
+    limit = None if cap is None else ReceiveLimit(cost=cost, max_copies=cap)
+    try:
+        return solve_exactly(problem, cost, None, _EXACT_OPERATIONS, limit)
+    except NoSolutionError:
+        if options.relax_cap:  # the search then comes as near to the cap as it can
+            return None
+        raise
 
 
 def _placed(expert_rank: list[IntArray], topology: Topology) -> Placement:
@@ -308,6 +351,7 @@ def _traffic_problem(
         max_home_imbalance=options.max_home_imbalance
         if options.policy == "follow"
         else None,
+        max_received_copies=options.max_received_copies,
     )
 
 
@@ -326,15 +370,15 @@ def _refine(
     placement: Placement,
     traffic: TrafficProblem,
     options: SolveOptions,
-    progress: Progress | None,
+    line: GapLine,
     deadline: Deadline,
 ) -> Placement:
     refinement = Refinement(problem=traffic, limits=options.refine, seed=options.seed)
     return refinement.run(
         placement,
         None
-        if progress is None
-        else lambda sweep, price: progress(f"copies, sweep {sweep}: {price:.4f} per token"),
+        if line.tell is None
+        else lambda sweep, price: line(f"copies, sweep {sweep}", price),
         deadline,
     )
 
@@ -350,7 +394,7 @@ def _alternate(
         None
         if progress is None
         else lambda number, price: progress(
-            f"homes and placement, round {number}: {price:.4f} per token"
+            f"homes and placement, round {number}: objective {price:.4f}"
         ),
         deadline,
     )
@@ -369,6 +413,25 @@ def _require_cap(
     if missed and not options.relax_cap:
         raise out_of_reach(missed, placement, options)
     return missed
+
+
+def receive_cap_out_of_reach(
+    missed: Mapping[int, float],
+    placement: Placement,
+    options: SolveOptions,
+    *,
+    stopped: bool,
+) -> NoSolutionError:
+    """Return the error of layers, with what they reached, above the cap on copies."""
+    worst = max(missed.values())
+    when = ", when the search was stopped" if stopped else ""
+    return NoSolutionError(
+        f"--max-received-copies {options.max_received_copies:g} was not reached in "
+        f"{len(missed)} of {placement.num_layers} MoE layers under --max-imbalance "
+        f"{options.max_imbalance:g}{when}; worst {worst:.4f}",
+        "take the best reached with --relax-cap, ask for --max-received-copies "
+        f"{np.ceil(worst * 1000) / 1000:g}, or allow a higher --max-imbalance",
+    )
 
 
 def out_of_reach(

@@ -116,13 +116,25 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
 
 
 def plan_notes(plan: Plan) -> Iterator[str]:
-    """Yield a sentence on each load cap that is not the one that was asked for."""
+    """Yield a sentence on caps that are not as asked for, and on copies received."""
     relaxed = plan.solver.relaxed_layers
     if relaxed:
         worst = max(relaxed, key=lambda n: relaxed[n])
         yield (
             f"load cap {plan.max_imbalance:g} relaxed in {len(relaxed)} MoE layers, at "
             f"most to {relaxed[worst]:.4f} (layer {worst})"
+        )
+    cap, busy = plan.provenance["max_received_copies"], plan.solver.relaxed_receive_layers
+    if busy:
+        worst = max(busy, key=lambda n: busy[n])
+        yield (
+            f"cap on received copies {cap:g} relaxed in {len(busy)} MoE layers, at most to "
+            f"{busy[worst]:.4f} (layer {worst})"
+        )
+    elif cap is not None:
+        yield (
+            "ranks x copies that the busiest rank receives per token of the profile: "
+            f"{plan.solver.most_received_copies:.4f} in the worst layer, cap {cap:g}"
         )
     if plan.solver.inner_cap is not None:
         yield inner_cap_line(plan.solver.inner_cap, plan.max_imbalance)

@@ -9,6 +9,7 @@ from typing import Any
 from placer.errors import UsageError
 from placer.files import atomic_directory
 from placer.plan import Plan
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.solve import Progress
@@ -35,6 +36,8 @@ class FrontierPoint:
         Max/mean rank load, mean over layers.
     objective, bound
         Of the solver, on the profile; the bound may be ``None``.
+    reproducible
+        Whether no clock and no Ctrl-C stopped its search.
     """
 
     max_imbalance: float
@@ -44,6 +47,7 @@ class FrontierPoint:
     load_imbalance_mean: float
     objective: float
     bound: float | None
+    reproducible: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -77,22 +81,26 @@ def write_frontier(
     out: Path,
     progress: Progress | None = None,
     provenance: Mapping[str, Any] | None = None,
+    deadline: Deadline | None = None,
 ) -> list[FrontierPoint]:
     """Solve under every cap; write a directory of plans and ``frontier.csv``.
 
     Caps that are out of reach are relaxed. ``provenance`` is what every plan should say
-    beside its own.
+    beside its own. Plans share what is left until the ``deadline`` (by default one of
+    ``options.time_limit``), each as much as those after it.
 
     Raises
     ------
     PlacerError
         If ``out`` exists, or a plan cannot be solved.
     """
-    points = []
+    points: list[FrontierPoint] = []
+    deadline = deadline or Deadline(seconds=options.time_limit)
     with atomic_directory(out) as directory:
         for cap in caps:
             asked = replace(options, max_imbalance=cap, relax_cap=True)
-            plan = plan_from_trace(trace, asked, fold, progress)
+            share = deadline.part(1 / (len(caps) - len(points)))
+            plan = plan_from_trace(trace, asked, fold, progress, share)
             plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
             # All digits, so that no two caps share a file.
             name = f"plan-{str(cap).removesuffix('.0')}.json"
@@ -117,4 +125,5 @@ def _point(plan: Plan, cap: float, name: str) -> FrontierPoint:
         load_imbalance_mean=own["load_imbalance_mean"],
         objective=plan.solver.objective,
         bound=plan.solver.bound,
+        reproducible=plan.solver.reproducible,
     )

@@ -201,7 +201,13 @@ def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
         columns=("layer", "max/mean rank load"),
         rows=tuple((int(n), value) for n, value in solver.relaxed_layers.items()),
     )
-    sections = [*_metric_sections(plan), *([relaxed] if relaxed.rows else [])]
+    relaxed_receive = Section(
+        title="layers whose cap on received copies was relaxed",
+        columns=("layer", "R x copies per token to the busiest rank"),
+        rows=tuple((int(n), value) for n, value in solver.relaxed_receive_layers.items()),
+    )
+    sections = _metric_sections(plan)
+    sections += [one for one in (relaxed, relaxed_receive) if one.rows]
     if load is not None:
         sections.append(_rank_load_section(placement, load))
     return Summary(kind="plan", facts=facts, sections=tuple(sections))

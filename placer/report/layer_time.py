@@ -13,6 +13,7 @@ from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import load_caps
+from placer.plan.deadline import Deadline
 from placer.plan.inner_cap import expert_loads, inner_halves
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
@@ -90,6 +91,7 @@ def choose_by_time(
     options: SolveOptions,
     question: Question,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> TimeChoice:
     """Return the options whose quick plan takes the least predicted time.
 
@@ -108,6 +110,8 @@ def choose_by_time(
         Engine, hardware and size of an expert.
     progress
         Told each candidate.
+    deadline
+        No further candidate is tried after it; one of ``options.time_limit`` by default.
 
     Raises
     ------
@@ -128,19 +132,23 @@ def choose_by_time(
     affinity = count_affinity([inner], model, {})
     balanced = _balanced(model, inner, options)
     asked = _candidates(options)
+    deadline = deadline or Deadline(seconds=options.time_limit)
     served = _served(options, question)
     figures = {BALANCED: batch_figures(balanced, heldout, DEFAULT_BATCH_SIZE, served)}
     for name, one in asked.items():
+        if len(figures) > 1 and deadline.passed():
+            break
         if progress is not None:
             progress(f"quick plan, {name}")
         quick = replace(
             one, relax_cap=True, proof="none", limits=QUICK.limits, refine=QUICK.refine
         )
-        placement, _ = solve_to_choose(affinity, quick, inner)
+        placement, _ = solve_to_choose(affinity, quick, inner, deadline)
         figures[name] = batch_figures(placement, heldout, DEFAULT_BATCH_SIZE, served)
     name = choose(figures)
     times = {key: value.time for key, value in figures.items() if value.time is not None}
-    fastest = min(asked, key=lambda one: times[one].total)
+    tried = [one for one in asked if one in times]
+    fastest = min(tried, key=lambda one: times[one].total)
     if served.cost is None:
         raise ValueError("a cost model comes with the hardware")
     return TimeChoice(
@@ -160,17 +168,17 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
     inner, heldout = _judged_halves(profile)
     affinity = count_affinity([inner], model, {})
 
-    def worth(options: SolveOptions) -> tuple[float, str, bool]:
+    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, bool]:
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
-        placement, report = solve_to_choose(affinity, quick, inner)
+        placement, report = solve_to_choose(affinity, quick, inner, deadline)
         served = _served(options, question)
         figures = [
             batch_figures(one, heldout, DEFAULT_BATCH_SIZE, served)
             for one in (placement, _balanced(model, inner, options))
         ]
         seconds = min(one.time.total for one in figures if one.time is not None)
-        return seconds, "predicted seconds of a layer", not report.relaxed_layers
+        return seconds, "predicted seconds of a layer", report.meets_caps
 
     return worth
 
@@ -209,6 +217,7 @@ def _balance(options: SolveOptions) -> SolveOptions:
         objective="balance",
         policy="fixed",
         max_home_imbalance=None,
+        max_received_copies=None,
         exchange="per-rank",
         receive_price=0.0,
         robust="none",

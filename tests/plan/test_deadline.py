@@ -16,9 +16,12 @@ from placer.model import ModelSpec
 from placer.plan import Plan
 from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
+from placer.plan.redundant import Memory, choose_redundant_experts, worth_on_profile
 from placer.plan.search import Search
 from placer.plan.solve import solve
+from placer.report.frontier import write_frontier
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Trace
 
@@ -88,6 +91,82 @@ def test_time_passes() -> None:
     assert late.passed()
     with pytest.raises(UsageError, match="--time-limit must not be negative"):
         replace(OPTIONS, time_limit=-1.0)
+
+
+def test_parts_share_what_is_left_and_tell_of_haste() -> None:
+    whole = Deadline(seconds=1000.0)
+    with whole.choosing() as quick:
+        assert quick.seconds == pytest.approx(500, abs=1)
+        assert quick.part(0.5).seconds == pytest.approx(250, abs=1)
+    assert whole.reproducible
+    late = Deadline(seconds=0.0)
+    with late.choosing() as quick:
+        assert quick.passed()
+    assert not late.stopped
+    assert not late.reproducible
+    assert not late.part(1.0).reproducible
+    assert Deadline().part(0.5).seconds is None
+
+
+def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    """No time: one quick plan each is made, of whatever there is, and the plan says so."""
+    trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
+    robust = replace(OPTIONS, robust="bootstrap", time_limit=0.0)
+    plan = plan_from_trace(trace, robust, None)
+    assert not plan.solver.reproducible
+    assert len(plan.solver.inner_cap.trials) == 1
+    free = plan_from_trace(trace, replace(robust, time_limit=1000.0), None)
+    assert free.solver.reproducible
+    assert len(free.solver.inner_cap.trials) == 3
+
+    model = ModelSpec(num_experts=SIZES, top_k=3)
+    profile = trace.read(None)
+    worth = worth_on_profile(count_affinity([profile], model, {}), profile)
+    for seconds, steps in ((0.0, [0]), (1000.0, [0, 4, 8])):
+        deadline = Deadline(seconds=seconds)
+        with deadline.choosing() as quick:
+            choice = choose_redundant_experts(
+                SIZES, OPTIONS, worth, Memory.of(None, None), 0.001, None, quick
+            )
+        assert [one.redundant_experts for one in choice.ladder][:3] == steps
+        assert deadline.reproducible == (seconds > 0)
+
+
+def test_plans_of_a_frontier_share_the_time(
+    make_trace: Callable[..., Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def noted(trace, options, fold, progress, deadline):
+        given.append(deadline.seconds)
+        return plan_from_trace(trace, options, fold, progress, deadline)
+
+    monkeypatch.setattr("placer.report.frontier.plan_from_trace", noted)
+    trace = make_trace(num_tokens=200, num_experts=(16, 16), top_k=2)
+    quick = replace(OPTIONS.quick(), time_limit=3000.0)
+    points = write_frontier(trace, quick, None, [1.1, 1.5, 2.0], tmp_path / "curve")
+    assert all(point.reproducible for point in points)
+    # What the first plans leave is the last one's.
+    assert given == pytest.approx([1000, 1500, 3000], rel=0.05)
+    cut = write_frontier(
+        trace, replace(quick, time_limit=0.0), None, [1.1, 2.0], tmp_path / "cut"
+    )
+    assert not any(point.reproducible for point in cut)
+    assert "reproducible" in (tmp_path / "cut" / "frontier.csv").read_text().split()[0]
+
+
+def test_ctrl_c_among_quick_plans_ends_the_command(
+    chunk: Chunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(search: Search, number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "_round", interrupt)
+    affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=3), {})
+    with pytest.raises(KeyboardInterrupt):
+        worth_on_profile(affinity, chunk)(OPTIONS, Deadline())
 
 
 def test_ctrl_c_writes_a_plan_that_is_marked(

@@ -12,6 +12,7 @@ from placer.affinity import count_affinity
 from placer.cli.main import app
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.redundant import (
@@ -43,7 +44,7 @@ def chosen(
     found = choose_redundant_experts(
         (16, 16),
         options,
-        lambda one: (
+        lambda one, deadline: (
             values[one.redundant_experts],
             "a value",
             one.redundant_experts not in capped,
@@ -124,7 +125,8 @@ def test_values_are_objectives_of_quick_plans(make_chunk: Callable[..., Chunk]) 
     chunk = make_chunk(num_tokens=200)
     model = ModelSpec(num_experts=(8, 8, 8), top_k=2)
     affinity = count_affinity([chunk], model, {})
-    value, name, _ = worth_on_profile(affinity, chunk)(replace(FOUR, redundant_experts=4))
+    worth = worth_on_profile(affinity, chunk)
+    value, name, _ = worth(replace(FOUR, redundant_experts=4), Deadline())
     quick = replace(FOUR.quick(), redundant_experts=4)
     _, report = solve(affinity, quick, None, chunk)
     assert (value, name) == (report.objective, report.objective_name)

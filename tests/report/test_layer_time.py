@@ -12,6 +12,7 @@ from placer.errors import NoSolutionError, UsageError
 from placer.hardware import Hardware
 from placer.model import ModelSpec
 from placer.plan import Placement
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.report.advice import Question
@@ -129,3 +130,12 @@ def test_the_command_records_the_choice_and_repeats(
         with pytest.raises(SystemExit) as done:
             main([*words, *wrong, "--out", str(tmp_path / "c.json")])
         assert done.value.code == 2
+
+
+def test_without_time_one_candidate_is_tried_and_the_deadline_tells() -> None:
+    deadline = Deadline(seconds=0.0)
+    with deadline.choosing() as quick:
+        choice = choose_by_time(MODEL, tokens(), OPTIONS, QUESTION, deadline=quick)
+    assert len(choice.figures) == 2
+    assert choice.name in choice.figures
+    assert not deadline.reproducible

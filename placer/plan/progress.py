@@ -1,0 +1,43 @@
+"""What a search tells while it runs: its objective, the best bound known, and the gap."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class GapLine:
+    """Tells one line for each step; it changes nothing of what is found.
+
+    Attributes
+    ----------
+    tell
+        Is told the lines, or ``None``: nobody listens.
+    num_decimals
+        Of objective and bound.
+    bound
+        A proved lower bound of the objective, or ``None``.
+    """
+
+    tell: Callable[[str], None] | None
+    num_decimals: int
+    bound: float | None = None
+
+    def raise_bound(self, bound: float | None) -> None:
+        """Keep the best of the bounds."""
+        known = [one for one in (self.bound, bound) if one is not None]
+        self.bound = max(known, default=None)
+
+    def __call__(self, what: str, objective: float) -> None:
+        """Tell what was done, and where it stands."""
+        if self.tell is None:
+            return
+        line = f"{what}: objective {objective:.{self.num_decimals}f}"
+        if self.bound is not None:
+            line += f", bound {self.bound:.{self.num_decimals}f}"
+            line += f", gap {gap(objective, self.bound):.1%}"
+        self.tell(line)
+
+
+def gap(objective: float, bound: float) -> float:
+    """Return ``(objective - bound) / objective``, 0 where nothing is to be gained."""
+    return max(0.0, (objective - bound) / objective) if objective > 0 else 0.0
