@@ -18,8 +18,9 @@ from placer.plan.deadline import Deadline
 from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy
 from placer.plan.problem import IntArray
-from placer.plan.refine import Evaluation, RefineLimits, Refinement, TrafficProblem
+from placer.plan.refine import Evaluation, RefineLimits, Refinement
 from placer.plan.requests import place_requests
+from placer.plan.traffic import TrafficProblem
 from placer.simulation.homes import fixed_homes
 from placer.simulation.serving import LayerServing
 from placer.table.build import build_table

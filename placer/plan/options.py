@@ -9,9 +9,10 @@ from placer.plan.pins import Pin
 from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy, Exchange, HomePolicy, Policy
 from placer.plan.problem import Topology
-from placer.plan.refine import RefineLimits, ReplicaChoice
+from placer.plan.refine import RefineLimits
 from placer.plan.scenarios import Robust
 from placer.plan.search import SearchLimits
+from placer.plan.traffic import ReplicaChoice
 
 Proof = Literal["none", "quick", "full"]
 Objective = Literal["traffic", "balance"]

@@ -22,7 +22,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
 from placer.plan.problem import Topology
-from placer.plan.refine import Refinement, TrafficProblem
+from placer.plan.refine import Refinement
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import (
     Progress,
@@ -30,6 +30,7 @@ from placer.plan.solve import (
     receive_cap_out_of_reach,
     solve,
 )
+from placer.plan.traffic import TrafficProblem
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table.build import build_table

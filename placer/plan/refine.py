@@ -12,30 +12,23 @@ token, S load scenarios.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from placer.errors import UsageError
 from placer.plan import kernels
 from placer.plan.deadline import Deadline
 from placer.plan.layer_profile import LayerProfile
 from placer.plan.placement import Placement
-from placer.plan.problem import Topology
-from placer.trace import Chunk
+from placer.plan.traffic import TrafficProblem
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 RankArray = npt.NDArray[np.int16]
-ReplicaChoice = Literal["local-first", "hash"]
 
 _RULES = {"local-first": kernels.LOCAL_FIRST, "hash": kernels.ANY_COPY}
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
-#: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
-#: layers of gpt-oss-20b stay above a cap that they meet at 30.
-HOME_PRICE = 30.0
 # Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
 _SAME_OVERFLOW = 1e-3
 # Of the layer after the last, or where nothing is asked of the next: no tokens.
@@ -44,74 +37,6 @@ _NO_LAYER = (
     np.zeros((1, 0, 1), dtype=np.int16),
     np.zeros((1, 0), dtype=np.int16),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TrafficProblem:
-    """Minimise the price of the copies that tokens cause.
-
-    Attributes
-    ----------
-    experts
-        L arrays ``[T, k]`` of expert ids, in the router's order.
-    topology
-        Ranks, nodes and costs.
-    policy
-        ``fixed`` (homes are any rank with the same probability), ``follow``, or
-        ``given``.
-    exchange
-        ``per-rank`` or ``per-node``.
-    homes
-        L arrays ``[T]``, for ``given``; else ``None``.
-    load
-        L arrays ``[S, E]`` float64: pairs per expert in each scenario; the first is the
-        profile itself.
-    max_load
-        L arrays ``[S]``: most load of a rank. That of the profile is a limit that no move
-        may break, the others are priced.
-    overflow_price
-        Copies that a pair of load above the cap is worth, mean over the scenarios.
-    receive_price
-        Copies that a copy to the busiest receiver is worth, beyond itself.
-    move_price
-        L arrays ``[E, R]``: copies that an expert on a rank is worth, or ``None``.
-    kind
-        L arrays ``[E]`` int64: experts of one kind may change places, those of a negative
-        one stay; ``None``: all may.
-    replica_choice
-        Which copy serves: ``local-first`` or ``hash`` (any copy in turn).
-    max_home_imbalance
-        Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
-        ``None``. Every token above it costs :data:`HOME_PRICE` copies.
-    max_received_copies
-        Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
-        a limit that no move may break, as that of the load.
-    """
-
-    experts: tuple[npt.NDArray[np.int16], ...]
-    topology: Topology
-    policy: Literal["fixed", "follow", "given"]
-    exchange: Literal["per-rank", "per-node"] = "per-rank"
-    homes: tuple[IntArray, ...] | None = None
-    load: tuple[FloatArray, ...]
-    max_load: tuple[FloatArray, ...]
-    overflow_price: float = 0.0
-    receive_price: float = 0.0
-    move_price: tuple[FloatArray, ...] | None = None
-    kind: tuple[IntArray, ...] | None = None
-    replica_choice: ReplicaChoice = "local-first"
-    max_home_imbalance: float | None = None
-    max_received_copies: float | None = None
-
-    @property
-    def num_layers(self) -> int:
-        """Number of MoE layers, L."""
-        return len(self.experts)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens, T."""
-        return len(self.experts[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,16 +62,6 @@ class RefineLimits:
     num_visited_tokens: int = 2_000_000_000
     num_tokens: int = 65_536
     num_starts: int = 4
-
-
-def sample_sequences(tokens: Chunk, num_tokens: int, seed: int) -> Chunk:
-    """Return whole sequences of about ``num_tokens`` tokens, drawn at random."""
-    if tokens.num_tokens <= num_tokens:
-        return tokens
-    ids, lengths = np.unique(tokens.sequence_ids, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(ids))
-    number = int(np.searchsorted(np.cumsum(lengths[order]), num_tokens)) + 1
-    return tokens.select(np.isin(tokens.sequence_ids, ids[order[:number]]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -314,7 +229,7 @@ class Refinement:
 
     def _load(self, placement: Placement) -> None:
         layers = range(self.problem.num_layers)
-        self._prices = [self._layer_prices(n) for n in layers]
+        self._prices = [self.problem.layer_prices(n) for n in layers]
         self._profiles = [self._profile(placement, n) for n in layers]
         self._put(placement)
 
@@ -508,35 +423,6 @@ class Refinement:
             homes.append(busiest)
         return homes
 
-    def _layer_prices(self, layer: int) -> kernels.Prices:
-        problem, topology = self.problem, self.problem.topology
-        num_ranks = topology.num_ranks
-        to_rank, to_node = copy_prices(topology, problem.exchange)
-        linear = np.zeros((problem.load[layer].shape[1], num_ranks), dtype=np.int64)
-        if problem.move_price is not None:
-            linear = np.rint(problem.move_price[layer] * num_ranks).astype(np.int64)
-        max_homes, crowd = 0.0, 0.0
-        # After the last layer a token is nowhere at home.
-        if problem.max_home_imbalance is not None and layer + 1 < problem.num_layers:
-            max_homes = problem.max_home_imbalance * problem.num_tokens / num_ranks
-            crowd = HOME_PRICE * num_ranks
-        return kernels.Prices(
-            to_rank=to_rank,
-            to_node=to_node,
-            follow=problem.policy == "follow",
-            linear=linear,
-            load=np.ascontiguousarray(problem.load[layer]),
-            max_load=np.asarray(problem.max_load[layer], dtype=np.float64),
-            overflow=problem.overflow_price * num_ranks,
-            receive=problem.receive_price * num_ranks,
-            max_receive=(problem.max_received_copies or 0.0)
-            * problem.num_tokens
-            / num_ranks,
-            max_homes=max_homes,
-            crowd=crowd,
-            ranks_per_node=topology.gpus_per_node,
-        )
-
     def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
         problem, num_ranks = self.problem, placement.num_ranks
         slots = placement.physical_to_logical_map[layer].reshape(num_ranks, -1)
@@ -594,38 +480,3 @@ def _even_homes(num_tokens: int, num_ranks: int) -> RankArray:
     """
     homes = np.arange(num_tokens) % num_ranks
     return np.random.default_rng(num_ranks).permutation(homes).astype(np.int16)
-
-
-def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
-    """Return what a copy costs: ``[R + 1, R]`` to a rank and ``[R + 1, N]`` to a node.
-
-    The last row is that of a home that is any rank with the same probability. All prices
-    are multiplied by R, so that this row is whole. ``per-node`` sends one copy to each
-    node, to the rank there with the home's local index, and from it one to every other
-    rank (``docs/concepts.md``).
-
-    Raises
-    ------
-    UsageError
-        If the traffic of the exchange does not depend on the placement.
-    """
-    num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
-    cost = topology.rank_cost().astype(np.int64)
-    if exchange == "per-rank":
-        nodes = np.zeros((num_ranks, 0), dtype=np.int64)
-    elif exchange == "per-node":
-        node, local = np.divmod(np.arange(num_ranks), topology.gpus_per_node)
-        # [R, N]: where a home's copy lands in a node, the rank with the home's index.
-        landing = np.arange(num_nodes) * topology.gpus_per_node + local[:, None]
-        nodes = np.take_along_axis(cost, landing, axis=1)
-        cost = cost[landing[:, node], np.arange(num_ranks)]
-    else:
-        raise UsageError(
-            f"the traffic of exchange {exchange} does not depend on the placement",
-            "solve for --exchange per-rank or per-node, or balance: --objective balance",
-        )
-
-    def with_any(price: IntArray) -> IntArray:
-        return np.vstack([num_ranks * price, price.sum(axis=0)]).astype(np.int64)
-
-    return with_any(cost), with_any(nodes.astype(np.int64))

@@ -16,7 +16,8 @@ from placer.plan.placement import Placement
 from placer.plan.plan import Certificate
 from placer.plan.problem import IntArray, PlacementProblem
 from placer.plan.progress import GapLine, gap
-from placer.plan.refine import Refinement, TrafficProblem, copy_prices
+from placer.plan.refine import Refinement
+from placer.plan.traffic import TrafficProblem, copy_prices
 from placer.trace import Chunk
 
 COPIES_NAME = {

@@ -34,11 +34,7 @@ from placer.plan.problem import (
     placement_problem,
 )
 from placer.plan.progress import GapLine, gap
-from placer.plan.refine import (
-    Refinement,
-    TrafficProblem,
-    sample_sequences,
-)
+from placer.plan.refine import Refinement
 from placer.plan.replicas import with_replicas
 from placer.plan.reports import (
     content_report,
@@ -51,6 +47,7 @@ from placer.plan.reports import (
 from placer.plan.router_groups import group_kinds, place_groups
 from placer.plan.scenarios import load_scenarios
 from placer.plan.search import Search
+from placer.plan.traffic import TrafficProblem, sample_sequences
 from placer.trace import Chunk
 
 Progress = Callable[[str], None]

@@ -18,14 +18,10 @@ from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.refine import (
-    HOME_PRICE,
-    RefineLimits,
-    Refinement,
-    TrafficProblem,
-)
+from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.requests import place_requests
 from placer.plan.solve import solve
+from placer.plan.traffic import HOME_PRICE, TrafficProblem
 from placer.report.drift import check_plan
 from placer.simulation.judge import judge_plan
 from placer.table.build import DEFAULT_SHRINKAGE

@@ -16,10 +16,11 @@ from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.refine import RefineLimits, Refinement, TrafficProblem
+from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.replicas import with_replicas
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import solve
+from placer.plan.traffic import TrafficProblem
 from placer.simulation import simulate
 from placer.simulation.baselines import random
 from placer.trace import Chunk, Trace

@@ -14,16 +14,11 @@ from placer.plan import Placement
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
-from placer.plan.refine import (
-    RefineLimits,
-    Refinement,
-    TrafficProblem,
-    copy_prices,
-    sample_sequences,
-)
+from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.replicas import with_replicas
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import solve
+from placer.plan.traffic import TrafficProblem, copy_prices, sample_sequences
 from placer.simulation.baselines import contiguous, random
 from placer.trace import Chunk
 

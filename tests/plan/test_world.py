@@ -22,11 +22,12 @@ from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.refine import RefineLimits, Refinement, TrafficProblem
+from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.replicas import with_replicas
 from placer.plan.scenarios import load_scenarios
 from placer.plan.search import SearchLimits
 from placer.plan.solve import solve
+from placer.plan.traffic import TrafficProblem
 from placer.plan.world import WorldLayout, group_topology, read_costs
 from placer.simulation.baselines import contiguous, random
 from placer.trace import Chunk, Fold, Trace
