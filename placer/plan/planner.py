@@ -27,7 +27,7 @@ from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import (
     Progress,
     out_of_reach,
-    receive_cap_out_of_reach,
+    require_receive_cap,
     solve,
 )
 from placer.plan.traffic import TrafficProblem
@@ -169,10 +169,12 @@ def _solve(
     }
     if missed and not options.relax_cap:
         raise out_of_reach(missed, placement, options)
-    busy = {int(n): value for n, value in report.relaxed_receive_layers.items()}
-    if busy and not options.relax_cap:
-        stopped = not report.reproducible
-        raise receive_cap_out_of_reach(busy, placement, options, stopped=stopped)
+    require_receive_cap(
+        report.relaxed_receive_layers,
+        options,
+        placement.num_layers,
+        stopped=not report.reproducible,
+    )
     relaxed = {str(layer): value for layer, value in missed.items()}
     return placement, replace(report, inner_cap=inner_cap, relaxed_layers=relaxed)
 

@@ -118,7 +118,7 @@ def solve(
     placement, optimal = _first_placement(
         affinity, problem, options, start, judged, progress, deadline
     )
-    relaxed_receive: dict[int, float] = {}
+    relaxed_receive: dict[str, float] = {}
     if judged is None:
         report = pair_report(problem, placement, options, progress, deadline)
     else:
@@ -144,11 +144,12 @@ def solve(
             relaxed = _require_cap(placement, traffic, options)
         if options.max_received_copies is not None:
             reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
-            relaxed_receive = reached.missed_receive_cap()
-            if relaxed_receive and not options.relax_cap:
-                raise receive_cap_out_of_reach(
-                    relaxed_receive, placement, options, stopped=deadline.stopped
-                )
+            relaxed_receive = {
+                str(layer): value for layer, value in reached.missed_receive_cap().items()
+            }
+            require_receive_cap(
+                relaxed_receive, options, traffic.num_layers, stopped=deadline.stopped
+            )
         if content is not None:
             report = content_report(content, placement)
         else:
@@ -161,9 +162,7 @@ def solve(
         seed=options.seed,
         reproducible=deadline.reproducible,
         relaxed_layers={str(layer): value for layer, value in relaxed.items()},
-        relaxed_receive_layers={
-            str(layer): value for layer, value in relaxed_receive.items()
-        },
+        relaxed_receive_layers=relaxed_receive,
     )
 
 
@@ -412,19 +411,34 @@ def _require_cap(
     return missed
 
 
-def receive_cap_out_of_reach(
-    missed: Mapping[int, float],
-    placement: Placement,
-    options: SolveOptions,
-    *,
-    stopped: bool,
-) -> NoSolutionError:
-    """Return the error of layers, with what they reached, above the cap on copies."""
+def require_receive_cap(
+    missed: Mapping[str, float], options: SolveOptions, num_layers: int, *, stopped: bool
+) -> None:
+    """Refuse layers above the cap on received copies, unless caps may be relaxed.
+
+    Parameters
+    ----------
+    missed
+        As ``SolverReport.relaxed_receive_layers``.
+    options
+        What was asked for; a plan may be solved with caps relaxed that nobody asked for.
+    num_layers
+        Of the plan.
+    stopped
+        Whether the search was.
+
+    Raises
+    ------
+    NoSolutionError
+        If there are such layers.
+    """
+    if not missed or options.relax_cap:
+        return
     worst = max(missed.values())
     when = ", when the search was stopped" if stopped else ""
-    return NoSolutionError(
+    raise NoSolutionError(
         f"--max-received-copies {options.max_received_copies:g} was not reached in "
-        f"{len(missed)} of {placement.num_layers} MoE layers under --max-imbalance "
+        f"{len(missed)} of {num_layers} MoE layers under --max-imbalance "
         f"{options.max_imbalance:g}{when}; worst {worst:.4f}",
         "take the best reached with --relax-cap, ask for --max-received-copies "
         f"{np.ceil(worst * 1000) / 1000:g}, or allow a higher --max-imbalance",

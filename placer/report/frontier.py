@@ -12,7 +12,7 @@ from placer.plan import Plan
 from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
-from placer.plan.solve import Progress
+from placer.plan.solve import Progress, require_receive_cap
 from placer.trace import Fold, Trace
 
 TABLE_NAME = "frontier.csv"
@@ -85,14 +85,16 @@ def write_frontier(
 ) -> list[FrontierPoint]:
     """Solve under every cap; write a directory of plans and ``frontier.csv``.
 
-    Caps that are out of reach are relaxed. ``provenance`` is what every plan should say
-    beside its own. Plans share what is left until the ``deadline`` (by default one of
+    Load caps that are out of reach are relaxed. ``provenance`` is what every plan should
+    say beside its own. Plans share what is left until the ``deadline`` (by default one of
     ``options.time_limit``), each as much as those after it.
 
     Raises
     ------
     PlacerError
         If ``out`` exists, or a plan cannot be solved.
+    NoSolutionError
+        If a plan misses the cap on received copies, which ``options`` do not relax.
     """
     points: list[FrontierPoint] = []
     deadline = deadline or Deadline(seconds=options.time_limit)
@@ -101,6 +103,12 @@ def write_frontier(
             asked = replace(options, max_imbalance=cap, relax_cap=True)
             share = deadline.part(1 / (len(caps) - len(points)))
             plan = plan_from_trace(trace, asked, fold, progress, share)
+            require_receive_cap(
+                plan.solver.relaxed_receive_layers,
+                replace(asked, relax_cap=options.relax_cap),
+                plan.placement.num_layers,
+                stopped=not plan.solver.reproducible,
+            )
             plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
             # All digits, so that no two caps share a file.
             name = f"plan-{str(cap).removesuffix('.0')}.json"

@@ -217,7 +217,6 @@ def _balance(options: SolveOptions) -> SolveOptions:
         objective="balance",
         policy="fixed",
         max_home_imbalance=None,
-        max_received_copies=None,
         exchange="per-rank",
         receive_price=0.0,
         robust="none",
@@ -233,6 +232,13 @@ def _require_comparable(options: SolveOptions, question: Question) -> None:
             "--objective time compares plans made anew, which --start, --pin and "
             "--preserve-groups are not",
             "solve with --objective traffic",
+        )
+    if options.max_received_copies is not None:
+        raise UsageError(
+            f"--max-received-copies {options.max_received_copies:g} is no cap of "
+            "--objective time: it may choose the load balancer, which keeps to none, and "
+            "its predictions wait for the busiest receiver already",
+            "drop it, or solve with --objective traffic",
         )
 
 

@@ -21,6 +21,7 @@ from placer.plan.replicas import with_replicas
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import solve
 from placer.plan.traffic import TrafficProblem
+from placer.report.frontier import write_frontier
 from placer.simulation import simulate
 from placer.simulation.baselines import random
 from placer.trace import Chunk, Trace
@@ -257,6 +258,24 @@ def test_robust_plans_are_held_to_it(make_trace: Callable[..., Trace]) -> None:
         plan_from_trace(trace, options, None)
     plan = plan_from_trace(trace, replace(options, relax_cap=True), None)
     assert plan.solver.relaxed_receive_layers
+
+
+def test_plans_of_a_frontier_are_held_to_it(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    """A frontier relaxes its own load caps, not a cap that was asked for beside them."""
+    trace = make_trace(num_tokens=300, num_experts=(16, 16), top_k=3)
+    options = SolveOptions(topology=ONE_NODE, max_received_copies=0.5).quick()
+    with pytest.raises(NoSolutionError, match=r"in 2 of 2 MoE layers under .* 1\.2;"):
+        write_frontier(trace, options, None, [1.2, 1.5], tmp_path / "curve")
+    assert not (tmp_path / "curve").exists()
+    relaxed = replace(options, relax_cap=True)
+    write_frontier(trace, relaxed, None, [1.2, 1.5], tmp_path / "curve")
+    plan = Plan.read(tmp_path / "curve" / "plan-1.2.json")
+    assert sorted(plan.solver.relaxed_receive_layers) == ["0", "1"]
+    reachable = replace(options, max_received_copies=2.5)
+    write_frontier(trace, reachable, None, [1.2, 1.5], tmp_path / "held")
+    assert Plan.read(tmp_path / "held" / "plan-1.2.json").solver.meets_caps
 
 
 def test_the_command_tells_what_became_of_the_cap(

@@ -16,7 +16,13 @@ from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.report.advice import Question
-from placer.report.layer_time import BALANCED, TimeChoice, choose, choose_by_time
+from placer.report.layer_time import (
+    BALANCED,
+    TimeChoice,
+    choose,
+    choose_by_time,
+    worth_by_time,
+)
 from placer.simulation.batch_figures import BatchFigures, BatchMetrics
 from placer.simulation.cost import ExpertShape, PredictedTime
 from placer.trace import Chunk, TraceWriter
@@ -106,6 +112,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
     served = Placement.from_expert_rank([np.arange(8) // 2] * 2, 4)
     with pytest.raises(UsageError, match="made anew"):
         choose_by_time(MODEL, one, replace(OPTIONS, start=served), QUESTION)
+    # The load balancer may be chosen, and knows no such cap.
+    capped = replace(OPTIONS, max_received_copies=1.0)
+    with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
+        choose_by_time(MODEL, tokens(), capped, QUESTION)
+    with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
+        worth_by_time(MODEL, tokens(), QUESTION)(capped, Deadline())
 
 
 def test_the_command_records_the_choice_and_repeats(
