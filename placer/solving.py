@@ -284,13 +284,18 @@ def solve_frontier(
             "its own",
             "drop one of them",
         )
-    if request.holds_counts or request.objective != "traffic":
-        raise _no_frontier()
+    if request.holds_counts:
+        raise UsageError(
+            "--frontier trades traffic for balance: it needs the tokens of a trace",
+            "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
+        )
+    if request.objective != "traffic":
+        raise _no_frontier(f"--objective {request.objective}")
     deadline = Deadline(seconds=request.options.time_limit)
     loosest = replace(request, max_imbalance=caps[-1])
     settled = _settle(loosest, note, warn, progress, deadline)
     if settled.options.objective != "traffic":
-        raise _no_frontier()
+        raise _no_frontier(f"--engine {request.engine}")
     points = write_frontier(
         Trace(request.source),
         settled.options,
@@ -306,10 +311,10 @@ def solve_frontier(
     return points
 
 
-def _no_frontier() -> UsageError:
+def _no_frontier(option: str) -> UsageError:
     return UsageError(
-        "--frontier trades traffic for balance: it needs the tokens of a trace",
-        "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
+        f"--frontier trades traffic for balance under load caps, {option} does not",
+        f"drop --frontier or {option}",
     )
 
 

@@ -53,8 +53,13 @@ def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(
     assert plan.provenance["objective"] == "balance"
     assert len(told) == 1
     assert "so the load is balanced" in told[0]
-    with pytest.raises(UsageError, match="trades traffic for balance"):
+    with pytest.raises(UsageError, match="--engine vllm-agrs does not"):
         solve_frontier(request, [1.5], tmp_path / "curve", told.append, nobody)
+    with pytest.raises(UsageError, match="--objective time does not") as error:
+        solve_frontier(
+            request_of(objective="time"), [1.5], tmp_path / "curve", nobody, nobody
+        )
+    assert "TRACE" not in error.value.hint  # a trace it is
     assert not (tmp_path / "curve").exists()
 
 
