@@ -265,11 +265,14 @@ def _states(
             f"{problem.max_load[layer]:.0f} pairs on every rank and meets the pins",
             "relax the cap: placer solve --relax-cap",
         )
-    if limit is not None:
-        found = found[limit.allows(layer, found)]
-        if not len(found):
-            raise _none_allowed(layer)
-    return _classify(found, renamings)
+    states = _classify(found, renamings)
+    if limit is None:
+        return states
+    # Renaming changes no answer: one of each class is asked for all.
+    kept = limit.allows(layer, found[states.representative])
+    if not kept.any():
+        raise _none_allowed(layer)
+    return _classify(found[kept[states.class_of]], renamings)
 
 
 def _none_allowed(layer: int) -> NoSolutionError:

@@ -1,6 +1,7 @@
 """The exact method against enumeration of every placement."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,6 +86,38 @@ def test_eight_experts_on_four_ranks_over_32_layers_find_the_planted_groups() ->
     assert exact.objective == 0
     for found, one in zip(exact.expert_rank, planted, strict=True):
         assert len(set(zip(found.tolist(), one.tolist(), strict=True))) == 4
+
+
+class Apart:
+    """Two experts must not share a rank; counts the assignments it is asked of."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def allows(self, layer: int, assignments: np.ndarray) -> np.ndarray:
+        self.asked += len(assignments)
+        return assignments[:, 0] != assignments[:, 1]
+
+    def steps_to(self, layer: int, assignments: np.ndarray) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("topology", "renamings"), [(ONE_NODE[3], 6), (ONE_NODE[2], 2), (TWO_NODES, 8)]
+)
+def test_a_limit_is_asked_of_one_assignment_of_each_class(
+    topology: Topology, renamings: int
+) -> None:
+    """What it takes away is taken away under all names of the ranks."""
+    size = 6 if topology.num_ranks < 4 else 4
+    problem = random_problem((size,), topology, 0, linked=False)
+    problem = replace(problem, max_load=(float(problem.load[0].sum()),))
+    limit = Apart()
+    exact = solve_exactly(problem, limit=limit)
+    allowed = [one for one in every_placement(problem) if one[0][0] != one[0][1]]
+    assert exact is not None
+    assert exact.objective == min(map(problem.objective, allowed))
+    assert limit.asked == num_assignments(size, topology.num_ranks) // renamings
 
 
 def test_too_many_assignments_are_left_to_other_methods() -> None:
