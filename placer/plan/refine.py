@@ -152,21 +152,22 @@ class Refinement:
         progress: Callable[[int, float], None] | None = None,
         deadline: Deadline | None = None,
     ) -> Placement:
-        """Return a placement that costs no more; ``progress`` is told sweep and price.
+        """Return a placement that costs no more; ``progress`` is told sweep and copies.
 
-        Of a placement above a cap, one that is nearer to it, whatever it costs. The
-        price is in copies per token and MoE layer (cheapest copy 1).
+        Of a placement above a cap, one that is nearer to it, whatever it costs. Copies are
+        priced per token and MoE layer (cheapest copy 1), without what is priced beside
+        them: bounds are of them alone.
         """
         deadline = deadline or Deadline()
         self._load(placement)
         best = self._snapshot()
-        for number in range(self._num_starts()):
+        for start in range(self._num_starts()):
             if deadline.passed():
                 break
-            if number:
+            if start:
                 self._put(placement)
             with deadline.interruptible():
-                self._improve(2 * self.limits.num_sweeps * number, progress, deadline)
+                self._improve(start, progress, deadline)
             best = self._better(best, self._snapshot())
         return Placement(
             physical_to_logical_map=best.slots,
@@ -188,19 +189,21 @@ class Refinement:
 
     def _improve(
         self,
-        first: int,
+        start: int,
         progress: Callable[[int, float], None] | None,
         deadline: Deadline,
     ) -> None:
-        """Anneal, then descend until no move pays; ``first`` numbers the first sweep."""
+        """Anneal, then descend until no move pays; each ``start`` has seeds of its own."""
         num_sweeps = self.limits.num_sweeps
+        first = 2 * num_sweeps * start
         for sweep in range(num_sweeps):
             if deadline.passed():
                 return
             share = _HOTTEST * _COOLING ** (sweep / max(num_sweeps - 1, 1))
             self._sweep(share, first + sweep)
             if progress is not None:
-                progress(first + sweep, self._per_token(self.price_per_layer().sum()))
+                copies = sum(self._copies(n) for n in range(self.problem.num_layers))
+                progress(num_sweeps * start + sweep, self._per_token(copies))
         for sweep in range(num_sweeps):
             if deadline.passed() or self._sweep(None, first + num_sweeps + sweep) == 0:
                 return

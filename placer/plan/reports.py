@@ -63,12 +63,13 @@ def copies_report(
     placement: Placement,
     optimal: bool,
     options: SolveOptions,
-    progress: Callable[[str], None] | None,
+    line: GapLine,
     deadline: Deadline,
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what copies of ``judged`` cost.
 
-    Proofs tell ``progress`` their bounds, and stop at the ``deadline``: any stop certifies.
+    Proofs stop at the ``deadline``: any stop certifies. ``line`` is told their bounds, and
+    knows a bound where one was told before; of a plan that was stopped it is kept.
     """
     reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
     objective = round(reached.copies, 6)
@@ -87,8 +88,8 @@ def copies_report(
         why = "none: replicas void the bounds"
         return report | {"bound": None, "gap": None, "bound_method": why}
     problem = problem.admitting(_ranks(placement))
-    pairs = _pair_certificate(problem, placement, options.proof, progress, deadline)
-    line = GapLine(tell=progress, num_decimals=4)
+    pairs = _pair_certificate(problem, placement, options.proof, line.tell, deadline)
+    bound = None
 
     def told(step: str, found: float) -> bool:
         line.raise_bound(found)
@@ -98,11 +99,13 @@ def copies_report(
     rounds = _steps(problem, options.proof)[1]
     with deadline.interruptible():
         if rounds and not deadline.passed():
-            found = _copies_bound(problem, judged, options, rounds=rounds, told=told)
-            line.raise_bound(found)
-    bound = line.bound
+            bound = _copies_bound(problem, judged, options, rounds=rounds, told=told)
+    if rounds and deadline.stopped:
+        bound = line.bound
     if bound is None:
         why = "none: no bound of the copies of this policy and exchange was computed"
+        if rounds and deadline.stopped and _has_copies_bound(options):
+            why = "none: stopped before the copies were proved"
         return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
     return report | {
         "status": status(reached.copies, bound),  # rounding proves nothing
@@ -187,7 +190,7 @@ def _copies_bound(
     ``told`` takes what was done and the bound so far, and says whether to go on.
     """
     topology = options.topology
-    if options.exchange == "per-node" and options.policy != "fixed":
+    if not _has_copies_bound(options):
         return None
     sets = token_sets([judged])
     scale = topology.num_ranks * judged.num_tokens * problem.num_layers
@@ -220,6 +223,11 @@ def _copies_bound(
 
         certificate.improve(rounds, first_steps, goes_on)
     return bound()
+
+
+def _has_copies_bound(options: SolveOptions) -> bool:
+    """Return whether there is a bound of the copies of this policy and exchange."""
+    return options.exchange == "per-rank" or options.policy == "fixed"
 
 
 def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:

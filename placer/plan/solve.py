@@ -123,8 +123,8 @@ def solve(
         report = pair_report(problem, placement, options, progress, deadline)
     else:
         traffic = _traffic_problem(judged, tokens, problem, options, affinity.model.n_group)
+        line = GapLine(tell=progress, num_decimals=4)
         if not optimal:
-            line = GapLine(tell=progress, num_decimals=4)
             if progress is not None:
                 line.raise_bound(early_copies_bound(problem, judged, options))
             placement = _refine(placement, traffic, options, line, deadline)
@@ -154,7 +154,7 @@ def solve(
             report = content_report(content, placement)
         else:
             report = copies_report(
-                problem, traffic, judged, placement, optimal, options, progress, deadline
+                problem, traffic, judged, placement, optimal, options, line, deadline
             )
     return placement, SolverReport(
         **report,
@@ -374,7 +374,7 @@ def _refine(
         placement,
         None
         if line.tell is None
-        else lambda sweep, price: line(f"copies, sweep {sweep}", price),
+        else lambda sweep, copies: line(f"copies, sweep {sweep}", copies),
         deadline,
     )
 

@@ -117,22 +117,48 @@ def test_there_is_no_early_bound_where_caps_may_be_broken(chunk: Chunk) -> None:
     assert early_copies_bound(problem, chunk, started) is None
 
 
-@pytest.mark.parametrize("where", ["proof of the pairs", "proof of the copies"])
-def test_a_proof_that_is_stopped_keeps_what_it_has(chunk: Chunk, where: str) -> None:
+def test_the_gap_is_that_of_the_copies_and_its_bound_never_falls(chunk: Chunk) -> None:
+    """What is priced beside the copies has no bound: it would only look like a gap."""
+    lines: list[str] = []
+    _, report = solved(chunk, replace(OPTIONS, receive_price=5.0), lines.append)
+    copies = [found for found in map(LINE.fullmatch, lines) if "copies" in found["what"]]
+    objectives = [float(found["objective"]) for found in copies]
+    assert objectives == pytest.approx([report.objective] * len(copies), rel=0.05)
+    bounds = [float(found["bound"]) for found in copies]
+    assert bounds == sorted(bounds)
+    sweeps = [found["what"] for found in copies if "sweep" in found["what"]]
+    assert sweeps == [f"copies, sweep {n}" for n in range(len(sweeps))]
+
+
+@pytest.mark.parametrize(
+    "where", ["copies, sweep 0", "proof of the pairs", "proof of the copies"]
+)
+def test_what_is_stopped_keeps_the_bound_that_was_told(chunk: Chunk, where: str) -> None:
     def interrupt(line: str) -> None:
         if line.startswith(where):
             raise KeyboardInterrupt
 
     free, whole = solved(chunk, OPTIONS)
     placement, report = solved(chunk, OPTIONS, interrupt)
-    assert placement.to_json() == free.to_json()
+    if where.startswith("proof"):
+        assert placement.to_json() == free.to_json()
     assert not report.reproducible
     assert 0 < report.pairs.bound <= whole.pairs.bound
-    if where == "proof of the copies":
-        assert 0 < report.bound < whole.bound
-    else:
-        assert report.bound is None
-        assert report.bound_method.startswith("none:")
+    assert 0 < report.bound < whole.bound
+
+
+def test_without_a_bound_it_is_said_why(chunk: Chunk) -> None:
+    _, stopped = solved(chunk, replace(OPTIONS, time_limit=0.0))
+    assert (stopped.bound, stopped.gap) == (None, None)
+    assert stopped.bound_method == "none: stopped before the copies were proved"
+    for unproved in (
+        replace(OPTIONS, proof="none"),
+        replace(OPTIONS, policy="follow", exchange="per-node"),
+    ):
+        for seconds in (None, 0.0):
+            _, report = solved(chunk, replace(unproved, time_limit=seconds))
+            assert report.bound is None
+            assert "of this policy and exchange" in report.bound_method
 
 
 def test_a_gap_without_a_bound_is_not_told() -> None:
