@@ -307,7 +307,9 @@ def solve_frontier(
         deadline,
     )
     if not all(point.reproducible for point in points):
-        warn("the search was stopped: some plans are the best so far, see reproducible")
+        warn("stopped: some plans are the best so far, see reproducible")
+    if left := caps[len(points) :]:
+        warn(f"stopped: no plan for {', '.join(f'{cap:g}' for cap in left)}")
     return points
 
 

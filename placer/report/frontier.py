@@ -87,7 +87,8 @@ def write_frontier(
 
     Load caps that are out of reach are relaxed. ``provenance`` is what every plan should
     say beside its own. Plans share what is left until the ``deadline`` (by default one of
-    ``options.time_limit``), each as much as those after it.
+    ``options.time_limit``), each as much as those after it; after Ctrl-C the one that is
+    searched for is the last.
 
     Raises
     ------
@@ -114,6 +115,8 @@ def write_frontier(
             name = f"plan-{str(cap).removesuffix('.0')}.json"
             plan.write(directory / name)
             points.append(_point(plan, cap, name))
+            if share.interrupted:
+                break
         with (directory / TABLE_NAME).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow([field.name for field in fields(FrontierPoint)])

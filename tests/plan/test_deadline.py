@@ -19,10 +19,11 @@ from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
 from placer.plan.redundant import Memory, choose_redundant_experts, worth_on_profile
-from placer.plan.search import Search
+from placer.plan.search import Search, SearchLimits
 from placer.plan.solve import solve
 from placer.report.frontier import write_frontier
 from placer.simulation.simulate import simulate
+from placer.solving import SolveRequest, solve_frontier
 from placer.trace import Chunk, Trace
 
 SIZES = (16,) * 4
@@ -155,6 +156,28 @@ def test_plans_of_a_frontier_share_the_time(
     )
     assert not any(point.reproducible for point in cut)
     assert "reproducible" in (tmp_path / "cut" / "frontier.csv").read_text().split()[0]
+
+
+def test_ctrl_c_ends_a_frontier_with_the_plan_that_it_stopped(
+    make_trace: Callable[..., Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(search: Search, number: int) -> None:
+        raise KeyboardInterrupt
+
+    trace = make_trace(num_tokens=200, num_experts=(16, 16), top_k=2)
+    monkeypatch.setattr(Search, "_round", interrupt)
+    options = replace(OPTIONS.quick(), limits=SearchLimits(num_rounds=1))
+    said: list[str] = []
+    points = solve_frontier(
+        SolveRequest(source=trace.directory, fold=None, options=options),
+        [1.1, 1.5, 2.0], tmp_path / "curve", said.append, said.append,
+    )  # fmt: skip
+    assert [point.reproducible for point in points] == [False]
+    assert "no plan for 1.5, 2" in said[-1]
+    assert sorted(one.name for one in (tmp_path / "curve").iterdir()) == [
+        "frontier.csv",
+        "plan-1.1.json",
+    ]
 
 
 def test_ctrl_c_among_quick_plans_ends_the_command(
