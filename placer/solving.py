@@ -205,7 +205,7 @@ def solve_request(
     UsageError
         If options contradict each other or the source.
     NoSolutionError
-        If the load cap is out of reach.
+        If the load cap is out of reach, or the cap on received copies was not reached.
     NotProvedError
         If a proof of optimality is required and there is none.
     """
@@ -336,7 +336,7 @@ def _settle(
         request.replica_choice,
         has_replicas=request.redundant_experts != 0,
     )
-    for line in (*served.notes, *_without_effect(request)):
+    for line in (*served.notes, *_without_effect(request, served)):
         note(line)
     if request.layout is not None:
         note(request.layout.describe())
@@ -392,11 +392,11 @@ def _options(
     )
 
 
-def _without_effect(request: SolveRequest) -> Iterator[str]:
-    if request.priced_links and request.objective == "balance":
+def _without_effect(request: SolveRequest, served: Served) -> Iterator[str]:
+    if request.priced_links and served.objective == "balance":
         yield (
-            "--objective balance evens out the load whatever links cost: their costs only "
-            "price the copies of the plan"
+            "balancing evens out the load whatever links cost: their costs only price the "
+            "copies of the plan"
         )
 
 

@@ -63,6 +63,15 @@ def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(
     assert not (tmp_path / "curve").exists()
 
 
+@pytest.mark.parametrize("asked", [{"engine": "vllm-agrs"}, {"objective": "balance"}])
+def test_costs_of_links_that_balancing_ignores_are_told(
+    request_of: Callable[..., SolveRequest], asked: dict[str, object]
+) -> None:
+    told: list[str] = []
+    solve_request(request_of(priced_links=True, **asked), told.append, nobody)
+    assert "whatever links cost" in told[-1]
+
+
 def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
     request_of: Callable[..., SolveRequest], tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def plan_from_trace(
     PlacerError
         If the trace is damaged or the fold empty.
     NoSolutionError
-        If the load cap is out of reach.
+        If the load cap is out of reach, or the cap on received copies was not reached.
     """
     deadline = deadline or Deadline(seconds=options.time_limit)
     affinity = count_affinity(trace.chunks(fold), trace.model, {})
