@@ -72,6 +72,16 @@ def test_costs_of_links_that_balancing_ignores_are_told(
     assert "whatever links cost" in told[-1]
 
 
+def test_a_ladder_does_not_blame_the_load_for_received_copies(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    options = replace(QUICK, max_received_copies=0.1)
+    request = request_of(options=options, redundant_experts=None, max_imbalance=2.0)
+    told: list[str] = []
+    solve_request(request, told.append, nobody)
+    assert "above a cap" in told[0]
+
+
 def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
     request_of: Callable[..., SolveRequest], tmp_path: Path
 ) -> None:
@@ -81,7 +91,7 @@ def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
     told: list[str] = []
     curve = tmp_path / "curve"
     solve_frontier(request, [4.0, 8.0], curve, told.append, nobody)
-    assert "above the load cap" not in told[0]
+    assert "above a cap" not in told[0]
     plan = Plan.read(curve / "plan-4.json")
     assert plan.provenance["redundant_experts"]["redundant_experts"] == 0
 

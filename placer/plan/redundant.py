@@ -33,7 +33,7 @@ class Step:
     value
         The objective of a quick plan, to be minimised.
     meets_cap
-        Whether that plan is under the load cap.
+        Whether that plan is under the caps on load and on received copies.
     bytes_per_rank
         Memory that they take on each rank, all layers, or ``None`` where the size of an
         expert is not known.
@@ -116,8 +116,8 @@ class Memory:
         return slots_per_rank * num_layers * self.expert_bytes
 
 
-#: Solves for options until a deadline; tells the objective, its name, and whether the cap
-#: is met.
+#: Solves for options until a deadline; tells the objective, its name, and whether all caps
+#: are met.
 Worth = Callable[[SolveOptions, Deadline], tuple[float, str, bool]]
 
 
@@ -132,7 +132,7 @@ def choose_redundant_experts(
 ) -> RedundantChoice:
     """Climb the ladder while the next step saves ``least_gain`` of the objective.
 
-    Steps whose quick plan misses the load cap are passed over, unless it may be relaxed.
+    Steps whose quick plan misses a cap are passed over, unless caps may be relaxed.
 
     Parameters
     ----------

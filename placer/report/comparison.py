@@ -159,7 +159,7 @@ def ladder_line(choice: RedundantChoice) -> str:
         words = f"{step.redundant_experts}: {step.value:.6g}"
         if step.bytes_per_rank:
             words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
-        steps.append(words if step.meets_cap else f"{words} above the load cap")
+        steps.append(words if step.meets_cap else f"{words} above a cap")
     return (
         f"{choice.redundant_experts} redundant experts, the next step saves less than "
         f"{choice.least_gain:.0%} or is not allowed; {choice.objective_name}, quick plans: "
