@@ -173,7 +173,7 @@ def _solve(
         report.relaxed_receive_layers,
         options,
         placement.num_layers,
-        stopped=not report.reproducible,
+        stopped=deadline.stopped,
     )
     relaxed = {str(layer): value for layer, value in missed.items()}
     return placement, replace(report, inner_cap=inner_cap, relaxed_layers=relaxed)

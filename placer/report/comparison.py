@@ -104,7 +104,10 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
     elif plan.metrics["heldout"] is None:
         yield "nothing was held out: the figures are those of the profile itself"
     if not plan.solver.reproducible:
-        yield "the search was stopped: this is its best so far, and cannot be reproduced"
+        yield (
+            "stopped before choices, search and proof were done: this is the best so far, "
+            "and cannot be reproduced"
+        )
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
     if cap is not None and profile is not None:
         reached = profile[plan.policy]["home_imbalance_max"]

@@ -108,7 +108,7 @@ def write_frontier(
                 plan.solver.relaxed_receive_layers,
                 replace(asked, relax_cap=options.relax_cap),
                 plan.placement.num_layers,
-                stopped=not plan.solver.reproducible,
+                stopped=share.stopped,
             )
             plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
             # All digits, so that no two caps share a file.

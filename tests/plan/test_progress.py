@@ -10,13 +10,15 @@ from placer.affinity import count_affinity
 from placer.model import ModelSpec
 from placer.plan import Placement, SolverReport
 from placer.plan.options import SolveOptions
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology, placement_problem
 from placer.plan.progress import GapLine
 from placer.plan.refine import RefineLimits
 from placer.plan.reports import early_copies_bound, early_pair_bound
 from placer.plan.search import SearchLimits
 from placer.plan.solve import solve
-from placer.trace import Chunk
+from placer.report.comparison import plan_warnings
+from placer.trace import Chunk, Trace
 from tests.plan.enumeration import every_placement
 from tests.plan.test_copies_cost import follow_tokens
 
@@ -173,3 +175,18 @@ def test_a_gap_without_a_bound_is_not_told() -> None:
         "pairs, round 0: objective 10.00",
         "pairs, round 1: objective 10.00, bound 8.00, gap 20.0%",
     ]
+
+
+def test_a_plan_of_which_only_the_proof_was_cut_is_not_called_an_unfinished_search(
+    make_trace: Callable[..., Trace],
+) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("proof"):
+            raise KeyboardInterrupt
+
+    trace = make_trace(num_tokens=400, num_experts=SIZES, top_k=3)
+    plan = plan_from_trace(trace, OPTIONS, None, interrupt)
+    warned = list(plan_warnings(plan))
+    assert not plan.solver.reproducible
+    assert "cannot be reproduced" in warned[-1]
+    assert "the search was stopped" not in warned[-1]
