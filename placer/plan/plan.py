@@ -145,9 +145,9 @@ class SolverReport:
     relaxed_receive_layers
         The same of the cap on received copies.
     most_received_copies
-        R x the copies that the busiest rank receives per token of the profile, in the
-        worst layer, homes of ``fixed`` being even; ``None`` where copies are not what was
-        minimised.
+        R x the copies that the busiest rank receives per token of the profile (or of its
+        sample, ``RefineLimits.num_tokens``), in the worst layer, homes of ``fixed`` being
+        even; ``None`` where copies are not what was minimised.
     pairs
         Certificate of the pair objective, which stands in for traffic; ``None`` where it
         is the objective itself, or replicas void it.

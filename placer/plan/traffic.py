@@ -63,7 +63,8 @@ class TrafficProblem:
         ``None``. Every token above it costs :data:`HOME_PRICE` copies.
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
-        a limit that no move may break, as that of the load.
+        a limit that no move may break, as that of the load. Under ``follow`` with replicas
+        a move changes homes of layers further on too, and may break it there.
     """
 
     experts: tuple[npt.NDArray[np.int16], ...]

@@ -136,7 +136,7 @@ def plan_notes(plan: Plan) -> Iterator[str]:
         )
     elif cap is not None:
         yield (
-            "ranks x copies that the busiest rank receives per token of the profile: "
+            "ranks x copies that the busiest rank receives per token solved on: "
             f"{plan.solver.most_received_copies:.4f} in the worst layer, cap {cap:g}"
         )
     if plan.solver.inner_cap is not None:
