@@ -222,8 +222,8 @@ def solve(
         typer.Option(
             metavar="SECONDS",
             help="Take the best after so long: a plan that this cut cannot be reproduced. "
-            "Quick plans to choose by have at most half of it; proofs count, the plans of "
-            "--frontier share it. Ctrl-C stops too.",
+            "Each choice by quick plans has at most half of what is left; proofs count, "
+            "the plans of --frontier share it. Ctrl-C stops too.",
         ),
     ] = None,
     require_optimal: Annotated[

@@ -62,9 +62,9 @@ class SolveOptions:
     seed
         Seed of the search.
     time_limit
-        Wall-clock seconds after which the best so far is taken, or ``None``; quick plans
-        to choose by have at most half of them, and what is left is the search's and the
-        proof's.
+        Wall-clock seconds after which the best so far is taken, or ``None``; each choice
+        by quick plans has at most half of those left then, and the rest is the search's
+        and the proof's.
     start
         A placement to improve, or ``None``.
     migration_cost
