@@ -96,6 +96,19 @@ def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
     assert plan.provenance["redundant_experts"]["redundant_experts"] == 0
 
 
+def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    """The first step is the only one: nothing is known of the next."""
+    request = request_of(
+        options=replace(QUICK, time_limit=0.0), redundant_experts=None, max_imbalance=2.0
+    )
+    told: list[str] = []
+    solve_request(request, told.append, nobody)
+    assert told[0].startswith("0 redundant experts, no next step that is allowed and was")
+    assert "saves less" not in told[0]
+
+
 def test_a_proof_that_is_required_and_missing_is_an_error(
     request_of: Callable[..., SolveRequest],
 ) -> None:

@@ -164,8 +164,8 @@ def ladder_line(choice: RedundantChoice) -> str:
             words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
         steps.append(words if step.meets_cap else f"{words} above a cap")
     return (
-        f"{choice.redundant_experts} redundant experts, the next step saves less than "
-        f"{choice.least_gain:.0%} or is not allowed; {choice.objective_name}, quick plans: "
+        f"{choice.redundant_experts} redundant experts, no next step that is allowed and "
+        f"was tried saves {choice.least_gain:.0%}; {choice.objective_name}, quick plans: "
         + "; ".join(steps)
     )
 

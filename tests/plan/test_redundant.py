@@ -144,7 +144,7 @@ def test_the_command_records_its_ladder(
     written = json.loads(plan.read_text())
     choice = written["provenance"]["redundant_experts"]
     number = choice["redundant_experts"]
-    assert f"{number} redundant experts, the next step" in told
+    assert f"{number} redundant experts, no next step" in told
     assert [len(row) for row in written["physical_to_logical_map"]] == [8 + number] * 2
     steps = [step["redundant_experts"] for step in choice["ladder"]]
     assert steps == [0, 4, 8][: len(steps)]
