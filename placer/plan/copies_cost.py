@@ -5,7 +5,7 @@ themselves where a layer has few assignments, not only of their pair surrogate. 
 replicas the rank that serves most of a token's experts does not depend on its home, so
 ``follow`` too couples only neighbouring layers.
 
-Legend of the shapes: A assignments, N different rows of experts in router order, R ranks.
+Legend of the shapes: A assignments, N different rows of experts, R ranks.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +40,8 @@ class CopiesCost:
     topology
         Ranks and what a copy between two of them costs.
     rows
-        L arrays ``[N, k]`` int64: different rows of experts, in router order.
+        L arrays ``[N, k]`` int64: different rows of experts, in router order for
+        ``follow``, whose ties it breaks; else ascending, which leaves fewer.
     num_tokens
         L arrays ``[N]`` float64: tokens that use each row.
     num_linked
@@ -60,11 +61,11 @@ class CopiesCost:
         layers = zip(*(chunk.experts for chunk in chunks), strict=True)
         rows, used, counts = [], [], []
         for parts in layers:
+            experts = np.concatenate(parts).astype(np.int64)
+            if policy == "fixed":
+                experts = np.sort(experts, axis=1)
             row, index, count = np.unique(
-                np.concatenate(parts).astype(np.int64),
-                axis=0,
-                return_inverse=True,
-                return_counts=True,
+                experts, axis=0, return_inverse=True, return_counts=True
             )
             rows.append(row)
             used.append(index.reshape(-1))

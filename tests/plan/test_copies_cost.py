@@ -1,5 +1,6 @@
 """The copies of the exact method against tokens followed one by one, and simulate."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -101,6 +102,24 @@ def test_the_exact_method_finds_the_fewest_copies(
     )
     certificate.improve(20)
     assert certificate.cost_bound(policy, topology) <= exact.objective
+
+
+def test_fixed_homes_do_not_tell_the_order_of_experts_apart(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    """Top 4 of 16 on 2 ranks: 12,870 assignments times orders would fill the memory."""
+    chunk = make_chunk(num_tokens=2000, num_experts=(6, 6), top_k=4, vocab_size=500)
+    cost = CopiesCost.of([chunk], "fixed", ONE_NODE[2])
+    for ids, rows, counts in zip(chunk.experts, cost.rows, cost.num_tokens, strict=True):
+        sets = Counter(frozenset(token.tolist()) for token in ids)
+        assert (
+            Counter(dict(zip(map(frozenset, rows.tolist()), counts, strict=True))) == sets
+        )
+        assert len(rows) == len(sets)
+    ordered = CopiesCost.of([chunk], "follow", ONE_NODE[2])
+    assert len(ordered.rows[0]) == len(
+        {tuple(token.tolist()) for token in chunk.experts[0]}
+    )
 
 
 def test_it_is_what_simulate_reports(make_chunk: Callable[..., Chunk]) -> None:
