@@ -32,14 +32,18 @@ UNEQUAL = collective(
 
 
 def predicted(
-    *collectives: Collective, seconds: float = 20, there: Hardware = THERE, passes: int = 1
+    *collectives: Collective,
+    seconds: float = 20,
+    here: Hardware = HERE,
+    there: Hardware = THERE,
+    passes: int = 1,
 ) -> float:
     return predict_seconds(
         seconds,
         collectives,
         num_passes=passes,
         ranks_per_node=2,
-        here=HERE,
+        here=here,
         elsewhere=there,
     )
 
@@ -51,8 +55,11 @@ def test_the_exchanges_here_come_off_and_those_there_are_added() -> None:
     assert predicted(UNEQUAL, UNEQUAL, passes=2) == pytest.approx(20 - 8 + 15)
 
 
-def test_nothing_changes_on_the_same_links() -> None:
-    assert predicted(UNEQUAL, there=HERE) == pytest.approx(20)
+@pytest.mark.parametrize("share", [1, 0.9, 0.5, 0.1])
+def test_nothing_changes_on_the_same_links(share: float) -> None:
+    """Whatever ranks that share a processor win back, they have won it in the pass here."""
+    here = dataclasses.replace(HERE, processor_share=share)
+    assert predicted(UNEQUAL, here=here, there=here) == pytest.approx(20)
 
 
 def test_exchanges_that_would_take_longer_than_the_pass_leave_no_computation() -> None:
@@ -76,20 +83,25 @@ def test_an_all_gather_takes_what_was_measured_of_one() -> None:
 
 
 def test_ranks_that_share_a_processor_win_back_what_the_last_one_is_behind() -> None:
-    """There 15, 7, 15 and 3 + 200 / 100 = 5 seconds: the last is 15 - 10.5 behind.
+    """There 11, 7, 15 and 3 + 200 / 100 = 5 seconds: the last is 15 - 9.5 behind.
 
-    It computes 20 - 8 = 12 seconds, and half of them at most are won back: all 4.5 are.
-    With a share of 0.9 it is 1.2.
+    Here 6, 4, 8 and 4 seconds: 8 - 5.5 behind. The 12 seconds that are left of the pass
+    are 14.5 of computation of which half may be won back, but only 2.5 were; there all 5.5
+    are. With a share of 0.9 they are 12 / 0.9 of which a tenth is won back.
     """
-    ranks = np.array([3 + 40 / 5, 3 + 20 / 5, 3 + 60 / 5, 3 + 200 / 100])
-    behind = 15 - ranks.mean()
     half = dataclasses.replace(HERE, processor_share=0.5)
-    found = predict_seconds(
-        20, [UNEQUAL], num_passes=1, ranks_per_node=2, here=half, elsewhere=THERE
-    )
-    assert found == pytest.approx(20 - 8 + 15 - behind)
+    assert predicted(UNEQUAL, here=half) == pytest.approx(14.5 + 15 - 5.5)
     most = dataclasses.replace(HERE, processor_share=0.9)
-    found = predict_seconds(
-        20, [UNEQUAL], num_passes=1, ranks_per_node=2, here=most, elsewhere=THERE
+    assert predicted(UNEQUAL, here=most) == pytest.approx(12 + 15)
+
+
+def test_ranks_that_are_even_here_have_won_nothing_back() -> None:
+    """Rank i sends 10 i + 10 to the rank of the other node: behind on slow links only."""
+    even = collective(
+        "all_to_all", [[0, 0, 10, 0], [0, 0, 0, 20], [30, 0, 0, 0], [0, 40, 0, 0]]
     )
-    assert found == pytest.approx(20 - 8 + 15 - 0.1 * 12)
+    free = Link(bandwidth=1e9, latency=2.0)
+    here = dataclasses.replace(HERE, processor_share=0.5, slow=free)
+    behind = 40 / 5 - (30 + 40 + 30 + 40) / 5 / 4
+    found = predicted(even, here=here)
+    assert found == pytest.approx(20 - 2 + 3 + 40 / 5 - behind)
