@@ -50,7 +50,8 @@ class Curve:
     def __post_init__(self) -> None:
         sizes, times = np.asarray(self.num_bytes), np.asarray(self.seconds)
         if (
-            len(sizes) != len(times)
+            not _are_numbers(sizes, times)
+            or len(sizes) != len(times)
             or len(sizes) < 2
             or not (np.isfinite(sizes).all() and np.isfinite(times).all())
             or (np.diff(sizes) <= 0).any()
@@ -66,7 +67,7 @@ class Curve:
     @classmethod
     def of(cls, pairs: Sequence[Sequence[float]]) -> Self:
         """Take ``[bytes, seconds]`` pairs."""
-        sizes, times = zip(*pairs, strict=True)
+        sizes, times = zip(*pairs, strict=True) if pairs else ((), ())
         return cls(num_bytes=tuple(sizes), seconds=tuple(times))
 
     @classmethod
@@ -90,6 +91,11 @@ class Curve:
     def to_json(self) -> list[list[float]]:
         """Return ``[bytes, seconds]`` pairs."""
         return [list(pair) for pair in zip(self.num_bytes, self.seconds, strict=False)]
+
+
+def _are_numbers(*columns: npt.NDArray[Any]) -> bool:
+    """Return whether these are lists of numbers, not of text, truth values or lists."""
+    return all(column.ndim == 1 and column.dtype.kind in "iuf" for column in columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +240,8 @@ class Hardware:
             return _read_hardware(
                 path.stem, tomllib.loads(path.read_text(encoding="utf-8"))
             )
+        except UsageError as error:
+            raise UsageError(f"hardware file {path}: {error}", error.hint) from error
         except (KeyError, TypeError, ValueError) as error:
             raise PlacerError(
                 f"hardware file {path} cannot be read: {error!r}",
@@ -308,8 +316,8 @@ def _read_hardware(name: str, value: Mapping[str, Any]) -> Hardware:
 
 
 def _read_link(value: Mapping[str, Any]) -> Link:
-    figures = {k: v for k, v in value.items() if k not in _WAYS}
-    if not any(way in value for way in _WAYS):
-        return Link(**figures)
-    curves = LinkCurves(**{way: Curve.of(value[way]) for way in _WAYS})
+    figures = dict(value)
+    curves = None
+    if any(way in figures for way in _WAYS):
+        curves = LinkCurves(**{way: Curve.of(figures.pop(way)) for way in _WAYS})
     return Link(**figures, curves=curves)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError
 from placer.hardware import Curve, Hardware, Link, LinkCurves, write_hardware
 
 #: Half duplex: 1 s of start, then 1 s per byte one way and 2 s per byte both ways.
@@ -96,7 +96,14 @@ def test_a_file_with_curves_is_read_back(tmp_path: Path) -> None:
         ("both_ways = [[0, 1], [1, nan]]\none_way = [[0, 1], [1, 2]]", "got"),
         ("both_ways = [[0, 1], [1]]\none_way = [[0, 1], [1, 2]]", "cannot be read"),
         ("both_ways = [1, 2]\none_way = [[0, 1], [1, 2]]", "cannot be read"),
-        ('both_ways = [[0, "1"], [1, 2]]\none_way = [[0, 1], [1, 2]]', "cannot be read"),
+        (
+            'both_ways = [[0, "1"], [1, 2]]\none_way = [[0, 1], [1, 2]]',
+            "at least two pairs",
+        ),
+        ("both_ways = []\none_way = [[0, 1], [1, 2]]", "at least two pairs"),
+        ("both_ways = [[[0], [1]], [[1], [2]]]\none_way = [[0, 1], [1, 2]]", "got"),
+        ("both_ways = [[false, 1], [true, 2]]\none_way = [[0, 1], [1, 2]]", "got"),
+        ("curves = 3", "cannot be read.*curves"),
     ],
 )
 def test_curves_that_cannot_be_meant_are_refused(
@@ -108,5 +115,16 @@ def test_curves_that_cannot_be_meant_are_refused(
         "fast = { bandwidth = 1e9, latency = 1e-6 }\n"
         f"[slow]\nbandwidth = 1e9\nlatency = 1e-6\n{line}\n"
     )
-    with pytest.raises((PlacerError, UsageError), match=message):
+    with pytest.raises(PlacerError, match=f"(?s)hardware file .*h.toml.*{message}"):
+        Hardware.named(str(path))
+
+
+@pytest.mark.parametrize("link", ["3", "[]", '"1e9"', "[1e9, 1e-6]"])
+def test_a_link_that_is_no_table_is_refused(tmp_path: Path, link: str) -> None:
+    path = tmp_path / "h.toml"
+    path.write_text(
+        "bf16_flops = 1e12\nfp8_flops = 1e12\nmemory_bandwidth = 1e12\n"
+        f"fast = {{ bandwidth = 1e9, latency = 1e-6 }}\nslow = {link}\n"
+    )
+    with pytest.raises(PlacerError, match=r"h\.toml cannot be read"):
         Hardware.named(str(path))
