@@ -118,14 +118,27 @@ class LayerServing:
         """
         if not self.has_replicas:
             return preferred
-        held = np.zeros((experts.shape[1], self.holds.shape[1]), dtype=np.uint16)
-        for chosen in experts:
-            held += np.take(self.holds, chosen, axis=0)
+        held = self._held_pairs(experts)
         most = held.max(axis=1)
         at_preferred = held[np.arange(len(held)), preferred]
         return np.where(at_preferred == most, preferred, held.argmax(axis=1)).astype(
             preferred.dtype
         )
+
+    def share_held(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Return ``[T, R]``: the share of a token's pairs that each home could serve.
+
+        ``experts`` is ``[k, T]``.
+        """
+        shares: npt.NDArray[np.float64] = self._held_pairs(experts) / len(experts)
+        return shares
+
+    def _held_pairs(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+        """Return ``[T, R]``: the pairs of each token that each home could serve."""
+        held = np.zeros((experts.shape[1], self.holds.shape[1]), dtype=np.uint16)
+        for chosen in experts:
+            held += np.take(self.holds, chosen, axis=0)
+        return held
 
     def count_held(
         self, experts: npt.NDArray[Any], group: IntArray, num_groups: int

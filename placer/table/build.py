@@ -253,8 +253,7 @@ class _Builder:
         rates = np.vstack([seen, prior])
         chosen, histories = rates, None
         if 0 < self.lookback <= len(history):
-            every = np.arange(experts.shape[1])
-            served = serving.count_held(experts, every, len(every)) / len(experts)
+            served = serving.share_held(experts)
             histories = HistoryRates.of(
                 history[-self.lookback :], served, self.placement.num_ranks
             )
@@ -280,8 +279,7 @@ class _Builder:
         """Return the rates ``[V, R]`` and the rows of a layer, its experts known by id."""
         serving = LayerServing.of(self.placement, layer)
         experts = np.ascontiguousarray(token_experts.T)
-        ids = np.arange(experts.shape[1])
-        rates = serving.count_held(experts, ids, len(ids)) / len(experts)
+        rates = serving.share_held(experts)
         # Below the step between two rates, so that it decides between equals alone.
         bonus = 0.5 / len(experts) * self._tie_breaks(serving, experts)
         known = self.token_ids >= 0

@@ -120,15 +120,16 @@ class CombinedBuilder:
         """
         serving = LayerServing.of(self.placement, layer)
         experts = np.ascontiguousarray(self.tokens.experts[layer].T)
-        every = np.arange(self.tokens.num_tokens)
-        served = serving.count_held(experts, every, len(every)) / len(experts)
-        rows = np.tile(served.mean(axis=0), (len(every), 1))
+        served = serving.share_held(experts)
+        rows = np.tile(served.mean(axis=0), (len(served), 1))
         known = self.token_ids >= 0
         ids = self.token_ids[known]
         rows[known] = rates[ids]
         if not exact:
-            counted = np.bincount(ids)[ids][:, None] + self.shrinkage
-            rows[known] = (rows[known] * counted - served[known]) / (counted - 1)
+            counted = np.bincount(ids)[ids] + self.shrinkage
+            # One home after the other: all tokens and homes at once take much memory.
+            for rate, share in zip(rows.T, served.T, strict=True):
+                rate[known] = (rate[known] * counted - share[known]) / (counted - 1)
         return rows, served
 
     def rule(self) -> CombinedRule:
@@ -155,9 +156,7 @@ def _ridge(
     squares = np.zeros((columns, columns + 2 * num_ranks))
     own = np.zeros((2 * num_ranks, 2 * num_ranks))
     total = np.zeros(columns)
-    explained = np.hstack([rows, served])
-    mean_explained = explained.mean(axis=0)
-    explained = explained - mean_explained
+    mean_explained = np.concatenate([rows.mean(axis=0), served.mean(axis=0)])
     for begin in range(0, len(rows), _ROWS):
         part = slice(begin, begin + _ROWS)
         features = np.zeros((len(rows[part]), columns))
@@ -165,8 +164,9 @@ def _ridge(
             for chosen in experts[:, part]:
                 features[np.arange(len(chosen)), back * width + chosen] = 1
         squares[:, :columns] += features.T @ features
-        squares[:, columns:] += features.T @ explained[part]
-        own += explained[part].T @ explained[part]
+        explained = np.hstack([rows[part], served[part]]) - mean_explained
+        squares[:, columns:] += features.T @ explained
+        own += explained.T @ explained
         total += features.sum(axis=0)
     mean = total / len(rows)
     squares[:, :columns] -= np.outer(total, mean)

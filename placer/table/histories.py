@@ -108,9 +108,10 @@ def sums(
     Tokens of a negative group are not counted.
     """
     counted = group >= 0
+    group, weight = group[counted], weight[counted]
     total = np.empty((num_groups, served.shape[1]))
-    for rank, share in enumerate((served[counted] * weight[counted, None]).T):
-        total[:, rank] = np.bincount(group[counted], share, minlength=num_groups)
+    for rank, share in enumerate(served.T):
+        total[:, rank] = np.bincount(group, share[counted] * weight, minlength=num_groups)
     return total
 
 

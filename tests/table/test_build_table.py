@@ -1,5 +1,6 @@
 """Building a table: arithmetic by hand, and against counting in plain loops."""
 
+import tracemalloc
 from collections import defaultdict
 
 import numpy as np
@@ -276,3 +277,24 @@ def test_caps_on_the_home_imbalance_out_of_range_are_refused(make_chunk, cap):
         build_table(
             contiguous((8,) * 3, 4), make_chunk(), vocab_size=50, max_home_imbalance=cap
         )
+
+
+@pytest.mark.parametrize(("combined", "most"), [(False, 2), (True, 4)])
+def test_memory_is_a_few_numbers_per_token_and_rank(combined, most):
+    """Millions of tokens on many ranks must fit: in units of [T, R] float64."""
+    num_tokens, num_ranks = 50_000, 32
+    rng = np.random.default_rng(0)
+    first = rng.integers(32, size=(3, num_tokens, 1))
+    tokens = chunk_of(
+        (first + np.array([0, 5, 11])) % 32,
+        rng.integers(50, size=num_tokens),
+        np.arange(num_tokens) // 100,
+    )
+    placement = contiguous((32,) * 3, num_ranks)
+    tracemalloc.start()
+    try:
+        build_table(placement, tokens, vocab_size=50, lookback=1, with_combined=combined)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < most * 8 * num_tokens * num_ranks
