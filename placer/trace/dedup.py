@@ -67,7 +67,7 @@ def dedup_trace(
 ) -> tuple[TraceHeader, Repetition]:
     """Write a trace without what it holds twice; sequence ids and positions are kept.
 
-    Memory holds 16 bytes per distinct token beside one chunk.
+    Memory holds 16 bytes per distinct token beside one chunk, up to 26 while sets grow.
 
     Parameters
     ----------
@@ -162,7 +162,8 @@ class _Seen:
         """Add hashes ``[T]``."""
         run = np.unique(hashes[~self.contains(hashes)])
         while self._runs and len(self._runs[-1]) <= 2 * len(run):
-            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+            run = np.concatenate([self._runs.pop(), run])
+            run.sort(kind="stable")
         if len(run):
             self._runs.append(run)
 
