@@ -272,6 +272,7 @@ def judge_plan(
         f"the figures flatter it: {_remedy(profile_fold(plan, trace))}"
         if seen
         else None,
+        _seen_by_table(table, trace, tokens, at_least=seen + 1),
         f"{num_sequences} sequences are too few for an interval or a verdict: "
         f"{FEWEST_SEQUENCES} are needed"
         if num_sequences < FEWEST_SEQUENCES
@@ -392,10 +393,26 @@ def read_table_of(table_path: Path, plan_path: Path) -> Table:
     return table
 
 
-def _remedy(profile: Fold | None) -> str:
-    """Say how to simulate what the plan has not seen."""
+def _seen_by_table(
+    table: Table | None, trace: Trace, tokens: Chunk, *, at_least: int
+) -> str | None:
+    """Say how many of the sequences a table was built from, if so many."""
+    if table is None:
+        return None
+    seen = num_seen_sequences(table, trace, tokens.sequence_ids)
+    if seen < at_least:
+        return None
+    remedy = _remedy(profile_fold(table, trace), "build the table")
+    return (
+        f"{seen} of the {len(np.unique(tokens.sequence_ids))} sequences are those the "
+        f"table was built from, so the figures with it flatter it: {remedy}"
+    )
+
+
+def _remedy(profile: Fold | None, make: str = "solve") -> str:
+    """Say how to simulate what the plan, or what else is made, has not seen."""
     if profile is None:
-        return "solve with --fold 0/2, then simulate with --not-fold 0/2"
+        return f"{make} with --fold 0/2, then simulate with --not-fold 0/2"
     unseen = profile.complement()
     option = "--not-fold" if unseen.inverted else "--fold"
     return f"simulate with {option} {unseen.part}/{unseen.parts}"

@@ -1,4 +1,4 @@
-"""What a plan was solved on, to tell held-out sequences from those it has seen."""
+"""What plans and tables were made from, to tell held-out sequences from those seen."""
 
 from typing import Any
 
@@ -6,31 +6,36 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.plan import Plan
+from placer.table.table import Table
 from placer.trace import Fold, Trace
 
 
-def solved_on(plan: Plan, trace: Trace) -> bool:
-    """Return whether the plan was solved on this trace, or does not say on which."""
-    recorded = plan.provenance.get("trace_sha256")
+def made_from(made: Plan | Table, trace: Trace) -> bool:
+    """Return whether this trace was the profile, or none is recorded."""
+    recorded = (
+        made.trace_sha256
+        if isinstance(made, Table)
+        else made.provenance.get("trace_sha256")
+    )
     return recorded is None or recorded == trace.sha256
 
 
-def profile_fold(plan: Plan, trace: Trace) -> Fold | None:
-    """Return the fold of ``trace`` that the plan was solved on, if it records one."""
-    text = plan.provenance.get("fold")
-    if isinstance(text, str) and solved_on(plan, trace):
+def profile_fold(made: Plan | Table, trace: Trace) -> Fold | None:
+    """Return the fold of ``trace`` that a plan or table is made from, if it records one."""
+    text = made.provenance.get("fold")
+    if isinstance(text, str) and made_from(made, trace):
         return Fold.from_text(text)
     return None
 
 
 def num_seen_sequences(
-    plan: Plan, trace: Trace, sequence_ids: npt.NDArray[np.int32]
+    made: Plan | Table, trace: Trace, sequence_ids: npt.NDArray[np.int32]
 ) -> int:
-    """Return how many of these sequences of ``trace`` the plan was solved on."""
-    if not solved_on(plan, trace):
+    """Return how many of these sequences of ``trace`` a plan or table is made from."""
+    if not made_from(made, trace):
         return 0
     present = np.unique(sequence_ids)
-    fold = profile_fold(plan, trace)
+    fold = profile_fold(made, trace)
     return len(present) if fold is None else int(fold.keep(present).sum())
 
 

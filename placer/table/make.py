@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from placer import __version__
 from placer.files import sha256_file
 from placer.model import ModelSpec, require_same_model
 from placer.plan import Placement, Plan
 from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
-from placer.simulation.profile import profile_fold
+from placer.simulation.profile import num_seen_sequences, profile_fold
 from placer.simulation.simulate import simulate
 from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
 from placer.table.calibration import calibrated, fit_calibration
@@ -152,13 +154,15 @@ def make_table(
             "calibration": None if calibration is None else dataclasses.asdict(calibration),
         },
     )
+    heldout = _heldout(trace, profile)
+    warnings = (warning, _seen_by_plan(plan, trace, heldout))
     return TableResult(
         table=table,
         profile=profile,
         num_seen_ids=_num_ids(tokens),
         exact_layers=exact_layers,
-        heldout=_heldout(plan.placement, table, trace, profile),
-        warnings=() if warning is None else (warning,),
+        heldout=None if heldout is None else simulate(plan.placement, heldout, table=table),
+        warnings=tuple(one for one in warnings if one is not None),
     )
 
 
@@ -186,13 +190,26 @@ def _build(
     )
 
 
-def _heldout(
-    placement: Placement, table: Table, trace: Trace, profile: Fold | None
-) -> dict[str, PolicyMetrics] | None:
+def _heldout(trace: Trace, profile: Fold | None) -> Chunk | None:
+    """Return the tokens outside the profile, if there are any."""
     if profile is None:
         return None
     chunks = list(trace.chunks(profile.complement()))
-    return simulate(placement, Chunk.concatenate(chunks), table=table) if chunks else None
+    return Chunk.concatenate(chunks) if chunks else None
+
+
+def _seen_by_plan(plan: Plan, trace: Trace, heldout: Chunk | None) -> str | None:
+    """Say how many of the sequences outside the profile the plan has seen, if any."""
+    if heldout is None:
+        return None
+    seen = num_seen_sequences(plan, trace, heldout.sequence_ids)
+    return (
+        f"{seen} of the {len(np.unique(heldout.sequence_ids))} sequences outside the "
+        "profile are those the plan was solved on, so the figures flatter it: solve, and "
+        "build the table, with the same --fold"
+        if seen
+        else None
+    )
 
 
 def _tokenizer_sha256(trace: Trace, checkpoint: Path | None) -> str | None:

@@ -17,6 +17,7 @@ from placer.simulation.cost import ExpertShape
 from placer.simulation.judge import Serving, judge_plan
 from placer.simulation.profile import expert_load
 from placer.table import build_table
+from placer.table.make import TableOptions, make_table
 from placer.trace import Fold
 
 
@@ -71,6 +72,26 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
     assert warnings(Fold(1, 2, inverted=True), fold="not 0/2") == ""
     assert warnings(Fold(1, 2), fold="not 0/2") != ""
     assert warnings(None, trace_sha256="of another trace") == ""
+
+
+def test_sequences_that_the_table_was_built_from_are_named(make_trace, plan_of, tmp_path):
+    """The plan has not seen them, but the rates of the table are counts of them."""
+    trace = make_trace(num_sequences=40)
+    plan, path = plan_of(trace, trace_sha256="of another trace"), tmp_path / "table"
+
+    def warnings(judged_on, fold):
+        make_table(plan, trace, fold=fold, options=TableOptions()).table.write(path)
+        judged = judge_plan(plan, trace, fold=judged_on, table_path=path)
+        return " ".join(w for w in judged.warnings if "flatter" in w)
+
+    num_sequences = len(np.unique(trace.read().sequence_ids))
+    assert f"{num_sequences} of the {num_sequences}" in warnings(None, None)
+    assert "build the table with --fold 0/2" in warnings(None, None)
+    assert "simulate with --not-fold 0/2" in warnings(None, Fold(0, 2))
+    assert warnings(Fold(1, 2), Fold(0, 2)) == ""
+    plan = plan_of(trace, fold="0/2")
+    assert "table" not in warnings(None, None)  # one warning is enough
+    assert "table" in warnings(Fold(1, 2), Fold(1, 2))
 
 
 def test_without_a_profile_fold_balanced_says_that_it_sees_everything(make_trace, plan_of):

@@ -79,6 +79,20 @@ def test_the_profile_is_the_plans_own_unless_a_fold_is_given(make_trace, plan_of
     assert not np.array_equal(own.table.token_confidence, given.table.token_confidence)
 
 
+def test_held_out_figures_that_the_plan_has_seen_are_told(make_trace, plan_of):
+    """The table has not seen them, but the placement was made for them."""
+    trace = make_trace()
+    plan = plan_of(trace, fold="0/2", trace_sha256=trace.sha256)
+
+    def warnings(fold):
+        result = make_table(plan, trace, fold=fold, options=TableOptions())
+        return " ".join(w for w in result.warnings if "flatter" in w)
+
+    num_seen = len(np.unique(trace.read(Fold(0, 2)).sequence_ids))
+    assert warnings(None) == warnings(Fold(0, 2)) == ""
+    assert f"{num_seen} of the {num_seen} sequences outside" in warnings(Fold(1, 2))
+
+
 def test_the_vocabulary_of_an_unbound_trace_ends_at_the_largest_id(make_trace, plan_of):
     trace = make_trace()
     result = make_table(plan_of(trace), trace, fold=None, options=TableOptions())
