@@ -19,6 +19,7 @@ import torch
 
 from placer.errors import PlacerError, UsageError
 from placer.files import read_json
+from placer.hardware import Hardware
 from placer.model import Architecture, ModelSpec
 from placer.plan import Placement, Plan
 from placer.replay.replay import ReplayOptions, replay
@@ -47,12 +48,27 @@ from pathlib import Path
 
 import torch
 
+from placer.hardware import Hardware, Link
 from placer.replay.replay import ReplayOptions, replay
 from placer.trace import Trace
 from placer.worker import Worker
 
+
+def links_of(name, latency):
+    link = Link(bandwidth=1e15, latency=latency)
+    figures = dict.fromkeys(("bf16_flops", "fp8_flops", "memory_bandwidth"), 1.0)
+    return Hardware(name=name, fast=link, slow=link, processor_share=0.5, **figures)
+
+
 torch.distributed.init_process_group("gloo")
-options = ReplayOptions(sequence_length=12, sequences_per_rank=2, num_passes=2, repeats=1)
+options = ReplayOptions(
+    sequence_length=12,
+    sequences_per_rank=2,
+    num_passes=2,
+    repeats=1,
+    hardware=links_of("here", 0.0),
+    elsewhere=(links_of("the same", 0.0), links_of("a second each", 1.0)),
+)
 for name in sys.argv[2:]:
     folder = Path(sys.argv[1]) / name
     table = folder / "table"
@@ -77,7 +93,8 @@ for name in sys.argv[2:]:
                     "as_predicted": run.as_predicted,
                     "error": run.error,
                     "differently_routed": run.differently_routed,
-                    "timed": run.seconds is not None and run.seconds > 0,
+                    "seconds": run.seconds,
+                    "elsewhere": run.elsewhere,
                 }
                 for run in outcome.runs
             ],
@@ -320,7 +337,33 @@ def test_all_runs_are_as_predicted_and_compute_the_same(
             assert run["as_predicted"]
             assert run["error"] < 1e-5
             assert run["differently_routed"] == 0
-            assert run["timed"]
+            assert run["seconds"] > 0
+
+
+def test_a_pass_elsewhere_takes_what_its_collectives_take_there(
+    replayed: dict[str, Replayed],
+) -> None:
+    """Where each lasts a second more, a pass lasts as many whole seconds more.
+
+    Every MoE layer has two at least, whose bytes are known to the receivers by a third.
+    """
+    for one in replayed.values():
+        for run in one.runs.values():
+            assert set(run["elsewhere"]) == {"the same", "a second each"}
+            assert run["elsewhere"]["the same"] == pytest.approx(run["seconds"])
+            more = run["elsewhere"]["a second each"] - run["seconds"]
+            assert more == pytest.approx(round(more), abs=1e-6)
+            assert round(more) >= 3 * len(one.routing)
+
+
+def test_predictions_that_cannot_be_told_are_refused() -> None:
+    h100 = Hardware.named("h100")
+    with pytest.raises(UsageError, match="--elsewhere h100 needs what the links are here"):
+        ReplayOptions(elsewhere=(h100,))
+    with pytest.raises(UsageError, match="repeats is 0"):
+        ReplayOptions(hardware=h100, elsewhere=(h100,), repeats=0)
+    with pytest.raises(UsageError, match="have one name: h100, h100"):
+        ReplayOptions(hardware=h100, elsewhere=(h100, h100))
 
 
 def test_a_table_gives_every_rank_the_same_share(replayed: dict[str, Replayed]) -> None:
