@@ -86,6 +86,12 @@ class ReplayOptions:
 
     def _require_prediction(self) -> None:
         names = [other.name for other in self.elsewhere]
+        if self.hardware is not None and not names:
+            raise UsageError(
+                f"--hardware {self.hardware.name} is what --elsewhere predicts from, but "
+                "no other links are named",
+                "name them: --elsewhere FILE, or drop --hardware",
+            )
         if names and self.hardware is None:
             raise UsageError(
                 f"--elsewhere {names[0]} needs what the links are here",

@@ -360,6 +360,8 @@ def test_predictions_that_cannot_be_told_are_refused() -> None:
     h100 = Hardware.named("h100")
     with pytest.raises(UsageError, match="--elsewhere h100 needs what the links are here"):
         ReplayOptions(elsewhere=(h100,))
+    with pytest.raises(UsageError, match="no other links are named"):
+        ReplayOptions(hardware=h100)
     with pytest.raises(UsageError, match="repeats is 0"):
         ReplayOptions(hardware=h100, elsewhere=(h100,), repeats=0)
     with pytest.raises(UsageError, match="have one name: h100, h100"):
