@@ -1,129 +1,165 @@
-"""Baselines and solved plans on real traces, held out; prints the tables of the docs.
+"""The placements of others beside solved plans, on real traces; prints tables of the docs.
 
 Profile on one fold of the sequences, judge on the other; both directions. Seconds are those
-of the process, reading and counting the profile included; placer's leave out certificates,
-as no baseline has any. placer's rows alone: ``-k "baselines and placer"``.
+of the process, reading and counting the profile included. Results are kept as those of
+``bench_solve.py`` are, and its plans are not solved again.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
-
-from placer.baseline import BASELINES, BaselineProblem
-from placer.errors import UsageError
-from placer.plan import Placement
-from placer.plan.options import SolveOptions
-from placer.plan.planner import plan_from_trace
-from placer.plan.problem import Topology
-from placer.simulation import PolicyMetrics, contiguous, simulate
-from placer.trace import Fold, Trace
-from placer.trace.imported import import_file
-from placer.trace.npz import read_npz
-
-COPIES = "remote_rank_copies_per_token"
-TOPOLOGY = Topology(gpus_per_node=8)
-FOLDS = (Fold(0, 2), Fold(1, 2))
-#: placer's own: policy, cap on the imbalance, redundant experts.
-SOLVED = {
-    "**placer** `fixed`, cap 1.10": ("fixed", 1.1, 0),
-    "**placer** `follow`, cap 1.10": ("follow", 1.1, 0),
-    "**placer** `fixed`, no cap": ("fixed", 8.0, 0),
-    "**placer** `follow`, no cap": ("follow", 8.0, 0),
-    "**placer** `fixed`, 8 redundant": ("fixed", 1.1, 8),
-    "**placer** `follow`, 8 redundant": ("follow", 1.1, 8),
-}
-
-
-Cells = dict[str, list[str]]
-
-
-@pytest.fixture(scope="module")
-def tables() -> Iterator[dict[str, Cells]]:
-    """The rows of each trace, printed when all are there."""
-    found: dict[str, Cells] = {}
-    yield found
-    for name, rows in found.items():
-        print(f"\n\n| {name} | `fixed` | `follow` | imbalance | home | s |")
-        print("|---|---|---|---|---|---|")
-        for row, values in rows.items():
-            print(f"| {row} | {' | '.join(values)} |")
-
-
-@pytest.fixture(scope="module")
-def real_trace(
-    shared_traces: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Trace]:
-    """Return a real trace by its name, as ``placer import`` writes it."""
-    folder = tmp_path_factory.mktemp("traces")
-
-    @cache
-    def read(name: str) -> Trace:
-        import_file(read_npz, "npz", shared_traces / f"{name}.npz", folder / name)
-        return Trace(folder / name)
-
-    return read
-
-
-@pytest.mark.parametrize("row", [*BASELINES, *SOLVED])
-@pytest.mark.parametrize(
-    "name", ["gpt-oss-20b", "deepseek-v2-lite-intent", "deepseek-v2-lite-summary"]
+from instances import (
+    HOME_IMBALANCE,
+    IMBALANCE,
+    PART_IDS,
+    PARTS,
+    RANK_COPIES,
+    SHAPE_IDS,
+    SHAPES,
+    TRACES,
+    Figures,
+    Measuring,
+    baseline,
+    paired,
+    seeds,
+    shares,
 )
+from placements import Case
+
+from placer.baseline import BASELINES
+from placer.errors import UsageError
+
+#: A baseline is under the cap of a plan if no layer has more than this above the plan's.
+CAP_TOLERANCE = 1e-6
+COLUMNS = [
+    "baseline",
+    "`fixed`",
+    "`follow`",
+    "imbalance",
+    "home",
+    "**placer** `fixed` / baseline",
+    "**placer** `follow` / baseline",
+    "s",
+]
+
+
+@pytest.fixture(scope="module")
+def lines() -> Iterator[dict[str, list[str]]]:
+    """The rows of each table by its title, printed when all are there."""
+    found: dict[str, list[str]] = {}
+    yield found
+    for title, rows in found.items():
+        print(f"\n\n### {title}\n\n" + "\n".join(rows))
+
+
+def baseline_cases(trace: str, shape: Any, part: int) -> list[Case]:
+    """Return every baseline of an instance, and the plans that stand beside them."""
+    others = [baseline(trace, shape, part, name) for name in BASELINES]
+    variants = ["capped", "uncapped"] if shape == (1, 8) else ["capped"]
+    plans = [
+        seeds(trace, shape, policy, part, variant)
+        for variant in variants
+        for policy in ("fixed", "follow")
+    ]
+    return [*others, *(plan for one in plans for plan in one)]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=PART_IDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+@pytest.mark.parametrize("trace", TRACES)
 def test_baselines(
-    name: str, row: str, real_trace: Callable[[str], Trace], tables: dict[str, Cells]
+    trace: str,
+    shape: tuple[int, int],
+    part: int,
+    measuring: Measuring,
+    lines: dict[str, list[str]],
 ) -> None:
-    trace = real_trace(name)
-    figures: list[list[float]] = []
-    for fold in FOLDS:
+    """No baseline under a plan's cap causes a lower price on the profile."""
+    others: dict[str, Figures] = {}
+    plans: list[Figures] = []
+    for case in baseline_cases(trace, shape, part):
         try:
-            placement, seconds = place(row, trace, fold)
+            found = measuring(case).result()
         except UsageError as error:
-            pytest.skip(error.message)  # a partitioner that is not installed
-        heldout = trace.read(fold.complement())
-        base = contiguous(trace.model.num_experts, TOPOLOGY.num_ranks, TOPOLOGY.num_nodes)
-        judged = row_figures(simulate(placement, heldout), simulate(base, heldout))
-        figures.append([*judged, seconds])
-    tables.setdefault(name, {})[row] = list(cells(figures))
+            print(f"\n{case.file_name}: {error.message}")  # not installed, or no replicas
+            continue
+        if "name" in found:
+            others[found["name"]] = found
+        else:
+            plans.append(found)
+    title = f"{trace}, {shape[0]} x {shape[1]}, profile {part}/2"
+    lines[title] = list(table(others, plans))
+    worse = [
+        f"{plan['policy']} {plan['seed']} is worse than {name}"
+        for plan in plans
+        for name, other in others.items()
+        if under_cap(other, plan)
+        and other[plan["policy"]]["price_on_profile"]
+        < plan[plan["policy"]]["price_on_profile"]
+    ]
+    assert not worse
 
 
-def place(row: str, trace: Trace, fold: Fold) -> tuple[Placement, float]:
-    """Return the placement of a row of the table, and the seconds that it took."""
-    began = time.process_time()
-    if row in BASELINES:
-        problem = BaselineProblem(
-            trace=trace,
-            fold=fold,
-            topology=TOPOLOGY,
-            redundant_experts=8 if row == "eplb" else 0,
-        )
-        return BASELINES[row](problem), time.process_time() - began
-    policy, cap, redundant_experts = SOLVED[row]
-    options = SolveOptions(
-        topology=TOPOLOGY,
-        policy=policy,
-        max_imbalance=cap,
-        relax_cap=True,
-        redundant_experts=redundant_experts,
-        proof="none",
+test_baselines.cases = baseline_cases  # type: ignore[attr-defined]
+
+
+def under_cap(other: Figures, plan: Figures) -> bool:
+    """Return whether no layer of a baseline is fuller than the plan's layers may be."""
+    theirs, ours = other["imbalance_on_profile"], plan["imbalance_on_profile"]
+    if None in theirs:
+        return False
+    if plan["variant"] == "uncapped":
+        return True
+    return all(
+        its <= max(1.1, own) + CAP_TOLERANCE for its, own in zip(theirs, ours, strict=True)
     )
-    return plan_from_trace(trace, options, fold).placement, time.process_time() - began
 
 
-def row_figures(
-    judged: dict[str, PolicyMetrics], base: dict[str, PolicyMetrics]
-) -> Iterator[float]:
+def table(others: dict[str, Figures], plans: Sequence[Figures]) -> Iterator[str]:
+    """Yield the rows: every baseline, then the plans' medians over their seeds.
+
+    Beside each baseline stand the held-out copies of the plan that has its freedom: the
+    capped one where the baseline is under the cap, else the one without a cap.
+    """
+    base = others["contiguous"]
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
+    for name, other in others.items():
+        beside = [ratio_cell(other, plans, policy) for policy in ("fixed", "follow")]
+        cells = [name, *judged([other], base), *beside, f"{other['cpu_seconds']:.1f}"]
+        yield f"| {' | '.join(cells)} |"
+    for variant in ("capped", "uncapped"):
+        for policy in ("fixed", "follow"):
+            own = [
+                one for one in plans if (one["variant"], one["policy"]) == (variant, policy)
+            ]
+            if own:
+                seconds = statistics.median(one["cpu_seconds"] for one in own)
+                title = f"**placer** `{policy}`, {variant}"
+                cells = [title, *judged(own, base), "", "", f"{seconds:.1f}"]
+                yield f"| {' | '.join(cells)} |"
+
+
+def judged(found: Sequence[Figures], base: Figures) -> Iterator[str]:
     """Yield copies as shares of the contiguous placement's, imbalance, home imbalance."""
     for policy in ("fixed", "follow"):
-        yield getattr(judged[policy], COPIES) / getattr(base[policy], COPIES)
-    yield judged["fixed"].load_imbalance_mean
-    yield judged["follow"].home_imbalance_max
+        yield f"{statistics.median(shares(found, base, policy, RANK_COPIES)):.3f}"
+    for policy, name in (("fixed", IMBALANCE), ("follow", HOME_IMBALANCE)):
+        yield f"{statistics.median(one[policy]['heldout'][name] for one in found):.3f}"
 
 
-def cells(figures: list[list[float]]) -> Iterator[str]:
-    """Yield one cell per figure, both folds in it; seconds are their mean."""
-    *shares, seconds = zip(*figures, strict=True)
-    for values in shares:
-        yield " / ".join(f"{value:.3f}" for value in values)
-    yield f"{sum(seconds) / len(seconds):.1f}"
+def ratio_cell(other: Figures, plans: Sequence[Figures], policy: str) -> str:
+    """Return the held-out ratio of copies with its interval, of the plan's first seed."""
+    first = [one for one in plans if one["policy"] == policy and one["seed"] == 0]
+    capped = next(one for one in first if one["variant"] == "capped")
+    free = next((one for one in first if one["variant"] == "uncapped"), None)
+    own = capped if free is None or under_cap(other, capped) else free
+    ratio = paired(own, other, policy)
+    if ratio is None:
+        return ""
+    said = f"{ratio.ratio:.3f}"
+    if ratio.low is not None:
+        said += f" ({ratio.low:.3f} to {ratio.high:.3f})"
+    return said if own is capped else f"{said}, no cap"

@@ -1,4 +1,4 @@
-"""One solved plan, judged held out: the work of ``bench_solve.py``, done in processes.
+"""One placement, judged held out: the work of ``bench_solve.py``, done in processes.
 
 Each result is a small JSON file in a folder that the sources of placer name, so that a
 run that was stopped goes on where it was, and no figure outlives the code that it is of.
@@ -7,22 +7,29 @@ run that was stopped goes on where it was, and no figure outlives the code that 
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 import placer
 from placer.affinity import Affinity, count_affinity
+from placer.baseline import BASELINES, BaselineProblem
 from placer.files import atomic_file
+from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Policy
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.solve import solve
-from placer.simulation.baselines import balanced, contiguous
-from placer.simulation.intervals import copies_ratio
-from placer.simulation.metrics import PolicyMetrics
+from placer.plan.refine import RefineLimits, Refinement
+from placer.plan.scenarios import load_scenarios
+from placer.plan.traffic import TrafficProblem
+from placer.simulation.metrics import PolicyTally
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.trace import Chunk, Fold, Trace
 from tests.referee import load_referee, referee_result
@@ -30,31 +37,17 @@ from tests.referee import load_referee, referee_result
 #: Commands and reports print figures, they make none.
 WITHOUT_FIGURES = ("cli", "report", "checkpoint", "replay", "runtime_map", "demo")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What is solved: the profile is the fold ``part`` of 2, all else is held out."""
-
-    trace: str
-    num_nodes: int
-    gpus_per_node: int
-    policy: Policy
-    part: int
-    seed: int
-
-    @property
-    def fold(self) -> Fold:
-        return Fold(self.part, 2)
-
-    @property
-    def file_name(self) -> str:
-        shape = f"{self.num_nodes}x{self.gpus_per_node}"
-        return f"{self.trace}-{shape}-{self.policy}-{self.part}-{self.seed}.json"
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this seed is the one with a certificate, an interval and the referee."""
-        return self.seed == 0
+#: What a plan is solved for, beside its policy. The cap is 1.10 where none is named.
+VARIANTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
+    {
+        "capped": {},
+        "uncapped": {"max_imbalance": 64.0},
+        "redundant": {},
+        "robust": {"robust": "bootstrap", "max_imbalance": 1.11},
+        "robust-redundant": {"robust": "bootstrap", "max_imbalance": 1.11},
+        "even-receivers": {"receive_price": 10.0},
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +57,93 @@ class Folders:
     traces: Path
     results: Path
     referee: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case(ABC):
+    """Who is judged where: the profile is the fold ``part`` of 2, all else is held out."""
+
+    trace: str
+    num_nodes: int
+    gpus_per_node: int
+    part: int
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(num_nodes=self.num_nodes, gpus_per_node=self.gpus_per_node)
+
+    @property
+    def fold(self) -> Fold:
+        return Fold(self.part, 2)
+
+    @property
+    def file_name(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values()) + ".json"
+
+    @property
+    @abstractmethod
+    def is_refereed(self) -> bool:
+        """Whether ``score.py`` counts this placement too."""
+
+    @abstractmethod
+    def place(self, trace: Trace) -> tuple[Placement, dict[str, Any]]:
+        """Return the placement, and what else is known of it."""
+
+    def redundant_experts(self, name: str) -> int:
+        """Return one redundant expert per rank for whoever has replicas."""
+        return self.topology.num_ranks if "redundant" in name or name == "eplb" else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved(Case):
+    """A plan of placer; the first seed has a certificate, too."""
+
+    variant: str = "capped"
+    policy: Policy
+    seed: int
+
+    @property
+    def is_refereed(self) -> bool:
+        return self.seed == 0
+
+    def place(self, trace: Trace) -> tuple[Placement, dict[str, Any]]:
+        has_proof = self.seed == 0 and self.variant == "capped"
+        options = SolveOptions(
+            topology=self.topology,
+            policy=self.policy,
+            exchange="per-rank" if self.num_nodes == 1 else "per-node",
+            redundant_experts=self.redundant_experts(self.variant),
+            relax_cap=True,
+            proof="quick" if has_proof else "none",
+            seed=self.seed,
+            **VARIANTS[self.variant],
+        )
+        plan = plan_from_trace(trace, options, self.fold)
+        pairs = plan.solver.pairs
+        return plan.placement, {
+            "gap": plan.solver.gap,
+            "pairs_gap": None if pairs is None else pairs.gap,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline(Case):
+    """The placement of another tool or paper."""
+
+    name: str
+
+    @property
+    def is_refereed(self) -> bool:
+        return True
+
+    def place(self, trace: Trace) -> tuple[Placement, dict[str, Any]]:
+        problem = BaselineProblem(
+            trace=trace,
+            fold=self.fold,
+            topology=self.topology,
+            redundant_experts=self.redundant_experts(self.name),
+        )
+        return BASELINES[self.name](problem), {}
 
 
 def sources_sha256() -> str:
@@ -79,55 +159,25 @@ def sources_sha256() -> str:
 
 
 def measure(case: Case, folders: Folders) -> dict[str, Any]:
-    """Return the figures of a case, from its file if it has been measured before."""
+    """Return the figures of a case, from its file if it has been measured before.
+
+    Raises
+    ------
+    UsageError
+        If a baseline's partitioner is not installed, or cannot serve this case.
+    """
     path = folders.results / case.file_name
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    found = _measure(case, folders)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return found
-
-
-def _measure(case: Case, folders: Folders) -> dict[str, Any]:
-    affinity, profile, heldout = _read(folders.traces / case.trace, case.fold)
-    topology = Topology(num_nodes=case.num_nodes, gpus_per_node=case.gpus_per_node)
-    options = SolveOptions(
-        topology=topology,
-        policy=case.policy,
-        exchange="per-rank" if case.num_nodes == 1 else "per-node",
-        relax_cap=True,
-        proof="quick" if case.is_first else "none",
-        seed=case.seed,
-    )
+    trace = Trace(folders.traces / case.trace)
     began = time.process_time()
-    placement, report = solve(affinity, options, None, profile)
-    seconds = time.process_time() - began
-    tallies = count(placement, heldout)
-    base = contiguous(affinity.model.num_experts, topology.num_ranks, topology.num_nodes)
-    base_tally = count(base, heldout)[case.policy]
-    even = balanced(affinity.load, topology.num_ranks, topology.num_nodes)
-    judged = {policy: tally.metrics() for policy, tally in tallies.items()}
-    found = asdict(case) | {
-        "cpu_seconds": seconds,
-        "placer": judged[case.policy].to_json(),
-        "contiguous": base_tally.metrics().to_json(),
-        "balanced": count(even, heldout)[case.policy].metrics().to_json(),
-    }
-    if not case.is_first:
-        return found
-    own = tallies[case.policy]
-    copies = "copies_of_token" if case.num_nodes == 1 else "node_copies_of_token"
-    ratio = copies_ratio(
-        getattr(own, copies), getattr(base_tally, copies), heldout.sequence_ids, None, ()
-    )
-    return found | {
-        "interval": None if ratio is None else [ratio.low, ratio.high],
-        "gap": report.gap,
-        "pairs_gap": None if report.pairs is None else report.pairs.gap,
-        "referee_difference": _difference(judged, placement, heldout, folders.referee),
-    }
+    placement, known = case.place(trace)
+    known["cpu_seconds"] = time.process_time() - began
+    found = asdict(case) | known | _judged(case, placement, folders)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -137,13 +187,57 @@ def _read(directory: Path, fold: Fold) -> tuple[Affinity, Chunk, Chunk]:
     return affinity, trace.read(fold), trace.read(fold.complement())
 
 
-def _difference(
-    judged: dict[str, PolicyMetrics], placement: Placement, tokens: Chunk, referee: Path
-) -> float:
-    """Return how far any figure is from the referee's, which rounds to 1e-4."""
-    expected = referee_result(load_referee(referee), placement, tokens, DEFAULT_BATCH_SIZE)
-    return max(
-        abs(value - expected[policy][name])
-        for policy, metrics in judged.items()
-        for name, value in metrics.to_json().items()
+def _judged(case: Case, placement: Placement, folders: Folders) -> dict[str, Any]:
+    """Return what is held out, the copies of each sequence, and the profile's objective."""
+    affinity, profile, heldout = _read(folders.traces / case.trace, case.fold)
+    tallies = count(placement, heldout)
+    found: dict[str, Any] = {}
+    for policy in ("fixed", "follow"):
+        found[policy] = {
+            "heldout": tallies[policy].metrics().to_json(),
+            "copies_of_sequence": _by_sequence(tallies[policy], heldout),
+            "price_on_profile": _price(case.topology, policy, placement, profile),
+        }
+    found["imbalance_on_profile"] = [
+        _imbalance(placement, layer, load) for layer, load in enumerate(affinity.load)
+    ]
+    if case.is_refereed:
+        referee = load_referee(folders.referee)
+        expected = referee_result(referee, placement, heldout, DEFAULT_BATCH_SIZE)
+        found["referee_difference"] = max(
+            abs(value - expected[policy][name])
+            for policy in ("fixed", "follow")
+            for name, value in found[policy]["heldout"].items()
+        )
+    return found
+
+
+def _by_sequence(tally: PolicyTally, tokens: Chunk) -> dict[str, list[int]]:
+    _, sequence = np.unique(tokens.sequence_ids, return_inverse=True)
+    sums = {"rank": tally.copies_of_token, "node": tally.node_copies_of_token}
+    return {
+        name: np.bincount(sequence, weights=copies).astype(int).tolist()
+        for name, copies in sums.items()
+    }
+
+
+def _price(topology: Topology, policy: Any, placement: Placement, profile: Chunk) -> float:
+    """Return the price of the copies on the profile: what a plan minimises."""
+    load = load_scenarios(profile, placement.num_experts, "none", 0)
+    problem = TrafficProblem(
+        experts=layer_tokens(profile),
+        topology=topology,
+        policy=policy,
+        exchange="per-rank" if topology.num_nodes == 1 else "per-node",
+        load=load,
+        max_load=tuple(one.sum(axis=1) for one in load),
     )
+    return Refinement(problem=problem, limits=RefineLimits()).evaluate(placement).copies
+
+
+def _imbalance(placement: Placement, layer: int, load: Any) -> float | None:
+    """Return max/mean rank load; none with replicas, whose share the engine chooses."""
+    if placement.has_replicas:
+        return None
+    ranks = np.bincount(placement.expert_rank(layer), weights=load)
+    return float(ranks.max() / ranks.mean())
