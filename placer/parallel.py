@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 from placer.errors import PlacerError, UsageError
@@ -109,6 +110,15 @@ def _call(task: Callable[[Item], Result], item: Item) -> Result:
     return task(item)
 
 
+def _queue_length(ray: Any) -> int:
+    """Return how many tasks are given to Ray at once.
+
+    Twice what the cluster runs: nothing idles, an autoscaler sees that more could run, and
+    after a failure little is left to wait for.
+    """
+    return max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+
+
 def _on_ray(
     task: Callable[[Item], Result], items: Sequence[Item], address: str | None
 ) -> Iterator[tuple[int, Result]]:
@@ -122,13 +132,21 @@ def _on_ray(
     if not joined:
         _join(address)
     pending: dict[Any, int] = {}
+    left = iter(enumerate(items))
     try:
         remote: Any = ray.remote(max_retries=_MAX_RETRIES)(_call)
-        pending = {remote.remote(task, item): n for n, item in enumerate(items)}
-        while pending:
+        while True:
+            free = max(0, _queue_length(ray) - len(pending))
+            pending |= {remote.remote(task, item): n for n, item in islice(left, free)}
+            if not pending:
+                break
             for reference in ray.wait(list(pending))[0]:
+                number = pending.pop(reference)
                 result: Result = ray.get(reference)
-                yield pending.pop(reference), result
+                yield number, result
+    except KeyboardInterrupt:
+        pending.clear()  # Ray ends the tasks of a driver that leaves
+        raise
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise cause if isinstance(cause, PlacerError) else error from None
@@ -143,8 +161,10 @@ def _on_ray(
             "look at the cluster: ray status; or work here: --backend processes",
         ) from error
     finally:
-        for reference in pending:
-            ray.cancel(reference)
+        # Not ray.cancel: where a task completes meanwhile, Ray 2.60 aborts this process
+        # (task_manager.cc, CompletePendingTask).
+        if pending:
+            ray.wait(list(pending), num_returns=len(pending))
         if not joined:
             ray.shutdown()
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,26 @@ def test_workers_that_are_always_lost_are_told(ray_cluster: None) -> None:
     with pytest.raises(PlacerError, match="a Ray worker was lost 4 times") as caught:
         RAY.map(die, [1])
     assert "--backend processes" in caught.value.hint
+
+
+def fail_first(number: int, directory: Path) -> None:
+    """Fail at once as the first of the tasks, leave a file late as any other."""
+    if number == 0:
+        raise PlacerError("the first task failed")
+    (directory / f"began-{number}").touch()
+    time.sleep(0.3)
+    (directory / f"ended-{number}").touch()
+
+
+def test_a_failure_waits_for_what_runs_and_begins_nothing_more(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """What a task has begun to write is whole before the error is told."""
+    with pytest.raises(PlacerError, match="the first task failed"):
+        RAY.map(partial(fail_first, directory=tmp_path), range(40))
+    began = len(list(tmp_path.glob("began-*")))
+    assert began == len(list(tmp_path.glob("ended-*")))
+    assert 0 < began < 20
 
 
 def test_damage_found_by_a_task_is_told(ray_cluster: None, trace: Trace) -> None:
