@@ -1,5 +1,7 @@
 """What placer refuses, each with the exit code that the command line documents."""
 
+from collections.abc import Mapping
+
 
 class PlacerError(Exception):
     """A failure that the user can act on.
@@ -48,3 +50,19 @@ class DriftError(PlacerError):
     """Traffic has drifted from the plan: it no longer holds."""
 
     exit_code = 6
+
+
+def require_left_out(options: Mapping[str, object], company: str) -> None:
+    """Refuse the first of these options that is given without its ``company``.
+
+    Raises
+    ------
+    UsageError
+        If one is not ``None``.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} {value} is for {company}",
+                f"drop {name}, or add {company.partition(':')[0]}",
+            )

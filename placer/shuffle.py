@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 Array = npt.NDArray[Any]
 
@@ -228,6 +228,15 @@ class ShuffleTable:
         ValueError
             If it is no table, of another schema version, or holds what is no confidence.
         """
+        try:
+            return cls._read(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no table ({error}): placer tables PLAN TRACE --out {path}"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path | str) -> Self:
         with safe_open(path, "np") as opened:
             header = json.loads((opened.metadata() or {}).get("placer", "{}"))
             kind, version = header.get("kind"), header.get("schema_version")

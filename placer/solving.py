@@ -12,7 +12,7 @@ from typing import Any
 
 from placer.affinity import Affinity, count_affinity
 from placer.engine import Engine
-from placer.errors import NotProvedError, UsageError
+from placer.errors import NotProvedError, UsageError, require_left_out
 from placer.hardware import Hardware
 from placer.model import ModelSpec, require_same_model
 from placer.plan.deadline import Deadline
@@ -20,6 +20,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan
 from placer.plan.planner import plan_from_affinity, plan_from_trace
+from placer.plan.progress import Progress
 from placer.plan.redundant import (
     LEAST_GAIN,
     Memory,
@@ -28,13 +29,12 @@ from placer.plan.redundant import (
     worth_on_profile,
 )
 from placer.plan.served import Served, solved_for
-from placer.plan.solve import Progress
 from placer.plan.world import WorldLayout
 from placer.report.advice import Question
 from placer.report.comparison import ladder_line
 from placer.report.frontier import FrontierPoint, write_frontier
 from placer.report.layer_time import TimeChoice, choose_by_time, worth_by_time
-from placer.simulation.cost import ExpertShape, find_expert_shape
+from placer.simulation.cost import ExpertShape, find_expert_shape, require_no_sizes
 from placer.trace import Fold, Trace
 
 Tell = Callable[[str], None]
@@ -113,12 +113,6 @@ class SolveRequest:
             "--redundant-memory": self.redundant_memory,
             "--redundant-gain": self.redundant_gain,
         }
-        sizes = {
-            "--model": self.model,
-            "--hidden-size": self.hidden_size,
-            "--expert-size": self.expert_size,
-            "--weight-bytes": self.weight_bytes,
-        }
         for options, is_given, company in (
             ({"--hardware": self.hardware}, self.by_time, "--objective time"),
             (auto, self.redundant_experts is None, "--redundant-experts auto"),
@@ -133,15 +127,17 @@ class SolveRequest:
                 "--redundant-experts: which copy serves is no question where each expert "
                 "has one",
             ),
-            (
-                sizes,
-                self.weighs_experts,
-                "--objective time or --redundant-memory: nothing else asks what an expert "
-                "weighs",
-            ),
         ):
             if not is_given:
-                _require_left_out(options, company)
+                require_left_out(options, company)
+        if not self.weighs_experts:
+            require_no_sizes(
+                self.model,
+                self.hidden_size,
+                self.expert_size,
+                self.weight_bytes,
+                "--objective time or --redundant-memory",
+            )
 
     @property
     def by_time(self) -> bool:
@@ -449,13 +445,3 @@ def _choose_redundant(
     gain = LEAST_GAIN if request.redundant_gain is None else request.redundant_gain
     sizes = affinity.model.num_experts
     return choose_redundant_experts(sizes, options, worth, memory, gain, progress, deadline)
-
-
-def _require_left_out(options: Mapping[str, object], company: str) -> None:
-    """Refuse the first of these options that is given."""
-    for name, value in options.items():
-        if value is not None:
-            raise UsageError(
-                f"{name} {value} is for {company}",
-                f"drop {name}, or add {company.partition(':')[0]}",
-            )

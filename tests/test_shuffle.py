@@ -208,6 +208,9 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a", {"load.0": np.zeros(2, np.int64)}, header)
     with pytest.raises(ValueError, match="is affinity of schema_version 1"):
         ShuffleTable.read(tmp_path / "a")
+    (tmp_path / "b").write_bytes(b"no tensors at all")
+    with pytest.raises(ValueError, match=r"is no table .*: placer tables PLAN TRACE"):
+        ShuffleTable.read(tmp_path / "b")
 
 
 def test_a_request_goes_where_its_prompt_points_and_stays() -> None:

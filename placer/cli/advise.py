@@ -62,9 +62,11 @@ def advise(
         advise_on_trace,
         next_command,
     )
-    from placer.simulation.cost import find_expert_shape
+    from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.trace import Trace
 
+    if hardware is None:
+        require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
     counts = source.is_file()
     trace = None if counts else Trace(source)
     question = Question(

@@ -88,10 +88,12 @@ def simulate(
     from placer.hardware import Hardware
     from placer.report.batches import batch_tables
     from placer.report.comparison import COLUMNS, comparison_rows
-    from placer.simulation.cost import find_expert_shape
+    from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.simulation.judge import DEFAULT_BASELINES, Serving, judge_plan
     from placer.trace import Trace
 
+    if hardware is None:
+        require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
     served_by = None if engine is None else Engine.named(engine)
     read = Trace(trace)
     judgement = judge_plan(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from placer.errors import PlacerError
 from placer.plan.deadline import Deadline
@@ -34,6 +35,9 @@ Homes = tuple[IntArray, ...]
 NUM_ROUNDS = 4
 #: Parts of the sequences; the table of all parts but one gives that one its homes.
 NUM_PARTS = 4
+# Copies that a pair served at home is worth when placements are compared. Moves are not
+# made for it: what that gains on the profile is lost on other sequences (docs/tables.md).
+_SERVED_PRICE = 0.5
 # Cap on a rank's share of the requests that the placement is made for.
 _REQUEST_IMBALANCE = 1.1
 
@@ -91,14 +95,15 @@ class Alternation:
         placement: Placement,
         progress: Callable[[int, float], None] | None = None,
         deadline: Deadline | None = None,
-    ) -> Placement:
-        """Return the best placement of all rounds, the given one included.
+    ) -> tuple[Placement, Evaluation]:
+        """Return the best placement of all rounds, the given one included, and its cost.
 
-        The best by all that ``traffic`` prices, under the load cap where one is.
-        ``progress`` is told the round and the price of its copies (see :meth:`price`).
+        The best by all that ``traffic`` prices less what pairs served at home are worth,
+        under the load cap where one is. ``progress`` is told the round and the price of its
+        copies (see :meth:`price`).
         """
         deadline = deadline or Deadline()
-        best = placement
+        best, least = placement, None
         with deadline.interruptible():
             homes = self.table_homes(placement)
             least = self._evaluate(placement, homes)
@@ -112,7 +117,7 @@ class Alternation:
                     best, least = placement, found
                 if progress is not None:
                     progress(number, least.copies)
-        return best
+        return best, least or self._evaluate(best, self.table_homes(best))
 
     def price(self, placement: Placement) -> float:
         """Return the price of the copies per token and layer, from the homes of tables."""
@@ -120,7 +125,7 @@ class Alternation:
 
     def _evaluate(self, placement: Placement, homes: Homes) -> Evaluation:
         """Return what a placement costs from the homes of its own tables."""
-        given = self._given(homes)
+        given = self._with_served_pairs(self._given(homes), homes)
         return Refinement(problem=given, limits=self.limits).evaluate(placement)
 
     def table_homes(self, placement: Placement) -> Homes:
@@ -187,6 +192,30 @@ class Alternation:
 
     def _given(self, homes: Homes) -> TrafficProblem:
         return replace(self.traffic, policy="given", homes=homes)
+
+    def _with_served_pairs(self, given: TrafficProblem, homes: Homes) -> TrafficProblem:
+        """Return the problem in which an expert is worth more where it serves at home."""
+        num_ranks = given.topology.num_ranks
+        served = tuple(
+            -_SERVED_PRICE * pairs_of_homes(ids, home, load.shape[1], num_ranks)
+            for ids, home, load in zip(given.experts, homes, given.load, strict=True)
+        )
+        if given.move_price is not None:
+            both = zip(given.move_price, served, strict=True)
+            served = tuple(one + two for one, two in both)
+        return replace(given, move_price=served)
+
+
+def pairs_of_homes(
+    experts: npt.NDArray[np.int16], home: IntArray, num_experts: int, num_ranks: int
+) -> npt.NDArray[np.float64]:
+    """Return ``[E, R]``: how often tokens ``[T]`` of each home use each expert.
+
+    ``experts`` is ``[T, k]``.
+    """
+    pair = experts.astype(np.int64) * num_ranks + home[:, None]
+    counts = np.bincount(pair.ravel(), minlength=num_experts * num_ranks)
+    return counts.reshape(num_experts, num_ranks).astype(np.float64)
 
 
 def sequence_parts(tokens: Chunk, seed: int) -> IntArray:

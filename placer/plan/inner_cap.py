@@ -22,7 +22,8 @@ from placer.plan.options import OVERFLOW_PRICE, SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import CapTrial, InnerCap
 from placer.plan.problem import FloatArray
-from placer.plan.solve import Progress, solve_to_choose
+from placer.plan.progress import Progress
+from placer.plan.solve import solve_to_choose
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk
 

@@ -194,16 +194,21 @@ class SolveOptions:
         """The policy, where a token-shuffle table gives its homes."""
         return self.policy if self.policy in ("token", "request") else None
 
-    def start_policy(self, top_k: int) -> Policy:
-        """Return the policy whose placement is solved first; without a table, itself.
+    def start_policies(self, top_k: int) -> tuple[Policy, ...]:
+        """Return the policies whose placements are solved first; without a table, itself.
 
-        A table gives each layer homes of its own, so what counts first for ``token`` is how
-        many ranks the ``top_k`` experts of a token are on, as under ``fixed``, where there
-        are several. A request keeps one home: layers must agree on what a rank is for, as
-        under ``follow``.
+        A table gives each layer homes of its own, so what counts most for ``token`` is how
+        many ranks the ``top_k`` experts of a token are on, as under ``fixed``; but where
+        experts before foretell those after, the plan for ``follow`` may serve it better.
+        A request keeps one home: layers must agree on what a rank is for, as under
+        ``follow``.
         """
-        few_ranks = self.policy == "token" and top_k > 1
-        return "fixed" if self.policy == "fixed" or few_ranks else "follow"
+        if self.policy == "fixed":
+            return ("fixed",)
+        if self.policy == "token" and top_k > 1:
+            given = self.start is not None or self.preserve_groups
+            return ("fixed",) if given else ("fixed", "follow")
+        return ("follow",)
 
     def quick(self) -> Self:
         """Return the same for a plan to choose by, a few seconds' search without a proof.

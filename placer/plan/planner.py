@@ -18,18 +18,15 @@ from placer.plan.deadline import Deadline
 from placer.plan.inner_cap import choose_inner_cap
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.migration import num_moved
+from placer.plan.missed_caps import require_load_cap, require_receive_cap
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
 from placer.plan.problem import Topology
+from placer.plan.progress import Progress
 from placer.plan.refine import Refinement
 from placer.plan.scenarios import load_scenarios
-from placer.plan.solve import (
-    Progress,
-    out_of_reach,
-    require_receive_cap,
-    solve,
-)
+from placer.plan.solve import solve
 from placer.plan.traffic import TrafficProblem
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
@@ -163,20 +160,18 @@ def _solve(
     placement, report = solve(affinity, inner, progress, profile, deadline)
     # A cap that nobody asked for may be missed; what was asked for may not.
     missed = {
-        int(layer): value
+        layer: value
         for layer, value in report.relaxed_layers.items()
         if value > options.max_imbalance + 1e-9
     }
-    if missed and not options.relax_cap:
-        raise out_of_reach(missed, placement, options)
+    require_load_cap(missed.values(), options, placement.num_layers)
     require_receive_cap(
-        report.relaxed_receive_layers,
+        report.relaxed_receive_layers.values(),
         options,
         placement.num_layers,
         stopped=deadline.stopped,
     )
-    relaxed = {str(layer): value for layer, value in missed.items()}
-    return placement, replace(report, inner_cap=inner_cap, relaxed_layers=relaxed)
+    return placement, replace(report, inner_cap=inner_cap, relaxed_layers=missed)
 
 
 def _with_equal_slots(

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+#: Told one line per step of a search.
+Progress = Callable[[str], None]
+
 
 @dataclass(slots=True, kw_only=True)
 class GapLine:
@@ -18,7 +21,7 @@ class GapLine:
         A proved lower bound of the objective, or ``None``.
     """
 
-    tell: Callable[[str], None] | None
+    tell: Progress | None
     num_decimals: int
     bound: float | None = None
 

@@ -15,7 +15,8 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
-from placer.plan.solve import Progress, solve_to_choose
+from placer.plan.progress import Progress
+from placer.plan.solve import solve_to_choose
 from placer.simulation.cost import ExpertShape
 from placer.trace import Chunk
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
-from placer.plan.alternation import Alternation
 from placer.plan.bounds import pair_bound
 from placer.plan.certificate import PairCertificate
 from placer.plan.copies import FIRST_STEPS, CopiesCertificate, token_sets
@@ -16,7 +15,7 @@ from placer.plan.placement import Placement
 from placer.plan.plan import Certificate
 from placer.plan.problem import IntArray, PlacementProblem
 from placer.plan.progress import GapLine, gap
-from placer.plan.refine import Refinement
+from placer.plan.refine import Evaluation, Refinement
 from placer.plan.traffic import TrafficProblem, copy_prices
 from placer.trace import Chunk
 
@@ -116,12 +115,12 @@ def copies_report(
     }
 
 
-def content_report(content: Alternation, placement: Placement) -> dict[str, Any]:
+def content_report(options: SolveOptions, cost: Evaluation) -> dict[str, Any]:
     """Return the same fields for homes that tables give, which have no bound."""
     return {
         "status": "feasible",
-        "objective_name": COPIES_NAME[content.policy],
-        "objective": round(content.price(placement), 6),
+        "objective_name": COPIES_NAME[options.policy],
+        "objective": round(cost.copies, 6),
         "bound": None,
         "gap": None,
         "bound_method": "none: no bound of copies whose homes depend on the placement",
@@ -194,7 +193,7 @@ def _copies_bound(
         return None
     sets = token_sets([judged])
     scale = topology.num_ranks * judged.num_tokens * problem.num_layers
-    policy = options.start_policy(judged.experts[0].shape[1])
+    policy = options.start_policies(judged.experts[0].shape[1])[0]
 
     def of_groups(num_groups: int) -> CopiesCertificate:
         width = topology.num_ranks // num_groups

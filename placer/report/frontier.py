@@ -10,9 +10,10 @@ from placer.errors import UsageError
 from placer.files import atomic_directory
 from placer.plan import Plan
 from placer.plan.deadline import Deadline
+from placer.plan.missed_caps import require_receive_cap
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
-from placer.plan.solve import Progress, require_receive_cap
+from placer.plan.progress import Progress
 from placer.trace import Fold, Trace
 
 TABLE_NAME = "frontier.csv"
@@ -105,7 +106,7 @@ def write_frontier(
             share = deadline.part(1 / (len(caps) - len(points)))
             plan = plan_from_trace(trace, asked, fold, progress, share)
             require_receive_cap(
-                plan.solver.relaxed_receive_layers,
+                plan.solver.relaxed_receive_layers.values(),
                 replace(asked, relax_cap=options.relax_cap),
                 plan.placement.num_layers,
                 stopped=share.stopped,

@@ -18,8 +18,9 @@ from placer.plan.inner_cap import expert_loads, inner_halves
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
+from placer.plan.progress import Progress
 from placer.plan.redundant import Worth
-from placer.plan.solve import Progress, solve_to_choose
+from placer.plan.solve import solve_to_choose
 from placer.report.advice import (
     MOST_JUDGED_TOKENS,
     QUICK,

@@ -25,7 +25,7 @@ from typing import Self
 import numpy as np
 
 from placer.engine import Transfer
-from placer.errors import UsageError
+from placer.errors import UsageError, require_left_out
 from placer.hardware import Hardware, Link
 from placer.model import ModelSpec, expert_size
 from placer.simulation.steps import Copies, FloatArray, LayerSteps
@@ -96,6 +96,29 @@ def find_expert_shape(
         intermediate_size=intermediate_size,
         weight_bytes=BF16_BYTES if weight_bytes is None else weight_bytes,
     )
+
+
+def require_no_sizes(
+    model: Path | None,
+    hidden_size: int | None,
+    expert_size: int | None,
+    weight_bytes: float | None,
+    company: str,
+) -> None:
+    """Refuse what sizes an expert where nothing asks for it.
+
+    Raises
+    ------
+    UsageError
+        If any is given; ``company`` is what asks for them.
+    """
+    sizes = {
+        "--model": model,
+        "--hidden-size": hidden_size,
+        "--expert-size": expert_size,
+        "--weight-bytes": weight_bytes,
+    }
+    require_left_out(sizes, f"{company}: nothing else asks what an expert weighs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -187,6 +187,8 @@ class Table:
             raise PlacerError("the combined rule needs token_score, which is missing")
         ranks = (self.model.num_layers, self.num_ranks)
         depth = rule.expert_score.shape[1:2]
+        if depth == (0,):
+            raise PlacerError("expert_score adds nothing: it is of 0 past layers")
         experts = (*depth, max(self.model.num_experts))
         for name, shape in {
             "token_weight": ranks[:1],

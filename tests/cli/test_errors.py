@@ -128,6 +128,18 @@ CASES = [
     (1, "", "inspect nowhere"),
     (1, "", "inspect blob"),
     (1, "does not exist", "demo --model nowhere --out out"),
+    (1, "does not exist", "advise nowhere --gpus-per-node 2"),
+    (1, "cannot be read", "advise blob --gpus-per-node 2"),
+    (2, "is for --hardware", "advise trace --gpus-per-node 2 --weight-bytes 1"),
+    (2, "is for --hardware", "simulate plan trace --expert-size 64"),
+    (1, "does not exist", "check nowhere trace"),
+    (1, "different models", "check plan trace"),
+    (1, "does not exist", "replay nowhere model --trace trace"),
+    (1, "does not exist", "replay plan model --trace nowhere"),
+    (2, r"a \.toml file", "calibrate --ranks 2 --out out"),
+    (1, "does not exist", "trace dedup nowhere --out out"),
+    (1, "does not exist", "trace links nowhere"),
+    (1, "is damaged: SHA-256", "trace learning truncated --gpus-per-node 2"),
 ]
 
 

@@ -53,10 +53,13 @@ def alternation(chunk: Chunk, num_experts: int, num_ranks: int, **options) -> Al
 
 def price_by_hand(
     chunk: Chunk, ranks: tuple[tuple[int, ...], ...], num_ranks: int
-) -> float:
-    """Copies from homes by token id alone, each part of sequences by all the others."""
+) -> tuple[float, float]:
+    """Copies from homes by token id alone, each part of sequences by all the others.
+
+    The second value is less by half of the pairs that are served at home.
+    """
     part = sequence_parts(chunk, seed=0)
-    copies = 0
+    copies, at_home = 0, 0
     for ids, rank_of in zip(chunk.experts, ranks, strict=True):
         served = np.array(rank_of)[ids]
         for token, here in enumerate(served):
@@ -70,7 +73,9 @@ def price_by_hand(
                 ((counts + weight * prior) / (len(here) * same.sum() + weight)).argmax()
             )
             copies += len(set(here.tolist()) - {home})
-    return copies / served.shape[0] / len(ranks)
+            at_home += here.tolist().count(home)
+    per_layer = served.shape[0] * len(ranks)
+    return copies / per_layer, (copies - at_home / 2) / per_layer
 
 
 HALVES = [
@@ -91,13 +96,17 @@ def test_token_price_is_that_of_plain_loops_and_never_rises(
     prices = {
         ranks: price_by_hand(chunk, ranks, 2) for ranks in itertools.product(HALVES, HALVES)
     }
-    for ranks, price in prices.items():
+    for ranks, (copies, _) in prices.items():
         placement = Placement.from_expert_rank([np.array(r) for r in ranks], 2, 1)
-        assert found.price(placement) == pytest.approx(price)
-    for start in (max(prices, key=prices.get), (HALVES[0], HALVES[3])):
-        end = found.run(Placement.from_expert_rank([np.array(r) for r in start], 2, 1))
-        reached = prices[tuple(tuple(end.expert_rank(n).tolist()) for n in range(2))]
-        assert min(prices.values()) <= reached <= prices[start]
+        assert found.price(placement) == pytest.approx(copies)
+    worth = {ranks: price for ranks, (_, price) in prices.items()}
+    for start in (max(worth, key=worth.get), (HALVES[0], HALVES[3])):
+        end, cost = found.run(
+            Placement.from_expert_rank([np.array(r) for r in start], 2, 1)
+        )
+        reached = tuple(tuple(end.expert_rank(n).tolist()) for n in range(2))
+        assert (cost.copies, cost.price) == pytest.approx(prices[reached])
+        assert worth[reached] <= worth[start]
 
 
 def test_parts_hold_whole_sequences_of_about_the_same_number(
@@ -186,7 +195,9 @@ def test_one_sequence_is_judged_by_its_own_table(make_chunk: Callable[..., Chunk
     chunk = make_chunk(num_sequences=1, num_experts=(4, 4))
     found = alternation(chunk, 4, 2, policy="request")
     start = Placement.from_expert_rank([np.array([0, 1, 0, 1])] * 2, 2, 1)
-    assert found.price(found.run(start)) <= found.price(start)
+    end, cost = found.run(start)
+    assert found.run(end)[1].price <= cost.price
+    assert cost.copies == found.price(end)
 
 
 def test_without_token_ids_there_are_no_homes(make_chunk: Callable[..., Chunk]) -> None:

@@ -368,6 +368,14 @@ def test_other_shapes_are_refused(make_chunk, tmp_path, name):
         Table.read(tmp_path / "table")
 
 
+def test_a_rule_that_looks_at_no_layer_is_refused(make_chunk, tmp_path):
+    table = build(make_chunk())
+    table.write(tmp_path / "table")
+    rewrite(tmp_path / "table", {"expert_score": table.combined.expert_score[:, :0]})
+    with pytest.raises(PlacerError, match="of 0 past layers"):
+        Table.read(tmp_path / "table")
+
+
 def test_a_trace_without_ids_has_the_experts_still(make_chunk):
     """All tokens unknown: what is left of the rule beats chance, 0.25."""
     tokens = make_chunk(num_tokens=2_000)

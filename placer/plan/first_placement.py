@@ -1,0 +1,182 @@
+"""What the search for copies begins with: the profile, and a placement solved for pairs.
+
+Pairs are solved exactly where a layer has few balanced assignments, else by local search;
+a given plan and whole router groups take their place.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.errors import NoSolutionError, UsageError
+from placer.plan.balance import load_caps
+from placer.plan.copies_cost import CopiesCost, ReceiveLimit
+from placer.plan.deadline import Deadline
+from placer.plan.dynamic import ExactPlacement, has_few_assignments, solve_exactly
+from placer.plan.migration import require_same_shape
+from placer.plan.options import SolveOptions
+from placer.plan.pins import with_pins
+from placer.plan.placement import Placement
+from placer.plan.plan import Policy
+from placer.plan.problem import (
+    IntArray,
+    PlacementProblem,
+    Topology,
+    placement_problem,
+)
+from placer.plan.progress import GapLine, Progress
+from placer.plan.replicas import with_replicas
+from placer.plan.reports import early_pair_bound
+from placer.plan.router_groups import place_groups
+from placer.plan.search import Search
+from placer.plan.traffic import sample_sequences
+from placer.trace import Chunk
+
+_EXACT_OPERATIONS = 2e10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Profile:
+    """What is known of the traffic, and the caps on load that follow from it.
+
+    ``judged`` are the ``tokens``, or a sample, whose copies are minimised; ``None`` where
+    pairs are. ``balanced`` is a start under the caps ``max_load``, in pairs per layer.
+    """
+
+    affinity: Affinity
+    tokens: Chunk | None
+    judged: Chunk | None
+    max_load: list[float]
+    balanced: list[IntArray]
+
+    def problem(self, policy: Policy, options: SolveOptions) -> PlacementProblem:
+        """Return the pair objective of a home policy under these caps."""
+        return placement_problem(self.affinity, policy, options.topology, self.max_load)
+
+
+def profiled(
+    affinity: Affinity, tokens: Chunk | None, options: SolveOptions
+) -> tuple[Profile, dict[int, float]]:
+    """Return the profile, and the layers whose cap on load is relaxed."""
+    max_load, balanced, relaxed = load_caps(
+        [counts.astype(np.float64) for counts in affinity.load],
+        options.topology.num_ranks,
+        options.max_imbalance,
+        relax_cap=options.relax_cap or options.redundant_experts > 0,
+    )
+    if options.needs_tokens is not None and not options.refine.num_sweeps:
+        raise UsageError(
+            f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
+            "leave out --num-sweeps",
+        )
+    judged = None
+    if tokens is not None and options.refine.num_sweeps:
+        judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
+    profile = Profile(
+        affinity=affinity,
+        tokens=tokens,
+        judged=judged,
+        max_load=max_load,
+        balanced=balanced,
+    )
+    return profile, relaxed
+
+
+def first_placement(
+    profile: Profile,
+    problem: PlacementProblem,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> tuple[Placement, bool]:
+    """Return what the refinement begins with, and whether it is optimal already."""
+    topology = options.topology
+    if options.start is not None:
+        require_same_shape(
+            options.start,
+            profile.affinity.model.num_experts,
+            topology.num_ranks,
+            topology.num_nodes,
+            options.redundant_experts,
+        )
+        return with_pins(options.start, options.pins), False
+    if options.preserve_groups:
+        affinity = profile.affinity
+        policy = options.start_policies(affinity.model.top_k)[0]
+        limits, seed = options.limits, options.seed
+        placed = place_groups(affinity, policy, topology, limits, seed, deadline)
+        return placed, False
+    placement, optimal = _place_pairs(profile, problem, options, progress, deadline)
+    if options.redundant_experts:
+        loads = [counts.astype(np.float64) for counts in profile.affinity.load]
+        placement = with_replicas(placement, loads, options.redundant_experts)
+    return with_pins(placement, options.pins), optimal
+
+
+def _place_pairs(
+    profile: Profile,
+    problem: PlacementProblem,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> tuple[Placement, bool]:
+    """Minimise pairs, or copies where that is exact. Return whether it is optimal."""
+    exact = None
+    if profile.judged is None:
+        exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
+    elif has_few_assignments(problem):
+        exact = _exact_copies(problem, profile.judged, options)
+    if exact is not None:
+        return _placed(list(exact.expert_rank), options.topology), True
+    search = Search(
+        problem=problem,
+        expert_rank=_best_start(problem, profile.balanced),
+        rng=np.random.default_rng(options.seed),
+        limits=options.limits,
+    )
+    line = GapLine(tell=progress, num_decimals=0)
+    if progress is not None:
+        line.raise_bound(early_pair_bound(problem))
+    search.run(
+        lambda number, objective: line(f"pairs, round {number}", objective), deadline
+    )
+    return _placed(search.expert_rank, options.topology), False
+
+
+def _exact_copies(
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+) -> ExactPlacement | None:
+    """Minimise copies exactly, where few assignments and nothing else asked allow it."""
+    cap = options.max_received_copies
+    if replace(options, max_received_copies=None).needs_tokens is not None:
+        return None
+    policy = options.start_policies(judged.experts[0].shape[1])[0]
+    cost = CopiesCost.of([judged], policy, options.topology)
+    limit = None if cap is None else ReceiveLimit(cost=cost, max_copies=cap)
+    try:
+        return solve_exactly(problem, cost, None, _EXACT_OPERATIONS, limit)
+    except NoSolutionError:
+        if options.relax_cap:  # the search then comes as near to the cap as it can
+            return None
+        raise
+
+
+def _placed(expert_rank: list[IntArray], topology: Topology) -> Placement:
+    return Placement.from_expert_rank(expert_rank, topology.num_ranks, topology.num_nodes)
+
+
+def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[IntArray]:
+    """Start from the contiguous placement where it is allowed and cheaper.
+
+    The search never loses what it starts from, so no plan is worse than contiguous on
+    the profile's own pairs unless contiguous breaks the cap.
+    """
+    contiguous = [
+        np.arange(len(load)) // problem.slots_per_rank(layer)
+        for layer, load in enumerate(problem.load)
+    ]
+    allowed = problem.is_feasible(contiguous)
+    if allowed and problem.objective(contiguous) < problem.objective(balanced):
+        return contiguous
+    return [ranks.copy() for ranks in balanced]
