@@ -71,23 +71,26 @@ def replay(
     leave a rank must be those that a simulation of the same routing predicts, byte for
     byte, and outputs those of the model run by itself; exit 5 if not.
     """
+    from placer.model import require_same_model
     from placer.plan import Plan
+    from placer.trace import Trace
     from placer.worker import Worker, start_workers
 
     worker = Worker.of_environment()
-    num_ranks = Plan.read(plan).placement.num_ranks
+    planned, read = Plan.read(plan), Trace(trace)
+    require_same_model(planned.model, str(plan), read.model, str(trace))
+    num_ranks = planned.placement.num_ranks
     if worker.alone and num_ranks > 1:
         raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
     from placer.hardware import Hardware
     from placer.replay.replay import ReplayOptions
     from placer.replay.replay import replay as replay_plan
     from placer.report.replay import columns, facts, rows
-    from placer.trace import Trace
 
     outcome = replay_plan(
         plan,
         model,
-        Trace(trace),
+        read,
         ReplayOptions(
             exchanges=tuple(exchange or ()),
             sequence_length=sequence_length,

@@ -136,6 +136,7 @@ CASES = [
     (1, "different models", "check plan trace"),
     (1, "does not exist", "replay nowhere model --trace trace"),
     (1, "does not exist", "replay plan model --trace nowhere"),
+    (1, "different models", "replay plan model --trace trace"),
     (2, r"a \.toml file", "calibrate --ranks 2 --out out"),
     (1, "does not exist", "trace dedup nowhere --out out"),
     (1, "does not exist", "trace links nowhere"),
