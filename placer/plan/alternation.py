@@ -37,7 +37,7 @@ NUM_ROUNDS = 4
 NUM_PARTS = 4
 # Copies that a pair served at home is worth when placements are compared. Moves are not
 # made for it: what that gains on the profile is lost on other sequences (docs/tables.md).
-_SERVED_PRICE = 0.5
+_SERVED_PRICE = 1.0
 # Cap on a rank's share of the requests that the placement is made for.
 _REQUEST_IMBALANCE = 1.1
 
@@ -118,6 +118,24 @@ class Alternation:
                 if progress is not None:
                     progress(number, least.copies)
         return best, least or self._evaluate(best, self.table_homes(best))
+
+    def mixture(
+        self, one: tuple[Placement, Evaluation], other: tuple[Placement, Evaluation]
+    ) -> tuple[Placement, Evaluation]:
+        """Take each layer from the placement where it costs less; return what it costs.
+
+        A table's homes follow the experts of past layers whatever their ranks are called,
+        so layers hardly depend on each other.
+        """
+        maps = zip(
+            better_layers(one[1], other[1]),
+            one[0].physical_to_logical_map,
+            other[0].physical_to_logical_map,
+            strict=True,
+        )
+        chosen = tuple(theirs if better else ours for better, ours, theirs in maps)
+        mixed = replace(one[0], physical_to_logical_map=chosen)
+        return mixed, self._evaluate(mixed, self.table_homes(mixed))
 
     def price(self, placement: Placement) -> float:
         """Return the price of the copies per token and layer, from the homes of tables."""
@@ -216,6 +234,16 @@ def pairs_of_homes(
     pair = experts.astype(np.int64) * num_ranks + home[:, None]
     counts = np.bincount(pair.ravel(), minlength=num_experts * num_ranks)
     return counts.reshape(num_experts, num_ranks).astype(np.float64)
+
+
+def better_layers(one: Evaluation, other: Evaluation) -> npt.NDArray[np.bool_]:
+    """Return ``[L]``: where the other is nearer the caps or, as near, costs less."""
+    above, other_above = one.overflow.sum(axis=0), other.overflow.sum(axis=0)
+    cheaper = other.price_of_layer < one.price_of_layer
+    better: npt.NDArray[np.bool_] = np.where(
+        other_above == above, cheaper, other_above < above
+    )
+    return better
 
 
 def sequence_parts(tokens: Chunk, seed: int) -> IntArray:

@@ -75,6 +75,8 @@ class Evaluation:
     price
         The same with all that is priced beside them: other loads, the busiest receiver,
         homes and moves.
+    price_of_layer
+        ``[L]``: the layers' parts of that price, times R x the tokens.
     overflow
         ``[2, L]``: pairs of the profile above the load cap; squares of the copies that a
         rank receives above the cap on those.
@@ -86,6 +88,7 @@ class Evaluation:
 
     copies: float
     price: float
+    price_of_layer: FloatArray
     overflow: FloatArray
     imbalance: FloatArray
     most_received_copies: FloatArray
@@ -211,13 +214,13 @@ class Refinement:
     def evaluate(self, placement: Placement) -> "Evaluation":
         """Return what a placement costs."""
         self._load(placement)
-        copies, penalties = 0.0, 0.0
-        for layer in range(self.problem.num_layers):
-            copies += self._copies(layer)
-            penalties += self._penalties(layer)
+        layers = range(self.problem.num_layers)
+        copies = [self._copies(layer) for layer in layers]
+        penalties = [self._penalties(layer) for layer in layers]
         return Evaluation(
-            copies=self._per_token(copies),
-            price=self._per_token(copies + penalties),
+            copies=self._per_token(sum(copies)),
+            price=self._per_token(sum(copies) + sum(penalties)),
+            price_of_layer=np.array(copies) + np.array(penalties),
             overflow=self._overflow_per_layer(),
             imbalance=np.array(
                 [

@@ -160,7 +160,7 @@ def _searched(
     progress: Progress | None,
     deadline: Deadline,
 ) -> tuple[_Found, Evaluation | None]:
-    """Minimise copies, for homes that tables give from each of the starts.
+    """Minimise copies, for homes that tables give, from each start; best of all and mixed.
 
     The second value is what the copies cost from those homes, which no other policy has.
     """
@@ -170,7 +170,7 @@ def _searched(
         return _minimised(profile, judged, first, options, progress, deadline), None
     vocab_size = vocabulary_of(judged, content)
 
-    def alternated(policy: Policy) -> tuple[_Found, Evaluation]:
+    def alternated(policy: Policy) -> tuple[_Found, Alternation, Evaluation]:
         found = _minimised(profile, judged, policy, options, progress, deadline)
         alternation = Alternation(
             traffic=found.traffic,
@@ -182,14 +182,21 @@ def _searched(
             max_home_imbalance=options.max_home_imbalance,
         )
         placement, cost = _alternate(found.placement, alternation, progress, deadline)
-        return replace(found, placement=placement), cost
+        return replace(found, placement=placement), alternation, cost
 
-    best = alternated(first)
+    found, alternation, cost = alternated(first)
+    ends = [(found.placement, cost)]
     for policy in others:
         if not deadline.passed():
-            other = alternated(policy)
-            best = other if other[1].is_better(best[1]) else best
-    return best
+            other, _, other_cost = alternated(policy)
+            ends.append((other.placement, other_cost))
+            with deadline.interruptible():
+                ends.append(alternation.mixture(ends[0], ends[1]))
+    best, cost = ends[0]
+    for end, its_cost in ends[1:]:
+        if its_cost.is_better(cost):
+            best, cost = end, its_cost
+    return replace(found, placement=best), cost
 
 
 def _minimised(

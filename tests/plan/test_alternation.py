@@ -56,7 +56,7 @@ def price_by_hand(
 ) -> tuple[float, float]:
     """Copies from homes by token id alone, each part of sequences by all the others.
 
-    The second value is less by half of the pairs that are served at home.
+    The second value is less by the pairs that are served at home.
     """
     part = sequence_parts(chunk, seed=0)
     copies, at_home = 0, 0
@@ -75,7 +75,7 @@ def price_by_hand(
             copies += len(set(here.tolist()) - {home})
             at_home += here.tolist().count(home)
     per_layer = served.shape[0] * len(ranks)
-    return copies / per_layer, (copies - at_home / 2) / per_layer
+    return copies / per_layer, (copies - at_home) / per_layer
 
 
 HALVES = [
@@ -107,6 +107,32 @@ def test_token_price_is_that_of_plain_loops_and_never_rises(
         reached = tuple(tuple(end.expert_rank(n).tolist()) for n in range(2))
         assert (cost.copies, cost.price) == pytest.approx(prices[reached])
         assert worth[reached] <= worth[start]
+
+
+def test_a_mixture_takes_each_layer_from_where_it_costs_less(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    chunk = make_chunk(
+        num_tokens=60, num_experts=(4, 4), vocab_size=9, num_sequences=7, seed=1
+    )
+    found = alternation(chunk, 4, 2, policy="token")
+    worth = {
+        ranks: price_by_hand(chunk, ranks, 2)[1]
+        for ranks in itertools.product(HALVES, HALVES)
+    }
+    starts = [(HALVES[0], HALVES[1]), (HALVES[1], HALVES[0])]
+    ends = []
+    for ranks in starts:
+        placement = Placement.from_expert_rank([np.array(r) for r in ranks], 2, 1)
+        # No sweeps: nothing moves, so this is what the start costs.
+        still = replace(found, limits=RefineLimits(num_sweeps=0))
+        ends.append(still.run(placement))
+    mixed, cost = found.mixture(*ends)
+    reached = tuple(tuple(mixed.expert_rank(n).tolist()) for n in range(2))
+    # Token ids alone decide the homes, so layers do not depend on each other.
+    choices = itertools.product(*zip(*starts, strict=True))
+    assert worth[reached] == min(worth[one] for one in choices)
+    assert cost.price == pytest.approx(worth[reached])
 
 
 def test_parts_hold_whole_sequences_of_about_the_same_number(
