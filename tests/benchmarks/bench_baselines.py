@@ -6,7 +6,8 @@ of the process, reading and counting the profile included. Results are kept as t
 """
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from instances import (
     IMBALANCE,
     PART_IDS,
     PARTS,
-    RANK_COPIES,
     SHAPE_IDS,
     SHAPES,
     TRACES,
     Figures,
     Measuring,
     baseline,
+    copies_name,
     paired,
     seeds,
     shares,
@@ -30,6 +31,7 @@ from placements import Case
 
 from placer.baseline import BASELINES
 from placer.errors import UsageError
+from placer.simulation.intervals import CopiesRatio
 
 #: A baseline is under the cap of a plan if no layer has more than this above the plan's.
 CAP_TOLERANCE = 1e-6
@@ -39,19 +41,47 @@ COLUMNS = [
     "`follow`",
     "imbalance",
     "home",
-    "**placer** `fixed` / baseline",
-    "**placer** `follow` / baseline",
+    "plan for `fixed` / baseline",
+    "plan for `follow` / baseline",
     "s",
 ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """What is known of one profile: baselines by name, and the plans beside them."""
+
+    others: dict[str, Figures]
+    plans: list[Figures]
+
+    def seeds(self, variant: str, policy: str) -> list[Figures]:
+        """Return the plans of one kind."""
+        wanted = {"variant": variant, "policy": policy}
+        return [one for one in self.plans if wanted.items() <= one.items()]
+
+    def rival(self, name: str, policy: str) -> Figures | None:
+        """Return the plan of the first seed that has the freedom of a baseline.
+
+        The capped one where the baseline is under the cap, else one without a cap.
+        """
+        capped = self.seeds("capped", policy)[0]
+        if under_cap(self.others[name], capped):
+            return capped
+        return next(iter(self.seeds("uncapped", policy)), None)
+
+
+Tables = dict[tuple[str, tuple[int, int]], list[Instance]]
+
+
 @pytest.fixture(scope="module")
-def lines() -> Iterator[dict[str, list[str]]]:
-    """The rows of each table by its title, printed when all are there."""
-    found: dict[str, list[str]] = {}
+def tables() -> Iterator[Tables]:
+    """Both folds of every trace and topology, printed when all are there."""
+    found: Tables = {}
     yield found
-    for title, rows in found.items():
-        print(f"\n\n### {title}\n\n" + "\n".join(rows))
+    for (trace, shape), folds in found.items():
+        lines = "\n".join(table(folds))
+        print(f"\n\n{trace}, {shape[0]} x {shape[1]} ranks\n\n{lines}")
+    print("\n\n" + "\n".join(summary(found)))
 
 
 def baseline_cases(trace: str, shape: Any, part: int) -> list[Case]:
@@ -70,11 +100,7 @@ def baseline_cases(trace: str, shape: Any, part: int) -> list[Case]:
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("trace", TRACES)
 def test_baselines(
-    trace: str,
-    shape: tuple[int, int],
-    part: int,
-    measuring: Measuring,
-    lines: dict[str, list[str]],
+    trace: str, shape: tuple[int, int], part: int, measuring: Measuring, tables: Tables
 ) -> None:
     """No baseline under a plan's cap causes a lower price on the profile."""
     others: dict[str, Figures] = {}
@@ -89,8 +115,7 @@ def test_baselines(
             others[found["name"]] = found
         else:
             plans.append(found)
-    title = f"{trace}, {shape[0]} x {shape[1]}, profile {part}/2"
-    lines[title] = list(table(others, plans))
+    tables.setdefault((trace, shape), []).append(Instance(others=others, plans=plans))
     worse = [
         f"{plan['policy']} {plan['seed']} is worse than {name}"
         for plan in plans
@@ -117,49 +142,83 @@ def under_cap(other: Figures, plan: Figures) -> bool:
     )
 
 
-def table(others: dict[str, Figures], plans: Sequence[Figures]) -> Iterator[str]:
+def table(folds: Sequence[Instance]) -> Iterator[str]:
     """Yield the rows: every baseline, then the plans' medians over their seeds.
 
-    Beside each baseline stand the held-out copies of the plan that has its freedom: the
-    capped one where the baseline is under the cap, else the one without a cap.
+    Both folds are in a cell. Beside a baseline stands its :meth:`Instance.rival`.
     """
-    base = others["contiguous"]
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
-    for name, other in others.items():
-        beside = [ratio_cell(other, plans, policy) for policy in ("fixed", "follow")]
-        cells = [name, *judged([other], base), *beside, f"{other['cpu_seconds']:.1f}"]
-        yield f"| {' | '.join(cells)} |"
+    names = [name for name in folds[0].others if all(name in one.others for one in folds)]
+    for name in names:
+        cells = both(judged([one.others[name]], one.others["contiguous"]) for one in folds)
+        for policy in ("fixed", "follow"):
+            cells.append("; ".join(ratio_cell(one, name, policy) for one in folds))
+        seconds = statistics.mean(one.others[name]["cpu_seconds"] for one in folds)
+        yield f"| {name} | {' | '.join(cells)} | {seconds:.1f} |"
     for variant in ("capped", "uncapped"):
         for policy in ("fixed", "follow"):
-            own = [
-                one for one in plans if (one["variant"], one["policy"]) == (variant, policy)
-            ]
-            if own:
-                seconds = statistics.median(one["cpu_seconds"] for one in own)
+            own = [one.seeds(variant, policy) for one in folds]
+            if all(own):
+                cells = both(
+                    judged(plans, one.others["contiguous"])
+                    for plans, one in zip(own, folds, strict=True)
+                )
+                seconds = statistics.median(
+                    plan["cpu_seconds"] for plans in own for plan in plans
+                )
                 title = f"**placer** `{policy}`, {variant}"
-                cells = [title, *judged(own, base), "", "", f"{seconds:.1f}"]
-                yield f"| {' | '.join(cells)} |"
+                yield f"| {title} | {' | '.join(cells)} | | | {seconds:.1f} |"
+
+
+def both(folds: Iterable[Iterator[str]]) -> list[str]:
+    """Return the cells of several folds, each with all folds in it."""
+    return [" / ".join(cells) for cells in zip(*folds, strict=True)]
 
 
 def judged(found: Sequence[Figures], base: Figures) -> Iterator[str]:
     """Yield copies as shares of the contiguous placement's, imbalance, home imbalance."""
     for policy in ("fixed", "follow"):
-        yield f"{statistics.median(shares(found, base, policy, RANK_COPIES)):.3f}"
+        copies = shares(found, base, policy, copies_name(base))
+        yield f"{statistics.median(copies):.3f}"
     for policy, name in (("fixed", IMBALANCE), ("follow", HOME_IMBALANCE)):
         yield f"{statistics.median(one[policy]['heldout'][name] for one in found):.3f}"
 
 
-def ratio_cell(other: Figures, plans: Sequence[Figures], policy: str) -> str:
-    """Return the held-out ratio of copies with its interval, of the plan's first seed."""
-    first = [one for one in plans if one["policy"] == policy and one["seed"] == 0]
-    capped = next(one for one in first if one["variant"] == "capped")
-    free = next((one for one in first if one["variant"] == "uncapped"), None)
-    own = capped if free is None or under_cap(other, capped) else free
-    ratio = paired(own, other, policy)
-    if ratio is None:
-        return ""
-    said = f"{ratio.ratio:.3f}"
-    if ratio.low is not None:
-        said += f" ({ratio.low:.3f} to {ratio.high:.3f})"
-    return said if own is capped else f"{said}, no cap"
+def ratio_cell(instance: Instance, name: str, policy: str) -> str:
+    """Return the held-out ratio of copies with its interval."""
+    own = instance.rival(name, policy)
+    ratio = None if own is None else paired(own, instance.others[name], policy)
+    if own is None or ratio is None:
+        return "-"
+    return said(ratio) + ("" if own["variant"] == "capped" else ", no cap")
+
+
+def said(ratio: CopiesRatio) -> str:
+    interval = "" if ratio.low is None else f" ({ratio.low:.3f} to {ratio.high:.3f})"
+    return f"{ratio.ratio:.3f}{interval}"
+
+
+def summary(found: Tables) -> Iterator[str]:
+    """Yield a row for each trace and topology: the baseline that is nearest to a plan.
+
+    Of the baselines under the plan's cap, and of those that only a plan without one is
+    compared with, the one beside which the plan sends the most; the worse fold.
+    """
+    yield "| trace | ranks | policy | nearest under the cap | nearest without a cap |"
+    yield "|---|---|---|---|---|"
+    for (trace, shape), folds in found.items():
+        for policy in ("fixed", "follow"):
+            nearest: dict[str, tuple[float, str]] = {}
+            for one in folds:
+                for name, other in one.others.items():
+                    own = one.rival(name, policy)
+                    ratio = None if own is None else paired(own, other, policy)
+                    if own is None or ratio is None:
+                        continue
+                    cell = (ratio.ratio, f"{name}: {said(ratio)}")
+                    kind = own["variant"]
+                    nearest[kind] = max(nearest.get(kind, cell), cell)
+            cells = [nearest.get(kind, (0, ""))[1] for kind in ("capped", "uncapped")]
+            ranks = f"{shape[0]} x {shape[1]}"
+            yield f"| {trace} | {ranks} | `{policy}` | {' | '.join(cells)} |"
