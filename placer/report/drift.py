@@ -91,8 +91,11 @@ def check_plan(
         If trace and plan are of different models, the plan records no figures, or the
         trace has too few sequences.
     """
-    if tolerance < 0:
-        raise UsageError(f"--tolerance must not be negative, got {tolerance:g}")
+    if not 0 <= tolerance < math.inf:
+        raise UsageError(
+            f"--tolerance must not be negative and must be finite, got {tolerance:g}",
+            "for example --tolerance 0.02",
+        )
     require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
     then = _recorded(plan)
     tokens = trace.read(fold).first_sequences(_MOST_TOKENS)
@@ -156,7 +159,7 @@ def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
 
 
 def _ratio(copies: float, reference: float) -> float:
-    return copies / reference if reference else math.nan
+    return copies / reference if reference else 1.0
 
 
 def _without_a_group(tokens: Chunk, ids: np.ndarray) -> Iterator[Chunk]:

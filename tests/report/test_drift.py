@@ -78,8 +78,17 @@ def test_what_cannot_be_told_is_refused(plan: Plan, tmp_path: Path) -> None:
     few = write(tmp_path / "few", 4, 1, num_sequences=20)
     with pytest.raises(PlacerError, match="20 sequences are too few"):
         check_plan(plan, few)
-    with pytest.raises(UsageError, match="must not be negative"):
-        check_plan(plan, few, tolerance=-1)
+    for tolerance in (-1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="must not be negative"):
+            check_plan(plan, few, tolerance=tolerance)
+
+
+def test_on_one_rank_nothing_is_sent_and_nothing_drifts(tmp_path: Path) -> None:
+    options = SolveOptions(topology=Topology(gpus_per_node=1), proof="none")
+    plan = plan_from_trace(write(tmp_path / "profile", 4, 0), options, Fold(0, 2))
+    report = check_plan(plan, write(tmp_path / "other", 1, 1))
+    assert [(one.then, one.now, one.error) for one in report.figures] == [(1, 1, 0)] * 2
+    assert not report.drifted
 
 
 def test_the_command_exits_with_its_own_code(plan: Plan, tmp_path: Path) -> None:
