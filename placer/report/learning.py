@@ -61,10 +61,17 @@ def learning_curve(
     Raises
     ------
     UsageError
-        If the fold holds fewer tokens than the smallest part.
+        If the fold holds fewer tokens than the smallest part, or the policy takes its homes
+        from a table.
     PlacerError
         If the trace is damaged or a fold empty.
     """
+    if options.content_policy is not None:
+        raise UsageError(
+            f"plans for --policy {options.policy} are not solved from pairs, as those of "
+            "this curve are",
+            "choose fixed or follow",
+        )
     profile, heldout = trace.read(fold), trace.read(fold.complement())
     parts = list(_parts(profile, tokens, options.seed))
     if len(parts) < 2:

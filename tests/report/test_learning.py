@@ -1,6 +1,7 @@
 """The learning curve: nested parts, one last point that is the whole profile."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,16 @@ def test_parts_grow_to_the_whole_profile(make_trace: Callable[..., Trace]) -> No
 def test_a_fold_smaller_than_the_parts_is_refused(make_trace: Callable[..., Trace]) -> None:
     with pytest.raises(UsageError, match="fewer than the smallest part"):
         learning_curve(make_trace(), OPTIONS, Fold(0, 2), tokens=(10_000,))
+
+
+@pytest.mark.parametrize("policy", ["token", "request"])
+def test_homes_from_tables_are_refused(
+    make_trace: Callable[..., Trace], policy: str
+) -> None:
+    options = replace(OPTIONS, policy=policy)
+    with pytest.raises(UsageError, match=f"--policy {policy}") as error:
+        learning_curve(make_trace(), options, Fold(0, 2), tokens=(100,))
+    assert error.value.hint == "choose fixed or follow"
 
 
 def test_renamed_ranks_are_no_move_and_a_swap_moves_two() -> None:
