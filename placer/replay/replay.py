@@ -70,11 +70,21 @@ class ReplayOptions:
     elsewhere: tuple[Hardware, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "sequences_per_rank", "num_passes"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
+        for option, number in {
+            "--sequence-length": self.sequence_length,
+            "--sequences-per-rank": self.sequences_per_rank,
+            "--passes": self.num_passes,
+        }.items():
+            if number < 1:
+                raise UsageError(
+                    f"{option} must be positive, got {number}",
+                    "leave it out for its default",
+                )
         if self.repeats < 0:
-            raise UsageError(f"repeats must not be negative, got {self.repeats}")
+            raise UsageError(
+                f"--repeats must not be negative, got {self.repeats}",
+                "count without timing: --repeats 0",
+            )
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device} is not known", "choose cpu or cuda")
         if self.dtype not in get_args(Dtype):

@@ -368,6 +368,23 @@ def test_predictions_that_cannot_be_told_are_refused() -> None:
         ReplayOptions(hardware=h100, elsewhere=(h100, h100))
 
 
+@pytest.mark.parametrize(
+    ("option", "asked"),
+    [
+        ("--sequence-length", {"sequence_length": 0}),
+        ("--sequences-per-rank", {"sequences_per_rank": 0}),
+        ("--passes", {"num_passes": 0}),
+        ("--repeats", {"repeats": -1}),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_option(
+    option: str, asked: dict[str, int]
+) -> None:
+    with pytest.raises(UsageError, match=f"^{option} must") as error:
+        ReplayOptions(**asked)
+    assert error.value.hint
+
+
 def test_a_table_gives_every_rank_the_same_share(replayed: dict[str, Replayed]) -> None:
     """The outputs of equal slices go to all other ranks, whatever the table says."""
     for name in ("deepseek_v3", "gpt_oss", "top1"):
