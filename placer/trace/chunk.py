@@ -172,25 +172,35 @@ class Chunk:
 
     @classmethod
     def concatenate(cls, chunks: Iterable["Chunk"]) -> "Chunk":
-        """Join chunks of one trace in order; optional fields must agree."""
+        """Join chunks of one trace, by sequence id; optional fields must agree.
+
+        Raises
+        ------
+        PlacerError
+            If there is none, or one goes on with a sequence of another.
+        """
         parts = list(chunks)
         if not parts:
             raise PlacerError(
                 "no token is left to read", "choose another --fold, or record more text"
             )
         first = parts[0]
+        order = _sequence_order([part.sequence_ids for part in parts])
+
+        def joined(values: list[Array]) -> Array:
+            every: Array = np.concatenate(values)
+            return every if order is None else every[order]
 
         def join(values: list[Array | None]) -> Array | None:
             present = [v for v in values if v is not None]
-            return np.concatenate(present) if len(present) == len(parts) else None
+            return joined(present) if len(present) == len(parts) else None
 
         return cls(
             experts=tuple(
-                np.concatenate([p.experts[n] for p in parts])
-                for n in range(len(first.experts))
+                joined([p.experts[n] for p in parts]) for n in range(len(first.experts))
             ),
             weights=tuple(
-                np.concatenate([p.weights[n] for p in parts if p.weights is not None])
+                joined([p.weights[n] for p in parts if p.weights is not None])
                 for n in range(len(first.experts))
             )
             if all(p.weights is not None for p in parts)
@@ -277,6 +287,30 @@ def require_ranges(tokens: object) -> None:
         for found in (int(values.min()), int(values.max())):
             if not low <= found <= high:
                 raise PlacerError(f"{name} holds {found}, expected {low} to {high}")
+
+
+def _sequence_order(parts: list[Array]) -> npt.NDArray[np.int64] | None:
+    """Return the order of the tokens by the ids of their sequences, ``None`` if as given.
+
+    Raises
+    ------
+    PlacerError
+        If it is another order, and a sequence stands in two parts.
+    """
+    ids = np.concatenate(parts)
+    if not (ids[1:] < ids[:-1]).any():
+        return None
+    every, times = np.unique(
+        np.concatenate([np.unique(part) for part in parts]), return_counts=True
+    )
+    if (times > 1).any():
+        raise PlacerError(
+            f"sequence {every[times.argmax()]} stands in two chunks, but a chunk holds "
+            "whole sequences",
+            "look at them: placer trace validate TRACE; then record or import it again",
+        )
+    order: npt.NDArray[np.int64] = np.argsort(ids, kind="stable")
+    return order
 
 
 def _listed_twice(ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

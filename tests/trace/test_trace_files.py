@@ -239,6 +239,31 @@ def test_a_sequence_that_goes_on_in_the_next_chunk_is_refused(
         Trace(tmp_path / "t").read()
 
 
+def test_chunks_may_come_in_any_order_of_their_sequences(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk()
+    odd = chunk.sequence_ids % 2 == 1
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        writer.append(chunk.select(odd))
+        writer.append(chunk.select(~odd & (chunk.sequence_ids > 2)))
+        writer.append(chunk.select(~odd & (chunk.sequence_ids <= 2)))
+        writer.finish()
+    assert same(Trace(tmp_path / "t").read(), chunk)
+
+
+def test_a_sequence_that_a_later_chunk_takes_up_again_is_refused(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk()
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        for sequence in (1, 2, 1):
+            writer.append(chunk.select(chunk.sequence_ids == sequence))
+        writer.finish()
+    with pytest.raises(PlacerError, match="sequence 1 stands in two chunks"):
+        Trace(tmp_path / "t").read()
+
+
 def test_files_may_be_read_by_others(make_trace: Callable[..., Trace]) -> None:
     for path in make_trace().directory.iterdir():
         assert path.stat().st_mode & 0o444 == 0o444 & ~_umask()
