@@ -92,10 +92,18 @@ def simulate(
     from placer.simulation.judge import DEFAULT_BASELINES, Serving, judge_plan
     from placer.trace import Trace
 
-    if hardware is None:
-        require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
-    served_by = None if engine is None else Engine.named(engine)
     read = Trace(trace)
+    if hardware is None:
+        # The bytes that are sent take the width of the hidden state, which not all know.
+        width_is_known = read.model.hidden_size is not None
+        require_no_sizes(
+            model if width_is_known else None,
+            hidden_size if width_is_known else None,
+            expert_size,
+            weight_bytes,
+            "--hardware",
+        )
+    served_by = None if engine is None else Engine.named(engine)
     judgement = judge_plan(
         plan,
         read,
@@ -111,6 +119,7 @@ def simulate(
             expert=find_expert_shape(
                 model, hidden_size or read.model.hidden_size, expert_size, weight_bytes
             ),
+            hidden_size=hidden_size,
         ),
     )
     for warning in judgement.warnings:

@@ -52,6 +52,8 @@ class Serving:
         How batches are drawn.
     hardware, expert
         What the cost model needs; without hardware no time is predicted.
+    hidden_size
+        Width of the hidden state, where neither trace, plan nor ``expert`` says it.
     """
 
     engine: Engine | None = None
@@ -59,6 +61,7 @@ class Serving:
     phase: Phase = "decode"
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
+    hidden_size: int | None = None
 
     def transfers(self, plan: Plan) -> tuple[Transfer, Transfer]:
         """Return what a dispatch and a combine of this plan send."""
@@ -323,7 +326,8 @@ def judge_plan(
         batch_size=min(batch_size, tokens.num_tokens),
         hidden_size=trace.model.hidden_size
         or plan.model.hidden_size
-        or (None if serving.expert is None else serving.expert.hidden_size),
+        or (None if serving.expert is None else serving.expert.hidden_size)
+        or serving.hidden_size,
         policy=plan.policy_without_table,
         batches=batches,
         break_even=_break_evens(batches, cost),

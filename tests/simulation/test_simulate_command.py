@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from placer.baseline import BASELINES
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
+from placer.demo.road import shipped_model
 from placer.errors import PlacerError, UsageError
 from placer.simulation import contiguous
 from placer.table import Table
@@ -116,6 +117,24 @@ def test_simulate_serves_as_an_engine_does(files):
     assert value["engine"] == "sglang-deepep-ll"
     assert value["replica_choice"] == "sglang-static"
     assert value["bytes_per_token"]["plan"]["dispatch_slow"] == 0
+
+
+def test_the_width_of_a_trace_that_does_not_know_it_is_enough_for_bytes(files, tiny_model):
+    """Hidden size 32, the tiny model's own: 64 bytes per copy in bf16."""
+    plan, trace, _ = files
+    words = ("--fold", "1/2", "--json")
+    untold = json.loads(call("simulate", plan, trace, *words).stdout)
+    assert untold["bytes_per_token"] is None
+    for sizes in (("--hidden-size", "32"), ("--model", tiny_model)):
+        value = json.loads(call("simulate", plan, trace, *words, *sizes).stdout)
+        copies = value["policies"]["fixed"]["remote_rank_copies_per_token"]
+        sent = value["bytes_per_token"]["plan"]["dispatch_fast"]
+        assert sent == pytest.approx(64 * copies, abs=0.1)
+    with pytest.raises(UsageError, match="--expert-size 16 is for --hardware"):
+        call("simulate", plan, trace, "--hidden-size", "32", "--expert-size", "16")
+    known = shipped_model().parent / "traces" / "final"
+    with pytest.raises(UsageError, match="--hidden-size 32 is for --hardware"):
+        call("simulate", plan, known, "--hidden-size", "32")
 
 
 @pytest.mark.parametrize(
