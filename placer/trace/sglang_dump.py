@@ -75,11 +75,17 @@ def load_dump(file: Path, record_again: str) -> Any:
 
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (*UNREADABLE, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to run the code.
+        raise PlacerError(
+            "it cannot be read without running code from it: it is no .pt file, or holds "
+            "more than tensors and plain values",
+            record_again,
+        ) from error
+    except UNREADABLE as error:
         reason = str(error).splitlines() or [repr(error)]
         raise PlacerError(
-            f"{file} cannot be read without running code from it: {reason[0]}",
-            record_again,
+            f"it is no readable .pt file: {reason[0]}", record_again
         ) from error
 
 
