@@ -78,15 +78,17 @@ class RecordOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_size", "chunk_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise UsageError(f"max_tokens must be at least 2, got {self.max_tokens}")
-        if self.sequence_length < 2:
-            raise UsageError(
-                f"sequence_length must be at least 2, got {self.sequence_length}"
-            )
+        for option, number, least in (
+            ("--sequence-length", self.sequence_length, 2),
+            ("--batch-size", self.batch_size, 1),
+            ("--chunk-tokens", self.chunk_tokens, 1),
+            ("--max-tokens", self.max_tokens, 2),
+        ):
+            if number is not None and number < least:
+                raise UsageError(
+                    f"{option} must be at least {least}, got {number}",
+                    "leave it out for its default",
+                )
         if self.generate < 0 or self.temperature < 0:
             raise UsageError(
                 f"--generate {self.generate} and --temperature {self.temperature} must not "

@@ -193,8 +193,14 @@ def test_what_cannot_be_recorded_is_refused_with_the_remedy(
     with pytest.raises(PlacerError, match="holds no readable text"):
         record(tiny_model, [Corpus(domain="blank", path=blank)], out, options)
     assert not out.exists()
-    with pytest.raises(UsageError, match="at least 2"):
-        RecordOptions(sequence_length=1)
+    for option, asked in (
+        ("--sequence-length", {"sequence_length": 1}),
+        ("--batch-size", {"batch_size": 0}),
+        ("--chunk-tokens", {"chunk_tokens": 0}),
+        ("--max-tokens", {"max_tokens": 1}),
+    ):
+        with pytest.raises(UsageError, match=f"^{option} must be at least"):
+            RecordOptions(**asked)
     with pytest.raises(UsageError, match="--seed -1 must not be negative"):
         RecordOptions(seed=-1)
     with pytest.raises(UsageError, match="--temperature nan"):
