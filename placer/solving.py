@@ -82,7 +82,7 @@ class SolveRequest:
     Raises
     ------
     UsageError
-        If an option is given without what it belongs to.
+        If the objective is not known, or an option is given without what it belongs to.
     """
 
     source: Path
@@ -109,6 +109,11 @@ class SolveRequest:
     require_optimal: bool = False
 
     def __post_init__(self) -> None:
+        if self.objective not in (known := ("traffic", "balance", "time")):
+            raise UsageError(
+                f"--objective {self.objective} cannot be solved for",
+                f"choose {' or '.join(known)}",
+            )
         auto = {
             "--redundant-memory": self.redundant_memory,
             "--redundant-gain": self.redundant_gain,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from placer.errors import NoSolutionError, PlacerError
+from placer.errors import NoSolutionError, UsageError
 from placer.plan.placement import require_divisible_slots
 from placer.plan.problem import FloatArray, IntArray, rank_load
 
@@ -87,12 +87,15 @@ def load_caps(
 
     Raises
     ------
+    UsageError
+        If ``max_imbalance`` is below 1.
     NoSolutionError
         If a cap is out of reach and ``relax_cap`` is false.
     """
     if max_imbalance < 1:
-        raise PlacerError(
-            f"--max-imbalance is max/mean rank load, at least 1, got {max_imbalance}"
+        raise UsageError(
+            f"--max-imbalance is max/mean rank load, at least 1, got {max_imbalance}",
+            "for example --max-imbalance 1.1",
         )
     caps, start, relaxed = [], [], {}
     for layer, load in enumerate(loads):

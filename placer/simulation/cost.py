@@ -53,11 +53,13 @@ class ExpertShape:
     weight_bytes: float = BF16_BYTES
 
     def __post_init__(self) -> None:
-        if min(self.hidden_size, self.intermediate_size, self.weight_bytes) <= 0:
+        sizes = (self.hidden_size, self.intermediate_size, self.weight_bytes)
+        if not all(0 < size < np.inf for size in sizes):
             raise UsageError(
-                f"the size of an expert must be positive, got hidden size "
+                f"the size of an expert must be positive and finite, got hidden size "
                 f"{self.hidden_size}, width {self.intermediate_size}, "
-                f"{self.weight_bytes:g} bytes per weight"
+                f"{self.weight_bytes:g} bytes per weight",
+                "give --model DIR, or --hidden-size, --expert-size and --weight-bytes",
             )
 
     @property

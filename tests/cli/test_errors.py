@@ -100,6 +100,10 @@ CASES = [
     (1, "affinity .* cannot be read", "solve blob --gpus-per-node 2 --out out"),
     (2, "8 slots do not divide over 3", "solve trace --gpus-per-node 3 --out out"),
     (2, "cannot be solved for", "solve trace --gpus-per-node 2 --policy oracle --out out"),
+    (2, "--objective cost", "solve trace --gpus-per-node 2 --objective cost --out out"),
+    (2, "at least 1", "solve trace --gpus-per-node 2 --max-imbalance 0.5 --out out"),
+    (2, "--batch-size", "record model --corpus text --batch-size 0 --out out"),
+    (1, r"no readable \.pt file", "import sglang-dump text --out out"),
     (2, "per-expert", "solve trace --gpus-per-node 2 --exchange per-expert --out out"),
     (3, "out of reach", "solve trace --gpus-per-node 8 --max-imbalance 1.0 --out out"),
     (

@@ -232,5 +232,6 @@ def test_the_size_of_an_expert_comes_from_the_checkpoint_or_the_user(tiny_model)
     )
     assert find_expert_shape(None, 10, 20, 1.0).num_weights == 600
     assert find_expert_shape(None, 10, None, 2.0) is None
-    with pytest.raises(UsageError, match="must be positive"):
-        find_expert_shape(None, 10, -1, 2.0)
+    for width, weight_bytes in ((-1, 2.0), (20, 0.0), (20, np.nan), (20, np.inf)):
+        with pytest.raises(UsageError, match="must be positive"):
+            find_expert_shape(None, 10, width, weight_bytes)
