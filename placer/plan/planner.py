@@ -11,6 +11,7 @@ from placer import __version__
 from placer.affinity import Affinity, count_affinity
 from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
+from placer.errors import PlacerError
 from placer.files import sha256_file, sha256_json
 from placer.model import ModelSpec
 from placer.plan.alternation import vocabulary_of
@@ -50,13 +51,19 @@ def plan_from_trace(
     Raises
     ------
     PlacerError
-        If the trace is damaged or the fold empty.
+        If the trace is damaged, or the fold or what is outside it empty.
     NoSolutionError
         If the load cap is out of reach, or the cap on received copies was not reached.
     """
     deadline = deadline or Deadline(seconds=options.time_limit)
     affinity = count_affinity(trace.chunks(fold), trace.model, {})
     profile = trace.read(fold)
+    if fold is not None and next(trace.chunks(fold.complement()), None) is None:
+        raise PlacerError(
+            f"all sequences of {trace.directory} are in the fold {fold}: none is left to "
+            "judge on",
+            "choose another --fold, or leave it out",
+        )
     placement, report = _solve(trace.model, affinity, options, profile, progress, deadline)
     heldout = None if fold is None else trace.read(fold.complement())
     judged = profile if heldout is None else heldout

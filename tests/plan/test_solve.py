@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
-from placer.errors import NoSolutionError, UsageError
+from placer.errors import NoSolutionError, PlacerError, UsageError
 from placer.model import ModelSpec
+from placer.plan import planner
 from placer.plan.balance import balance_layer, greedy_balance
 from placer.plan.bounds import heaviest_b_matching, pair_bound
 from placer.plan.options import SolveOptions
@@ -234,3 +235,14 @@ def test_heldout_sequences_are_not_seen(make_trace: Callable[..., Trace]) -> Non
     plan = plan_from_trace(trace, options, Fold(0, 2))
     assert plan.placement.to_json() == alone.to_json()
     assert plan.metrics["heldout"] is not None
+
+
+def test_a_fold_that_leaves_nothing_to_judge_on_is_refused_before_any_search(
+    make_trace: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "solve", lambda *_: pytest.fail("solved in vain"))
+    trace = make_trace(num_sequences=1)
+    options = SolveOptions(topology=Topology(gpus_per_node=2))
+    with pytest.raises(PlacerError, match="in the fold 0/2: none is left") as error:
+        planner.plan_from_trace(trace, options, Fold(0, 2))
+    assert error.value.hint
