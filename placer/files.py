@@ -62,12 +62,8 @@ def partial_path(path: Path) -> Path:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes ``path`` on success, else it is removed."""
+    require_no_directory(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise PlacerError(
-            f"{path} is a directory, but a file is to be written there",
-            f"choose another --out, or remove it: rm -r {path}",
-        )
     partial = partial_path(path)
     try:
         yield partial
@@ -100,6 +96,15 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def require_no_directory(path: Path) -> None:
+    """Refuse to write a file where a directory is."""
+    if path.is_dir():
+        raise PlacerError(
+            f"{path} is a directory, but a file is to be written there",
+            f"choose another --out, or remove it: rm -r {path}",
+        )
 
 
 def require_absent(path: Path) -> None:

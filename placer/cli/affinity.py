@@ -62,9 +62,11 @@ def affinity(
 
     from placer.affinity.from_traces import affinity_of_traces, merged_affinity
     from placer.devices import CPU
+    from placer.files import require_no_directory
     from placer.parallel import Backend
     from placer.trace import Trace
 
+    require_no_directory(out)
     chosen = parse_fold(fold, not_fold)
     if merge and chosen is not None:
         raise UsageError(

@@ -238,6 +238,7 @@ def solve(
     Profiles on the sequences of --fold and judges on all others. Deterministic: the same
     input and seed give the same plan.
     """
+    from placer.files import require_no_directory
     from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
     from placer.plan.refine import RefineLimits
@@ -307,6 +308,7 @@ def solve(
             points = solve_frontier(request, caps, out, note, warn, progress)
         _show_frontier(points, out, as_json)
         return
+    require_no_directory(out)
     with progress_line("solve") as progress:
         solved = solve_request(request, note, warn, progress)
     solved.plan.write(out)

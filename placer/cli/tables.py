@@ -84,9 +84,11 @@ def tables(
     Built from the sequences that the plan was solved on, unless --fold says otherwise,
     and tried on all others.
     """
+    from placer.files import require_no_directory
     from placer.table.make import TableOptions, make_table
     from placer.trace import Trace
 
+    require_no_directory(out)
     options = TableOptions(
         lookback=lookback,
         shrinkage=shrinkage,

@@ -159,6 +159,26 @@ def test_refused(
     assert re.search(match, refused(exit_code, *words))
 
 
+@pytest.mark.parametrize(
+    ("work", "line"),
+    [
+        ("placer.solving.solve_request", "solve trace --gpus-per-node 2"),
+        ("placer.table.make.make_table", "tables plan trace"),
+        ("placer.affinity.from_traces.affinity_of_traces", "affinity trace"),
+    ],
+)
+def test_a_directory_in_place_of_the_file_is_refused_before_any_work(
+    world: dict[str, Path],
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+    work: str,
+    line: str,
+) -> None:
+    monkeypatch.setattr(work, lambda *_, **__: pytest.fail("worked in vain"))
+    words = [world.get(word, word) for word in line.split()]
+    assert "is a directory" in refused(1, *words, "--out", world["trace"])
+
+
 def test_experts_out_of_range_are_refused(
     world: dict[str, Path], tiny_model: Path, tmp_path: Path, refused: Refused
 ) -> None:
