@@ -128,6 +128,7 @@ def plan_from_affinity(
         provenance=_provenance(options, placement)
         | {
             "affinity_sha256": sha256_file(path),
+            "traces_sha256": affinity.provenance.get("traces_sha256"),
             "fold": affinity.provenance.get("fold"),
         },
     )

@@ -11,12 +11,15 @@ from placer.trace import Fold, Trace
 
 
 def made_from(made: Plan | Table, trace: Trace) -> bool:
-    """Return whether this trace was the profile, or none is recorded."""
-    recorded = (
-        made.trace_sha256
-        if isinstance(made, Table)
-        else made.provenance.get("trace_sha256")
-    )
+    """Return whether this trace was the profile, or part of it, or none is recorded."""
+    if isinstance(made, Table):
+        recorded: Any = made.trace_sha256
+    else:
+        # Of counts there may be several.
+        given = made.provenance
+        recorded = given.get("trace_sha256") or given.get("traces_sha256")
+    if isinstance(recorded, list):
+        return trace.sha256 in recorded
     return recorded is None or recorded == trace.sha256
 
 

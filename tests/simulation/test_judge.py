@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from placer.affinity.from_traces import affinity_of_traces
 from placer.baseline import BASELINES, BaselineProblem
 from placer.engine import Engine
 from placer.errors import PlacerError, UsageError
 from placer.hardware import Hardware
 from placer.plan import Placement
+from placer.plan.options import SolveOptions
+from placer.plan.planner import plan_from_affinity
 from placer.plan.problem import Topology
 from placer.report.batches import batch_tables
 from placer.simulation import balanced, contiguous, simulate
@@ -72,6 +75,22 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
     assert warnings(Fold(1, 2, inverted=True), fold="not 0/2") == ""
     assert warnings(Fold(1, 2), fold="not 0/2") != ""
     assert warnings(None, trace_sha256="of another trace") == ""
+
+
+def test_a_plan_from_counts_has_seen_the_traces_that_were_counted(make_trace, tmp_path):
+    counted, other = make_trace("counted"), make_trace("other", seed=1)
+    affinity_of_traces([counted], Fold(0, 2)).write(tmp_path / "counts")
+    options = SolveOptions(topology=Topology(gpus_per_node=4), relax_cap=True)
+    plan_from_affinity(tmp_path / "counts", options).write(tmp_path / "plan.json")
+
+    def warnings(trace):
+        judged = judge_plan(tmp_path / "plan.json", trace)
+        return " ".join(w for w in judged.warnings if "flatter" in w)
+
+    seen = len(np.unique(counted.read(Fold(0, 2)).sequence_ids))
+    assert f"{seen} of the" in warnings(counted)
+    assert "simulate with --not-fold 0/2" in warnings(counted)
+    assert warnings(other) == ""
 
 
 def test_sequences_that_the_table_was_built_from_are_named(make_trace, plan_of, tmp_path):
