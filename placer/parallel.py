@@ -104,6 +104,11 @@ def _join(address: str | None) -> None:
             f"no Ray cluster answers at {address}: {error}",
             "start one with: ray start --head, or leave out --ray-address",
         ) from error
+    except RuntimeError as error:  # another version of Ray or Python, for one
+        raise PlacerError(
+            f"Ray cannot be joined: {' '.join(str(error).split())}",
+            "run the Python and the Ray of the cluster, or work here: --backend processes",
+        ) from error
 
 
 def _call(task: Callable[[Item], Result], item: Item) -> Result:

@@ -120,3 +120,16 @@ def test_an_address_where_no_cluster_is_is_told_at_once() -> None:
     nowhere = Backend(name="ray", address="127.0.0.1:9")
     with pytest.raises(PlacerError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
         nowhere.map(str, [1])
+
+
+def test_a_cluster_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: placer[ray]")
+    ray.shutdown()
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster\n    Ray: 1.0\n    Python: 3.8")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(PlacerError, match="joined: Version mismatch: The cluster Ray") as e:
+        RAY.map(str, [1])
+    assert "--backend processes" in e.value.hint
