@@ -59,6 +59,8 @@ class GroupingProgram:
         solver.parameters.random_seed = seed
         solver.parameters.max_deterministic_time = seconds
         solver.parameters.relative_gap_limit = gap
+        # A Ctrl-C that is caught ends this search alone, and nobody is told.
+        solver.parameters.catch_sigint_signal = False
         if solver.solve(self.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return self._start
         return [

@@ -156,6 +156,8 @@ def _minimise_max_load(load: FloatArray, hint: IntArray, num_ranks: int) -> Bala
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = _DETERMINISTIC_TIME
+    # A Ctrl-C that is caught ends this search alone, and nobody is told.
+    solver.parameters.catch_sigint_signal = False
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         ranks = hint

@@ -1,19 +1,22 @@
 """A search that is stopped gives a legal plan, no worse than its start, and says so."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.plan import Plan
+from placer.plan import Plan, balance
 from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
@@ -190,6 +193,18 @@ def test_ctrl_c_among_quick_plans_ends_the_command(
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=3), {})
     with pytest.raises(KeyboardInterrupt):
         worth_on_profile(affinity, chunk)(OPTIONS, Deadline())
+
+
+def test_ctrl_c_while_a_layer_is_balanced_is_not_swallowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CP-SAT would catch it, end its own search and say nothing."""
+    monkeypatch.setattr(balance, "_DETERMINISTIC_TIME", 2.0)
+    load = np.floor(np.random.default_rng(0).random(96) * 1e6 + 1)
+    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.start()
+        balance.balance_layer(load, 8, max_load=0.0)
 
 
 def test_ctrl_c_writes_a_plan_that_is_marked(
