@@ -14,6 +14,7 @@ from placer.errors import PlacerError
 from placer.files import require_absent
 from placer.model import ModelSpec
 from placer.plan import Placement, Plan
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.plan import Policy
 from placer.plan.planner import plan_from_trace
@@ -144,7 +145,10 @@ def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
     options = SolveOptions(
         topology=Topology(gpus_per_node=NUM_RANKS), policy=policy, relax_cap=True
     )
-    plan = plan_from_trace(profile, options, None)
+    deadline = Deadline()
+    plan = plan_from_trace(profile, options, None, deadline=deadline)
+    if deadline.interrupted:
+        raise KeyboardInterrupt
     plan.write(path)
     return plan
 

@@ -17,6 +17,7 @@ from placer.affinity import Affinity, count_affinity
 from placer.engine import Engine, Transfer
 from placer.errors import UsageError
 from placer.hardware import Hardware
+from placer.plan.deadline import Deadline
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
@@ -25,7 +26,7 @@ from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
 from placer.plan.served import solved_for
-from placer.plan.solve import solve
+from placer.plan.solve import solve, solve_to_choose
 from placer.simulation.baselines import contiguous
 from placer.simulation.batch_figures import BatchFigures, BatchOptions, batch_figures
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
@@ -230,7 +231,7 @@ def _placements(
             policy=question.policy,  # type: ignore[arg-type]  # SolveOptions refuses others
             exchange=served.exchange,  # type: ignore[arg-type]
         )
-        placements["placed"] = solve(affinity, asked, None, profile)[0]
+        placements["placed"] = solve_to_choose(affinity, asked, profile, Deadline())[0]
     return placements
 
 

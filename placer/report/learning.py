@@ -8,10 +8,11 @@ import numpy.typing as npt
 
 from placer.affinity import count_affinity
 from placer.errors import UsageError
+from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.search import transport
-from placer.plan.solve import solve
+from placer.plan.solve import solve_to_choose
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Trace
@@ -83,7 +84,12 @@ def learning_curve(
     options = replace(options, relax_cap=True)
     topology = options.topology
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
-    plans = [solve(count_affinity([part], trace.model, {}), options)[0] for part in parts]
+    plans = [
+        solve_to_choose(count_affinity([part], trace.model, {}), options, None, Deadline())[
+            0
+        ]
+        for part in parts
+    ]
     reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
     points = []
     for part, placement in zip(parts, plans, strict=True):

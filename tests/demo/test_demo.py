@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from placer.checkpoint.export import export_checkpoint
-from placer.demo.road import run_demo, shipped_model
+from placer.demo.road import _solve, run_demo, shipped_model
 from placer.demo.text import DOMAINS, documents
 from placer.model import ModelSpec
+from placer.plan.search import Search
 from placer.trace import Trace
 
 SPLITS = ("train", "profile", "heldout")
@@ -104,6 +105,19 @@ def test_greedy_text_of_the_exported_demo_model_is_the_same(
         written.append(tokenizer.batch_decode(ids))
     assert written[0] == written[1]
     assert len(set(written[0])) == 8
+
+
+def test_ctrl_c_ends_the_demo_not_one_of_its_plans(
+    make_trace: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(search: Search, number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "_round", interrupt)
+    profile = make_trace(num_experts=(16, 16))
+    with pytest.raises(KeyboardInterrupt):
+        _solve(profile, "fixed", tmp_path, lambda _: None)
+    assert not list(tmp_path.glob("plan*"))
 
 
 def test_the_demo_walks_the_whole_road(tiny_model: Path, tmp_path: Path) -> None:

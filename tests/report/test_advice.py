@@ -1,6 +1,7 @@
 """Advice on traffic that was made so that the right answer is known."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from placer.errors import UsageError
 from placer.hardware import Hardware
 from placer.model import ModelSpec
 from placer.plan.problem import Topology
+from placer.plan.search import Search
 from placer.report.advice import Question, advise_on_loads, advise_on_trace, next_command
 from placer.simulation.cost import ExpertShape
 from placer.trace import Chunk, Trace, TraceWriter
@@ -67,6 +69,18 @@ def test_partners_are_worth_placing(tmp_path: Path) -> None:
     assert advice.candidates["placed"].copies_per_token == pytest.approx(0.75, abs=0.05)
     assert "--policy fixed" in next_command(advice, trace.directory, QUESTION)
     assert advice.warnings == ("20 held-out sequences are too few to trust: 30 are needed",)
+
+
+def test_ctrl_c_ends_the_command_not_its_quick_plan(
+    make_trace: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(search: Search, number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "_round", interrupt)
+    trace = make_trace(num_experts=(16, 16), num_sequences=8)
+    with pytest.raises(KeyboardInterrupt):
+        advise_on_trace(trace, QUESTION)
 
 
 def test_where_placement_cannot_change_traffic_balance_is_judged(tmp_path: Path) -> None:

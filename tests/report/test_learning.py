@@ -11,7 +11,7 @@ from placer.errors import UsageError
 from placer.plan import Placement
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
-from placer.plan.search import SearchLimits
+from placer.plan.search import Search, SearchLimits
 from placer.report.learning import learning_curve, moved_share
 from placer.trace import Fold, Trace
 
@@ -48,6 +48,19 @@ def test_homes_from_tables_are_refused(
     with pytest.raises(UsageError, match=f"--policy {policy}") as error:
         learning_curve(make_trace(), options, Fold(0, 2), tokens=(100,))
     assert error.value.hint == "choose fixed or follow"
+
+
+def test_ctrl_c_ends_the_curve_not_one_of_its_plans(
+    make_trace: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(search: Search, number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, "_round", interrupt)
+    trace = make_trace(num_experts=(16, 16), num_sequences=8)
+    options = replace(OPTIONS, topology=Topology(gpus_per_node=4))
+    with pytest.raises(KeyboardInterrupt):
+        learning_curve(trace, options, Fold(0, 2), tokens=(50,))
 
 
 def test_renamed_ranks_are_no_move_and_a_swap_moves_two() -> None:
