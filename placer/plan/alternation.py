@@ -117,7 +117,7 @@ class Alternation:
                     best, least = placement, found
                 if progress is not None:
                     progress(number, least.copies)
-        return best, least or self._evaluate(best, self.table_homes(best))
+        return self.rated(best) if least is None else (best, least)
 
     def mixture(
         self, one: tuple[Placement, Evaluation], other: tuple[Placement, Evaluation]
@@ -128,21 +128,24 @@ class Alternation:
         so layers hardly depend on each other.
         """
         maps = zip(
-            better_layers(one[1], other[1]),
+            other[1].better_layers(one[1]),
             one[0].physical_to_logical_map,
             other[0].physical_to_logical_map,
             strict=True,
         )
         chosen = tuple(theirs if better else ours for better, ours, theirs in maps)
-        mixed = replace(one[0], physical_to_logical_map=chosen)
-        return mixed, self._evaluate(mixed, self.table_homes(mixed))
+        return self.rated(replace(one[0], physical_to_logical_map=chosen))
+
+    def rated(self, placement: Placement) -> tuple[Placement, Evaluation]:
+        """Return a placement, and what it costs from the homes of its own tables."""
+        return placement, self._evaluate(placement, self.table_homes(placement))
 
     def price(self, placement: Placement) -> float:
         """Return the price of the copies per token and layer, from the homes of tables."""
-        return self._evaluate(placement, self.table_homes(placement)).copies
+        return self.rated(placement)[1].copies
 
     def _evaluate(self, placement: Placement, homes: Homes) -> Evaluation:
-        """Return what a placement costs from the homes of its own tables."""
+        """Return what a placement costs from these homes."""
         given = self._with_served_pairs(self._given(homes), homes)
         return Refinement(problem=given, limits=self.limits).evaluate(placement)
 
@@ -234,16 +237,6 @@ def pairs_of_homes(
     pair = experts.astype(np.int64) * num_ranks + home[:, None]
     counts = np.bincount(pair.ravel(), minlength=num_experts * num_ranks)
     return counts.reshape(num_experts, num_ranks).astype(np.float64)
-
-
-def better_layers(one: Evaluation, other: Evaluation) -> npt.NDArray[np.bool_]:
-    """Return ``[L]``: where the other is nearer the caps or, as near, costs less."""
-    above, other_above = one.overflow.sum(axis=0), other.overflow.sum(axis=0)
-    cheaper = other.price_of_layer < one.price_of_layer
-    better: npt.NDArray[np.bool_] = np.where(
-        other_above == above, cheaper, other_above < above
-    )
-    return better
 
 
 def sequence_parts(tokens: Chunk, seed: int) -> IntArray:

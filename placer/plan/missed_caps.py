@@ -1,21 +1,25 @@
 """Caps that a placement misses: told as an error, or kept in the report if they may be."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from placer.errors import NoSolutionError
 from placer.plan.options import SolveOptions
-from placer.plan.refine import Evaluation
+
+Layer = TypeVar("Layer", int, str)
 
 _TOLERANCE = 1e-9
 
 
-def missed_load_caps(reached: Evaluation, options: SolveOptions) -> dict[int, float]:
+def above_load_cap(
+    imbalance: Mapping[Layer, float], options: SolveOptions
+) -> dict[Layer, float]:
     """Return the layers above ``options.max_imbalance``, with what they reached."""
     return {
         layer: float(value)
-        for layer, value in enumerate(reached.imbalance)
+        for layer, value in imbalance.items()
         if value > options.max_imbalance + _TOLERANCE
     }
 

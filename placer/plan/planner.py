@@ -19,7 +19,7 @@ from placer.plan.deadline import Deadline
 from placer.plan.inner_cap import choose_inner_cap
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.migration import num_moved
-from placer.plan.missed_caps import require_load_cap, require_receive_cap
+from placer.plan.missed_caps import above_load_cap, require_load_cap, require_receive_cap
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
@@ -167,11 +167,7 @@ def _solve(
     )
     placement, report = solve(affinity, inner, progress, profile, deadline)
     # A cap that nobody asked for may be missed; what was asked for may not.
-    missed = {
-        layer: value
-        for layer, value in report.relaxed_layers.items()
-        if value > options.max_imbalance + 1e-9
-    }
+    missed = above_load_cap(report.relaxed_layers, options)
     require_load_cap(missed.values(), options, placement.num_layers)
     require_receive_cap(
         report.relaxed_receive_layers.values(),

@@ -9,6 +9,7 @@ Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks, k expe
 token, S load scenarios.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -97,6 +98,21 @@ class Evaluation:
         """Return whether it is nearer the caps or, as near, costs less."""
         return _is_better(
             self.overflow.sum(axis=1), self.price, other.overflow.sum(axis=1), other.price
+        )
+
+    def better_layers(self, other: "Evaluation") -> npt.NDArray[np.bool_]:
+        """Return ``[L]``: where this one is the better of the two, layer by layer."""
+        layers = range(len(self.price_of_layer))
+        return np.array(
+            [
+                _is_better(
+                    self.overflow[:, n],
+                    self.price_of_layer[n],
+                    other.overflow[:, n],
+                    other.price_of_layer[n],
+                )
+                for n in layers
+            ]
         )
 
     def missed_receive_cap(self) -> dict[int, float]:
@@ -218,8 +234,8 @@ class Refinement:
         copies = [self._copies(layer) for layer in layers]
         penalties = [self._penalties(layer) for layer in layers]
         return Evaluation(
-            copies=self._per_token(sum(copies)),
-            price=self._per_token(sum(copies) + sum(penalties)),
+            copies=self._per_token(math.fsum(copies)),
+            price=self._per_token(math.fsum(copies) + math.fsum(penalties)),
             price_of_layer=np.array(copies) + np.array(penalties),
             overflow=self._overflow_per_layer(),
             imbalance=np.array(

@@ -21,12 +21,12 @@ from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
 from placer.plan.load_balance import balance_loads
 from placer.plan.migration import move_prices
 from placer.plan.missed_caps import (
-    missed_load_caps,
+    above_load_cap,
     require_load_cap,
     require_receive_cap,
 )
 from placer.plan.options import OVERFLOW_PRICE, SolveOptions
-from placer.plan.pins import pinned_kinds
+from placer.plan.pins import pinned_kinds, with_pins
 from placer.plan.placement import Placement
 from placer.plan.plan import Policy, SolverReport
 from placer.plan.problem import (
@@ -102,7 +102,7 @@ def solve(
         if may_be_above or options.max_received_copies is not None:
             reached = found.evaluate(options)
             if may_be_above:
-                relaxed = missed_load_caps(reached, options)
+                relaxed = above_load_cap(dict(enumerate(reached.imbalance)), options)
                 require_load_cap(relaxed.values(), options, placement.num_layers)
             relaxed_receive = reached.missed_receive_cap()
             require_receive_cap(
@@ -186,12 +186,16 @@ def _searched(
 
     found, alternation, cost = alternated(first)
     ends = [(found.placement, cost)]
+    if options.start is not None:
+        # What is best for the first homes may be worse for those of a table.
+        ends.append(alternation.rated(with_pins(options.start, options.pins)))
     for policy in others:
         if not deadline.passed():
             other, _, other_cost = alternated(policy)
             ends.append((other.placement, other_cost))
+        if not deadline.passed():
             with deadline.interruptible():
-                ends.append(alternation.mixture(ends[0], ends[1]))
+                ends.append(alternation.mixture(ends[0], ends[-1]))
     best, cost = ends[0]
     for end, its_cost in ends[1:]:
         if its_cost.is_better(cost):
@@ -260,11 +264,7 @@ def _balance(
         topology.num_nodes,
         options.redundant_experts,
     )
-    missed = {
-        layer: value
-        for layer, value in enumerate(found.imbalance)
-        if value > options.max_imbalance + 1e-9
-    }
+    missed = above_load_cap(dict(enumerate(found.imbalance)), options)
     require_load_cap(missed.values(), options, found.placement.num_layers)
     objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
     return found.placement, SolverReport(

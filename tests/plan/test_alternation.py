@@ -217,6 +217,26 @@ def test_requests_stay_under_the_cap_and_go_where_they_are_served() -> None:
     assert place_requests(alone, np.roll(alone, 1, axis=1), 2.0).tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_that_is_served_is_never_made_worse(
+    make_chunk: Callable[..., Chunk], seed: int
+) -> None:
+    chunk = make_chunk(num_tokens=300, num_sequences=12, seed=seed)
+    affinity = count_affinity([chunk], ModelSpec(num_experts=(8, 8, 8), top_k=2), {})
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4),
+        policy="token",
+        max_imbalance=2.0,
+        proof="none",
+        refine=RefineLimits(num_sweeps=8),
+    )
+    judge = alternation(chunk, 8, 4, policy="token")
+    start, _ = solve(affinity, options, None, chunk)
+    again = replace(options, start=start, refine=RefineLimits(num_sweeps=1))
+    end, _ = solve(affinity, again, None, chunk)
+    assert judge.rated(end)[1].price <= judge.rated(start)[1].price
+
+
 def test_one_sequence_is_judged_by_its_own_table(make_chunk: Callable[..., Chunk]) -> None:
     chunk = make_chunk(num_sequences=1, num_experts=(4, 4))
     found = alternation(chunk, 4, 2, policy="request")
