@@ -35,6 +35,8 @@ from placer.simulation.intervals import CopiesRatio
 
 #: A baseline is under the cap of a plan if no layer has more than this above the plan's.
 CAP_TOLERANCE = 1e-6
+#: What is said of a plan that is not under the cap of 1.10 with one copy of each expert.
+FREEDOM = {"capped": "", "uncapped": ", no cap", "redundant": ", redundant"}
 COLUMNS = [
     "baseline",
     "`fixed`",
@@ -62,8 +64,11 @@ class Instance:
     def rival(self, name: str, policy: str) -> Figures | None:
         """Return the plan of the first seed that has the freedom of a baseline.
 
-        The capped one where the baseline is under the cap, else one without a cap.
+        The capped one where the baseline is under the cap, that with redundant experts
+        where it has them, else one without a cap.
         """
+        if None in self.others[name]["imbalance_on_profile"]:
+            return next(iter(self.seeds("redundant", policy)), None)
         capped = self.seeds("capped", policy)[0]
         if under_cap(self.others[name], capped):
             return capped
@@ -87,7 +92,9 @@ def tables() -> Iterator[Tables]:
 def baseline_cases(trace: str, shape: Any, part: int) -> list[Case]:
     """Return every baseline of an instance, and the plans that stand beside them."""
     others = [baseline(trace, shape, part, name) for name in BASELINES]
-    variants = ["capped", "uncapped"] if shape == (1, 8) else ["capped"]
+    variants = ["capped"]
+    if shape == (1, 8):
+        variants += ["uncapped", "redundant"]
     plans = [
         seeds(trace, shape, policy, part, variant)
         for variant in variants
@@ -156,7 +163,7 @@ def table(folds: Sequence[Instance]) -> Iterator[str]:
             cells.append("; ".join(ratio_cell(one, name, policy) for one in folds))
         seconds = statistics.mean(one.others[name]["cpu_seconds"] for one in folds)
         yield f"| {name} | {' | '.join(cells)} | {seconds:.1f} |"
-    for variant in ("capped", "uncapped"):
+    for variant in FREEDOM:
         for policy in ("fixed", "follow"):
             own = [one.seeds(variant, policy) for one in folds]
             if all(own):
@@ -191,7 +198,7 @@ def ratio_cell(instance: Instance, name: str, policy: str) -> str:
     ratio = None if own is None else paired(own, instance.others[name], policy)
     if own is None or ratio is None:
         return "-"
-    return said(ratio) + ("" if own["variant"] == "capped" else ", no cap")
+    return said(ratio) + FREEDOM[own["variant"]]
 
 
 def said(ratio: CopiesRatio) -> str:
@@ -202,11 +209,12 @@ def said(ratio: CopiesRatio) -> str:
 def summary(found: Tables) -> Iterator[str]:
     """Yield a row for each trace and topology: the baseline that is nearest to a plan.
 
-    Of the baselines under the plan's cap, and of those that only a plan without one is
-    compared with, the one beside which the plan sends the most; the worse fold.
+    Of the baselines under the plan's cap, of those without one, and of those with
+    redundant experts the one beside which the plan sends the most; the worse fold.
     """
-    yield "| trace | ranks | policy | nearest under the cap | nearest without a cap |"
-    yield "|---|---|---|---|---|"
+    names = ["trace", "ranks", "policy", *(f"nearest, {one}" for one in FREEDOM)]
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
     for (trace, shape), folds in found.items():
         for policy in ("fixed", "follow"):
             nearest: dict[str, tuple[float, str]] = {}
@@ -219,6 +227,6 @@ def summary(found: Tables) -> Iterator[str]:
                     cell = (ratio.ratio, f"{name}: {said(ratio)}")
                     kind = own["variant"]
                     nearest[kind] = max(nearest.get(kind, cell), cell)
-            cells = [nearest.get(kind, (0, ""))[1] for kind in ("capped", "uncapped")]
+            cells = [nearest.get(kind, (0, ""))[1] for kind in FREEDOM]
             ranks = f"{shape[0]} x {shape[1]}"
             yield f"| {trace} | {ranks} | `{policy}` | {' | '.join(cells)} |"
