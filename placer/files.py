@@ -98,6 +98,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def unreadable_reason(error: Exception) -> str:
+    """Return why bytes cannot be read, without the advice of NumPy to unpickle them."""
+    if "pickle" in str(error):
+        return "it holds pickled objects, which are never loaded"
+    return str(error)
+
+
 def require_no_directory(path: Path) -> None:
     """Refuse to write a file where a directory is."""
     if path.is_dir():

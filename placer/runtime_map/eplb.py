@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.files import write_tensors
+from placer.files import unreadable_reason, write_tensors
 from placer.runtime_map.runtime import IntArray, MapSource, Runtime, no_engine
 
 _NAMES = ("phy2log", "log2phy", "logcnt")
@@ -80,7 +80,7 @@ def _load(path: Path, suffix: str) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as opened:
             return {name: opened[name] for name in opened.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise PlacerError(f"it cannot be loaded: {error}") from error
+        raise PlacerError(f"it cannot be loaded: {unreadable_reason(error)}") from error
 
 
 EPLB = Runtime(

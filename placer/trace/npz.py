@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from placer.errors import PlacerError
+from placer.files import unreadable_reason
 from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 
 _ARRAYS = ("experts", "sequence_ids", "token_ids", "weights", "domain_of_sequence")
@@ -38,7 +39,7 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
                 raise ValueError(f"{name} is no array")
     except UNREADABLE as error:
         raise PlacerError(
-            f"no readable .npz archive of plain arrays: {error}", remedy
+            f"no readable .npz archive of plain arrays: {unreadable_reason(error)}", remedy
         ) from error
     for name in ("experts", "sequence_ids"):
         if name not in arrays:
@@ -63,7 +64,8 @@ def read_exflow(file: Path, model: BoundModel | None) -> ImportedTokens:
         experts = np.load(file, allow_pickle=False)
     except UNREADABLE as error:
         raise PlacerError(
-            f"no readable .npy array: {error}", "save it with numpy.save(FILE, experts)"
+            f"no readable .npy array: {unreadable_reason(error)}",
+            "save it with numpy.save(FILE, experts)",
         ) from error
     if not isinstance(experts, np.ndarray) or experts.ndim != 2:
         shape = list(getattr(experts, "shape", ()))

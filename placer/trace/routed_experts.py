@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
+from placer.files import unreadable_reason
 from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 
 Array = npt.NDArray[Any]
@@ -81,7 +82,9 @@ def _read(
             except PlacerError as error:
                 raise PlacerError(f"line {number}: {error}", error.hint) from error
             except UNREADABLE as error:
-                raise PlacerError(f"line {number} is no such response: {error}") from error
+                raise PlacerError(
+                    f"line {number} is no such response: {unreadable_reason(error)}"
+                ) from error
     if not sequences:
         raise PlacerError("holds no response", "ask the server for return_routed_experts")
     shapes = {one.experts.shape[1:] for one in sequences}

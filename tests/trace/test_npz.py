@@ -1,5 +1,6 @@
 """Archives become traces as they are, and those that lie are refused."""
 
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -178,3 +179,17 @@ def test_real_traces_are_imported_exactly(
         assert header.num_tokens == len(experts)
         for layer in (0, experts.shape[1] - 1):
             assert (tokens.experts[layer] == experts[order, layer]).all()
+
+
+@pytest.mark.parametrize(("read", "suffix"), [(read_npz, ".npz"), (read_exflow, ".npy")])
+def test_pickled_objects_are_never_loaded(tmp_path: Path, read, suffix: str) -> None:
+    """The error gives no advice to load them nevertheless, as that of NumPy does."""
+    file = tmp_path / f"pickled{suffix}"
+    held = np.asarray([{}], dtype=object)
+    if suffix == ".npz":
+        np.savez(file, experts=held, sequence_ids=held)
+    else:
+        file.write_bytes(pickle.dumps(held))
+    with pytest.raises(PlacerError, match="pickled objects, which are never") as caught:
+        read(file, None)
+    assert "allow_pickle" not in caught.value.message
