@@ -101,7 +101,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def unreadable_reason(error: Exception) -> str:
     """Return why bytes cannot be read, without the advice of NumPy to unpickle them."""
     if "pickle" in str(error):
-        return "it holds other than plain arrays, or pickled objects, which are never loaded"
+        return "it holds no plain array, or pickled objects, which are never loaded"
     return str(error)
 
 
