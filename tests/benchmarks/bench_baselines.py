@@ -138,10 +138,13 @@ test_baselines.cases = baseline_cases  # type: ignore[attr-defined]
 
 
 def under_cap(other: Figures, plan: Figures) -> bool:
-    """Return whether no layer of a baseline is fuller than the plan's layers may be."""
+    """Return whether no layer of a baseline is fuller than the plan's layers may be.
+
+    Replicas are compared with replicas: there the baseline has nothing but balance in mind.
+    """
     theirs, ours = other["imbalance_on_profile"], plan["imbalance_on_profile"]
-    if None in theirs:
-        return False
+    if None in theirs or None in ours:
+        return None in theirs and None in ours
     if plan["variant"] == "uncapped":
         return True
     return all(
