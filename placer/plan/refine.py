@@ -54,9 +54,10 @@ class RefineLimits:
     num_tokens
         Most tokens to judge by; of longer profiles whole sequences are sampled.
     num_starts
-        Under ``fixed`` without replicas, where no layer's price depends on another's: most
-        times to anneal from the start, each layer keeping its best; fewer where
-        ``num_visited_tokens`` would not let each of them try all moves.
+        Under ``fixed``, where no layer's price depends on another's: most times to anneal
+        from the start, each layer keeping its best; fewer where ``num_visited_tokens``
+        would not let each of them try all moves. With replicas, which give many more
+        moves to choose from, one annealing with so many times the sweeps, and tokens.
     """
 
     num_sweeps: int = 16
@@ -198,13 +199,13 @@ class Refinement:
     def _num_starts(self) -> int:
         """Return how often to anneal: as often as all proposals fit into the limit."""
         limits, layers = self.limits, range(self.problem.num_layers)
-        if self.problem.policy != "fixed" or not limits.num_sweeps:
-            return 1
-        if any(state.slots.size > len(state.holds) for state in self._states):
-            # Each token stands for one home there: the best of several fits these.
+        if self.problem.policy != "fixed" or not limits.num_sweeps or self._has_replicas():
             return 1
         times = min(self._allowed_moves(n) / self._all_moves(n) for n in layers)
         return max(1, min(limits.num_starts, int(times)))
+
+    def _has_replicas(self) -> bool:
+        return any(state.slots.size > len(state.holds) for state in self._states)
 
     def _improve(
         self,
@@ -214,6 +215,9 @@ class Refinement:
     ) -> None:
         """Anneal, then descend until no move pays; each ``start`` has seeds of its own."""
         num_sweeps = self.limits.num_sweeps
+        if self.problem.policy == "fixed" and self._has_replicas():
+            # Each token stands for one home there: the best of several fits these.
+            num_sweeps *= self.limits.num_starts
         first = 2 * num_sweeps * start
         for sweep in range(num_sweeps):
             if deadline.passed():

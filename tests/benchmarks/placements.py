@@ -43,8 +43,9 @@ VARIANTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "capped": {},
         "uncapped": {"max_imbalance": 64.0},
         "redundant": {},
+        "redundant, 1.03": {"max_imbalance": 1.03},
         "robust": {"robust": "bootstrap", "max_imbalance": 1.11},
-        "robust-redundant": {"robust": "bootstrap", "max_imbalance": 1.11},
+        "redundant, robust": {"robust": "bootstrap", "max_imbalance": 1.11},
         "even-receivers": {"receive_price": 10.0},
     }
 )
