@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,8 +195,16 @@ def test_ctrl_c_among_quick_plans_ends_the_command(
         worth_on_profile(affinity, chunk)(OPTIONS, Deadline())
 
 
+@pytest.fixture
+def heeded_ctrl_c() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C, with all that this starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_while_a_layer_is_balanced_is_not_swallowed(
-    monkeypatch: pytest.MonkeyPatch,
+    heeded_ctrl_c: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CP-SAT would catch it, end its own search and say nothing."""
     monkeypatch.setattr(balance, "_DETERMINISTIC_TIME", 2.0)
@@ -208,7 +216,7 @@ def test_ctrl_c_while_a_layer_is_balanced_is_not_swallowed(
 
 
 def test_ctrl_c_writes_a_plan_that_is_marked(
-    make_trace: Callable[..., Trace], tmp_path: Path
+    heeded_ctrl_c: None, make_trace: Callable[..., Trace], tmp_path: Path
 ) -> None:
     trace = make_trace(num_tokens=20_000, num_experts=(64,) * 12, top_k=6)
     out, searching = tmp_path / "plan.json", tmp_path / "searching"
