@@ -40,8 +40,16 @@ _EXACT_OPERATIONS = 2e10
 class Profile:
     """What is known of the traffic, and the caps on load that follow from it.
 
-    ``judged`` are the ``tokens``, or a sample, whose copies are minimised; ``None`` where
-    pairs are. ``balanced`` is a start under the caps ``max_load``, in pairs per layer.
+    Attributes
+    ----------
+    affinity, tokens
+        Counts of the profile, and its tokens where there are some.
+    judged
+        The tokens, or a sample, whose copies are minimised; ``None`` where pairs are.
+    max_load
+        ``[L]``: pairs that a rank may serve in each layer.
+    balanced
+        L arrays ``[E]`` int64: ranks of the experts, a start under these caps.
     """
 
     affinity: Affinity
@@ -58,7 +66,15 @@ class Profile:
 def profiled(
     affinity: Affinity, tokens: Chunk | None, options: SolveOptions
 ) -> tuple[Profile, dict[int, float]]:
-    """Return the profile, and the layers whose cap on load is relaxed."""
+    """Return the profile, and what the layers reach whose cap on load is relaxed.
+
+    Raises
+    ------
+    NoSolutionError
+        If a cap is out of reach and may not be relaxed.
+    UsageError
+        If ``max_imbalance`` is below 1, or an option needs sweeps and there are none.
+    """
     max_load, balanced, relaxed = load_caps(
         [counts.astype(np.float64) for counts in affinity.load],
         options.topology.num_ranks,
@@ -90,7 +106,15 @@ def first_placement(
     progress: Progress | None,
     deadline: Deadline,
 ) -> tuple[Placement, bool]:
-    """Return what the refinement begins with, and whether it is optimal already."""
+    """Return what the refinement begins with, and whether it is optimal already.
+
+    Raises
+    ------
+    UsageError
+        If the plan to start from has another shape, or slots do not divide over the ranks.
+    NoSolutionError
+        If no placement is under the cap on received copies, where that is proved.
+    """
     topology = options.topology
     if options.start is not None:
         require_same_shape(

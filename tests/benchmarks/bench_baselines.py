@@ -103,6 +103,7 @@ def baseline_cases(trace: str, shape: Any, part: int) -> list[Case]:
     return [*others, *(plan for one in plans for plan in one)]
 
 
+@pytest.mark.measures(cases=baseline_cases)
 @pytest.mark.parametrize("part", PARTS, ids=PART_IDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("trace", TRACES)
@@ -132,9 +133,6 @@ def test_baselines(
         < plan[plan["policy"]]["price_on_profile"]
     ]
     assert not worse
-
-
-test_baselines.cases = baseline_cases  # type: ignore[attr-defined]
 
 
 def under_cap(other: Figures, plan: Figures) -> bool:

@@ -92,6 +92,7 @@ def placement_cases(trace: str, shape: Any, policy: str, part: int) -> list[Case
     return [*seeds(trace, shape, policy, part), *beside]
 
 
+@pytest.mark.measures(cases=placement_cases)
 @pytest.mark.parametrize("part", PARTS, ids=PART_IDS)
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
@@ -111,9 +112,6 @@ def test_placements(
     assert every[0]["referee_difference"] < 1e-4
 
 
-test_placements.cases = placement_cases  # type: ignore[attr-defined]
-
-
 def lever_cases(lever: tuple[str, Any, str, str], part: int) -> list[Case]:
     """Return the plans of a lever, and what stands beside them."""
     trace, shape, variant, policy = lever
@@ -121,6 +119,7 @@ def lever_cases(lever: tuple[str, Any, str, str], part: int) -> list[Case]:
     return [*seeds(trace, shape, policy, part, variant), *beside]
 
 
+@pytest.mark.measures(cases=lever_cases)
 @pytest.mark.parametrize("part", PARTS, ids=PART_IDS)
 @pytest.mark.parametrize(
     "lever", LEVERS, ids=["-".join(map(str, lever)) for lever in LEVERS]
@@ -135,9 +134,6 @@ def test_levers(
     every = [measuring(case).result() for case in lever_cases(lever, part)]
     lever_rows.append(lever_row(every[:-2], every[-2], every[-1]))
     assert every[0]["referee_difference"] < 1e-4
-
-
-test_levers.cases = lever_cases  # type: ignore[attr-defined]
 
 
 def header(across_nodes: bool) -> str:

@@ -24,14 +24,15 @@ def measuring(
 ) -> Iterator[Callable[[Case], Future[dict[str, Any]]]]:
     """The figures of the tests that were selected, as they are measured.
 
-    A test that takes this fixture has its cases in the attribute ``cases`` of its function,
-    by its parameters: all are known before the first is measured, so that those of one seed
+    A test that takes this fixture names its cases by ``pytest.mark.measures``, a function
+    of its parameters: all are known before the first is measured, so that those of one seed
     come before those of the next.
     """
     every: dict[Case, None] = {}
     for item in request.session.items:
-        if isinstance(item, pytest.Function) and hasattr(item.function, "cases"):
-            every |= dict.fromkeys(item.function.cases(**item.callspec.params))
+        marker = item.get_closest_marker("measures")
+        if marker is not None and isinstance(item, pytest.Function):
+            every |= dict.fromkeys(marker.kwargs["cases"](**item.callspec.params))
     folders = Folders(
         traces=tmp_path_factory.mktemp("traces"),
         results=BUILD / "placements" / sources_sha256()[:16],
