@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from placer.errors import PlacerError
 from placer.plan.deadline import Deadline
+from placer.plan.evaluation import Evaluation
 from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy
 from placer.plan.problem import IntArray
-from placer.plan.refine import Evaluation, RefineLimits, Refinement
+from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.requests import place_requests
 from placer.plan.traffic import TrafficProblem
 from placer.simulation.homes import fixed_homes

@@ -33,6 +33,8 @@ class LayerTokens(NamedTuple):
     home
         ``[T]`` int16: the rank that dispatches a token, R for a home that is any rank
         with the same probability.
+    has_even_homes
+        Whether the tokens of every expert come from all homes alike.
     next_price
         ``[T, R]`` int64: what the next layer's dispatch costs from each home, where homes
         follow the experts; ``[1, 1]`` where they do not.
@@ -47,6 +49,7 @@ class LayerTokens(NamedTuple):
     experts: Array
     weight: Array
     home: Array
+    has_even_homes: bool
     next_price: Array
     starts: Array
     users: Array
@@ -117,7 +120,7 @@ class LayerState(NamedTuple):
         ``[H, E, C]`` and ``[H, E]`` int16: the ranks among which (home, expert) takes
         turns by token index.
     share
-        ``[E, R]`` float64: share of an expert's load that a rank serves, homes being even.
+        ``[E, R]`` float64: share of an expert's load that a rank serves.
     cost
         ``[T]`` int64: the price of one token of each row.
     rank_load
@@ -167,22 +170,44 @@ def choose(holds, ranks_per_node, rule, choices, num_choices):  # type: ignore[n
 
 
 @njit(cache=True, nogil=True)
-def share_of(choices, num_choices, share):  # type: ignore[no-untyped-def]
-    """Fill ``[R]`` with the share of an expert's load on each rank, homes being even."""
-    share[:] = 0.0
-    num_homes = num_choices.shape[0]
-    for home in range(num_homes):
-        for turn in range(num_choices[home]):
-            share[choices[home, turn]] += 1.0 / (num_choices[home] * num_homes)
-
-
-@njit(cache=True, nogil=True)
 def _copy(choices, num_choices, row, expert, token):  # type: ignore[no-untyped-def]
     """Rank that serves a token: equal choices take turns."""
     # A division costs as much as all the rest, and most experts have one copy.
     number = num_choices[row, expert]
     turn = 0 if number == 1 else token % number
     return choices[row, expert, turn]
+
+
+@njit(cache=True, nogil=True)
+def _share_of(tokens, expert, choices, num_choices, index, share):  # type: ignore[no-untyped-def]
+    """Fill ``[R]`` with the share of an expert's load on each rank.
+
+    Its copies are ``choices[:, index]``. Homes that follow from experts are counted with
+    the turns: a turn in one layer, which decides the home, is the token's in the next too.
+    """
+    share[:] = 0.0
+    first, last = tokens.starts[expert], tokens.starts[expert + 1]
+    num_homes = num_choices.shape[0]
+    if tokens.has_even_homes or first == last:
+        for home in range(num_homes):
+            number = num_choices[home, index]
+            for turn in range(number):
+                share[choices[home, index, turn]] += 1.0 / (number * num_homes)
+        return
+    homes, users = tokens.home, tokens.users
+    for place in range(first, last):
+        token = users[place]
+        row = homes[token] if num_homes > 1 else 0
+        share[_copy(choices, num_choices, row, index, token)] += 1.0
+    share /= last - first
+
+
+@njit(cache=True, nogil=True)
+def rank_shares(tokens, state):  # type: ignore[no-untyped-def]
+    """Fill ``share`` from the placement."""
+    choices, num_choices = state.choices, state.num_choices
+    for expert in range(state.share.shape[0]):
+        _share_of(tokens, expert, choices, num_choices, expert, state.share[expert])
 
 
 @njit(cache=True, nogil=True)
@@ -517,7 +542,7 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     for side in range(2):
         mine, my_number = choices[:, side], num_choices[:, side]
         choose(held[side], prices.ranks_per_node, rule, mine, my_number)
-        share_of(mine, my_number, share[side])
+        _share_of(tokens, experts[side], choices, num_choices, side, share[side])
     change += prices.linear[two, rank] - prices.linear[one, rank]
     if other >= 0:
         change += prices.linear[one, other] - prices.linear[two, other]

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from placer.plan import kernels
 from placer.plan.deadline import Deadline
+from placer.plan.evaluation import Evaluation, is_better
 from placer.plan.layer_profile import LayerProfile
 from placer.plan.placement import Placement
 from placer.plan.traffic import TrafficProblem
@@ -30,8 +31,6 @@ RankArray = npt.NDArray[np.int16]
 _RULES = {"local-first": kernels.LOCAL_FIRST, "hash": kernels.ANY_COPY}
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
-# Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
-_SAME_OVERFLOW = 1e-3
 # Of the layer after the last, or where nothing is asked of the next: no tokens.
 _NO_LAYER = (
     np.zeros((0, 1), dtype=np.int16),
@@ -64,72 +63,6 @@ class RefineLimits:
     num_visited_tokens: int = 2_000_000_000
     num_tokens: int = 65_536
     num_starts: int = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Evaluation:
-    """What a placement costs on the profile.
-
-    Attributes
-    ----------
-    copies
-        Price of the copies, per token and MoE layer.
-    price
-        The same with all that is priced beside them: other loads, the busiest receiver,
-        homes and moves.
-    price_of_layer
-        ``[L]``: the layers' parts of that price, times R x the tokens.
-    overflow
-        ``[2, L]``: pairs of the profile above the load cap; squares of the copies that a
-        rank receives above the cap on those.
-    imbalance
-        ``[L]``: max/mean rank load, each copy serving as often as even homes ask it to.
-    most_received_copies
-        ``[L]``: R x the copies that the busiest rank receives, per token.
-    """
-
-    copies: float
-    price: float
-    price_of_layer: FloatArray
-    overflow: FloatArray
-    imbalance: FloatArray
-    most_received_copies: FloatArray
-
-    def is_better(self, other: "Evaluation") -> bool:
-        """Return whether it is nearer the caps or, as near, costs less."""
-        return _is_better(
-            self.overflow.sum(axis=1), self.price, other.overflow.sum(axis=1), other.price
-        )
-
-    def better_layers(self, other: "Evaluation") -> npt.NDArray[np.bool_]:
-        """Return ``[L]``: where this one is the better of the two, layer by layer."""
-        layers = range(len(self.price_of_layer))
-        return np.array(
-            [
-                _is_better(
-                    self.overflow[:, n],
-                    self.price_of_layer[n],
-                    other.overflow[:, n],
-                    other.price_of_layer[n],
-                )
-                for n in layers
-            ]
-        )
-
-    def missed_receive_cap(self) -> dict[int, float]:
-        """Return what the layers above the cap on received copies reach."""
-        missed = np.flatnonzero(self.overflow[1] > _SAME_OVERFLOW)
-        return {int(layer): float(self.most_received_copies[layer]) for layer in missed}
-
-
-def _is_better(
-    overflow: FloatArray, price: float, other_overflow: FloatArray, other_price: float
-) -> bool:
-    """Compare by what is above each cap, which no price outweighs, then by price."""
-    for one, other in zip(overflow, other_overflow, strict=True):
-        if abs(one - other) > _SAME_OVERFLOW:
-            return bool(one < other)
-    return price < other_price
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -207,6 +140,11 @@ class Refinement:
     def _has_replicas(self) -> bool:
         return any(state.slots.size > len(state.holds) for state in self._states)
 
+    def _has_even_homes(self, layer: int) -> bool:
+        policy = self.problem.policy
+        has_one_row = len(self._states[layer].num_choices) == 1
+        return has_one_row or policy == "fixed" or (policy == "follow" and layer == 0)
+
     def _improve(
         self,
         start: int,
@@ -229,9 +167,26 @@ class Refinement:
                 progress(num_sweeps * start + sweep, self._per_token(copies))
         for sweep in range(num_sweeps):
             if deadline.passed() or self._sweep(None, first + num_sweeps + sweep) == 0:
-                return
+                break
+        if self.problem.policy == "follow" and self._has_replicas():
+            self._settle(range(first + 2 * num_sweeps, first + 3 * num_sweeps), deadline)
 
-    def evaluate(self, placement: Placement) -> "Evaluation":
+    def _settle(self, numbers: range, deadline: Deadline) -> None:
+        """Descend in the order of the layers, each until it is under its caps, or stuck.
+
+        Which copies serve a layer depends on the layers before it, and each sweep changes
+        some of those after it has visited the layer.
+        """
+        homes = [self._first_homes()]
+        for layer in range(self.problem.num_layers):
+            for number in numbers:
+                if deadline.passed() or self._visit(layer, None, number, homes) == 0:
+                    break
+                if not self._overflow_per_layer()[:, layer].any():
+                    break
+            homes.append(self._next_homes(layer, homes[-1]))
+
+    def evaluate(self, placement: Placement) -> Evaluation:
         """Return what a placement costs."""
         self._load(placement)
         layers = range(self.problem.num_layers)
@@ -273,7 +228,7 @@ class Refinement:
     def _better(self, one: "_Snapshot", other: "_Snapshot") -> "_Snapshot":
         """Choose between two states, layer by layer where layers do not link."""
         if self.problem.policy == "follow":
-            lost = _is_better(
+            lost = is_better(
                 one.overflow.sum(axis=1),
                 one.price.sum(),
                 other.overflow.sum(axis=1),
@@ -281,7 +236,7 @@ class Refinement:
             )
             return one if lost else other
         lost_layers = list(
-            map(_is_better, one.overflow.T, one.price, other.overflow.T, other.price)
+            map(is_better, one.overflow.T, one.price, other.overflow.T, other.price)
         )
         return _Snapshot(
             slots=tuple(
@@ -328,6 +283,7 @@ class Refinement:
 
     def _price_layer(self, tokens: kernels.LayerTokens, layer: int) -> float:
         state, prices = self._states[layer], self._prices[layer]
+        kernels.rank_shares(tokens, state)
         state.rank_load[:] = prices.load @ state.share
         return float(kernels.price_layer(tokens, prices, state))
 
@@ -421,7 +377,13 @@ class Refinement:
         if limited and with_next and layer + 1 < problem.num_layers:
             state = self._states[layer + 1]
             following = (problem.experts[layer + 1], state.choices, state.num_choices)
-        return _layer_tokens(profile, home, next_price, following)
+        return _layer_tokens(
+            profile,
+            home,
+            next_price,
+            following,
+            has_even_homes=self._has_even_homes(layer),
+        )
 
     def _fill_next_price(self, layer: int, price: IntArray) -> None:
         nowhere = np.zeros(self.problem.num_tokens, dtype=np.int16)
@@ -432,22 +394,25 @@ class Refinement:
 
     def _all_homes(self) -> list[RankArray]:
         """Return the home of every token in every layer under ``follow``."""
-        num_tokens = self.problem.num_tokens
-        several = any(len(state.num_choices) > 1 for state in self._states)
-        num_ranks = self.problem.topology.num_ranks
-        first = (
-            _even_homes(num_tokens, num_ranks)
-            if several
-            else np.full(num_tokens, num_ranks, dtype=np.int16)
-        )
-        homes = [first]
-        nothing = np.zeros((1, 1), dtype=np.int64)
+        homes = [self._first_homes()]
         for layer in range(self.problem.num_layers - 1):
-            tokens = _layer_tokens(self._profiles[layer], homes[-1], nothing)
-            busiest = np.empty(num_tokens, dtype=np.int16)
-            kernels.busiest_ranks(tokens, self._states[layer], busiest)
-            homes.append(busiest)
+            homes.append(self._next_homes(layer, homes[-1]))
         return homes
+
+    def _first_homes(self) -> RankArray:
+        num_tokens, num_ranks = self.problem.num_tokens, self.problem.topology.num_ranks
+        if any(len(state.num_choices) > 1 for state in self._states):
+            return _even_homes(num_tokens, num_ranks)
+        return np.full(num_tokens, num_ranks, dtype=np.int16)
+
+    def _next_homes(self, layer: int, home: RankArray) -> RankArray:
+        """Return the homes that follow from those in a layer: where most experts are."""
+        tokens = _layer_tokens(
+            self._profiles[layer], home, np.zeros((1, 1), dtype=np.int64)
+        )
+        busiest = np.empty(len(home), dtype=np.int16)
+        kernels.busiest_ranks(tokens, self._states[layer], busiest)
+        return busiest
 
     def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
         problem, num_ranks = self.problem, placement.num_ranks
@@ -476,7 +441,6 @@ class Refinement:
                 state.num_choices[:, expert].copy(),
             )
             kernels.choose(held, placement.ranks_per_node, rule, choices, number)
-            kernels.share_of(choices, number, state.share[expert])
             state.choices[:, expert], state.num_choices[:, expert] = choices, number
         return state
 
@@ -486,12 +450,15 @@ def _layer_tokens(
     home: RankArray,
     next_price: IntArray,
     following: tuple[RankArray, RankArray, RankArray] = _NO_LAYER,
+    *,
+    has_even_homes: bool = True,
 ) -> kernels.LayerTokens:
     """Return a layer's tokens; ``following`` are those of the next and their ranks."""
     return kernels.LayerTokens(
         profile.experts,
         profile.weight,
         home,
+        has_even_homes,
         next_price,
         profile.starts,
         profile.users,

@@ -10,12 +10,13 @@ from placer.plan.copies import FIRST_STEPS, CopiesCertificate, token_sets
 from placer.plan.copies import METHOD as COPIES_METHOD
 from placer.plan.deadline import Deadline
 from placer.plan.dynamic import METHOD as EXACT_METHOD
+from placer.plan.evaluation import Evaluation
 from placer.plan.options import Proof, SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Certificate
 from placer.plan.problem import IntArray, PlacementProblem
 from placer.plan.progress import GapLine, gap
-from placer.plan.refine import Evaluation, Refinement
+from placer.plan.refine import Refinement
 from placer.plan.traffic import TrafficProblem, copy_prices
 from placer.trace import Chunk
 

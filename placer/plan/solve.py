@@ -14,6 +14,7 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.plan.alternation import Alternation, vocabulary_of
 from placer.plan.deadline import Deadline
+from placer.plan.evaluation import Evaluation
 from placer.plan.first_placement import Profile, first_placement, profiled
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
@@ -34,7 +35,7 @@ from placer.plan.problem import (
     PlacementProblem,
 )
 from placer.plan.progress import GapLine, Progress, gap
-from placer.plan.refine import Evaluation, Refinement
+from placer.plan.refine import Refinement
 from placer.plan.reports import (
     content_report,
     copies_report,

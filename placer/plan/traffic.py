@@ -64,7 +64,7 @@ class TrafficProblem:
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
         a limit that no move may break, as that of the load. Under ``follow`` with replicas
-        a move changes homes of layers further on too, and may break it there.
+        a move changes homes of layers further on too, and may break both caps there.
     """
 
     experts: tuple[npt.NDArray[np.int16], ...]

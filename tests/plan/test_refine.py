@@ -34,8 +34,7 @@ def price_of_copies(
 ) -> float:
     """Follow every token through the layers with sets and loops; mean over (token, layer).
 
-    Of ``fixed`` every home is tried; a token's copies with replicas are served by the
-    copy at home, else one on the home's node, else any, in turn by the token's place.
+    Of ``fixed`` every home is tried.
     """
     num_ranks, width = topology.num_ranks, topology.gpus_per_node
     inside = 1 if topology.num_nodes == 1 else topology.intra_cost
@@ -53,26 +52,43 @@ def price_of_copies(
             total += inside * len({r for r in ranks if r // width == node} - {landing})
         return total
 
-    def serving(t: int, layer: int, home: int) -> list[int]:
-        found = []
-        for e in chunk.experts[layer][t].tolist():
-            copies = [r for r in range(num_ranks) if placement.holds(layer)[e, r]]
-            near = [r for r in copies if r == home]
-            near = near or [r for r in copies if r // width == home // width] or copies
-            found.append(near[t % len(near)])
-        return found
-
     total = 0.0
     for t in range(chunk.num_tokens):
         for first in range(num_ranks):
             home = first
             for layer in range(len(chunk.experts)):
-                ranks = serving(t, layer, home)
+                ranks = serving_ranks(chunk, placement, t, layer, home)
                 total += sent(home, set(ranks)) / num_ranks
                 if policy == "follow":
-                    home = max(ranks, key=lambda r: (ranks.count(r), -ranks.index(r)))
+                    home = next_home(ranks)
                     total += sent(home, set(ranks)) / num_ranks
     return total / chunk.num_tokens / len(chunk.experts)
+
+
+def serving_ranks(
+    chunk: Chunk, placement: Placement, t: int, layer: int, home: int
+) -> list[int]:
+    """Name the copies that serve a token: at home, else on the home's node, else any.
+
+    Equal ones take turns by the token's place.
+    """
+    found, width = [], placement.ranks_per_node
+    for e in chunk.experts[layer][t].tolist():
+        copies = [r for r in range(placement.num_ranks) if placement.holds(layer)[e, r]]
+        near = [r for r in copies if r == home]
+        near = near or [r for r in copies if r // width == home // width] or copies
+        found.append(near[t % len(near)])
+    return found
+
+
+def next_home(ranks: list[int]) -> int:
+    """Return the rank that serves most experts of a token; of equals the first."""
+    return max(ranks, key=lambda r: (ranks.count(r), -ranks.index(r)))
+
+
+def imbalance(served: list[list[int]], num_ranks: int) -> float:
+    counts = [sum(ranks.count(r) for ranks in served) for r in range(num_ranks)]
+    return max(counts) / (sum(counts) / num_ranks)
 
 
 def traffic(chunk: Chunk, topology: Topology, **options: object) -> TrafficProblem:
@@ -135,6 +151,50 @@ def test_replicas_are_priced_as_they_are_served(make_chunk: Callable[..., Chunk]
         prices.append(plain)
     assert prices[1] < 0.95 * prices[0]
     assert [len(row) for row in better.physical_to_logical_map] == [16] * 3
+
+
+def test_replicas_bear_the_load_that_given_homes_ask_of_them(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    """Homes that go with the experts ask some copies far more often than others."""
+    chunk = make_chunk(num_tokens=600, top_k=2)
+    homes = tuple(ids[:, 0].astype(np.int64) // 2 for ids in chunk.experts)
+    problem = traffic(chunk, TOPOLOGIES["2x2"], policy="given", homes=homes)
+    start = with_replicas(contiguous(SIZES, 4, 2), [one[0] for one in problem.load], 8)
+    for placement in (start, refined(problem, start)):
+        found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+        for layer in range(3):
+            served = [
+                serving_ranks(chunk, placement, t, layer, int(homes[layer][t]))
+                for t in range(chunk.num_tokens)
+            ]
+            assert found.imbalance[layer] == pytest.approx(imbalance(served, 4))
+
+
+def test_plans_to_follow_are_under_the_cap_as_their_homes_ask(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    """Homes follow experts, and the turns of their copies: they are not even."""
+    sizes = (16,) * 4
+    chunk = make_chunk(num_tokens=3000, num_experts=sizes, top_k=4)
+    affinity = count_affinity([chunk], ModelSpec(num_experts=sizes, top_k=4), {})
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4),
+        policy="follow",
+        max_imbalance=1.05,
+        redundant_experts=4,
+    )
+    placement, report = solve(affinity, options, tokens=chunk)
+    assert not report.relaxed_layers
+    home = [t % 4 for t in range(chunk.num_tokens)]
+    for layer in range(4):
+        served = [
+            serving_ranks(chunk, placement, t, layer, home[t])
+            for t in range(chunk.num_tokens)
+        ]
+        # The first homes are any; those of later layers hardly depend on them.
+        assert imbalance(served, 4) < 1.05 + 0.02
+        home = [next_home(ranks) for ranks in served]
 
 
 @pytest.mark.parametrize("seed", range(3))
