@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-# Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
-_SAME_OVERFLOW = 1e-3
+#: Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
+SAME_OVERFLOW = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,7 +66,7 @@ class Evaluation:
 
     def missed_receive_cap(self) -> dict[int, float]:
         """Return what the layers above the cap on received copies reach."""
-        missed = np.flatnonzero(self.overflow[1] > _SAME_OVERFLOW)
+        missed = np.flatnonzero(self.overflow[1] > SAME_OVERFLOW)
         return {int(layer): float(self.most_received_copies[layer]) for layer in missed}
 
 
@@ -75,6 +75,6 @@ def is_better(
 ) -> bool:
     """Compare by what is above each cap, which no price outweighs, then by price."""
     for one, other in zip(overflow, other_overflow, strict=True):
-        if abs(one - other) > _SAME_OVERFLOW:
+        if abs(one - other) > SAME_OVERFLOW:
             return bool(one < other)
     return price < other_price

@@ -34,7 +34,8 @@ class LayerTokens(NamedTuple):
         ``[T]`` int16: the rank that dispatches a token, R for a home that is any rank
         with the same probability.
     has_even_homes
-        Whether the tokens of every expert come from all homes alike.
+        Whether an expert's load is taken as if it came from all homes alike; else it is
+        counted, and every weight is 1.
     next_price
         ``[T, R]`` int64: what the next layer's dispatch costs from each home, where homes
         follow the experts; ``[1, 1]`` where they do not.
@@ -186,14 +187,16 @@ def _share_of(tokens, expert, choices, num_choices, index, share):  # type: igno
     the turns: a turn in one layer, which decides the home, is the token's in the next too.
     """
     share[:] = 0.0
-    first, last = tokens.starts[expert], tokens.starts[expert + 1]
     num_homes = num_choices.shape[0]
-    if tokens.has_even_homes or first == last:
-        for home in range(num_homes):
-            number = num_choices[home, index]
-            for turn in range(number):
-                share[choices[home, index, turn]] += 1.0 / (number * num_homes)
+    for home in range(num_homes):
+        number = num_choices[home, index]
+        for turn in range(number):
+            share[choices[home, index, turn]] += 1.0 / (number * num_homes)
+    first, last = tokens.starts[expert], tokens.starts[expert + 1]
+    has_one_copy = share.max() > 1.0 - 1e-9
+    if tokens.has_even_homes or has_one_copy or first == last:
         return
+    share[:] = 0.0
     homes, users = tokens.home, tokens.users
     for place in range(first, last):
         token = users[place]

@@ -25,9 +25,18 @@ def above_load_cap(
 
 
 def require_load_cap(
-    reached: Collection[float], options: SolveOptions, num_layers: int
+    reached: Collection[float],
+    options: SolveOptions,
+    num_layers: int,
+    *,
+    stopped: bool = False,
 ) -> None:
     """Refuse layers above the load cap, unless caps may be relaxed.
+
+    Parameters
+    ----------
+    reached, options, num_layers, stopped
+        As in :func:`require_receive_cap`.
 
     Raises
     ------
@@ -37,10 +46,11 @@ def require_load_cap(
     if not reached or options.relax_cap:
         return
     worst = max(reached)
+    when = ", when the search was stopped" if stopped else ""
     raise NoSolutionError(
         f"--max-imbalance {options.max_imbalance} was not reached in {len(reached)} of "
         f"{num_layers} MoE layers with {options.redundant_experts} redundant "
-        f"experts; worst {worst:.4f}",
+        f"experts{when}; worst {worst:.4f}",
         f"take the best reached with --relax-cap, ask for more --redundant-experts, or "
         f"for --max-imbalance {np.ceil(worst * 1000) / 1000:g}",
     )

@@ -3,7 +3,8 @@
 Pairs of experts, which the search before minimises, stand in for traffic; here every
 proposal is priced exactly on the profile's tokens: distinct ranks and nodes, the way to the
 home and from it, whichever copy serves. Simulated annealing over swaps of two experts (and
-over which experts have replicas), then a descent until no move pays.
+over which experts have replicas), then a descent until no move pays; where homes follow the
+copies that serve, what that left above a cap is mended last.
 
 Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks, k experts per
 token, S load scenarios.
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from placer.plan import kernels
 from placer.plan.deadline import Deadline
-from placer.plan.evaluation import Evaluation, is_better
+from placer.plan.evaluation import SAME_OVERFLOW, Evaluation, is_better
 from placer.plan.layer_profile import LayerProfile
 from placer.plan.placement import Placement
 from placer.plan.traffic import TrafficProblem
@@ -31,6 +32,8 @@ RankArray = npt.NDArray[np.int16]
 _RULES = {"local-first": kernels.LOCAL_FIRST, "hash": kernels.ANY_COPY}
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
+# Visits of a layer that is above a cap.
+_MOST_MENDING = 8
 # Of the layer after the last, or where nothing is asked of the next: no tokens.
 _NO_LAYER = (
     np.zeros((0, 1), dtype=np.int16),
@@ -49,7 +52,7 @@ class RefineLimits:
         Visits of every layer while the temperature falls; 0 leaves the descent alone out
         as well.
     num_visited_tokens
-        Most tokens that all proposals together may look at.
+        Most tokens that all proposals together may look at, but for those that mend.
     num_tokens
         Most tokens to judge by; of longer profiles whole sequences are sampled.
     num_starts
@@ -122,6 +125,10 @@ class Refinement:
             with deadline.interruptible():
                 self._improve(start, progress, deadline)
             best = self._better(best, self._snapshot())
+        if self.problem.policy == "follow" and self._has_replicas():
+            with deadline.interruptible():
+                self._mend()
+            best = self._better(best, self._snapshot())
         return Placement(
             physical_to_logical_map=best.slots,
             num_experts=placement.num_experts,
@@ -141,9 +148,12 @@ class Refinement:
         return any(state.slots.size > len(state.holds) for state in self._states)
 
     def _has_even_homes(self, layer: int) -> bool:
-        policy = self.problem.policy
+        """Return whether copies serve as even homes ask them to, or whatever homes are.
+
+        Table homes are others for each placement, and none is made to meet a cap for them.
+        """
         has_one_row = len(self._states[layer].num_choices) == 1
-        return has_one_row or policy == "fixed" or (policy == "follow" and layer == 0)
+        return has_one_row or self.problem.policy != "follow" or layer == 0
 
     def _improve(
         self,
@@ -167,23 +177,23 @@ class Refinement:
                 progress(num_sweeps * start + sweep, self._per_token(copies))
         for sweep in range(num_sweeps):
             if deadline.passed() or self._sweep(None, first + num_sweeps + sweep) == 0:
-                break
-        if self.problem.policy == "follow" and self._has_replicas():
-            self._settle(range(first + 2 * num_sweeps, first + 3 * num_sweeps), deadline)
+                return
 
-    def _settle(self, numbers: range, deadline: Deadline) -> None:
-        """Descend in the order of the layers, each until it is under its caps, or stuck.
+    def _mend(self) -> None:
+        """Descend in the layers that are above a cap, in their order.
 
-        Which copies serve a layer depends on the layers before it, and each sweep changes
-        some of those after it has visited the layer.
+        Which copies serve a layer depends on those before it, and each sweep changes some
+        of these after it has visited the layer. Not cut by a deadline, which would leave
+        plans above their caps: few layers are, and visits are few.
         """
         homes = [self._first_homes()]
+        first = 2 * self.limits.num_sweeps
         for layer in range(self.problem.num_layers):
-            for number in numbers:
-                if deadline.passed() or self._visit(layer, None, number, homes) == 0:
+            for number in range(first, first + _MOST_MENDING):
+                self._price_layer(self._tokens(layer, homes=homes), layer)
+                if (self._overflow(layer) <= SAME_OVERFLOW).all():
                     break
-                if not self._overflow_per_layer()[:, layer].any():
-                    break
+                self._visit(layer, None, number, homes)
             homes.append(self._next_homes(layer, homes[-1]))
 
     def evaluate(self, placement: Placement) -> Evaluation:
@@ -270,16 +280,16 @@ class Refinement:
 
     def _overflow_per_layer(self) -> FloatArray:
         """Return ``[2, L]``: what is above the caps, as it was priced last."""
-        both = list(zip(self._states, self._prices, strict=True))
-        return np.array(
-            [
-                [np.maximum(s.rank_load[0] - p.max_load[0], 0).sum() for s, p in both],
-                [
-                    kernels.busy(s.received, p.max_receive) if p.max_receive else 0.0
-                    for s, p in both
-                ],
-            ]
-        )
+        layers = range(self.problem.num_layers)
+        return np.array([self._overflow(layer) for layer in layers]).T
+
+    def _overflow(self, layer: int) -> FloatArray:
+        """Return ``[2]``: pairs above the cap on load, squares of copies above theirs."""
+        state, price = self._states[layer], self._prices[layer]
+        load = np.maximum(state.rank_load[0] - price.max_load[0], 0).sum()
+        limited = price.max_receive > 0
+        received = kernels.busy(state.received, price.max_receive) if limited else 0.0
+        return np.array([load, received])
 
     def _price_layer(self, tokens: kernels.LayerTokens, layer: int) -> float:
         state, prices = self._states[layer], self._prices[layer]

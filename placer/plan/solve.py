@@ -101,10 +101,15 @@ def solve(
         placement = found.placement
         may_be_above = options.redundant_experts > 0 or options.constrained
         if may_be_above or options.max_received_copies is not None:
-            reached = found.evaluate(options)
+            reached = found.evaluate(options) if content is None else content
             if may_be_above:
                 relaxed = above_load_cap(dict(enumerate(reached.imbalance)), options)
-                require_load_cap(relaxed.values(), options, placement.num_layers)
+                require_load_cap(
+                    relaxed.values(),
+                    options,
+                    placement.num_layers,
+                    stopped=deadline.stopped,
+                )
             relaxed_receive = reached.missed_receive_cap()
             require_receive_cap(
                 relaxed_receive.values(),

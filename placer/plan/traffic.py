@@ -46,7 +46,8 @@ class TrafficProblem:
         profile itself.
     max_load
         L arrays ``[S]``: most load of a rank. That of the profile is a limit that no move
-        may break, the others are priced.
+        may break, the others are priced. Under ``follow`` with replicas a move changes
+        homes of layers further on too, and may break it there.
     overflow_price
         Copies that a pair of load above the cap is worth, mean over the scenarios.
     receive_price
@@ -63,8 +64,7 @@ class TrafficProblem:
         ``None``. Every token above it costs :data:`HOME_PRICE` copies.
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
-        a limit that no move may break, as that of the load. Under ``follow`` with replicas
-        a move changes homes of layers further on too, and may break both caps there.
+        a limit that no move may break, as that of the load is.
     """
 
     experts: tuple[npt.NDArray[np.int16], ...]

@@ -44,7 +44,7 @@ def load_for(plan: Artifact, plan_path: Path, path: Path) -> tuple[IntArray, ...
 
 
 def rank_load(placement: Placement, layer: int, load: IntArray) -> FloatArray:
-    """Return ``[R]``: pairs that each rank serves, an expert's split over its copies."""
+    """Return ``[R]``: pairs that each rank serves, as if copies served equally often."""
     held = placement.holds(layer)
     served: FloatArray = (load / held.sum(axis=1)) @ held
     return served
