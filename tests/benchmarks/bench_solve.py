@@ -51,6 +51,8 @@ LEVERS = [
     ("deepseek-v2-lite-summary", (1, 8), "robust", "follow"),
     ("gpt-oss-20b", (1, 8), "even-receivers", "fixed"),
     ("deepseek-v2-lite-intent", (1, 8), "even-receivers", "fixed"),
+    ("deepseek-v2-lite-intent", (1, 8), "even-receivers, 2", "follow"),
+    ("deepseek-v2-lite-summary", (1, 8), "even-receivers, 2", "follow"),
 ]
 
 

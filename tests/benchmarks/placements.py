@@ -47,6 +47,7 @@ VARIANTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "robust": {"robust": "bootstrap", "max_imbalance": 1.11},
         "redundant, robust": {"robust": "bootstrap", "max_imbalance": 1.11},
         "even-receivers": {"receive_price": 10.0},
+        "even-receivers, 2": {"receive_price": 2.0},
     }
 )
 
