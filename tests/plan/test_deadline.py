@@ -25,6 +25,7 @@ from placer.plan.redundant import Memory, choose_redundant_experts, worth_on_pro
 from placer.plan.search import Search, SearchLimits
 from placer.plan.solve import solve
 from placer.report.frontier import write_frontier
+from placer.simulation.baselines import random
 from placer.simulation.simulate import simulate
 from placer.solving import SolveRequest, solve_frontier
 from placer.trace import Chunk, Trace
@@ -47,9 +48,11 @@ def solved(
 
 
 def test_a_limit_of_no_time_gives_the_start(chunk: Chunk) -> None:
-    placement, report = solved(chunk, replace(OPTIONS, time_limit=0.0))
+    start = random(SIZES, 4, seed=1)
+    placement, report = solved(chunk, replace(OPTIONS, start=start, time_limit=0.0))
     assert not report.reproducible
-    assert [len(row) for row in placement.physical_to_logical_map] == [16] * 4
+    for layer in range(len(SIZES)):
+        assert (placement.holds(layer) == start.holds(layer)).all()
 
 
 def test_a_limit_that_is_not_reached_changes_nothing(chunk: Chunk) -> None:
