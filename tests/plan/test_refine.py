@@ -31,12 +31,18 @@ TOPOLOGIES = {
 
 
 def price_of_copies(
-    chunk: Chunk, placement: Placement, policy: str, exchange: str, topology: Topology
+    chunk: Chunk,
+    placement: Placement,
+    policy: str,
+    exchange: str,
+    topology: Topology,
+    rule: str = "local-first",
 ) -> float:
     """Follow every token through the layers with sets and loops; mean over (token, layer).
 
-    Of ``fixed`` every home is tried.
+    Every first home is tried.
     """
+    serving = server(chunk, placement, rule)
     num_ranks, width = topology.num_ranks, topology.gpus_per_node
     inside = 1 if topology.num_nodes == 1 else topology.intra_cost
 
@@ -58,7 +64,7 @@ def price_of_copies(
         for first in range(num_ranks):
             home = first
             for layer in range(len(chunk.experts)):
-                ranks = serving_ranks(chunk, placement, t, layer, home)
+                ranks = serving(t, layer, home)
                 total += sent(home, set(ranks)) / num_ranks
                 if policy == "follow":
                     home = next_home(ranks)
@@ -66,20 +72,32 @@ def price_of_copies(
     return total / chunk.num_tokens / len(chunk.experts)
 
 
-def serving_ranks(
-    chunk: Chunk, placement: Placement, t: int, layer: int, home: int
-) -> list[int]:
-    """Name the copies that serve a token: at home, else on the home's node, else any.
+def server(
+    chunk: Chunk, placement: Placement, rule: str = "local-first"
+) -> Callable[[int, int, int], list[int]]:
+    """Return what names the k ranks that serve a token in a layer, from a home.
 
-    Equal ones take turns by the token's place.
+    ``local-first``: at home, else on the home's node, else any; ``hash``: any. Equal ones
+    take turns by the token's place.
     """
-    found, width = [], placement.ranks_per_node
-    for e in chunk.experts[layer][t].tolist():
-        copies = [r for r in range(placement.num_ranks) if placement.holds(layer)[e, r]]
-        near = [r for r in copies if r == home]
-        near = near or [r for r in copies if r // width == home // width] or copies
-        found.append(near[t % len(near)])
-    return found
+    width = placement.ranks_per_node
+    tokens = [ids.tolist() for ids in chunk.experts]
+    held = [
+        [np.flatnonzero(row).tolist() for row in placement.holds(layer)]
+        for layer in range(placement.num_layers)
+    ]
+
+    def serving(t: int, layer: int, home: int) -> list[int]:
+        found = []
+        for e in tokens[layer][t]:
+            near = copies = held[layer][e]
+            if rule == "local-first":
+                near = [r for r in copies if r == home]
+                near = near or [r for r in copies if r // width == home // width] or copies
+            found.append(near[t % len(near)])
+        return found
+
+    return serving
 
 
 def next_home(ranks: list[int]) -> int:
@@ -100,11 +118,9 @@ def follow_with_replicas(*, num_ranks: int, max_imbalance: float) -> SolveOption
 def loads_of_followed_homes(chunk: Chunk, placement: Placement) -> list[list[int]]:
     """Follow every token from a home drawn for it; count what the ranks serve."""
     homes = np.random.default_rng(5).integers(placement.num_ranks, size=chunk.num_tokens)
-    found = []
+    serving, found = server(chunk, placement), []
     for layer in range(placement.num_layers):
-        served = [
-            serving_ranks(chunk, placement, t, layer, home) for t, home in enumerate(homes)
-        ]
+        served = [serving(t, layer, home) for t, home in enumerate(homes)]
         found.append(np.bincount(np.ravel(served), minlength=placement.num_ranks).tolist())
         homes = [next_home(ranks) for ranks in served]
     return found
@@ -158,19 +174,22 @@ def test_the_price_is_that_of_the_copies(
     assert prices[1] == prices[0] if constant else prices[1] < prices[0]
 
 
-def test_replicas_are_priced_as_they_are_served(make_chunk: Callable[..., Chunk]) -> None:
-    """Each token stands for one home, so many tokens come near the mean over homes."""
+@pytest.mark.parametrize(("rule", "error"), [("local-first", 0.02), ("hash", 1e-9)])
+def test_replicas_are_priced_as_they_are_served(
+    make_chunk: Callable[..., Chunk], rule: str, error: float
+) -> None:
+    """Where homes decide, each token stands for one: many come near the mean over homes."""
     chunk = make_chunk(num_tokens=3000, top_k=2)
     topology = TOPOLOGIES["2x2"]
-    problem = traffic(chunk, topology)
+    problem = traffic(chunk, topology, replica_choice=rule)
     loads = [load[0] for load in problem.load]
     start = with_replicas(contiguous(SIZES, 4, 2), loads, 8)
     better = refined(problem, start)
     prices = []
     for one in (start, better):
         found = Refinement(problem=problem, limits=RefineLimits()).evaluate(one)
-        plain = price_of_copies(chunk, one, "fixed", "per-rank", topology)
-        assert found.copies == pytest.approx(plain, rel=0.02)
+        plain = price_of_copies(chunk, one, "fixed", "per-rank", topology, rule)
+        assert found.copies == pytest.approx(plain, rel=error)
         prices.append(plain)
     assert prices[1] < 0.95 * prices[0]
     assert [len(row) for row in better.physical_to_logical_map] == [16] * 3
