@@ -11,6 +11,12 @@ from placer.cli.main import main
 from placer.plan import Plan
 from placer.trace import Trace
 
+NOTHING_ASKED = {
+    "robust": "none",
+    "overflow_price": None,
+    "replica_choice": "local-first",
+    "pins": [],
+}
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
 
 
@@ -32,22 +38,31 @@ def trace(make_trace: Callable[..., Trace]) -> Trace:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "recorded", "num_slots"),
     [
-        "--policy token --fold 0/2",
-        "--policy request --fold 0/2",
-        "--policy token --redundant-experts auto --redundant-gain 0.5",
-        "--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
-        "--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
+        ("--policy token --fold 0/2", {}, 8),
+        ("--policy request --fold 0/2", {}, 8),
+        ("--policy token --redundant-experts auto --redundant-gain 0.2", {}, 16),
+        ("--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
+         {"robust": "bootstrap", "overflow_price": 3.0, "pins": ["0:1=1"]}, 8),
+        ("--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
+         {"replica_choice": "hash", "pins": ["1:7=0"]}, 10),
     ],
-)
+)  # fmt: skip
 def test_what_goes_together_is_solved(
-    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+    trace: Trace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    recorded: dict[str, object],
+    num_slots: int,
 ) -> None:
     code, told = solve(trace, tmp_path / "plan.json", words, capsys)
     assert code == 0, told
     plan = Plan.read(tmp_path / "plan.json")
     assert plan.policy == words.split()[1]
+    assert plan.provenance.items() >= (NOTHING_ASKED | recorded).items()
+    assert [len(row) for row in plan.placement.physical_to_logical_map] == [num_slots] * 2
     for text in plan.provenance["pins"]:
         layer, expert, rank = (int(c) for c in text if c.isdigit())
         assert plan.placement.holds(layer)[expert, rank]
