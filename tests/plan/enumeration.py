@@ -1,5 +1,6 @@
 """Random problems that are small enough to try every placement."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -38,6 +39,7 @@ def random_problem(
     )
 
 
+@functools.cache
 def every_layer(num_experts: int, num_ranks: int) -> list[np.ndarray]:
     slots = num_experts // num_ranks
     every = itertools.product(range(num_ranks), repeat=num_experts)

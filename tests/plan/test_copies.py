@@ -123,8 +123,12 @@ def test_any_prices_certify(seed: int) -> None:
     assert certificate.improve(0) <= least
 
 
-def test_planted_groups_are_proved() -> None:
+@pytest.mark.parametrize("most_split", [6, 1], ids=["splits", "chords"])
+def test_planted_groups_are_proved(
+    most_split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hundred tokens stay in two groups of three, ten must use both."""
+    monkeypatch.setattr(copies, "_MOST_SPLIT", most_split)
     sets = TokenSets(
         experts=np.asarray([(0, 1, 2), (0, 1, 3), (3, 4, 5)]),
         num_tokens=np.asarray([50, 10, 50]),
