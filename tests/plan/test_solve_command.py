@@ -1,10 +1,12 @@
 """Options of ``placer solve`` together: each pair works, or is refused with a remedy."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from placer.cli.main import main
@@ -126,6 +128,26 @@ def test_a_start_of_another_model_or_number_of_slots_is_refused(
     code, told = solve(trace, out, f"--start {first}", capsys)
     assert (code, "are of different models: top_k 1 against 2" in told) == (1, True)
     assert not out.exists()
+
+
+def test_a_plan_says_what_it_started_from(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, out = tmp_path / "first.json", tmp_path / "plan.json"
+    assert solve(trace, first, "--pin 0:0=0 --pin 0:1=0", capsys)[0] == 0
+    words = f"--start {first} --migration-cost 0.5 --pin 0:0=0 --pin 0:1=1"
+    assert solve(trace, out, words, capsys)[0] == 0
+    begun, plan = (Plan.read(path) for path in (first, out))
+    moved = sum(
+        np.count_nonzero(begun.placement.expert_rank(n) != plan.placement.expert_rank(n))
+        for n in range(2)
+    )
+    assert moved >= 2, "expert 1 and the one that made way for it"
+    rows = json.loads(first.read_text())["physical_to_logical_map"]
+    digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    assert plan.provenance.items() >= {
+        "start_map_sha256": digest, "migration_cost": 0.5, "moved_experts": moved
+    }.items()  # fmt: skip
 
 
 def test_plans_of_a_frontier_say_what_was_chosen_for_all(
