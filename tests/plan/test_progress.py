@@ -98,8 +98,6 @@ def test_early_bounds_are_below_every_placement(
     caps = [1.3 * load.sum() / topology.num_ranks for load in affinity.load]
     problem = placement_problem(affinity, policy, topology, caps)
     every = list(every_placement(problem))
-    if not every:
-        pytest.skip("no placement meets the cap")
     options = SolveOptions(topology=topology, policy=policy)
     least = min(follow_tokens(chunk, one, policy, topology) for one in every)
     scale = topology.num_ranks * chunk.num_tokens * len(sizes)

@@ -43,7 +43,7 @@ def test_any_prices_certify(
     num_experts: tuple[int, ...], num_ranks: int, seed: int
 ) -> None:
     """What a placement keeps is at most the constant plus what it keeps of new weights."""
-    problem = random_problem(num_experts, ONE_NODE[num_ranks], seed)
+    problem = random_problem(num_experts, ONE_NODE[num_ranks], seed, reachable=True)
     split = grouping(problem)
     triangles = Triangles(split)
     relaxed = Relaxation(split)
