@@ -216,7 +216,7 @@ def test_agrees_with_the_definitions_under_a_table(
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems())
 def test_no_home_beats_the_oracle_and_replicas_never_hurt_it(problem):
     placement, tokens, batch_size, _ = problem
