@@ -56,6 +56,15 @@ def test_total_information_is_the_mean_of_the_pointwise(cells: list[int]) -> Non
     assert mutual_information(pairs) == pytest.approx(mean / max(pairs.sum(), 1))
 
 
+def test_mutual_information_of_known_tables() -> None:
+    assert mutual_information(np.eye(8, dtype=np.int64) * 5) == pytest.approx(3.0)
+    assert mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0.0)
+    assert mutual_information(np.zeros((3, 3), dtype=np.int64)) == 0.0
+    # [[3, 1], [1, 3]] / 8: each cell p log2(p / (1/4)).
+    by_hand = 2 * 3 / 8 * log2(3 / 2) + 2 * 1 / 8 * log2(1 / 2)
+    assert mutual_information(np.array([[3, 1], [1, 3]])) == pytest.approx(by_hand)
+
+
 def test_miller_madow_by_hand() -> None:
     pairs = np.asarray([[3, 1], [1, 3]])
     # 4 joint cells, 2 rows and 2 columns in use, 8 pairs: (3 - 1 - 1) / 16 nats.

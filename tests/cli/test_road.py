@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from placer.cli.main import main
+from placer.trace import Trace
 from tests.conftest import TINY_TEXT
 
 Run = Callable[..., str]
@@ -94,11 +96,56 @@ def test_from_a_model_to_a_verified_checkpoint(
     assert restored == (tiny_model / "model.safetensors").read_bytes()
     run("export", "sglang", plan, tiny_model, "--out", tmp_path / "map.json")
 
-    for artifact in (trace, affinity, plan, table, out, tiny_model):
+    for kind, artifact in (
+        ("trace", trace),
+        ("affinity", affinity),
+        ("plan", plan),
+        ("table", table),
+        ("checkpoint", out),
+        ("checkpoint", tiny_model),
+    ):
         html = tmp_path / "report.html"
         shown = json.loads(run("inspect", artifact, "--html", html, "--json"))
-        assert shown["kind"] in ("trace", "affinity", "plan", "table", "checkpoint")
+        assert shown["kind"] == kind
         assert "<script" in html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "fact", "told"),
+    [
+        ("import npz ARCHIVE --out OUT", {"num_experts": [8] * 3}, "num_experts [8, 8, 8]"),
+        ("trace validate TRACE", {"num_tokens": 400}, "num_tokens 400"),
+        ("trace split TRACE --fold 0/2 --out OUT", {"num_sequences": 4}, "num_sequences 4"),
+        ("trace sample TRACE --sequences 3 --out OUT", {"num_sequences": 3}, "sequences 3"),
+        ("trace merge TRACE OTHER --out OUT", {"num_tokens": 500}, "num_tokens 500"),
+        ("trace dedup TRACE --out OUT", {"tokens_searched": 400}, "tokens_searched 400"),
+        ("trace links TRACE", {"num_tokens": 400}, "/trace: 400 tokens"),
+    ],
+)
+def test_traces_are_worked_on_and_told_of_in_both_forms(
+    make_trace: Callable[..., Trace],
+    tmp_path: Path,
+    run: Run,
+    line: str,
+    fact: dict[str, object],
+    told: str,
+) -> None:
+    trace, other = make_trace(), make_trace("other", num_tokens=100, seed=1)
+    tokens, archive = trace.read(), tmp_path / "archive.npz"
+    np.savez(
+        archive, experts=np.stack(tokens.experts, axis=1), sequence_ids=tokens.sequence_ids
+    )
+    given = {"TRACE": trace.directory, "OTHER": other.directory, "ARCHIVE": archive}
+
+    def words(out: str) -> list[object]:
+        return [(given | {"OUT": tmp_path / out}).get(word, word) for word in line.split()]
+
+    shown = json.loads(run(*words("one"), "--json"))
+    assert shown.get(str(trace.directory), shown).items() >= fact.items()
+    assert told in " ".join(run(*words("two")).split())
+    if "OUT" in line:
+        one, two = (Trace(tmp_path / out).read() for out in ("one", "two"))
+        assert all((a == b).all() for a, b in zip(one.experts, two.experts, strict=True))
 
 
 def test_tables_for_people_are_printed_too(
@@ -118,7 +165,6 @@ def test_tables_for_people_are_printed_too(
         tmp_path / "plan.json",
     )
     assert "contiguous" in printed
-    assert "gap" in printed
     assert "gap" in printed
     assert "of contiguous" in run("simulate", tmp_path / "plan.json", trace)
     assert "coactivated_pairs" in run(

@@ -8,7 +8,7 @@ import pytest
 from placer.plan import copies
 from placer.plan.copies import CopiesCertificate, TokenSets, token_sets
 from placer.trace import Chunk
-from tests.plan.enumeration import every_layer
+from tests.plan.enumeration import every_layer, least_max_load
 
 
 def random_sets(
@@ -31,11 +31,9 @@ def load_of(sets: TokenSets, num_experts: int) -> np.ndarray:
     return load
 
 
-def least_ranks(
-    sets: TokenSets, load: np.ndarray, max_load: float, num_ranks: int
-) -> int | None:
+def least_ranks(sets: TokenSets, load: np.ndarray, max_load: float, num_ranks: int) -> int:
     """Count the ranks that serve every token, for every placement under the cap."""
-    least = None
+    totals = []
     for ranks in every_layer(len(load), num_ranks):
         if max(load[ranks == rank].sum() for rank in range(num_ranks)) > max_load:
             continue
@@ -45,8 +43,8 @@ def least_ranks(
                 sets.experts.tolist(), sets.num_tokens.tolist(), strict=True
             )
         )
-        least = total if least is None else min(least, total)
-    return least
+        totals.append(total)
+    return min(totals)
 
 
 SHAPES = [  # experts, ranks, top k
@@ -71,9 +69,8 @@ def test_no_placement_serves_tokens_from_fewer_ranks(
     sets = random_sets(num_experts, top_k, 40, rng)
     load = load_of(sets, num_experts)
     max_load = float(np.floor(rng.choice([1.1, 1.3, 9.0]) * load.sum() / num_ranks))
+    max_load = max(max_load, least_max_load(load, num_ranks))
     least = least_ranks(sets, load, max_load, num_ranks)
-    if least is None:
-        return
     certificate = CopiesCertificate([sets], [load], [max_load], num_ranks)
     bounds = [certificate.improve(rounds) for rounds in (0, 3, 30)]
     assert bounds == sorted(bounds)
@@ -93,7 +90,6 @@ def test_chords_are_valid_too(
     load = load_of(sets, 8)
     certificate = CopiesCertificate([sets], [load], [1e9], 2)
     least = least_ranks(sets, load, 1e9, 2)
-    assert least is not None
     assert certificate.improve(5) <= certificate.improve(30) <= least
 
 
@@ -119,12 +115,15 @@ def test_any_prices_certify(seed: int) -> None:
         )
         assert proved <= ranks_used
     least = least_ranks(sets, load, 1e9, 2)
-    assert least is not None
     assert certificate.improve(0) <= least
 
 
-def test_planted_groups_are_proved() -> None:
+@pytest.mark.parametrize("most_split", [6, 1], ids=["splits", "chords"])
+def test_planted_groups_are_proved(
+    most_split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hundred tokens stay in two groups of three, ten must use both."""
+    monkeypatch.setattr(copies, "_MOST_SPLIT", most_split)
     sets = TokenSets(
         experts=np.asarray([(0, 1, 2), (0, 1, 3), (3, 4, 5)]),
         num_tokens=np.asarray([50, 10, 50]),

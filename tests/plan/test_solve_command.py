@@ -1,16 +1,24 @@
 """Options of ``placer solve`` together: each pair works, or is refused with a remedy."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from placer.cli.main import main
 from placer.plan import Plan
 from placer.trace import Trace
 
+NOTHING_ASKED = {
+    "robust": "none",
+    "overflow_price": None,
+    "replica_choice": "local-first",
+    "pins": [],
+}
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
 
 
@@ -32,22 +40,31 @@ def trace(make_trace: Callable[..., Trace]) -> Trace:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "recorded", "num_slots"),
     [
-        "--policy token --fold 0/2",
-        "--policy request --fold 0/2",
-        "--policy token --redundant-experts auto --redundant-gain 0.5",
-        "--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
-        "--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
+        ("--policy token --fold 0/2", {}, 8),
+        ("--policy request --fold 0/2", {}, 8),
+        ("--policy token --redundant-experts auto --redundant-gain 0.2", {}, 16),
+        ("--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
+         {"robust": "bootstrap", "overflow_price": 3.0, "pins": ["0:1=1"]}, 8),
+        ("--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
+         {"replica_choice": "hash", "pins": ["1:7=0"]}, 10),
     ],
-)
+)  # fmt: skip
 def test_what_goes_together_is_solved(
-    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+    trace: Trace,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    recorded: dict[str, object],
+    num_slots: int,
 ) -> None:
     code, told = solve(trace, tmp_path / "plan.json", words, capsys)
     assert code == 0, told
     plan = Plan.read(tmp_path / "plan.json")
     assert plan.policy == words.split()[1]
+    assert plan.provenance.items() >= (NOTHING_ASKED | recorded).items()
+    assert [len(row) for row in plan.placement.physical_to_logical_map] == [num_slots] * 2
     for text in plan.provenance["pins"]:
         layer, expert, rank = (int(c) for c in text if c.isdigit())
         assert plan.placement.holds(layer)[expert, rank]
@@ -111,6 +128,26 @@ def test_a_start_of_another_model_or_number_of_slots_is_refused(
     code, told = solve(trace, out, f"--start {first}", capsys)
     assert (code, "are of different models: top_k 1 against 2" in told) == (1, True)
     assert not out.exists()
+
+
+def test_a_plan_says_what_it_started_from(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, out = tmp_path / "first.json", tmp_path / "plan.json"
+    assert solve(trace, first, "--pin 0:0=0 --pin 0:1=0", capsys)[0] == 0
+    words = f"--start {first} --migration-cost 0.5 --pin 0:0=0 --pin 0:1=1"
+    assert solve(trace, out, words, capsys)[0] == 0
+    begun, plan = (Plan.read(path) for path in (first, out))
+    moved = sum(
+        np.count_nonzero(begun.placement.expert_rank(n) != plan.placement.expert_rank(n))
+        for n in range(2)
+    )
+    assert moved >= 2, "expert 1 and the one that made way for it"
+    rows = json.loads(first.read_text())["physical_to_logical_map"]
+    digest = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    assert plan.provenance.items() >= {
+        "start_map_sha256": digest, "migration_cost": 0.5, "moved_experts": moved
+    }.items()  # fmt: skip
 
 
 def test_plans_of_a_frontier_say_what_was_chosen_for_all(

@@ -43,7 +43,7 @@ def test_any_prices_certify(
     num_experts: tuple[int, ...], num_ranks: int, seed: int
 ) -> None:
     """What a placement keeps is at most the constant plus what it keeps of new weights."""
-    problem = random_problem(num_experts, ONE_NODE[num_ranks], seed)
+    problem = random_problem(num_experts, ONE_NODE[num_ranks], seed, reachable=True)
     split = grouping(problem)
     triangles = Triangles(split)
     relaxed = Relaxation(split)
@@ -58,7 +58,7 @@ def test_any_prices_certify(
         assert kept <= constant + kept_together(weight, placement)
 
 
-def test_prices_only_rise_where_sharing_is_not_transitive() -> None:
+def test_even_sharing_raises_no_price() -> None:
     problem = random_problem((6, 6), ONE_NODE[3], 1)
     split = grouping(problem)
     triangles, relaxed = Triangles(split), Relaxation(split)
@@ -67,6 +67,28 @@ def test_prices_only_rise_where_sharing_is_not_transitive() -> None:
     assert constant == 0
     for block, one in weight.items():
         assert (one == split.weight[block]).all()
+
+
+def test_prices_rise_exactly_where_sharing_is_not_transitive() -> None:
+    split = grouping(random_problem((6, 6), ONE_NODE[3], 1))
+    triangles, relaxed = Triangles(split), Relaxation(split)
+    relaxed.run(20)
+    triangles.move(relaxed)
+
+    def shared(one: tuple[int, int], two: tuple[int, int]) -> float:
+        """Return z of two experts, each a layer and its number there."""
+        (layer, e), (next_layer, other) = sorted((one, two))
+        return float(relaxed.shared((layer, next_layer))[e, other])
+
+    raised, expected = [], []
+    for triples in triangles._triples:
+        for numbers in np.ndindex(triples.price.shape):
+            i, j, k = zip(triples.layers, numbers, strict=True)
+            raised.append(bool(triples.price[numbers] > 0))
+            distinct = len({i, j, k}) == 3
+            expected.append(distinct and shared(i, j) + shared(j, k) > 1 + shared(i, k))
+    assert raised == expected
+    assert any(raised)
 
 
 def test_too_many_triples_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from placer.report.drift import NUM_GROUPS, check_plan
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Trace, TraceWriter
+from tests.plans import unsolved_plan
 
 MODEL = ModelSpec(num_experts=(8,), top_k=2)
 KEY = "remote_rank_copies_per_token"
@@ -49,14 +50,19 @@ def plan(tmp_path: Path) -> Plan:
 def test_a_plan_holds_on_more_of_the_same(plan: Plan, tmp_path: Path) -> None:
     report = check_plan(plan, write(tmp_path / "same", 4, 1))
     assert not report.drifted
-    traffic = report.figures[0]
-    assert abs(traffic.now - traffic.then) < traffic.allowed
 
 
 def test_other_partners_are_drift(plan: Plan, tmp_path: Path) -> None:
     report = check_plan(plan, write(tmp_path / "other", 1, 1))
     assert [one.drifted for one in report.figures] == [True, False]
     assert report.figures[0].now > 1, "worse than contiguous, which keeps neighbours"
+
+
+def test_the_tolerance_and_twice_the_error_are_allowed(plan: Plan, tmp_path: Path) -> None:
+    other = write(tmp_path / "other", 1, 1)
+    traffic = check_plan(plan, other, tolerance=0.0).figures[0]
+    assert traffic.allowed == 2 * traffic.error > 0
+    assert not check_plan(plan, other, tolerance=10.0).drifted
 
 
 def test_the_error_is_the_jackknife_of_whole_sequences(plan: Plan, tmp_path: Path) -> None:
@@ -81,6 +87,12 @@ def test_what_cannot_be_told_is_refused(plan: Plan, tmp_path: Path) -> None:
     for tolerance in (-1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="must not be negative"):
             check_plan(plan, few, tolerance=tolerance)
+
+
+def test_a_plan_without_figures_is_refused(tmp_path: Path) -> None:
+    plan = unsolved_plan(MODEL, contiguous((8,), 4))
+    with pytest.raises(PlacerError, match="the plan records no figures"):
+        check_plan(plan, write(tmp_path / "same", 4, 1))
 
 
 def test_on_one_rank_nothing_is_sent_and_nothing_drifts(tmp_path: Path) -> None:

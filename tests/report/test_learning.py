@@ -12,7 +12,7 @@ from placer.plan import Placement
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.search import Search, SearchLimits
-from placer.report.learning import learning_curve, moved_share
+from placer.report.learning import _parts, learning_curve, moved_share
 from placer.trace import Fold, Trace
 
 OPTIONS = SolveOptions(
@@ -31,8 +31,15 @@ def test_parts_grow_to_the_whole_profile(make_trace: Callable[..., Trace]) -> No
     ] * 2
     assert len(points) == 3
     assert points[2].num_tokens == trace.read(Fold(0, 2)).num_tokens
-    assert points[2].moved == 0
     assert points[2].ratio < 1
+
+
+def test_each_part_holds_the_part_before(make_trace: Callable[..., Trace]) -> None:
+    profile = make_trace(num_tokens=4000, num_sequences=80).read(Fold(0, 2))
+    small, more, whole = (
+        set(part.sequence_ids.tolist()) for part in _parts(profile, (1000, 100), 0)
+    )
+    assert small < more < whole
 
 
 def test_a_fold_smaller_than_the_parts_is_refused(make_trace: Callable[..., Trace]) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from math import log2
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.plan import Placement
 from placer.report.load import rank_load
-from placer.report.statistics import TraceStatistics, mutual_information, skew
+from placer.report.statistics import TraceStatistics, skew
 from placer.trace import Chunk, Trace, TraceWriter
 
 
@@ -99,27 +98,6 @@ def test_unnamed_domain_is_refused(tmp_path: Path) -> None:
     trace = write(tmp_path / "trace", [chunk], domains=("a", "b"))
     with pytest.raises(PlacerError, match=r"domain_ids holds 2, but trace\.json names 2"):
         TraceStatistics.of(trace)
-
-
-def test_mutual_information_of_known_tables() -> None:
-    assert mutual_information(np.eye(8, dtype=np.int64) * 5) == pytest.approx(3.0)
-    assert mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0.0)
-    assert mutual_information(np.zeros((3, 3), dtype=np.int64)) == 0.0
-    # [[3, 1], [1, 3]] / 8: each cell p log2(p / (1/4)).
-    by_hand = 2 * 3 / 8 * log2(3 / 2) + 2 * 1 / 8 * log2(1 / 2)
-    assert mutual_information(np.array([[3, 1], [1, 3]])) == pytest.approx(by_hand)
-
-
-def test_mutual_information_of_real_neighbouring_layers(shared_traces: Path) -> None:
-    """gpt-oss-20b: 1.48 bits between top-1 experts, which its own page states."""
-    with np.load(shared_traces / "gpt-oss-20b.npz", allow_pickle=False) as data:
-        top = data["experts"][:, :, 0].astype(np.int64)
-    bits = []
-    for layer in range(top.shape[1] - 1):
-        pairs = np.zeros((32, 32), dtype=np.int64)
-        np.add.at(pairs, (top[:, layer], top[:, layer + 1]), 1)
-        bits.append(mutual_information(pairs))
-    assert np.mean(bits) == pytest.approx(1.48, abs=0.01)
 
 
 def test_skew() -> None:

@@ -37,6 +37,7 @@ def test_static_shares_the_homes_evenly_where_a_node_holds_every_copy():
     (chosen,) = sglang_static_ranks(placement_of(SIX_RANKS, 9, 6))
     assert chosen[[0, 1, 3, 5], 0].tolist() == [0, 1, 3, 5]
     assert set(chosen[[2, 4], 0]) <= {0, 1, 3, 5}
+    assert len(set(chosen[[2, 4], 0])) == 2, "a copy serves one more home at most"
 
 
 #: Eight ranks of three slots, two layers of twelve experts, each expert on two ranks.

@@ -297,14 +297,12 @@ def test_exact_rows_need_no_other_token(make_chunk):
     )
     tokens = dataclasses.replace(tokens, experts=rows)
     table = build(tokens, token_experts={1: experts})
-    found = simulate(PLACEMENT, tokens, table=table)
     homes = TableHomes(table, np.arange(55), np.zeros(55, dtype=np.uint8))
     homes.served(np.zeros((2, 55), dtype=np.uint8), np.zeros((2, 55), dtype=np.uint8))
     home = homes.best(1).home
     served = [(experts[v] // 2 == home[v]).mean() for v in range(55)]
     best = [max(np.bincount(experts[v] // 2)) / 2 for v in range(55)]
     assert served == best
-    assert found["token_combined"].local_activation_rate > 0
 
 
 def test_round_trip_and_the_same_tokens_give_the_same_bytes(make_chunk, tmp_path):

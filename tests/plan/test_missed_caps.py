@@ -1,0 +1,25 @@
+"""Caps that a placement misses."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from placer.errors import NoSolutionError
+from placer.plan.missed_caps import require_load_cap, require_receive_cap
+from placer.plan.options import SolveOptions
+from placer.plan.problem import Topology
+
+OPTIONS = SolveOptions(topology=Topology(gpus_per_node=2), max_received_copies=2.0)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("require", [require_load_cap, require_receive_cap])
+def test_a_missed_cap_tells_whether_the_search_was_stopped(
+    require: Callable[..., None], stopped: bool
+) -> None:
+    with pytest.raises(NoSolutionError, match=r"2 of 3 MoE layers.*worst 2\.5") as caught:
+        require([2.1, 2.5], OPTIONS, 3, stopped=stopped)
+    assert ("the search was stopped" in str(caught.value)) == stopped
+    require([], OPTIONS, 3, stopped=stopped)
+    require([2.5], replace(OPTIONS, relax_cap=True), 3, stopped=stopped)
