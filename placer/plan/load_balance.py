@@ -42,6 +42,7 @@ def balance_loads(
     num_ranks: int,
     num_nodes: int = 1,
     redundant_experts: int = 0,
+    max_imbalance: float = np.inf,
 ) -> LoadBalance:
     """Place experts, and copies of them, for the evenest load.
 
@@ -57,6 +58,9 @@ def balance_loads(
         The topology.
     redundant_experts
         Slots per layer beyond one for each expert.
+    max_imbalance
+        What must be reached where it can be; else less than a percent above the bound is
+        even enough.
 
     Raises
     ------
@@ -66,7 +70,8 @@ def balance_loads(
     for layer, load in enumerate(loads):
         require_divisible_slots(len(load), num_ranks, layer)
     # Copies change everything anew, so what they start from need not be proved.
-    found = [_balanced(load, num_ranks, exact=not redundant_experts) for load in loads]
+    exact = not redundant_experts
+    found = [_balanced(load, num_ranks, max_imbalance, exact=exact) for load in loads]
     placement = Placement.from_expert_rank([one for one, _ in found], num_ranks, num_nodes)
     bound = [value for _, value in found]
     if redundant_experts:
@@ -87,14 +92,17 @@ def balance_loads(
     )
 
 
-def _balanced(load: FloatArray, num_ranks: int, *, exact: bool) -> tuple[IntArray, float]:
+def _balanced(
+    load: FloatArray, num_ranks: int, max_imbalance: float, *, exact: bool
+) -> tuple[IntArray, float]:
     """Return the rank of every expert, and a bound of the imbalance."""
     bound = _bound(load, num_ranks, 0)
     if not load.any():
         return greedy_balance(load, num_ranks), bound
     mean = load.sum() / num_ranks
     exact = exact and len(load) * num_ranks <= _EXACT_VARIABLES
-    enough = _CLOSE * bound * mean if exact else np.inf
+    close = min(_CLOSE * bound, max(max_imbalance, bound))
+    enough = close * mean if exact else np.inf
     found = balance_layer(load, num_ranks, enough)
     if found.max_load > enough:
         bound = max(bound, found.proved_max_load / mean)

@@ -269,6 +269,7 @@ def _balance(
         topology.num_ranks,
         topology.num_nodes,
         options.redundant_experts,
+        options.max_imbalance,
     )
     missed = above_load_cap(dict(enumerate(found.imbalance)), options)
     require_load_cap(missed.values(), options, found.placement.num_layers)

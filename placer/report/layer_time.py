@@ -221,7 +221,6 @@ def _balance(options: SolveOptions) -> SolveOptions:
         exchange="per-rank",
         receive_price=0.0,
         robust="none",
-        relax_cap=True,
     )
 
 

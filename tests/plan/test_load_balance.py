@@ -51,6 +51,19 @@ def test_two_ranks_are_within_a_percent_of_the_best(
     assert found.imbalance[0] == pytest.approx(totals.max() / totals.mean())
 
 
+def test_a_cap_that_can_be_reached_is() -> None:
+    """Though less than a percent above the bound is even enough without one."""
+    load = np.asarray([453, 248, 367, 310, 264, 315, 328, 383], float)
+    least = min(
+        max(sum(load[list(held)]), load.sum() - sum(load[list(held)]))
+        for held in itertools.combinations(range(8), 4)
+    ) / (load.sum() / 2)
+    assert 1 < least <= 1.002 < balance_loads([load], 2).imbalance[0]
+    assert balance_loads([load], 2, max_imbalance=1.002).imbalance[0] <= 1.002
+    out_of_reach = balance_loads([load], 2, max_imbalance=1.0)
+    assert out_of_reach.imbalance[0] == out_of_reach.bound[0] == pytest.approx(least)
+
+
 def test_copies_make_one_hot_expert_bearable() -> None:
     load = np.asarray([70, 10, 10, 10, 10, 10, 10, 10], float)
     alone = balance_loads([load], 4)
