@@ -148,9 +148,10 @@ class Refinement:
         return any(state.slots.size > len(state.holds) for state in self._states)
 
     def _has_even_homes(self, layer: int) -> bool:
-        """Return whether copies serve as even homes ask them to, or whatever homes are.
+        """Return whether a layer's load is taken as if tokens came from all homes alike.
 
-        Table homes are others for each placement, and none is made to meet a cap for them.
+        So it is where homes choose no copies or are any rank, and for homes of tables: they
+        are others for each placement, and none is made to meet a cap under them.
         """
         has_one_row = len(self._states[layer].num_choices) == 1
         return has_one_row or self.problem.policy != "follow" or layer == 0
