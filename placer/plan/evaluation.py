@@ -73,7 +73,7 @@ class Evaluation:
 def is_better(
     overflow: FloatArray, price: float, other_overflow: FloatArray, other_price: float
 ) -> bool:
-    """Compare by what is above each cap, which no price outweighs, then by price."""
+    """Compare ``[2]``, what is above each cap, which no price outweighs, then the price."""
     for one, other in zip(overflow, other_overflow, strict=True):
         if abs(one - other) > SAME_OVERFLOW:
             return bool(one < other)

@@ -411,13 +411,14 @@ class Refinement:
         return homes
 
     def _first_homes(self) -> RankArray:
+        """Return ``[T]``: R, any rank, where homes choose no copies; else even ones."""
         num_tokens, num_ranks = self.problem.num_tokens, self.problem.topology.num_ranks
         if any(len(state.num_choices) > 1 for state in self._states):
             return _even_homes(num_tokens, num_ranks)
         return np.full(num_tokens, num_ranks, dtype=np.int16)
 
     def _next_homes(self, layer: int, home: RankArray) -> RankArray:
-        """Return the homes that follow from those in a layer: where most experts are."""
+        """Return ``[T]``: the homes after a layer, the ranks that serve most experts."""
         tokens = _layer_tokens(
             self._profiles[layer], home, np.zeros((1, 1), dtype=np.int64)
         )
