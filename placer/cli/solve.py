@@ -167,7 +167,8 @@ def solve(
     replica_choice: Annotated[
         str | None,
         typer.Option(
-            help="Which copy serves: local-first or hash.", show_default="local-first"
+            help="Which copy serves: local-first, sglang-static or hash.",
+            show_default="local-first",
         ),
     ] = None,
     robust: Annotated[

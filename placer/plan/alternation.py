@@ -8,23 +8,24 @@ built from, so every sequence is judged by the table of other sequences (cross-f
 Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
+from placer.plan.caution import Caution, kept_under_cap
 from placer.plan.deadline import Deadline
-from placer.plan.evaluation import Evaluation
+from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy
-from placer.plan.problem import IntArray
+from placer.plan.problem import FloatArray, IntArray
 from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.requests import place_requests
 from placer.plan.traffic import TrafficProblem
 from placer.simulation.homes import fixed_homes
-from placer.simulation.serving import LayerServing
+from placer.simulation.replica_choice import serving_layers
 from placer.table.build import build_table
 from placer.table.homes import TableHomes
 from placer.table.lookup import known_ids, request_homes
@@ -36,6 +37,9 @@ Homes = tuple[IntArray, ...]
 NUM_ROUNDS = 4
 #: Parts of the sequences; the table of all parts but one gives that one its homes.
 NUM_PARTS = 4
+# Caution to begin with, where there are replicas. Tokens go where copies of their experts
+# are, and take the load there with them; requests, which use most experts, hardly do.
+_FIRST_CAUTION: dict[ContentPolicy, float] = {"token": 0.3, "request": 0.0}
 # Copies that a pair served at home is worth when placements are compared. Moves are not
 # made for it: what that gains on the profile is lost on other sequences (docs/tables.md).
 _SERVED_PRICE = 1.0
@@ -96,54 +100,93 @@ class Alternation:
         placement: Placement,
         progress: Callable[[int, float], None] | None = None,
         deadline: Deadline | None = None,
-    ) -> tuple[Placement, Evaluation]:
-        """Return the best placement of all rounds, the given one included, and its cost.
+    ) -> Rated:
+        """Return the best placement of all rounds, the given one included.
 
         The best by all that ``traffic`` prices less what pairs served at home are worth,
         under the load cap where one is. ``progress`` is told the round and the price of its
         copies (see :meth:`price`).
         """
         deadline = deadline or Deadline()
-        best, least = placement, None
+        rounds = self._careful_rounds if placement.has_replicas else self._rounds
+        best = None
         with deadline.interruptible():
-            homes = self.table_homes(placement)
-            least = self._evaluate(placement, homes)
-            for number in range(NUM_ROUNDS):
-                if deadline.passed():
-                    break
-                placement = self._refined(placement, homes, number, deadline)
-                homes = self.table_homes(placement)
-                found = self._evaluate(placement, homes)
-                if found.is_better(least):
-                    best, least = placement, found
-                if progress is not None:
-                    progress(number, least.copies)
-        return self.rated(best) if least is None else (best, least)
+            for number, best in enumerate(rounds(placement, deadline)):
+                if number and progress is not None:
+                    progress(number - 1, best.cost.copies)
+        return self._kept_under_cap(best or self.rated(placement), deadline)
 
-    def mixture(
-        self, one: tuple[Placement, Evaluation], other: tuple[Placement, Evaluation]
-    ) -> tuple[Placement, Evaluation]:
+    def _rounds(self, placement: Placement, deadline: Deadline) -> Iterator[Rated]:
+        """Yield the placement, then the best so far after each round."""
+        best = found = self.rated(placement)
+        yield best
+        for number in range(NUM_ROUNDS):
+            if deadline.passed():
+                return
+            found = self.rated(self._refined(found, None, number, deadline))
+            if found.cost.is_better(best.cost):
+                best = found
+            yield best
+
+    def _careful_rounds(self, placement: Placement, deadline: Deadline) -> Iterator[Rated]:
+        """Yield the same with replicas, under a cap on load that depends on the homes.
+
+        Each layer keeps its best round, and is given as little caution as it bears.
+        """
+        caution = Caution.of_share(_FIRST_CAUTION[self.policy], placement.num_layers)
+        best = self.rated(placement)
+        yield best
+        for number in range(NUM_ROUNDS):
+            if deadline.passed():
+                return
+            refined = self._refined(best, caution.share, number, deadline)
+            found = self.rated(refined)
+            caution = caution.adapted(found.cost)
+            mixed = self._mixed(best, found)
+            if mixed.cost.is_better(best.cost):
+                best = mixed
+            yield best
+
+    def mixture(self, one: Rated, other: Rated, deadline: Deadline) -> Rated:
         """Take each layer from the placement where it costs less; return what it costs.
 
         A table's homes follow the experts of past layers whatever their ranks are called,
         so layers hardly depend on each other.
         """
+        return self._kept_under_cap(self._mixed(one, other), deadline)
+
+    def _mixed(self, one: Rated, other: Rated) -> Rated:
         maps = zip(
-            other[1].better_layers(one[1]),
-            one[0].physical_to_logical_map,
-            other[0].physical_to_logical_map,
+            other.cost.better_layers(one.cost),
+            one.placement.physical_to_logical_map,
+            other.placement.physical_to_logical_map,
             strict=True,
         )
         chosen = tuple(theirs if better else ours for better, ours, theirs in maps)
-        return self.rated(replace(one[0], physical_to_logical_map=chosen))
+        return self.rated(replace(one.placement, physical_to_logical_map=chosen))
 
-    def rated(self, placement: Placement) -> tuple[Placement, Evaluation]:
-        """Return a placement, and what it costs from the homes of its own tables."""
-        return placement, self._evaluate(placement, self.table_homes(placement))
+    def _kept_under_cap(self, found: Rated, deadline: Deadline) -> Rated:
+        """Mend a placement with replicas until its own homes keep it under the cap."""
+        if not found.placement.has_replicas:
+            return found
+
+        def mended(found: Rated, caution: FloatArray, number: int) -> Rated:
+            problem = replace(self._given(found.homes), caution=caution)
+            refinement = Refinement(problem=problem, limits=self.limits, seed=number)
+            return self.rated(refinement.mend(found.placement))
+
+        return kept_under_cap(found, mended, deadline)
+
+    def rated(self, placement: Placement) -> Rated:
+        """Return what a placement costs from the homes of its own tables."""
+        homes = self.table_homes(placement)
+        return Rated(
+            placement=placement, homes=homes, cost=self._evaluate(placement, homes)
+        )
 
     def price(self, placement: Placement) -> float:
         """Return the price of the copies per token and layer, from the homes of tables."""
-        return self.rated(placement)[1].copies
+        return self.rated(placement).cost.copies
 
     def _evaluate(self, placement: Placement, homes: Homes) -> Evaluation:
         """Return what a placement costs from these homes."""
@@ -188,29 +231,31 @@ class Alternation:
         fixed = fixed_homes(judged.sequence_ids, placement.num_ranks)
         homes = TableHomes(table, judged.token_ids, fixed)
         found = np.empty((placement.num_layers, judged.num_tokens), dtype=np.int64)
-        for layer, ids in enumerate(judged.experts):
+        layers = serving_layers(placement, self.traffic.replica_choice)
+        for layer, serving in enumerate(layers):
             home = homes.plain(layer).home
-            experts = np.ascontiguousarray(ids.T)
-            homes.served(LayerServing.of(placement, layer).ranks(experts, home), experts)
+            experts = np.ascontiguousarray(judged.experts[layer].T)
+            homes.served(serving.ranks(experts, home), experts)
             found[layer] = home
         return found
 
     def _refined(
-        self, placement: Placement, homes: Homes, number: int, deadline: Deadline
+        self, found: Rated, caution: FloatArray | None, number: int, deadline: Deadline
     ) -> Placement:
-        """Improve the placement for the homes of one round."""
+        """Improve a placement for its homes."""
+        homes = found.homes
         if self.policy == "request":
-            homes = request_clusters(placement, self.tokens)
+            homes = request_clusters(found.placement, self.tokens)
         sweeps = -(-self.limits.num_sweeps // NUM_ROUNDS)
         return Refinement(
-            problem=self._given(homes),
+            problem=replace(self._given(homes), caution=caution),
             limits=replace(
                 self.limits,
                 num_sweeps=sweeps,
                 num_visited_tokens=self.limits.num_visited_tokens // NUM_ROUNDS,
             ),
             seed=self.seed + number,
-        ).run(placement, deadline=deadline)
+        ).run(found.placement, deadline=deadline)
 
     def _given(self, homes: Homes) -> TrafficProblem:
         return replace(self.traffic, policy="given", homes=homes)

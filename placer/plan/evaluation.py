@@ -1,6 +1,6 @@
 """What a placement costs on the profile, and which of two placements is the better.
 
-Legend of the shapes: L MoE layers, R ranks.
+Legend of the shapes: L MoE layers, T tokens, R ranks.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from placer.plan.placement import Placement
+
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 #: Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
 SAME_OVERFLOW = 1e-3
@@ -68,6 +71,25 @@ class Evaluation:
         """Return what the layers above the cap on received copies reach."""
         missed = np.flatnonzero(self.overflow[1] > SAME_OVERFLOW)
         return {int(layer): float(self.most_received_copies[layer]) for layer in missed}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rated:
+    """A placement and what it costs, whoever serves it.
+
+    Attributes
+    ----------
+    placement
+        Experts in slots.
+    cost
+        On the profile.
+    homes
+        L arrays ``[T]`` of homes by the placement's own tables; empty without tables.
+    """
+
+    placement: Placement
+    cost: Evaluation
+    homes: tuple[IntArray, ...] = ()
 
 
 def is_better(

@@ -18,7 +18,7 @@ from numba import njit
 
 Array = npt.NDArray[Any]
 
-LOCAL_FIRST, ANY_COPY = 0, 1
+LOCAL_FIRST, ANY_COPY, SGLANG_STATIC = 0, 1, 2
 
 
 class LayerTokens(NamedTuple):
@@ -92,6 +92,11 @@ class Prices(NamedTuple):
         Price of a token above ``max_homes``; 0: not counted.
     ranks_per_node
         Ranks that are near to each other where copies of an expert are chosen among.
+    caution
+        Of what a copy might serve beyond its share, the part that is counted as if it did;
+        0 where who serves is known.
+    draws
+        Whether draws choose among copies, and it is not known yet how they fall.
     """
 
     to_rank: Array
@@ -106,6 +111,8 @@ class Prices(NamedTuple):
     max_homes: float
     crowd: float
     ranks_per_node: int
+    caution: float
+    draws: bool
 
 
 class LayerState(NamedTuple):
@@ -121,7 +128,7 @@ class LayerState(NamedTuple):
         ``[H, E, C]`` and ``[H, E]`` int16: the ranks among which (home, expert) takes
         turns by token index.
     share
-        ``[E, R]`` float64: share of an expert's load that a rank serves.
+        ``[E, R]`` float64: share of an expert's load that a rank counts as its own.
     cost
         ``[T]`` int64: the price of one token of each row.
     rank_load
@@ -147,13 +154,32 @@ class LayerState(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def choose(holds, ranks_per_node, rule, choices, num_choices):  # type: ignore[no-untyped-def]
-    """Fill ``[H, C]`` and ``[H]`` with the ranks that serve an expert held by ``[R]``.
+def _random(state):  # type: ignore[no-untyped-def]
+    """Return the next of a stream of uint64 (xorshift64*, Vigna, arXiv 1402.6246)."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return x * np.uint64(0x2545F4914F6CDD1D)
+
+
+@njit(cache=True, nogil=True)
+def _below(state, limit):  # type: ignore[no-untyped-def]
+    return np.int64((_random(state) >> np.uint64(11)) % np.uint64(limit))
+
+
+@njit(cache=True, nogil=True)
+def choose(expert, holds, ranks_per_node, rule, choices, num_choices):  # type: ignore[no-untyped-def]
+    """Fill ``[H, C]`` and ``[H]`` with the ranks that serve an expert, held by ``[R]``.
 
     ``LOCAL_FIRST``: the copy at home, else those on the home's node, else all;
-    ``ANY_COPY``: all, wherever the home is.
+    ``ANY_COPY``: all, wherever the home is; ``SGLANG_STATIC``: one for each home.
     """
     num_ranks = holds.shape[0]
+    if rule == SGLANG_STATIC:
+        _choose_static(expert, holds, ranks_per_node, choices, num_choices)
+        return
     for home in range(num_choices.shape[0]):
         first, last = 0, num_ranks
         if num_choices.shape[0] > 1 and rule == LOCAL_FIRST:
@@ -171,6 +197,33 @@ def choose(holds, ranks_per_node, rule, choices, num_choices):  # type: ignore[n
 
 
 @njit(cache=True, nogil=True)
+def _choose_static(expert, holds, ranks_per_node, choices, num_choices):  # type: ignore[no-untyped-def]
+    """Fill the same with one copy per home: the near one, or any at random.
+
+    SGLang's own draws depend on those for all experts before; these on expert and home.
+    """
+    copies = np.flatnonzero(holds)
+    for home in range(num_choices.shape[0]):
+        near = _near_copy(holds, home, ranks_per_node)
+        if near < 0:
+            seed = expert * num_choices.shape[0] + home + 1
+            stream = np.array([seed], dtype=np.uint64)
+            near = copies[_below(stream, len(copies))]
+        choices[home, 0] = near
+        num_choices[home] = 1
+
+
+@njit(cache=True, nogil=True)
+def _near_copy(holds, home, ranks_per_node):  # type: ignore[no-untyped-def]
+    """Rank of the copy that SGLang prefers from a home, or -1 where it draws."""
+    if holds[home]:
+        return home
+    node = home // ranks_per_node * ranks_per_node
+    near = np.flatnonzero(holds[node : node + ranks_per_node])
+    return node + near[0] if 0 < len(near) < holds.sum() else -1
+
+
+@njit(cache=True, nogil=True)
 def _copy(choices, num_choices, row, expert, token):  # type: ignore[no-untyped-def]
     """Rank that serves a token: equal choices take turns."""
     # A division costs as much as all the rest, and most experts have one copy.
@@ -180,11 +233,52 @@ def _copy(choices, num_choices, row, expert, token):  # type: ignore[no-untyped-
 
 
 @njit(cache=True, nogil=True)
+def _counted_share_of(tokens, prices, expert, held, choices, num_choices, index, share):  # type: ignore[no-untyped-def]
+    """Fill ``[R]`` with the share of an expert's load that each rank counts.
+
+    Its copies ``held`` ``[R]`` are ``choices[:, index]``; each counts ``caution`` of what
+    it might serve beyond its share.
+    """
+    if prices.draws:
+        _drawn_share_of(tokens, prices, expert, held, share)
+        return
+    _share_of(tokens, expert, choices, num_choices, index, share)
+    for rank in range(share.shape[0]):
+        if held[rank]:
+            share[rank] += prices.caution * (1.0 - share[rank])
+
+
+@njit(cache=True, nogil=True)
+def _drawn_share_of(tokens, prices, expert, held, share):  # type: ignore[no-untyped-def]
+    """Fill the same for draws: the mean over them, and ``caution`` of what is above it."""
+    num_ranks = held.shape[0]
+    count = np.ones(num_ranks)
+    first, last = tokens.starts[expert], tokens.starts[expert + 1]
+    if not tokens.has_even_homes and first < last:
+        count[:] = 0.0
+        for place in range(first, last):
+            count[tokens.home[tokens.users[place]]] += 1.0
+    count /= count.sum()
+    share[:] = 0.0
+    drawn = 0.0
+    for home in range(num_ranks):
+        near = _near_copy(held, home, prices.ranks_per_node)
+        if near < 0:
+            drawn += count[home]
+        else:
+            share[near] += count[home]
+    mean = drawn / held.sum()
+    for rank in range(num_ranks):
+        if held[rank]:
+            share[rank] += mean + prices.caution * (drawn - mean)
+
+
+@njit(cache=True, nogil=True)
 def _share_of(tokens, expert, choices, num_choices, index, share):  # type: ignore[no-untyped-def]
     """Fill ``[R]`` with the share of an expert's load on each rank.
 
-    Its copies are ``choices[:, index]``. Homes that follow from experts are counted with
-    the turns: a turn in one layer, which decides the home, is the token's in the next too.
+    Homes that are not even are counted with the turns: a turn in one layer, which decides
+    the home, is the token's in the next too.
     """
     share[:] = 0.0
     num_homes = num_choices.shape[0]
@@ -206,11 +300,12 @@ def _share_of(tokens, expert, choices, num_choices, index, share):  # type: igno
 
 
 @njit(cache=True, nogil=True)
-def rank_shares(tokens, state):  # type: ignore[no-untyped-def]
+def rank_shares(tokens, prices, state):  # type: ignore[no-untyped-def]
     """Fill ``share`` from the placement."""
     choices, num_choices = state.choices, state.num_choices
     for expert in range(state.share.shape[0]):
-        _share_of(tokens, expert, choices, num_choices, expert, state.share[expert])
+        held, share = state.holds[expert], state.share[expert]
+        _counted_share_of(tokens, prices, expert, held, choices, num_choices, expert, share)
 
 
 @njit(cache=True, nogil=True)
@@ -497,22 +592,6 @@ def busy(received, limit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _random(state):  # type: ignore[no-untyped-def]
-    """Return the next of a stream of uint64 (xorshift64*, Vigna, arXiv 1402.6246)."""
-    x = state[0]
-    x ^= x >> np.uint64(12)
-    x ^= x << np.uint64(25)
-    x ^= x >> np.uint64(27)
-    state[0] = x
-    return x * np.uint64(0x2545F4914F6CDD1D)
-
-
-@njit(cache=True, nogil=True)
-def _below(state, limit):  # type: ignore[no-untyped-def]
-    return np.int64((_random(state) >> np.uint64(11)) % np.uint64(limit))
-
-
-@njit(cache=True, nogil=True)
 def _uniform(state):  # type: ignore[no-untyped-def]
     """Return a float64 in (0, 1]."""
     return ((_random(state) >> np.uint64(11)) + np.uint64(1)) * (1.0 / 9007199254740992.0)
@@ -544,8 +623,18 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     change = 0.0
     for side in range(2):
         mine, my_number = choices[:, side], num_choices[:, side]
-        choose(held[side], prices.ranks_per_node, rule, mine, my_number)
-        _share_of(tokens, experts[side], choices, num_choices, side, share[side])
+        expert, width = experts[side], prices.ranks_per_node
+        choose(expert, held[side], width, rule, mine, my_number)
+        _counted_share_of(
+            tokens,
+            prices,
+            experts[side],
+            held[side],
+            choices,
+            num_choices,
+            side,
+            share[side],
+        )
     change += prices.linear[two, rank] - prices.linear[one, rank]
     if other >= 0:
         change += prices.linear[one, other] - prices.linear[two, other]

@@ -49,7 +49,7 @@ class SolveOptions:
     redundant_experts
         Slots per layer beyond one for each expert.
     replica_choice
-        Which copy serves: ``local-first`` or ``hash``.
+        Which copy serves: ``local-first``, ``sglang-static`` or ``hash``.
     robust
         Which other loads the placement should bear (``scenarios``).
     overflow_price
@@ -106,7 +106,7 @@ class SolveOptions:
             "--objective": (self.objective, ("traffic", "balance")),
             "--policy": (self.policy, ("fixed", "follow", "token", "request")),
             "--exchange": (self.exchange, ("per-rank", "per-node")),
-            "--replica-choice": (self.replica_choice, ("local-first", "hash")),
+            "--replica-choice": (self.replica_choice, get_args(ReplicaChoice)),
             "--robust": (self.robust, ("none", "bootstrap", "domains")),
             "--proof": (self.proof, get_args(Proof)),
         }
@@ -227,6 +227,13 @@ class SolveOptions:
     def constrained(self) -> bool:
         """Whether a placement may start above the load cap."""
         return self.start is not None or bool(self.pins) or self.preserve_groups
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether draws are all that is not known of which copy serves."""
+        has_table = self.content_policy is not None
+        is_drawn = self.replica_choice == "sglang-static"
+        return self.redundant_experts > 0 and is_drawn and not has_table
 
     @property
     def asked_of_tokens(self) -> dict[str, bool]:

@@ -11,9 +11,11 @@ token, S load scenarios.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +26,17 @@ from placer.plan.evaluation import SAME_OVERFLOW, Evaluation, is_better
 from placer.plan.layer_profile import LayerProfile
 from placer.plan.placement import Placement
 from placer.plan.traffic import TrafficProblem
+from placer.simulation.replica_choice import SglangDraws, sglang_static_ranks
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 RankArray = npt.NDArray[np.int16]
 
-_RULES = {"local-first": kernels.LOCAL_FIRST, "hash": kernels.ANY_COPY}
+_RULES = {
+    "local-first": kernels.LOCAL_FIRST,
+    "hash": kernels.ANY_COPY,
+    "sglang-static": kernels.SGLANG_STATIC,
+}
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
 # Visits of a layer that is above a cap.
@@ -74,6 +81,16 @@ class _Snapshot:
 
     slots: tuple[IntArray, ...]
     price: FloatArray
+    overflow: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Drawn:
+    """A layer as it is served, the draws after it, its price and what is above caps."""
+
+    state: kernels.LayerState
+    draws: SglangDraws
+    price: float
     overflow: FloatArray
 
 
@@ -129,12 +146,13 @@ class Refinement:
             with deadline.interruptible():
                 self._mend()
             best = self._better(best, self._snapshot())
-        return Placement(
-            physical_to_logical_map=best.slots,
-            num_experts=placement.num_experts,
-            num_ranks=placement.num_ranks,
-            num_nodes=placement.num_nodes,
-        )
+        return replace(placement, physical_to_logical_map=best.slots)
+
+    def mend(self, placement: Placement) -> Placement:
+        """Return a placement whose layers above a cap are nearer to it, the others kept."""
+        self._load(placement)
+        self._mend()
+        return replace(placement, physical_to_logical_map=self._snapshot().slots)
 
     def _num_starts(self) -> int:
         """Return how often to anneal: as often as all proposals fit into the limit."""
@@ -150,11 +168,11 @@ class Refinement:
     def _has_even_homes(self, layer: int) -> bool:
         """Return whether a layer's load is taken as if tokens came from all homes alike.
 
-        So it is where homes choose no copies or are any rank, and for homes of tables: they
-        are others for each placement, and none is made to meet a cap under them.
+        So it is where homes choose no copies or are any rank.
         """
         has_one_row = len(self._states[layer].num_choices) == 1
-        return has_one_row or self.problem.policy != "follow" or layer == 0
+        any_rank = {"fixed": True, "follow": layer == 0, "given": False}
+        return has_one_row or any_rank[self.problem.policy]
 
     def _improve(
         self,
@@ -183,9 +201,9 @@ class Refinement:
     def _mend(self) -> None:
         """Descend in the layers that are above a cap, in their order.
 
-        Which copies serve a layer depends on those before it, and each sweep changes some
-        of these after it has visited the layer. Not cut by a deadline, which would leave
-        plans above their caps: few layers are, and visits are few.
+        Which copies serve a layer of ``follow`` depends on those before it, and each sweep
+        changes some of these after it has visited the layer. Not cut by a deadline, which
+        would leave plans above their caps: few layers are, and visits are few.
         """
         homes = [self._first_homes()]
         first = 2 * self.limits.num_sweeps
@@ -195,7 +213,41 @@ class Refinement:
                 if (self._overflow(layer) <= SAME_OVERFLOW).all():
                     break
                 self._visit(layer, None, number, homes)
-            homes.append(self._next_homes(layer, homes[-1]))
+            if self.problem.policy == "follow":
+                homes.append(self._next_homes(layer, homes[-1]))
+
+    def best_as_drawn(self, placements: Sequence[Placement]) -> Placement:
+        """Take each layer, in order, from the placement that is best by SGLang's draws.
+
+        Those for a layer depend on what all layers before it drew, and on nothing after.
+        """
+        first = placements[0]
+        self._load(first)
+        draws = SglangDraws(first.num_ranks, first.ranks_per_node)
+        homes = [self._first_homes()]
+        rows = []
+        for layer in range(self.problem.num_layers):
+            tried = [self._drawn(layer, one, deepcopy(draws), homes) for one in placements]
+            best = tried[0]
+            for one in tried[1:]:
+                if is_better(one.overflow, one.price, best.overflow, best.price):
+                    best = one
+            self._states[layer], draws = best.state, best.draws
+            rows.append(best.state.slots.ravel().astype(np.int64))
+            if self.problem.policy == "follow":
+                homes.append(self._next_homes(layer, homes[-1]))
+        return replace(first, physical_to_logical_map=tuple(rows))
+
+    def _drawn(
+        self, layer: int, placement: Placement, draws: SglangDraws, homes: list[RankArray]
+    ) -> "_Drawn":
+        """Return a layer of a placement as SGLang serves it after its draws so far."""
+        drawn = draws.ranks(placement.holds(layer))
+        state = self._state(placement, layer, drawn)
+        self._states[layer] = state
+        tokens = self._tokens(layer, with_next=False, homes=homes)
+        price = self._price_layer(tokens, layer) + self._penalties(layer)
+        return _Drawn(state=state, draws=draws, price=price, overflow=self._overflow(layer))
 
     def evaluate(self, placement: Placement) -> Evaluation:
         """Return what a placement costs."""
@@ -227,7 +279,11 @@ class Refinement:
 
     def _put(self, placement: Placement) -> None:
         """Start from a placement with as many slots as the one before."""
-        self._states = [self._state(placement, n) for n in range(self.problem.num_layers)]
+        drawn: Iterator[IntArray | None] = repeat(None)
+        if self.problem.replica_choice == "sglang-static" and placement.has_replicas:
+            drawn = iter(sglang_static_ranks(placement))
+        layers = range(self.problem.num_layers)
+        self._states = [self._state(placement, n, next(drawn)) for n in layers]
 
     def _profile(self, placement: Placement, layer: int) -> LayerProfile:
         num_experts = placement.num_experts[layer]
@@ -294,7 +350,7 @@ class Refinement:
 
     def _price_layer(self, tokens: kernels.LayerTokens, layer: int) -> float:
         state, prices = self._states[layer], self._prices[layer]
-        kernels.rank_shares(tokens, state)
+        kernels.rank_shares(tokens, prices, state)
         state.rank_load[:] = prices.load @ state.share
         return float(kernels.price_layer(tokens, prices, state))
 
@@ -426,12 +482,15 @@ class Refinement:
         kernels.busiest_ranks(tokens, self._states[layer], busiest)
         return busiest
 
-    def _state(self, placement: Placement, layer: int) -> kernels.LayerState:
+    def _state(
+        self, placement: Placement, layer: int, drawn: IntArray | None
+    ) -> kernels.LayerState:
+        """Return a layer as it is placed; ``drawn`` ``[R, E]`` are SGLang's choices."""
         problem, num_ranks = self.problem, placement.num_ranks
         slots = placement.physical_to_logical_map[layer].reshape(num_ranks, -1)
         holds = placement.holds(layer)
         replicas = slots.size > len(holds)
-        by_home = replicas and problem.replica_choice == "local-first"
+        by_home = replicas and problem.replica_choice != "hash"
         num_homes = num_ranks if by_home else 1
         most = min(num_ranks, slots.size - len(holds) + 1)
         state = kernels.LayerState(
@@ -446,13 +505,17 @@ class Refinement:
             next_received=np.zeros(num_ranks),
             homes=np.zeros(num_ranks, dtype=np.int64),
         )
+        if drawn is not None and replicas:
+            state.choices[:, :, 0], state.num_choices[:] = drawn, 1
+            return state
         rule = _RULES[problem.replica_choice]
         for expert, held in enumerate(holds):
             choices, number = (
                 state.choices[:, expert].copy(),
                 state.num_choices[:, expert].copy(),
             )
-            kernels.choose(held, placement.ranks_per_node, rule, choices, number)
+            width = placement.ranks_per_node
+            kernels.choose(expert, held, width, rule, choices, number)
             state.choices[:, expert], state.num_choices[:, expert] = choices, number
         return state
 

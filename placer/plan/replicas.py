@@ -10,13 +10,20 @@ from placer.plan.problem import FloatArray
 
 
 def with_replicas(
-    placement: Placement, load: Sequence[FloatArray], redundant_experts: int
+    placement: Placement,
+    load: Sequence[FloatArray],
+    redundant_experts: int,
+    *,
+    is_careful: bool = False,
 ) -> Placement:
     """Give every rank further slots, filled with the experts that relieve most.
 
     Of all experts that the least loaded rank does not hold yet, it takes the one with the
     most load per copy: the replication rule of DeepSeek's EPLB, here on a placement that
     is already there. The refinement then decides anew, by traffic too.
+
+    A careful choice takes the expert with the least load, each copy counted as if it
+    served all of it: whoever serves, ranks hardly get more load than before.
 
     Parameters
     ----------
@@ -26,6 +33,8 @@ def with_replicas(
         L arrays ``[E]``: pairs per expert.
     redundant_experts
         Further slots per layer.
+    is_careful
+        Whether copies may serve more of their expert's load than an even share.
 
     Raises
     ------
@@ -51,11 +60,12 @@ def with_replicas(
             )
         holds = placement.holds(layer)
         for _ in range(redundant_experts):
-            share = holds * (counts / holds.sum(axis=1))[:, None]
+            each = counts if is_careful else counts / holds.sum(axis=1)
+            share = holds * each[:, None]
             free = holds.sum(axis=0) < slots.shape[1] + more
             rank = int(np.where(free, share.sum(axis=0), np.inf).argmin())
-            relief = np.where(holds[:, rank], -1.0, counts / holds.sum(axis=1))
-            holds[int(relief.argmax()), rank] = True
+            worth = np.where(holds[:, rank], -np.inf, -each if is_careful else each)
+            holds[int(worth.argmax()), rank] = True
         rows.append(np.nonzero(holds.T)[1].astype(np.int64))
     return Placement(
         physical_to_logical_map=tuple(rows),

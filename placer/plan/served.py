@@ -6,7 +6,6 @@ from placer.engine import Engine
 from placer.errors import UsageError
 
 _SOLVED_EXCHANGES = ("per-rank", "per-node")
-_SOLVED_CHOICES = ("local-first", "hash")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +76,11 @@ def solved_for(
         )
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = found.replica_choice
-    near_choice = choice if choice in _SOLVED_CHOICES else "local-first"
-    if has_replicas and near_choice != choice:
-        notes.append(
-            f"{engine} picks copies by {choice}; solved for {near_choice}, the nearest rule"
-        )
-    _require_agreement("--replica-choice", replica_choice, near_choice, engine)
+    _require_agreement("--replica-choice", replica_choice, choice, engine)
     return Served(
         objective=objective,
         exchange=nearest,
-        replica_choice=near_choice,
+        replica_choice=choice,
         notes=tuple(notes),
     )
 

@@ -14,7 +14,7 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.plan.alternation import Alternation, vocabulary_of
 from placer.plan.deadline import Deadline
-from placer.plan.evaluation import Evaluation
+from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.first_placement import Profile, first_placement, profiled
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.load_balance import METHOD as BALANCE_METHOD
@@ -29,13 +29,14 @@ from placer.plan.missed_caps import (
 from placer.plan.options import OVERFLOW_PRICE, SolveOptions
 from placer.plan.pins import pinned_kinds, with_pins
 from placer.plan.placement import Placement
-from placer.plan.plan import Policy, SolverReport
+from placer.plan.plan import ContentPolicy, Policy, SolverReport
 from placer.plan.problem import (
     FloatArray,
     PlacementProblem,
 )
 from placer.plan.progress import GapLine, Progress, gap
 from placer.plan.refine import Refinement
+from placer.plan.replicas import with_replicas
 from placer.plan.reports import (
     content_report,
     copies_report,
@@ -47,6 +48,9 @@ from placer.plan.router_groups import group_kinds
 from placer.plan.scenarios import load_scenarios
 from placer.plan.traffic import TrafficProblem
 from placer.trace import Chunk
+
+# Of one placement after another, where SGLang draws.
+_CAUTION_OF_DRAWS = (1.0, 0.5, 0.25, 0.12, 0.0)
 
 
 def solve(
@@ -166,18 +170,32 @@ def _searched(
     progress: Progress | None,
     deadline: Deadline,
 ) -> tuple[_Found, Evaluation | None]:
-    """Minimise copies, for homes that tables give, from each start; best of all and mixed.
+    """Minimise copies, for homes that tables give where these are what is asked for.
 
     The second value is what the copies cost from those homes, which no other policy has.
     """
-    first, *others = options.start_policies(profile.affinity.model.top_k)
     content = options.content_policy
-    if content is None:
-        return _minimised(profile, judged, first, options, progress, deadline), None
+    if content is not None:
+        return _searched_for_tables(content, profile, judged, options, progress, deadline)
+    (policy,) = options.start_policies(profile.affinity.model.top_k)
+    minimised = _minimised_as_drawn if options.has_draws else _minimised
+    return minimised(profile, judged, policy, options, progress, deadline), None
+
+
+def _searched_for_tables(
+    content: ContentPolicy,
+    profile: Profile,
+    judged: Chunk,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> tuple[_Found, Evaluation]:
+    """Alternate homes and placement from each start; the best of all and mixed."""
     vocab_size = vocabulary_of(judged, content)
 
-    def alternated(policy: Policy) -> tuple[_Found, Alternation, Evaluation]:
-        found = _minimised(profile, judged, policy, options, progress, deadline)
+    def alternated(policy: Policy) -> tuple[_Found, Alternation, Rated]:
+        minimised = _minimised_carefully if content == "token" else _minimised
+        found = minimised(profile, judged, policy, options, progress, deadline)
         alternation = Alternation(
             traffic=found.traffic,
             tokens=judged,
@@ -187,26 +205,77 @@ def _searched(
             seed=options.seed,
             max_home_imbalance=options.max_home_imbalance,
         )
-        placement, cost = _alternate(found.placement, alternation, progress, deadline)
-        return replace(found, placement=placement), alternation, cost
+        return (
+            found,
+            alternation,
+            _alternate(found.placement, alternation, progress, deadline),
+        )
 
-    found, alternation, cost = alternated(first)
-    ends = [(found.placement, cost)]
+    first, *others = options.start_policies(profile.affinity.model.top_k)
+    found, alternation, end = alternated(first)
+    ends = [end]
     if options.start is not None:
         # What is best for the first homes may be worse for those of a table.
         ends.append(alternation.rated(with_pins(options.start, options.pins)))
     for policy in others:
         if not deadline.passed():
-            other, _, other_cost = alternated(policy)
-            ends.append((other.placement, other_cost))
+            ends.append(alternated(policy)[2])
         if not deadline.passed():
             with deadline.interruptible():
-                ends.append(alternation.mixture(ends[0], ends[-1]))
-    best, cost = ends[0]
-    for end, its_cost in ends[1:]:
-        if its_cost.is_better(cost):
-            best, cost = end, its_cost
-    return replace(found, placement=best), cost
+                ends.append(alternation.mixture(ends[0], ends[-1], deadline))
+    best = ends[0]
+    for end in ends[1:]:
+        if end.cost.is_better(best.cost):
+            best = end
+    return replace(found, placement=best.placement), best.cost
+
+
+def _minimised_carefully(
+    profile: Profile,
+    judged: Chunk,
+    policy: Policy,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> _Found:
+    """Minimise copies without replicas; add some that hardly move load, whoever serves."""
+    if options.start is not None or not options.redundant_experts:
+        return _minimised(profile, judged, policy, options, progress, deadline)
+    bare = replace(options, redundant_experts=0)
+    found = _minimised(profile, judged, policy, bare, progress, deadline)
+    load = [counts.astype(np.float64) for counts in profile.affinity.load]
+    return replace(
+        found,
+        placement=with_replicas(
+            found.placement, load, options.redundant_experts, is_careful=True
+        ),
+        traffic=_traffic_problem(profile, judged, found.problem, policy, options),
+    )
+
+
+def _minimised_as_drawn(
+    profile: Profile,
+    judged: Chunk,
+    policy: Policy,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> _Found:
+    """Minimise copies for draws that no move can know, with ever less caution.
+
+    Each layer is then taken from the best of these placements, as SGLang draws for it.
+    """
+    found = _minimised_carefully(profile, judged, policy, options, progress, deadline)
+    once = replace(options, refine=replace(options.refine, num_starts=1))
+    tried = [found.placement]
+    for share in _CAUTION_OF_DRAWS:
+        if deadline.passed():
+            break
+        caution = np.full(found.placement.num_layers, share)
+        problem = replace(found.traffic, caution=caution)
+        tried.append(_refine(tried[-1], problem, once, found.line, deadline))
+    exact = Refinement(problem=found.traffic, limits=options.refine)
+    return replace(found, placement=exact.best_as_drawn(tried))
 
 
 def _minimised(
@@ -361,7 +430,7 @@ def _alternate(
     content: Alternation,
     progress: Progress | None,
     deadline: Deadline,
-) -> tuple[Placement, Evaluation]:
+) -> Rated:
     return content.run(
         placement,
         None

@@ -17,7 +17,7 @@ from placer.trace import Chunk
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-ReplicaChoice = Literal["local-first", "hash"]
+ReplicaChoice = Literal["local-first", "sglang-static", "hash"]
 
 #: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
 #: layers of gpt-oss-20b stay above a cap that they meet at 30.
@@ -58,13 +58,17 @@ class TrafficProblem:
         L arrays ``[E]`` int64: experts of one kind may change places, those of a negative
         one stay; ``None``: all may.
     replica_choice
-        Which copy serves: ``local-first`` or ``hash`` (any copy in turn).
+        Which copy serves: ``local-first``, ``sglang-static`` or ``hash`` (any in turn).
     max_home_imbalance
         Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
         ``None``. Every token above it costs :data:`HOME_PRICE` copies.
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
         a limit that no move may break, as that of the load is.
+    caution
+        ``[L]``: what each copy counts beyond what it serves, from 0 to 1, all that it
+        might: its expert's load where homes are given, the most that a draw can give it
+        under ``sglang-static``; ``None``: nothing.
     """
 
     experts: tuple[npt.NDArray[np.int16], ...]
@@ -81,6 +85,7 @@ class TrafficProblem:
     replica_choice: ReplicaChoice = "local-first"
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
+    caution: FloatArray | None = None
 
     @property
     def num_layers(self) -> int:
@@ -117,6 +122,10 @@ class TrafficProblem:
             max_homes=max_homes,
             crowd=crowd,
             ranks_per_node=self.topology.gpus_per_node,
+            caution=0.0 if self.caution is None else float(self.caution[layer]),
+            draws=self.caution is not None
+            and self.replica_choice == "sglang-static"
+            and self.policy != "given",
         )
 
 

@@ -3,8 +3,8 @@
 - ``local-first``: the copy at the token's home; else one on the home's node; else any.
   Equal choices take turns by the token's index.
 - ``sglang-static``: fixed per home and expert; the copy at home, else the first on the
-  home's node where that node lacks another copy, else a seeded draw that shares the homes
-  evenly among the copies. As SGLang 0.5.23 builds its table for
+  home's node where that node lacks another copy, else a seeded draw of each home's own. As
+  SGLang 0.5.23 builds its table for
   ``--ep-dispatch-algorithm static`` (``srt/eplb/expert_location.py``), but for the draws
   that it spends on rows of dense layers, which shift later draws.
 - ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
@@ -64,16 +64,7 @@ class Server:
 
     def layers(self) -> Iterator[LayerServing]:
         """Yield the tables of every layer, in order."""
-        static: Iterator[IntArray | None] = repeat(None)
-        if self.replica_choice == "sglang-static":
-            static = iter(sglang_static_ranks(self.placement))
-        for layer, fixed in zip(range(self.placement.num_layers), static, strict=False):
-            yield LayerServing.of(self.placement, layer, self._allow(fixed))
-
-    def _allow(self, fixed: IntArray | None) -> Allow:
-        if fixed is not None:
-            return lambda _, copy_rank, exists: exists & (copy_rank == fixed[..., None])
-        return _any_copy if self.replica_choice == "hash" else local_first
+        return serving_layers(self.placement, self.replica_choice)
 
     def ranks(
         self, serving: LayerServing, experts: npt.NDArray[Any], home: RankArray
@@ -97,6 +88,23 @@ class Server:
         return serving.ranks(experts, home)
 
 
+def serving_layers(
+    placement: Placement, replica_choice: ReplicaChoice
+) -> Iterator[LayerServing]:
+    """Yield the tables of every layer of a placement, in order."""
+    static: Iterator[IntArray | None] = repeat(None)
+    if replica_choice == "sglang-static":
+        static = iter(sglang_static_ranks(placement))
+    for layer, fixed in zip(range(placement.num_layers), static, strict=False):
+        yield LayerServing.of(placement, layer, _allow(replica_choice, fixed))
+
+
+def _allow(replica_choice: ReplicaChoice, fixed: IntArray | None) -> Allow:
+    if fixed is not None:
+        return lambda _, copy_rank, exists: exists & (copy_rank == fixed[..., None])
+    return _any_copy if replica_choice == "hash" else local_first
+
+
 def hashed_row(row: IntArray) -> IntArray:
     """Return ``[T]`` int64: Knuth's multiplicative hash of batch rows."""
     hashed = row.astype(np.uint64) * np.uint64(_KNUTH_MULTIPLIER)
@@ -104,28 +112,34 @@ def hashed_row(row: IntArray) -> IntArray:
 
 
 def sglang_static_ranks(placement: Placement) -> list[IntArray]:
-    """Return L arrays ``[R, E]`` int64: the rank that serves an expert for each home.
+    """Return L arrays ``[R, E]`` int64: the rank that serves an expert for each home."""
+    draws = SglangDraws(placement.num_ranks, placement.ranks_per_node)
+    return [draws.ranks(placement.holds(layer)) for layer in range(placement.num_layers)]
+
+
+class SglangDraws:
+    """SGLang's draws, layer by layer; a copy goes on from where this one is.
 
     Every rank draws for itself, from the same seed, layer by layer and expert by expert,
     for the experts of which it has no near copy; in each draw it shares the copies out to
-    all ranks without one, and keeps its own.
+    all ranks without one, and keeps its own. What other ranks keep is of other draws.
     """
-    num_ranks, width = placement.num_ranks, placement.ranks_per_node
-    nearest = [
-        _sglang_nearest(placement.holds(layer), width)
-        for layer in range(placement.num_layers)
-    ]
-    chosen = [near.copy() for near in nearest]
-    for home in range(num_ranks):
-        draw = random.Random(_SGLANG_SEED)
-        for layer, near in enumerate(nearest):
-            holds = placement.holds(layer)
+
+    def __init__(self, num_ranks: int, ranks_per_node: int) -> None:
+        self._draws = [random.Random(_SGLANG_SEED) for _ in range(num_ranks)]
+        self._ranks_per_node = ranks_per_node
+
+    def ranks(self, holds: BoolArray) -> IntArray:
+        """Return ``[R, E]`` int64: who serves in the next layer, its copies ``[E, R]``."""
+        near = _sglang_nearest(holds, self._ranks_per_node)
+        chosen = near.copy()
+        for home, draw in enumerate(self._draws):
             for expert in np.flatnonzero(near[home] < 0):
                 copies = np.flatnonzero(holds[expert]).tolist()
                 without = np.flatnonzero(near[:, expert] < 0).tolist()
                 shares = _fair_shares(copies, len(without), draw)
-                chosen[layer][home, expert] = shares[without.index(home)]
-    return chosen
+                chosen[home, expert] = shares[without.index(home)]
+        return chosen
 
 
 def _sglang_nearest(holds: BoolArray, ranks_per_node: int) -> IntArray:

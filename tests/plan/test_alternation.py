@@ -14,6 +14,7 @@ from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Placement
 from placer.plan.alternation import Alternation, sequence_parts, vocabulary_of
+from placer.plan.deadline import Deadline
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
@@ -102,11 +103,9 @@ def test_token_price_is_that_of_plain_loops_and_never_rises(
         assert found.price(placement) == pytest.approx(copies)
     worth = {ranks: price for ranks, (_, price) in prices.items()}
     for start in (max(worth, key=worth.get), (HALVES[0], HALVES[3])):
-        end, cost = found.run(
-            Placement.from_expert_rank([np.array(r) for r in start], 2, 1)
-        )
-        reached = tuple(tuple(end.expert_rank(n).tolist()) for n in range(2))
-        assert (cost.copies, cost.price) == pytest.approx(prices[reached])
+        end = found.run(Placement.from_expert_rank([np.array(r) for r in start], 2, 1))
+        reached = tuple(tuple(end.placement.expert_rank(n).tolist()) for n in range(2))
+        assert (end.cost.copies, end.cost.price) == pytest.approx(prices[reached])
         assert worth[reached] <= worth[start]
 
 
@@ -128,12 +127,12 @@ def test_a_mixture_takes_each_layer_from_where_it_costs_less(
         # No sweeps: nothing moves, so this is what the start costs.
         still = replace(found, limits=RefineLimits(num_sweeps=0))
         ends.append(still.run(placement))
-    mixed, cost = found.mixture(*ends)
-    reached = tuple(tuple(mixed.expert_rank(n).tolist()) for n in range(2))
+    mixed = found.mixture(*ends, Deadline())
+    reached = tuple(tuple(mixed.placement.expert_rank(n).tolist()) for n in range(2))
     # Token ids alone decide the homes, so layers do not depend on each other.
     choices = itertools.product(*zip(*starts, strict=True))
     assert worth[reached] == min(worth[one] for one in choices)
-    assert cost.price == pytest.approx(worth[reached])
+    assert mixed.cost.price == pytest.approx(worth[reached])
 
 
 def test_parts_hold_whole_sequences_of_about_the_same_number(
@@ -236,7 +235,7 @@ def test_a_plan_that_is_served_is_never_made_worse(
     start, _ = solve(affinity, options, None, chunk)
     again = replace(options, start=start, refine=RefineLimits(num_sweeps=1))
     end, _ = solve(affinity, again, None, chunk)
-    assert judge.rated(end)[1].price <= judge.rated(start)[1].price
+    assert judge.rated(end).cost.price <= judge.rated(start).cost.price
 
 
 def test_one_sequence_is_judged_by_its_own_table(make_chunk: Callable[..., Chunk]) -> None:
@@ -244,7 +243,7 @@ def test_one_sequence_is_judged_by_its_own_table(make_chunk: Callable[..., Chunk
     found = alternation(chunk, 4, 2, policy="token")
     ranks = ((0, 1, 0, 1), (0, 0, 1, 1))
     start = Placement.from_expert_rank([np.array(r) for r in ranks], 2, 1)
-    cost = found.rated(start)[1]
+    cost = found.rated(start).cost
     assert (cost.copies, cost.price) == pytest.approx(price_by_hand(chunk, ranks, 2))
 
 

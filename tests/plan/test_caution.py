@@ -1,0 +1,300 @@
+"""Load caps of redundant experts whose copies serve as tables and draws will have it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from placer.affinity import count_affinity
+from placer.model import ModelSpec
+from placer.plan import Placement
+from placer.plan.alternation import Alternation, vocabulary_of
+from placer.plan.caution import Caution, kept_under_cap
+from placer.plan.deadline import Deadline
+from placer.plan.evaluation import Evaluation, Rated
+from placer.plan.layer_profile import layer_tokens
+from placer.plan.options import SolveOptions
+from placer.plan.problem import Topology
+from placer.plan.refine import RefineLimits, Refinement
+from placer.plan.replicas import with_replicas
+from placer.plan.solve import solve
+from placer.plan.traffic import TrafficProblem
+from placer.simulation.baselines import contiguous
+from placer.simulation.baselines import random as random_placement
+from placer.simulation.replica_choice import sglang_static_ranks
+from placer.trace import Chunk
+
+SIZES = (16,) * 4
+RANKS = 4
+MODEL = ModelSpec(num_experts=SIZES, top_k=4)
+Serving = Callable[[int, int], int]
+
+
+def loads_of(chunk: Chunk, size: int, layer: int) -> np.ndarray:
+    return np.bincount(chunk.experts[layer].ravel(), minlength=size).astype(float)
+
+
+def with_copies(chunk: Chunk, placement: Placement, redundant_experts: int) -> Placement:
+    loads = [loads_of(chunk, size, n) for n, size in enumerate(placement.num_experts)]
+    return with_replicas(placement, loads, redundant_experts)
+
+
+def traffic(chunk: Chunk, **options: object) -> TrafficProblem:
+    """Return a problem of these tokens without caps, unless options say otherwise."""
+    sizes = tuple(int(ids.max()) + 1 for ids in chunk.experts)
+    loads = tuple(loads_of(chunk, size, n)[None] for n, size in enumerate(sizes))
+    fields = {
+        "topology": Topology(gpus_per_node=RANKS),
+        "policy": "fixed",
+        "load": loads,
+        "max_load": tuple(np.full(1, 1e9) for _ in loads),
+    }
+    return TrafficProblem(experts=layer_tokens(chunk), **(fields | options))
+
+
+def local_first(held: np.ndarray, home: int, turn: int) -> int:
+    """Return who serves on one node: the copy at home, else all in turn."""
+    copies = np.flatnonzero(held)
+    return home if held[home] else int(copies[turn % len(copies)])
+
+
+def imbalance(load: np.ndarray) -> float:
+    return float(load.max() / load.mean())
+
+
+@pytest.mark.parametrize("policy", ["token", "request"])
+def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
+    make_chunk: Callable[..., Chunk], policy: str
+) -> None:
+    chunk = make_chunk(num_tokens=3000, num_experts=SIZES, top_k=4, num_sequences=40)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        policy=policy,
+        max_imbalance=1.05,
+        redundant_experts=RANKS,
+        proof="none",
+    )
+    placement, report = solve(count_affinity([chunk], MODEL, {}), options, tokens=chunk)
+    assert not report.relaxed_layers
+    assert [len(row) for row in placement.physical_to_logical_map] == [20] * 4
+    table = Alternation(
+        traffic=traffic(chunk),
+        tokens=chunk,
+        policy=policy,
+        vocab_size=vocabulary_of(chunk, policy),
+        limits=RefineLimits(),
+    )
+    for layer, homes in enumerate(table.table_homes(placement)):
+        held, load = placement.holds(layer), np.zeros(RANKS)
+        for token, experts in enumerate(chunk.experts[layer].tolist()):
+            for expert in experts:
+                load[local_first(held[expert], int(homes[token]), token)] += 1
+        assert imbalance(load) <= 1.05 + 1e-9
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_copies_bear_the_load_that_sglang_draws(
+    make_chunk: Callable[..., Chunk], num_nodes: int
+) -> None:
+    """Under even homes: each home of an expert asks one copy for its part of the load."""
+    chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4)
+    options = SolveOptions(
+        topology=Topology(num_nodes=num_nodes, gpus_per_node=8 // num_nodes),
+        max_imbalance=1.1,
+        redundant_experts=8,
+        replica_choice="sglang-static",
+        proof="none",
+    )
+    placement, report = solve(count_affinity([chunk], MODEL, {}), options, tokens=chunk)
+    assert not report.relaxed_layers
+    for layer, serving in enumerate(sglang_static_ranks(placement)):
+        load = np.zeros(8)
+        for expert, pairs in enumerate(loads_of(chunk, 16, layer)):
+            np.add.at(load, serving[:, expert], pairs / 8)
+        assert imbalance(load) <= 1.1 + 1e-9
+
+
+@pytest.mark.parametrize("caution", [None, 0.0, 0.4, 1.0])
+def test_caution_counts_what_homes_might_ask_of_a_copy(
+    make_chunk: Callable[..., Chunk], caution: float | None
+) -> None:
+    chunk = make_chunk(num_tokens=300, num_experts=(16,), top_k=4)
+    placement = with_copies(chunk, contiguous((16,), RANKS), 2 * RANKS)
+    homes = np.random.default_rng(1).choice(RANKS, 300, p=[0.6, 0.2, 0.1, 0.1])
+    held, served = placement.holds(0), np.zeros((16, RANKS))
+    for token, experts in enumerate(chunk.experts[0].tolist()):
+        for expert in experts:
+            served[expert, local_first(held[expert], int(homes[token]), token)] += 1
+    whole = held * served.sum(axis=1, keepdims=True)
+    expected = served + (caution or 0) * (whole - served)
+    share = None if caution is None else np.array([caution])
+    problem = traffic(chunk, policy="given", homes=(homes,), caution=share)
+    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    assert found.imbalance[0] == pytest.approx(imbalance(expected.sum(axis=0)))
+
+
+@pytest.mark.parametrize("caution", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_caution_counts_what_draws_might_ask_of_a_copy(
+    make_chunk: Callable[..., Chunk], caution: float, num_nodes: int
+) -> None:
+    """Far homes ask any copy alike in the mean, and at the most all of them the same."""
+    chunk = make_chunk(num_tokens=300, num_experts=(16,), top_k=4)
+    placement = with_copies(chunk, contiguous((16,), RANKS, num_nodes), 2 * RANKS)
+    width, load = RANKS // num_nodes, np.zeros(RANKS)
+    for held, pairs in zip(placement.holds(0), loads_of(chunk, 16, 0), strict=True):
+        copies = np.flatnonzero(held).tolist()
+        for home in range(RANKS):
+            near = [r for r in copies if r // width == home // width]
+            if home in copies:
+                load[home] += pairs / RANKS
+            elif near and len(near) < len(copies):
+                load[near[0]] += pairs / RANKS
+            else:
+                mean = 1 / len(copies)
+                load[copies] += pairs / RANKS * (mean + caution * (1 - mean))
+    problem = traffic(
+        chunk,
+        topology=Topology(num_nodes=num_nodes, gpus_per_node=width),
+        replica_choice="sglang-static",
+        caution=np.array([caution]),
+    )
+    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    assert found.imbalance[0] == pytest.approx(imbalance(load))
+
+
+def served_by_hand(
+    chunk: Chunk, placement: Placement, layer: int, homes: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Return the copies of a layer per token, and the load, as SGLang draws for it."""
+    serving = sglang_static_ranks(placement)[layer]
+    copies, load = 0, np.zeros(placement.num_ranks)
+    for home, experts in zip(homes.tolist(), chunk.experts[layer].tolist(), strict=True):
+        ranks = [int(serving[home, expert]) for expert in experts]
+        copies += len(set(ranks) - {home})
+        np.add.at(load, ranks, 1)
+    return copies / len(homes), load
+
+
+def test_draws_serve_as_sglang_has_them(make_chunk: Callable[..., Chunk]) -> None:
+    chunk = make_chunk(num_tokens=400, num_experts=SIZES, top_k=4)
+    homes = tuple(np.random.default_rng(n).integers(RANKS, size=400) for n in range(4))
+    problem = traffic(chunk, policy="given", homes=homes, replica_choice="sglang-static")
+    placement = with_copies(chunk, random_placement(SIZES, RANKS, seed=2), 2 * RANKS)
+    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    by_hand = [served_by_hand(chunk, placement, n, homes[n]) for n in range(4)]
+    assert found.copies == pytest.approx(np.mean([copies for copies, _ in by_hand]))
+    assert found.imbalance == pytest.approx([imbalance(load) for _, load in by_hand])
+
+
+@pytest.mark.parametrize("cap", [1.25, 2.0])
+def test_each_layer_is_of_the_placement_that_draws_serve_best(
+    make_chunk: Callable[..., Chunk], cap: float
+) -> None:
+    """In order: what is taken in one layer moves the draws of all after it."""
+    chunk = make_chunk(num_tokens=400, num_experts=SIZES, top_k=4)
+    homes = tuple(np.random.default_rng(n).integers(RANKS, size=400) for n in range(4))
+    tried = [
+        with_copies(chunk, random_placement(SIZES, RANKS, seed=n), 2 * RANKS)
+        for n in range(5)
+    ]
+    mean = 400 * 4 / RANKS
+    problem = traffic(
+        chunk,
+        policy="given",
+        homes=homes,
+        replica_choice="sglang-static",
+        max_load=(np.array([cap * mean]),) * 4,
+    )
+    found = Refinement(problem=problem, limits=RefineLimits()).best_as_drawn(tried)
+    rows = list(tried[0].physical_to_logical_map)
+    for layer in range(4):
+        judged = []
+        for one in tried:
+            rows[layer] = one.physical_to_logical_map[layer]
+            placement = Placement(
+                physical_to_logical_map=tuple(rows), num_experts=SIZES, num_ranks=RANKS
+            )
+            copies, load = served_by_hand(chunk, placement, layer, homes[layer])
+            over = np.maximum(load - cap * mean, 0).sum()
+            judged.append((round(over, 3), copies, rows[layer]))
+        rows[layer] = min(judged, key=lambda one: one[:2])[2]
+    for row, expected in zip(found.physical_to_logical_map, rows, strict=True):
+        slots = expected.reshape(RANKS, -1)
+        assert np.sort(row.reshape(RANKS, -1)).tolist() == np.sort(slots).tolist()
+
+
+def evaluation(*overflow: float) -> Evaluation:
+    """Return what is so far above the load cap in each layer."""
+    none = np.zeros(len(overflow))
+    return Evaluation(
+        copies=0.0,
+        price=0.0,
+        price_of_layer=none,
+        overflow=np.array([overflow, none]),
+        imbalance=none,
+        most_received_copies=none,
+    )
+
+
+def test_caution_halves_until_a_layer_is_above_its_cap_and_doubles_then() -> None:
+    caution = Caution.of_share(0.3, 3)
+    shares = []
+    for overflow in ((0, 5, 0), (0, 5, 0), (7, 0, 0), (0, 0, 0), (0, 9, 0)):
+        caution = caution.adapted(evaluation(*overflow))
+        shares.append(caution.share.tolist())
+    assert np.array(shares) == pytest.approx(
+        np.array(
+            [
+                [0.15, 0.6, 0.15],
+                [0.075, 1.0, 0.075],
+                [0.15, 1.0, 0.0375],
+                [0.15, 1.0, 0.01875],
+                [0.15, 1.0, 0.009375],
+            ]
+        )
+    )
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_layers_are_mended_with_more_caution_until_all_are_under_the_cap(
+    is_late: bool,
+) -> None:
+    placement = contiguous((4, 4), 2)
+    needed, seen = np.array([0.0, 0.35]), []
+
+    def mended(found: Rated, share: np.ndarray, number: int) -> Rated:
+        assert number == len(seen)
+        seen.append(share.tolist())
+        above = np.where(share < needed, 5.0, 0.0)
+        return Rated(placement=found.placement, cost=evaluation(*above))
+
+    deadline = Deadline(seconds=0.0 if is_late else None)
+    start = Rated(placement=placement, cost=evaluation(0, 8))
+    found = kept_under_cap(start, mended, deadline)
+    expected = [[0, 1]] if is_late else [[0, 0.1], [0, 0.2], [0, 0.4]]
+    assert np.array(seen) == pytest.approx(np.array(expected, dtype=float))
+    assert found.cost.overflow.tolist() == [[0, 0], [0, 0]]
+
+
+def test_of_placements_above_the_cap_the_nearest_is_kept() -> None:
+    overs = iter([9.0, 4.0, 6.0, 7.0, 8.0, 5.0, 6.0, 7.0])
+    placement = contiguous((4, 4), 2)
+
+    def mended(found: Rated, share: np.ndarray, number: int) -> Rated:
+        return Rated(placement=found.placement, cost=evaluation(next(overs), 0))
+
+    start = Rated(placement=placement, cost=evaluation(8, 0))
+    found = kept_under_cap(start, mended, Deadline())
+    assert found.cost.overflow[0].tolist() == [4, 0]
+
+
+def test_careful_copies_hardly_add_to_any_rank() -> None:
+    """Counted whole, copies of the least used experts go where most room is."""
+    load = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
+    placement = contiguous((8,), 4)
+    slots = with_replicas(placement, [load], 4, is_careful=True)
+    ranks = slots.physical_to_logical_map[0].reshape(4, 3).tolist()
+    # From the least loaded on: rank 3 (3) has 7, so 6 is not new either: it takes 5;
+    # rank 2 (7), rank 3 is full, rank 1 (11) and rank 0 (15) all take 7.
+    assert ranks == [[0, 1, 7], [2, 3, 7], [4, 5, 7], [5, 6, 7]]
