@@ -122,7 +122,8 @@ class SglangDraws:
 
     Every rank draws for itself, from the same seed, layer by layer and expert by expert,
     for the experts of which it has no near copy; in each draw it shares the copies out to
-    all ranks without one, and keeps its own. What other ranks keep is of other draws.
+    all ranks without one, and keeps its own. Ranks pass over other experts, so their draws
+    differ: together they need not be even.
     """
 
     def __init__(self, num_ranks: int, ranks_per_node: int) -> None:

@@ -92,6 +92,24 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
         assert imbalance(load) <= 1.05 + 1e-9
 
 
+@pytest.mark.parametrize("policy", ["token", "request"])
+def test_what_no_round_brings_under_the_cap_is_mended(
+    make_chunk: Callable[..., Chunk], policy: str
+) -> None:
+    """Without sweeps, rounds leave the copies of the busiest experts where they are."""
+    chunk = make_chunk(num_tokens=3000, num_experts=SIZES, top_k=4, num_sequences=40)
+    start = with_copies(chunk, contiguous(SIZES, RANKS), RANKS)
+    table = Alternation(
+        traffic=traffic(chunk, max_load=(np.array([1.06 * 3000]),) * 4),
+        tokens=chunk,
+        policy=policy,
+        vocab_size=vocabulary_of(chunk, policy),
+        limits=RefineLimits(num_sweeps=0),
+    )
+    assert table.rated(start).cost.imbalance.max() > 1.1
+    assert table.run(start).cost.imbalance.max() <= 1.06 + 1e-9
+
+
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_copies_bear_the_load_that_sglang_draws(
     make_chunk: Callable[..., Chunk], num_nodes: int
