@@ -33,13 +33,11 @@ from placer.table.requests import request_scores
 from placer.trace import Chunk
 
 Homes = tuple[IntArray, ...]
+BoolArray = npt.NDArray[np.bool_]
 
 NUM_ROUNDS = 4
 #: Parts of the sequences; the table of all parts but one gives that one its homes.
 NUM_PARTS = 4
-# Caution to begin with, where there are replicas. Tokens go where copies of their experts
-# are, and take the load there with them; requests, which use most experts, hardly do.
-_FIRST_CAUTION: dict[ContentPolicy, float] = {"token": 0.3, "request": 0.0}
 # Copies that a pair served at home is worth when placements are compared. Moves are not
 # made for it: what that gains on the profile is lost on other sequences (docs/tables.md).
 _SERVED_PRICE = 1.0
@@ -85,6 +83,8 @@ class Alternation:
         Seed of the parts and of the refinements.
     max_home_imbalance
         Cap on the homes of a ``token`` table, or ``None``.
+    caution
+        ``[L]``: of the first round, where there are replicas; ``None``: none.
     """
 
     traffic: TrafficProblem
@@ -94,6 +94,7 @@ class Alternation:
     limits: RefineLimits
     seed: int = 0
     max_home_imbalance: float | None = None
+    caution: FloatArray | None = None
 
     def run(
         self,
@@ -133,7 +134,8 @@ class Alternation:
 
         Each layer keeps its best round, and is given as little caution as it bears.
         """
-        caution = Caution.of_share(_FIRST_CAUTION[self.policy], placement.num_layers)
+        none = np.zeros(placement.num_layers)
+        caution = Caution.of_share(none if self.caution is None else self.caution)
         best = self.rated(placement)
         yield best
         for number in range(NUM_ROUNDS):
@@ -170,10 +172,13 @@ class Alternation:
         if not found.placement.has_replicas:
             return found
 
-        def mended(found: Rated, caution: FloatArray, number: int) -> Rated:
-            problem = replace(self._given(found.homes), caution=caution)
+        def mended(found: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+            problem = self._given(found.homes)
+            problem = replace(problem, caution=np.full(len(layers), share))
             refinement = Refinement(problem=problem, limits=self.limits, seed=number)
-            return self.rated(refinement.mend(found.placement))
+            after = self.rated(refinement.mend(found.placement, layers))
+            is_mixed = (found.cost.better_layers(after.cost) & layers).any()
+            return self._mixed(found, after) if is_mixed else after
 
         return kept_under_cap(found, mended, deadline)
 

@@ -1,9 +1,9 @@
 """Load caps met where who serves is known only once all experts are placed.
 
 The homes of tables depend on the placement: under new ones, copies serve otherwise than
-while experts moved. Where that is above a cap, copies are counted as if they served more of
-their expert's load than their share, until it is not; at the most all of it, and no home
-can break the cap.
+while experts moved, and so they do where SGLang draws. Copies are then counted as if they
+served more of their expert's load than their share; a layer that is under the cap with all
+of it counted is so under any home and any draw.
 
 Legend of the shapes: L MoE layers.
 """
@@ -21,8 +21,9 @@ from placer.plan.evaluation import SAME_OVERFLOW, Evaluation, Rated
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
+# Of mending, one after the other: with more of it fewer placements are under the cap.
+_SHARES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0)
 _LEAST_SHARE = 0.1
-_MOST_ROUNDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,61 +42,54 @@ class Caution:
     was_above: BoolArray
 
     @classmethod
-    def of_share(cls, share: float, num_layers: int) -> Self:
-        """Return the same caution in all layers, before any was above its cap."""
-        return cls(
-            share=np.full(num_layers, share),
-            was_above=np.zeros(num_layers, dtype=np.bool_),
-        )
+    def of_share(cls, share: FloatArray) -> Self:
+        """Return a caution ``[L]`` to begin with, before any layer was above its cap."""
+        return cls(share=share, was_above=np.zeros(len(share), dtype=np.bool_))
 
     def adapted(self, reached: Evaluation) -> "Caution":
         """Return twice the share where a layer is above the cap, half where none was."""
-        was_above = self.was_above | is_above(reached)
+        above = is_above(reached)
+        was_above = self.was_above | above
         kept = np.where(was_above, self.share, self.share / 2)
-        return Caution(share=raised(kept, reached), was_above=was_above)
+        more = np.clip(2 * self.share, _LEAST_SHARE, 1.0)
+        return Caution(share=np.where(above, more, kept), was_above=was_above)
 
 
 def kept_under_cap(
-    found: Rated,
-    mended: Callable[[Rated, FloatArray, int], Rated],
+    best: Rated,
+    mended: Callable[[Rated, BoolArray, float, int], Rated],
     deadline: Deadline,
 ) -> Rated:
-    """Mend a placement with replicas until all layers are under the cap by who serves.
+    """Mend a placement with replicas until all layers are under caps by who serves.
 
     Parameters
     ----------
-    found
-        A placement and what it costs, whoever serves it.
+    best
+        A placement and what it costs by what follows from it.
     mended
-        Mends the layers above a cap under a caution ``[L]``, in the round of a number.
+        Mends ``[L]`` layers under a share of caution, in the round of a number.
     deadline
-        After it, layers above the cap get all caution at once.
+        After it, there is one more round.
 
     Returns
     -------
     Rated
         The best of all rounds; above a cap where none is under it.
     """
-    best = found
-    share = np.zeros(len(found.cost.imbalance))
     with deadline.interruptible():
-        for number in range(_MOST_ROUNDS):
-            if not is_above(found.cost).any():
+        for number, share in enumerate(_SHARES):
+            above = is_above(best.cost)
+            if not above.any():
                 break
-            share = raised(share, found.cost, at_once=deadline.passed())
-            found = mended(found, share, number)
+            found = mended(best, above, share, number)
             if found.cost.is_better(best.cost):
                 best = found
+            if deadline.passed():
+                break
     return best
 
 
-def raised(share: FloatArray, reached: Evaluation, *, at_once: bool = False) -> FloatArray:
-    """Return ``[L]``: twice the share, or all, in the layers above the load cap."""
-    more = 1.0 if at_once else np.clip(2 * share, _LEAST_SHARE, 1.0)
-    return np.where(is_above(reached), more, share)
-
-
 def is_above(reached: Evaluation) -> BoolArray:
-    """Return ``[L]``: which layers are above the load cap."""
-    above: BoolArray = reached.overflow[0] > SAME_OVERFLOW
+    """Return ``[L]``: which layers are above the load cap, or that on received copies."""
+    above: BoolArray = (reached.overflow > SAME_OVERFLOW).any(axis=0)
     return above

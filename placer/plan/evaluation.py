@@ -75,7 +75,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rated:
-    """A placement and what it costs, whoever serves it.
+    """A placement and what it costs by what follows from it: homes of tables, draws.
 
     Attributes
     ----------

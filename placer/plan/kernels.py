@@ -95,7 +95,7 @@ class Prices(NamedTuple):
     caution
         Of what a copy might serve beyond its share, the part that is counted as if it did;
         0 where who serves is known.
-    draws
+    has_unknown_draws
         Whether draws choose among copies, and it is not known yet how they fall.
     """
 
@@ -112,7 +112,7 @@ class Prices(NamedTuple):
     crowd: float
     ranks_per_node: int
     caution: float
-    draws: bool
+    has_unknown_draws: bool
 
 
 class LayerState(NamedTuple):
@@ -154,22 +154,6 @@ class LayerState(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def _random(state):  # type: ignore[no-untyped-def]
-    """Return the next of a stream of uint64 (xorshift64*, Vigna, arXiv 1402.6246)."""
-    x = state[0]
-    x ^= x >> np.uint64(12)
-    x ^= x << np.uint64(25)
-    x ^= x >> np.uint64(27)
-    state[0] = x
-    return x * np.uint64(0x2545F4914F6CDD1D)
-
-
-@njit(cache=True, nogil=True)
-def _below(state, limit):  # type: ignore[no-untyped-def]
-    return np.int64((_random(state) >> np.uint64(11)) % np.uint64(limit))
-
-
-@njit(cache=True, nogil=True)
 def choose(expert, holds, ranks_per_node, rule, choices, num_choices):  # type: ignore[no-untyped-def]
     """Fill ``[H, C]`` and ``[H]`` with the ranks that serve an expert, held by ``[R]``.
 
@@ -200,15 +184,19 @@ def choose(expert, holds, ranks_per_node, rule, choices, num_choices):  # type: 
 def _choose_static(expert, holds, ranks_per_node, choices, num_choices):  # type: ignore[no-untyped-def]
     """Fill the same with one copy per home: the near one, or any at random.
 
-    SGLang's own draws depend on those for all experts before; these on expert and home.
+    SGLang's own draws depend on those for all experts before; these on expert and home
+    (SplitMix64: Steele, Lea and Flood, OOPSLA 2014).
     """
     copies = np.flatnonzero(holds)
     for home in range(num_choices.shape[0]):
         near = _near_copy(holds, home, ranks_per_node)
         if near < 0:
-            seed = expert * num_choices.shape[0] + home + 1
-            stream = np.array([seed], dtype=np.uint64)
-            near = copies[_below(stream, len(copies))]
+            mixed = np.uint64(expert * num_choices.shape[0] + home + 1)
+            mixed *= np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+            near = copies[np.int64(mixed % np.uint64(len(copies)))]
         choices[home, 0] = near
         num_choices[home] = 1
 
@@ -239,7 +227,7 @@ def _counted_share_of(tokens, prices, expert, held, choices, num_choices, index,
     Its copies ``held`` ``[R]`` are ``choices[:, index]``; each counts ``caution`` of what
     it might serve beyond its share.
     """
-    if prices.draws:
+    if prices.has_unknown_draws:
         _drawn_share_of(tokens, prices, expert, held, share)
         return
     _share_of(tokens, expert, choices, num_choices, index, share)
@@ -592,6 +580,22 @@ def busy(received, limit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def _random(state):  # type: ignore[no-untyped-def]
+    """Return the next of a stream of uint64 (xorshift64*, Vigna, arXiv 1402.6246)."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return x * np.uint64(0x2545F4914F6CDD1D)
+
+
+@njit(cache=True, nogil=True)
+def _below(state, limit):  # type: ignore[no-untyped-def]
+    return np.int64((_random(state) >> np.uint64(11)) % np.uint64(limit))
+
+
+@njit(cache=True, nogil=True)
 def _uniform(state):  # type: ignore[no-untyped-def]
     """Return a float64 in (0, 1]."""
     return ((_random(state) >> np.uint64(11)) + np.uint64(1)) * (1.0 / 9007199254740992.0)
@@ -623,8 +627,8 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):  # type:
     change = 0.0
     for side in range(2):
         mine, my_number = choices[:, side], num_choices[:, side]
-        expert, width = experts[side], prices.ranks_per_node
-        choose(expert, held[side], width, rule, mine, my_number)
+        width = prices.ranks_per_node
+        choose(experts[side], held[side], width, rule, mine, my_number)
         _counted_share_of(
             tokens,
             prices,

@@ -1,10 +1,13 @@
 """Minimising copies: from pairs, for tables that follow from the placement, for draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from placer.plan.alternation import Alternation, vocabulary_of
+from placer.plan.caution import kept_under_cap
 from placer.plan.deadline import Deadline
 from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.first_placement import Profile, first_placement
@@ -17,15 +20,19 @@ from placer.plan.plan import ContentPolicy, Policy
 from placer.plan.problem import FloatArray, PlacementProblem
 from placer.plan.progress import GapLine, Progress
 from placer.plan.refine import Refinement
-from placer.plan.replicas import with_replicas
+from placer.plan.replicas import require_room, with_replicas
 from placer.plan.reports import early_copies_bound
 from placer.plan.router_groups import group_kinds
 from placer.plan.scenarios import load_scenarios
 from placer.plan.traffic import TrafficProblem
 from placer.trace import Chunk
 
-# Of one placement after another, where SGLang draws.
-_CAUTION_OF_DRAWS = (1.0, 0.5, 0.25, 0.12, 0.0)
+BoolArray = npt.NDArray[np.bool_]
+
+# How cautious placements are made for draws, one from the other: few draws bring the first
+# above a cap, few are worth as little as it, and which of them fits is known at the end.
+_CAUTIONS_OF_DRAWS = (1.0, 0.5, 0.25, 0.12, 0.0)
+_CAUTION_OF_TABLES = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,7 +44,7 @@ class Found:
     placement
         Experts in slots.
     optimal
-        Whether it is so, proved.
+        Whether it is proved to be so; never with replicas.
     problem, traffic
         The pairs and the copies that are minimised.
     line
@@ -85,9 +92,10 @@ def _minimised_for_tables(
 ) -> tuple[Found, Evaluation]:
     """Alternate homes and placement from each start; the best of all and mixed."""
     vocab_size = vocabulary_of(judged, content)
+    caution = _first_caution(content, profile, options)
 
     def alternated(policy: Policy) -> tuple[Found, Alternation, Rated]:
-        minimise = _minimised_carefully if content == "token" else _minimised
+        minimise = _minimised_carefully if caution.any() else _minimised
         found = minimise(profile, judged, policy, options, progress, deadline)
         alternation = Alternation(
             traffic=found.traffic,
@@ -97,12 +105,10 @@ def _minimised_for_tables(
             limits=options.refine,
             seed=options.seed,
             max_home_imbalance=options.max_home_imbalance,
+            caution=caution,
         )
-        return (
-            found,
-            alternation,
-            _alternate(found.placement, alternation, progress, deadline),
-        )
+        end = _alternate(found.placement, alternation, progress, deadline)
+        return found, alternation, end
 
     first, *others = options.start_policies(profile.affinity.model.top_k)
     found, alternation, end = alternated(first)
@@ -116,10 +122,7 @@ def _minimised_for_tables(
         if not deadline.passed():
             with deadline.interruptible():
                 ends.append(alternation.mixture(ends[0], ends[-1], deadline))
-    best = ends[0]
-    for end in ends[1:]:
-        if end.cost.is_better(best.cost):
-            best = end
+    best = _best_of(ends)
     return replace(found, placement=best.placement), best.cost
 
 
@@ -131,19 +134,53 @@ def _minimised_carefully(
     progress: Progress | None,
     deadline: Deadline,
 ) -> Found:
-    """Minimise copies without replicas; add some that hardly move load, whoever serves."""
+    """Minimise copies without replicas; add some that hardly move load, whoever serves.
+
+    But in layers that no placement without replicas brings under the cap, which need the
+    relief.
+    """
     if options.start is not None or not options.redundant_experts:
         return _minimised(profile, judged, policy, options, progress, deadline)
-    bare = replace(options, redundant_experts=0)
+    model = profile.affinity.model
+    require_room(model.num_experts, options.topology.num_ranks, options.redundant_experts)
+    bare = replace(options, redundant_experts=0, max_received_copies=None, relax_cap=True)
     found = _minimised(profile, judged, policy, bare, progress, deadline)
     load = [counts.astype(np.float64) for counts in profile.affinity.load]
+    copied = with_replicas(
+        found.placement,
+        load,
+        options.redundant_experts,
+        ~_needs_relief(profile, options),
+    )
     return replace(
         found,
-        placement=with_replicas(
-            found.placement, load, options.redundant_experts, is_careful=True
-        ),
+        placement=copied,
+        optimal=False,
         traffic=_traffic_problem(profile, judged, found.problem, policy, options),
+        line=GapLine(tell=progress, num_decimals=4),
     )
+
+
+def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
+    """Return ``[L]``: layers whose load cap is out of reach without replicas."""
+    num_ranks = options.topology.num_ranks
+    total = np.array([load.sum() for load in profile.affinity.load])
+    asked = options.max_imbalance * total / num_ranks
+    needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
+    return needed
+
+
+def _first_caution(
+    content: ContentPolicy, profile: Profile, options: SolveOptions
+) -> FloatArray:
+    """Return ``[L]``: caution to begin with where tables give the homes.
+
+    Tokens go where copies of their experts are, and take the load there with them;
+    requests, which use most experts, hardly do, and ``hash`` does not look at homes.
+    """
+    is_moved = content == "token" and options.replica_choice != "hash"
+    share = _CAUTION_OF_TABLES if is_moved else 0.0
+    return np.where(_needs_relief(profile, options), 0.0, share)
 
 
 def _minimised_as_drawn(
@@ -156,19 +193,45 @@ def _minimised_as_drawn(
 ) -> Found:
     """Minimise copies for draws that no move can know, with ever less caution.
 
-    Each layer is then taken from the best of these placements, as SGLang draws for it.
+    Ever more where copies must relieve a rank: counted whole, few of them would not, and
+    all are not reached at once. Each layer is then taken from the best of these
+    placements, as SGLang draws for it, and mended where it is above a cap.
     """
     found = _minimised_carefully(profile, judged, policy, options, progress, deadline)
     once = replace(options, refine=replace(options.refine, num_starts=1))
+    needs_relief = _needs_relief(profile, options)
     tried = [found.placement]
-    for share in _CAUTION_OF_DRAWS:
+    for less, more in zip(_CAUTIONS_OF_DRAWS[::-1], _CAUTIONS_OF_DRAWS, strict=True):
         if deadline.passed():
             break
-        caution = np.full(found.placement.num_layers, share)
+        caution = np.where(needs_relief, less, more)
         problem = replace(found.traffic, caution=caution)
         tried.append(_refine(tried[-1], problem, once, found.line, deadline))
-    exact = Refinement(problem=found.traffic, limits=options.refine)
-    return replace(found, placement=exact.best_as_drawn(tried))
+    if options.start is not None:
+        tried.append(with_pins(options.start, options.pins))
+    exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
+    with deadline.interruptible():
+        tried.append(exact.best_as_drawn(tried))
+
+    def rated(placement: Placement) -> Rated:
+        return Rated(placement=placement, cost=exact.evaluate(placement))
+
+    def mended(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+        caution = np.full(len(layers), share) if share else None  # without: as drawn
+        problem = replace(found.traffic, caution=caution)
+        refinement = Refinement(problem=problem, limits=options.refine, seed=number)
+        return rated(refinement.mend(best.placement, layers))
+
+    best = _best_of([rated(placement) for placement in tried])
+    return replace(found, placement=kept_under_cap(best, mended, deadline).placement)
+
+
+def _best_of(ends: Sequence[Rated]) -> Rated:
+    best = ends[0]
+    for end in ends[1:]:
+        if end.cost.is_better(best.cost):
+            best = end
+    return best
 
 
 def _minimised(

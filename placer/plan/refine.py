@@ -144,15 +144,19 @@ class Refinement:
             best = self._better(best, self._snapshot())
         if self.problem.policy == "follow" and self._has_replicas():
             with deadline.interruptible():
-                self._mend()
+                self._mend(np.ones(self.problem.num_layers, dtype=np.bool_))
             best = self._better(best, self._snapshot())
         return replace(placement, physical_to_logical_map=best.slots)
 
-    def mend(self, placement: Placement) -> Placement:
-        """Return a placement whose layers above a cap are nearer to it, the others kept."""
+    def mend(self, placement: Placement, layers: npt.NDArray[np.bool_]) -> Placement:
+        """Return a placement nearer to its caps in some ``[L]`` layers, the others kept."""
         self._load(placement)
-        self._mend()
-        return replace(placement, physical_to_logical_map=self._snapshot().slots)
+        self._mend(layers)
+        rows = zip(
+            layers, self._snapshot().slots, placement.physical_to_logical_map, strict=True
+        )
+        chosen = tuple(new if mended else old for mended, new, old in rows)
+        return replace(placement, physical_to_logical_map=chosen)
 
     def _num_starts(self) -> int:
         """Return how often to anneal: as often as all proposals fit into the limit."""
@@ -198,8 +202,8 @@ class Refinement:
             if deadline.passed() or self._sweep(None, first + num_sweeps + sweep) == 0:
                 return
 
-    def _mend(self) -> None:
-        """Descend in the layers that are above a cap, in their order.
+    def _mend(self, layers: npt.NDArray[np.bool_]) -> None:
+        """Descend in those of the ``[L]`` layers that are above a cap, in their order.
 
         Which copies serve a layer of ``follow`` depends on those before it, and each sweep
         changes some of these after it has visited the layer. Not cut by a deadline, which
@@ -208,7 +212,7 @@ class Refinement:
         homes = [self._first_homes()]
         first = 2 * self.limits.num_sweeps
         for layer in range(self.problem.num_layers):
-            for number in range(first, first + _MOST_MENDING):
+            for number in range(first, first + _MOST_MENDING * layers[layer]):
                 self._price_layer(self._tokens(layer, homes=homes), layer)
                 if (self._overflow(layer) <= SAME_OVERFLOW).all():
                     break
@@ -240,7 +244,7 @@ class Refinement:
 
     def _drawn(
         self, layer: int, placement: Placement, draws: SglangDraws, homes: list[RankArray]
-    ) -> "_Drawn":
+    ) -> _Drawn:
         """Return a layer of a placement as SGLang serves it after its draws so far."""
         drawn = draws.ranks(placement.holds(layer))
         state = self._state(placement, layer, drawn)
@@ -280,7 +284,8 @@ class Refinement:
     def _put(self, placement: Placement) -> None:
         """Start from a placement with as many slots as the one before."""
         drawn: Iterator[IntArray | None] = repeat(None)
-        if self.problem.replica_choice == "sglang-static" and placement.has_replicas:
+        is_static = self.problem.replica_choice == "sglang-static"
+        if is_static and placement.has_replicas and not self.problem.has_unknown_draws:
             drawn = iter(sglang_static_ranks(placement))
         layers = range(self.problem.num_layers)
         self._states = [self._state(placement, n, next(drawn)) for n in layers]

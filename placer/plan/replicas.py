@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from placer.errors import UsageError
 from placer.plan.placement import Placement
@@ -13,8 +14,7 @@ def with_replicas(
     placement: Placement,
     load: Sequence[FloatArray],
     redundant_experts: int,
-    *,
-    is_careful: bool = False,
+    is_careful: npt.NDArray[np.bool_] | None = None,
 ) -> Placement:
     """Give every rank further slots, filled with the experts that relieve most.
 
@@ -22,7 +22,7 @@ def with_replicas(
     most load per copy: the replication rule of DeepSeek's EPLB, here on a placement that
     is already there. The refinement then decides anew, by traffic too.
 
-    A careful choice takes the expert with the least load, each copy counted as if it
+    In a careful layer it takes the expert with the least load, each copy counted as if it
     served all of it: whoever serves, ranks hardly get more load than before.
 
     Parameters
@@ -34,7 +34,8 @@ def with_replicas(
     redundant_experts
         Further slots per layer.
     is_careful
-        Whether copies may serve more of their expert's load than an even share.
+        ``[L]``: layers whose copies may serve more than an even share of their expert's
+        load; none by default.
 
     Raises
     ------
@@ -43,28 +44,19 @@ def with_replicas(
         already.
     """
     num_ranks = placement.num_ranks
-    if redundant_experts % num_ranks:
-        raise UsageError(
-            f"{redundant_experts} redundant experts do not divide over {num_ranks} ranks",
-            f"give a multiple: --redundant-experts {num_ranks}",
-        )
+    require_room(placement.num_experts, num_ranks, redundant_experts)
     more = redundant_experts // num_ranks
+    careful = np.zeros(len(load), dtype=np.bool_) if is_careful is None else is_careful
     rows = []
     for layer, counts in enumerate(load):
         slots = placement.physical_to_logical_map[layer].reshape(num_ranks, -1)
-        if slots.shape[1] + more > len(counts):
-            raise UsageError(
-                f"MoE layer {layer}: {slots.shape[1] + more} slots per rank for "
-                f"{len(counts)} experts, but no rank may hold two copies of one",
-                f"ask for fewer: --redundant-experts {num_ranks}",
-            )
         holds = placement.holds(layer)
         for _ in range(redundant_experts):
-            each = counts if is_careful else counts / holds.sum(axis=1)
+            each = counts if careful[layer] else counts / holds.sum(axis=1)
             share = holds * each[:, None]
             free = holds.sum(axis=0) < slots.shape[1] + more
             rank = int(np.where(free, share.sum(axis=0), np.inf).argmin())
-            worth = np.where(holds[:, rank], -np.inf, -each if is_careful else each)
+            worth = np.where(holds[:, rank], -np.inf, -each if careful[layer] else each)
             holds[int(worth.argmax()), rank] = True
         rows.append(np.nonzero(holds.T)[1].astype(np.int64))
     return Placement(
@@ -73,3 +65,36 @@ def with_replicas(
         num_ranks=num_ranks,
         num_nodes=placement.num_nodes,
     )
+
+
+def require_room(
+    num_experts: Sequence[int], num_ranks: int, redundant_experts: int
+) -> None:
+    """Refuse redundant experts that do not fit.
+
+    Parameters
+    ----------
+    num_experts
+        ``[L]``: logical experts per layer.
+    num_ranks, redundant_experts
+        As of a placement, and further slots per layer.
+
+    Raises
+    ------
+    UsageError
+        If the slots do not divide over the ranks, or a rank would hold every expert
+        already.
+    """
+    if redundant_experts % num_ranks:
+        raise UsageError(
+            f"{redundant_experts} redundant experts do not divide over {num_ranks} ranks",
+            f"give a multiple: --redundant-experts {num_ranks}",
+        )
+    for layer, size in enumerate(num_experts):
+        width = (size + redundant_experts) // num_ranks
+        if width > size:
+            raise UsageError(
+                f"MoE layer {layer}: {width} slots per rank for {size} experts, but no "
+                "rank may hold two copies of one",
+                f"ask for fewer: --redundant-experts {num_ranks}",
+            )

@@ -75,7 +75,12 @@ def solved_for(
             "simulated as it is by: placer simulate --engine"
         )
     _require_agreement("--exchange", exchange, nearest, engine)
-    choice = found.replica_choice
+    choice = found.replica_choice if has_replicas else "local-first"
+    if objective == "balance" and choice == "sglang-static":
+        notes.append(
+            f"{engine} draws among copies; balanced as if they shared their load evenly, "
+            "and simulated as it is by: placer simulate --engine"
+        )
     _require_agreement("--replica-choice", replica_choice, choice, engine)
     return Served(
         objective=objective,

@@ -97,6 +97,11 @@ class TrafficProblem:
         """Number of tokens, T."""
         return len(self.experts[0])
 
+    @property
+    def has_unknown_draws(self) -> bool:
+        """Whether copies are counted for draws that nobody knows before all are placed."""
+        return self.replica_choice == "sglang-static" and self.caution is not None
+
     def layer_prices(self, layer: int) -> kernels.Prices:
         """Return what things cost in one layer, scaled by R."""
         num_ranks = self.topology.num_ranks
@@ -123,9 +128,7 @@ class TrafficProblem:
             crowd=crowd,
             ranks_per_node=self.topology.gpus_per_node,
             caution=0.0 if self.caution is None else float(self.caution[layer]),
-            draws=self.caution is not None
-            and self.replica_choice == "sglang-static"
-            and self.policy != "given",
+            has_unknown_draws=self.has_unknown_draws and self.policy != "given",
         )
 
 

@@ -1,13 +1,15 @@
 """Load caps of redundant experts whose copies serve as tables and draws will have it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
+from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.plan import Placement, SolverReport
 from placer.plan.alternation import Alternation, vocabulary_of
 from placer.plan.caution import Caution, kept_under_cap
 from placer.plan.deadline import Deadline
@@ -26,8 +28,6 @@ from placer.trace import Chunk
 
 SIZES = (16,) * 4
 RANKS = 4
-MODEL = ModelSpec(num_experts=SIZES, top_k=4)
-Serving = Callable[[int, int], int]
 
 
 def loads_of(chunk: Chunk, size: int, layer: int) -> np.ndarray:
@@ -74,8 +74,7 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
         redundant_experts=RANKS,
         proof="none",
     )
-    placement, report = solve(count_affinity([chunk], MODEL, {}), options, tokens=chunk)
-    assert not report.relaxed_layers
+    placement, _ = solved(chunk, options)
     assert [len(row) for row in placement.physical_to_logical_map] == [20] * 4
     table = Alternation(
         traffic=traffic(chunk),
@@ -123,8 +122,7 @@ def test_copies_bear_the_load_that_sglang_draws(
         replica_choice="sglang-static",
         proof="none",
     )
-    placement, report = solve(count_affinity([chunk], MODEL, {}), options, tokens=chunk)
-    assert not report.relaxed_layers
+    placement, _ = solved(chunk, options)
     for layer, serving in enumerate(sglang_static_ranks(placement)):
         load = np.zeros(8)
         for expert, pairs in enumerate(loads_of(chunk, 16, layer)):
@@ -256,7 +254,7 @@ def evaluation(*overflow: float) -> Evaluation:
 
 
 def test_caution_halves_until_a_layer_is_above_its_cap_and_doubles_then() -> None:
-    caution = Caution.of_share(0.3, 3)
+    caution = Caution.of_share(np.full(3, 0.3))
     shares = []
     for overflow in ((0, 5, 0), (0, 5, 0), (7, 0, 0), (0, 0, 0), (0, 9, 0)):
         caution = caution.adapted(evaluation(*overflow))
@@ -275,44 +273,167 @@ def test_caution_halves_until_a_layer_is_above_its_cap_and_doubles_then() -> Non
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_layers_are_mended_with_more_caution_until_all_are_under_the_cap(
-    is_late: bool,
-) -> None:
-    placement = contiguous((4, 4), 2)
-    needed, seen = np.array([0.0, 0.35]), []
+def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: bool) -> None:
+    """Not the others, and each time what is best so far."""
+    seen = []
 
-    def mended(found: Rated, share: np.ndarray, number: int) -> Rated:
-        assert number == len(seen)
-        seen.append(share.tolist())
-        above = np.where(share < needed, 5.0, 0.0)
-        return Rated(placement=found.placement, cost=evaluation(*above))
+    def mended(best: Rated, layers: np.ndarray, share: float, number: int) -> Rated:
+        seen.append((layers.tolist(), share, best.cost.overflow[0].tolist()))
+        left = {0.1: (0, 9), 0.2: (0, 2), 0.4: (0, 0)}.get(share, (0, 7))
+        return Rated(placement=best.placement, cost=evaluation(*left))
 
     deadline = Deadline(seconds=0.0 if is_late else None)
-    start = Rated(placement=placement, cost=evaluation(0, 8))
+    start = Rated(placement=contiguous((4, 4), 2), cost=evaluation(0, 8))
     found = kept_under_cap(start, mended, deadline)
-    expected = [[0, 1]] if is_late else [[0, 0.1], [0, 0.2], [0, 0.4]]
-    assert np.array(seen) == pytest.approx(np.array(expected, dtype=float))
-    assert found.cost.overflow.tolist() == [[0, 0], [0, 0]]
-
-
-def test_of_placements_above_the_cap_the_nearest_is_kept() -> None:
-    overs = iter([9.0, 4.0, 6.0, 7.0, 8.0, 5.0, 6.0, 7.0])
-    placement = contiguous((4, 4), 2)
-
-    def mended(found: Rated, share: np.ndarray, number: int) -> Rated:
-        return Rated(placement=found.placement, cost=evaluation(next(overs), 0))
-
-    start = Rated(placement=placement, cost=evaluation(8, 0))
-    found = kept_under_cap(start, mended, Deadline())
-    assert found.cost.overflow[0].tolist() == [4, 0]
+    rounds = [
+        ([False, True], 0.0, [0, 8]),
+        ([False, True], 0.1, [0, 7]),
+        ([False, True], 0.2, [0, 7]),
+        ([False, True], 0.4, [0, 2]),
+    ]
+    assert seen == (rounds[:1] if is_late else rounds)
+    assert found.cost.overflow[0].tolist() == ([0, 7] if is_late else [0, 0])
 
 
 def test_careful_copies_hardly_add_to_any_rank() -> None:
     """Counted whole, copies of the least used experts go where most room is."""
     load = np.array([8.0, 7, 6, 5, 4, 3, 2, 1])
     placement = contiguous((8,), 4)
-    slots = with_replicas(placement, [load], 4, is_careful=True)
+    slots = with_replicas(placement, [load], 4, np.array([True]))
     ranks = slots.physical_to_logical_map[0].reshape(4, 3).tolist()
     # From the least loaded on: rank 3 (3) has 7, so 6 is not new either: it takes 5;
     # rank 2 (7), rank 3 is full, rank 1 (11) and rank 0 (15) all take 7.
     assert ranks == [[0, 1, 7], [2, 3, 7], [4, 5, 7], [5, 6, 7]]
+
+
+def busy_chunk(num_tokens: int = 1500) -> Chunk:
+    """One expert has more load than a rank may serve: only copies of it meet the cap."""
+    rng = np.random.default_rng(3)
+    taste = np.zeros(16)
+    taste[5] = 3.0
+    experts = tuple(
+        np.argsort(-(taste + rng.gumbel(size=(num_tokens, 16))), axis=1)[:, :4].astype(
+            np.uint8
+        )
+        for _ in SIZES
+    )
+    return Chunk(
+        experts=experts,
+        token_ids=rng.integers(50, size=num_tokens).astype(np.int32),
+        sequence_ids=np.sort(rng.integers(30, size=num_tokens)).astype(np.int32),
+        positions=np.arange(num_tokens).astype(np.int32),
+    )
+
+
+def solved(chunk: Chunk, options: SolveOptions) -> tuple[Placement, SolverReport]:
+    sizes = tuple(int(ids.max()) + 1 for ids in chunk.experts)
+    top_k = chunk.experts[0].shape[1]
+    affinity = count_affinity([chunk], ModelSpec(num_experts=sizes, top_k=top_k), {})
+    return solve(affinity, options, tokens=chunk)
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [("token", "local-first"), ("fixed", "sglang-static"), ("follow", "sglang-static")],
+)
+def test_a_rank_that_only_copies_relieve_is_relieved(policy: str, rule: str) -> None:
+    chunk = busy_chunk()
+    assert loads_of(chunk, 16, 0).max() > 1.15 * 1500 * 4 / 8
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=8),
+        policy=policy,
+        max_imbalance=1.15,
+        redundant_experts=8,
+        replica_choice=rule,
+        proof="none",
+    )
+    solved(chunk, options)  # or it says that the cap was not reached
+
+
+def test_few_experts_with_copies_are_not_called_optimal(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    """Eight experts on four ranks are solved exactly, but for their copies."""
+    chunk = make_chunk(num_tokens=600, num_experts=(8, 8), top_k=2)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        max_imbalance=1.2,
+        redundant_experts=RANKS,
+        replica_choice="sglang-static",
+    )
+    _, report = solved(chunk, options)
+    assert (report.status, report.bound, report.gap) == ("feasible", None, None)
+    _, capped = solved(chunk, replace(options, max_received_copies=1.3))
+    assert capped.most_received_copies <= 1.3
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+def test_a_plan_that_sglang_serves_is_never_made_worse(
+    make_chunk: Callable[..., Chunk], policy: str
+) -> None:
+    chunk = make_chunk(num_tokens=600, num_experts=SIZES, top_k=4)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        policy=policy,
+        max_imbalance=1.2,
+        redundant_experts=RANKS,
+        replica_choice="sglang-static",
+        proof="none",
+        refine=RefineLimits(num_sweeps=8),
+    )
+    start, report = solved(chunk, options)
+    again = replace(options, start=start, refine=RefineLimits(num_sweeps=1), seed=1)
+    assert solved(chunk, again)[1].objective <= report.objective
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [("token", "local-first"), ("fixed", "sglang-static"), ("follow", "sglang-static")],
+)
+def test_a_search_that_has_no_time_still_mends_what_it_has(
+    make_chunk: Callable[..., Chunk], policy: str, rule: str
+) -> None:
+    chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        policy=policy,
+        max_imbalance=1.2,
+        redundant_experts=RANKS,
+        replica_choice=rule,
+        proof="none",
+        time_limit=0.001,
+    )
+    _, report = solved(chunk, options)
+    assert not report.reproducible
+
+
+def test_hash_needs_no_caution_for_homes(make_chunk: Callable[..., Chunk]) -> None:
+    """It does not look at homes: copies of the busiest experts share their load evenly."""
+    chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        policy="token",
+        max_imbalance=1.1,
+        redundant_experts=RANKS,
+        replica_choice="hash",
+        proof="none",
+    )
+    placement, _ = solved(chunk, options)
+    for layer in range(4):
+        held = placement.holds(layer)
+        load = loads_of(chunk, 16, layer) / held.sum(axis=1) @ held
+        assert imbalance(load) <= 1.1 + 1e-9
+
+
+def test_copies_that_do_not_fit_are_refused_before_the_search(
+    make_chunk: Callable[..., Chunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refinement, "run", lambda *_: pytest.fail("it searched"))
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        policy="token",
+        redundant_experts=RANKS + 2,
+        proof="none",
+    )
+    with pytest.raises(UsageError, match="do not divide over 4 ranks"):
+        solved(make_chunk(num_experts=SIZES, top_k=4), options)

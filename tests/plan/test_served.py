@@ -33,6 +33,24 @@ def test_an_engine_decides_exchange_and_objective(
     assert bool(served.notes) != plain, "what is not solved for as it is, is said"
 
 
+@pytest.mark.parametrize(
+    ("objective", "has_replicas", "choice", "note"),
+    [
+        ("traffic", False, "local-first", ""),
+        ("traffic", True, "sglang-static", ""),
+        ("balance", False, "local-first", ""),
+        ("balance", True, "sglang-static", "balanced as if they shared their load evenly"),
+    ],
+)
+def test_copies_are_chosen_as_the_engine_does(
+    objective: str, has_replicas: bool, choice: str, note: str
+) -> None:
+    served = solved_for("sglang-deepep", "fixed", objective, has_replicas=has_replicas)
+    assert served.replica_choice == choice
+    assert bool(served.notes) == bool(note)
+    assert note in "".join(served.notes)
+
+
 def test_contradictions_are_refused() -> None:
     with pytest.raises(UsageError, match="--exchange per-rank contradicts"):
         solved_for("sglang-deepep", "fixed", exchange="per-rank")
