@@ -69,7 +69,7 @@ def kept_under_cap(
     mended
         Mends ``[L]`` layers under a share of caution, in the round of a number.
     deadline
-        After it, there is one more round.
+        After it, rounds go on as long as they help.
 
     Returns
     -------
@@ -84,12 +84,12 @@ def kept_under_cap(
             found = mended(best, above, share, number)
             if found.cost.is_better(best.cost):
                 best = found
-            if deadline.passed():
+            elif deadline.passed():
                 break
     return best
 
 
 def is_above(reached: Evaluation) -> BoolArray:
     """Return ``[L]``: which layers are above the load cap, or that on received copies."""
-    above: BoolArray = (reached.overflow > SAME_OVERFLOW).any(axis=0)
+    above: BoolArray = np.any(reached.overflow > SAME_OVERFLOW, axis=0)
     return above

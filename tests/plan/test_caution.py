@@ -274,7 +274,7 @@ def test_caution_halves_until_a_layer_is_above_its_cap_and_doubles_then() -> Non
 
 @pytest.mark.parametrize("is_late", [False, True])
 def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: bool) -> None:
-    """Not the others, and each time what is best so far."""
+    """Not the others, and each time what is best so far; late, while that helps."""
     seen = []
 
     def mended(best: Rated, layers: np.ndarray, share: float, number: int) -> Rated:
@@ -291,7 +291,7 @@ def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: boo
         ([False, True], 0.2, [0, 7]),
         ([False, True], 0.4, [0, 2]),
     ]
-    assert seen == (rounds[:1] if is_late else rounds)
+    assert seen == (rounds[:2] if is_late else rounds)
     assert found.cost.overflow[0].tolist() == ([0, 7] if is_late else [0, 0])
 
 
@@ -397,7 +397,7 @@ def test_a_search_that_has_no_time_still_mends_what_it_has(
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
         policy=policy,
-        max_imbalance=1.2,
+        max_imbalance=1.25,
         redundant_experts=RANKS,
         replica_choice=rule,
         proof="none",

@@ -240,7 +240,7 @@ def test_what_moves_break_further_on_is_mended(
     assert report.reproducible == (options is not CUT)
     found = loads_of_followed_homes(chunk, placement)
     assert max(imbalance(load) for load in found) < options.max_imbalance + 0.02
-    monkeypatch.setattr(Refinement, "_mend", lambda self: None)
+    monkeypatch.setattr(Refinement, "_mend", lambda *_: None)
     with pytest.raises(NoSolutionError, match="was not reached") as caught:
         solved()
     assert ("the search was stopped" in str(caught.value)) == (options is CUT)
