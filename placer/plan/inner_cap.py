@@ -247,7 +247,7 @@ def _trial(
 
 def _imbalance(placement: Placement, tokens: Chunk, options: SolveOptions) -> float:
     """Return max/mean rank load, mean over the layers, as plans report it."""
-    found = simulate(placement, tokens)
+    found = simulate(placement, tokens, replica_choice=options.replica_choice)
     return found.get(options.policy, found["fixed"]).load_imbalance_mean
 
 

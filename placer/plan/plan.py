@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from placer.engine import ReplicaChoice, choose_replicas
 from placer.errors import PlacerError
 from placer.files import atomic_file, read_json, sha256_file
 from placer.model import ModelSpec
@@ -229,6 +230,11 @@ class Plan:
     def policy_without_table(self) -> str:
         """The policy, or ``fixed`` where its homes come from a table of their own file."""
         return "fixed" if self.policy in get_args(ContentPolicy) else self.policy
+
+    @property
+    def replica_choice(self) -> ReplicaChoice:
+        """Which copy serves, as the plan was solved for; ``local-first`` if it says not."""
+        return choose_replicas(None, self.provenance.get("replica_choice"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``plan.json``."""

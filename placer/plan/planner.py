@@ -83,7 +83,8 @@ def plan_from_trace(
 
     def metrics(tokens: Chunk, name: str) -> dict[str, Any]:
         placed = baselines.get(name, placement)
-        result = simulate(placed, tokens, table=tables[name])
+        choice = options.replica_choice
+        result = simulate(placed, tokens, table=tables[name], replica_choice=choice)
         return {policy: value.to_json() for policy, value in result.items()}
 
     return Plan(

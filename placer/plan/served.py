@@ -84,7 +84,8 @@ def solved_for(
     _require_agreement("--replica-choice", replica_choice, choice, engine)
     return Served(
         objective=objective,
-        exchange=nearest,
+        # Of what is sent, balancing asks nothing.
+        exchange="per-rank" if objective == "balance" else nearest,
         replica_choice=choice,
         notes=tuple(notes),
     )

@@ -155,13 +155,16 @@ def make_table(
         },
     )
     heldout = _heldout(trace, profile)
+    choice = plan.replica_choice
     warnings = (warning, _seen_by_plan(plan, trace, heldout))
     return TableResult(
         table=table,
         profile=profile,
         num_seen_ids=_num_ids(tokens),
         exact_layers=exact_layers,
-        heldout=None if heldout is None else simulate(plan.placement, heldout, table=table),
+        heldout=None
+        if heldout is None
+        else simulate(plan.placement, heldout, table=table, replica_choice=choice),
         warnings=tuple(one for one in warnings if one is not None),
     )
 

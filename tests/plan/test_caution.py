@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +17,17 @@ from placer.plan.deadline import Deadline
 from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.options import SolveOptions
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.replicas import with_replicas
 from placer.plan.solve import solve
 from placer.plan.traffic import TrafficProblem
+from placer.simulation import simulate
 from placer.simulation.baselines import contiguous
 from placer.simulation.baselines import random as random_placement
 from placer.simulation.replica_choice import sglang_static_ranks
-from placer.trace import Chunk
+from placer.trace import Chunk, Fold, Trace, TraceWriter
 
 SIZES = (16,) * 4
 RANKS = 4
@@ -437,3 +440,29 @@ def test_copies_that_do_not_fit_are_refused_before_the_search(
     )
     with pytest.raises(UsageError, match="do not divide over 4 ranks"):
         solved(make_chunk(num_experts=SIZES, top_k=4), options)
+
+
+@pytest.mark.parametrize("rule", ["sglang-static", "hash"])
+def test_plans_report_what_copies_serve_by_their_own_rule(
+    make_chunk: Callable[..., Chunk], tmp_path: Path, rule: str
+) -> None:
+    chunk = make_chunk(num_tokens=1200, num_experts=SIZES, top_k=4, num_sequences=40)
+    model = ModelSpec(num_experts=SIZES, top_k=4)
+    with TraceWriter(directory=tmp_path / "trace", model=model) as writer:
+        writer.append(chunk)
+        writer.finish()
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=RANKS),
+        max_imbalance=1.2,
+        redundant_experts=RANKS,
+        replica_choice=rule,
+        proof="none",
+    )
+    fold = Fold(part=0, parts=2)
+    plan = plan_from_trace(Trace(tmp_path / "trace"), options, fold)
+    heldout = Trace(tmp_path / "trace").read(fold.complement())
+    reported = plan.metrics["heldout"]["fixed"]
+    for choice in (rule, "local-first"):
+        found = simulate(plan.placement, heldout, replica_choice=choice)["fixed"]
+        assert (found.to_json() == reported) == (choice == rule)
+    assert plan.replica_choice == rule

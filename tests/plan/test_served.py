@@ -47,6 +47,7 @@ def test_copies_are_chosen_as_the_engine_does(
 ) -> None:
     served = solved_for("sglang-deepep", "fixed", objective, has_replicas=has_replicas)
     assert served.replica_choice == choice
+    assert served.exchange == ("per-node" if objective == "traffic" else "per-rank")
     assert bool(served.notes) == bool(note)
     assert note in "".join(served.notes)
 
