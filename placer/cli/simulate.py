@@ -51,7 +51,7 @@ def simulate(
         typer.Option(
             metavar="NAME",
             help="Which copy of a redundant expert serves: local-first, sglang-static, "
-            "hash or cover. Default: the engine's, else local-first.",
+            "hash or cover. Default: the engine's, else the plan's.",
         ),
     ] = None,
     phase: Annotated[
@@ -86,6 +86,7 @@ def simulate(
     """
     from placer.engine import Engine, choose_replicas
     from placer.hardware import Hardware
+    from placer.plan import Plan
     from placer.report.batches import batch_tables
     from placer.report.comparison import COLUMNS, comparison_rows
     from placer.simulation.cost import find_expert_shape, require_no_sizes
@@ -104,6 +105,8 @@ def simulate(
             "--hardware",
         )
     served_by = None if engine is None else Engine.named(engine)
+    if replica_choice is None and served_by is None:
+        replica_choice = Plan.read(plan).replica_choice
     judgement = judge_plan(
         plan,
         read,

@@ -119,6 +119,18 @@ def test_simulate_serves_as_an_engine_does(files):
     assert value["bytes_per_token"]["plan"]["dispatch_slow"] == 0
 
 
+def test_without_an_engine_copies_serve_as_the_plan_was_solved_for(files):
+    plan, trace, _ = files
+    value = json.loads(plan.read_text())
+    value["provenance"]["replica_choice"] = "hash"
+    plan.write_text(json.dumps(value))
+    cases = [((), "hash"), (("--engine", "sglang-deepep"), "sglang-static")]
+    cases += [(("--replica-choice", "cover"), "cover")]
+    for words, choice in cases:
+        found = call("simulate", plan, trace, "--fold", "1/2", "--json", *words).stdout
+        assert json.loads(found)["replica_choice"] == choice
+
+
 def test_the_width_of_a_trace_that_does_not_know_it_is_enough_for_bytes(files, tiny_model):
     """Hidden size 32, the tiny model's own: 64 bytes per copy in bf16."""
     plan, trace, _ = files
