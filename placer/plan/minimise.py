@@ -63,6 +63,17 @@ class Found:
         return problem.evaluate(self.placement)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """What is asked for, the tokens that judge it, who is told, and when to stop."""
+
+    profile: Profile
+    judged: Chunk
+    options: SolveOptions
+    progress: Progress | None
+    deadline: Deadline
+
+
 def minimised(
     profile: Profile,
     judged: Chunk,
@@ -74,32 +85,35 @@ def minimised(
 
     The second value is what the copies cost from those homes, which no other policy has.
     """
+    search = _Search(
+        profile=profile,
+        judged=judged,
+        options=options,
+        progress=progress,
+        deadline=deadline,
+    )
     content = options.content_policy
     if content is not None:
-        return _minimised_for_tables(content, profile, judged, options, progress, deadline)
+        return _minimised_for_tables(search, content)
     (policy,) = options.start_policies(profile.affinity.model.top_k)
     minimise = _minimised_as_drawn if options.has_draws else _minimised
-    return minimise(profile, judged, policy, options, progress, deadline), None
+    return minimise(search, policy), None
 
 
 def _minimised_for_tables(
-    content: ContentPolicy,
-    profile: Profile,
-    judged: Chunk,
-    options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
+    search: _Search, content: ContentPolicy
 ) -> tuple[Found, Evaluation]:
     """Alternate homes and placement from each start; the best of all and mixed."""
-    vocab_size = vocabulary_of(judged, content)
-    caution = _first_caution(content, profile, options)
+    options, deadline = search.options, search.deadline
+    vocab_size = vocabulary_of(search.judged, content)
+    caution = _first_caution(content, search.profile, options)
 
     def alternated(policy: Policy) -> tuple[Found, Alternation, Rated]:
         minimise = _minimised_carefully if caution.any() else _minimised
-        found = minimise(profile, judged, policy, options, progress, deadline)
+        found = minimise(search, policy)
         alternation = Alternation(
             traffic=found.traffic,
-            tokens=judged,
+            tokens=search.judged,
             policy=content,
             vocab_size=vocab_size,
             limits=options.refine,
@@ -107,10 +121,10 @@ def _minimised_for_tables(
             max_home_imbalance=options.max_home_imbalance,
             caution=caution,
         )
-        end = _alternate(found.placement, alternation, progress, deadline)
+        end = _alternate(found.placement, alternation, search.progress, deadline)
         return found, alternation, end
 
-    first, *others = options.start_policies(profile.affinity.model.top_k)
+    first, *others = options.start_policies(search.profile.affinity.model.top_k)
     found, alternation, end = alternated(first)
     ends = [end]
     if options.start is not None:
@@ -126,38 +140,38 @@ def _minimised_for_tables(
     return replace(found, placement=best.placement), best.cost
 
 
-def _minimised_carefully(
-    profile: Profile,
-    judged: Chunk,
-    policy: Policy,
-    options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
-) -> Found:
+def _minimised_carefully(search: _Search, policy: Policy) -> Found:
     """Minimise copies without replicas; add some that hardly move load, whoever serves.
 
     But in layers that no placement without replicas brings under the cap, which need the
     relief.
     """
+    options = search.options
     if options.start is not None or not options.redundant_experts:
-        return _minimised(profile, judged, policy, options, progress, deadline)
-    model = profile.affinity.model
-    require_room(model.num_experts, options.topology.num_ranks, options.redundant_experts)
+        return _minimised(search, policy)
+    model = search.profile.affinity.model
+    require_room(
+        model.num_experts,
+        options.topology.num_ranks,
+        options.redundant_experts,
+    )
     bare = replace(options, redundant_experts=0, max_received_copies=None, relax_cap=True)
-    found = _minimised(profile, judged, policy, bare, progress, deadline)
-    load = [counts.astype(np.float64) for counts in profile.affinity.load]
+    found = _minimised(replace(search, options=bare), policy)
+    load = [counts.astype(np.float64) for counts in search.profile.affinity.load]
     copied = with_replicas(
         found.placement,
         load,
         options.redundant_experts,
-        ~_needs_relief(profile, options),
+        ~_needs_relief(search.profile, options),
     )
     return replace(
         found,
         placement=copied,
         optimal=False,
-        traffic=_traffic_problem(profile, judged, found.problem, policy, options),
-        line=GapLine(tell=progress, num_decimals=4),
+        traffic=_traffic_problem(
+            search.profile, search.judged, found.problem, policy, options
+        ),
+        line=GapLine(tell=search.progress, num_decimals=4),
     )
 
 
@@ -183,23 +197,17 @@ def _first_caution(
     return np.where(_needs_relief(profile, options), 0.0, share)
 
 
-def _minimised_as_drawn(
-    profile: Profile,
-    judged: Chunk,
-    policy: Policy,
-    options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
-) -> Found:
+def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     """Minimise copies for draws that no move can know, with ever less caution.
 
     Ever more where copies must relieve a rank: counted whole, few of them would not, and
     all are not reached at once. Each layer is then taken from the best of these
     placements, as SGLang draws for it, and mended where it is above a cap.
     """
-    found = _minimised_carefully(profile, judged, policy, options, progress, deadline)
+    options, deadline = search.options, search.deadline
+    found = _minimised_carefully(search, policy)
     once = replace(options, refine=replace(options.refine, num_starts=1))
-    needs_relief = _needs_relief(profile, options)
+    needs_relief = _needs_relief(search.profile, options)
     tried = [found.placement]
     for less, more in zip(_CAUTIONS_OF_DRAWS[::-1], _CAUTIONS_OF_DRAWS, strict=True):
         if deadline.passed():
@@ -234,23 +242,19 @@ def _best_of(ends: Sequence[Rated]) -> Rated:
     return best
 
 
-def _minimised(
-    profile: Profile,
-    judged: Chunk,
-    policy: Policy,
-    options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
-) -> Found:
+def _minimised(search: _Search, policy: Policy) -> Found:
     """Minimise copies, from pairs or from what the options start with."""
-    problem = profile.problem(policy, options)
-    placement, optimal = first_placement(profile, problem, options, progress, deadline)
-    traffic = _traffic_problem(profile, judged, problem, policy, options)
-    line = GapLine(tell=progress, num_decimals=4)
+    options = search.options
+    problem = search.profile.problem(policy, options)
+    placement, optimal = first_placement(
+        search.profile, problem, options, search.progress, search.deadline
+    )
+    traffic = _traffic_problem(search.profile, search.judged, problem, policy, options)
+    line = GapLine(tell=search.progress, num_decimals=4)
     if not optimal:
-        if progress is not None:
-            line.raise_bound(early_copies_bound(problem, judged, options))
-        placement = _refine(placement, traffic, options, line, deadline)
+        if search.progress is not None:
+            line.raise_bound(early_copies_bound(problem, search.judged, options))
+        placement = _refine(placement, traffic, options, line, search.deadline)
     return Found(
         placement=placement, optimal=optimal, problem=problem, traffic=traffic, line=line
     )
