@@ -5,8 +5,9 @@ those of ``docs/concepts.md``.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
@@ -17,7 +18,9 @@ Exchange = Literal["per-expert", "per-rank", "per-node", "padded", "all-gather"]
 ReplicaChoice = Literal["local-first", "sglang-static", "hash", "cover"]
 Element = Literal["bf16", "fp8", "nvfp4"]
 GroupRule = Literal["any", "router-groups"]
+Phase = Literal["prefill", "decode"]
 
+PHASES: tuple[Phase, ...] = get_args(Phase)
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
 
@@ -71,6 +74,10 @@ class Engine:
     ----------
     name
         The name that ``--engine`` takes.
+    family
+        The engine, of which this is one configuration: ``sglang``, ``vllm``, ...
+    phases
+        What this configuration is run for.
     dispatch, combine
         To the experts, and back.
     replica_choice
@@ -91,6 +98,8 @@ class Engine:
     """
 
     name: str
+    family: str
+    phases: tuple[Phase, ...]
     dispatch: Transfer
     combine: Transfer
     replica_choice: ReplicaChoice
@@ -102,6 +111,8 @@ class Engine:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for phase in self.phases:
+            _require_known("phase", phase, PHASES)
         _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
         _require_known("group_rule", self.group_rule, get_args(GroupRule))
 
@@ -117,19 +128,54 @@ class Engine:
 
     @classmethod
     def named(cls, name: str) -> "Engine":
-        """Return an engine.
+        """Return the engine of an exact name.
 
         Raises
         ------
         UsageError
-            If no engine has this name.
+            If no engine has this name, or it is that of a family.
         """
-        engines = known_engines()
-        if name not in engines:
-            raise UsageError(
-                f"--engine {name} is not known", f"choose among {', '.join(engines)}"
-            )
-        return engines[name]
+        found = engines_named(name)
+        if found[0].name == name:
+            return found[0]
+        raise UsageError(
+            f"--engine {name} names a family of engines, and what is sent differs by phase "
+            "and options",
+            "give the exact name\n" + "\n".join(_lines_by_phase(found)),
+        )
+
+
+def engines_named(name: str) -> tuple[Engine, ...]:
+    """Return the engine of an exact name, or all engines of a family.
+
+    Raises
+    ------
+    UsageError
+        If neither has this name.
+    """
+    engines = known_engines()
+    if name in engines:
+        return (engines[name],)
+    found = tuple(one for one in engines.values() if one.family == name)
+    if found:
+        return found
+    families = dict.fromkeys(one.family for one in engines.values())
+    nearest = get_close_matches(name.lower(), (*engines, *families), n=1)
+    raise UsageError(
+        f"--engine {name} is not known",
+        (f"did you mean {nearest[0]}? " if nearest else "")
+        + f"the names are {', '.join(engines)}",
+    )
+
+
+def _lines_by_phase(engines: Sequence[Engine]) -> Iterator[str]:
+    """Yield the names of each phase, each with what selects it."""
+    width = max(len(one.name) for one in engines)
+    for phase in PHASES:
+        yield f"  {phase}:"
+        for one in engines:
+            if phase in one.phases:
+                yield f"    {one.name:{width}}  {one.selected_by}"
 
 
 @cache
@@ -232,11 +278,13 @@ def _per_expert_effect(
 
 
 def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
-    rest = {key: value[key] for key in value if key not in ("dispatch", "combine", "notes")}
+    read = ("dispatch", "combine", "phases", "notes")
+    rest = {key: value[key] for key in value if key not in read}
     return Engine(
         name=name,
         dispatch=Transfer(**value["dispatch"]),
         combine=Transfer(**value["combine"]),
+        phases=tuple(value["phases"]),
         notes=tuple(value["notes"]),
         **rest,
     )

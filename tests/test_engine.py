@@ -1,5 +1,6 @@
 """Engines as data, and what a placement can change of what they send."""
 
+import re
 import tomllib
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 
 from placer.engine import (
     EXCHANGES,
+    PHASES,
     REPLICA_CHOICES,
     Engine,
     Transfer,
     choose_replicas,
+    engines_named,
     known_engines,
     placement_effect,
 )
@@ -50,6 +53,38 @@ def test_an_unknown_engine_lists_those_that_are_known():
     with pytest.raises(UsageError, match="--engine nobody is not known") as error:
         Engine.named("nobody")
     assert "sglang-deepep-ll" in error.value.hint
+
+
+def test_a_family_is_all_its_engines_and_an_exact_name_is_one():
+    assert [one.name for one in engines_named("sglang-deepep")] == ["sglang-deepep"]
+    assert [one.name for one in engines_named("deepspeed")] == ["deepspeed"]
+    for family in {one.family for one in ENGINES.values()}:
+        found = engines_named(family)
+        assert {one.family for one in found} == {family}
+        # Whoever names a family is answered for prefill and for decode.
+        assert {phase for one in found for phase in one.phases} == set(PHASES)
+
+
+@pytest.mark.parametrize("family", ["sglang", "vllm", "trtllm", "transformers"])
+def test_where_one_engine_is_needed_a_family_lists_its_names_by_phase(family):
+    with pytest.raises(UsageError, match=f"--engine {family} names a family") as error:
+        Engine.named(family)
+    _, _, prefill = error.value.hint.partition("prefill:")
+    prefill, _, decode = prefill.partition("decode:")
+    for engine in engines_named(family):
+        line = f"{engine.name} .*{re.escape(engine.selected_by)}"
+        assert bool(re.search(line, prefill)) == ("prefill" in engine.phases)
+        assert bool(re.search(line, decode)) == ("decode" in engine.phases)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("sglang-deeppe", "sglang-deepep"), ("vlm", "vllm"), ("TRTLLM", "trtllm")],
+)
+def test_an_unknown_engine_suggests_the_nearest(typed, meant):
+    with pytest.raises(UsageError, match="is not known") as error:
+        engines_named(typed)
+    assert f"did you mean {meant}?" in error.value.hint
 
 
 def test_data_that_cannot_be_meant_is_refused():
