@@ -7,6 +7,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from placer.errors import NoSolutionError, UsageError
+from placer.plan.deadline import Deadline
 from placer.plan.placement import require_divisible_slots
 from placer.plan.problem import FloatArray, IntArray, rank_load
 
@@ -49,22 +50,55 @@ def greedy_balance(load: FloatArray, num_ranks: int) -> IntArray:
     return ranks
 
 
-def balance_layer(load: FloatArray, num_ranks: int, max_load: float) -> BalancedLayer:
+def least_max_load(load: FloatArray, num_ranks: int) -> float:
+    """Return a load that the busiest rank has in every placement with equal slots.
+
+    One of R ranks has an even share. One has j + 1 of the j R + 1 heaviest experts, at
+    least the lightest j + 1 of them, and beside them at least the lightest of all.
+
+    Parameters
+    ----------
+    load
+        ``[E]`` whole numbers, in pairs.
+    num_ranks
+        R, which divides E.
+    """
+    width = len(load) // num_ranks
+    ascending = np.sort(load)
+    descending, lightest = ascending[::-1], np.cumsum(np.r_[0.0, ascending])
+    crowded = (
+        descending[more * num_ranks - more : more * num_ranks + 1].sum()
+        + lightest[width - more - 1]
+        for more in range(width)
+    )
+    return max(float(np.ceil(load.sum() / num_ranks)), *map(float, crowded))
+
+
+def balance_layer(
+    load: FloatArray, num_ranks: int, max_load: float, deadline: Deadline | None = None
+) -> BalancedLayer:
     """Find an assignment under ``max_load``, or the best balanced one there is.
 
-    Greedy and swaps first; where they stay above the cap, CP-SAT minimises the busiest
-    rank's load within a fixed deterministic time.
+    Greedy and swaps first. Where they stay above the cap, and arithmetic does not prove
+    them best, CP-SAT minimises the busiest rank's load within a fixed deterministic time,
+    or until the ``deadline``.
     """
     ranks = _swap_down(load, greedy_balance(load, num_ranks), num_ranks)
     reached = float(rank_load(ranks, load, num_ranks).max())
-    if reached <= max_load:
-        mean = float(np.ceil(load.sum() / num_ranks))
-        return BalancedLayer(expert_rank=ranks, max_load=reached, proved_max_load=mean)
-    return _minimise_max_load(load, ranks, num_ranks)
+    least = least_max_load(load, num_ranks)
+    deadline = deadline or Deadline()
+    if reached <= max(max_load, least) or deadline.passed():
+        return BalancedLayer(expert_rank=ranks, max_load=reached, proved_max_load=least)
+    return _minimise_max_load(load, ranks, num_ranks, least, deadline)
 
 
 def load_caps(
-    loads: Sequence[FloatArray], num_ranks: int, max_imbalance: float, *, relax_cap: bool
+    loads: Sequence[FloatArray],
+    num_ranks: int,
+    max_imbalance: float,
+    *,
+    relax_cap: bool,
+    deadline: Deadline | None = None,
 ) -> tuple[list[float], list[IntArray], dict[int, float]]:
     """Turn the cap on imbalance into load caps per layer, and find a feasible start.
 
@@ -78,6 +112,8 @@ def load_caps(
         Cap on max/mean rank load.
     relax_cap
         Where the cap is out of reach, take the best reachable value instead.
+    deadline
+        Cuts the search for that value; none by default.
 
     Returns
     -------
@@ -102,7 +138,7 @@ def load_caps(
         require_divisible_slots(len(load), num_ranks, layer)
         mean = load.sum() / num_ranks
         cap = float(np.floor(max_imbalance * mean + 1e-9))
-        found = balance_layer(load, num_ranks, cap)
+        found = balance_layer(load, num_ranks, cap, deadline)
         if found.max_load > cap:
             relaxed[layer] = float(found.max_load / mean)
             cap = found.max_load
@@ -110,10 +146,12 @@ def load_caps(
         start.append(found.expert_rank)
     if relaxed and not relax_cap:
         worst = max(relaxed.values())
+        stopped = deadline is not None and deadline.stopped
+        when = ", when the search was stopped" if stopped else ""
         listed = ", ".join(f"{layer}: {value:.4f}" for layer, value in relaxed.items())
         raise NoSolutionError(
             f"--max-imbalance {max_imbalance} is out of reach in {len(relaxed)} of "
-            f"{len(loads)} MoE layers; best reachable (layer: imbalance) {listed}",
+            f"{len(loads)} MoE layers{when}; best reachable (layer: imbalance) {listed}",
             f"take the best reachable per layer with --relax-cap, or ask for "
             f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
         )
@@ -135,14 +173,16 @@ def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:
         ranks[mine[one]], ranks[others[two]] = ranks[others[two]], busiest
 
 
-def _minimise_max_load(load: FloatArray, hint: IntArray, num_ranks: int) -> BalancedLayer:
+def _minimise_max_load(
+    load: FloatArray, hint: IntArray, num_ranks: int, least: float, deadline: Deadline
+) -> BalancedLayer:
     weights = load.astype(np.int64).tolist()
     model = cp_model.CpModel()
     on = [
         [model.new_bool_var(f"expert_{e}_rank_{r}") for r in range(num_ranks)]
         for e in range(len(weights))
     ]
-    busiest = model.new_int_var(0, sum(weights), "busiest")
+    busiest = model.new_int_var(int(least), sum(weights), "busiest")
     for e, row in enumerate(on):
         model.add_exactly_one(row)
         for r, variable in enumerate(row):
@@ -156,9 +196,12 @@ def _minimise_max_load(load: FloatArray, hint: IntArray, num_ranks: int) -> Bala
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = _DETERMINISTIC_TIME
+    if (left := deadline.left()) is not None:
+        solver.parameters.max_time_in_seconds = left
     # A Ctrl-C that is caught ends this search alone, and nobody is told.
     solver.parameters.catch_sigint_signal = False
     status = solver.solve(model)
+    deadline.passed()
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         ranks = hint
     else:
@@ -169,5 +212,5 @@ def _minimise_max_load(load: FloatArray, hint: IntArray, num_ranks: int) -> Bala
     return BalancedLayer(
         expert_rank=ranks,
         max_load=float(rank_load(ranks, load, num_ranks).max()),
-        proved_max_load=float(np.ceil(solver.best_objective_bound - 1e-6)),
+        proved_max_load=max(least, float(np.ceil(solver.best_objective_bound - 1e-6))),
     )

@@ -40,12 +40,19 @@ class Deadline:
             self.stopped = True
         return self.stopped
 
+    def left(self) -> float | None:
+        """Return the seconds that are left, or ``None`` without a limit."""
+        if self.seconds is None:
+            return None
+        return max(0.0, self.seconds - (time.monotonic() - self._began))
+
     def part(self, share: float) -> Self:
         """Return a deadline of its own for a share of the time that is left."""
-        left = None
-        if self.seconds is not None:
-            left = max(0.0, self.seconds - (time.monotonic() - self._began)) * share
-        return type(self)(seconds=left, chosen_in_haste=self.chosen_in_haste)
+        left = self.left()
+        return type(self)(
+            seconds=None if left is None else left * share,
+            chosen_in_haste=self.chosen_in_haste,
+        )
 
     @contextmanager
     def choosing(self) -> Iterator[Self]:

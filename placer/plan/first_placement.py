@@ -64,7 +64,7 @@ class Profile:
 
 
 def profiled(
-    affinity: Affinity, tokens: Chunk | None, options: SolveOptions
+    affinity: Affinity, tokens: Chunk | None, options: SolveOptions, deadline: Deadline
 ) -> tuple[Profile, dict[int, float]]:
     """Return the profile, and what the layers reach whose cap on load is relaxed.
 
@@ -80,6 +80,7 @@ def profiled(
         options.topology.num_ranks,
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
+        deadline=deadline,
     )
     if options.needs_tokens is not None and not options.refine.num_sweeps:
         raise UsageError(

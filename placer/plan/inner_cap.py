@@ -66,15 +66,16 @@ def choose_inner_cap(
     NoSolutionError
         If ``max_imbalance`` is out of reach on the whole profile, and may not be relaxed.
     """
+    deadline = deadline or Deadline(seconds=options.time_limit)
     load_caps(
         expert_loads(model, profile),
         options.topology.num_ranks,
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
+        deadline=deadline,
     )
     halves = inner_halves(profile, f"--robust {options.robust}")
     quick = replace(options.quick(), relax_cap=True)
-    deadline = deadline or Deadline(seconds=options.time_limit)
     price = OVERFLOW_PRICE if options.overflow_price is None else options.overflow_price
 
     def try_all(trials: Sequence[tuple[float, float]]) -> Iterator[CapTrial]:

@@ -71,7 +71,7 @@ def solve(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
             "solve from the trace itself: placer solve TRACE --out PLAN",
         )
-    profile, relaxed = profiled(affinity, tokens, options)
+    profile, relaxed = profiled(affinity, tokens, options, deadline)
     relaxed_receive: dict[int, float] = {}
     if profile.judged is None:
         problem = profile.problem(options.start_policies(affinity.model.top_k)[0], options)

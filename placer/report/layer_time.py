@@ -123,17 +123,18 @@ def choose_by_time(
     """
     _require_comparable(options, question)
     topology = options.topology
+    deadline = deadline or Deadline(seconds=options.time_limit)
     load_caps(
         expert_loads(model, profile),
         topology.num_ranks,
         options.max_imbalance,
         relax_cap=options.relax_cap or options.redundant_experts > 0,
+        deadline=deadline,
     )
     inner, heldout = _judged_halves(profile)
     affinity = count_affinity([inner], model, {})
     balanced = _balanced(model, inner, options)
     asked = _candidates(options)
-    deadline = deadline or Deadline(seconds=options.time_limit)
     served = _served(options, question)
     figures = {BALANCED: batch_figures(balanced, heldout, DEFAULT_BATCH_SIZE, served)}
     for name, one in asked.items():
