@@ -91,12 +91,13 @@ def engines() -> None:
     from placer.engine import known_engines
 
     cog.outl(
-        "| `--engine` | dispatch | combine | replica choice | `placer export` |\n"
-        "|---|---|---|---|---|"
+        "| `--engine` | run for | dispatch | combine | replica choice | `placer export` |\n"
+        "|---|---|---|---|---|---|"
     )
     for engine in known_engines().values():
         ways = [f"{w.exchange}, {w.element}" for w in (engine.dispatch, engine.combine)]
-        cells = [f"`{engine.name}`", *ways, engine.replica_choice, engine.map_format]
+        cells = [f"`{engine.name}`", ", ".join(engine.phases), *ways]
+        cells += [engine.replica_choice, engine.map_format]
         cog.outl(f"| {' | '.join(cells)} |")
     for engine in known_engines().values():
         cog.outl(

@@ -88,7 +88,11 @@ class Engine:
         ``any``, or ``router-groups`` where a permuted checkpoint must keep the router's
         groups together.
     selected_by
-        The engine's own options that lead there.
+        What leads there, in words.
+    flags, environment
+        The engine's own options and variables that do, as typed; each may be empty.
+    single_node
+        Whether the engine refuses to start it on more than one node.
     source
         Public documentation.
     read_in
@@ -108,6 +112,9 @@ class Engine:
     selected_by: str
     source: str
     read_in: str
+    flags: str = ""
+    environment: str = ""
+    single_node: bool = False
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

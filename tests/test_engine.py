@@ -49,6 +49,27 @@ def test_the_engines_that_users_name_are_there():
     } <= set(ENGINES)
 
 
+@pytest.mark.parametrize(
+    ("name", "one_node", "phases"),
+    [
+        ("sglang-deepep", "per-rank", "prefill"),
+        ("sglang-deepep-ll", "per-expert", "decode"),
+        ("sglang-deepep-v2-direct", "per-rank", "prefill decode"),
+        ("sglang-deepep-v2-hybrid", "per-rank", "prefill decode"),
+        ("vllm-deepep-v2-direct", "per-rank", "prefill decode"),
+        ("vllm-deepep-v2-hybrid", "per-rank", "prefill decode"),
+    ],
+)
+def test_with_deepep_v2_placement_changes_what_decode_sends(name, one_node, phases):
+    """V1's low-latency kernels send every pair; V2's send one copy per distinct rank."""
+    engine = Engine.named(name)
+    assert engine.phases == tuple(phases.split())
+    sent = engine.dispatch.exchange.replace("per-node", "per-rank")
+    assert sent == one_node, "inside one node a copy per node is one per rank"
+    counts = engine.effect("fixed", has_replicas=False).changes_traffic
+    assert counts == (one_node == "per-rank")
+
+
 def test_an_unknown_engine_lists_those_that_are_known():
     with pytest.raises(UsageError, match="--engine nobody is not known") as error:
         Engine.named("nobody")
