@@ -13,6 +13,7 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_table,
+    warn,
 )
 
 
@@ -35,11 +36,16 @@ def check(
     from placer.errors import DriftError
     from placer.plan import Plan
     from placer.report.drift import check_plan
+    from placer.simulation.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
-    report = check_plan(
-        Plan.read(plan), Trace(trace), parse_fold(fold, not_fold), tolerance
+    read = Plan.read(plan)
+    report = check_plan(read, Trace(trace), parse_fold(fold, not_fold), tolerance)
+    warning = unknown_dense_layers(
+        read.placement, read.replica_choice, read.model.layer_ids
     )
+    if warning is not None:
+        warn(warning)
     if as_json:
         print_json(
             {

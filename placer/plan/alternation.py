@@ -236,7 +236,9 @@ class Alternation:
         fixed = fixed_homes(judged.sequence_ids, placement.num_ranks)
         homes = TableHomes(table, judged.token_ids, fixed)
         found = np.empty((placement.num_layers, judged.num_tokens), dtype=np.int64)
-        layers = serving_layers(placement, self.traffic.replica_choice)
+        layers = serving_layers(
+            placement, self.traffic.replica_choice, self.traffic.layer_ids
+        )
         for layer, serving in enumerate(layers):
             home = homes.plain(layer).home
             experts = np.ascontiguousarray(judged.experts[layer].T)

@@ -232,8 +232,8 @@ def _trial(
     for solved, heldout in (halves, halves[::-1]):
         affinity = count_affinity([solved], model, {})
         placement, report = solve_to_choose(affinity, options, solved, deadline)
-        own.append(_imbalance(placement, solved, options))
-        other.append(_imbalance(placement, heldout, options))
+        own.append(_imbalance(model, placement, solved, options))
+        other.append(_imbalance(model, placement, heldout, options))
         prices.append(report.objective)
     profile, judged = float(np.mean(own)), float(np.mean(other))
     return CapTrial(
@@ -246,9 +246,16 @@ def _trial(
     )
 
 
-def _imbalance(placement: Placement, tokens: Chunk, options: SolveOptions) -> float:
+def _imbalance(
+    model: ModelSpec, placement: Placement, tokens: Chunk, options: SolveOptions
+) -> float:
     """Return max/mean rank load, mean over the layers, as plans report it."""
-    found = simulate(placement, tokens, replica_choice=options.replica_choice)
+    found = simulate(
+        placement,
+        tokens,
+        replica_choice=options.replica_choice,
+        layer_ids=model.layer_ids,
+    )
     return found.get(options.policy, found["fixed"]).load_imbalance_mean
 
 

@@ -293,6 +293,7 @@ def _traffic_problem(
             options.pins,
         ),
         replica_choice=options.replica_choice,
+        layer_ids=profile.affinity.model.layer_ids,
         max_home_imbalance=options.max_home_imbalance
         if options.policy == "follow"
         else None,

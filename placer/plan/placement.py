@@ -88,9 +88,15 @@ class Placement:
     def holds(self, layer: int) -> npt.NDArray[np.bool_]:
         """Return ``[E_l, R]``: whether a rank has a copy of an expert."""
         row = self.physical_to_logical_map[layer]
-        held = np.zeros((self.num_experts[layer], self.num_ranks), dtype=np.bool_)
-        held[row, np.arange(len(row)) // (len(row) // self.num_ranks)] = True
-        return held
+        return holders(row, self.num_experts[layer], self.num_ranks)
+
+    def filler_row(self) -> IntArray:
+        """Return ``[P]``: the slots that a map gives to a layer that is not placed.
+
+        Experts in order, over and over: no rank has two copies of one.
+        """
+        num_slots = len(self.physical_to_logical_map[0])
+        return np.arange(num_slots) % self.num_experts[0]
 
     def slot_of(self, layer: int) -> IntArray:
         """Return ``[R, E_l]``: the slot of each rank's copy of each expert, or -1."""
@@ -166,6 +172,13 @@ class Placement:
             num_ranks=num_ranks,
             num_nodes=num_nodes,
         )
+
+
+def holders(row: IntArray, num_experts: int, num_ranks: int) -> npt.NDArray[np.bool_]:
+    """Return ``[E, R]``: whether a rank has a copy of an expert, by a row of slots."""
+    held = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+    held[row, np.arange(len(row)) // (len(row) // num_ranks)] = True
+    return held
 
 
 def require_divisible_ranks(num_ranks: int, num_nodes: int) -> None:

@@ -83,8 +83,13 @@ def plan_from_trace(
 
     def metrics(tokens: Chunk, name: str) -> dict[str, Any]:
         placed = baselines.get(name, placement)
-        choice = options.replica_choice
-        result = simulate(placed, tokens, table=tables[name], replica_choice=choice)
+        result = simulate(
+            placed,
+            tokens,
+            table=tables[name],
+            replica_choice=options.replica_choice,
+            layer_ids=trace.model.layer_ids,
+        )
         return {policy: value.to_json() for policy, value in result.items()}
 
     return Plan(
@@ -98,7 +103,7 @@ def plan_from_trace(
             "profile": metrics(profile, "placer"),
             "heldout": None if heldout is None else metrics(heldout, "placer"),
             "baselines": {name: metrics(judged, name) for name in baselines},
-            **_prices(judged, {**baselines, "placer": placement}, options),
+            **_prices(trace.model, judged, {**baselines, "placer": placement}, options),
         },
         provenance=_provenance(options, placement)
         | {
@@ -195,7 +200,10 @@ def _with_equal_slots(
 
 
 def _prices(
-    tokens: Chunk, placements: Mapping[str, Placement], options: SolveOptions
+    model: ModelSpec,
+    tokens: Chunk,
+    placements: Mapping[str, Placement],
+    options: SolveOptions,
 ) -> dict[str, dict[str, float]]:
     """Return the price of each placement's copies, where links cost differently.
 
@@ -215,6 +223,7 @@ def _prices(
         load=load,
         max_load=tuple(one.sum(axis=1) for one in load),
         replica_choice=options.replica_choice,
+        layer_ids=model.layer_ids,
     )
     judge = Refinement(problem=problem, limits=options.refine)
     return {

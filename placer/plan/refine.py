@@ -227,7 +227,7 @@ class Refinement:
         """
         first = placements[0]
         self._load(first)
-        draws = SglangDraws(first.num_ranks, first.ranks_per_node)
+        draws = SglangDraws(first, self.problem.layer_ids)
         homes = [self._first_homes()]
         rows = []
         for layer in range(self.problem.num_layers):
@@ -286,7 +286,7 @@ class Refinement:
         drawn: Iterator[IntArray | None] = repeat(None)
         is_static = self.problem.replica_choice == "sglang-static"
         if is_static and placement.has_replicas and not self.problem.has_unknown_draws:
-            drawn = iter(sglang_static_ranks(placement))
+            drawn = iter(sglang_static_ranks(placement, self.problem.layer_ids))
         layers = range(self.problem.num_layers)
         self._states = [self._state(placement, n, next(drawn)) for n in layers]
 

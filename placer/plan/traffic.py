@@ -59,6 +59,9 @@ class TrafficProblem:
         one stay; ``None``: all may.
     replica_choice
         Which copy serves: ``local-first``, ``sglang-static`` or ``hash`` (any in turn).
+    layer_ids
+        ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;
+        ``None``: no layer is dense.
     max_home_imbalance
         Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
         ``None``. Every token above it costs :data:`HOME_PRICE` copies.
@@ -83,6 +86,7 @@ class TrafficProblem:
     move_price: tuple[FloatArray, ...] | None = None
     kind: tuple[IntArray, ...] | None = None
     replica_choice: ReplicaChoice = "local-first"
+    layer_ids: tuple[int, ...] | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
     caution: FloatArray | None = None

@@ -6,6 +6,7 @@ from typing import Any
 from placer.plan import Plan
 from placer.plan.plan import Certificate, InnerCap, SolverReport
 from placer.plan.redundant import RedundantChoice
+from placer.simulation.replica_choice import unknown_dense_layers
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
@@ -103,6 +104,9 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
         yield "solved from counts: no tokens are known, so no held-out figure is given"
     elif plan.metrics["heldout"] is None:
         yield "nothing was held out: the figures are those of the profile itself"
+    choice, layer_ids = plan.replica_choice, plan.model.layer_ids
+    if warning := unknown_dense_layers(plan.placement, choice, layer_ids):
+        yield warning
     if not plan.solver.reproducible:
         yield (
             "stopped before choices, search and proof were done: this is the best so far, "

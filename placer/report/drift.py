@@ -153,7 +153,12 @@ def _copies_key(plan: Plan) -> str:
 def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
     placement, key = plan.placement, _copies_key(plan)
     base = contiguous(plan.model.num_experts, placement.num_ranks, placement.num_nodes)
-    served = simulate(placement, tokens, replica_choice=plan.replica_choice)
+    served = simulate(
+        placement,
+        tokens,
+        replica_choice=plan.replica_choice,
+        layer_ids=plan.model.layer_ids,
+    )
     own = served[plan.policy_without_table].to_json()
     reference = simulate(base, tokens)[plan.policy_without_table].to_json()
     return _ratio(own[key], reference[key]), own["load_imbalance_mean"]

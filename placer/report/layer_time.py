@@ -135,7 +135,7 @@ def choose_by_time(
     affinity = count_affinity([inner], model, {})
     balanced = _balanced(model, inner, options)
     asked = _candidates(options)
-    served = _served(options, question)
+    served = _served(model, options, question)
     figures = {BALANCED: batch_figures(balanced, heldout, DEFAULT_BATCH_SIZE, served)}
     for name, one in asked.items():
         if len(figures) > 1 and deadline.passed():
@@ -174,7 +174,7 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
         placement, report = solve_to_choose(affinity, quick, inner, deadline)
-        served = _served(options, question)
+        served = _served(model, options, question)
         figures = [
             batch_figures(one, heldout, DEFAULT_BATCH_SIZE, served)
             for one in (placement, _balanced(model, inner, options))
@@ -258,9 +258,10 @@ def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placeme
     ).placement
 
 
-def _served(options: SolveOptions, question: Question) -> BatchOptions:
+def _served(model: ModelSpec, options: SolveOptions, question: Question) -> BatchOptions:
     engine = question.engine
     return replace(
         batch_options(question),
         replica_choice=options.replica_choice if engine is None else engine.replica_choice,
+        layer_ids=model.layer_ids,
     )

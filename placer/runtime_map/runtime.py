@@ -102,14 +102,9 @@ class MapSource:
         return rows
 
     def filler(self) -> list[int]:
-        """Return a valid row for a layer that the plan does not place.
-
-        Experts in order, over and over: no rank has two copies of one.
-        """
-        num_experts = self.placement.num_experts[0]
-        num_slots = len(self.placement.physical_to_logical_map[0])
-        row = [slot % num_experts for slot in range(num_slots)]
-        require_valid_rows([row], (num_experts,), self.placement.num_ranks)
+        """Return a valid row for a layer that the plan does not place."""
+        row: list[int] = self.placement.filler_row().tolist()
+        require_valid_rows([row], self.placement.num_experts[:1], self.placement.num_ranks)
         return row
 
 

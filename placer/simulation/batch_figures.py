@@ -93,6 +93,8 @@ class BatchOptions:
         Of dispatch and of combine.
     replica_choice
         Which copy of an expert serves.
+    layer_ids
+        As in ``ServingOptions``.
     cost
         What turns steps into seconds, or ``None``.
     """
@@ -101,6 +103,7 @@ class BatchOptions:
     phase: Phase = "decode"
     exchanges: tuple[Exchange, Exchange] = ("per-rank", "per-rank")
     replica_choice: ReplicaChoice = "local-first"
+    layer_ids: tuple[int, ...] | None = None
     cost: CostModel | None = None
 
 
@@ -126,6 +129,7 @@ def batch_figures(
         policy=options.policy,
         exchanges=options.exchanges,
         replica_choice=options.replica_choice,
+        layer_ids=options.layer_ids,
     ):
         tally.add(steps)
         if options.cost is not None:

@@ -27,6 +27,7 @@ from placer.simulation.homes import Phase
 from placer.simulation.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.profile import num_seen_sequences, profile_fold
+from placer.simulation.replica_choice import unknown_dense_layers
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.table.table import Table
 from placer.trace import Chunk, Fold, Trace
@@ -268,8 +269,10 @@ def judge_plan(
     num_sequences = len(np.unique(tokens.sequence_ids))
     compared, missing = _baseline_placements(plan, trace, baselines)
     seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
+    layer_ids = plan.model.layer_ids or trace.model.layer_ids
     warnings = [
         matched,
+        unknown_dense_layers(plan.placement, serving.replica_choice, layer_ids),
         *missing,
         f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
         f"the figures flatter it: {_remedy(profile_fold(plan, trace))}"
@@ -297,6 +300,7 @@ def judge_plan(
             phase=serving.phase,
             table=of,
             replica_choice=serving.replica_choice,
+            layer_ids=layer_ids,
         )
 
     own = simulated(plan.placement, table)
@@ -307,6 +311,7 @@ def judge_plan(
         phase=serving.phase,
         exchanges=(transfers[0].exchange, transfers[1].exchange),
         replica_choice=serving.replica_choice,
+        layer_ids=layer_ids,
         cost=cost,
     )
     sizes = batch_sizes(serving.phase, batch_size, tokens.num_tokens)

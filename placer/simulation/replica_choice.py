@@ -4,9 +4,8 @@
   Equal choices take turns by the token's index.
 - ``sglang-static``: fixed per home and expert; the copy at home, else the first on the
   home's node where that node lacks another copy, else a seeded draw of each home's own. As
-  SGLang 0.5.23 builds its table for
-  ``--ep-dispatch-algorithm static`` (``srt/eplb/expert_location.py``), but for the draws
-  that it spends on rows of dense layers, which shift later draws.
+  SGLang 0.5.23 builds its table for ``--ep-dispatch-algorithm static``
+  (``srt/eplb/expert_location.py``) from the map that ``placer export sglang`` writes.
 - ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
   copies; the home is ignored. As vLLM chooses
   (``model_executor/layers/fused_moe/router/base_router.py``).
@@ -17,7 +16,7 @@ Without replicas there is nothing to choose.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.engine import ReplicaChoice
-from placer.plan.placement import Placement
+from placer.plan.placement import Placement, holders
 from placer.simulation.homes import Batches
 from placer.simulation.serving import (
     Allow,
@@ -53,18 +52,25 @@ class Server:
         Which copy serves.
     batches
         Which tokens share a batch, for ``hash``.
+    layer_ids
+        As :func:`serving_layers` takes it.
     """
 
     def __init__(
-        self, placement: Placement, replica_choice: ReplicaChoice, batches: Batches
+        self,
+        placement: Placement,
+        replica_choice: ReplicaChoice,
+        batches: Batches,
+        layer_ids: Sequence[int] | None = None,
     ) -> None:
         self.placement = placement
         self.replica_choice = replica_choice
         self.batches = batches
+        self.layer_ids = layer_ids
 
     def layers(self) -> Iterator[LayerServing]:
         """Yield the tables of every layer, in order."""
-        return serving_layers(self.placement, self.replica_choice)
+        return serving_layers(self.placement, self.replica_choice, self.layer_ids)
 
     def ranks(
         self, serving: LayerServing, experts: npt.NDArray[Any], home: RankArray
@@ -88,13 +94,43 @@ class Server:
         return serving.ranks(experts, home)
 
 
+def unknown_dense_layers(
+    placement: Placement,
+    replica_choice: ReplicaChoice,
+    layer_ids: Sequence[int] | None,
+) -> str | None:
+    """Return a warning where draws assume that no layer is dense, else ``None``."""
+    if replica_choice != "sglang-static" or not placement.has_replicas:
+        return None
+    if layer_ids is not None:
+        return None
+    return (
+        "no file says which layers are dense: the draws of sglang-static assume that none "
+        "is, and others follow if some are; bind the trace to its model: "
+        "placer import FORMAT FILE --model DIR --out TRACE"
+    )
+
+
 def serving_layers(
-    placement: Placement, replica_choice: ReplicaChoice
+    placement: Placement,
+    replica_choice: ReplicaChoice,
+    layer_ids: Sequence[int] | None = None,
 ) -> Iterator[LayerServing]:
-    """Yield the tables of every layer of a placement, in order."""
+    """Yield the tables of every layer of a placement, in order.
+
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    replica_choice
+        Which copy serves.
+    layer_ids
+        ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;
+        ``None`` where no layer is dense, or nobody knows.
+    """
     static: Iterator[IntArray | None] = repeat(None)
-    if replica_choice == "sglang-static":
-        static = iter(sglang_static_ranks(placement))
+    if replica_choice == "sglang-static" and placement.has_replicas:
+        static = iter(sglang_static_ranks(placement, layer_ids))
     for layer, fixed in zip(range(placement.num_layers), static, strict=False):
         yield LayerServing.of(placement, layer, _allow(replica_choice, fixed))
 
@@ -111,9 +147,11 @@ def hashed_row(row: IntArray) -> IntArray:
     return (hashed & np.uint64((1 << _HASH_BITS) - 1)).astype(np.int64)
 
 
-def sglang_static_ranks(placement: Placement) -> list[IntArray]:
+def sglang_static_ranks(
+    placement: Placement, layer_ids: Sequence[int] | None = None
+) -> list[IntArray]:
     """Return L arrays ``[R, E]`` int64: the rank that serves an expert for each home."""
-    draws = SglangDraws(placement.num_ranks, placement.ranks_per_node)
+    draws = SglangDraws(placement, layer_ids)
     return [draws.ranks(placement.holds(layer)) for layer in range(placement.num_layers)]
 
 
@@ -124,14 +162,43 @@ class SglangDraws:
     for the experts of which it has no near copy; in each draw it shares the copies out to
     all ranks without one, and keeps its own. Ranks pass over other experts, so their draws
     differ: together they need not be even.
+
+    SGLang draws for every row of its map, and the map has a row for each hidden layer. So
+    the filler rows of dense layers (:meth:`Placement.filler_row`) shift the draws for the
+    MoE layers after them. Rows after the last MoE layer shift nothing, and drafted (MTP)
+    layers have no row.
+
+    Parameters
+    ----------
+    placement
+        The topology and the filler row.
+    layer_ids
+        ``[L]``: the model's own layer number of each MoE layer, ascending; ``None``: no
+        layer is dense.
     """
 
-    def __init__(self, num_ranks: int, ranks_per_node: int) -> None:
-        self._draws = [random.Random(_SGLANG_SEED) for _ in range(num_ranks)]
-        self._ranks_per_node = ranks_per_node
+    def __init__(self, placement: Placement, layer_ids: Sequence[int] | None) -> None:
+        self._draws = [random.Random(_SGLANG_SEED) for _ in range(placement.num_ranks)]
+        self._ranks_per_node = placement.ranks_per_node
+        self._filler = holders(
+            placement.filler_row(), placement.num_experts[0], placement.num_ranks
+        )
+        ids = range(placement.num_layers) if layer_ids is None else layer_ids
+        # [L]: rows of dense layers right before each MoE layer.
+        self._num_fillers = np.diff(ids, prepend=-1) - 1
+        self._layer = 0
 
     def ranks(self, holds: BoolArray) -> IntArray:
-        """Return ``[R, E]`` int64: who serves in the next layer, its copies ``[E, R]``."""
+        """Return ``[R, E]`` int64: who serves in the next MoE layer.
+
+        ``holds`` is ``[E, R]``: its copies.
+        """
+        for _ in range(self._num_fillers[self._layer]):
+            self._draw(self._filler)
+        self._layer += 1
+        return self._draw(holds)
+
+    def _draw(self, holds: BoolArray) -> IntArray:
         near = _sglang_nearest(holds, self._ranks_per_node)
         chosen = near.copy()
         for home, draw in enumerate(self._draws):

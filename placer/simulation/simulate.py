@@ -35,12 +35,16 @@ class ServingOptions(TypedDict, total=False):
     replica_choice
         Which copy of an expert serves (:mod:`placer.simulation.replica_choice`);
         ``local-first``.
+    layer_ids
+        The model's own layer number of each MoE layer, which ``sglang-static`` depends
+        on; ``None``: no layer is dense.
     """
 
     batch_size: int
     phase: Phase
     table: Table | None
     replica_choice: ReplicaChoice
+    layer_ids: tuple[int, ...] | None
 
 
 def simulate(
@@ -90,7 +94,12 @@ def count(
         placement.num_ranks,
     )
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
-    server = Server(placement, options.get("replica_choice", "local-first"), batches)
+    server = Server(
+        placement,
+        options.get("replica_choice", "local-first"),
+        batches,
+        options.get("layer_ids"),
+    )
     content = _ContentPolicies(server, fixed)
     shuffled = None if table is None else _TablePolicies(content, tokens, table)
     for layer, serving in enumerate(server.layers()):

@@ -100,6 +100,7 @@ def layer_steps(
     policy: str,
     exchanges: tuple[Exchange, Exchange],
     replica_choice: ReplicaChoice = "local-first",
+    layer_ids: Sequence[int] | None = None,
 ) -> Iterator[LayerSteps]:
     """Serve recorded tokens batch by batch, and yield what each layer's ranks do.
 
@@ -117,6 +118,8 @@ def layer_steps(
         Of dispatch and of combine.
     replica_choice
         Which copy of an expert serves.
+    layer_ids
+        As :func:`placer.simulation.replica_choice.serving_layers` takes it.
 
     Raises
     ------
@@ -127,7 +130,7 @@ def layer_steps(
         raise UsageError(
             f"batches of policy {policy} cannot be served", "choose fixed or follow"
         )
-    server = Server(placement, replica_choice, batches)
+    server = Server(placement, replica_choice, batches, layer_ids)
     counter = _Counter(placement, batches)
     home = fixed_homes(tokens.sequence_ids, placement.num_ranks)
     for layer, serving in enumerate(server.layers()):

@@ -14,6 +14,7 @@ from placer.plan import Placement, Plan
 from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import num_seen_sequences, profile_fold
+from placer.simulation.replica_choice import unknown_dense_layers
 from placer.simulation.simulate import simulate
 from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
 from placer.table.calibration import calibrated, fit_calibration
@@ -155,8 +156,11 @@ def make_table(
         },
     )
     heldout = _heldout(trace, profile)
-    choice = plan.replica_choice
-    warnings = (warning, _seen_by_plan(plan, trace, heldout))
+    warnings = (
+        warning,
+        unknown_dense_layers(plan.placement, plan.replica_choice, model.layer_ids),
+        _seen_by_plan(plan, trace, heldout),
+    )
     return TableResult(
         table=table,
         profile=profile,
@@ -164,7 +168,13 @@ def make_table(
         exact_layers=exact_layers,
         heldout=None
         if heldout is None
-        else simulate(plan.placement, heldout, table=table, replica_choice=choice),
+        else simulate(
+            plan.placement,
+            heldout,
+            table=table,
+            replica_choice=plan.replica_choice,
+            layer_ids=model.layer_ids,
+        ),
         warnings=tuple(one for one in warnings if one is not None),
     )
 

@@ -183,10 +183,14 @@ def test_caution_counts_what_draws_might_ask_of_a_copy(
 
 
 def served_by_hand(
-    chunk: Chunk, placement: Placement, layer: int, homes: np.ndarray
+    chunk: Chunk,
+    placement: Placement,
+    layer: int,
+    homes: np.ndarray,
+    layer_ids: tuple[int, ...] | None = None,
 ) -> tuple[float, np.ndarray]:
     """Return the copies of a layer per token, and the load, as SGLang draws for it."""
-    serving = sglang_static_ranks(placement)[layer]
+    serving = sglang_static_ranks(placement, layer_ids)[layer]
     copies, load = 0, np.zeros(placement.num_ranks)
     for home, experts in zip(homes.tolist(), chunk.experts[layer].tolist(), strict=True):
         ranks = [int(serving[home, expert]) for expert in experts]
@@ -195,20 +199,30 @@ def served_by_hand(
     return copies / len(homes), load
 
 
-def test_draws_serve_as_sglang_has_them(make_chunk: Callable[..., Chunk]) -> None:
+@pytest.mark.parametrize("ids", [None, (3, 4, 6, 7)])
+def test_draws_serve_as_sglang_has_them(
+    make_chunk: Callable[..., Chunk], ids: tuple[int, ...] | None
+) -> None:
     chunk = make_chunk(num_tokens=400, num_experts=SIZES, top_k=4)
     homes = tuple(np.random.default_rng(n).integers(RANKS, size=400) for n in range(4))
-    problem = traffic(chunk, policy="given", homes=homes, replica_choice="sglang-static")
+    problem = traffic(
+        chunk,
+        policy="given",
+        homes=homes,
+        replica_choice="sglang-static",
+        layer_ids=ids,
+    )
     placement = with_copies(chunk, random_placement(SIZES, RANKS, seed=2), 2 * RANKS)
     found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
-    by_hand = [served_by_hand(chunk, placement, n, homes[n]) for n in range(4)]
+    by_hand = [served_by_hand(chunk, placement, n, homes[n], ids) for n in range(4)]
     assert found.copies == pytest.approx(np.mean([copies for copies, _ in by_hand]))
     assert found.imbalance == pytest.approx([imbalance(load) for _, load in by_hand])
 
 
 @pytest.mark.parametrize("cap", [1.25, 2.0])
+@pytest.mark.parametrize("layer_ids", [None, (1, 2, 4, 7)])
 def test_each_layer_is_of_the_placement_that_draws_serve_best(
-    make_chunk: Callable[..., Chunk], cap: float
+    make_chunk: Callable[..., Chunk], cap: float, layer_ids: tuple[int, ...] | None
 ) -> None:
     """In order: what is taken in one layer moves the draws of all after it."""
     chunk = make_chunk(num_tokens=400, num_experts=SIZES, top_k=4)
@@ -224,6 +238,7 @@ def test_each_layer_is_of_the_placement_that_draws_serve_best(
         homes=homes,
         replica_choice="sglang-static",
         max_load=(np.array([cap * mean]),) * 4,
+        layer_ids=layer_ids,
     )
     found = Refinement(problem=problem, limits=RefineLimits()).best_as_drawn(tried)
     rows = list(tried[0].physical_to_logical_map)
@@ -234,7 +249,7 @@ def test_each_layer_is_of_the_placement_that_draws_serve_best(
             placement = Placement(
                 physical_to_logical_map=tuple(rows), num_experts=SIZES, num_ranks=RANKS
             )
-            copies, load = served_by_hand(chunk, placement, layer, homes[layer])
+            copies, load = served_by_hand(chunk, placement, layer, homes[layer], layer_ids)
             over = np.maximum(load - cap * mean, 0).sum()
             judged.append((round(over, 3), copies, rows[layer]))
         rows[layer] = min(judged, key=lambda one: one[:2])[2]
