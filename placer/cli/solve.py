@@ -75,7 +75,11 @@ def solve(
     ] = None,
     max_imbalance: Annotated[
         float | None,
-        typer.Option(help="Cap on max/mean rank load in every layer.", show_default="1.10"),
+        typer.Option(
+            help="Cap on max/mean rank load in every layer; refused where it is out of "
+            "reach.",
+            show_default="1.10, or the best reachable",
+        ),
     ] = None,
     max_home_imbalance: Annotated[
         float | None,
@@ -313,13 +317,15 @@ def solve(
     with progress_line("solve") as progress:
         solved = solve_request(request, note, warn, progress)
     solved.plan.write(out)
-    for line in plan_warnings(solved.plan):
+    warnings, notes = list(plan_warnings(solved.plan)), list(plan_notes(solved.plan))
+    for line in warnings:
         warn(line)
-    for line in plan_notes(solved.plan):
+    for line in notes:
         note(line)
     if as_json:
+        told = {"warnings": warnings, "notes": notes}
         report = {"out": str(out), "seconds": solved.plan.solver.seconds}
-        print_json(report | solved.plan.to_json())
+        print_json(report | told | solved.plan.to_json())
         return
     _show(solved, start)
     print_line(f"plan written to {out}")

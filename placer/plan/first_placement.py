@@ -78,8 +78,8 @@ def profiled(
     max_load, balanced, relaxed = load_caps(
         [counts.astype(np.float64) for counts in affinity.load],
         options.topology.num_ranks,
-        options.max_imbalance,
-        relax_cap=options.relax_cap or options.redundant_experts > 0,
+        options.load_cap,
+        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
         deadline=deadline,
     )
     if options.needs_tokens is not None and not options.refine.num_sweeps:

@@ -41,7 +41,7 @@ def choose_inner_cap(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> InnerCap:
-    """Return the loosest cap under which other sequences keep to ``max_imbalance``.
+    """Return the loosest cap under which other sequences keep to ``load_cap``.
 
     Where none does, the tightest, at the least price of load above it under which they do,
     if no price is asked for.
@@ -53,7 +53,7 @@ def choose_inner_cap(
     profile
         The tokens to solve on; no others are looked at.
     options
-        What to solve for, ``max_imbalance`` being the mean imbalance to keep to.
+        What to solve for, ``load_cap`` being the mean imbalance to keep to.
     progress
         Told each cap.
     deadline
@@ -64,14 +64,14 @@ def choose_inner_cap(
     UsageError
         If the profile is one sequence.
     NoSolutionError
-        If ``max_imbalance`` is out of reach on the whole profile, and may not be relaxed.
+        If ``load_cap`` is out of reach on the whole profile, and may not be relaxed.
     """
     deadline = deadline or Deadline(seconds=options.time_limit)
     load_caps(
         expert_loads(model, profile),
         options.topology.num_ranks,
-        options.max_imbalance,
-        relax_cap=options.relax_cap or options.redundant_experts > 0,
+        options.load_cap,
+        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
         deadline=deadline,
     )
     halves = inner_halves(profile, f"--robust {options.robust}")
@@ -87,13 +87,13 @@ def choose_inner_cap(
             if deadline.passed():
                 return
 
-    caps = [round(1 + share * (options.max_imbalance - 1), 6) for share in _SHARES]
+    caps = [round(1 + share * (options.load_cap - 1), 6) for share in _SHARES]
     trials = list(try_all([(cap, price) for cap in caps]))
-    found = loosest_that_holds(options.max_imbalance, trials)
+    found = loosest_that_holds(options.load_cap, trials)
     if found.holds or options.overflow_price is not None or deadline.passed():
         return found
     dearer = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
-    return cheapest_that_holds(options.max_imbalance, trials, dearer)
+    return cheapest_that_holds(options.load_cap, trials, dearer)
 
 
 def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
@@ -237,7 +237,7 @@ def _trial(
         prices.append(report.objective)
     profile, judged = float(np.mean(own)), float(np.mean(other))
     return CapTrial(
-        max_imbalance=options.max_imbalance,
+        max_imbalance=options.load_cap,
         overflow_price=price,
         objective=round(float(np.mean(prices)), 6),
         profile_imbalance=round(profile, 6),

@@ -179,7 +179,7 @@ def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
     """Return ``[L]``: layers whose load cap is out of reach without replicas."""
     num_ranks = options.topology.num_ranks
     total = np.array([load.sum() for load in profile.affinity.load])
-    asked = options.max_imbalance * total / num_ranks
+    asked = options.load_cap * total / num_ranks
     needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
     return needed
 
@@ -274,7 +274,7 @@ def _traffic_problem(
     if options.redundant_experts:
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
-        caps = tuple(options.max_imbalance * one[0].sum() / num_ranks for one in load)
+        caps = tuple(options.load_cap * one[0].sum() / num_ranks for one in load)
     return TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,

@@ -16,11 +16,11 @@ _TOLERANCE = 1e-9
 def above_load_cap(
     imbalance: Mapping[Layer, float], options: SolveOptions
 ) -> dict[Layer, float]:
-    """Return the layers above ``options.max_imbalance``, with what they reached."""
+    """Return the layers above ``options.load_cap``, with what they reached."""
     return {
         layer: float(value)
         for layer, value in imbalance.items()
-        if value > options.max_imbalance + _TOLERANCE
+        if value > options.load_cap + _TOLERANCE
     }
 
 
@@ -43,12 +43,12 @@ def require_load_cap(
     NoSolutionError
         If there are such layers.
     """
-    if not reached or options.relax_cap:
+    if not reached or options.relaxes_load_cap:
         return
     worst = max(reached)
     when = ", when the search was stopped" if stopped else ""
     raise NoSolutionError(
-        f"--max-imbalance {options.max_imbalance} was not reached in {len(reached)} of "
+        f"--max-imbalance {options.load_cap} was not reached in {len(reached)} of "
         f"{num_layers} MoE layers with {options.redundant_experts} redundant "
         f"experts{when}; worst {worst:.4f}",
         f"take the best reached with --relax-cap, ask for more --redundant-experts, or "
@@ -84,7 +84,7 @@ def require_receive_cap(
     raise NoSolutionError(
         f"--max-received-copies {options.max_received_copies:g} was not reached in "
         f"{len(reached)} of {num_layers} MoE layers under --max-imbalance "
-        f"{options.max_imbalance:g}{when}; worst {worst:.4f}",
+        f"{options.load_cap:g}{when}; worst {worst:.4f}",
         "take the best reached with --relax-cap, ask for --max-received-copies "
         f"{np.ceil(worst * 1000) / 1000:g}, or allow a higher --max-imbalance",
     )

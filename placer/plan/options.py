@@ -17,6 +17,8 @@ from placer.plan.traffic import ReplicaChoice
 Proof = Literal["none", "quick", "full"]
 Objective = Literal["traffic", "balance"]
 
+#: The cap on max/mean rank load where none is given.
+MAX_IMBALANCE = 1.10
 #: Copies that a pair above the cap is worth, unless another price is asked for or chosen.
 OVERFLOW_PRICE = 10.0
 
@@ -36,7 +38,8 @@ class SolveOptions:
     exchange
         ``per-rank`` or ``per-node``: what a copy is.
     max_imbalance
-        Cap on max/mean rank load in every layer.
+        Cap on max/mean rank load in every layer; ``None`` for :data:`MAX_IMBALANCE`, or
+        the best reachable in layers where that is out of reach.
     max_home_imbalance
         Cap on max/mean tokens per home rank in every layer, for ``follow`` and ``token``,
         or ``None``.
@@ -44,8 +47,8 @@ class SolveOptions:
         Cap on R x the copies that a rank receives per token, in every layer, for ``fixed``
         and ``follow``, or ``None``.
     relax_cap
-        Take the best reachable value in layers where ``max_imbalance`` or
-        ``max_received_copies`` is out of reach.
+        Take the best reachable value in layers where a ``max_imbalance`` that is given, or
+        ``max_received_copies``, is out of reach.
     redundant_experts
         Slots per layer beyond one for each expert.
     replica_choice
@@ -82,7 +85,7 @@ class SolveOptions:
     objective: Objective = "traffic"
     policy: HomePolicy = "fixed"
     exchange: Exchange = "per-rank"
-    max_imbalance: float = 1.10
+    max_imbalance: float | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
     relax_cap: bool = False
@@ -122,7 +125,7 @@ class SolveOptions:
             "--receive-price": self.receive_price,
             "--migration-cost": self.migration_cost,
             "--time-limit": self.time_limit or 0,
-            "--max-imbalance": self.max_imbalance,
+            "--max-imbalance": self.load_cap,
         }.items():
             if number < 0:
                 raise UsageError(f"{option} must not be negative, got {number}")
@@ -188,6 +191,16 @@ class SolveOptions:
                 "afterwards",
                 "drop it for --receive-price, or solve for --policy fixed or follow",
             )
+
+    @property
+    def load_cap(self) -> float:
+        """The cap on max/mean rank load, given or not."""
+        return MAX_IMBALANCE if self.max_imbalance is None else self.max_imbalance
+
+    @property
+    def relaxes_load_cap(self) -> bool:
+        """Whether the best reachable is taken where the cap on load is out of reach."""
+        return self.relax_cap or self.max_imbalance is None
 
     @property
     def content_policy(self) -> ContentPolicy | None:

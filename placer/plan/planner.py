@@ -97,7 +97,7 @@ def plan_from_trace(
         placement=placement,
         policy=options.policy,
         exchange=options.exchange,
-        max_imbalance=options.max_imbalance,
+        max_imbalance=options.load_cap,
         solver=report,
         metrics={
             "profile": metrics(profile, "placer"),
@@ -128,7 +128,7 @@ def plan_from_affinity(
         placement=placement,
         policy=options.policy,
         exchange=options.exchange,
-        max_imbalance=options.max_imbalance,
+        max_imbalance=options.load_cap,
         solver=report,
         metrics={"profile": None, "heldout": None, "baselines": {}},
         provenance=_provenance(options, placement)
@@ -262,6 +262,7 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
         "receive_price": options.receive_price,
         "replica_choice": options.replica_choice,
         "relax_cap": options.relax_cap,
+        "max_imbalance_given": options.max_imbalance is not None,
         "objective": options.objective,
         "pins": [str(pin) for pin in options.pins],
         "preserve_groups": options.preserve_groups,

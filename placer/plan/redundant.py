@@ -133,7 +133,7 @@ def choose_redundant_experts(
 ) -> RedundantChoice:
     """Climb the ladder while the next step saves ``least_gain`` of the objective.
 
-    Steps whose quick plan misses a cap are passed over, unless caps may be relaxed.
+    Steps whose quick plan misses a cap are passed over, unless ``relax_cap`` is asked for.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def choose_redundant_experts(
             break
         chosen = step
     return RedundantChoice(
-        # Where no step meets the cap, the solver says so of the largest.
+        # Where no step meets the cap, the largest is the nearest to it.
         redundant_experts=(chosen or steps[-1]).redundant_experts,
         objective_name=name,
         least_gain=least_gain,

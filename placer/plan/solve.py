@@ -163,7 +163,7 @@ def _balance(
         topology.num_ranks,
         topology.num_nodes,
         options.redundant_experts,
-        options.max_imbalance,
+        options.load_cap,
     )
     missed = above_load_cap(dict(enumerate(found.imbalance)), options)
     require_load_cap(missed.values(), options, found.placement.num_layers)

@@ -205,9 +205,9 @@ def next_command(advice: Advice, source: Path, question: Question) -> str | None
     if topology.num_nodes > 1:
         parts += [f"--nodes {topology.num_nodes}"]
     if advice.verdict == "balance only":
-        parts += ["--objective balance --relax-cap"]
+        parts += ["--objective balance"]
     else:
-        parts += [f"--policy {question.policy} --relax-cap"]
+        parts += [f"--policy {question.policy}"]
         parts += [] if question.engine is None else [f"--engine {question.engine.name}"]
     if not source.is_file():
         parts += [f"--fold {PROFILE}"]

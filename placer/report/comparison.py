@@ -100,6 +100,8 @@ def price_line(plan: Plan) -> str | None:
 
 def plan_warnings(plan: Plan) -> Iterator[str]:
     """Yield a sentence on each thing that limits what a plan's figures say."""
+    if not plan.provenance.get("max_imbalance_given", True):
+        yield from _relaxed_line(plan)
     if plan.metrics["profile"] is None:
         yield "solved from counts: no tokens are known, so no held-out figure is given"
     elif plan.metrics["heldout"] is None:
@@ -112,6 +114,7 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
             "stopped before choices, search and proof were done: this is the best so far, "
             "and cannot be reproduced"
         )
+    yield from _overload_line(plan)
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
     if cap is not None and profile is not None:
         reached = profile[plan.policy]["home_imbalance_max"]
@@ -124,13 +127,8 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
 
 def plan_notes(plan: Plan) -> Iterator[str]:
     """Yield a sentence on caps that are not as asked for, and on copies received."""
-    relaxed = plan.solver.relaxed_layers
-    if relaxed:
-        worst = max(relaxed, key=lambda n: relaxed[n])
-        yield (
-            f"load cap {plan.max_imbalance:g} relaxed in {len(relaxed)} MoE layers, at "
-            f"most to {relaxed[worst]:.4f} (layer {worst})"
-        )
+    if plan.provenance.get("max_imbalance_given", True):
+        yield from _relaxed_line(plan)
     cap, busy = plan.provenance["max_received_copies"], plan.solver.relaxed_receive_layers
     if busy:
         worst = max(busy, key=lambda n: busy[n])
@@ -145,6 +143,36 @@ def plan_notes(plan: Plan) -> Iterator[str]:
         )
     if plan.solver.inner_cap is not None:
         yield inner_cap_line(plan.solver.inner_cap, plan.max_imbalance)
+
+
+def _relaxed_line(plan: Plan) -> Iterator[str]:
+    relaxed = plan.solver.relaxed_layers
+    if relaxed:
+        worst = max(relaxed, key=lambda n: relaxed[n])
+        yield (
+            f"load cap {plan.max_imbalance:g} is out of reach and relaxed in "
+            f"{len(relaxed)} of {plan.placement.num_layers} MoE layers, at most to "
+            f"{relaxed[worst]:.4f} (layer {worst})"
+        )
+
+
+def _overload_line(plan: Plan) -> Iterator[str]:
+    """Say where the load of sequences not seen is above the cap, and what helps."""
+    if plan.metrics["heldout"] is None:
+        return
+    reached = plan.metrics["heldout"][plan.policy]["load_imbalance_mean"]
+    relaxed, num_layers = plan.solver.relaxed_layers.values(), plan.placement.num_layers
+    kept = (num_layers - len(relaxed)) * plan.max_imbalance
+    cap = (kept + sum(relaxed)) / num_layers
+    if reached <= cap:
+        return
+    asked = (plan.provenance["objective"], plan.provenance["robust"])
+    remedy = "--robust bootstrap, or " if asked == ("traffic", "none") else ""
+    yield (
+        f"held out, the busiest rank has {reached:.3f} of the mean load, above the cap of "
+        f"{cap:.3f}, which was kept on the profile alone; solve with {remedy}more "
+        "redundant experts"
+    )
 
 
 def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:

@@ -127,8 +127,8 @@ def choose_by_time(
     load_caps(
         expert_loads(model, profile),
         topology.num_ranks,
-        options.max_imbalance,
-        relax_cap=options.relax_cap or options.redundant_experts > 0,
+        options.load_cap,
+        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
         deadline=deadline,
     )
     inner, heldout = _judged_halves(profile)
@@ -199,7 +199,7 @@ def choose(figures: Mapping[str, BatchFigures]) -> str:
 def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
     found = {}
     for share in _CAPS:
-        cap = round(1 + share * (options.max_imbalance - 1), 6)
+        cap = round(1 + share * (options.load_cap - 1), 6)
         for more in _RECEIVE_PRICES:
             price = options.receive_price + more
             # A tighter cap than was asked for may be relaxed, to no more than was asked.
@@ -207,7 +207,7 @@ def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
                 options,
                 max_imbalance=cap,
                 receive_price=price,
-                relax_cap=options.relax_cap or share < 1,
+                relax_cap=options.relaxes_load_cap or share < 1,
             )
     return found
 

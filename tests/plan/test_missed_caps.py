@@ -10,7 +10,9 @@ from placer.plan.missed_caps import require_load_cap, require_receive_cap
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 
-OPTIONS = SolveOptions(topology=Topology(gpus_per_node=2), max_received_copies=2.0)
+OPTIONS = SolveOptions(
+    topology=Topology(gpus_per_node=2), max_received_copies=2.0, max_imbalance=1.1
+)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -23,3 +25,10 @@ def test_a_missed_cap_tells_whether_the_search_was_stopped(
     assert ("the search was stopped" in str(caught.value)) == stopped
     require([], OPTIONS, 3, stopped=stopped)
     require([2.5], replace(OPTIONS, relax_cap=True), 3, stopped=stopped)
+
+
+def test_a_load_cap_that_nobody_gave_is_relaxed() -> None:
+    implicit = replace(OPTIONS, max_imbalance=None)
+    require_load_cap([2.5], implicit, 3)
+    with pytest.raises(NoSolutionError, match="--max-received-copies 2"):
+        require_receive_cap([2.5], implicit, 3, stopped=False)

@@ -114,6 +114,37 @@ def test_what_does_not_is_refused_and_leaves_nothing(
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_a_cap_that_is_given_is_kept_and_the_default_is_relaxed(
+    make_trace: Callable[..., Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 8 experts on 8 ranks the busiest is above 1.10 times the mean, wherever it is."""
+    trace, out = make_trace(num_experts=(8, 8), num_sequences=8), tmp_path / "plan.json"
+    words = ["solve", str(trace.directory), "--gpus-per-node", "8", "--out", str(out)]
+
+    def told(*more: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as done:
+            main([*words, *QUICK, *more])
+        return done.value.code, capsys.readouterr().err
+
+    code, said = told("--max-imbalance", "1.1")
+    assert (code, "out of reach in 2 of 2 MoE layers" in said) == (3, True)
+    code, said = told()
+    assert code == 0
+    assert said.count("load cap 1.1 is out of reach and relaxed in 2 of 2 MoE layers") == 1
+    assert "warning: load cap" in said
+    plan = Plan.read(out)
+    assert plan.provenance["max_imbalance_given"] is False
+    busiest = [np.bincount(ids.ravel()).max() for ids in trace.read(None).experts]
+    mean = trace.read(None).experts[0].size / 8
+    assert list(plan.solver.relaxed_layers.values()) == pytest.approx(
+        [one / mean for one in busiest]
+    )
+    out.unlink()
+    code, said = told("--max-imbalance", "1.1", "--relax-cap")
+    assert (code, "warning: load cap" in said, "load cap 1.1" in said) == (0, False, True)
+    assert Plan.read(out).provenance["max_imbalance_given"] is True
+
+
 def test_a_start_of_another_model_or_number_of_slots_is_refused(
     trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,9 +24,37 @@ def test_prices_are_told_beside_those_of_baselines_that_cost_something() -> None
     assert line.endswith("per token and layer: 0.5, 0.250 of contiguous's 2")
 
 
+def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
+    """The cap of two layers is 1.1; one was relaxed to 1.3: 1.2 on average."""
+    asked = {"objective": "traffic", "robust": "none", "max_home_imbalance": None}
+    model = ModelSpec(num_experts=(4, 4), top_k=1)
+    plan = unsolved_plan(model, contiguous((4, 4), 2), **asked)
+    plan = replace(plan, solver=replace(plan.solver, relaxed_layers={"1": 1.3}))
+
+    def warned(imbalance: float, **provenance: object) -> list[str]:
+        seen = {"fixed": {"load_imbalance_mean": 1.0}}
+        metrics = {
+            "profile": seen,
+            "heldout": {"fixed": {"load_imbalance_mean": imbalance}},
+        }
+        given = {**plan.provenance, **provenance}
+        found = replace(plan, metrics=plan.metrics | metrics, provenance=given)
+        return list(plan_warnings(found))
+
+    assert warned(1.2) == []
+    (said,) = warned(1.305)
+    assert "1.305 of the mean load, above the cap of 1.200" in said
+    assert "--robust bootstrap" in said
+    (said,) = warned(1.305, robust="bootstrap")
+    assert "--robust" not in said
+    relaxed, _ = warned(1.305, max_imbalance_given=False)
+    assert "load cap 1.1 is out of reach and relaxed in 1 of 2 MoE layers" in relaxed
+    assert "1.3000 (layer 1)" in relaxed
+
+
 def test_homes_above_their_cap_are_told() -> None:
     for reached, number in ((1.2, 0), (1.25, 1)):
-        profile = {"fixed": {"home_imbalance_max": reached}}
+        profile = {"fixed": {"home_imbalance_max": reached, "load_imbalance_mean": 1.0}}
         warned = list(plan_warnings(plan_with(profile=profile, heldout=profile)))
         assert len(warned) == number
     assert warned == [

@@ -99,7 +99,8 @@ def test_the_choice_agrees_with_every_candidates_figures() -> None:
 
 def test_the_load_cap_is_never_exceeded() -> None:
     with pytest.raises(NoSolutionError, match="out of reach"):
-        choose_by_time(MODEL, tokens((9, 1, 1, 1)), OPTIONS, QUESTION)
+        capped = replace(OPTIONS, max_imbalance=1.1)
+        choose_by_time(MODEL, tokens((9, 1, 1, 1)), capped, QUESTION)
     # Experts e and e + 4 together save all copies, and put 1.5 times the mean on a rank.
     profile = tokens((3, 2, 2, 1))
     found = choose_by_time(MODEL, profile, replace(OPTIONS, max_imbalance=1.3), QUESTION)
