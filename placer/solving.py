@@ -359,7 +359,9 @@ def _settle(
             hardware=None if request.hardware is None else Hardware.named(request.hardware),
             expert=expert,
         )
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = (
+        {} if request.engine is None else {"engine": request.engine}
+    )
     if request.redundant_experts is None:
         with deadline.choosing() as quick:
             chosen = _choose_redundant(request, options, question, expert, progress, quick)

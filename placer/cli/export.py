@@ -1,5 +1,6 @@
 """``placer export``: a plan in the form that an engine loads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from placer.checkpoint.export import ExportJob
     from placer.checkpoint.ranks import RanksJob
     from placer.checkpoint.writing import ExportOptions
+    from placer.engine_family import Start
 
 Facts = dict[str, object]
 # Told on stderr, one line each.
-_TOLD = ("command", "conditions", "warnings")
+_TOLD = ("start", "warnings")
 MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
 TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS)
 _BACKEND = ("--backend", "--ray-address")
@@ -139,6 +141,7 @@ def export(
             return
         facts = _write(job, _required(out), options)
         if not inverse:
+            facts |= _start(target, plan, _required(out))
             note(f"prove it: placer verify {model} {out} {plan}")
         elif facts["contents_checked"] is False:
             note(
@@ -185,17 +188,18 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
 
     if inverse:
         _require_alone("deepspeed", model)
-        report = restore_deepspeed(plan, out)
+        report, start = restore_deepspeed(plan, out), {}
     else:
         model = _required_model("deepspeed", plan, model)
         report = export_deepspeed(plan, model, out)
+        start = _start("deepspeed", plan, out)
         note(f"prove it: placer verify {model} {out} {plan}")
         note(
             "mind: noise that a gate draws per expert (top2_2nd_expert_sampling, "
             "noisy_gate_policy) falls on other experts then: alike, but not number for "
             "number"
         )
-    return {"out": str(out)} | report.to_json()
+    return {"out": str(out)} | report.to_json() | start
 
 
 def _require_alone(target: str, model: Path | None) -> None:
@@ -251,23 +255,35 @@ def _print_shards(
     print_line(f"{total} bytes to write; nothing was written")
 
 
+def _start(target: str, plan: Path, out: Path) -> Facts:
+    """Tell how the engines that serve an exported checkpoint are started."""
+    from placer.engine_family import start_lines
+    from placer.plan import Plan
+
+    starts = start_lines(target, Plan.read(plan), str(out))
+    _tell_start(starts)
+    return {"start": [one.to_json() for one in starts]} if starts else {}
+
+
+def _tell_start(starts: "Sequence[Start]") -> None:
+    for one in starts:
+        for line in one.lines():
+            note(line)
+
+
 def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:
     from placer.runtime_map import export_map
 
     written = export_map(target, plan, model, out)
     for text in written.warnings:
         warn(text)
-    if written.command:
-        note(f"start it: {written.command}")
-    for text in written.conditions:
-        note(f"mind: {text}")
+    _tell_start(written.start)
     if model is not None:
         note(f"check it: placer verify {model} {out} {plan}")
     return {
         "out": str(out),
         "layers": written.num_layers,
         "slots": written.num_slots,
-        "command": written.command,
-        "conditions": written.conditions,
+        "start": [one.to_json() for one in written.start],
         "warnings": written.warnings,
     }

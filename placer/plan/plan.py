@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from placer.engine import ReplicaChoice, choose_replicas
+from placer.engine import Engine, ReplicaChoice, choose_replicas, known_engines
 from placer.errors import PlacerError
 from placer.files import atomic_file, read_json, sha256_file
 from placer.model import ModelSpec
@@ -235,6 +235,11 @@ class Plan:
     def replica_choice(self) -> ReplicaChoice:
         """Which copy serves, as the plan was solved for; ``local-first`` if it says not."""
         return choose_replicas(None, self.provenance.get("replica_choice"))
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine that it was solved for; ``None`` without one that is still listed."""
+        return known_engines().get(self.provenance.get("engine") or "")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``plan.json``."""

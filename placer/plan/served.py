@@ -91,6 +91,15 @@ def solved_for(
     )
 
 
+def without_copies(engine: str | None) -> str:
+    """Return the command that solves again without redundant experts."""
+    served_by = "" if engine is None else f"--engine {engine} "
+    return (
+        f"placer solve TRACE {served_by}--redundant-experts 0 --nodes N "
+        "--gpus-per-node M --out PLAN"
+    )
+
+
 def _require_agreement(option: str, asked: str | None, needed: str, engine: str) -> None:
     if asked is not None and asked != needed:
         raise UsageError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from placer.errors import PlacerError
 from placer.files import unreadable_reason, write_tensors
-from placer.runtime_map.runtime import IntArray, MapSource, Runtime, no_engine
+from placer.runtime_map.runtime import IntArray, MapSource, Runtime
 
 _NAMES = ("phy2log", "log2phy", "logcnt")
 
@@ -88,5 +88,4 @@ EPLB = Runtime(
     needs_model=False,
     write=_write,
     read=_read,
-    guide=no_engine,
 )

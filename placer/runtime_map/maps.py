@@ -1,12 +1,15 @@
 """All runtime maps: written, read back by the runtime's own rules, and verified."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from placer.engine_family import Start, known_families, start_lines
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.files import atomic_file, require_file
+from placer.plan.served import without_copies
 from placer.runtime_map import eplb, plain, sglang, trtllm, vllm_ascend
 from placer.runtime_map.runtime import MapSource, Runtime, require_valid_rows
 
@@ -32,10 +35,8 @@ class WrittenMap:
         MoE layers placed.
     num_slots
         Slots of all of them together.
-    command
-        A shell command that starts the engine, ``None`` where there is no engine.
-    conditions
-        When the engine would silently ignore the map, or it could do no good.
+    start
+        How engines are started with it; empty where the format belongs to none.
     warnings
         What is wrong for this very model, or rests on shapes alone.
     """
@@ -43,8 +44,7 @@ class WrittenMap:
     runtime: str
     num_layers: int
     num_slots: int
-    command: str | None
-    conditions: tuple[str, ...]
+    start: tuple[Start, ...]
     warnings: tuple[str, ...]
 
 
@@ -110,15 +110,13 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
     with atomic_file(out) as temporary:
         runtime.write(source, temporary, out.suffix)
         _require_plan(runtime.read(source, temporary, out.suffix), source)
-    guide = runtime.guide(source, out)
     rows = source.placement.physical_to_logical_map
     return WrittenMap(
         runtime=name,
         num_layers=len(rows),
         num_slots=sum(len(row) for row in rows),
-        command=guide.command,
-        conditions=guide.conditions,
-        warnings=(*([source.warning] if source.warning else ()), *guide.warnings),
+        start=tuple(start_lines(name, source.plan, str(directory), str(out))),
+        warnings=tuple(_warnings(runtime, source)),
     )
 
 
@@ -159,6 +157,23 @@ def verify_map(path: Path, plan_path: Path, directory: Path) -> MapReport:
         num_ranks=source.placement.num_ranks,
         num_replicas=num_slots - sum(source.placement.num_experts),
     )
+
+
+def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
+    """Yield what is wrong with a map for this very model."""
+    if source.warning:
+        yield source.warning
+    if runtime.family is None:
+        return
+    family = known_families()[runtime.family]
+    reason = family.no_map_reason(source.model.model_type, source.architectures)
+    if reason is None:
+        return
+    way_out = f"serve a permuted checkpoint, {source.checkpoint_command}"
+    if source.placement.has_replicas:
+        engine = family.default if source.plan.engine is None else source.plan.engine.name
+        way_out = f"{without_copies(engine)}, then {way_out}"
+    yield f"{reason}: {way_out}"
 
 
 def _require_plan(rows: Any, source: MapSource) -> None:

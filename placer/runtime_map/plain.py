@@ -6,7 +6,7 @@ from pathlib import Path
 
 from placer.errors import PlacerError
 from placer.files import read_json
-from placer.runtime_map.runtime import MapSource, Runtime, no_engine, require_integers
+from placer.runtime_map.runtime import MapSource, Runtime, require_integers
 
 SCHEMA_VERSION = 1
 KIND = "placement_map"
@@ -86,12 +86,10 @@ CSV = Runtime(
     needs_model=False,
     write=_write_csv,
     read=_read_csv,
-    guide=no_engine,
 )
 JSON = Runtime(
     suffixes=(".json",),
     needs_model=False,
     write=_write_json,
     read=_read_json,
-    guide=no_engine,
 )

@@ -25,10 +25,12 @@ class MapSource:
     ----------
     plan_path, directory
         Where they are; the model is ``None`` for formats that need none.
-    placement
-        The plan's placement.
+    plan
+        The plan.
     model
         Shape of the routing: the model's, or the plan's own where no model was given.
+    architectures
+        What the model's config names itself.
     num_hidden_layers, num_mtp_layers
         Hidden layers, dense ones included, and multi-token-prediction layers behind them;
         0 without a model.
@@ -38,8 +40,9 @@ class MapSource:
 
     plan_path: Path
     directory: Path | None
-    placement: Placement
+    plan: Plan
     model: ModelSpec
+    architectures: tuple[str, ...] = ()
     num_hidden_layers: int = 0
     num_mtp_layers: int = 0
     warning: str | None = None
@@ -58,7 +61,7 @@ class MapSource:
             return cls(
                 plan_path=plan_path,
                 directory=None,
-                placement=plan.placement,
+                plan=plan,
                 model=plan.model,
             )
         model = ModelSpec.from_checkpoint(directory)
@@ -68,12 +71,18 @@ class MapSource:
         return cls(
             plan_path=plan_path,
             directory=directory,
-            placement=plan.placement,
+            plan=plan,
             model=model,
+            architectures=tuple(config.get("architectures") or ()),
             num_hidden_layers=architecture.num_hidden_layers(config),
             num_mtp_layers=len(architecture.mtp_layers(config)),
             warning=warning,
         )
+
+    @property
+    def placement(self) -> Placement:
+        """The plan's placement."""
+        return self.plan.placement
 
     @property
     def checkpoint_command(self) -> str:
@@ -109,25 +118,6 @@ class MapSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Guide:
-    """How an engine is started with a map.
-
-    Attributes
-    ----------
-    command
-        A shell command, ``None`` where the format belongs to no engine.
-    conditions
-        When the engine would silently ignore the map, or it could do no good.
-    warnings
-        What is wrong for this very model.
-    """
-
-    command: str | None
-    conditions: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """One format of maps.
 
@@ -142,20 +132,15 @@ class Runtime:
     read
         Reads a map and checks it by the runtime's own rules; returns one row of slots per
         MoE layer. Raises :class:`PlacerError` where a rule is broken.
-    guide
-        Says how to start the engine with the map at a path.
+    family
+        Name of the engine's family, ``None`` where the format belongs to no engine.
     """
 
     suffixes: tuple[str, ...]
     needs_model: bool
     write: Callable[[MapSource, Path, str], None]
     read: Callable[[MapSource, Path, str], Sequence[Sequence[int]]]
-    guide: Callable[[MapSource, Path], Guide]
-
-
-def no_engine(_source: MapSource, _out: Path) -> Guide:
-    """Return the guide of a format that is for programs, not for an engine."""
-    return Guide(command=None)
+    family: str | None = None
 
 
 def require_valid_rows(

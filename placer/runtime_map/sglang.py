@@ -12,14 +12,12 @@ have copies too, else a seeded fair choice): candidates are listed by slot, henc
 
 import io
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
 from placer.files import read_json
 from placer.runtime_map.runtime import (
-    Guide,
     MapSource,
     Runtime,
     require_integers,
@@ -28,32 +26,6 @@ from placer.runtime_map.runtime import (
 )
 
 _KEY = "physical_to_logical_map"
-# Model types whose SGLang class has get_model_config_for_expert_location; for any other the
-# map is silently ignored.
-READS_MAP = frozenset(
-    {
-        "bailing_hybrid",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "deepseek_v4",
-        "exaone_moe",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm_moe_dsa",
-        "gpt_oss",
-        "longcat_flash",
-        "mimo_v2_flash",
-        "minimax_m2",
-        "nemotron_h",
-        "qwen2_moe",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_vl_moe",
-    }
-)
 
 
 def _write(source: MapSource, path: Path, suffix: str) -> None:
@@ -117,44 +89,6 @@ def _load_pt(path: Path) -> dict[str, Any]:
     return value
 
 
-def _guide(source: MapSource, out: Path) -> Guide:
-    placement, model_type = source.placement, source.model.model_type
-    redundant = len(placement.physical_to_logical_map[0]) - placement.num_experts[0]
-    # With this backend SGLang sets ep_size to tp_size, whatever --ep-size says.
-    words: list[Any] = ["python", "-m", "sglang.launch_server"]
-    words += ["--model-path", source.directory, "--init-expert-location", out]
-    words += ["--moe-a2a-backend", "deepep"]
-    words += ["--tp-size", placement.num_ranks, "--ep-size", placement.num_ranks]
-    if redundant:
-        words += ["--ep-num-redundant-experts", redundant]
-    if placement.num_nodes > 1:
-        words += ["--nnodes", placement.num_nodes]
-    conditions = (
-        "with --moe-a2a-backend none every token goes to every rank: "
-        "placement cannot cut traffic there",
-        "drafted (MTP) layers beyond the map use the identity",
-        "--enable-eplb would replace the map at its first rebalance",
-        "SGLang checks neither the map nor the flags: both must be of this plan",
-    )
-    warnings = []
-    if model_type not in READS_MAP:
-        warnings.append(
-            f"SGLang ignores a map for {model_type}: serve a permuted checkpoint, "
-            + source.checkpoint_command
-        )
-    elif model_type == "gpt_oss":
-        warnings.append(
-            "SGLang loads the MXFP4 experts of gpt_oss contiguously, whatever the map "
-            "says, so a map is not safe there: serve a permuted checkpoint, "
-            + source.checkpoint_command
-        )
-    return Guide(
-        command=shlex.join(str(word) for word in words),
-        conditions=conditions,
-        warnings=tuple(warnings),
-    )
-
-
 SGLANG = Runtime(
-    suffixes=(".json", ".pt"), needs_model=True, write=_write, read=_read, guide=_guide
+    suffixes=(".json", ".pt"), needs_model=True, write=_write, read=_read, family="sglang"
 )

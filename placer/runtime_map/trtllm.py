@@ -12,38 +12,16 @@ The file is YAML so plain that no library is needed to write it, or to read it b
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 from placer.errors import PlacerError
 from placer.runtime_map.runtime import (
-    Guide,
     MapSource,
     Runtime,
     require_same_width,
     require_valid_rows,
 )
 
-# Model types of the architectures that TensorRT-LLM gives a load balancer; for any other
-# the file is silently ignored.
-READS_MAP = frozenset(
-    {
-        "deepseek_v3",
-        "deepseek_v32",
-        "deepseek_v4",
-        "glm_moe_dsa",
-        "gpt_oss",
-        "llama4",
-        "llama4_text",
-        "mixtral",
-        "nemotron_h",
-        "qwen2_moe",
-        "qwen3_5_moe",
-        "qwen3_5_moe_text",
-        "qwen3_moe",
-        "qwen3_vl_moe",
-    }
-)
 _SCALAR = re.compile(r"(num_slots|layer_updates_per_iter): (\d+)")
 _LAYER = re.compile(r"  (\d+): (\[[\d, ]*\])")
 _ASSIGNMENTS = "initial_global_assignments:"
@@ -127,33 +105,6 @@ def _numbers(text: str, line: int) -> list[int]:
     return values
 
 
-def _guide(source: MapSource, out: Path) -> Guide:
-    options = (
-        "enable_attention_dp: true\nmoe_config:\n"
-        f"  load_balancer: {json.dumps(str(out), ensure_ascii=False)}\n"
-    )
-    size = str(source.placement.num_ranks)
-    start = ["trtllm-serve", str(source.directory), "--tp_size", size, "--ep_size", size]
-    start += ["--extra_llm_api_options", "options.yaml"]
-    command = f"printf %s {shlex.quote(options)} > options.yaml && {shlex.join(start)}"
-    model_type, warnings = source.model.model_type, []
-    if model_type not in READS_MAP:
-        warnings.append(
-            f"TensorRT-LLM ignores a map for {model_type}: serve a permuted checkpoint, "
-            + source.checkpoint_command
-        )
-    return Guide(
-        command=command,
-        conditions=(
-            "TensorRT-LLM ignores the map without a word where the expert-parallel size is "
-            "1, with moe_cluster_parallel_size above 1, or without enable_attention_dp",
-            "the MoE backends VANILLA, TRITON and MARLIN have no load balancer",
-            f"the expert-parallel size must be {size}: slots go to ranks in order",
-        ),
-        warnings=tuple(warnings),
-    )
-
-
 TRTLLM = Runtime(
-    suffixes=(".yaml", ".yml"), needs_model=True, write=_write, read=_read, guide=_guide
+    suffixes=(".yaml", ".yml"), needs_model=True, write=_write, read=_read, family="trtllm"
 )

@@ -7,14 +7,12 @@ the experts. A second copy on one device would hide the first.
 """
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
 from placer.files import read_json
 from placer.runtime_map.runtime import (
-    Guide,
     MapSource,
     Runtime,
     require_integers,
@@ -76,25 +74,10 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
     return [expert for one in held for expert in one]
 
 
-def _guide(source: MapSource, out: Path) -> Guide:
-    config = json.dumps({"eplb_config": {"expert_map_path": str(out)}})
-    words = ["vllm", "serve", str(source.directory), "--enable-expert-parallel"]
-    words += ["--tensor-parallel-size", str(source.placement.num_ranks)]
-    words += ["--additional-config", config]
-    return Guide(
-        command=shlex.join(words),
-        conditions=(
-            "only model runner v1 reads a static map; v2 refuses it, and vllm-ascend means "
-            "to remove it in v0.25.1: then serve a permuted checkpoint, "
-            + source.checkpoint_command,
-            "data-parallel x tensor-parallel size must be the plan's "
-            f"{source.placement.num_ranks} ranks",
-            "a drafted (MTP) layer behind the last one falls back to the default placement",
-            "with DYNAMIC_EPLB=true the map would be replaced at the first rebalance",
-        ),
-    )
-
-
 VLLM_ASCEND = Runtime(
-    suffixes=(".json",), needs_model=True, write=_write, read=_read, guide=_guide
+    suffixes=(".json",),
+    needs_model=True,
+    write=_write,
+    read=_read,
+    family="vllm-ascend",
 )

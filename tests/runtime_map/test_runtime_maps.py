@@ -381,7 +381,7 @@ def test_formats_without_an_engine_need_no_model(plan: Path, tmp_path: Path) -> 
                 export_map(name, plan, None, out)
             assert "MODEL" in caught.value.hint
             continue
-        assert export_map(name, plan, None, out).command is None
+        assert export_map(name, plan, None, out).start == ()
         assert READERS[name](out) == [held(row) for row in ROWS]
 
 
@@ -414,9 +414,11 @@ def test_a_family_that_an_engine_ignores_is_told_with_the_way_out(
     assert f"placer export checkpoint {plan} {model} --out DIR" in written.warnings[0]
 
 
+@pytest.mark.parametrize("num_copies", [0, 4])
 def test_gpt_oss_is_called_unsafe_under_sglang(
-    model: Path, write_plan: WritePlan, tmp_path: Path
+    num_copies: int, model: Path, write_plan: WritePlan, tmp_path: Path
 ) -> None:
+    """A permuted checkpoint is the way out, and it holds no redundant experts."""
     config = {
         "model_type": "gpt_oss",
         "num_hidden_layers": 2,
@@ -426,11 +428,14 @@ def test_gpt_oss_is_called_unsafe_under_sglang(
         "vocab_size": 32,
     }
     (model / "config.json").write_text(json.dumps(config))
-    placement = Placement.from_json([list(range(8))] * 2, (8, 8), NUM_RANKS, 1)
+    row = list(range(8)) if num_copies == 0 else [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
+    placement = Placement.from_json([row] * 2, (8, 8), NUM_RANKS, 1)
     plan = write_plan(ModelSpec.from_checkpoint(model), placement)
     written = export_map("sglang", plan, model, tmp_path / "map.json")
-    assert "not safe" in written.warnings[0]
+    assert "contiguously, whatever the map says" in written.warnings[0]
     assert "placer export checkpoint" in written.warnings[0]
+    again = "placer solve TRACE --engine sglang-deepep --redundant-experts 0"
+    assert (again in written.warnings[0]) == (num_copies > 0)
 
 
 def test_the_command_line_exports_and_verifies(

@@ -30,8 +30,9 @@ def test_one_row_per_hidden_layer_and_no_other_key(
     assert [rows[1], rows[3]] == placed
     for row in rows:
         assert sorted(row) == list(range(8))
-    assert written.command.endswith(
-        "map.json --moe-a2a-backend deepep --tp-size 4 --ep-size 4"
+    assert written.start[0].command.endswith(
+        "--tp-size 4 --ep-size 4 --attn-dp-size 4 --moe-a2a-backend deepep "
+        f"--init-expert-location {tmp_path / 'map.json'} --ep-dispatch-algorithm static"
     )
     assert written.warnings == ()
 
@@ -67,8 +68,8 @@ def test_replicas_and_nodes_are_in_the_flags_and_no_gpu_has_two_copies(
     rows = [[0, 1, 2, 3, 4, 5, 6, 7, 3, 2, 1, 0], [7, 6, 5, 0, 4, 3, 2, 1, 0, 7, 6, 5]]
     plan = write_plan(ModelSpec.from_checkpoint(tiny_model), place(rows, 4, 2))
     written = export_map("sglang", plan, tiny_model, tmp_path / "map.json")
-    assert "--ep-num-redundant-experts 4" in written.command
-    assert "--nnodes 2" in written.command
+    assert "--ep-num-redundant-experts 4" in written.start[0].command
+    assert "--nnodes 2" in written.start[0].command
     value = json.loads((tmp_path / "map.json").read_text())
     for row in value["physical_to_logical_map"]:
         assert set(row) == set(range(8))
@@ -112,8 +113,9 @@ def test_the_command_says_how_to_start_sglang(
         main(["export", "sglang", str(plan), str(tiny_model), "--out", str(out)])
     printed = capsys.readouterr()
     assert ended.value.code == 0
-    assert f"--init-expert-location '{out}' --moe-a2a-backend deepep" in printed.err
-    assert "--moe-a2a-backend none every token goes to every rank" in printed.err
+    assert f"--init-expert-location '{out}' --ep-dispatch-algorithm static" in printed.err
+    assert "not with --enable-eplb" in printed.err
+    assert "--moe-a2a-backend none: every token goes to every rank" in printed.err
 
 
 def static_choice(row: list[int], num_ranks: int, num_nodes: int) -> list[list[int]]:
