@@ -35,7 +35,7 @@ from placer.report.comparison import ladder_line
 from placer.report.frontier import FrontierPoint, write_frontier
 from placer.report.layer_time import TimeChoice, choose_by_time, worth_by_time
 from placer.simulation.cost import ExpertShape, find_expert_shape, require_no_sizes
-from placer.trace import Fold, Trace
+from placer.trace import EVERYTHING, Selection, Trace
 
 Tell = Callable[[str], None]
 
@@ -48,8 +48,8 @@ class SolveRequest:
     ----------
     source
         A trace, or an affinity file.
-    fold
-        The sequences to profile, or ``None`` for all.
+    selection
+        The tokens to profile.
     options
         What to solve for, but for what the other fields decide.
     objective
@@ -86,7 +86,7 @@ class SolveRequest:
     """
 
     source: Path
-    fold: Fold | None
+    selection: Selection
     options: SolveOptions
     objective: str = "traffic"
     engine: str | None = None
@@ -215,7 +215,7 @@ def solve_request(
     options, provenance, choice = settled.options, dict(settled.provenance), None
     if settled.question is not None:
         trace, question = Trace(request.source), settled.question
-        profile = trace.read(request.fold)
+        profile = trace.read(request.selection)
         with deadline.choosing() as quick:
             choice = choose_by_time(
                 trace.model, profile, options, question, progress, quick
@@ -224,13 +224,14 @@ def solve_request(
         provenance["time"] = choice.to_json()
     if not request.holds_counts:
         trace = Trace(request.source)
-        plan = plan_from_trace(trace, options, request.fold, progress, deadline)
-    elif request.fold is None:
+        plan = plan_from_trace(trace, options, request.selection, progress, deadline)
+    elif request.selection == EVERYTHING:
         plan = plan_from_affinity(request.source, options, progress, deadline)
     else:
         raise UsageError(
-            f"{request.source} holds counts, which cannot be folded any more",
-            "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
+            f"{request.source} holds counts, of which no tokens can be selected any more",
+            "select when counting: placer affinity TRACE "
+            f"{request.selection.options} --out AFFINITY",
         )
     if choice is not None and choice.left_out is not None:
         note(choice.left_out)
@@ -300,7 +301,7 @@ def solve_frontier(
     points = write_frontier(
         Trace(request.source),
         settled.options,
-        request.fold,
+        request.selection,
         caps,
         out,
         progress,
@@ -443,8 +444,8 @@ def _choose_redundant(
         affinity, profile = Affinity.read(request.source), None
     else:
         trace = Trace(request.source)
-        affinity = count_affinity(trace.chunks(request.fold), trace.model, {})
-        profile = trace.read(request.fold)
+        affinity = count_affinity(trace.chunks(request.selection), trace.model, {})
+        profile = trace.read(request.selection)
     if question is not None and profile is not None:
         worth = worth_by_time(affinity.model, profile, question)
     else:

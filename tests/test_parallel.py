@@ -15,7 +15,7 @@ from placer.affinity.from_traces import affinity_of_traces
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.parallel import Backend
-from placer.trace import Chunk, Trace, TraceWriter
+from placer.trace import EVERYTHING, Chunk, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 RAY = Backend(name="ray")
@@ -40,14 +40,14 @@ def die_once(directory: Path, part: int, marker: Path) -> Iterator[Chunk]:
     if not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return Trace(directory).chunks(None, part, part + 1)
+    return Trace(directory).chunks(EVERYTHING, part, part + 1)
 
 
 def test_tasks_write_the_same_bytes_as_one_process(
     ray_cluster: None, trace: Trace, tmp_path: Path
 ) -> None:
-    affinity_of_traces([trace], None).write(tmp_path / "one")
-    affinity_of_traces([trace], None, 5, RAY).write(tmp_path / "ray")
+    affinity_of_traces([trace], EVERYTHING).write(tmp_path / "one")
+    affinity_of_traces([trace], EVERYTHING, 5, RAY).write(tmp_path / "ray")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "ray").read_bytes()
 
 
@@ -103,7 +103,7 @@ def test_damage_found_by_a_task_is_told(ray_cluster: None, trace: Trace) -> None
     path = trace.directory / "chunk-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(PlacerError, match=r"chunk-00004\.safetensors is damaged") as caught:
-        affinity_of_traces([trace], None, 5, RAY)
+        affinity_of_traces([trace], EVERYTHING, 5, RAY)
     assert "copy the trace again" in caught.value.hint
 
 

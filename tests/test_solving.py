@@ -12,7 +12,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.simulation.simulate import simulate
 from placer.solving import SolveRequest, solve_frontier, solve_request
-from placer.trace import Fold, Trace
+from placer.trace import Fold, Selection, Trace
 
 QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()
 
@@ -23,7 +23,11 @@ def request_of(make_trace: Callable[..., Trace]) -> Callable[..., SolveRequest]:
     trace = make_trace(num_experts=(8, 8), num_sequences=8)
 
     def build(**asked: object) -> SolveRequest:
-        fields = {"source": trace.directory, "fold": Fold(0, 2), "options": QUICK}
+        fields = {
+            "source": trace.directory,
+            "selection": Selection(Fold(0, 2)),
+            "options": QUICK,
+        }
         return SolveRequest(**(fields | asked))
 
     return build
@@ -39,7 +43,7 @@ def test_the_plan_is_that_of_the_options_and_judged_on_what_was_held_out(
     request = request_of(max_imbalance=1.5)
     plan = solve_request(request, nobody, nobody).plan
     assert (plan.max_imbalance, plan.provenance["fold"]) == (1.5, "0/2")
-    heldout = Trace(request.source).read(Fold(1, 2))
+    heldout = Trace(request.source).read(Selection(Fold(1, 2)))
     judged = simulate(plan.placement, heldout)["fixed"].to_json()
     assert plan.metrics["heldout"]["fixed"] == judged
 

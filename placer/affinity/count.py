@@ -104,7 +104,7 @@ def count_sources(
 
 def _no_token() -> PlacerError:
     return PlacerError(
-        "no token is left to count", "choose another --fold, or record more text"
+        "no token is left to count", "choose another --fold or --phase, or record more text"
     )
 
 

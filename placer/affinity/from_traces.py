@@ -15,7 +15,7 @@ from placer.devices import CPU
 from placer.errors import UsageError
 from placer.files import sha256_file
 from placer.parallel import PROCESSES, Backend
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import Chunk, Selection, Trace
 
 # Starting a process costs about as much as counting so many tokens.
 _WORTH_A_WORKER = 250_000
@@ -23,14 +23,14 @@ _WORTH_A_WORKER = 250_000
 
 def affinity_of_traces(
     traces: Sequence[Trace],
-    fold: Fold | None,
+    selection: Selection,
     num_workers: int = 1,
     backend: Backend = PROCESSES,
     *,
     rows: Rows = "none",
     device: str = CPU,
 ) -> Affinity:
-    """Count the sequences of ``fold`` in traces of one model.
+    """Count the tokens selected in traces of one model.
 
     At most ``num_workers`` processes share the chunks of a trace; small traces are not
     shared. The counts are the same, on a GPU (``device`` ``cuda``) too, which one process
@@ -42,7 +42,7 @@ def affinity_of_traces(
     Raises
     ------
     PlacerError
-        If the traces are of different models, the fold is empty, or there is no such
+        If the traces are of different models, no token is selected, or there is no such
         device.
     UsageError
         If one trace is given twice, several with rows per sequence, ``rows`` or ``device``
@@ -73,11 +73,11 @@ def affinity_of_traces(
     provenance = {
         "placer": __version__,
         "traces_sha256": hashes,
-        "fold": None if fold is None else str(fold),
+        **selection.to_json(),
     }
     parts = [
         count_sources(
-            _sources(trace, fold, num_workers),
+            _sources(trace, selection, num_workers),
             trace.model,
             provenance,
             rows=rows,
@@ -89,7 +89,7 @@ def affinity_of_traces(
     return reduce(Affinity.add, parts)
 
 
-def _sources(trace: Trace, fold: Fold | None, num_workers: int) -> list[ChunkSource]:
+def _sources(trace: Trace, selection: Selection, num_workers: int) -> list[ChunkSource]:
     """Cut the list of chunks into one run for each process that is worth its start."""
     chunks = trace.header.chunks
     worth = trace.header.num_tokens // _WORTH_A_WORKER
@@ -97,15 +97,15 @@ def _sources(trace: Trace, fold: Fold | None, num_workers: int) -> list[ChunkSou
     cuts = [len(chunks) * n // number for n in range(number + 1)]
     return [
         # A task of Ray may run in another directory.
-        partial(_read_chunks, trace.directory.absolute(), fold, start, stop)
+        partial(_read_chunks, trace.directory.absolute(), selection, start, stop)
         for start, stop in itertools.pairwise(cuts)
     ]
 
 
 def _read_chunks(
-    directory: Path, fold: Fold | None, start: int, stop: int
+    directory: Path, selection: Selection, start: int, stop: int
 ) -> Iterator[Chunk]:
-    return Trace(directory).chunks(fold, start, stop)
+    return Trace(directory).chunks(selection, start, stop)
 
 
 def merged_affinity(paths: Sequence[Path]) -> Affinity:

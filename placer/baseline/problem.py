@@ -12,7 +12,7 @@ from placer.errors import UsageError
 from placer.plan.placement import require_divisible_slots
 from placer.plan.problem import Topology
 from placer.simulation.profile import expert_load
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,8 +21,8 @@ class BaselineProblem:
 
     Attributes
     ----------
-    trace, fold
-        The profile: all sequences of the trace, or those of a fold.
+    trace, selection
+        The profile: tokens of the trace.
     topology
         Ranks and nodes.
     redundant_experts
@@ -40,7 +40,7 @@ class BaselineProblem:
     """
 
     trace: Trace
-    fold: Fold | None = None
+    selection: Selection = EVERYTHING
     topology: Topology
     redundant_experts: int = 0
     seed: int = 0
@@ -88,18 +88,18 @@ class BaselineProblem:
     @cached_property
     def load(self) -> list[npt.NDArray[Any]]:
         """L arrays ``[E]`` int64: pairs per expert."""
-        return expert_load(self.trace, self.fold)
+        return expert_load(self.trace, self.selection)
 
     @cached_property
     def affinity(self) -> Affinity:
         """Transitions and co-activation of the profile."""
-        chunks = self.trace.chunks(self.fold)
+        chunks = self.trace.chunks(self.selection)
         return count_affinity(chunks, self.trace.model, {})
 
     @cached_property
     def tokens(self) -> Chunk:
         """All tokens of the profile."""
-        return self.trace.read(self.fold)
+        return self.trace.read(self.selection)
 
     def rng(self, layer: int) -> np.random.Generator:
         """Return the random numbers of a layer, the same at every call."""

@@ -11,6 +11,7 @@ from placer.cli.output import (
     HiddenSizeOption,
     JsonOption,
     NodesOption,
+    PhaseOption,
     SizedByOption,
     WeightBytesOption,
     print_json,
@@ -45,6 +46,7 @@ def advise(
     least_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share that a change must save.")
     ] = 0.03,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Tell whether placing experts is worth it, balancing alone is, or nothing is.
@@ -64,6 +66,7 @@ def advise(
     )
     from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.trace import Trace
+    from placer.trace.selection import parse_phase
 
     if hardware is None:
         require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
@@ -81,6 +84,7 @@ def advise(
             weight_bytes,
         ),
         least_gain=least_gain,
+        phase=parse_phase(phase),
     )
     if trace is None:
         advice = advise_on_loads(Affinity.read(source), question)

@@ -10,7 +10,8 @@ from placer.cli.output import (
     JsonOption,
     NotFoldOption,
     OutOption,
-    parse_fold,
+    PhaseOption,
+    parse_selection,
     print_json,
     print_table,
 )
@@ -30,6 +31,7 @@ def affinity(
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     rows: Annotated[
         str,
         typer.Option(
@@ -64,14 +66,14 @@ def affinity(
     from placer.devices import CPU
     from placer.files import require_no_directory
     from placer.parallel import Backend
-    from placer.trace import Trace
+    from placer.trace import EVERYTHING, Trace
 
     require_no_directory(out)
-    chosen = parse_fold(fold, not_fold)
-    if merge and chosen is not None:
+    chosen = parse_selection(fold, not_fold, phase)
+    if merge and chosen != EVERYTHING:
         raise UsageError(
-            "affinity files hold counts, which cannot be folded any more",
-            "fold when counting: placer affinity TRACE --fold K/N --out AFFINITY",
+            "affinity files hold counts, of which no tokens can be selected any more",
+            f"select when counting: placer affinity TRACE {chosen.options} --out AFFINITY",
         )
     if merge:
         counted = merged_affinity(traces)

@@ -9,7 +9,8 @@ from placer.cli.output import (
     FoldOption,
     JsonOption,
     NotFoldOption,
-    parse_fold,
+    PhaseOption,
+    parse_selection,
     print_json,
     print_line,
     print_table,
@@ -27,6 +28,7 @@ def check(
     ] = 0.02,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Tell when traffic has drifted from a plan; exit 6 if it has.
@@ -36,16 +38,18 @@ def check(
     from placer.errors import DriftError
     from placer.plan import Plan
     from placer.report.drift import check_plan
+    from placer.simulation.profile import other_phase
     from placer.simulation.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
-    read = Plan.read(plan)
-    report = check_plan(read, Trace(trace), parse_fold(fold, not_fold), tolerance)
-    warning = unknown_dense_layers(
-        read.placement, read.replica_choice, read.model.layer_ids
-    )
-    if warning is not None:
-        warn(warning)
+    read, chosen = Plan.read(plan), parse_selection(fold, not_fold, phase)
+    report = check_plan(read, Trace(trace), chosen, tolerance)
+    for warning in (
+        unknown_dense_layers(read.placement, read.replica_choice, read.model.layer_ids),
+        other_phase(read, chosen),
+    ):
+        if warning is not None:
+            warn(warning)
     if as_json:
         print_json(
             {

@@ -12,7 +12,8 @@ from placer.cli.output import (
     JsonOption,
     NodesOption,
     NotFoldOption,
-    parse_fold,
+    PhaseOption,
+    parse_selection,
     print_json,
     print_table,
 )
@@ -33,6 +34,7 @@ def learning(
     seed: Annotated[int, typer.Option(help="Seed of the sample and the search.")] = 0,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Solve from more and more tokens, to see when the plan stops changing.
@@ -42,7 +44,7 @@ def learning(
     from placer.plan.options import SolveOptions
     from placer.plan.problem import Topology
     from placer.report.learning import DEFAULT_TOKENS, learning_curve
-    from placer.trace import Fold, Trace
+    from placer.trace import Trace
 
     options = SolveOptions(
         topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
@@ -50,12 +52,12 @@ def learning(
         max_imbalance=max_imbalance,
         seed=seed,
     )
-    chosen = parse_fold(fold, not_fold) or Fold(0, 2)
+    chosen = parse_selection(fold or (None if not_fold else "0/2"), not_fold, phase)
     sizes = tuple(tokens) if tokens else DEFAULT_TOKENS
     points = learning_curve(Trace(trace), options, chosen, tokens=sizes)
     rows = [asdict(point) for point in points]
     if as_json:
-        print_json({"fold": str(chosen), "points": rows})
+        print_json({**chosen.to_json(), "points": rows})
         return
     print_table(
         ("tokens", "sequences", "copies/token", "of contiguous", "imbalance", "moved"),

@@ -10,7 +10,8 @@ from placer.cli.output import (
     FoldOption,
     JsonOption,
     NotFoldOption,
-    parse_fold,
+    PhaseOption,
+    parse_selection,
     print_json,
     print_line,
     print_table,
@@ -27,6 +28,7 @@ def links(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the controls.")] = 0,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much experts foretell those of later layers, and what tells it.
@@ -38,7 +40,7 @@ def links(
     from placer.report.links import links_of
     from placer.trace import Trace
 
-    chosen = parse_fold(fold, not_fold)
+    chosen = parse_selection(fold, not_fold, phase)
     found = {str(path): links_of(Trace(path), chosen, seed=seed) for path in traces}
     if as_json:
         print_json({path: _json(one) for path, one in found.items()})

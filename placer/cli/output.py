@@ -14,7 +14,7 @@ from rich.table import Table
 from placer.errors import UsageError
 
 if TYPE_CHECKING:
-    from placer.trace import Fold
+    from placer.trace import Fold, Selection
 
 # Cells are never cut: whoever reads a path wants all of it.
 _WIDEST = 10_000
@@ -28,6 +28,13 @@ NotFoldOption = Annotated[
     str | None,
     typer.Option(
         "--not-fold", metavar="K/N", help="Only sequences whose id mod N is not K."
+    ),
+]
+PhaseOption = Annotated[
+    str,
+    typer.Option(
+        "--phase",
+        help="Only tokens of this phase, as the trace records it: prefill or decode.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
@@ -62,6 +69,13 @@ def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":
     if not_fold is not None:
         return Fold.parse(not_fold, inverted=True)
     return None if fold is None else Fold.parse(fold)
+
+
+def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Selection":
+    """Return the tokens that ``--fold``, ``--not-fold`` and ``--phase`` ask for."""
+    from placer.trace.selection import Selection, parse_phase
+
+    return Selection(parse_fold(fold, not_fold), parse_phase(phase))
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from placer.cli.output import (
     FoldOption,
     JsonOption,
     NotFoldOption,
+    PhaseOption,
     note,
-    parse_fold,
+    parse_selection,
     print_json,
     print_line,
     print_table,
@@ -62,6 +63,7 @@ def replay(
     ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Run a model expert-parallel, contiguous and as planned; count every byte it sends.
@@ -103,7 +105,7 @@ def replay(
             elsewhere=tuple(Hardware.named(name) for name in elsewhere or ()),
         ),
         worker,
-        fold=parse_fold(fold, not_fold),
+        selection=parse_selection(fold, not_fold, phase),
         table_path=table,
         say=note,
     )

@@ -11,9 +11,10 @@ from placer.cli.output import (
     HiddenSizeOption,
     JsonOption,
     NotFoldOption,
+    PhaseOption,
     SizedByOption,
     WeightBytesOption,
-    parse_fold,
+    parse_selection,
     print_json,
     print_line,
     print_table,
@@ -54,7 +55,7 @@ def simulate(
             "hash or cover. Default: the engine's, else the plan's.",
         ),
     ] = None,
-    phase: Annotated[
+    batching: Annotated[
         str,
         typer.Option(
             help="How batches are drawn: decode (one token of each sequence in turn) or "
@@ -74,6 +75,7 @@ def simulate(
     weight_bytes: WeightBytesOption = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Count the traffic and balance of a plan on a trace, under every home policy.
@@ -110,14 +112,14 @@ def simulate(
     judgement = judge_plan(
         plan,
         read,
-        fold=parse_fold(fold, not_fold),
+        selection=parse_selection(fold, not_fold, phase),
         table_path=table,
         batch_size=batch_size,
         baselines=baseline or DEFAULT_BASELINES,
         serving=Serving(
             engine=served_by,
             replica_choice=choose_replicas(served_by, replica_choice),
-            phase=phase,  # type: ignore[arg-type]  # Batches refuses other names
+            phase=batching,  # type: ignore[arg-type]  # Batches refuses other names
             hardware=None if hardware is None else Hardware.named(hardware),
             expert=find_expert_shape(
                 model, hidden_size or read.model.hidden_size, expert_size, weight_bytes

@@ -14,10 +14,11 @@ from placer.cli.output import (
     NodesOption,
     NotFoldOption,
     OutOption,
+    PhaseOption,
     SizedByOption,
     WeightBytesOption,
     note,
-    parse_fold,
+    parse_selection,
     print_json,
     print_line,
     print_table,
@@ -236,6 +237,7 @@ def solve(
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
     """Place experts on ranks: least traffic, equal slots, load under the cap.
@@ -262,7 +264,7 @@ def solve(
     )
     request = SolveRequest(
         source=source,
-        fold=parse_fold(fold, not_fold),
+        selection=parse_selection(fold, not_fold, phase),
         options=SolveOptions(
             topology=group_topology(
                 num_nodes=nodes,

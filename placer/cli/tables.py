@@ -77,12 +77,19 @@ def tables(
     ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(
+            help="Only tokens of this phase: prefill, decode or all.",
+            show_default="the plan's",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the table that names, by token id and by past ranks, a token's home.
 
-    Built from the sequences that the plan was solved on, unless --fold says otherwise,
-    and tried on all others.
+    Built from the tokens that the plan was solved on, unless --fold or --phase says
+    otherwise, and tried on all other sequences.
     """
     from placer.files import require_no_directory
     from placer.table.make import TableOptions, make_table
@@ -99,14 +106,14 @@ def tables(
         max_home_imbalance=max_home_imbalance,
     )
     chosen = parse_fold(fold, not_fold)
-    result = make_table(plan, Trace(trace), fold=chosen, options=options)
+    result = make_table(plan, Trace(trace), fold=chosen, phase=phase, options=options)
     result.table.write(out)
     for warning in result.warnings:
         warn(warning)
-    if result.profile is None:
+    if result.profile.fold is None:
         warn("built from all sequences: nothing was held out, no figure is given")
     elif chosen is None:
-        note(f"built from the fold that the plan was solved on: {result.profile}")
+        note(f"built from what the plan was solved on: {result.profile.options}")
     if as_json:
         print_json({"out": str(out)} | result.to_json())
         return

@@ -12,7 +12,9 @@ from placer.cli.output import (
     JsonOption,
     NotFoldOption,
     OutOption,
+    PhaseOption,
     parse_fold,
+    parse_selection,
     print_json,
     print_table,
 )
@@ -50,14 +52,15 @@ def split(
     ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Write the sequences of a fold, a domain or a period as a trace of their own."""
+    """Write the tokens of a fold, a phase, a domain or a period as a trace of their own."""
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
 
-    chosen = parse_fold(fold, not_fold)
-    header = split_trace(Trace(trace), out, fold=chosen, domain=domain, period=period)
+    chosen = parse_selection(fold, not_fold, phase)
+    header = split_trace(Trace(trace), out, selection=chosen, domain=domain, period=period)
     _show(out, header, as_json)
 
 

@@ -24,7 +24,7 @@ from placer.runtime_map import export_map
 from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table import build_table
-from placer.trace import Chunk, Trace
+from placer.trace import EVERYTHING, Chunk, Trace
 from placer.trace.corpus import Corpus
 from placer.trace.record import RecordOptions, record
 
@@ -92,7 +92,7 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
     ModelSpec.from_checkpoint(model)  # refuse before anything is written
     traces = {split: _record(model, split, out, say) for split in ("profile", "heldout")}
     profile, heldout = traces["profile"], traces["heldout"]
-    affinity = affinity_of_traces([profile], None)
+    affinity = affinity_of_traces([profile], EVERYTHING)
     plans = {policy: _solve(profile, policy, out, say) for policy in SOLVED_POLICIES}
     say("simulate on the held-out text, with a table of each placement's own")
     figures = _figures(plans, affinity, profile.read(), heldout.read())
@@ -146,7 +146,7 @@ def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
         topology=Topology(gpus_per_node=NUM_RANKS), policy=policy, relax_cap=True
     )
     deadline = Deadline()
-    plan = plan_from_trace(profile, options, None, deadline=deadline)
+    plan = plan_from_trace(profile, options, EVERYTHING, deadline=deadline)
     if deadline.interrupted:
         raise KeyboardInterrupt
     plan.write(path)

@@ -33,17 +33,17 @@ from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
 from placer.table.build import build_table
 from placer.table.table import Table
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import Chunk, Selection, Trace
 
 
 def plan_from_trace(
     trace: Trace,
     options: SolveOptions,
-    fold: Fold | None,
+    selection: Selection,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> Plan:
-    """Profile on the sequences of ``fold``, solve, and judge on all others.
+    """Profile on the tokens selected, solve, and judge on those of all other sequences.
 
     Without a fold every sequence is profiled and nothing is held out. All that is solved
     stops at the ``deadline``, by default one of ``options.time_limit`` from now.
@@ -56,16 +56,16 @@ def plan_from_trace(
         If the load cap is out of reach, or the cap on received copies was not reached.
     """
     deadline = deadline or Deadline(seconds=options.time_limit)
-    affinity = count_affinity(trace.chunks(fold), trace.model, {})
-    profile = trace.read(fold)
-    if fold is not None and next(trace.chunks(fold.complement()), None) is None:
+    affinity = count_affinity(trace.chunks(selection), trace.model, {})
+    profile = trace.read(selection)
+    others = None if selection.fold is None else selection.complement()
+    if others is not None and next(trace.chunks(others), None) is None:
         raise PlacerError(
-            f"all sequences of {trace.directory} are in the fold {fold}: none is left to "
-            "judge on",
+            f"{trace.directory} has no token of {others.options}: none is left to judge on",
             "choose another --fold, or leave it out",
         )
     placement, report = _solve(trace.model, affinity, options, profile, progress, deadline)
-    heldout = None if fold is None else trace.read(fold.complement())
+    heldout = None if others is None else trace.read(others)
     judged = profile if heldout is None else heldout
     topology = options.topology
     baselines = {
@@ -73,7 +73,7 @@ def plan_from_trace(
             trace.model.num_experts, topology.num_ranks, topology.num_nodes
         ),
         "balanced": balanced(affinity.load, topology.num_ranks, topology.num_nodes),
-        **_with_equal_slots(trace, fold, options),
+        **_with_equal_slots(trace, selection, options),
     }
 
     tables = {
@@ -108,7 +108,7 @@ def plan_from_trace(
         provenance=_provenance(options, placement)
         | {
             "trace_sha256": trace.sha256,
-            "fold": None if fold is None else str(fold),
+            **selection.to_json(),
             "profile_sequences": len(np.unique(profile.sequence_ids)),
         },
     )
@@ -135,7 +135,7 @@ def plan_from_affinity(
         | {
             "affinity_sha256": sha256_file(path),
             "traces_sha256": affinity.provenance.get("traces_sha256"),
-            "fold": affinity.provenance.get("fold"),
+            **Selection.from_json(affinity.provenance).to_json(),
         },
     )
 
@@ -185,14 +185,14 @@ def _solve(
 
 
 def _with_equal_slots(
-    trace: Trace, fold: Fold | None, options: SolveOptions
+    trace: Trace, selection: Selection, options: SolveOptions
 ) -> dict[str, Placement]:
     """Return the load balancer that has the same redundant experts."""
     if not options.redundant_experts:
         return {}
     problem = BaselineProblem(
         trace=trace,
-        fold=fold,
+        selection=selection,
         topology=options.topology,
         redundant_experts=options.redundant_experts,
     )

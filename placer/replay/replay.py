@@ -22,7 +22,7 @@ from placer.simulation.baselines import contiguous
 from placer.simulation.homes import fixed_homes
 from placer.simulation.judge import read_table_of
 from placer.table.table import Table
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 from placer.trace.loading import Dtype, load_causal_model
 from placer.worker import Worker, together
 
@@ -126,7 +126,7 @@ def replay(
     options: ReplayOptions,
     worker: Worker,
     *,
-    fold: Fold | None = None,
+    selection: Selection = EVERYTHING,
     table_path: Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ReplayOutcome | None:
@@ -144,8 +144,8 @@ def replay(
         What to run.
     worker
         Which rank this is.
-    fold
-        Which sequences of the trace.
+    selection
+        Which tokens of the trace; not those of decode alone.
     table_path
         The plan's token-shuffle table, for ``placer-shuffle``.
     say
@@ -171,7 +171,7 @@ def replay(
     require_same_model(plan.model, str(plan_path), trace.model, str(trace.directory))
     table = None if table_path is None else read_table_of(table_path, plan_path)
     tasks = _tasks(plan, table, options)
-    batches = _batches(trace, fold, options, worker.number)
+    batches = _batches(trace, selection, options, worker.number)
     _require_vocabulary(batches, spec, trace, directory)
     _require_engine()
     backend = "gloo" if options.device == "cpu" else "nccl"
@@ -240,10 +240,16 @@ def _tasks(plan: Plan, table: Table | None, options: ReplayOptions) -> list[Task
 
 
 def _batches(
-    trace: Trace, fold: Fold | None, options: ReplayOptions, num_ranks: int
+    trace: Trace, selection: Selection, options: ReplayOptions, num_ranks: int
 ) -> npt.NDArray[np.integer]:
     """Return ``[passes, B, S]`` token ids: the first sequences that are long enough."""
-    tokens = trace.read(fold)
+    if selection.phase == "decode":
+        raise UsageError(
+            "--phase decode: replay runs sequences from their beginning, and generated "
+            "tokens without their prompt are routed otherwise",
+            "leave --phase out, or run the prompts alone: --phase prefill",
+        )
+    tokens = trace.read(selection)
     if tokens.token_ids is None or (tokens.token_ids < 0).any():
         raise PlacerError(
             f"{trace.directory} has no token ids to run",

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.affinity import Affinity, count_affinity
-from placer.engine import Engine, Transfer
+from placer.engine import Engine, Phase, Transfer
 from placer.errors import UsageError
 from placer.hardware import Hardware
 from placer.plan.deadline import Deadline
@@ -32,7 +32,7 @@ from placer.simulation.batch_figures import BatchFigures, BatchOptions, batch_fi
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
 from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import Chunk, Fold, Selection, Trace
 
 Verdict = Literal["worth it", "balance only", "not worth it"]
 PROFILE = Fold(0, 2)
@@ -63,6 +63,8 @@ class Question:
         What the cost model needs, or ``None``: then traffic and balance are the measure.
     least_gain
         Share of the measure that a change must save.
+    phase
+        Only tokens of this phase, or ``None`` for all.
     """
 
     topology: Topology
@@ -71,6 +73,7 @@ class Question:
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
     least_gain: float = 0.03
+    phase: Phase | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -146,7 +149,8 @@ def advise_on_trace(trace: Trace, question: Question) -> Advice:
     PlacerError
         If half of the sequences are none, or the experts do not divide over the ranks.
     """
-    profile, heldout = trace.read(PROFILE), trace.read(PROFILE.complement())
+    selection = Selection(PROFILE, question.phase)
+    profile, heldout = trace.read(selection), trace.read(selection.complement())
     heldout = heldout.first_sequences(MOST_JUDGED_TOKENS)
     affinity = count_affinity([profile], trace.model, {})
     options = batch_options(question)
@@ -169,6 +173,13 @@ def advise_on_trace(trace: Trace, question: Question) -> Advice:
 
 def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
     """Advise from counts: whether balancing pays, as far as loads tell."""
+    if question.phase is not None:
+        raise UsageError(
+            f"--phase {question.phase}: an affinity file holds counts, of which no tokens "
+            "can be selected any more",
+            f"select when counting: placer affinity TRACE --phase {question.phase} "
+            "--out AFFINITY",
+        )
     topology = question.topology
     base = contiguous(affinity.model.num_experts, topology.num_ranks, topology.num_nodes)
     loads = [counts.astype(np.float64) for counts in affinity.load]
@@ -210,7 +221,7 @@ def next_command(advice: Advice, source: Path, question: Question) -> str | None
         parts += [f"--policy {question.policy}"]
         parts += [] if question.engine is None else [f"--engine {question.engine.name}"]
     if not source.is_file():
-        parts += [f"--fold {PROFILE}"]
+        parts += [Selection(PROFILE, question.phase).options]
     return " ".join([*parts, "--out plan.json"])
 
 

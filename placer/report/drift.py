@@ -13,7 +13,7 @@ from placer.plan import Plan
 from placer.simulation.baselines import contiguous
 from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.simulate import simulate
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 # Groups of sequences that are left out in turn.
 NUM_GROUPS = 8
@@ -77,7 +77,10 @@ class DriftReport:
 
 
 def check_plan(
-    plan: Plan, trace: Trace, fold: Fold | None = None, tolerance: float = 0.02
+    plan: Plan,
+    trace: Trace,
+    selection: Selection = EVERYTHING,
+    tolerance: float = 0.02,
 ) -> DriftReport:
     """Judge a plan on a trace and compare with what the plan records.
 
@@ -98,7 +101,7 @@ def check_plan(
         )
     require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
     then = _recorded(plan)
-    tokens = trace.read(fold).first_sequences(_MOST_TOKENS)
+    tokens = trace.read(selection).first_sequences(_MOST_TOKENS)
     ids = np.unique(tokens.sequence_ids)
     if len(ids) < FEWEST_SEQUENCES:
         raise PlacerError(

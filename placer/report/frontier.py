@@ -14,7 +14,7 @@ from placer.plan.missed_caps import require_receive_cap
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.progress import Progress
-from placer.trace import Fold, Trace
+from placer.trace import Selection, Trace
 
 TABLE_NAME = "frontier.csv"
 
@@ -77,7 +77,7 @@ def parse_caps(text: str) -> list[float]:
 def write_frontier(
     trace: Trace,
     options: SolveOptions,
-    fold: Fold | None,
+    selection: Selection,
     caps: list[float],
     out: Path,
     progress: Progress | None = None,
@@ -104,7 +104,7 @@ def write_frontier(
         for cap in caps:
             asked = replace(options, max_imbalance=cap, relax_cap=True)
             share = deadline.part(1 / (len(caps) - len(points)))
-            plan = plan_from_trace(trace, asked, fold, progress, share)
+            plan = plan_from_trace(trace, asked, selection, progress, share)
             require_receive_cap(
                 plan.solver.relaxed_receive_layers.values(),
                 replace(asked, relax_cap=options.relax_cap),

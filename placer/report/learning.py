@@ -15,7 +15,7 @@ from placer.plan.search import transport
 from placer.plan.solve import solve_to_choose
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import Chunk, Selection, Trace
 
 DEFAULT_TOKENS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
@@ -50,11 +50,11 @@ class LearningPoint:
 def learning_curve(
     trace: Trace,
     options: SolveOptions,
-    fold: Fold,
+    selection: Selection,
     *,
     tokens: tuple[int, ...] = DEFAULT_TOKENS,
 ) -> list[LearningPoint]:
-    """Solve from growing parts of the sequences of ``fold``; judge on all others.
+    """Solve from growing parts of the sequences selected; judge on all others.
 
     Sequences are drawn in an order that the options' seed decides, each part holds the
     part before, and load caps that a small part puts out of reach are relaxed.
@@ -73,7 +73,7 @@ def learning_curve(
             "this curve are",
             "choose fixed or follow",
         )
-    profile, heldout = trace.read(fold), trace.read(fold.complement())
+    profile, heldout = trace.read(selection), trace.read(selection.complement())
     parts = list(_parts(profile, tokens, options.seed))
     if len(parts) < 2:
         raise UsageError(

@@ -20,7 +20,7 @@ from placer.affinity.information import (
 )
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -106,7 +106,7 @@ class Links:
 
 def links_of(
     trace: Trace,
-    fold: Fold | None = None,
+    selection: Selection = EVERYTHING,
     *,
     distances: Sequence[int] = DEFAULT_DISTANCES,
     seed: int = 0,
@@ -121,7 +121,7 @@ def links_of(
     UsageError
         If the model has a single MoE layer, so that nothing can be linked.
     PlacerError
-        If the trace is damaged or the fold empty.
+        If the trace is damaged or no token is selected.
     """
     model = trace.model
     if model.num_layers < 2:
@@ -132,14 +132,14 @@ def links_of(
 
     def tokens(control: Control | None = None) -> Iterable[Chunk]:
         if control is None:
-            return trace.chunks(fold)
-        parts = blocks(trace.chunks(fold), _BLOCK_TOKENS)
+            return trace.chunks(selection)
+        parts = blocks(trace.chunks(selection), _BLOCK_TOKENS)
         return (control(block, seed + number) for number, block in enumerate(parts))
 
     observed = _information("observed", tokens, None, model)
     controls = (_information(name, tokens, one, model) for name, one in CONTROLS.items())
     near = [d for d in distances if d < model.num_layers]
-    names, distance = _domains(trace, fold)
+    names, distance = _domains(trace, selection)
     return Links(
         num_tokens=sum(chunk.num_tokens for chunk in tokens()),
         information=(observed, *controls),
@@ -183,12 +183,12 @@ def _best_next(table: IntArray) -> float:
     return float(np.average(conditional_probability(table).max(axis=1), weights=tokens))
 
 
-def _domains(trace: Trace, fold: Fold | None) -> tuple[tuple[str, ...], FloatArray]:
+def _domains(trace: Trace, selection: Selection) -> tuple[tuple[str, ...], FloatArray]:
     names, tables = [], []
     for number, name in enumerate(trace.header.domains):
         parts = (
             chunk.select(chunk.domain_ids == number)
-            for chunk in trace.chunks(fold)
+            for chunk in trace.chunks(selection)
             if chunk.domain_ids is not None
         )
         counted = top1_tables(parts, trace.model)

@@ -93,7 +93,7 @@ class Batches:
         """
         if phase not in get_args(Phase):
             raise UsageError(
-                f"--phase {phase} is not known", f"choose {' or '.join(get_args(Phase))}"
+                f"--batching {phase} is not known", f"choose {' or '.join(get_args(Phase))}"
             )
         if phase == "decode":
             return cls.of(sequence_ids, batch_size)

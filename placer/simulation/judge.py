@@ -26,11 +26,11 @@ from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
 from placer.simulation.homes import Phase
 from placer.simulation.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
-from placer.simulation.profile import num_seen_sequences, profile_fold
+from placer.simulation.profile import num_seen_sequences, other_phase, profile_of
 from placer.simulation.replica_choice import unknown_dense_layers
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.table.table import Table
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 DEFAULT_BASELINES = ("contiguous", "balanced")
 Figures = Mapping[str, PolicyMetrics]
@@ -240,16 +240,16 @@ def judge_plan(
     plan_path: Path,
     trace: Trace,
     *,
-    fold: Fold | None = None,
+    selection: Selection = EVERYTHING,
     table_path: Path | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     baselines: Sequence[str] = DEFAULT_BASELINES,
     serving: Serving | None = None,
 ) -> Judgement:
-    """Simulate a plan and baselines on the sequences of ``fold``.
+    """Simulate a plan and baselines on the tokens selected.
 
-    Baselines see the plan's own profile fold where the plan records one, else all
-    sequences.
+    Baselines see the plan's own profile where it is of this trace, else all tokens of
+    the phase that is judged.
 
     Raises
     ------
@@ -265,17 +265,18 @@ def judge_plan(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
     table = None if table_path is None else read_table_of(table_path, plan_path)
-    tokens = trace.read(fold)
+    tokens = trace.read(selection)
     num_sequences = len(np.unique(tokens.sequence_ids))
-    compared, missing = _baseline_placements(plan, trace, baselines)
+    compared, missing = _baseline_placements(plan, trace, baselines, selection)
     seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
     layer_ids = plan.model.layer_ids or trace.model.layer_ids
     warnings = [
         matched,
         unknown_dense_layers(plan.placement, serving.replica_choice, layer_ids),
         *missing,
+        other_phase(plan, selection),
         f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
-        f"the figures flatter it: {_remedy(profile_fold(plan, trace))}"
+        f"the figures flatter it: {_remedy(profile_of(plan, trace))}"
         if seen
         else None,
         _seen_by_table(table, trace, tokens, at_least=seen + 1),
@@ -411,24 +412,22 @@ def _seen_by_table(
     seen = num_seen_sequences(table, trace, tokens.sequence_ids)
     if seen < at_least:
         return None
-    remedy = _remedy(profile_fold(table, trace), "build the table")
+    remedy = _remedy(profile_of(table, trace), "build the table")
     return (
         f"{seen} of the {len(np.unique(tokens.sequence_ids))} sequences are those the "
         f"table was built from, so the figures with it flatter it: {remedy}"
     )
 
 
-def _remedy(profile: Fold | None, make: str = "solve") -> str:
+def _remedy(profile: Selection | None, make: str = "solve") -> str:
     """Say how to simulate what the plan, or what else is made, has not seen."""
-    if profile is None:
+    if profile is None or profile.fold is None:
         return f"{make} with --fold 0/2, then simulate with --not-fold 0/2"
-    unseen = profile.complement()
-    option = "--not-fold" if unseen.inverted else "--fold"
-    return f"simulate with {option} {unseen.part}/{unseen.parts}"
+    return f"simulate with {profile.complement().options}"
 
 
 def _baseline_placements(
-    plan: Plan, trace: Trace, names: Sequence[str]
+    plan: Plan, trace: Trace, names: Sequence[str], judged: Selection
 ) -> tuple[dict[str, Placement], list[str]]:
     """Build the baselines from the plan's profile; say what limits them."""
     unknown = sorted(set(names) - set(BASELINES))
@@ -447,14 +446,14 @@ def _baseline_placements(
         )
     problem = BaselineProblem(
         trace=trace,
-        fold=profile_fold(plan, trace),
+        selection=profile_of(plan, trace) or Selection(phase=judged.phase),
         topology=Topology(num_nodes=nodes, gpus_per_node=ranks // nodes),
         redundant_experts=len(plan.placement.physical_to_logical_map[0]) - sizes[0],
     )
     if not problem.load[0].any():  # no sequence of the fold is in this trace
-        problem = dataclasses.replace(problem, fold=None)
+        problem = dataclasses.replace(problem, selection=Selection(phase=judged.phase))
     informed = [name for name in names if name not in ("contiguous", "random")]
-    if problem.fold is None and informed:
+    if problem.selection.fold is None and informed:
         warnings.append(
             "the plan records no profile fold: given all sequences as their profile: "
             f"{', '.join(informed)}"

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from placer.plan import Plan
 from placer.table.table import Table
-from placer.trace import Fold, Trace
+from placer.trace import Selection, Trace
 
 
 def made_from(made: Plan | Table, trace: Trace) -> bool:
@@ -23,29 +23,37 @@ def made_from(made: Plan | Table, trace: Trace) -> bool:
     return recorded is None or recorded == trace.sha256
 
 
-def profile_fold(made: Plan | Table, trace: Trace) -> Fold | None:
-    """Return the fold of ``trace`` that a plan or table is made from, if it records one."""
-    text = made.provenance.get("fold")
-    if isinstance(text, str) and made_from(made, trace):
-        return Fold.from_text(text)
-    return None
+def profile_of(made: Plan | Table, trace: Trace) -> Selection | None:
+    """Return the tokens of ``trace`` that a plan or table is made from, if it is."""
+    return Selection.from_json(made.provenance) if made_from(made, trace) else None
+
+
+def other_phase(plan: Plan, judged: Selection) -> str | None:
+    """Say that a plan is not judged on the phase that it was solved for, if it is not."""
+    phase = Selection.from_json(plan.provenance).phase
+    if phase in (None, judged.phase):
+        return None
+    return (
+        f"the plan was solved for {phase} tokens, and {judged.phase or 'all'} tokens are "
+        f"judged: give --phase {phase}"
+    )
 
 
 def num_seen_sequences(
     made: Plan | Table, trace: Trace, sequence_ids: npt.NDArray[np.int32]
 ) -> int:
     """Return how many of these sequences of ``trace`` a plan or table is made from."""
-    if not made_from(made, trace):
+    profile = profile_of(made, trace)
+    if profile is None:
         return 0
-    present = np.unique(sequence_ids)
-    fold = profile_fold(made, trace)
+    present, fold = np.unique(sequence_ids), profile.fold
     return len(present) if fold is None else int(fold.keep(present).sum())
 
 
-def expert_load(trace: Trace, fold: Fold | None) -> list[npt.NDArray[Any]]:
-    """Return L arrays ``[E]`` int64: pairs per expert in the sequences of ``fold``."""
+def expert_load(trace: Trace, selection: Selection) -> list[npt.NDArray[Any]]:
+    """Return L arrays ``[E]`` int64: pairs per expert in the tokens selected."""
     load = [np.zeros(size, dtype=np.int64) for size in trace.model.num_experts]
-    for chunk in trace.chunks(fold):
+    for chunk in trace.chunks(selection):
         for counts, ids in zip(load, chunk.experts, strict=True):
             counts += np.bincount(ids.ravel(), minlength=len(counts))
     return load

@@ -182,7 +182,8 @@ def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -
         )
     if tokens.num_tokens == 0:
         raise PlacerError(
-            "no token is left to simulate", "choose another --fold, or record more text"
+            "no token is left to simulate",
+            "choose another --fold or --phase, or record more text",
         )
     for layer, (ids, size) in enumerate(
         zip(tokens.experts, placement.num_experts, strict=True)

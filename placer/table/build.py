@@ -456,7 +456,7 @@ def _require_ids(tokens: Chunk, vocab_size: int) -> IntArray:
     if tokens.num_tokens == 0:
         raise PlacerError(
             "no token is left to build a table from",
-            "choose another --fold, or record more text",
+            "choose another --fold or --phase, or record more text",
         )
     if tokens.token_ids is None or tokens.token_ids.max() < 0:
         raise PlacerError(

@@ -13,7 +13,7 @@ from placer.model import ModelSpec, require_same_model
 from placer.plan import Placement, Plan
 from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
-from placer.simulation.profile import num_seen_sequences, profile_fold
+from placer.simulation.profile import num_seen_sequences, profile_of
 from placer.simulation.replica_choice import unknown_dense_layers
 from placer.simulation.simulate import simulate
 from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
@@ -21,7 +21,8 @@ from placer.table.calibration import calibrated, fit_calibration
 from placer.table.embeddings import CheckpointEmbeddings
 from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace
+from placer.trace.selection import parse_phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ class TableResult:
     table
         The table.
     profile
-        The fold that it was built from; ``None`` for all sequences.
+        The tokens that it was built from.
     num_seen_ids
         Token ids that occur in the profile.
     exact_layers
@@ -78,7 +79,7 @@ class TableResult:
     """
 
     table: Table
-    profile: Fold | None
+    profile: Selection
     num_seen_ids: int
     exact_layers: tuple[int, ...]
     heldout: dict[str, PolicyMetrics] | None
@@ -91,7 +92,7 @@ class TableResult:
             "num_seen_ids": self.num_seen_ids,
             "exact_layers": list(self.exact_layers),
             "lookback": self.table.lookback,
-            "fold": None if self.profile is None else str(self.profile),
+            **self.profile.to_json(),
             "chance": 1 / self.table.num_ranks,
             "heldout": None
             if self.heldout is None
@@ -101,11 +102,17 @@ class TableResult:
 
 
 def make_table(
-    plan_path: Path, trace: Trace, *, fold: Fold | None, options: TableOptions
+    plan_path: Path,
+    trace: Trace,
+    *,
+    fold: Fold | None = None,
+    phase: str | None = None,
+    options: TableOptions,
 ) -> TableResult:
     """Build a plan's table and try it on the held-out sequences.
 
-    Without a ``fold``, the sequences that the plan was solved on are the profile.
+    Without a ``fold`` or a ``phase``, that of the tokens that the plan was solved on is
+    taken, where they are of this trace.
 
     Raises
     ------
@@ -117,7 +124,10 @@ def make_table(
     warning = require_same_model(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
-    profile = profile_fold(plan, trace) if fold is None else fold
+    own = profile_of(plan, trace) or EVERYTHING
+    profile = Selection(
+        fold or own.fold, own.phase if phase is None else parse_phase(phase)
+    )
     tokens = trace.read(profile)
     model = trace.model if trace.model.bound else plan.model
     token_experts: TokenExperts = {}
@@ -147,7 +157,7 @@ def make_table(
         tokenizer_sha256=_tokenizer_sha256(trace, options.embeddings),
         provenance={
             "placer": __version__,
-            "fold": None if profile is None else str(profile),
+            **profile.to_json(),
             "shrinkage": options.shrinkage,
             "max_home_imbalance": options.max_home_imbalance,
             "unseen_ids": "prior" if options.embeddings is None else options.unseen,
@@ -203,9 +213,9 @@ def _build(
     )
 
 
-def _heldout(trace: Trace, profile: Fold | None) -> Chunk | None:
+def _heldout(trace: Trace, profile: Selection) -> Chunk | None:
     """Return the tokens outside the profile, if there are any."""
-    if profile is None:
+    if profile.fold is None:
         return None
     chunks = list(trace.chunks(profile.complement()))
     return Chunk.concatenate(chunks) if chunks else None

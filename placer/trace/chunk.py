@@ -182,7 +182,8 @@ class Chunk:
         parts = list(chunks)
         if not parts:
             raise PlacerError(
-                "no token is left to read", "choose another --fold, or record more text"
+                "no token is left to read",
+                "choose another --fold or --phase, or record more text",
             )
         first = parts[0]
         order = _sequence_order([part.sequence_ids for part in parts])

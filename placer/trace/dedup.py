@@ -20,6 +20,7 @@ from placer.trace.hashing import HashArray, expert_set_hash, prefix_hash
 from placer.trace.header import TraceHeader
 from placer.trace.reader import Trace
 from placer.trace.rewrite import write_derived
+from placer.trace.selection import Selection
 
 BoolArray = npt.NDArray[np.bool_]
 Kind = Literal["prefixes", "rows"]
@@ -117,7 +118,8 @@ class _Search:
 
     def chunks(self) -> Iterator[tuple[Chunk, dict[Kind, BoolArray]]]:
         """Yield every chunk with ``[T]`` masks of its repeated tokens."""
-        for chunk in self._trace.chunks(self._fold) if self._fold is not None else ():
+        whole = () if self._fold is None else self._trace.chunks(Selection(self._fold))
+        for chunk in whole:
             for kind, (hashes, known) in _hashes(chunk).items():
                 self._seen[kind].add(hashes[known])
         for chunk in self._trace.chunks():

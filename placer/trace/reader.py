@@ -11,8 +11,8 @@ from placer.errors import PlacerError
 from placer.files import sha256_file
 from placer.model import ModelSpec
 from placer.trace.chunk import Chunk
-from placer.trace.fold import Fold
 from placer.trace.header import AGAIN, HEADER_NAME, ChunkInfo, TraceHeader
+from placer.trace.selection import EVERYTHING, Selection
 
 
 class Trace:
@@ -44,11 +44,16 @@ class Trace:
         return sha256_file(self.directory / HEADER_NAME)
 
     def chunks(
-        self, fold: Fold | None = None, start: int = 0, stop: int | None = None
+        self, selection: Selection = EVERYTHING, start: int = 0, stop: int | None = None
     ) -> Iterator[Chunk]:
-        """Yield the chunks in order, verified, restricted to the sequences of ``fold``.
+        """Yield the chunks in order, verified, restricted to the tokens selected.
 
         Only those at ``start`` to ``stop - 1`` of the header's list, where given.
+
+        Raises
+        ------
+        PlacerError
+            If a chunk is damaged, or a phase is selected and the trace records none.
         """
         last_sequence = -1
         if start:
@@ -65,14 +70,14 @@ class Trace:
             last_sequence = (
                 int(chunk.sequence_ids[-1]) if chunk.num_tokens else last_sequence
             )
-            if fold is not None:
-                chunk = chunk.select(fold.keep(chunk.sequence_ids))
+            if selection != EVERYTHING:
+                chunk = chunk.select(selection.keep(chunk))
             if chunk.num_tokens:
                 yield chunk
 
-    def read(self, fold: Fold | None = None) -> Chunk:
-        """Return all tokens (of ``fold``) in memory as one chunk."""
-        return Chunk.concatenate(self.chunks(fold))
+    def read(self, selection: Selection = EVERYTHING) -> Chunk:
+        """Return all selected tokens in memory as one chunk."""
+        return Chunk.concatenate(self.chunks(selection))
 
     def _read(self, info: ChunkInfo) -> Chunk:
         path = self.directory / info.file

@@ -12,9 +12,9 @@ from placer import __version__
 from placer.errors import PlacerError, UsageError
 from placer.model import require_same_model
 from placer.trace.chunk import Chunk
-from placer.trace.fold import Fold
 from placer.trace.header import AGAIN, MAX_DOMAINS, TraceHeader
 from placer.trace.reader import Trace
+from placer.trace.selection import EVERYTHING, Selection
 from placer.trace.writer import TraceWriter
 
 IntArray = npt.NDArray[np.int64]
@@ -76,11 +76,13 @@ def split_trace(
     trace: Trace,
     out: Path,
     *,
-    fold: Fold | None = None,
+    selection: Selection = EVERYTHING,
     domain: str | None = None,
     period: str | None = None,
 ) -> TraceHeader:
-    """Write the sequences of a fold, a domain, a period, or of several; ids are kept.
+    """Write the tokens of a fold, a phase, a domain or a period, or of several.
+
+    Ids and positions are kept.
 
     Parameters
     ----------
@@ -88,8 +90,8 @@ def split_trace(
         The trace to split.
     out
         Where to write.
-    fold
-        Only the sequences of this fold.
+    selection
+        Only these tokens.
     domain
         Only this domain.
     period
@@ -103,9 +105,10 @@ def split_trace(
     PlacerError
         If no sequence is left, or the trace is damaged.
     """
-    if fold is None and domain is None and period is None:
+    if selection == EVERYTHING and domain is None and period is None:
         raise UsageError(
-            "nothing to split by", "give --fold K/N, --domain NAME or --period K/N"
+            "nothing to split by",
+            "give --fold K/N, --phase NAME, --domain NAME or --period K/N",
         )
     domains = trace.header.domains
     if domain is not None and domain not in domains:
@@ -117,17 +120,14 @@ def split_trace(
     def parts() -> Iterator[Chunk]:
         chunks = trace.chunks() if period is None else _period(trace, period)
         for chunk in chunks:
-            kept = np.ones(chunk.num_tokens, dtype=np.bool_)
-            if fold is not None:
-                kept &= fold.keep(chunk.sequence_ids)
+            kept = selection.keep(chunk)
             if domain is not None:
                 # Without labels nothing is of the domain.
                 labels = chunk.domain_ids
                 kept &= labels is not None and labels == domains.index(domain)
             yield chunk.select(kept)
 
-    fold_text = None if fold is None else str(fold)
-    made = {"fold": fold_text, "domain": domain, "period": period}
+    made = {**selection.to_json(), "domain": domain, "period": period}
     return write_derived(trace, out, parts(), {"source": "split", **made})
 
 

@@ -13,13 +13,13 @@ from placer.affinity import Affinity, SparseCounts
 from placer.affinity.from_traces import affinity_of_traces, merged_affinity
 from placer.errors import PlacerError, UsageError
 from placer.files import write_tensors
-from placer.trace import Fold, Trace
+from placer.trace import EVERYTHING, Fold, Selection, Trace
 
 
 def test_round_trip_is_exact_and_bytes_are_stable(
     make_trace: Callable[..., Trace], tmp_path: Path
 ) -> None:
-    counted = affinity_of_traces([make_trace()], None, rows="sequences")
+    counted = affinity_of_traces([make_trace()], EVERYTHING, rows="sequences")
     counted.write(tmp_path / "one.safetensors")
     counted.write(tmp_path / "two.safetensors")
     again = Affinity.read(tmp_path / "one.safetensors")
@@ -35,27 +35,27 @@ def test_round_trip_is_exact_and_bytes_are_stable(
 
 def test_folds_add_up_to_the_whole(make_trace: Callable[..., Trace]) -> None:
     trace = make_trace()
-    even = affinity_of_traces([trace], Fold(0, 2))
-    odd = affinity_of_traces([trace], Fold(1, 2))
-    whole = affinity_of_traces([trace], None).tensors()
+    even = affinity_of_traces([trace], Selection(Fold(0, 2)))
+    odd = affinity_of_traces([trace], Selection(Fold(1, 2)))
+    whole = affinity_of_traces([trace], EVERYTHING).tensors()
     for name, counts in even.add(odd).tensors().items():
         assert np.array_equal(counts, whole[name]), name
 
 
 def test_rows_per_sequence_are_of_one_trace(make_trace: Callable[..., Trace]) -> None:
     traces = [make_trace("a", seed=1), make_trace("b", seed=2)]
-    assert affinity_of_traces(traces, None).token_expert is None
-    total = affinity_of_traces(traces, None, rows="tokens")
+    assert affinity_of_traces(traces, EVERYTHING).token_expert is None
+    total = affinity_of_traces(traces, EVERYTHING, rows="tokens")
     assert total.num_tokens == 800
     assert total.sequence_expert is None
     assert total.token_expert is not None
-    one = affinity_of_traces(traces[:1], None, rows="sequences")
+    one = affinity_of_traces(traces[:1], EVERYTHING, rows="sequences")
     assert one.sequence_expert is not None
     assert one.sequence_expert[0].dense().sum() == one.load[0].sum()
     with pytest.raises(UsageError, match="--rows sequences is for one trace, not for 2"):
-        affinity_of_traces(traces, None, rows="sequences")
+        affinity_of_traces(traces, EVERYTHING, rows="sequences")
     with pytest.raises(UsageError, match="--rows words is not known"):
-        affinity_of_traces(traces, None, rows="words")
+        affinity_of_traces(traces, EVERYTHING, rows="words")
 
 
 def test_merging_files_is_counting_all_traces_in_any_order(
@@ -64,8 +64,8 @@ def test_merging_files_is_counting_all_traces_in_any_order(
     traces = [make_trace(name, seed=seed) for seed, name in enumerate("abc")]
     paths = [tmp_path / f"{n}.safetensors" for n in range(3)]
     for trace, path in zip(traces, paths, strict=True):
-        affinity_of_traces([trace], None).write(path)
-    whole = affinity_of_traces(traces, None).tensors()
+        affinity_of_traces([trace], EVERYTHING).write(path)
+    whole = affinity_of_traces(traces, EVERYTHING).tensors()
     for order in itertools.permutations(paths):
         merged = merged_affinity(order)
         assert merged.num_tokens == 1200
@@ -79,20 +79,20 @@ def test_merging_files_is_counting_all_traces_in_any_order(
 def test_one_trace_twice_is_refused(make_trace: Callable[..., Trace]) -> None:
     trace = make_trace()
     with pytest.raises(UsageError, match="given twice"):
-        affinity_of_traces([trace, trace], None)
+        affinity_of_traces([trace, trace], EVERYTHING)
 
 
 def test_traces_of_two_models_are_refused(make_trace: Callable[..., Trace]) -> None:
     traces = [make_trace("a"), make_trace("b", num_experts=(6, 6, 6))]
     with pytest.raises(PlacerError, match="different models: num_experts 8 x 3 layers"):
-        affinity_of_traces(traces, None)
+        affinity_of_traces(traces, EVERYTHING)
 
 
 def test_truncated_and_foreign_files_are_refused(
     make_trace: Callable[..., Trace], tmp_path: Path
 ) -> None:
     path = tmp_path / "affinity.safetensors"
-    affinity_of_traces([make_trace()], None).write(path)
+    affinity_of_traces([make_trace()], EVERYTHING).write(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(PlacerError, match="cannot be read") as caught:
         Affinity.read(path)
@@ -127,7 +127,7 @@ def test_a_file_that_breaks_the_format_is_refused(
     tensors: dict[str, np.ndarray],
     match: str,
 ) -> None:
-    counted = affinity_of_traces([make_trace()], None, rows="tokens")
+    counted = affinity_of_traces([make_trace()], EVERYTHING, rows="tokens")
     path = tmp_path / "affinity.safetensors"
     counted.write(path)
     with safe_open(path, "np") as opened:
@@ -168,7 +168,7 @@ def test_a_dtype_that_numpy_lacks_is_refused(
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "affinity.safetensors"
-    affinity_of_traces([make_trace()], None).write(path)
+    affinity_of_traces([make_trace()], EVERYTHING).write(path)
     with safe_open(path, "np") as opened:
         metadata = opened.metadata()
     tensors = load_file(path)

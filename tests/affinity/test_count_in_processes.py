@@ -14,7 +14,7 @@ from placer.affinity.count import count_sources
 from placer.affinity.from_traces import affinity_of_traces
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 
@@ -53,19 +53,21 @@ def same(one: Affinity, other: Affinity) -> bool:
     )
 
 
-@pytest.mark.parametrize("fold", [None, Fold(1, 9)])
+@pytest.mark.parametrize("selection", [EVERYTHING, Selection(Fold(1, 9))])
 def test_two_processes_write_the_same_bytes(
-    trace: Trace, tmp_path: Path, fold: Fold | None
+    trace: Trace, tmp_path: Path, selection: Selection
 ) -> None:
     for number in (1, 2):
-        affinity_of_traces([trace], fold, number).write(tmp_path / f"{number}.safetensors")
+        affinity_of_traces([trace], selection, number).write(
+            tmp_path / f"{number}.safetensors"
+        )
     one, two = ((tmp_path / f"{n}.safetensors").read_bytes() for n in (1, 2))
     assert one == two
 
 
 @pytest.mark.parametrize("num_workers", [2, 3, 5, 99])
 def test_runs_of_chunks_cover_the_trace_once(trace: Trace, num_workers: int) -> None:
-    sources = from_traces._sources(trace, None, num_workers)
+    sources = from_traces._sources(trace, EVERYTHING, num_workers)
     assert len(sources) == min(num_workers, 5)
     parts = [count_affinity(source(), MODEL, {}) for source in sources]
     total = parts[0]
@@ -75,7 +77,7 @@ def test_runs_of_chunks_cover_the_trace_once(trace: Trace, num_workers: int) -> 
 
 
 def test_small_traces_are_not_shared(make_trace: Callable[..., Trace]) -> None:
-    assert len(from_traces._sources(make_trace(), None, 2)) == 1
+    assert len(from_traces._sources(make_trace(), EVERYTHING, 2)) == 1
 
 
 def test_a_sequence_cut_by_a_run_is_found(
@@ -94,7 +96,7 @@ def test_damage_found_by_a_process_is_told(trace: Trace) -> None:
     path = trace.directory / "chunk-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(PlacerError, match=r"chunk-00004\.safetensors is damaged") as caught:
-        affinity_of_traces([trace], None, 2)
+        affinity_of_traces([trace], EVERYTHING, 2)
     assert "copy the trace again" in caught.value.hint
 
 

@@ -20,7 +20,7 @@ from placer.cli.main import app
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.parallel import Backend
-from placer.trace import Chunk, Trace
+from placer.trace import EVERYTHING, Chunk, Trace
 
 CPU = torch.device("cpu")
 WITH_GPU = pytest.mark.skipif(
@@ -146,7 +146,7 @@ def test_a_gpu_that_is_not_there_is_told(
 ) -> None:
     trace = make_trace()
     with pytest.raises(PlacerError, match=r"cuda needs a GPU.* finds 0") as caught:
-        affinity_of_traces([trace], None, device="cuda")
+        affinity_of_traces([trace], EVERYTHING, device="cuda")
     assert "--device cpu" in str(caught.value.hint)
     out = tmp_path / "out"
     arguments = ["affinity", str(trace.directory), "--out", str(out), "--device", "cuda"]
@@ -164,6 +164,6 @@ def test_other_devices_are_not_known(name: str) -> None:
 def test_several_processes_do_not_share_a_gpu(make_trace: Callable[..., Trace]) -> None:
     trace = make_trace()
     with pytest.raises(UsageError, match="one process"):
-        affinity_of_traces([trace], None, 2, device="cuda")
+        affinity_of_traces([trace], EVERYTHING, 2, device="cuda")
     with pytest.raises(UsageError, match="one process"):
-        affinity_of_traces([trace], None, 1, Backend(name="ray"), device="cuda")
+        affinity_of_traces([trace], EVERYTHING, 1, Backend(name="ray"), device="cuda")

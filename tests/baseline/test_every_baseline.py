@@ -15,7 +15,7 @@ from placer.baseline import BASELINES, BaselineProblem
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.problem import Topology
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 INSTALLED = {"metis": "pymetis", "mt-kahypar": "mtkahypar"}
 # Those that group experts which one token uses in one layer, and those that link layers.
@@ -168,7 +168,7 @@ def test_slots_are_equal_and_the_seed_decides(
 def test_only_the_profile_fold_is_seen(make_trace, name):
     """Tokens outside the fold do not change a placement."""
     trace = make_trace(num_sequences=20)
-    tokens = trace.read(Fold(0, 2))
+    tokens = trace.read(Selection(Fold(0, 2)))
     with TraceWriter(
         directory=trace.directory.parent / "half", model=trace.model
     ) as writer:
@@ -176,7 +176,7 @@ def test_only_the_profile_fold_is_seen(make_trace, name):
         writer.finish()
     topology = Topology(gpus_per_node=4)
     seen = BaselineProblem(
-        trace=trace, fold=Fold(0, 2), topology=topology, solver_seconds=0.1
+        trace=trace, selection=Selection(Fold(0, 2)), topology=topology, solver_seconds=0.1
     )
     half = BaselineProblem(
         trace=Trace(trace.directory.parent / "half"), topology=topology, solver_seconds=0.1

@@ -149,7 +149,7 @@ def run(trace: Path, workers: int) -> tuple[float, float]:
 
 def test_large_traces(tmp_path: Path) -> None:
     traces = large_traces(tmp_path)
-    tokens = next(iter(Trace(traces[0]).chunks(None, 0, 1)))
+    tokens = next(iter(Trace(traces[0]).chunks(stop=1)))
     bare = []
     print()
     for path in traces:

@@ -31,7 +31,7 @@ from placer.plan.scenarios import load_scenarios
 from placer.plan.traffic import TrafficProblem
 from placer.simulation.metrics import PolicyTally
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import Chunk, Fold, Selection, Trace
 from tests.referee import load_referee, referee_result
 
 #: Commands and reports print figures, they make none.
@@ -75,8 +75,8 @@ class Case(ABC):
         return Topology(num_nodes=self.num_nodes, gpus_per_node=self.gpus_per_node)
 
     @property
-    def fold(self) -> Fold:
-        return Fold(self.part, 2)
+    def profile(self) -> Selection:
+        return Selection(Fold(self.part, 2))
 
     @property
     def file_name(self) -> str:
@@ -120,7 +120,7 @@ class Solved(Case):
             seed=self.seed,
             **VARIANTS[self.variant],
         )
-        plan = plan_from_trace(trace, options, self.fold)
+        plan = plan_from_trace(trace, options, self.profile)
         pairs = plan.solver.pairs
         return plan.placement, {
             "gap": plan.solver.gap,
@@ -141,7 +141,7 @@ class Baseline(Case):
     def place(self, trace: Trace) -> tuple[Placement, dict[str, Any]]:
         problem = BaselineProblem(
             trace=trace,
-            fold=self.fold,
+            selection=self.profile,
             topology=self.topology,
             redundant_experts=self.redundant_experts(self.name),
         )
@@ -183,15 +183,15 @@ def measure(case: Case, folders: Folders) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _read(directory: Path, fold: Fold) -> tuple[Affinity, Chunk, Chunk]:
+def _read(directory: Path, profile: Selection) -> tuple[Affinity, Chunk, Chunk]:
     trace = Trace(directory)
-    affinity = count_affinity(trace.chunks(fold), trace.model, {})
-    return affinity, trace.read(fold), trace.read(fold.complement())
+    affinity = count_affinity(trace.chunks(profile), trace.model, {})
+    return affinity, trace.read(profile), trace.read(profile.complement())
 
 
 def _judged(case: Case, placement: Placement, folders: Folders) -> dict[str, Any]:
     """Return what is held out, the copies of each sequence, and the profile's objective."""
-    affinity, profile, heldout = _read(folders.traces / case.trace, case.fold)
+    affinity, profile, heldout = _read(folders.traces / case.trace, case.profile)
     tallies = count(placement, heldout)
     found: dict[str, Any] = {}
     for policy in ("fixed", "follow"):

@@ -13,7 +13,7 @@ import pytest
 
 from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
-from placer.trace import Trace
+from placer.trace import EVERYTHING, Trace
 
 Refused = Callable[..., str]
 
@@ -60,7 +60,7 @@ def world(
     blob = tmp_path / "blob.bin"
     blob.write_bytes(bytes(range(256)))
     counts = tmp_path / "counts.safetensors"
-    affinity_of_traces([Trace(trace)], None).write(counts)
+    affinity_of_traces([Trace(trace)], EVERYTHING).write(counts)
     return {
         "trace": trace,
         "counts": counts,
@@ -93,7 +93,7 @@ CASES = [
     (2, "given twice", "trace merge trace trace --out out"),
     (1, "does not exist", "affinity --merge nowhere --out out"),
     (1, "cannot be read", "affinity --merge blob --out out"),
-    (2, "cannot be folded", "affinity --merge blob --fold 0/2 --out out"),
+    (2, "no tokens can be selected", "affinity --merge blob --fold 0/2 --out out"),
     (2, "a fold is written K/N", "affinity trace --fold half --out out"),
     (2, "exclude each other", "affinity trace --fold 0/2 --not-fold 0/2 --out out"),
     (1, "does not exist", "solve nowhere --gpus-per-node 2 --out out"),

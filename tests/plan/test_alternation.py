@@ -27,7 +27,7 @@ from placer.report.drift import check_plan
 from placer.simulation.judge import judge_plan
 from placer.table.build import DEFAULT_SHRINKAGE
 from placer.table.make import TableOptions, make_table
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 TWO = Topology(gpus_per_node=2)
 
@@ -190,7 +190,7 @@ def test_planted_topics_are_found_and_the_plan_says_so(tmp_path: Path, policy: s
     options = SolveOptions(
         topology=Topology(gpus_per_node=4), policy=policy, proof="none", max_imbalance=1.3
     )
-    plan = plan_from_trace(trace, options, Fold(part=0, parts=2))
+    plan = plan_from_trace(trace, options, Selection(Fold(part=0, parts=2)))
     for layer in range(3):
         rank = plan.placement.expert_rank(layer)
         assert (rank[:4] == rank[4:]).all()
@@ -202,7 +202,7 @@ def test_planted_topics_are_found_and_the_plan_says_so(tmp_path: Path, policy: s
     assert own["remote_rank_copies_per_token"] < 0.3 * base["remote_rank_copies_per_token"]
     assert plan.solver.bound is None
     if policy == "token":
-        again = plan_from_trace(trace, options, Fold(part=0, parts=2))
+        again = plan_from_trace(trace, options, Selection(Fold(part=0, parts=2)))
         assert json.dumps(again.to_json()) == json.dumps(plan.to_json())
 
 
@@ -315,7 +315,7 @@ def test_a_cap_on_homes_evens_them_out(make_trace: Callable[..., Trace]) -> None
             max_home_imbalance=cap,
             proof="none",
         )
-        plan = plan_from_trace(trace, options, None)
+        plan = plan_from_trace(trace, options, EVERYTHING)
         worst[cap] = plan.metrics["profile"]["token"]["home_imbalance_max"]
     assert worst[1.05] <= 1.05 + 1e-6 < worst[None]
 
@@ -324,7 +324,7 @@ def test_a_plan_for_tokens_is_judged_with_its_table_or_says_what_it_lacks(
     tmp_path: Path,
 ) -> None:
     trace = write(tmp_path / "trace", topics(64, seed=2))
-    fold = Fold(part=0, parts=2)
+    fold = Selection(Fold(part=0, parts=2))
     options = SolveOptions(
         topology=Topology(gpus_per_node=4), policy="token", proof="none", max_imbalance=1.3
     )
@@ -333,10 +333,10 @@ def test_a_plan_for_tokens_is_judged_with_its_table_or_says_what_it_lacks(
     plan.write(path)
     found = make_table(path, trace, fold=None, options=TableOptions())
     found.table.write(table)
-    judged = judge_plan(path, trace, fold=fold.complement(), table_path=table)
+    judged = judge_plan(path, trace, selection=fold.complement(), table_path=table)
     assert judged.policies["token"].to_json() == plan.metrics["heldout"]["token"]
     assert not any("--table" in warning for warning in judged.warnings)
-    without = judge_plan(path, trace, fold=fold.complement())
+    without = judge_plan(path, trace, selection=fold.complement())
     assert any("--table TABLE" in warning for warning in without.warnings)
     assert without.policy == "fixed"
     assert not check_plan(plan, trace, fold.complement()).drifted

@@ -27,7 +27,7 @@ from placer.simulation import simulate
 from placer.simulation.baselines import contiguous
 from placer.simulation.baselines import random as random_placement
 from placer.simulation.replica_choice import sglang_static_ranks
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 SIZES = (16,) * 4
 RANKS = 4
@@ -473,7 +473,7 @@ def test_plans_report_what_copies_serve_by_their_own_rule(
         replica_choice=rule,
         proof="none",
     )
-    fold = Fold(part=0, parts=2)
+    fold = Selection(Fold(part=0, parts=2))
     plan = plan_from_trace(Trace(tmp_path / "trace"), options, fold)
     heldout = Trace(tmp_path / "trace").read(fold.complement())
     reported = plan.metrics["heldout"]["fixed"]

@@ -17,7 +17,7 @@ from placer.plan.problem import PlacementProblem, Topology
 from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
 from placer.simulation import simulate
-from placer.trace import Chunk
+from placer.trace import EVERYTHING, Chunk
 from tests.plan.enumeration import ONE_NODE, TWO_NODES, every_placement, least_max_load
 
 
@@ -162,5 +162,5 @@ def test_tokens_are_not_counted_in_pairs_where_layers_cannot_be_enumerated(
         limits=SearchLimits(num_rounds=1),
         refine=RefineLimits(num_sweeps=1),
     )
-    plan = plan_from_trace(make_trace(num_experts=(16, 16)), options, None)
+    plan = plan_from_trace(make_trace(num_experts=(16, 16)), options, EVERYTHING)
     assert plan.solver.status == "feasible"

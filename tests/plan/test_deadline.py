@@ -28,7 +28,7 @@ from placer.report.frontier import write_frontier
 from placer.simulation.baselines import random
 from placer.simulation.simulate import simulate
 from placer.solving import SolveRequest, solve_frontier
-from placer.trace import Chunk, Trace
+from placer.trace import EVERYTHING, Chunk, Trace
 
 SIZES = (16,) * 4
 OPTIONS = SolveOptions(topology=Topology(gpus_per_node=4), relax_cap=True)
@@ -121,10 +121,10 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
     """No time: one quick plan each is made, of whatever there is, and the plan says so."""
     trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
     robust = replace(OPTIONS, robust="bootstrap", time_limit=0.0)
-    plan = plan_from_trace(trace, robust, None)
+    plan = plan_from_trace(trace, robust, EVERYTHING)
     assert not plan.solver.reproducible
     assert len(plan.solver.inner_cap.trials) == 1
-    free = plan_from_trace(trace, replace(robust, time_limit=1000.0), None)
+    free = plan_from_trace(trace, replace(robust, time_limit=1000.0), EVERYTHING)
     assert free.solver.reproducible
     assert len(free.solver.inner_cap.trials) == 3
 
@@ -153,7 +153,7 @@ def test_plans_of_a_frontier_share_the_time(
     monkeypatch.setattr("placer.report.frontier.plan_from_trace", noted)
     trace = make_trace(num_tokens=200, num_experts=(16, 16), top_k=2)
     quick = replace(OPTIONS.quick(), time_limit=3000.0)
-    points = write_frontier(trace, quick, None, [1.1, 1.5, 2.0], tmp_path / "curve")
+    points = write_frontier(trace, quick, EVERYTHING, [1.1, 1.5, 2.0], tmp_path / "curve")
     assert all(point.reproducible for point in points)
     # What the first plans leave is the last one's.
     assert given == pytest.approx([1000, 1500, 3000], rel=0.05)
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_a_frontier_with_the_plan_that_it_stopped(
     options = replace(OPTIONS.quick(), limits=SearchLimits(num_rounds=1))
     said: list[str] = []
     points = solve_frontier(
-        SolveRequest(source=trace.directory, fold=None, options=options),
+        SolveRequest(source=trace.directory, selection=EVERYTHING, options=options),
         [1.1, 1.5, 2.0], tmp_path / "curve", said.append, said.append,
     )  # fmt: skip
     assert [point.reproducible for point in points] == [False]

@@ -27,7 +27,7 @@ from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits
 from placer.plan.search import SearchLimits
 from placer.plan.solve import solve
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 SIZES = (8, 8, 8)
 ROBUST = SolveOptions(
@@ -188,7 +188,7 @@ def test_what_is_held_out_is_not_looked_at(
         with TraceWriter(directory=tmp_path / str(number), model=model()) as writer:
             writer.append(joined)
             writer.finish()
-        plan = plan_from_trace(Trace(tmp_path / str(number)), ROBUST, Fold(0, 2))
+        plan = plan_from_trace(Trace(tmp_path / str(number)), ROBUST, Selection(Fold(0, 2)))
         found.append(plan.to_json())
     for key in ("physical_to_logical_map", "solver"):
         assert found[0][key] == found[1][key]
@@ -199,7 +199,9 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
     make_trace: Callable[..., Trace], tmp_path: Path
 ) -> None:
     trace = make_trace(num_experts=SIZES, num_sequences=12, num_tokens=300)
-    plan = plan_from_trace(trace, replace(ROBUST, max_imbalance=1.05), Fold(0, 2))
+    plan = plan_from_trace(
+        trace, replace(ROBUST, max_imbalance=1.05), Selection(Fold(0, 2))
+    )
     plan.write(tmp_path / "plan.json")
     read = Plan.read(tmp_path / "plan.json")
     inner = read.solver.inner_cap
@@ -208,7 +210,7 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
     assert inner is not None
     assert inner.max_imbalance < 1.05, "few tokens: what is balanced here is not there"
     assert (
-        plan_from_trace(trace, replace(ROBUST, robust="none"), None).solver.inner_cap
+        plan_from_trace(trace, replace(ROBUST, robust="none"), EVERYTHING).solver.inner_cap
         is None
     )
 
@@ -240,4 +242,4 @@ def test_profiles_that_tell_nothing_are_refused(
 ) -> None:
     trace = make_trace(**{"num_experts": SIZES, "num_sequences": 12, **changes})
     with pytest.raises(error, match=match):
-        plan_from_trace(trace, replace(ROBUST, **options), None)
+        plan_from_trace(trace, replace(ROBUST, **options), EVERYTHING)

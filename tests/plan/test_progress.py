@@ -18,7 +18,7 @@ from placer.plan.reports import early_copies_bound, early_pair_bound
 from placer.plan.search import SearchLimits
 from placer.plan.solve import solve
 from placer.report.comparison import plan_warnings
-from placer.trace import Chunk, Trace
+from placer.trace import EVERYTHING, Chunk, Trace
 from tests.plan.enumeration import every_placement
 from tests.plan.test_copies_cost import follow_tokens
 
@@ -183,7 +183,7 @@ def test_a_plan_of_which_only_the_proof_was_cut_cannot_be_reproduced(
             raise KeyboardInterrupt
 
     trace = make_trace(num_tokens=400, num_experts=SIZES, top_k=3)
-    plan = plan_from_trace(trace, OPTIONS, None, interrupt)
+    plan = plan_from_trace(trace, OPTIONS, EVERYTHING, interrupt)
     warned = list(plan_warnings(plan))
     assert not plan.solver.reproducible
     assert "cannot be reproduced" in warned[-1]

@@ -24,7 +24,7 @@ from placer.plan.traffic import TrafficProblem
 from placer.report.frontier import write_frontier
 from placer.simulation import simulate
 from placer.simulation.baselines import random
-from placer.trace import Chunk, Trace
+from placer.trace import EVERYTHING, Chunk, Trace
 from tests.plan.enumeration import every_placement
 from tests.plan.test_copies_cost import follow_tokens, problem_of
 from tests.plan.test_refine import next_home, server
@@ -235,7 +235,7 @@ def test_the_plan_tells_the_cap_and_what_was_reached(
         topology=ONE_NODE, policy="follow", max_imbalance=1.4, max_received_copies=2.2,
         proof="none", refine=RefineLimits(num_sweeps=4),
     )  # fmt: skip
-    plan = plan_from_trace(trace, options, None)
+    plan = plan_from_trace(trace, options, EVERYTHING)
     assert plan.provenance["max_received_copies"] == 2.2
     assert plan.solver.meets_caps
     assert plan.solver.most_received_copies <= 2.2 + 1e-6
@@ -276,8 +276,8 @@ def test_robust_plans_are_held_to_it(make_trace: Callable[..., Trace]) -> None:
         robust="bootstrap", refine=RefineLimits(num_sweeps=1),
     )  # fmt: skip
     with pytest.raises(NoSolutionError, match=r"--max-received-copies 1\.4 was"):
-        plan_from_trace(trace, options, None)
-    plan = plan_from_trace(trace, replace(options, relax_cap=True), None)
+        plan_from_trace(trace, options, EVERYTHING)
+    plan = plan_from_trace(trace, replace(options, relax_cap=True), EVERYTHING)
     assert plan.solver.relaxed_receive_layers
 
 
@@ -288,14 +288,14 @@ def test_plans_of_a_frontier_are_held_to_it(
     trace = make_trace(num_tokens=300, num_experts=(16, 16), top_k=3)
     options = SolveOptions(topology=ONE_NODE, max_received_copies=0.5).quick()
     with pytest.raises(NoSolutionError, match=r"in 2 of 2 MoE layers under .* 1\.2;"):
-        write_frontier(trace, options, None, [1.2, 1.5], tmp_path / "curve")
+        write_frontier(trace, options, EVERYTHING, [1.2, 1.5], tmp_path / "curve")
     assert not (tmp_path / "curve").exists()
     relaxed = replace(options, relax_cap=True)
-    write_frontier(trace, relaxed, None, [1.2, 1.5], tmp_path / "curve")
+    write_frontier(trace, relaxed, EVERYTHING, [1.2, 1.5], tmp_path / "curve")
     plan = Plan.read(tmp_path / "curve" / "plan-1.2.json")
     assert sorted(plan.solver.relaxed_receive_layers) == ["0", "1"]
     reachable = replace(options, max_received_copies=2.5)
-    write_frontier(trace, reachable, None, [1.2, 1.5], tmp_path / "held")
+    write_frontier(trace, reachable, EVERYTHING, [1.2, 1.5], tmp_path / "held")
     assert Plan.read(tmp_path / "held" / "plan-1.2.json").solver.meets_caps
 
 

@@ -18,7 +18,7 @@ from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology, placement_problem
 from placer.plan.search import Search, SearchLimits, transport
 from placer.plan.solve import solve
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import Chunk, Fold, Selection, Trace
 
 
 def balanced_assignments(num_experts: int, num_ranks: int) -> list[tuple[int, ...]]:
@@ -198,17 +198,17 @@ def test_same_seed_same_bytes(make_trace: Callable[..., Trace], tmp_path: Path) 
         topology=Topology(gpus_per_node=4), policy="follow", max_imbalance=1.3
     )
     for name in ("one.json", "two.json"):
-        plan_from_trace(trace, options, Fold(0, 2)).write(tmp_path / name)
+        plan_from_trace(trace, options, Selection(Fold(0, 2))).write(tmp_path / name)
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
 def test_heldout_sequences_are_not_seen(make_trace: Callable[..., Trace]) -> None:
     """The placement of a fold is that of a trace which holds nothing but the fold."""
     trace = make_trace(num_sequences=12)
-    only = count_affinity(trace.chunks(Fold(0, 2)), trace.model, {})
+    only = count_affinity(trace.chunks(Selection(Fold(0, 2))), trace.model, {})
     options = SolveOptions(topology=Topology(gpus_per_node=4), max_imbalance=1.3)
     alone, _ = solve(only, options)
-    plan = plan_from_trace(trace, options, Fold(0, 2))
+    plan = plan_from_trace(trace, options, Selection(Fold(0, 2)))
     assert plan.placement.to_json() == alone.to_json()
     assert plan.metrics["heldout"] is not None
 
@@ -219,6 +219,6 @@ def test_a_fold_that_leaves_nothing_to_judge_on_is_refused_before_any_search(
     monkeypatch.setattr(planner, "solve", lambda *_: pytest.fail("solved in vain"))
     trace = make_trace(num_sequences=1)
     options = SolveOptions(topology=Topology(gpus_per_node=2))
-    with pytest.raises(PlacerError, match="in the fold 0/2: none is left") as error:
-        planner.plan_from_trace(trace, options, Fold(0, 2))
+    with pytest.raises(PlacerError, match="--not-fold 0/2: none is left") as error:
+        planner.plan_from_trace(trace, options, Selection(Fold(0, 2)))
     assert error.value.hint

@@ -30,7 +30,7 @@ from placer.plan.solve import solve
 from placer.plan.traffic import TrafficProblem
 from placer.plan.world import WorldLayout, group_topology, read_costs
 from placer.simulation.baselines import contiguous, random
-from placer.trace import Chunk, Fold, Trace
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace
 from tests.plan.enumeration import every_placement, random_problem
 
 SIZES = (8, 8, 8)
@@ -462,8 +462,8 @@ def test_prices_of_a_plan_are_those_of_what_was_held_out(
     trace = make_trace(num_experts=(16, 16), num_tokens=80, num_sequences=6)
     topology = Topology(num_nodes=2, gpus_per_node=4, cost=PAIRS)
     options = SolveOptions(topology=topology, policy=policy, relax_cap=True, proof="none")
-    plan = plan_from_trace(trace, options, Fold(0, 2))
-    heldout = trace.read(Fold(1, 2))
+    plan = plan_from_trace(trace, options, Selection(Fold(0, 2)))
+    heldout = trace.read(Selection(Fold(1, 2)))
     expected = {
         "contiguous": contiguous((16, 16), 8, 2),
         "placer": plan.placement,
@@ -472,7 +472,7 @@ def test_prices_of_a_plan_are_those_of_what_was_held_out(
         plain = price_of_copies(heldout, placement, policy, "per-rank", topology)
         assert plan.metrics["prices"][name] == pytest.approx(plain, abs=1e-5)
     one = replace(options, topology=Topology(gpus_per_node=8))
-    assert "prices" not in plan_from_trace(trace, one, None).metrics
+    assert "prices" not in plan_from_trace(trace, one, EVERYTHING).metrics
 
 
 def test_a_plan_says_which_links_and_which_groups(

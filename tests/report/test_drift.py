@@ -15,7 +15,7 @@ from placer.plan.problem import Topology
 from placer.report.drift import NUM_GROUPS, check_plan
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from tests.plans import unsolved_plan
 
 MODEL = ModelSpec(num_experts=(8,), top_k=2)
@@ -44,7 +44,9 @@ def write(directory: Path, apart: int, seed: int, num_sequences: int = 80) -> Tr
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     options = SolveOptions(topology=Topology(gpus_per_node=4), proof="none", relax_cap=True)
-    return plan_from_trace(write(tmp_path / "profile", 4, 0), options, Fold(0, 2))
+    return plan_from_trace(
+        write(tmp_path / "profile", 4, 0), options, Selection(Fold(0, 2))
+    )
 
 
 def test_a_plan_holds_on_more_of_the_same(plan: Plan, tmp_path: Path) -> None:
@@ -97,7 +99,9 @@ def test_a_plan_without_figures_is_refused(tmp_path: Path) -> None:
 
 def test_on_one_rank_nothing_is_sent_and_nothing_drifts(tmp_path: Path) -> None:
     options = SolveOptions(topology=Topology(gpus_per_node=1), proof="none")
-    plan = plan_from_trace(write(tmp_path / "profile", 4, 0), options, Fold(0, 2))
+    plan = plan_from_trace(
+        write(tmp_path / "profile", 4, 0), options, Selection(Fold(0, 2))
+    )
     report = check_plan(plan, write(tmp_path / "other", 1, 1))
     assert [(one.then, one.now, one.error) for one in report.figures] == [(1, 1, 0)] * 2
     assert not report.drifted

@@ -13,7 +13,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.report.frontier import parse_caps, write_frontier
 from placer.simulation.simulate import simulate
-from placer.trace import Trace
+from placer.trace import EVERYTHING, Trace
 
 
 def test_caps_are_read_ascending_and_once() -> None:
@@ -50,7 +50,7 @@ def test_caps_that_are_almost_equal_have_plans_of_their_own(
 ) -> None:
     quick = SolveOptions(topology=Topology(gpus_per_node=2), proof="none").quick()
     caps = parse_caps("1.5000001,1.5,2,3.50")
-    points = write_frontier(make_trace(), quick, None, caps, tmp_path / "curve")
+    points = write_frontier(make_trace(), quick, EVERYTHING, caps, tmp_path / "curve")
     names = ["plan-1.5.json", "plan-1.5000001.json", "plan-2.json", "plan-3.5.json"]
     assert [point.file for point in points] == names
     for point in points:

@@ -15,7 +15,7 @@ from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
 from placer.plan import Placement, Plan, SolverReport
 from placer.table import Table
-from placer.trace import Trace
+from placer.trace import EVERYTHING, Trace
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -167,7 +167,7 @@ def test_affinity(
     make_trace: Callable[..., Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "affinity.safetensors"
-    affinity_of_traces([make_trace()], None).write(path)
+    affinity_of_traces([make_trace()], EVERYTHING).write(path)
     found = inspected(capsys, path)
     assert found["kind"] == "affinity"
     facts = found["facts"]
@@ -329,7 +329,7 @@ def test_html_is_one_offline_file_with_stable_bytes(
         source = trace.directory
         if kind == "affinity":
             source = tmp_path / "affinity.safetensors"
-            affinity_of_traces([trace], None).write(source)
+            affinity_of_traces([trace], EVERYTHING).write(source)
     pages = []
     for name in ("one.html", "two.html"):
         with pytest.raises(SystemExit) as stopped:

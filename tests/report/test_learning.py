@@ -13,7 +13,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.search import Search, SearchLimits
 from placer.report.learning import _parts, learning_curve, moved_share
-from placer.trace import Fold, Trace
+from placer.trace import Fold, Selection, Trace
 
 OPTIONS = SolveOptions(
     topology=Topology(gpus_per_node=2),
@@ -25,17 +25,19 @@ OPTIONS = SolveOptions(
 
 def test_parts_grow_to_the_whole_profile(make_trace: Callable[..., Trace]) -> None:
     trace = make_trace(num_tokens=4000, num_sequences=80)
-    points = learning_curve(trace, OPTIONS, Fold(0, 2), tokens=(1000, 100, 10**9))
+    points = learning_curve(
+        trace, OPTIONS, Selection(Fold(0, 2)), tokens=(1000, 100, 10**9)
+    )
     assert [100 <= points[0].num_tokens < 250, 1000 <= points[1].num_tokens < 1150] == [
         True
     ] * 2
     assert len(points) == 3
-    assert points[2].num_tokens == trace.read(Fold(0, 2)).num_tokens
+    assert points[2].num_tokens == trace.read(Selection(Fold(0, 2))).num_tokens
     assert points[2].ratio < 1
 
 
 def test_each_part_holds_the_part_before(make_trace: Callable[..., Trace]) -> None:
-    profile = make_trace(num_tokens=4000, num_sequences=80).read(Fold(0, 2))
+    profile = make_trace(num_tokens=4000, num_sequences=80).read(Selection(Fold(0, 2)))
     small, more, whole = (
         set(part.sequence_ids.tolist()) for part in _parts(profile, (1000, 100), 0)
     )
@@ -44,7 +46,7 @@ def test_each_part_holds_the_part_before(make_trace: Callable[..., Trace]) -> No
 
 def test_a_fold_smaller_than_the_parts_is_refused(make_trace: Callable[..., Trace]) -> None:
     with pytest.raises(UsageError, match="fewer than the smallest part"):
-        learning_curve(make_trace(), OPTIONS, Fold(0, 2), tokens=(10_000,))
+        learning_curve(make_trace(), OPTIONS, Selection(Fold(0, 2)), tokens=(10_000,))
 
 
 @pytest.mark.parametrize("policy", ["token", "request"])
@@ -53,7 +55,7 @@ def test_homes_from_tables_are_refused(
 ) -> None:
     options = replace(OPTIONS, policy=policy)
     with pytest.raises(UsageError, match=f"--policy {policy}") as error:
-        learning_curve(make_trace(), options, Fold(0, 2), tokens=(100,))
+        learning_curve(make_trace(), options, Selection(Fold(0, 2)), tokens=(100,))
     assert error.value.hint == "choose fixed or follow"
 
 
@@ -67,7 +69,7 @@ def test_ctrl_c_ends_the_curve_not_one_of_its_plans(
     trace = make_trace(num_experts=(16, 16), num_sequences=8)
     options = replace(OPTIONS, topology=Topology(gpus_per_node=4))
     with pytest.raises(KeyboardInterrupt):
-        learning_curve(trace, options, Fold(0, 2), tokens=(50,))
+        learning_curve(trace, options, Selection(Fold(0, 2)), tokens=(50,))
 
 
 def test_renamed_ranks_are_no_move_and_a_swap_moves_two() -> None:

@@ -9,7 +9,7 @@ import pytest
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.report.links import links_of
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz
 
@@ -95,5 +95,5 @@ def test_the_known_figures_of_gpt_oss(shared_traces: Path, tmp_path: Path) -> No
 
 def test_a_fold_is_counted_alone(make_trace: Callable[..., Trace]) -> None:
     trace = make_trace()
-    both = [links_of(trace, Fold(part, 2)).num_tokens for part in (0, 1)]
+    both = [links_of(trace, Selection(Fold(part, 2))).num_tokens for part in (0, 1)]
     assert sum(both) == trace.header.num_tokens

@@ -21,7 +21,7 @@ from placer.simulation.judge import Serving, judge_plan
 from placer.simulation.profile import expert_load
 from placer.table import build_table
 from placer.table.make import TableOptions, make_table
-from placer.trace import Fold
+from placer.trace import Fold, Selection
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def test_policies_and_baselines_are_those_of_simulate(make_trace, plan_of):
     """Balanced sees the load of the plan's own profile fold, and nothing else."""
     trace = make_trace(num_sequences=40)
     plan = plan_of(trace, fold="0/2", trace_sha256=trace.sha256)
-    judged = judge_plan(plan, trace, fold=Fold(1, 2), batch_size=64)
-    tokens = trace.read(Fold(1, 2))
-    load = expert_load(trace, Fold(0, 2))
+    judged = judge_plan(plan, trace, selection=Selection(Fold(1, 2)), batch_size=64)
+    tokens = trace.read(Selection(Fold(1, 2)))
+    load = expert_load(trace, Selection(Fold(0, 2)))
     assert judged.policies == simulate(contiguous((8,) * 3, 4), tokens, batch_size=64)
     assert judged.baselines["balanced"] == simulate(
         balanced(load, 4), tokens, batch_size=64
@@ -54,8 +54,10 @@ def test_policies_and_baselines_are_those_of_simulate(make_trace, plan_of):
 
 def test_the_load_of_a_fold_is_counted_exactly(make_trace):
     trace = make_trace()
-    tokens = trace.read(Fold(0, 2))
-    for counts, experts in zip(expert_load(trace, Fold(0, 2)), tokens.experts, strict=True):
+    tokens = trace.read(Selection(Fold(0, 2)))
+    for counts, experts in zip(
+        expert_load(trace, Selection(Fold(0, 2))), tokens.experts, strict=True
+    ):
         assert counts.tolist() == [int((experts == e).sum()) for e in range(8)]
 
 
@@ -64,7 +66,9 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
     num_sequences = len(np.unique(trace.read().sequence_ids))
 
     def warnings(judged_on, **provenance):
-        judged = judge_plan(plan_of(trace, **provenance), trace, fold=judged_on)
+        judged = judge_plan(
+            plan_of(trace, **provenance), trace, selection=Selection(judged_on)
+        )
         return " ".join(w for w in judged.warnings if "flatter" in w)
 
     assert f"{num_sequences} of the {num_sequences}" in warnings(None)
@@ -79,7 +83,7 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
 
 def test_a_plan_from_counts_has_seen_the_traces_that_were_counted(make_trace, tmp_path):
     counted, other = make_trace("counted"), make_trace("other", seed=1)
-    affinity_of_traces([counted], Fold(0, 2)).write(tmp_path / "counts")
+    affinity_of_traces([counted], Selection(Fold(0, 2))).write(tmp_path / "counts")
     options = SolveOptions(topology=Topology(gpus_per_node=4), relax_cap=True)
     plan_from_affinity(tmp_path / "counts", options).write(tmp_path / "plan.json")
 
@@ -87,7 +91,7 @@ def test_a_plan_from_counts_has_seen_the_traces_that_were_counted(make_trace, tm
         judged = judge_plan(tmp_path / "plan.json", trace)
         return " ".join(w for w in judged.warnings if "flatter" in w)
 
-    seen = len(np.unique(counted.read(Fold(0, 2)).sequence_ids))
+    seen = len(np.unique(counted.read(Selection(Fold(0, 2))).sequence_ids))
     assert f"{seen} of the" in warnings(counted)
     assert "simulate with --not-fold 0/2" in warnings(counted)
     assert warnings(other) == ""
@@ -100,7 +104,7 @@ def test_sequences_that_the_table_was_built_from_are_named(make_trace, plan_of, 
 
     def warnings(judged_on, fold):
         make_table(plan, trace, fold=fold, options=TableOptions()).table.write(path)
-        judged = judge_plan(plan, trace, fold=judged_on, table_path=path)
+        judged = judge_plan(plan, trace, selection=Selection(judged_on), table_path=path)
         return " ".join(w for w in judged.warnings if "flatter" in w)
 
     num_sequences = len(np.unique(trace.read().sequence_ids))
@@ -172,16 +176,16 @@ def test_eplb_has_as_many_slots_as_the_plan(make_trace, plan_of):
         physical_to_logical_map=(row,) * 3, num_experts=(8,) * 3, num_ranks=4
     )
     plan = plan_of(trace, placement, fold="0/2", trace_sha256=trace.sha256)
-    judged = judge_plan(plan, trace, fold=Fold(1, 2), baselines=("eplb",))
+    judged = judge_plan(plan, trace, selection=Selection(Fold(1, 2)), baselines=("eplb",))
     problem = BaselineProblem(
         trace=trace,
-        fold=Fold(0, 2),
+        selection=Selection(Fold(0, 2)),
         topology=Topology(gpus_per_node=4),
         redundant_experts=4,
     )
     expected = BASELINES["eplb"](problem)
     assert [len(slots) for slots in expected.physical_to_logical_map] == [12] * 3
-    assert judged.baselines["eplb"] == simulate(expected, trace.read(Fold(1, 2)))
+    assert judged.baselines["eplb"] == simulate(expected, trace.read(Selection(Fold(1, 2))))
 
 
 def test_an_unknown_baseline_is_refused(make_trace, plan_of):

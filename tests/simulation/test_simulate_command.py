@@ -36,7 +36,7 @@ def files(make_trace, write_plan, tmp_path):
 def test_the_table_is_built_from_the_plans_own_fold(files):
     plan, trace, table = files
     result = call("tables", plan, trace, "--out", table)
-    assert "built from the fold that the plan was solved on: 0/2" in result.stderr
+    assert "built from what the plan was solved on: --fold 0/2" in result.stderr
     assert "token_equal" in result.stdout
     assert Table.read(table).provenance["fold"] == "0/2"
     assert Table.read(table).vocab_size == 50
@@ -59,7 +59,7 @@ def test_tables_in_json_hold_the_heldout_figures(files):
 def test_an_inverted_fold_of_all_sequences_but_one_part(files):
     plan, trace, table = files
     result = call("tables", plan, trace, "--out", table, "--not-fold", "0/3")
-    assert "built from the fold" not in result.stderr
+    assert "built from what" not in result.stderr
     assert "are those the plan was solved on" in result.stderr  # with the fold 0/2
     assert Table.read(table).provenance["fold"] == "not 0/3"
 
@@ -155,6 +155,7 @@ def test_the_width_of_a_trace_that_does_not_know_it_is_enough_for_bytes(files, t
         ("--engine", "mine"),
         ("--replica-choice", "nearest"),
         ("--phase", "warmup"),
+        ("--batching", "warmup"),
         ("--hardware", "h300"),
         ("--hardware", "h200"),
     ],

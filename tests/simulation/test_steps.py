@@ -210,7 +210,7 @@ def test_small_batches_are_reported_in_decoding():
 
 def test_a_phase_or_policy_that_is_not_known_is_refused(make_chunk):
     tokens = make_chunk()
-    with pytest.raises(UsageError, match="--phase warmup is not known"):
+    with pytest.raises(UsageError, match="--batching warmup is not known"):
         Batches.of_phase("warmup", tokens.sequence_ids, 4, 2)
     with pytest.raises(UsageError, match="policy token cannot be served"):
         batch_figures(contiguous((8,) * 3, 4), tokens, 64, BatchOptions(policy="token"))

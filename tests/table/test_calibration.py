@@ -10,7 +10,7 @@ from placer.simulation import contiguous, simulate
 from placer.table import Table, build_table
 from placer.table.calibration import Calibration, calibrated, fit_calibration
 from placer.table.make import TableOptions, make_table
-from placer.trace import Chunk, Fold
+from placer.trace import Chunk, Fold, Selection
 
 PLACEMENT = contiguous((8,) * 3, 4)
 
@@ -131,7 +131,7 @@ def test_the_command_calibrates_where_it_can(make_trace, write_plan):
     trace = make_trace(num_tokens=1_200, num_sequences=80)
     plan = write_plan(trace.model, PLACEMENT)
     table = make_table(plan, trace, fold=Fold(0, 2), options=TableOptions()).table
-    profile = trace.read(Fold(0, 2))
+    profile = trace.read(Selection(Fold(0, 2)))
     vocab_size = table.vocab_size
     expected = fit_calibration(
         PLACEMENT, profile, lambda part: build_table(PLACEMENT, part, vocab_size=vocab_size)

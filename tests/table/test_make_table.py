@@ -13,7 +13,7 @@ from placer.errors import PlacerError
 from placer.files import sha256_file
 from placer.simulation import contiguous
 from placer.table.make import TableOptions, make_table
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def test_the_table_names_the_files_that_it_depends_on(make_trace, plan_of):
     assert table.provenance == {
         "placer": __version__,
         "fold": None,
+        "phase": None,
         "shrinkage": 4.0,
         "max_home_imbalance": None,
         "unseen_ids": "prior",
@@ -71,9 +72,9 @@ def test_the_profile_is_the_plans_own_unless_a_fold_is_given(make_trace, plan_of
     given = make_table(plan, trace, fold=Fold(1, 2), options=TableOptions())
     elsewhere = plan_of(trace, fold="0/2", trace_sha256="of another trace")
     every = make_table(elsewhere, trace, fold=None, options=TableOptions())
-    assert own.profile == Fold(0, 2)
-    assert given.profile == Fold(1, 2)
-    assert every.profile is None
+    assert own.profile == Selection(Fold(0, 2))
+    assert given.profile == Selection(Fold(1, 2))
+    assert every.profile == EVERYTHING
     assert every.heldout is None
     assert own.heldout is not None
     assert not np.array_equal(own.table.token_confidence, given.table.token_confidence)
@@ -88,7 +89,7 @@ def test_held_out_figures_that_the_plan_has_seen_are_told(make_trace, plan_of):
         result = make_table(plan, trace, fold=fold, options=TableOptions())
         return " ".join(w for w in result.warnings if "flatter" in w)
 
-    num_seen = len(np.unique(trace.read(Fold(0, 2)).sequence_ids))
+    num_seen = len(np.unique(trace.read(Selection(Fold(0, 2))).sequence_ids))
     assert warnings(None) == warnings(Fold(0, 2)) == ""
     assert f"{num_seen} of the {num_seen} sequences outside" in warnings(Fold(1, 2))
 

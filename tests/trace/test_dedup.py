@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from placer.trace.dedup import Repetition, dedup_trace
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz
@@ -212,4 +212,6 @@ def test_a_quarter_of_the_held_out_rows_repeat_a_profile_row(
     _, again = dedup_trace(cleaned, tmp_path / "again", fold=Fold(0, 2))
     assert again.num_repeated_rows == 0
     even = Fold(0, 2)
-    assert cleaned.read(even).num_tokens == trace.read(even).num_tokens
+    assert (
+        cleaned.read(Selection(even)).num_tokens == trace.read(Selection(even)).num_tokens
+    )

@@ -11,7 +11,7 @@ import pytest
 from placer.affinity.from_traces import affinity_of_traces
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 from placer.trace.rewrite import merge_traces, sample_trace, split_trace, validate_trace
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
@@ -38,11 +38,11 @@ def test_split_by_fold_and_domain(make_chunk: Callable[..., Chunk], tmp_path: Pa
     chunk = make_chunk()
     trace = write(tmp_path / "t", chunk, ("a", "b"))
     for out, options, kept in (
-        ("even", {"fold": Fold(0, 2)}, chunk.sequence_ids % 2 == 0),
+        ("even", {"selection": Selection(Fold(0, 2))}, chunk.sequence_ids % 2 == 0),
         ("b", {"domain": "b"}, chunk.sequence_ids % 2 == 1),
         (
             "both",
-            {"fold": Fold(0, 3), "domain": "a"},
+            {"selection": Selection(Fold(0, 3)), "domain": "a"},
             (chunk.sequence_ids % 3 == 0) & (chunk.sequence_ids % 2 == 0),
         ),
     ):
@@ -56,7 +56,7 @@ def test_split_by_fold_and_domain(make_chunk: Callable[..., Chunk], tmp_path: Pa
     with pytest.raises(UsageError, match="nothing to split by"):
         split_trace(trace, tmp_path / "x")
     with pytest.raises(PlacerError, match="no token"):
-        split_trace(trace, tmp_path / "x", fold=Fold(98, 99))
+        split_trace(trace, tmp_path / "x", selection=Selection(Fold(98, 99)))
     assert not (tmp_path / "x").exists()
 
 
@@ -126,8 +126,8 @@ def test_merge_keeps_all_tokens_and_renumbers(
         *np.asarray(["a", "b"])[one.sequence_ids % 2],
         *np.asarray(["b", "c"])[two.sequence_ids % 2],
     ]
-    counted = affinity_of_traces([Trace(tmp_path / "m")], None).without_sequences()
-    both = affinity_of_traces(traces, None)
+    counted = affinity_of_traces([Trace(tmp_path / "m")], EVERYTHING).without_sequences()
+    both = affinity_of_traces(traces, EVERYTHING)
     for name, counts in both.tensors().items():
         assert np.array_equal(counted.tensors()[name], counts), name
     with pytest.raises(UsageError, match="given twice"):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from placer.errors import PlacerError, UsageError
 from placer.files import sha256_file
 from placer.model import ModelSpec
-from placer.trace import Chunk, Fold, Trace, TraceWriter
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 
@@ -77,7 +77,7 @@ def test_what_is_no_fold_is_refused(text: str) -> None:
 
 def test_an_empty_fold_is_refused(make_trace: Callable[..., Trace]) -> None:
     with pytest.raises(PlacerError, match="no token is left"):
-        make_trace(num_sequences=2).read(Fold(7, 9))
+        make_trace(num_sequences=2).read(Selection(Fold(7, 9)))
 
 
 def test_a_damaged_chunk_is_named(make_trace: Callable[..., Trace]) -> None:

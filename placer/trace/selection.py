@@ -1,0 +1,112 @@
+"""Which tokens of a trace a command sees."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.engine import PHASES, Phase
+from placer.errors import PlacerError, UsageError
+from placer.trace.fold import Fold
+
+if TYPE_CHECKING:
+    from placer.trace.chunk import Chunk
+
+# As a trace numbers them.
+_PHASE_NUMBERS: Mapping[Phase, int] = {"prefill": 0, "decode": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The tokens of a fold and of a phase.
+
+    Attributes
+    ----------
+    fold
+        Only the sequences of this fold, or ``None`` for all.
+    phase
+        Only the tokens that the engine computed in this phase, or ``None`` for all.
+    """
+
+    fold: Fold | None = None
+    phase: Phase | None = None
+
+    @classmethod
+    def from_json(cls, recorded: Mapping[str, Any]) -> Self:
+        """Read the inverse of :meth:`to_json`; what is not recorded selects all."""
+        fold, phase = recorded.get("fold"), recorded.get("phase")
+        return cls(
+            Fold.from_text(fold) if isinstance(fold, str) else None,
+            parse_phase(phase) if isinstance(phase, str) else None,
+        )
+
+    def to_json(self) -> dict[str, str | None]:
+        """Return what plans, counts and tables record of the tokens that they are from."""
+        return {"fold": None if self.fold is None else str(self.fold), "phase": self.phase}
+
+    @property
+    def options(self) -> str:
+        """The options of a command that select these tokens; empty for all."""
+        parts = []
+        if self.fold is not None:
+            option = "--not-fold" if self.fold.inverted else "--fold"
+            parts.append(f"{option} {self.fold.part}/{self.fold.parts}")
+        if self.phase is not None:
+            parts.append(f"--phase {self.phase}")
+        return " ".join(parts)
+
+    def complement(self) -> "Selection":
+        """Return the tokens of the same phase in all other sequences.
+
+        Raises
+        ------
+        ValueError
+            If all sequences are selected, so that there are no others.
+        """
+        if self.fold is None:
+            raise ValueError("without a fold no sequence is left out")
+        return replace(self, fold=self.fold.complement())
+
+    def keep(self, chunk: "Chunk") -> npt.NDArray[np.bool_]:
+        """Return ``[T]``: whether each token is selected.
+
+        Raises
+        ------
+        PlacerError
+            If a phase is selected and the chunk does not record phases.
+        """
+        kept = np.ones(chunk.num_tokens, dtype=np.bool_)
+        if self.fold is not None:
+            kept &= self.fold.keep(chunk.sequence_ids)
+        if self.phase is not None:
+            if chunk.phase is None:
+                raise PlacerError(
+                    f"--phase {self.phase}: the trace does not record which tokens are "
+                    "prefill and which are decode",
+                    "leave --phase out, or use a trace that records it: placer record "
+                    "--generate N, or placer import of sglang-dump, sglang-routed, "
+                    "vllm-routed, or npz with the array phase",
+                )
+            kept &= chunk.phase == _PHASE_NUMBERS[self.phase]
+        return kept
+
+
+EVERYTHING = Selection()
+
+
+def parse_phase(text: str) -> Phase | None:
+    """Read ``prefill``, ``decode``, or ``all``, which is ``None``.
+
+    Raises
+    ------
+    UsageError
+        If it is none of them.
+    """
+    if text == "all":
+        return None
+    for phase in PHASES:
+        if text == phase:
+            return phase
+    raise UsageError(f"--phase {text} is not known", f"choose {', '.join(PHASES)} or all")
