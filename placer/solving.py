@@ -13,6 +13,7 @@ from typing import Any
 from placer.affinity import Affinity, count_affinity
 from placer.engine import Engine
 from placer.errors import NotProvedError, UsageError, require_left_out
+from placer.files import read_json
 from placer.hardware import Hardware
 from placer.model import ModelSpec, require_same_model
 from placer.plan.deadline import Deadline
@@ -28,7 +29,7 @@ from placer.plan.redundant import (
     choose_redundant_experts,
     worth_on_profile,
 )
-from placer.plan.served import Served, solved_for
+from placer.plan.served import Loading, Served, require_loadable, solved_for
 from placer.plan.world import WorldLayout
 from placer.report.advice import Question
 from placer.report.comparison import ladder_line
@@ -338,11 +339,14 @@ def _settle(
         request.replica_choice,
         has_replicas=request.redundant_experts != 0,
     )
-    for line in (*served.notes, *_without_effect(request, served)):
+    loading = _loading(request)
+    for line in (*served.notes, *loading.notes, *_without_effect(request, served)):
         note(line)
     if request.layout is not None:
         note(request.layout.describe())
     options = _options(request, served, _served_now(request, warn))
+    if loading.keeps_groups:
+        options = _whole_groups(options, note)
     by_time = request.by_time and served.objective == "traffic"
     if by_time and request.holds_counts:
         raise UsageError(
@@ -372,6 +376,34 @@ def _settle(
     if request.layout is not None:
         provenance["layout"] = request.layout.to_json()
     return _Settled(options=options, question=question, provenance=provenance)
+
+
+def _loading(request: SolveRequest) -> Loading:
+    """Refuse what the engine could not load; return how it loads the plan."""
+    if request.engine is None:
+        return Loading()
+    config: Mapping[str, Any] = {}
+    if request.model is not None:
+        config = read_json(request.model / "config.json", "model config")
+    return require_loadable(
+        Engine.named(request.engine),
+        _model_of(request),
+        config.get("architectures") or (),
+        has_replicas=request.redundant_experts != 0,
+        num_nodes=request.options.topology.num_nodes,
+    )
+
+
+def _whole_groups(options: SolveOptions, note: Tell) -> SolveOptions:
+    """Keep router groups whole, as a permuted checkpoint must, where that can be had."""
+    if options.start is not None or options.pins:
+        note(
+            "a permuted checkpoint keeps router groups whole, which --start and --pin do "
+            "not see to: export refuses a plan that breaks them up"
+        )
+        return options
+    note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
+    return replace(options, preserve_groups=True)
 
 
 def _options(

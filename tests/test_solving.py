@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from placer.checkpoint.permutation import require_whole_groups
 from placer.errors import NotProvedError, UsageError
+from placer.model import ModelSpec
 from placer.plan import Plan
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.simulation.simulate import simulate
 from placer.solving import SolveRequest, solve_frontier, solve_request
-from placer.trace import Fold, Selection, Trace
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()
 
@@ -46,6 +48,31 @@ def test_the_plan_is_that_of_the_options_and_judged_on_what_was_held_out(
     heldout = Trace(request.source).read(Selection(Fold(1, 2)))
     judged = simulate(plan.placement, heldout)["fixed"].to_json()
     assert plan.metrics["heldout"]["fixed"] == judged
+
+
+def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    """Four groups of two experts: the rule of the export accepts the plan."""
+    sizes, path = (8, 8), tmp_path / "grouped"
+    model = ModelSpec(num_experts=sizes, top_k=2, n_group=4, topk_group=2)
+    with TraceWriter(directory=path, model=model) as writer:
+        writer.append(make_chunk(num_experts=sizes, num_sequences=8))
+        writer.finish()
+    told: list[str] = []
+    request = SolveRequest(
+        source=path,
+        selection=Selection(),
+        options=QUICK,
+        engine="vllm-deepep-ht",
+        max_imbalance=3.0,
+    )
+    plan = solve_request(request, told.append, told.append).plan
+    assert any("router groups are kept whole" in line for line in told)
+    require_whole_groups(model, [plan.placement.permutation(layer) for layer in (0, 1)])
+    with pytest.raises(UsageError, match="vLLM loads no map") as error:
+        solve_request(replace(request, redundant_experts=2), nobody, nobody, nobody)
+    assert "--redundant-experts 0" in error.value.hint
 
 
 def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(

@@ -1,9 +1,13 @@
 """What to solve for, so that it serves an engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
-from placer.engine import Engine
+from placer.engine import Engine, engines_named
+from placer.engine_family import known_families
 from placer.errors import UsageError
+from placer.model import ModelSpec
 
 _SOLVED_EXCHANGES = ("per-rank", "per-node")
 
@@ -89,6 +93,85 @@ def solved_for(
         replica_choice=choice,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How an engine loads a plan.
+
+    Attributes
+    ----------
+    keeps_groups
+        Whether the plan must keep router groups whole, as a permuted checkpoint does.
+    notes
+        What the user should know, one sentence each.
+    """
+
+    keeps_groups: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def require_loadable(
+    engine: Engine,
+    model: ModelSpec,
+    architectures: Sequence[str] = (),
+    *,
+    has_replicas: bool,
+    num_nodes: int,
+) -> Loading:
+    """Refuse, before any search, what the engine could not load.
+
+    Parameters
+    ----------
+    engine
+        What the plan is for.
+    model
+        The model of the profile.
+    architectures
+        What its config names itself, where a checkpoint was given.
+    has_replicas
+        Whether there are redundant experts.
+    num_nodes
+        Nodes of the plan.
+
+    Raises
+    ------
+    UsageError
+        If there are more nodes than the engine takes, or redundant experts for an engine
+        that loads no map of this model: a permuted checkpoint holds none.
+    """
+    if num_nodes > 1 and engine.single_node:
+        others = [o.name for o in engines_named(engine.family) if not o.single_node]
+        nearest = get_close_matches(engine.name, others, n=1, cutoff=0)[0]
+        raise UsageError(
+            f"--engine {engine.name} runs on one node, --nodes is {num_nodes}",
+            f"placer solve TRACE --engine {nearest} --nodes {num_nodes} --gpus-per-node M "
+            "--out PLAN",
+        )
+    family = known_families()[engine.family]
+    if engine.map_format == "checkpoint":
+        reason: str | None = f"{family.title} loads no map"
+    else:
+        reason = family.no_map_reason(model.model_type, architectures)
+    if reason is None:
+        return Loading()
+    if has_replicas:
+        raise UsageError(
+            f"{reason}, and a permuted checkpoint holds no redundant experts, so none "
+            "could be served",
+            without_copies(engine.name),
+        )
+    notes = []
+    if engine.map_format != "checkpoint":
+        notes.append(
+            f"{reason}: serve the plan as a permuted checkpoint, "
+            "placer export checkpoint PLAN MODEL --out DIR"
+        )
+    # DeepSpeed's checkpoints have gates without groups.
+    keeps_groups = model.n_group > 1 and (
+        engine.map_format != "checkpoint" or engine.group_rule == "router-groups"
+    )
+    return Loading(keeps_groups=keeps_groups, notes=tuple(notes))
 
 
 def without_copies(engine: str | None) -> str:
