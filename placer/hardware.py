@@ -61,7 +61,7 @@ class Curve:
             raise UsageError(
                 "a curve needs at least two pairs of bytes and seconds, neither below 0, "
                 f"bytes ascending and seconds not descending; got {self.to_json()}",
-                "measure again: placer calibrate",
+                "measure again: placer calibrate --ranks R --out FILE",
             )
 
     @classmethod

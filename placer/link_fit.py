@@ -89,7 +89,7 @@ def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> LinkFit:
     if len(np.unique(sizes)) < 2 or not positive:
         raise PlacerError(
             f"a link is fitted to positive times of at least two sizes, got {times.size}",
-            "measure again: placer calibrate",
+            "measure again: placer calibrate --ranks R --out FILE",
         )
     # Scaled, so that both columns are of the same order.
     per_byte = times.max() / sizes.max()
@@ -100,7 +100,7 @@ def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> LinkFit:
     if slope <= 0:
         raise PlacerError(
             "an exchange of more bytes takes no longer: no bandwidth can be told",
-            "measure again on a quiet machine: placer calibrate",
+            "measure again on a quiet machine: placer calibrate --ranks R --out FILE",
         )
     return LinkFit(
         link=Link(bandwidth=float(1 / (slope * per_byte)), latency=float(latency)),

@@ -298,7 +298,7 @@ class Architecture:
                 f"{source}: {self.model_types[0]} cannot be run by placer: "
                 f"{self.unrecorded}",
                 "record it in its engine: placer import --help; "
-                "compare tensors only: placer verify --max-tokens 0",
+                "compare tensors only: placer verify ORIGINAL EXPORTED PLAN --max-tokens 0",
             )
 
     def require_layout(self) -> TensorLayout:
@@ -312,7 +312,8 @@ class Architecture:
         if self.layout is None:
             raise PlacerError(
                 f"placer does not know the checkpoint tensors of {self.model_types[0]}",
-                "export a runtime map, which needs none: placer export sglang",
+                "export a runtime map, which needs none: placer export sglang PLAN MODEL "
+                "--out map.json",
             )
         return self.layout
 

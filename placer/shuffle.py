@@ -345,7 +345,8 @@ class ShuffleTable:
         """
         if self.combined is None or self.token_score is None:
             raise ValueError(
-                "the table has no combined rule: placer tables PLAN TRACE --combined"
+                "the table has no combined rule: placer tables PLAN TRACE --combined "
+                "--out TABLE"
             )
         if layer == 0:
             return self.homes(layer, token_ids, [], fallback)

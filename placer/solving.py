@@ -290,7 +290,8 @@ def solve_frontier(
     if request.holds_counts:
         raise UsageError(
             "--frontier trades traffic for balance: it needs the tokens of a trace",
-            "solve from the trace itself: placer solve TRACE --frontier CAPS --out DIR",
+            "solve from the trace itself: placer solve TRACE --frontier CAPS "
+            "--gpus-per-node M --out DIR",
         )
     if request.objective != "traffic":
         raise _no_frontier(f"--objective {request.objective}")
@@ -351,7 +352,7 @@ def _settle(
     if by_time and request.holds_counts:
         raise UsageError(
             f"{request.source} holds counts; --objective time needs tokens",
-            "solve from the trace itself: placer solve TRACE --out PLAN",
+            "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
     weighs = by_time or request.redundant_memory is not None
     expert = _expert_shape(request) if weighs else None

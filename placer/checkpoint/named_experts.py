@@ -173,5 +173,6 @@ def _replaced(text: str, replaced: Mapping[str, str], source: Path) -> str:
 def _refused(text: str, source: Path) -> PlacerError:
     return PlacerError(
         f"{source} names single experts: {text}",
-        "remove it if it does not matter, or export a runtime map: placer export sglang",
+        "remove it if it does not matter; or, for an engine that reads a map of this "
+        "model: placer export sglang PLAN MODEL --out map.json",
     )

@@ -216,6 +216,8 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
                 f"{sorted(set(groups[mixed.argmax()].tolist()))}, but the router of "
                 f"{model.model_type} picks among {model.n_group} groups of consecutive "
                 "experts, so a permuted checkpoint would route differently",
-                "solve again with whole groups: placer solve --preserve-groups; or export "
-                "a runtime map, which has no such limit: placer export sglang",
+                "solve again with whole groups: placer solve TRACE --preserve-groups "
+                "--gpus-per-node M --out PLAN; or, for an engine that reads a map of this "
+                "model, which has no such limit: placer export sglang PLAN MODEL --out "
+                "map.json",
             )

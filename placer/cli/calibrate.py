@@ -53,7 +53,7 @@ def calibrate(
     if worker.alone and ranks is None:
         raise UsageError(
             "--ranks is missing",
-            "start two on this machine: placer calibrate --ranks 2 ...",
+            f"start two on this machine: placer calibrate --ranks 2 --out {out}",
         )
     options = CalibrationOptions(
         num_ranks=worker.number if ranks is None else ranks,

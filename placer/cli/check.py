@@ -78,7 +78,7 @@ def check(
         raise DriftError(
             f"traffic has drifted from {plan}",
             f"improve it at few moves: placer solve {trace} --start {plan} "
-            "--migration-cost COPIES --out NEW",
+            "--migration-cost COPIES --nodes N --gpus-per-node M --out NEW",
         )
     if not as_json:
         print_line(f"the plan holds on {report.num_tokens:,} tokens")

@@ -124,9 +124,11 @@ def _record(model: Path, split: Split, out: Path, say: Say) -> Trace:
         path = folder / document.domain / (document.name.removesuffix(".txt") + ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(document.text, encoding="utf-8")
-    given = " ".join(f"--corpus {folder / domain}" for domain in DOMAINS)
-    limit = f"--max-tokens {TOKENS_PER_DOMAIN}"
-    say(f"placer record {model} {given} {limit} --out {out / split}")
+    given = " --corpus ".join(str(folder / domain) for domain in DOMAINS)
+    say(
+        f"placer record {model} --corpus {given} --max-tokens {TOKENS_PER_DOMAIN} "
+        f"--out {out / split}"
+    )
     record(
         model,
         [Corpus(domain=domain, path=folder / domain) for domain in DOMAINS],

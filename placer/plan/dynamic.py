@@ -263,7 +263,7 @@ def _states(
         raise NoSolutionError(
             f"MoE layer {layer}: no balanced assignment has at most "
             f"{problem.max_load[layer]:.0f} pairs on every rank and meets the pins",
-            "relax the cap: placer solve --relax-cap",
+            "relax the cap: placer solve TRACE --relax-cap --gpus-per-node M --out PLAN",
         )
     states = _classify(found, renamings)
     if limit is None:

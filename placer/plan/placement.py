@@ -124,8 +124,9 @@ class Placement:
             raise PlacerError(
                 f"MoE layer {layer} has {len(row)} slots for {self.num_experts[layer]} "
                 "experts: replicas cannot be written as a permuted checkpoint",
-                "solve with --redundant-experts 0, or export a runtime map: "
-                "placer export sglang",
+                "solve again without: placer solve TRACE --redundant-experts 0 "
+                "--gpus-per-node M --out PLAN; or, for an engine that reads a map of this "
+                "model: placer export sglang PLAN MODEL --out map.json",
             )
         return row
 

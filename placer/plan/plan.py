@@ -275,7 +275,7 @@ class Plan:
         if "physical_to_logical_map" not in value:
             raise PlacerError(
                 f"{path} is no plan: it has no physical_to_logical_map",
-                "write one: placer solve TRACE --out PLAN",
+                "write one: placer solve TRACE --gpus-per-node M --out PLAN",
             )
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -283,7 +283,7 @@ class Plan:
                 f"{path} has schema_version {version}, this placer reads {SCHEMA_VERSION}",
                 "install the placer that wrote it, or solve again",
             )
-        again = f"write it anew: placer solve TRACE --out {path}"
+        again = f"write it anew: placer solve TRACE --gpus-per-node M --out {path}"
         if set(value) != _FIELDS:
             odd = ", ".join(sorted(set(value) ^ _FIELDS))
             raise PlacerError(f"{path} has missing or unknown fields: {odd}", again)

@@ -56,7 +56,8 @@ def place_groups(
         raise UsageError(
             f"--preserve-groups: {n_group} router groups and {num_ranks} ranks do not "
             "divide each other, so a rank would hold parts of groups",
-            "choose another number of ranks, or export a runtime map without the option",
+            f"choose a number of ranks that {n_group} divides, or that divides it; or, "
+            "without the option, an engine that reads a runtime map",
         )
     problem = _between_groups(affinity, policy, topology)
     start = [np.arange(n_group) * problem.num_ranks // n_group for _ in affinity.load]

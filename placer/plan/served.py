@@ -76,14 +76,15 @@ def solved_for(
     if objective == "traffic" and nearest != sent:
         notes.append(
             f"{engine} sends {sent}; solved for {nearest}, which lowers that too, and "
-            "simulated as it is by: placer simulate --engine"
+            f"simulated as it is sent by: placer simulate PLAN TRACE --engine {engine}"
         )
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = found.replica_choice if has_replicas else "local-first"
     if objective == "balance" and choice == "sglang-static":
         notes.append(
             f"{engine} draws among copies; balanced as if they shared their load evenly, "
-            "and simulated as it is by: placer simulate --engine"
+            "and simulated as it draws by: placer simulate PLAN TRACE --engine "
+            f"{engine}"
         )
     _require_agreement("--replica-choice", replica_choice, choice, engine)
     return Served(
@@ -176,9 +177,9 @@ def require_loadable(
 
 def without_copies(engine: str | None) -> str:
     """Return the command that solves again without redundant experts."""
-    served_by = "" if engine is None else f"--engine {engine} "
+    served_by = "" if engine is None else f" --engine {engine}"
     return (
-        f"placer solve TRACE {served_by}--redundant-experts 0 --nodes N "
+        f"placer solve TRACE{served_by} --redundant-experts 0 --nodes N "
         "--gpus-per-node M --out PLAN"
     )
 

@@ -69,7 +69,7 @@ def solve(
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
-            "solve from the trace itself: placer solve TRACE --out PLAN",
+            "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
     profile, relaxed = profiled(affinity, tokens, options, deadline)
     relaxed_receive: dict[int, float] = {}

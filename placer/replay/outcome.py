@@ -189,7 +189,7 @@ class ReplayOutcome:
                 raise VerificationError(
                     f"{name} sent {totals[0]:,} bytes of hidden states, predicted "
                     f"{totals[1]:,}",
-                    "compare the runs: placer replay ... --json",
+                    "compare the runs: placer replay PLAN MODEL --trace TRACE --json",
                 )
             if not run.error <= self.tolerance:  # nor is what is not a number
                 raise VerificationError(

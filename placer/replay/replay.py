@@ -276,13 +276,14 @@ def _require_workers(placement: Placement, plan_path: Path, worker: Worker) -> N
     if placement.num_ranks == 1:
         raise UsageError(
             f"{plan_path} has one rank, which sends nothing",
-            "place the experts on more: placer solve TRACE --gpus-per-node 4",
+            "place the experts on more: placer solve TRACE --gpus-per-node 4 --out PLAN",
         )
     if worker.number != placement.num_ranks:
         raise UsageError(
             f"{worker.number} workers for a plan of {placement.num_ranks} ranks",
             f"torchrun --nnodes {placement.num_nodes} --nproc-per-node "
-            f"{placement.ranks_per_node} --no-python placer replay ...",
+            f"{placement.ranks_per_node} --no-python placer replay {plan_path} MODEL "
+            "--trace TRACE",
         )
 
 

@@ -135,7 +135,8 @@ def _recorded(plan: Plan) -> tuple[float, float]:
     if own is None or base is None:
         raise PlacerError(
             "the plan records no figures, as plans from counts do not",
-            "solve from a trace: placer solve TRACE --fold 0/2 --out PLAN",
+            "solve from a trace: placer solve TRACE --fold 0/2 --gpus-per-node M "
+            "--out PLAN",
         )
     key = _copies_key(plan)
     figures, contiguous_figures = (

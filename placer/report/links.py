@@ -127,7 +127,7 @@ def links_of(
     if model.num_layers < 2:
         raise UsageError(
             "the model has one MoE layer, so no layers are linked",
-            "placer inspect TRACE tells the load of its experts",
+            "see the load of its experts: placer inspect TRACE",
         )
 
     def tokens(control: Control | None = None) -> Iterable[Chunk]:

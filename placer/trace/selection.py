@@ -86,8 +86,8 @@ class Selection:
                     f"--phase {self.phase}: the trace does not record which tokens are "
                     "prefill and which are decode",
                     "leave --phase out, or use a trace that records it: placer record "
-                    "--generate N, or placer import of sglang-dump, sglang-routed, "
-                    "vllm-routed, or npz with the array phase",
+                    "MODEL --corpus TEXT --generate N --out TRACE; or import sglang-dump, "
+                    "sglang-routed, vllm-routed, or npz with the array phase",
                 )
             kept &= chunk.phase == _PHASE_NUMBERS[self.phase]
         return kept

@@ -477,5 +477,5 @@ def test_router_groups_are_kept_or_the_plan_is_refused(
         PlacerError, match=r"MoE layer 1: .*router groups \[0, 1\]"
     ) as caught:
         export_checkpoint(plan, model, tmp_path / "out")
-    assert "placer solve --preserve-groups" in caught.value.hint
+    assert "placer solve TRACE --preserve-groups" in caught.value.hint
     assert "placer export sglang" in caught.value.hint

@@ -1,0 +1,183 @@
+"""Every hint that is a command runs when its placeholders are filled in."""
+
+import ast
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.exceptions import TyperException
+
+import placer
+from placer.cli.export import TARGETS
+from placer.cli.main import app
+from placer.engine import Engine, engines_named
+from placer.errors import PlacerError
+from placer.model import ModelSpec
+from placer.plan import Placement
+from placer.plan.served import require_loadable
+from placer.runtime_map import RUNTIMES, export_map
+from tests.plans import unsolved_plan
+
+ROOT = Path(placer.__file__).parent
+COMMAND = typer.main.get_command(app)
+NAMES = "|".join(COMMAND.commands)
+# A command begins a text or follows one of these, and ends before , ; ) or a line's end.
+BEFORE = r"(?:^|\n|: |, |; |\(|\bor |\bthen |--no-python )"
+FOUND = re.compile(rf"{BEFORE}(placer (?:{NAMES})\b[^,;)\n]*)")
+# Stands for whatever an f-string fills in: a path, a number or a name.
+FILLED = "1"
+
+
+def texts_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Texts of a module that a user may be told: no docstrings, no help of options."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    left_out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            left_out.add(node.value)
+        if isinstance(node, ast.keyword) and node.arg in ("help", "source"):
+            left_out.add(node.value)
+        if isinstance(node, ast.List):  # words that are joined to a command elsewhere
+            left_out.update(node.elts)
+
+    def visit(node: ast.AST) -> Iterator[tuple[int, str]]:
+        if node in left_out:
+            return
+        if isinstance(node, ast.JoinedStr | ast.BinOp) or (
+            isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ):
+            yield node.lineno, rendered(node)
+            return
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    yield from visit(tree)
+
+
+def rendered(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(rendered, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return rendered(node.left) + rendered(node.right)
+    return FILLED
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        for line, text in texts_of(path):
+            for found in FOUND.finditer(text):
+                yield f"{path.relative_to(ROOT)}:{line}", found[1].strip()
+
+
+def parse(command: str) -> typer.Context:
+    """Parse a command by the real command line, without running it.
+
+    Raises
+    ------
+    TyperException
+        If a command, option or argument does not exist, or a required one is missing.
+    """
+    words = [re.sub(r"^[A-Z_]+$", FILLED, word) for word in shlex.split(command)[1:]]
+    found = COMMAND
+    while hasattr(found, "commands"):
+        found, words = found.commands[words[0]], words[1:]
+    return found.make_context("placer", words)
+
+
+def test_commands_are_found():
+    found = dict(commands())
+    assert len(found) > 60
+    assert any("placer export checkpoint" in one for one in found.values())
+
+
+@pytest.mark.parametrize(("place", "command"), [*commands()])
+def test_every_hint_that_is_a_command_runs(place, command):
+    """The command line takes all of its words, and misses none that it needs."""
+    assert "..." not in command.split(), f"{place} leaves out what to type: {command}"
+    try:
+        context = parse(command)
+    except typer.Exit as ended:
+        assert ended.exit_code == 0, "--help"
+        return
+    except TyperException as error:
+        pytest.fail(f"{place}: {command}: {error.format_message()}")
+    with context:
+        given = context.params
+    if given.get("target") not in (None, FILLED):
+        assert given["target"] in TARGETS
+    if given.get("engine") not in (None, FILLED):
+        engines_named(given["engine"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["placer solve TRACE --out PLAN", "placer export sglang --why", "placer simulate PLAN"],
+)
+def test_a_command_that_lacks_something_is_noticed(command):
+    with pytest.raises(TyperException):
+        parse(command)
+
+
+CONFIG = {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 0,
+    "hidden_size": 16,
+    "vocab_size": 32,
+    "num_experts_per_tok": 2,
+} | dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 8)
+PLAIN = [*range(8)]
+WITH_COPIES = [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
+
+
+@pytest.fixture(params=["deepseek_v3", "kimi_k2", "gpt_oss", "mixtral", "dots1"])
+def checkpoint(request, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": request.param}))
+    return folder
+
+
+def told_of(step, engine, row, checkpoint, folder):
+    """What placer says where a plan of these slots is solved for, or exported to."""
+    model = ModelSpec.from_checkpoint(checkpoint)
+    placed = Placement.from_json([row, row], (8, 8), 4, 1)
+    if step == "solve":
+        copies = {"has_replicas": placed.has_replicas, "num_nodes": 1}
+        return " ".join(require_loadable(engine, model, **copies).notes)
+    if step == "checkpoint":
+        placed.permutation(0)
+        return ""
+    plan = folder / "plan.json"
+    unsolved_plan(model, placed, engine=engine.name).write(plan)
+    out = folder / f"map{RUNTIMES[step].suffixes[0]}"
+    return " ".join(export_map(step, plan, checkpoint, out).warnings)
+
+
+@pytest.mark.parametrize("started", ["solve", "sglang", "trtllm", "checkpoint"])
+@pytest.mark.parametrize("row", [PLAIN, WITH_COPIES])
+@pytest.mark.parametrize("name", ["sglang-deepep", "vllm-deepep-ht", "trtllm-onesided"])
+def test_hints_lead_to_a_file_that_is_served(started, row, name, checkpoint, tmp_path):
+    """Whoever types the first command of each hint gets there, and never comes back.
+
+    Nothing is said of a plan that a map or a permuted checkpoint can carry.
+    """
+    engine, step, seen = Engine.named(name), started, []
+    while (step, tuple(row)) not in seen:
+        seen.append((step, tuple(row)))
+        try:
+            told = told_of(step, engine, row, checkpoint, tmp_path)
+        except PlacerError as error:
+            told = error.hint
+        if not told:
+            return
+        _, command, target, *words = next(FOUND.finditer(told))[1].split()
+        step = target if command == "export" else command
+        if "--redundant-experts 0" in " ".join(words):
+            row = PLAIN
+    pytest.fail(f"round in circles: {seen}")
