@@ -1,5 +1,6 @@
 """``placer simulate``: what a plan costs on a trace."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,7 @@ def simulate(
         typer.Option(
             metavar="NAME",
             help="Which copy of a redundant expert serves: local-first, sglang-static, "
-            "hash or cover. Default: the engine's, else the plan's.",
+            "hash or cover. Default: the engine's, else what the plan was solved for.",
         ),
     ] = None,
     batching: Annotated[
@@ -86,7 +87,7 @@ def simulate(
     its combined rule token_combined and token_equal_combined. Judge on sequences that the
     plan was not solved on: --fold or --not-fold.
     """
-    from placer.engine import Engine, choose_replicas
+    from placer.engine import Engine
     from placer.hardware import Hardware
     from placer.plan import Plan
     from placer.report.batches import batch_tables
@@ -107,8 +108,7 @@ def simulate(
             "--hardware",
         )
     served_by = None if engine is None else Engine.named(engine)
-    if replica_choice is None and served_by is None:
-        replica_choice = Plan.read(plan).replica_choice
+    paths = (str(plan), str(trace))
     judgement = judge_plan(
         plan,
         read,
@@ -118,7 +118,9 @@ def simulate(
         baselines=baseline or DEFAULT_BASELINES,
         serving=Serving(
             engine=served_by,
-            replica_choice=choose_replicas(served_by, replica_choice),
+            replica_choice=Plan.read(plan).choose_replicas(
+                served_by, replica_choice, shlex.join(["placer", "simulate", *paths])
+            ),
             phase=batching,  # type: ignore[arg-type]  # Batches refuses other names
             hardware=None if hardware is None else Hardware.named(hardware),
             expert=find_expert_shape(

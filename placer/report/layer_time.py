@@ -259,9 +259,8 @@ def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placeme
 
 
 def _served(model: ModelSpec, options: SolveOptions, question: Question) -> BatchOptions:
-    engine = question.engine
     return replace(
         batch_options(question),
-        replica_choice=options.replica_choice if engine is None else engine.replica_choice,
+        replica_choice=options.replica_choice,
         layer_ids=model.layer_ids,
     )

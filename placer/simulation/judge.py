@@ -48,7 +48,7 @@ class Serving:
         What is sent, and in which element; without one, what the plan was solved for, in
         bf16.
     replica_choice
-        Which copy of an expert serves.
+        Which copy of an expert serves; ``None`` where each has one.
     phase
         How batches are drawn.
     hardware, expert
@@ -58,7 +58,7 @@ class Serving:
     """
 
     engine: Engine | None = None
-    replica_choice: ReplicaChoice = "local-first"
+    replica_choice: ReplicaChoice | None = None
     phase: Phase = "decode"
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
@@ -448,7 +448,7 @@ def _baseline_placements(
         trace=trace,
         selection=profile_of(plan, trace) or Selection(phase=judged.phase),
         topology=Topology(num_nodes=nodes, gpus_per_node=ranks // nodes),
-        redundant_experts=len(plan.placement.physical_to_logical_map[0]) - sizes[0],
+        redundant_experts=plan.placement.redundant_experts,
     )
     if not problem.load[0].any():  # no sequence of the fold is in this trace
         problem = dataclasses.replace(problem, selection=Selection(phase=judged.phase))

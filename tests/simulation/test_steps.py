@@ -123,7 +123,12 @@ def problems(draw):
 def test_every_copy_is_counted_where_it_is_sent_and_received(problem, exchange, policy):
     placement, tokens, batches = problem
     steps = layer_steps(
-        placement, tokens, batches, policy=policy, exchanges=(exchange, exchange)
+        placement,
+        tokens,
+        batches,
+        policy=policy,
+        exchanges=(exchange, exchange),
+        replica_choice="local-first",
     )
     expected = plain_steps(placement, tokens, batches, policy, exchange)
     for found, layer in zip(steps, expected, strict=True):
@@ -146,6 +151,7 @@ def test_a_padded_exchange_is_the_same_for_every_placement(problem):
     placement, tokens, batches = problem
     top_k, num_ranks = tokens.experts[0].shape[1], placement.num_ranks
     options = {"policy": "fixed", "exchanges": ("padded", "padded")}
+    options["replica_choice"] = "hash"
     for found in layer_steps(placement, tokens, batches, **options):
         total = found.dispatch.fast.sent.sum(axis=1) + found.dispatch.slow.sent.sum(axis=1)
         every = batches.size * top_k * (num_ranks - 1) / num_ranks
@@ -158,9 +164,14 @@ def test_per_rank_figures_are_those_of_simulate(problem):
     """Where all batches are full, the same straggler, bottleneck and copies."""
     placement, tokens, _ = problem
     found = batch_figures(
-        placement, tokens, tokens.num_tokens, BatchOptions(policy="fixed")
+        placement,
+        tokens,
+        tokens.num_tokens,
+        BatchOptions(policy="fixed", replica_choice="hash"),
     ).metrics
-    known = simulate(placement, tokens, batch_size=tokens.num_tokens)["fixed"]
+    known = simulate(
+        placement, tokens, batch_size=tokens.num_tokens, replica_choice="hash"
+    )["fixed"]
     assert found.straggler_mean == pytest.approx(known.straggler_mean)
     assert found.bottleneck_copies_per_token == pytest.approx(
         known.bottleneck_rank_copies_per_token
