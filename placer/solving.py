@@ -5,7 +5,6 @@ to be chosen on the profile: the number of redundant experts, and what to solve 
 time is the objective. All of it is settled here; ``plan`` then solves.
 """
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,10 +31,10 @@ from placer.plan.redundant import (
 )
 from placer.plan.served import Loading, Served, require_loadable, solved_for
 from placer.plan.world import WorldLayout
-from placer.report.advice import Question
 from placer.report.comparison import ladder_line
 from placer.report.frontier import FrontierPoint, write_frontier
 from placer.report.layer_time import TimeChoice, choose_by_time, worth_by_time
+from placer.report.question import Question
 from placer.simulation.cost import ExpertShape, find_expert_shape, require_no_sizes
 from placer.trace import EVERYTHING, Selection, Trace
 
@@ -59,8 +58,7 @@ class SolveRequest:
     engine
         Name of the engine that the plan is for.
     exchange, replica_choice
-        As in ``SolveOptions``. From counts, without an engine, copies share their load
-        evenly, as ``hash`` has it.
+        As in ``SolveOptions``.
     max_imbalance, overflow_price
         As in ``SolveOptions``.
     redundant_experts
@@ -131,8 +129,9 @@ class SolveRequest:
             ),
             (
                 {"--replica-choice": self.replica_choice},
-                self.has_replicas,
-                "--redundant-experts: without them each expert has one copy",
+                self.redundant_experts != 0,
+                "--redundant-experts: which copy serves is no question where each expert "
+                "has one",
             ),
         ):
             if not is_given:
@@ -155,11 +154,6 @@ class SolveRequest:
     def weighs_experts(self) -> bool:
         """Whether the size of an expert counts."""
         return self.by_time or self.redundant_memory is not None
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether redundant experts are asked for, or their number is to be chosen."""
-        return self.redundant_experts != 0
 
     @property
     def holds_counts(self) -> bool:
@@ -338,23 +332,17 @@ def _settle(
     deadline: Deadline,
 ) -> _Settled:
     """Decide what engine, start and profile decide."""
-    loading = _loading(request)
     served = solved_for(
         request.engine,
         request.options.policy,
         "traffic" if request.by_time else request.objective,
         request.exchange,
-        request.replica_choice or _even_choice(request),
-        has_replicas=request.has_replicas,
-        command=_command(request),
+        request.replica_choice,
+        has_replicas=request.redundant_experts != 0,
     )
+    loading = _loading(request)
     for line in (*served.notes, *loading.notes, *_without_effect(request, served)):
         note(line)
-    if request.replica_choice is None and _even_choice(request) is not None:
-        note(
-            "no engine is named: copies of an expert are taken to share its load evenly, "
-            "as under --replica-choice hash"
-        )
     if request.layout is not None:
         note(request.layout.describe())
     options = _options(request, served, _served_now(request, warn))
@@ -368,6 +356,8 @@ def _settle(
         )
     weighs = by_time or request.redundant_memory is not None
     expert = _expert_shape(request) if weighs else None
+    if expert is not None and expert.assumption is not None:
+        note(expert.assumption)
     question = None
     if by_time:
         question = Question(
@@ -402,7 +392,7 @@ def _loading(request: SolveRequest) -> Loading:
         Engine.named(request.engine),
         _model_of(request),
         config.get("architectures") or (),
-        has_replicas=request.has_replicas,
+        has_replicas=request.redundant_experts != 0,
         num_nodes=request.options.topology.num_nodes,
     )
 
@@ -417,23 +407,6 @@ def _whole_groups(options: SolveOptions, note: Tell) -> SolveOptions:
         return options
     note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
     return replace(options, preserve_groups=True)
-
-
-def _even_choice(request: SolveRequest) -> str | None:
-    """Return how copies share a load of which counts alone are known; ``None`` to ask."""
-    is_even = request.holds_counts and request.has_replicas and request.engine is None
-    return "hash" if is_even else None
-
-
-def _command(request: SolveRequest) -> str:
-    """Return the request as a command, but for what a hint about copies leaves out."""
-    topology, number = request.options.topology, request.redundant_experts
-    words = ["placer", "solve", str(request.source)]
-    words += ["--nodes", str(topology.num_nodes)]
-    words += ["--gpus-per-node", str(topology.gpus_per_node)]
-    words += ["--policy", request.options.policy]
-    words += ["--redundant-experts", "auto" if number is None else str(number)]
-    return shlex.join([*words, "--out", "PLAN"])
 
 
 def _options(
@@ -483,6 +456,7 @@ def _expert_shape(request: SolveRequest) -> ExpertShape | None:
         request.hidden_size or _model_of(request).hidden_size,
         request.expert_size,
         request.weight_bytes,
+        () if request.engine is None else (Engine.named(request.engine),),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from placer.cli.output import (
+    BatchingOption,
     ExpertSizeOption,
     GpusPerNodeOption,
     HiddenSizeOption,
@@ -13,6 +14,7 @@ from placer.cli.output import (
     NodesOption,
     PhaseOption,
     SizedByOption,
+    TokensPerRankOption,
     WeightBytesOption,
     print_json,
     print_line,
@@ -30,8 +32,14 @@ def advise(
     policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
     engine: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What sends (docs/engines.md)."),
+        typer.Option(
+            metavar="NAME",
+            help="What sends (docs/engines.md), or all of a family: vllm, sglang, trtllm. "
+            "Default: the engines' default exchange, and an all-to-all of tokens.",
+        ),
     ] = None,
+    tokens_per_rank: TokensPerRankOption = "64,256,4096",
+    batching: BatchingOption = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -55,65 +63,54 @@ def advise(
     such as the loads that an engine counted, only balance is judged.
     """
     from placer.affinity import Affinity
-    from placer.engine import Engine
+    from placer.engine import engines_named
     from placer.hardware import Hardware
     from placer.plan.problem import Topology
-    from placer.report.advice import (
-        Question,
-        advise_on_loads,
-        advise_on_trace,
-        next_command,
-    )
+    from placer.report.advice import advise_on_loads, next_command
+    from placer.report.batches import advice_table
+    from placer.report.question import Question, usual_engines
+    from placer.report.trace_advice import advise_on_trace
     from placer.simulation.cost import find_expert_shape, require_no_sizes
+    from placer.simulation.homes import batch_shapes, parse_tokens_per_rank
     from placer.trace import Trace
     from placer.trace.selection import parse_phase
 
     if hardware is None:
         require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
-    counts = source.is_file()
-    trace = None if counts else Trace(source)
-    question = Question(
-        topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
-        policy=policy,
-        engine=None if engine is None else Engine.named(engine),
-        hardware=None if hardware is None else Hardware.named(hardware),
-        expert=find_expert_shape(
-            model,
-            hidden_size or (None if trace is None else trace.model.hidden_size),
-            expert_size,
-            weight_bytes,
-        ),
-        least_gain=least_gain,
-        phase=parse_phase(phase),
-    )
+    trace = None if source.is_file() else Trace(source)
+    width = hidden_size or (None if trace is None else trace.model.hidden_size)
+    named = None if hardware is None else Hardware.named(hardware)
+    shapes = batch_shapes(parse_tokens_per_rank(tokens_per_rank), batching)
+    engines = usual_engines(nodes) if engine is None else engines_named(engine)
+    expert = find_expert_shape(model, width, expert_size, weight_bytes, engines)
+    questions = [
+        Question(
+            topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
+            policy=policy,
+            engine=one,
+            hardware=named,
+            expert=expert,
+            shapes=shapes,
+            least_gain=least_gain,
+            phase=parse_phase(phase),
+        )
+        for one in engines
+    ]
     if trace is None:
-        advice = advise_on_loads(Affinity.read(source), question)
+        advice = advise_on_loads(Affinity.read(source), questions[0])
     else:
-        advice = advise_on_trace(trace, question)
+        advice = advise_on_trace(trace, questions)
     for line in advice.warnings:
         warn(line)
-    command = next_command(advice, source, question)
+    command = next_command(advice, source, questions)
     if as_json:
         print_json(advice.to_json() | {"next": command})
         return
-    columns = ("placement", "copies/token", "imbalance", "straggler", "layer us")
-    print_table(
-        columns,
-        [
-            (
-                name,
-                one.copies_per_token,
-                one.load_imbalance,
-                one.straggler,
-                one.time_us,
-            )
-            for name, one in advice.candidates.items()
-        ],
-    )
-    print_line(f"verdict: {advice.verdict}")
+    for answer in advice.answers:
+        print_line(answer.sentence)
+    print_line("")
+    print_table(*advice_table(advice))
     for reason in advice.reasons:
         print_line(f"- {reason}")
-    if advice.break_even is not None:
-        print_line(f"- beside contiguous, the placed plan {advice.break_even.words}")
     if command is not None:
         print_line(f"next: {command}")

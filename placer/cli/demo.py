@@ -24,7 +24,8 @@ def demo(
     on 4 ranks, exports a permuted checkpoint and proves that it is the same function.
     """
     from placer.demo.road import NUM_RANKS, POLICIES, run_demo, shipped_model
-    from placer.report.comparison import COLUMNS, comparison_rows
+    from placer.report.comparison import comparison_table
+    from placer.simulation.sent import Wire
 
     report = run_demo(model or shipped_model(), out, note)
     verification = report.verification
@@ -38,7 +39,7 @@ def demo(
         )
         return
     print_line(f"\nHeld-out text, {NUM_RANKS} ranks:\n")
-    print_table(COLUMNS, comparison_rows(report.figures, POLICIES))
+    print_table(*comparison_table(report.figures, POLICIES, Wire()))
     print_line(
         f"\nVerified: {verification.num_tensors} tensors equal bit for bit, "
         f"{verification.num_routed_pairs} routing choices exactly permuted "

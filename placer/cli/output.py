@@ -55,7 +55,26 @@ ExpertSizeOption = Annotated[
 WeightBytesOption = Annotated[
     float | None,
     typer.Option(
-        help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.", show_default="2.0"
+        help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.",
+        show_default="by the config of --model, else as --engine dispatches",
+    ),
+]
+
+
+TokensPerRankOption = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="Tokens that each rank brings to a forward pass: sizes below 1024 are batches "
+        "of decode, others of prefill.",
+    ),
+]
+BatchingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="decode|prefill",
+        help="Draw all batches like this: decode (one token of each sequence in turn) or "
+        "prefill (each rank its sequences one after another).",
     ),
 ]
 

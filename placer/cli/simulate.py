@@ -1,12 +1,13 @@
 """``placer simulate``: what a plan costs on a trace."""
 
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from placer.cli.output import (
+    BatchingOption,
     ExpertSizeOption,
     FoldOption,
     HiddenSizeOption,
@@ -14,6 +15,7 @@ from placer.cli.output import (
     NotFoldOption,
     PhaseOption,
     SizedByOption,
+    TokensPerRankOption,
     WeightBytesOption,
     parse_selection,
     print_json,
@@ -21,6 +23,9 @@ from placer.cli.output import (
     print_table,
     warn,
 )
+
+if TYPE_CHECKING:
+    from placer.simulation.judge import Judgement
 
 
 def simulate(
@@ -32,37 +37,33 @@ def simulate(
         Path | None,
         typer.Option("--table", help="The plan's token-shuffle table (placer tables)."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Tokens of one forward pass, from all sequences in turn.")
-    ] = 4096,
+    tokens_per_rank: TokensPerRankOption = "64,256,4096",
+    batching: BatchingOption = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
             help="Placement to compare with (docs/baselines.md); repeatable: contiguous, "
             "balanced, random, eplb, exflow, moetuner, grace, occult, sem-moe, "
-            "kernighan-lin, metis or mt-kahypar. Default: contiguous and balanced.",
+            "kernighan-lin, metis or mt-kahypar. Default: contiguous, balanced, eplb.",
         ),
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Serve as this engine does (docs/engines.md)."),
+        typer.Option(
+            metavar="NAME",
+            help="Serve as this engine does (docs/engines.md), or as all of a family: "
+            "vllm, sglang, trtllm. Default: the engine that the plan was solved for.",
+        ),
     ] = None,
     replica_choice: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="Which copy of a redundant expert serves: local-first, sglang-static, "
-            "hash or cover. Default: the engine's, else what the plan was solved for.",
+            "hash or cover. Default: the engine's, else the plan's.",
         ),
     ] = None,
-    batching: Annotated[
-        str,
-        typer.Option(
-            help="How batches are drawn: decode (one token of each sequence in turn) or "
-            "prefill (each rank its sequences one after another)."
-        ),
-    ] = "decode",
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +80,7 @@ def simulate(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Count the traffic and balance of a plan on a trace, under every home policy.
+    """Tell what a plan is worth on a trace, in batches of decode and of prefill.
 
     Policies: fixed (the sequence's data-parallel rank), follow (the rank that served most
     of the previous layer), oracle (the best home of every layer), and with --table token,
@@ -87,16 +88,17 @@ def simulate(
     its combined rule token_combined and token_equal_combined. Judge on sequences that the
     plan was not solved on: --fold or --not-fold.
     """
-    from placer.engine import Engine
+    from placer.engine import choose_replicas, engines_named
     from placer.hardware import Hardware
     from placer.plan import Plan
-    from placer.report.batches import batch_tables
-    from placer.report.comparison import COLUMNS, comparison_rows
+    from placer.report.verdict import verdict_lines
     from placer.simulation.cost import find_expert_shape, require_no_sizes
-    from placer.simulation.judge import DEFAULT_BASELINES, Serving, judge_plan
+    from placer.simulation.homes import batch_shapes, parse_tokens_per_rank
+    from placer.simulation.judge import Serving, judge_plan
+    from placer.simulation.sent import engine_of
     from placer.trace import Trace
 
-    read = Trace(trace)
+    read, solved = Trace(trace), Plan.read(plan)
     if hardware is None:
         # The bytes that are sent take the width of the hidden state, which not all know.
         width_is_known = read.model.hidden_size is not None
@@ -107,37 +109,67 @@ def simulate(
             weight_bytes,
             "--hardware",
         )
-    served_by = None if engine is None else Engine.named(engine)
-    paths = (str(plan), str(trace))
-    judgement = judge_plan(
+    engines = [engine_of(solved)] if engine is None else engines_named(engine)
+    expert = find_expert_shape(
+        model,
+        hidden_size or read.model.hidden_size,
+        expert_size,
+        weight_bytes,
+        [one for one in engines if one is not None],
+    )
+    named = None if hardware is None else Hardware.named(hardware)
+    judgements = judge_plan(
         plan,
         read,
         selection=parse_selection(fold, not_fold, phase),
         table_path=table,
-        batch_size=batch_size,
-        baselines=baseline or DEFAULT_BASELINES,
-        serving=Serving(
-            engine=served_by,
-            replica_choice=Plan.read(plan).choose_replicas(
-                served_by, replica_choice, shlex.join(["placer", "simulate", *paths])
-            ),
-            phase=batching,  # type: ignore[arg-type]  # Batches refuses other names
-            hardware=None if hardware is None else Hardware.named(hardware),
-            expert=find_expert_shape(
-                model, hidden_size or read.model.hidden_size, expert_size, weight_bytes
-            ),
-            hidden_size=hidden_size,
-        ),
+        shapes=batch_shapes(parse_tokens_per_rank(tokens_per_rank), batching),
+        baselines=baseline,
+        servings=[
+            Serving(
+                engine=one,
+                replica_choice=choose_replicas(
+                    one, replica_choice or (solved.replica_choice if one is None else None)
+                ),
+                hardware=named,
+                expert=expert,
+                hidden_size=hidden_size,
+            )
+            for one in engines
+        ],
     )
-    for warning in judgement.warnings:
+    for warning in dict.fromkeys(text for one in judgements for text in one.warnings):
         warn(warning)
     if as_json:
-        print_json(judgement.to_json())
+        values = [one.to_json() for one in judgements]
+        many = len(engines) > 1
+        print_json({"engines": {v["engine"]: v for v in values}} if many else values[0])
         return
+    for judgement in judgements:
+        for line in verdict_lines(judgement):
+            print_line(line)
+    print_line("")
+    _show(judgements)
+
+
+def _show(judgements: Sequence["Judgement"]) -> None:
+    """Print the tables and facts of one engine, or one table of several."""
+    from placer.report.batches import batch_tables, summary_table
+    from placer.report.comparison import comparison_table
+    from placer.report.verdict import fact_lines
+    from placer.simulation.sent import deployable
+
+    if len(judgements) > 1:
+        title, columns, rows = summary_table(judgements)
+        print_table(columns, rows, title)
+        print_line("next: all figures of one engine: --engine with its own name")
+        return
+    (judgement,) = judgements
     figures = judgement.to_json()
+    policies = deployable(judgement.policies, judgement.policy)
     placements = {**figures["baselines"], "plan": figures["policies"]}
-    print_table(COLUMNS, comparison_rows(placements, tuple(judgement.policies)))
+    print_table(*comparison_table(placements, policies, judgement.wire))
     for title, columns, rows in batch_tables(judgement):
         print_table(columns, rows, title)
-    for fact in judgement.facts():
-        print_line(fact)
+    for line in fact_lines(judgement, policies):
+        print_line(line)

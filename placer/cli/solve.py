@@ -173,8 +173,7 @@ def solve(
         str | None,
         typer.Option(
             help="Which copy serves: local-first, sglang-static or hash.",
-            show_default="the engine's; without --engine it must be given for redundant "
-            "experts of a trace",
+            show_default="local-first",
         ),
     ] = None,
     robust: Annotated[
@@ -336,12 +335,12 @@ def solve(
 
 def _show(solved: "Solved", start: Path | None) -> None:
     """Print the figures of a plan and what proves them."""
-    from placer.report.comparison import COLUMNS, certificate_lines, plan_rows, price_line
+    from placer.report.comparison import certificate_lines, plan_table, price_line
 
     plan, choice = solved.plan, solved.time
-    rows = plan_rows(plan)
+    columns, rows = plan_table(plan)
     if rows:
-        print_table(COLUMNS, rows)
+        print_table(columns, rows)
     if (priced := price_line(plan)) is not None:
         print_line(priced)
     if start is not None:
@@ -352,10 +351,11 @@ def _show(solved: "Solved", start: Path | None) -> None:
         print_line(
             f"least predicted time on sequences held out of the profile: {choice.name}"
         )
-        print_line(
-            "beside the load balancer, the quickest plan for traffic "
-            f"{choice.break_even.words}"
-        )
+        for shape, found in choice.break_even_by_size:
+            print_line(
+                f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: beside the "
+                f"load balancer, the quickest plan for traffic {found.words}"
+            )
 
 
 def _number_or_auto(text: str) -> int | None:

@@ -7,71 +7,79 @@ from placer.plan import Plan
 from placer.plan.plan import Certificate, InnerCap, SolverReport
 from placer.plan.redundant import RedundantChoice
 from placer.simulation.replica_choice import unknown_dense_layers
+from placer.simulation.sent import NODE_COPIES, RANK_COPIES, Wire, engine_of
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
-COLUMNS = (
-    "policy",
-    "placement",
-    "local rate",
-    "copies/token",
-    "of contiguous",
-    "imbalance",
-    "max",
-    "straggler",
-    "bottleneck",
-    "home max",
-)
+_RATIO = "of contiguous"
 
 
-def comparison_rows(
-    placements: Mapping[str, PolicyFigures], policies: Sequence[str]
-) -> list[list[object]]:
-    """Return rows of :data:`COLUMNS`, policy by policy.
+def comparison_table(
+    placements: Mapping[str, PolicyFigures], policies: Sequence[str], wire: Wire
+) -> tuple[tuple[str, ...], list[list[object]]]:
+    """Return columns and rows, policy by policy.
+
+    What the engine sends, and its ratio to ``contiguous``, stand where placement can change
+    it; copies between ranks also beside those between nodes.
 
     Parameters
     ----------
     placements
         Metrics per placement name and policy, as ``placer simulate --json`` prints them.
-        ``of contiguous`` relates remote rank copies to those of ``contiguous``.
     policies
         Which home policies to show; a placement without one is left out there.
+    wire
+        What crosses the wire.
     """
+    compared = {one: wire.compared(one) is not None for one in policies}
+    columns = _columns(wire, policies, compared=any(compared.values()))
     rows: list[list[object]] = []
     for policy in policies:
-        base = placements.get("contiguous", {}).get(policy)
+        base = placements.get("contiguous", {}).get(policy, {}) if compared[policy] else {}
         for name, figures in placements.items():
             if policy not in figures:
                 continue
             of = figures[policy]
-            copies = of["remote_rank_copies_per_token"]
-            whole = base["remote_rank_copies_per_token"] if base else 0
-            rows.append(
-                [
-                    policy,
-                    name,
-                    of["local_activation_rate"],
-                    copies,
-                    copies / whole if whole else None,
-                    of["load_imbalance_mean"],
-                    of["load_imbalance_max"],
-                    of["straggler_mean"],
-                    of["bottleneck_rank_copies_per_token"],
-                    of["home_imbalance_max"],
-                ]
-            )
-    return rows
+            row: list[object] = [policy, name]
+            for heading, metric in columns:
+                whole = base.get(metric)
+                ratio = of[metric] / whole if whole else None
+                row.append(ratio if heading == _RATIO else of[metric])
+            rows.append(row)
+    return ("policy", "placement", *(heading for heading, _ in columns)), rows
 
 
-def plan_rows(plan: Plan) -> list[list[object]]:
-    """Return the rows of a plan's own policy: its baselines, then the plan.
+def _columns(
+    wire: Wire, policies: Sequence[str], *, compared: bool
+) -> list[tuple[str, str]]:
+    """Return heading and metric of each column; ratios only where placements differ."""
+    # Homes of fixed are even, and hold 1/R of the pairs whatever the placement.
+    homes_count = list(policies) != ["fixed"]
+    columns = [("local rate", "local_activation_rate")] if homes_count else []
+    sent = wire.sent
+    if sent is not None:
+        columns.append((sent.heading, sent.metric))
+        columns += [(_RATIO, sent.metric)] if compared else []
+    if sent == NODE_COPIES:
+        columns.append((RANK_COPIES.heading, RANK_COPIES.metric))
+    columns += [
+        ("imbalance", "load_imbalance_mean"),
+        ("max", "load_imbalance_max"),
+        ("straggler", "straggler_mean"),
+    ]
+    if sent == RANK_COPIES:
+        columns.append(("bottleneck", "bottleneck_rank_copies_per_token"))
+    return [*columns, *([("home max", "home_imbalance_max")] if homes_count else [])]
 
-    Empty for a plan that was solved from counts alone.
+
+def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
+    """Return columns and rows of a plan's own policy: its baselines, then the plan.
+
+    No rows for a plan that was solved from counts alone.
     """
     own = plan.metrics["heldout"] or plan.metrics["profile"]
-    if own is None:
-        return []
-    return comparison_rows({**plan.metrics["baselines"], "placer": own}, [plan.policy])
+    figures = {} if own is None else {**plan.metrics["baselines"], "placer": own}
+    return comparison_table(figures, [plan.policy], Wire.of(plan, engine_of(plan)))
 
 
 def certificate_lines(report: SolverReport) -> list[str]:

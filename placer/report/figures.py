@@ -22,6 +22,7 @@ from placer.report.statistics import (
     mutual_information,
     skew,
 )
+from placer.simulation.sent import Wire, deployable, engine_of
 from placer.table import Table
 
 IntArray = npt.NDArray[np.int64]
@@ -228,7 +229,9 @@ def _draw_plan(plan: Plan, load: Sequence[IntArray] | None) -> list[Drawing]:
         drawings.append(_draw_rank_load(plan, load))
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     if own is not None:
-        drawings.append(_draw_comparison({**plan.metrics["baselines"], "placer": own}))
+        drawings.append(
+            _draw_comparison(plan, {**plan.metrics["baselines"], "placer": own})
+        )
     return drawings
 
 
@@ -297,30 +300,34 @@ def _draw_rank_load(plan: Plan, load: Sequence[IntArray]) -> Drawing:
     )
 
 
-def _draw_comparison(placements: dict[str, Any]) -> Drawing:
+def _draw_comparison(plan: Plan, placements: dict[str, Any]) -> Drawing:
+    """Draw what the plan's engine sends, or the balance where placement leaves that."""
     import plotly.graph_objects as go
 
+    sent = Wire.of(plan, engine_of(plan)).compared(plan.policy)
+    metric = "load_imbalance_mean" if sent is None else sent.metric
+    words = "busiest rank's load / mean" if sent is None else f"{sent.words} per token"
     figure = go.Figure()
     for (name, figures), colour in zip(
         placements.items(), _cycled(placements), strict=True
     ):
-        values = [of["remote_rank_copies_per_token"] for of in figures.values()]
+        policies = deployable(figures, plan.policy)
+        values = [figures[policy][metric] for policy in policies]
         figure.add_bar(
             name=name,
-            x=list(figures),
+            x=policies,
             y=values,
             text=[f"{value:.2f}" for value in values],
             marker_color=colour,
-            hovertemplate=f"{name}, %{{x}}: %{{y:.3f}} copies<extra></extra>",
+            hovertemplate=f"{name}, %{{x}}: %{{y:.3f}}<extra></extra>",
         )
     figure.update_xaxes(title="home policy")
-    figure.update_yaxes(title="remote rank copies per token and layer", rangemode="tozero")
+    figure.update_yaxes(title=f"{words}, mean over layers", rangemode="tozero")
     figure.update_layout(barmode="group", legend=_LEGEND)
     return Drawing(
         name="comparison",
-        title="Traffic beside the baselines",
-        caption="Hidden states that leave the home rank, duplicates removed; less is "
-        "better. Measured on the sequences that the table below names.",
+        title="Beside the baselines",
+        caption=f"{words.capitalize()}; less is better. Of the table's sequences.",
         figure=_styled(figure),
     )
 

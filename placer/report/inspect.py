@@ -15,7 +15,7 @@ from placer.model import ModelSpec
 from placer.plan import Placement, Plan
 from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
-from placer.report.comparison import COLUMNS, comparison_rows
+from placer.report.comparison import comparison_table
 from placer.report.load import rank_load
 from placer.report.statistics import (
     TraceStatistics,
@@ -23,6 +23,7 @@ from placer.report.statistics import (
     mutual_information,
     skew,
 )
+from placer.simulation.sent import Wire, engine_of
 from placer.table import Table
 
 IntArray = npt.NDArray[np.int64]
@@ -233,15 +234,13 @@ def _metric_sections(plan: Plan) -> list[Section]:
     if own is None:
         return []
     judged = "held-out sequences" if heldout else "the profile itself, nothing was held out"
+    columns, rows = comparison_table(
+        {**plan.metrics["baselines"], "placer": own},
+        list(own),
+        Wire.of(plan, engine_of(plan)),
+    )
     beside = Section(
-        title=f"on {judged}",
-        columns=COLUMNS,
-        rows=tuple(
-            tuple(row)
-            for row in comparison_rows(
-                {**plan.metrics["baselines"], "placer": own}, list(own)
-            )
-        ),
+        title=f"on {judged}", columns=columns, rows=tuple(tuple(row) for row in rows)
     )
     if not heldout:
         return [beside]

@@ -2,12 +2,15 @@
 
 Quick plans under several load caps and prices on the busiest receiver, and a load balancer
 with the same slots, are made from half of the profile's sequences. The other half says
-which takes the least time; the whole profile is then solved that way.
+which takes the least time, in batches of all sizes that the engine is run for; the whole
+profile is then solved that way.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from placer.affinity import count_affinity
 from placer.errors import UsageError
@@ -21,18 +24,16 @@ from placer.plan.placement import Placement
 from placer.plan.progress import Progress
 from placer.plan.redundant import Worth
 from placer.plan.solve import solve_to_choose
-from placer.report.advice import (
-    MOST_JUDGED_TOKENS,
-    QUICK,
-    Question,
-    batch_options,
-)
-from placer.simulation.batch_figures import BatchFigures, BatchOptions, batch_figures
+from placer.report.question import Question
+from placer.report.trace_advice import MOST_JUDGED_TOKENS, QUICK
+from placer.report.verdict import times
+from placer.simulation.batch_figures import BatchFigures, batch_steps
 from placer.simulation.cost import BreakEven, break_even
-from placer.simulation.simulate import DEFAULT_BATCH_SIZE
+from placer.simulation.homes import BatchShape
 from placer.trace import Chunk
 
 BALANCED = "balanced"
+_OBJECTIVE = "predicted seconds of a layer, summed over sizes of batches"
 # Shares of the imbalance that is allowed, and prices on the busiest receiver.
 _CAPS = (1.0, 0.5, 0.25)
 _RECEIVE_PRICES = (0.0, 1.0)
@@ -49,40 +50,50 @@ class TimeChoice:
     options
         Its options, for the whole profile.
     figures
-        All candidates on the inner held-out sequences, by name; ``balanced`` is the load
-        balancer.
+        All candidates on the inner held-out sequences, by name, in batches of each size;
+        ``balanced`` is the load balancer.
     break_even
-        For which bandwidth the quickest of the plans for traffic beats the load balancer.
+        For which bandwidth the quickest of the plans for traffic beats the load balancer,
+        in batches of each size.
     """
 
     name: str
     options: SolveOptions
-    figures: Mapping[str, BatchFigures]
-    break_even: BreakEven
+    figures: Mapping[str, Sequence[BatchFigures]]
+    break_even: Sequence[BreakEven]
+
+    @property
+    def break_even_by_size(self) -> list[tuple[BatchShape, BreakEven]]:
+        """The batches, each with its break-even bandwidth."""
+        shapes = [one.shape for one in self.figures[BALANCED]]
+        return list(zip(shapes, self.break_even, strict=True))
 
     @property
     def left_out(self) -> str | None:
         """A sentence on the quickest candidate, where its straggler forbids it."""
-        seconds = {n: f.time.total for n, f in self.figures.items() if f.time is not None}
-        quickest = min(seconds, key=lambda name: seconds[name])
-        if seconds[quickest] >= seconds[self.name]:
+        taken = _relative_times(self.figures)
+        quickest = min(taken, key=lambda name: taken[name])
+        if taken[quickest] >= taken[self.name]:
             return None
-        even, other = (
-            self.figures[name].metrics.straggler_mean for name in (BALANCED, quickest)
-        )
+        even, other = (_straggler_words(self.figures[n]) for n in (BALANCED, quickest))
         return (
-            f"{quickest} takes {1 - seconds[quickest] / seconds[self.name]:.1%} less "
-            f"predicted time, but its straggler is {other:.4f}, the load balancer's "
-            f"{even:.4f}; to take it all the same, solve with --objective traffic and its "
-            "--max-imbalance and --receive-price"
+            f"{quickest} takes {1 - taken[quickest] / taken[self.name]:.1%} less predicted "
+            f"time, but its straggler is {other}, the load balancer's {even}; to take it "
+            "all the same, solve with --objective traffic and its --max-imbalance and "
+            "--receive-price"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the choice as JSON values."""
         return {
             "chosen": self.name,
-            "break_even": self.break_even.to_json(),
-            "candidates": {name: one.to_json() for name, one in self.figures.items()},
+            "break_even": [
+                asdict(shape) | one.to_json() for shape, one in self.break_even_by_size
+            ],
+            "candidates": {
+                name: [one.to_json() for one in every]
+                for name, every in self.figures.items()
+            },
         }
 
 
@@ -135,8 +146,7 @@ def choose_by_time(
     affinity = count_affinity([inner], model, {})
     balanced = _balanced(model, inner, options)
     asked = _candidates(options)
-    served = _served(model, options, question)
-    figures = {BALANCED: batch_figures(balanced, heldout, DEFAULT_BATCH_SIZE, served)}
+    figures = {BALANCED: _figures(model, balanced, heldout, options, question)}
     for name, one in asked.items():
         if len(figures) > 1 and deadline.passed():
             break
@@ -146,18 +156,19 @@ def choose_by_time(
             one, relax_cap=True, proof="none", limits=QUICK.limits, refine=QUICK.refine
         )
         placement, _ = solve_to_choose(affinity, quick, inner, deadline)
-        figures[name] = batch_figures(placement, heldout, DEFAULT_BATCH_SIZE, served)
+        figures[name] = _figures(model, placement, heldout, options, question)
     name = choose(figures)
-    times = {key: value.time for key, value in figures.items() if value.time is not None}
-    tried = [one for one in asked if one in times]
-    fastest = min(tried, key=lambda one: times[one].total)
-    if served.cost is None:
+    relative = _relative_times(figures)
+    fastest = min((one for one in asked if one in figures), key=lambda one: relative[one])
+    cost = question.cost_model()
+    if cost is None:
         raise ValueError("a cost model comes with the hardware")
+    both = zip(times(figures[fastest]), times(figures[BALANCED]), strict=True)
     return TimeChoice(
         name=name,
         options=asked.get(name) or _balance(options),
         figures=figures,
-        break_even=break_even(times[fastest], times[BALANCED], served.cost),
+        break_even=tuple(break_even(plan, other, cost) for plan, other in both),
     )
 
 
@@ -174,26 +185,43 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
         placement, report = solve_to_choose(affinity, quick, inner, deadline)
-        served = _served(model, options, question)
-        figures = [
-            batch_figures(one, heldout, DEFAULT_BATCH_SIZE, served)
-            for one in (placement, _balanced(model, inner, options))
-        ]
-        seconds = min(one.time.total for one in figures if one.time is not None)
-        return seconds, "predicted seconds of a layer", report.meets_caps
+        made = (placement, _balanced(model, inner, options))
+        figures = [_figures(model, one, heldout, options, question) for one in made]
+        seconds = min(sum(one.total for one in times(every)) for every in figures)
+        return seconds, _OBJECTIVE, report.meets_caps
 
     return worth
 
 
-def choose(figures: Mapping[str, BatchFigures]) -> str:
-    """Return the quickest candidate with a straggler no worse than the load balancer's."""
-    limit = figures[BALANCED].metrics.straggler_mean
-    allowed = {
-        name: one.time.total
-        for name, one in figures.items()
-        if one.time is not None and one.metrics.straggler_mean <= limit
+def choose(figures: Mapping[str, Sequence[BatchFigures]]) -> str:
+    """Return the quickest candidate with stragglers no worse than the load balancer's."""
+    relative = _relative_times(figures)
+    allowed = [
+        name
+        for name, every in figures.items()
+        if all(
+            one.metrics.straggler_mean <= limit.metrics.straggler_mean
+            for one, limit in zip(every, figures[BALANCED], strict=True)
+        )
+    ]
+    return min(allowed, key=lambda name: relative[name])
+
+
+def _relative_times(figures: Mapping[str, Sequence[BatchFigures]]) -> dict[str, float]:
+    """Return times over the load balancer's: their mean over the sizes of batches."""
+    base = times(figures[BALANCED])
+    return {
+        name: float(
+            np.mean(
+                [one.total / b.total for one, b in zip(times(every), base, strict=True)]
+            )
+        )
+        for name, every in figures.items()
     }
-    return min(allowed, key=lambda name: allowed[name])
+
+
+def _straggler_words(figures: Sequence[BatchFigures]) -> str:
+    return " / ".join(f"{one.metrics.straggler_mean:.4f}" for one in figures)
 
 
 def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
@@ -258,9 +286,21 @@ def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placeme
     ).placement
 
 
-def _served(model: ModelSpec, options: SolveOptions, question: Question) -> BatchOptions:
-    return replace(
-        batch_options(question),
-        replica_choice=options.replica_choice,
+def _figures(
+    model: ModelSpec,
+    placement: Placement,
+    tokens: Chunk,
+    options: SolveOptions,
+    question: Question,
+) -> tuple[BatchFigures, ...]:
+    """Serve tokens in batches of each size that the engine is run for."""
+    engine, cost = question.engine, question.cost_model()
+    served = replace(
+        question.batch_options(),
+        replica_choice=options.replica_choice if engine is None else engine.replica_choice,
         layer_ids=model.layer_ids,
+    )
+    return tuple(
+        batch_steps(placement, tokens, shape, served).figures(cost)
+        for shape in question.answered
     )

@@ -1,20 +1,18 @@
 """Figures per batch: stragglers, activated experts, copies by link, predicted time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from placer.engine import Exchange, ReplicaChoice
 from placer.plan.placement import Placement
-from placer.simulation.cost import CostModel, LayerTimes, PredictedTime
-from placer.simulation.homes import Batches, Phase
+from placer.simulation.cost import CostModel, PredictedTime
+from placer.simulation.homes import Batches, BatchShape
 from placer.simulation.steps import Copies, LayerSteps, layer_steps
 from placer.trace import Chunk
 
-#: Tokens of a decoding step, beside the usual batch: small batches are the least even.
-SMALL_BATCHES = (64, 256)
 _DECIMALS = 5
 
 
@@ -60,23 +58,26 @@ class BatchMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFigures:
-    """What one placement does in batches of one size.
+    """What one placement does in batches of one shape.
 
     Attributes
     ----------
+    shape
+        The batches.
     metrics
         Balance and copies.
     time
         Predicted time, or ``None`` without a cost model.
     """
 
+    shape: BatchShape
     metrics: BatchMetrics
     time: PredictedTime | None
 
     def to_json(self) -> dict[str, Any]:
-        """Return metrics and microseconds by name."""
+        """Return shape, metrics and microseconds by name."""
         time = None if self.time is None else self.time.to_json()
-        return self.metrics.to_json() | {"time": time}
+        return asdict(self.shape) | self.metrics.to_json() | {"time": time}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,42 +88,59 @@ class BatchOptions:
     ----------
     policy
         Home policy: ``fixed`` or ``follow``.
-    phase
-        How batches are drawn.
     exchanges
         Of dispatch and of combine.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
+        Which copy of an expert serves.
     layer_ids
         As in ``ServingOptions``.
-    cost
-        What turns steps into seconds, or ``None``.
     """
 
     policy: str
-    phase: Phase = "decode"
     exchanges: tuple[Exchange, Exchange] = ("per-rank", "per-rank")
-    replica_choice: ReplicaChoice | None = None
+    replica_choice: ReplicaChoice = "local-first"
     layer_ids: tuple[int, ...] | None = None
-    cost: CostModel | None = None
 
 
-def batch_sizes(phase: Phase, batch_size: int, num_tokens: int) -> list[int]:
-    """Return the batch sizes to report, ascending: in decoding also small ones."""
-    small = SMALL_BATCHES if phase == "decode" else ()
-    return sorted({min(size, num_tokens) for size in (*small, batch_size)})
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchSteps:
+    """What the ranks do in batches of one shape, layer by layer.
+
+    Attributes
+    ----------
+    shape, batches
+        The batches.
+    layers
+        L layers on all full batches.
+    """
+
+    shape: BatchShape
+    batches: Batches
+    layers: tuple[LayerSteps, ...]
+
+    def figures(self, cost: CostModel | None = None) -> BatchFigures:
+        """Return what is reported of them, with a cost model also the time."""
+        tally = _Tally(self.batches)
+        for steps in self.layers:
+            tally.add(steps)
+        time = None
+        if cost is not None:
+            time = PredictedTime.of([cost.layer_times(steps) for steps in self.layers])
+        return BatchFigures(shape=self.shape, metrics=tally.metrics(), time=time)
 
 
-def batch_figures(
-    placement: Placement, tokens: Chunk, batch_size: int, options: BatchOptions
-) -> BatchFigures:
-    """Serve recorded tokens in batches of one size."""
-    batches = Batches.of_phase(
-        options.phase, tokens.sequence_ids, batch_size, placement.num_ranks
-    )
-    tally = _Tally(placement.num_ranks, batches)
-    times: list[LayerTimes] = []
-    for steps in layer_steps(
+def batch_steps(
+    placement: Placement, tokens: Chunk, shape: BatchShape, options: BatchOptions
+) -> BatchSteps:
+    """Serve recorded tokens in batches of one shape.
+
+    Raises
+    ------
+    UsageError
+        If the policy needs a table.
+    """
+    batches = Batches.of_shape(shape, tokens.sequence_ids, placement.num_ranks)
+    layers = layer_steps(
         placement,
         tokens,
         batches,
@@ -130,20 +148,28 @@ def batch_figures(
         exchanges=options.exchanges,
         replica_choice=options.replica_choice,
         layer_ids=options.layer_ids,
-    ):
-        tally.add(steps)
-        if options.cost is not None:
-            times.append(options.cost.layer_times(steps))
-    return BatchFigures(
-        metrics=tally.metrics(), time=PredictedTime.of(times) if times else None
+    )
+    return BatchSteps(shape=shape, batches=batches, layers=tuple(layers))
+
+
+def filled_warning(
+    shapes: Sequence[BatchShape], num_tokens: int, num_ranks: int
+) -> str | None:
+    """Say which batches the tokens of a trace do not fill, if any."""
+    larger = [one for one in shapes if one.tokens(num_ranks) > num_tokens]
+    if not larger:
+        return None
+    sizes = " and ".join(f"{one.tokens(num_ranks):,}" for one in larger)
+    return (
+        f"{num_tokens:,} tokens do not fill batches of {sizes}: they are repeated, so the "
+        "load looks less even than it would be, and fewer experts are activated"
     )
 
 
 class _Tally:
     """Figures of each batch, layer by layer."""
 
-    def __init__(self, num_ranks: int, batches: Batches) -> None:
-        self.num_ranks = num_ranks
+    def __init__(self, batches: Batches) -> None:
         self.batches = batches
         self.straggler: list[Any] = []
         self.activated: list[Any] = []
@@ -154,22 +180,20 @@ class _Tally:
         self.straggler.append(steps.pairs.max(axis=1) / steps.pairs.mean(axis=1))
         self.activated.append(steps.activated.max(axis=1))
         received = steps.dispatch.fast.received + steps.dispatch.slow.received
-        self.bottleneck.append(received.max(axis=1))
+        self.bottleneck.append(received.max(axis=1) * received.shape[1])
         self.sent.append((*_sent(steps.dispatch), *_sent(steps.combine)))
 
     def metrics(self) -> BatchMetrics:
-        tokens = self.batches.num_full * self.batches.size
-        sent = np.mean(self.sent, axis=0) / tokens
+        batch_size = round(self.batches.size * self.batches.weight)
+        sent = np.mean(self.sent, axis=0) / (self.batches.num_full * batch_size)
         return BatchMetrics(
-            batch_size=self.batches.size,
+            batch_size=batch_size,
             num_batches=self.batches.num_full,
             straggler_mean=float(np.mean(self.straggler)),
             straggler_p95=_p95(self.straggler),
             activated_experts_mean=float(np.mean(self.activated)),
             activated_experts_p95=_p95(self.activated),
-            bottleneck_copies_per_token=float(np.mean(self.bottleneck))
-            * self.num_ranks
-            / self.batches.size,
+            bottleneck_copies_per_token=float(np.mean(self.bottleneck)) / batch_size,
             dispatch_fast_copies_per_token=float(sent[0]),
             dispatch_slow_copies_per_token=float(sent[1]),
             combine_fast_copies_per_token=float(sent[2]),

@@ -17,20 +17,24 @@ pad to tiles, and overlap. ``overlapped`` says what is left where two half batch
 turns, so that one computes while the other communicates: the longer of the two.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from placer.engine import Transfer
+from placer.engine import Element, Engine, Transfer
 from placer.errors import UsageError, require_left_out
 from placer.hardware import Hardware, Link
 from placer.model import ModelSpec, expert_size
 from placer.simulation.steps import Copies, FloatArray, LayerSteps
+from placer.weight_bytes import checkpoint_weight_bytes
 
-BF16_BYTES = 2.0
+#: Bytes per weight in each element, scales included.
+WEIGHT_BYTES: Mapping[Element, float] = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
+# Of several engines, those that dispatch hidden states in fewer bits tell more of a model.
+_ASSUMED: tuple[Element, ...] = ("fp8", "nvfp4")
 _MATRICES, _OPERATIONS = 3, 2
 
 
@@ -46,11 +50,14 @@ class ExpertShape:
         Width of an expert.
     weight_bytes
         Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for four bits.
+    assumption
+        The sentence on where ``weight_bytes`` comes from, if nobody said it.
     """
 
     hidden_size: int
     intermediate_size: int
-    weight_bytes: float = BF16_BYTES
+    weight_bytes: float = WEIGHT_BYTES["bf16"]
+    assumption: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         sizes = (self.hidden_size, self.intermediate_size, self.weight_bytes)
@@ -78,25 +85,40 @@ def find_expert_shape(
     hidden_size: int | None,
     intermediate_size: int | None,
     weight_bytes: float | None,
+    engines: Sequence[Engine] = (),
 ) -> ExpertShape | None:
     """Return the size of an expert from a checkpoint's config, else from the sizes given.
 
-    ``None`` where neither says it. Without ``weight_bytes`` they are those of bf16.
+    ``None`` where neither says it. ``weight_bytes`` is what is given, else what the config
+    says, else taken from the element that the engines dispatch, else bf16.
 
     Raises
     ------
     PlacerError
-        If ``model`` is no checkpoint of a known family.
+        If ``model`` is no checkpoint of a known family, or of an unknown quantisation.
     """
     if model is not None:
         hidden_size = ModelSpec.from_checkpoint(model).hidden_size
         intermediate_size = expert_size(model)
+        if weight_bytes is None:
+            weight_bytes = checkpoint_weight_bytes(model)
     if hidden_size is None or intermediate_size is None:
         return None
+    assumption = None
+    if weight_bytes is None:
+        found = [one for e in _ASSUMED for one in engines if one.dispatch.element == e]
+        element: Element = found[0].dispatch.element if found else "bf16"
+        weight_bytes = WEIGHT_BYTES[element]
+        said_by = f", as {found[0].name} dispatches" if found else ""
+        assumption = (
+            f"an expert's weights are taken as {element} (bytes each: {weight_bytes:g})"
+            f"{said_by}; give --weight-bytes, or --model DIR"
+        )
     return ExpertShape(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        weight_bytes=BF16_BYTES if weight_bytes is None else weight_bytes,
+        weight_bytes=weight_bytes,
+        assumption=assumption,
     )
 
 
@@ -300,9 +322,7 @@ class BreakEven:
                 "always": "is faster at every bandwidth",
                 "never": "is never faster",
             }[self.pays]
-        return (
-            f"is faster {self.pays} {self.bandwidth / 1e9:,.3g} GB/s per GPU and direction"
-        )
+        return f"is faster {self.pays} {self.bandwidth / 1e9:,.3g} GB/s"
 
     def to_json(self) -> dict[str, str | float | None]:
         """Return the fields by name, in GB/s."""

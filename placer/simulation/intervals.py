@@ -24,7 +24,7 @@ _DECIMALS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopiesRatio:
-    """Rank copies of a plan over those of a baseline.
+    """What a plan sends over what a baseline sends.
 
     Attributes
     ----------
@@ -55,8 +55,8 @@ class CopiesRatio:
         }
 
     def words(self, baseline: str) -> str:
-        """Return the end of a sentence that begins with the plan."""
-        parts = [f"sends {self.ratio:.3f} of the copies of {baseline}"]
+        """Return the end of a sentence that says what is sent."""
+        parts = [f"{self.ratio:.3f} of {baseline}'s"]
         if self.low is not None and self.high is not None:
             parts.append(f"95 % interval {self.low:.3f} to {self.high:.3f}")
         if self.worst_ratio is not None:
@@ -76,7 +76,7 @@ def copies_ratio(
     Parameters
     ----------
     plan, baseline
-        ``[T]`` int64: copies that each token sends, over all layers.
+        ``[T]`` int64: what each token sends, over all layers.
     sequence_ids
         ``[T]``.
     domain_ids, domains

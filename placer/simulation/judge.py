@@ -8,31 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from placer.baseline import BASELINES, BaselineProblem
-from placer.engine import Engine, Exchange, ReplicaChoice, Transfer
+from placer.engine import Engine, ReplicaChoice
 from placer.errors import PlacerError, UsageError
 from placer.hardware import Hardware
 from placer.model import require_same_model
 from placer.plan import Placement, Plan
 from placer.plan.plan import plan_sha256
-from placer.plan.problem import Topology
+from placer.simulation.baseline_placements import baseline_placements
 from placer.simulation.batch_figures import (
     BatchFigures,
     BatchOptions,
-    batch_figures,
-    batch_sizes,
+    BatchSteps,
+    batch_steps,
+    filled_warning,
 )
 from placer.simulation.cost import BreakEven, CostModel, ExpertShape, break_even
-from placer.simulation.homes import Phase
+from placer.simulation.homes import BatchShape, batch_shapes
 from placer.simulation.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.profile import num_seen_sequences, other_phase, profile_of
 from placer.simulation.replica_choice import unknown_dense_layers
-from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
+from placer.simulation.sent import Sent, Wire
+from placer.simulation.simulate import count
 from placer.table.table import Table
 from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
-DEFAULT_BASELINES = ("contiguous", "balanced")
+PLAN = "plan"
 Figures = Mapping[str, PolicyMetrics]
 Tallies = Mapping[str, PolicyTally]
 BatchTable = Mapping[str, tuple[BatchFigures, ...]]
@@ -48,9 +49,7 @@ class Serving:
         What is sent, and in which element; without one, what the plan was solved for, in
         bf16.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
-    phase
-        How batches are drawn.
+        Which copy of an expert serves.
     hardware, expert
         What the cost model needs; without hardware no time is predicted.
     hidden_size
@@ -58,21 +57,12 @@ class Serving:
     """
 
     engine: Engine | None = None
-    replica_choice: ReplicaChoice | None = None
-    phase: Phase = "decode"
+    replica_choice: ReplicaChoice = "local-first"
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
     hidden_size: int | None = None
 
-    def transfers(self, plan: Plan) -> tuple[Transfer, Transfer]:
-        """Return what a dispatch and a combine of this plan send."""
-        if self.engine is not None:
-            return self.engine.dispatch, self.engine.combine
-        exchange: Exchange = "per-node" if plan.exchange == "per-node" else "per-rank"
-        way = Transfer(exchange=exchange, element="bf16")
-        return way, way
-
-    def cost_model(self, plan: Plan) -> CostModel | None:
+    def cost_model(self, wire: Wire) -> CostModel | None:
         """Return the cost model, or ``None`` without hardware.
 
         Raises
@@ -87,19 +77,25 @@ class Serving:
                 "--hardware predicts no time without the size of an expert",
                 "give --model DIR (its config.json), or --hidden-size and --expert-size",
             )
-        dispatch, combine = self.transfers(plan)
         return CostModel(
             hardware=self.hardware,
             expert=self.expert,
-            dispatch=dispatch,
-            combine=combine,
-            num_nodes=plan.placement.num_nodes,
+            dispatch=wire.dispatch,
+            combine=wire.combine,
+            num_nodes=wire.num_nodes,
         )
+
+
+def answered(engine: Engine | None, shapes: Sequence[BatchShape]) -> tuple[BatchShape, ...]:
+    """Return the batches that an engine is run for; without an engine, all."""
+    if engine is None:
+        return tuple(shapes)
+    return tuple(one for one in shapes if one.batching in engine.phases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """A plan and its baselines on the same tokens.
+    """A plan and its baselines on the same tokens, served in one way.
 
     Attributes
     ----------
@@ -111,23 +107,22 @@ class Judgement:
         What was simulated.
     num_ranks
         Ranks of the plan.
-    batch_size
-        Tokens of one forward pass.
     hidden_size
         Width of the hidden state, or ``None`` where the trace does not know.
     policy
         The home policy under which batches are served: what the plan was solved for, or
         ``fixed`` where that needs a table.
     batches
-        Figures by name of the placement, ``plan`` last, and batch size.
+        By name of the placement, ``plan`` last: figures in batches of each shape.
+    sent
+        What the engine sends, and placements change under ``policy``; ``None`` where they
+        change nothing.
     ratios
-        By baseline: copies of the plan over its copies, under ``policy``.
+        By baseline: what the plan sends over what it sends, under ``policy``.
     break_even
-        By baseline: for which bandwidth the plan is faster, in the largest batches.
-    serving, transfers
-        How the tokens are served, and what is sent.
-    has_replicas
-        Whether the plan has redundant experts.
+        By baseline, for each of ``batches``: for which bandwidth the plan is faster.
+    serving, wire
+        How the tokens are served, and what crosses the wire.
     warnings
         What limits the figures.
     """
@@ -139,16 +134,20 @@ class Judgement:
     num_layers: int
     top_k: int
     num_ranks: int
-    batch_size: int
     hidden_size: int | None
     policy: str
     batches: BatchTable
-    break_even: Mapping[str, BreakEven]
+    sent: Sent | None
     ratios: Mapping[str, CopiesRatio]
+    break_even: Mapping[str, tuple[BreakEven, ...]]
     serving: Serving
-    transfers: tuple[Transfer, Transfer]
-    has_replicas: bool
+    wire: Wire
     warnings: tuple[str, ...]
+
+    @property
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """The batches that were served."""
+        return tuple(one.shape for one in self.batches[PLAN])
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``placer simulate --json``."""
@@ -159,56 +158,24 @@ class Judgement:
             "layers": self.num_layers,
             "top_k": self.top_k,
             "sequences": self.num_sequences,
-            "batch_size": self.batch_size,
             "replica_choice": self.serving.replica_choice,
             "engine": None if self.serving.engine is None else self.serving.engine.name,
-            "phase": self.serving.phase,
             "batches": {
                 name: [one.to_json() for one in figures]
                 for name, figures in self.batches.items()
             },
             "bytes_per_token": self.bytes_per_token(),
-            "copies_ratio": {name: one.to_json() for name, one in self.ratios.items()},
-            "break_even": {name: one.to_json() for name, one in self.break_even.items()},
+            "sent": None if self.sent is None else self.sent.metric,
+            "sent_ratio": {name: one.to_json() for name, one in self.ratios.items()},
+            "break_even": {
+                name: [
+                    dataclasses.asdict(shape) | one.to_json()
+                    for shape, one in zip(self.shapes, found, strict=True)
+                ]
+                for name, found in self.break_even.items()
+            },
             "warnings": list(self.warnings),
         }
-
-    def facts(self) -> list[str]:
-        """Return one line each on what the figures mean, and what they leave out."""
-        lines = [
-            f"{self.num_tokens:,} tokens of {self.num_sequences:,} sequences, "
-            f"{self.num_layers} MoE layers, top-{self.top_k}, {self.num_ranks} ranks, "
-            f"batches of {self.batch_size:,} tokens"
-        ]
-        if self.serving.engine is not None:
-            lines += self._engine_facts(self.serving.engine)
-        if self.has_replicas:
-            lines.append(f"replica choice: {self.serving.replica_choice}")
-        lines += [
-            f"under {self.policy}, the plan {one.words(name)}"
-            for name, one in self.ratios.items()
-        ]
-        lines += [self._break_even_fact(name) for name in self.break_even]
-        lines.append(
-            "follow also sends the keys and values of every layer to all other "
-            f"{self.num_ranks - 1} ranks: not counted"
-        )
-        if "token" in self.policies:
-            moved = 2 * (self.num_ranks - 1) / self.num_ranks
-            lines.append(
-                f"token also moves {moved:.2f} hidden states per token and layer in the "
-                "reduce-scatter and all-gather of attention-TP: not counted"
-            )
-        return lines
-
-    def _engine_facts(self, engine: Engine) -> list[str]:
-        ways = (engine.dispatch, engine.combine)
-        dispatch, combine = (f"{way.exchange} in {way.element}" for way in ways)
-        effect = engine.effect("fixed", has_replicas=self.has_replicas)
-        return [
-            f"{engine.name}: dispatch {dispatch}, combine {combine}",
-            f"under fixed, {effect.reason}",
-        ]
 
     def bytes_per_token(self) -> dict[str, dict[str, float]] | None:
         """Return bytes per token and layer: by placement, then way and link class.
@@ -217,7 +184,8 @@ class Judgement:
         """
         if self.hidden_size is None:
             return None
-        sizes = [way.copy_bytes(self.hidden_size) for way in self.transfers]
+        ways = (self.wire.dispatch, self.wire.combine)
+        sizes = [way.copy_bytes(self.hidden_size) for way in ways]
         return {
             name: {
                 f"{way}_{link}": round(
@@ -230,11 +198,6 @@ class Judgement:
             for name, figures in self.batches.items()
         }
 
-    def _break_even_fact(self, name: str) -> str:
-        found = self.break_even[name]
-        size = self.batches["plan"][-1].metrics.batch_size
-        return f"beside {name}, in batches of {size:,}, the plan {found.words}"
-
 
 def judge_plan(
     plan_path: Path,
@@ -242,39 +205,72 @@ def judge_plan(
     *,
     selection: Selection = EVERYTHING,
     table_path: Path | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    baselines: Sequence[str] = DEFAULT_BASELINES,
-    serving: Serving | None = None,
-) -> Judgement:
-    """Simulate a plan and baselines on the tokens selected.
+    shapes: Sequence[BatchShape] | None = None,
+    baselines: Sequence[str] | None = None,
+    servings: Sequence[Serving] = (Serving(),),
+) -> tuple[Judgement, ...]:
+    """Simulate a plan and baselines on the tokens selected, served in each way.
 
     Baselines see the plan's own profile where it is of this trace, else all tokens of
-    the phase that is judged.
+    the phase that is judged. An engine that is run for none of the batches gets no
+    judgement.
 
     Raises
     ------
     PlacerError
         If plan and trace are of different models, or the table is of another plan.
     UsageError
-        If a baseline is unknown, ``batch_size`` not positive, or the size of an expert
-        is needed and not known.
+        If a baseline is unknown, no engine is run for any of the batches, or the size of
+        an expert is needed and not known.
     """
-    plan, serving = Plan.read(plan_path), serving or Serving()
-    cost = serving.cost_model(plan)
+    plan = Plan.read(plan_path)
+    shapes = batch_shapes() if shapes is None else shapes
+    asked = [one for one in servings if answered(one.engine, shapes)]
+    if not asked:
+        engines = [one.engine for one in servings if one.engine is not None]
+        raise no_batch_for(engines, shapes)
     matched = require_same_model(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
     table = None if table_path is None else read_table_of(table_path, plan_path)
     tokens = trace.read(selection)
-    num_sequences = len(np.unique(tokens.sequence_ids))
-    compared, missing = _baseline_placements(plan, trace, baselines, selection)
-    seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
-    layer_ids = plan.model.layer_ids or trace.model.layer_ids
-    warnings = [
+    compared, missing = baseline_placements(plan, trace, selection, baselines)
+    judge = _Judge(plan, trace, tokens, {**compared, PLAN: plan.placement}, table)
+    warnings = (
         matched,
-        unknown_dense_layers(plan.placement, serving.replica_choice, layer_ids),
         *missing,
         other_phase(plan, selection),
+        *_warnings(plan, trace, tokens, table),
+    )
+    return tuple(
+        judge.judgement(
+            one,
+            answered(one.engine, shapes),
+            tuple(text for text in warnings if text is not None),
+        )
+        for one in asked
+    )
+
+
+def no_batch_for(engines: Sequence[Engine], shapes: Sequence[BatchShape]) -> UsageError:
+    """Return the error that none of the engines is run for any of the batches."""
+    drawn = sorted({one.batching for one in shapes})
+    phases = sorted({phase for engine in engines for phase in engine.phases})
+    return UsageError(
+        f"--engine {', '.join(one.name for one in engines)} is run for "
+        f"{' and '.join(phases)}, and the batches asked for are those of "
+        f"{' and '.join(drawn)}",
+        f"add --batching {phases[0]}, or leave out --tokens-per-rank",
+    )
+
+
+def _warnings(
+    plan: Plan, trace: Trace, tokens: Chunk, table: Table | None
+) -> tuple[str | None, ...]:
+    """Return what limits the figures, whatever serves."""
+    num_sequences = len(np.unique(tokens.sequence_ids))
+    seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
+    return (
         f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
         f"the figures flatter it: {_remedy(profile_of(plan, trace))}"
         if seen
@@ -291,95 +287,143 @@ def judge_plan(
         "the trace has no token ids: the table knows no token of it"
         if table is not None and tokens.token_ids is None
         else None,
-    ]
+    )
 
-    def simulated(placement: Placement, of: Table | None) -> Tallies:
-        return count(
-            placement,
-            tokens,
-            batch_size=batch_size,
-            phase=serving.phase,
-            table=of,
+
+class _Judge:
+    """Placements on the same tokens; nothing is counted twice for several engines."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        trace: Trace,
+        tokens: Chunk,
+        placements: Mapping[str, Placement],
+        table: Table | None,
+    ) -> None:
+        self.plan = plan
+        self.trace = trace
+        self.tokens = tokens
+        self.placements = placements
+        self.table = table
+        self.layer_ids = plan.model.layer_ids or trace.model.layer_ids
+        self._tallies: dict[tuple[str, ReplicaChoice], Tallies] = {}
+        self._steps: dict[tuple[str, BatchShape, BatchOptions], BatchSteps] = {}
+
+    def judgement(
+        self, serving: Serving, shapes: Sequence[BatchShape], warnings: Sequence[str]
+    ) -> Judgement:
+        """Serve all placements in one way."""
+        plan, tokens = self.plan, self.tokens
+        wire = Wire.of(plan, serving.engine, serving.replica_choice)
+        cost = serving.cost_model(wire)
+        policy = plan.policy_without_table
+        options = BatchOptions(
+            policy=policy,
+            exchanges=(wire.dispatch.exchange, wire.combine.exchange),
             replica_choice=serving.replica_choice,
-            layer_ids=layer_ids,
+            layer_ids=self.layer_ids,
+        )
+        batches = {
+            name: tuple(self._figures(name, shape, options, cost) for shape in shapes)
+            for name in self.placements
+        }
+        tallies = {
+            name: self._counted(name, serving.replica_choice) for name in self.placements
+        }
+        own_warnings = (
+            unknown_dense_layers(plan.placement, serving.replica_choice, self.layer_ids),
+            filled_warning(shapes, tokens.num_tokens, plan.placement.num_ranks),
+            None if cost is None else cost.expert.assumption,
+        )
+        sent = wire.compared(policy)
+        return Judgement(
+            policies=_metrics(tallies[PLAN]),
+            baselines={
+                name: _metrics(one) for name, one in tallies.items() if name != PLAN
+            },
+            num_tokens=tokens.num_tokens,
+            num_sequences=len(np.unique(tokens.sequence_ids)),
+            num_layers=plan.model.num_layers,
+            top_k=plan.model.top_k,
+            num_ranks=plan.placement.num_ranks,
+            hidden_size=self.trace.model.hidden_size
+            or plan.model.hidden_size
+            or (None if serving.expert is None else serving.expert.hidden_size)
+            or serving.hidden_size,
+            policy=policy,
+            batches=batches,
+            sent=sent,
+            ratios=self._ratios(tallies, sent),
+            break_even=_break_evens(batches, cost),
+            serving=serving,
+            wire=wire,
+            warnings=(
+                *warnings,
+                *(text for text in own_warnings if text is not None),
+            ),
         )
 
-    own = simulated(plan.placement, table)
-    others = {name: simulated(placed, None) for name, placed in compared.items()}
-    transfers = serving.transfers(plan)
-    options = BatchOptions(
-        policy=plan.policy_without_table,
-        phase=serving.phase,
-        exchanges=(transfers[0].exchange, transfers[1].exchange),
-        replica_choice=serving.replica_choice,
-        layer_ids=layer_ids,
-        cost=cost,
-    )
-    sizes = batch_sizes(serving.phase, batch_size, tokens.num_tokens)
-    batches = {
-        name: tuple(batch_figures(placement, tokens, size, options) for size in sizes)
-        for name, placement in {**compared, "plan": plan.placement}.items()
-    }
-    return Judgement(
-        policies=_metrics(own),
-        baselines={name: _metrics(one) for name, one in others.items()},
-        ratios=_ratios(plan.policy, own, others, tokens, trace),
-        num_tokens=tokens.num_tokens,
-        num_sequences=num_sequences,
-        num_layers=plan.model.num_layers,
-        top_k=plan.model.top_k,
-        num_ranks=plan.placement.num_ranks,
-        batch_size=min(batch_size, tokens.num_tokens),
-        hidden_size=trace.model.hidden_size
-        or plan.model.hidden_size
-        or (None if serving.expert is None else serving.expert.hidden_size)
-        or serving.hidden_size,
-        policy=plan.policy_without_table,
-        batches=batches,
-        break_even=_break_evens(batches, cost),
-        serving=serving,
-        transfers=transfers,
-        has_replicas=plan.placement.has_replicas,
-        warnings=tuple(warning for warning in warnings if warning is not None),
-    )
+    def _counted(self, name: str, choice: ReplicaChoice) -> Tallies:
+        if (name, choice) not in self._tallies:
+            self._tallies[name, choice] = count(
+                self.placements[name],
+                self.tokens,
+                table=self.table if name == PLAN else None,
+                replica_choice=choice,
+                layer_ids=self.layer_ids,
+            )
+        return self._tallies[name, choice]
+
+    def _figures(
+        self, name: str, shape: BatchShape, options: BatchOptions, cost: CostModel | None
+    ) -> BatchFigures:
+        key = name, shape, options
+        if key not in self._steps:
+            self._steps[key] = batch_steps(
+                self.placements[name], self.tokens, shape, options
+            )
+        return self._steps[key].figures(cost)
+
+    def _ratios(
+        self, tallies: Mapping[str, Tallies], sent: Sent | None
+    ) -> dict[str, CopiesRatio]:
+        """Relate what the plan sends to every baseline's, under the plan's own policy."""
+        policy, own = self.plan.policy, tallies[PLAN]
+        if sent is None:
+            return {}
+        found = {
+            name: copies_ratio(
+                sent.of_token(own[policy]),
+                sent.of_token(others[policy]),
+                self.tokens.sequence_ids,
+                self.tokens.domain_ids,
+                self.trace.header.domains,
+            )
+            for name, others in tallies.items()
+            if name != PLAN and policy in own and policy in others
+        }
+        return {name: one for name, one in found.items() if one is not None}
 
 
-def _metrics(tallies: Tallies) -> Figures:
+def _metrics(tallies: Tallies) -> dict[str, PolicyMetrics]:
     return {policy: tally.metrics() for policy, tally in tallies.items()}
 
 
-def _ratios(
-    policy: str,
-    own: Tallies,
-    others: Mapping[str, Tallies],
-    tokens: Chunk,
-    trace: Trace,
-) -> dict[str, CopiesRatio]:
-    """Compare the plan's copies with every baseline's, under the plan's policy."""
-    found = {
-        name: copies_ratio(
-            own[policy].copies_of_token,
-            tallies[policy].copies_of_token,
-            tokens.sequence_ids,
-            tokens.domain_ids,
-            trace.header.domains,
-        )
-        for name, tallies in others.items()
-        if policy in own and policy in tallies
-    }
-    return {name: one for name, one in found.items() if one is not None}
-
-
-def _break_evens(batches: BatchTable, cost: CostModel | None) -> dict[str, BreakEven]:
-    """Compare the plan's predicted time with every baseline's, in the largest batches."""
+def _break_evens(
+    batches: BatchTable, cost: CostModel | None
+) -> dict[str, tuple[BreakEven, ...]]:
+    """Compare the plan's predicted time with every baseline's, in batches of each shape."""
     if cost is None:
         return {}
-    last = {name: figures[-1].time for name, figures in batches.items()}
-    plan = last.pop("plan")
     return {
-        name: break_even(plan, other, cost)
-        for name, other in last.items()
-        if plan is not None and other is not None
+        name: tuple(
+            break_even(plan.time, other.time, cost)
+            for plan, other in zip(batches[PLAN], figures, strict=True)
+            if plan.time is not None and other.time is not None
+        )
+        for name, figures in batches.items()
+        if name != PLAN
     }
 
 
@@ -424,41 +468,6 @@ def _remedy(profile: Selection | None, make: str = "solve") -> str:
     if profile is None or profile.fold is None:
         return f"{make} with --fold 0/2, then simulate with --not-fold 0/2"
     return f"simulate with {profile.complement().options}"
-
-
-def _baseline_placements(
-    plan: Plan, trace: Trace, names: Sequence[str], judged: Selection
-) -> tuple[dict[str, Placement], list[str]]:
-    """Build the baselines from the plan's profile; say what limits them."""
-    unknown = sorted(set(names) - set(BASELINES))
-    if unknown:
-        raise UsageError(
-            f"--baseline {unknown[0]} is not known", f"choose among {', '.join(BASELINES)}"
-        )
-    ranks, nodes = plan.placement.num_ranks, plan.placement.num_nodes
-    sizes = plan.placement.num_experts
-    warnings = []
-    if any(size % ranks for size in sizes):
-        names = [name for name in names if name == "eplb"]
-        warnings.append(
-            f"no baseline without redundant experts: {sizes[0]} experts do not "
-            f"divide over {ranks} ranks"
-        )
-    problem = BaselineProblem(
-        trace=trace,
-        selection=profile_of(plan, trace) or Selection(phase=judged.phase),
-        topology=Topology(num_nodes=nodes, gpus_per_node=ranks // nodes),
-        redundant_experts=plan.placement.redundant_experts,
-    )
-    if not problem.load[0].any():  # no sequence of the fold is in this trace
-        problem = dataclasses.replace(problem, selection=Selection(phase=judged.phase))
-    informed = [name for name in names if name not in ("contiguous", "random")]
-    if problem.selection.fold is None and informed:
-        warnings.append(
-            "the plan records no profile fold: given all sequences as their profile: "
-            f"{', '.join(informed)}"
-        )
-    return {name: BASELINES[name](problem) for name in names}, warnings
 
 
 def _figures_json(figures: Figures) -> dict[str, dict[str, float]]:

@@ -70,20 +70,20 @@ class PolicyTally:
         The topology.
     batches
         Which tokens share a batch.
-    copies_of_token
-        ``[T]`` int64: rank copies that a token sent in all layers counted.
-    node_copies_of_token
-        ``[T]`` int64: node copies, likewise.
+    pairs_of_token
+        ``[T]`` int64: pairs of a token that were served elsewhere, in all layers counted.
+    copies_of_token, node_copies_of_token
+        ``[T]`` int64: rank copies and node copies that it sent, likewise.
     """
 
     num_ranks: int
     ranks_per_node: int
     batches: Batches
+    pairs_of_token: npt.NDArray[np.int64] = field(init=False)
     copies_of_token: npt.NDArray[np.int64] = field(init=False)
     node_copies_of_token: npt.NDArray[np.int64] = field(init=False)
     _num_pairs: int = 0
     _num_tokens: int = 0
-    _local: int = 0
     _rank_copies: int = 0
     _combine: int = 0
     _crossing: int = 0
@@ -94,6 +94,7 @@ class PolicyTally:
 
     def __post_init__(self) -> None:
         self.copies_of_token = np.zeros(len(self.batches.order), dtype=np.int64)
+        self.pairs_of_token = np.zeros_like(self.copies_of_token)
         self.node_copies_of_token = np.zeros_like(self.copies_of_token)
 
     def add(
@@ -118,7 +119,7 @@ class PolicyTally:
         rank_copies = int(copies.sum())
         self._num_pairs += ranks.size
         self._num_tokens += len(home)
-        self._local += int(np.count_nonzero(at_home))
+        self.pairs_of_token += np.count_nonzero(~at_home, axis=0)
         self._rank_copies += rank_copies
         self._combine += (
             rank_copies
@@ -154,9 +155,10 @@ class PolicyTally:
 
     def metrics(self) -> PolicyMetrics:
         """Return the metrics over all layers counted."""
+        remote = int(self.pairs_of_token.sum())
         return PolicyMetrics(
-            local_activation_rate=self._local / self._num_pairs,
-            remote_pairs_per_token=(self._num_pairs - self._local) / self._num_tokens,
+            local_activation_rate=(self._num_pairs - remote) / self._num_pairs,
+            remote_pairs_per_token=remote / self._num_tokens,
             remote_rank_copies_per_token=self._rank_copies / self._num_tokens,
             combine_rank_copies_per_token=self._combine / self._num_tokens,
             crossing_rank_copies_per_token=self._crossing / self._num_tokens,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from placer.engine import ReplicaChoice
 from placer.errors import PlacerError
 from placer.plan.placement import Placement
-from placer.simulation.homes import Batches, Phase, fixed_homes
+from placer.simulation.homes import Batches, fixed_homes
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.replica_choice import Server
 from placer.simulation.serving import LayerServing, RankArray, majority_rank
@@ -17,6 +17,7 @@ from placer.table.lookup import request_homes
 from placer.table.table import Table
 from placer.trace import Chunk
 
+#: Tokens of the batches that the metrics of home policies are defined by.
 DEFAULT_BATCH_SIZE = 4096
 
 
@@ -26,24 +27,22 @@ class ServingOptions(TypedDict, total=False):
     Attributes
     ----------
     batch_size
-        Tokens of one forward pass; 4,096.
-    phase
-        How batches are drawn: see :meth:`Batches.of_phase`; ``decode``.
+        Tokens of one forward pass of all ranks; 4,096, by which ``straggler_mean`` and
+        ``bottleneck_rank_copies_per_token`` are defined.
     table
         The placement's token-shuffle table, for the policies ``token``, ``token_equal``
         and ``request``; ``None``.
     replica_choice
         Which copy of an expert serves (:mod:`placer.simulation.replica_choice`);
-        ``None``, which will do where each expert has one copy.
+        ``local-first``.
     layer_ids
         The model's own layer number of each MoE layer, which ``sglang-static`` depends
         on; ``None``: no layer is dense.
     """
 
     batch_size: int
-    phase: Phase
     table: Table | None
-    replica_choice: ReplicaChoice | None
+    replica_choice: ReplicaChoice
     layer_ids: tuple[int, ...] | None
 
 
@@ -75,7 +74,7 @@ def simulate(
     PlacerError
         If the tokens or the table do not fit the placement, or there is no token.
     UsageError
-        If ``batch_size`` is not positive, or the phase is not known.
+        If ``batch_size`` is not positive.
     """
     tallies = count(placement, tokens, **options)
     return {policy: tally.metrics() for policy, tally in tallies.items()}
@@ -87,16 +86,11 @@ def count(
     """Return the counts behind :func:`simulate`, which says what is given and raised."""
     table = options.get("table")
     _require_fitting(placement, tokens, table)
-    batches = Batches.of_phase(
-        options.get("phase", "decode"),
-        tokens.sequence_ids,
-        options.get("batch_size", DEFAULT_BATCH_SIZE),
-        placement.num_ranks,
-    )
+    batches = Batches.of(tokens.sequence_ids, options.get("batch_size", DEFAULT_BATCH_SIZE))
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
     server = Server(
         placement,
-        options.get("replica_choice"),
+        options.get("replica_choice", "local-first"),
         batches,
         options.get("layer_ids"),
     )

@@ -99,7 +99,7 @@ def layer_steps(
     *,
     policy: str,
     exchanges: tuple[Exchange, Exchange],
-    replica_choice: ReplicaChoice | None = None,
+    replica_choice: ReplicaChoice = "local-first",
     layer_ids: Sequence[int] | None = None,
 ) -> Iterator[LayerSteps]:
     """Serve recorded tokens batch by batch, and yield what each layer's ranks do.
@@ -117,7 +117,7 @@ def layer_steps(
     exchanges
         Of dispatch and of combine.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
+        Which copy of an expert serves.
     layer_ids
         As :func:`placer.simulation.replica_choice.serving_layers` takes it.
 
@@ -157,10 +157,11 @@ class _Counter:
         self.width = placement.ranks_per_node
 
     def per_rank(self, cell: npt.NDArray[Any], weight: float = 1.0) -> FloatArray:
-        """Return ``[B, R]``: ``weight`` times how often each batch x R + rank occurs."""
+        """Return ``[B, R]``: ``weight`` times the tokens of each batch x R + rank."""
         shape = (self.batches.num_batches, self.num_ranks)
         counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
-        return weight * counts[: self.batches.num_full].astype(np.float64)
+        tokens = counts[: self.batches.num_full].astype(np.float64)
+        return weight * self.batches.weight * tokens
 
     def activated(
         self, layer: int, ranks: RankArray, experts: npt.NDArray[Any]

@@ -85,7 +85,7 @@ def test_from_a_model_to_a_verified_checkpoint(
     )
     assert set(judged["policies"]) >= {"fixed", "follow", "token", "token_equal", "oracle"}
     assert judged["policies"]["fixed"] == solved["metrics"]["heldout"]["fixed"]
-    assert set(judged["baselines"]) == {"contiguous", "balanced"}
+    assert set(judged["baselines"]) == {"contiguous", "balanced", "eplb"}
 
     run("export", "checkpoint", plan, tiny_model, "--out", out)
     verified = json.loads(run("verify", tiny_model, out, plan, "--corpus", text, "--json"))

@@ -16,7 +16,7 @@ from placer.trace import Trace
 NOTHING_ASKED = {
     "robust": "none",
     "overflow_price": None,
-    "replica_choice": None,
+    "replica_choice": "local-first",
     "pins": [],
 }
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
@@ -44,8 +44,7 @@ def trace(make_trace: Callable[..., Trace]) -> Trace:
     [
         ("--policy token --fold 0/2", {}, 8),
         ("--policy request --fold 0/2", {}, 8),
-        ("--policy token --redundant-experts auto --redundant-gain 0.2 "
-         "--replica-choice local-first", {"replica_choice": "local-first"}, 16),
+        ("--policy token --redundant-experts auto --redundant-gain 0.2", {}, 16),
         ("--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
          {"robust": "bootstrap", "overflow_price": 3.0, "pins": ["0:1=1"]}, 8),
         ("--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
@@ -97,10 +96,8 @@ def test_what_goes_together_is_solved(
         ("--max-imbalance inf", "--max-imbalance must be a finite number"),
         ("--receive-price nan", "--receive-price must be a finite number"),
         ("--redundant-experts auto --redundant-memory nan --hidden-size 64 "
-         "--expert-size 32 --replica-choice hash",
-         "--redundant-memory must be a finite number"),
-        ("--redundant-experts auto --replica-choice hash --preserve-groups",
-         "checkpoints, which hold none"),
+         "--expert-size 32", "--redundant-memory must be a finite number"),
+        ("--redundant-experts auto --preserve-groups", "checkpoints, which hold none"),
     ],
 )  # fmt: skip
 def test_what_does_not_is_refused_and_leaves_nothing(
@@ -153,7 +150,7 @@ def test_a_start_of_another_model_or_number_of_slots_is_refused(
 ) -> None:
     first, out = tmp_path / "first.json", tmp_path / "plan.json"
     assert solve(trace, first, "", capsys)[0] == 0
-    auto = f"--start {first} --redundant-experts auto --replica-choice hash"
+    auto = f"--start {first} --redundant-experts auto"
     code, told = solve(trace, out, auto, capsys)
     assert (code, "--start has as many slots as it has" in told) == (2, True)
     value = json.loads(first.read_text())
@@ -187,7 +184,7 @@ def test_a_plan_says_what_it_started_from(
 def test_plans_of_a_frontier_say_what_was_chosen_for_all(
     trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--frontier 1.5,2 --redundant-experts auto --ep-size 2 --replica-choice hash"
+    words = "--frontier 1.5,2 --redundant-experts auto --ep-size 2"
     assert solve(trace, tmp_path / "curve", words, capsys)[0] == 0
     with (tmp_path / "curve" / "frontier.csv").open() as stream:
         rows = list(csv.DictReader(stream))

@@ -10,13 +10,15 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.cli.main import main
-from placer.engine import Engine
+from placer.engine import Engine, engines_named
 from placer.errors import UsageError
 from placer.hardware import Hardware
 from placer.model import ModelSpec
 from placer.plan.problem import Topology
 from placer.plan.search import Search
-from placer.report.advice import Question, advise_on_loads, advise_on_trace, next_command
+from placer.report.advice import Advice, advise_on_loads, next_command
+from placer.report.question import Question, usual_engines
+from placer.report.trace_advice import advise_on_trace, changed
 from placer.simulation.cost import ExpertShape
 from placer.trace import Chunk, Trace, TraceWriter
 
@@ -60,15 +62,76 @@ def even(num_tokens: int = 4000) -> np.ndarray:
     )[:, :2]
 
 
+def advised(trace: Trace, question: Question = QUESTION) -> Advice:
+    return advise_on_trace(trace, [question])
+
+
 def test_partners_are_worth_placing(tmp_path: Path) -> None:
     trace = write(tmp_path / "t", partners())
-    advice = advise_on_trace(trace, QUESTION)
+    advice = advised(trace)
     assert advice.verdict == "worth it"
     # Apart: two ranks of four, at any home 2 x 3/4 copies; together half of that.
-    assert advice.candidates["contiguous"].copies_per_token == pytest.approx(1.5, abs=0.05)
-    assert advice.candidates["placed"].copies_per_token == pytest.approx(0.75, abs=0.05)
-    assert "--policy fixed" in next_command(advice, trace.directory, QUESTION)
-    assert advice.warnings == ("20 held-out sequences are too few to trust: 30 are needed",)
+    for answer in advice.answers:
+        assert answer.verdict == "worth it"
+        for name, copies in (("contiguous", 1.5), ("placed", 0.75)):
+            for one in answer.candidates[name]:
+                assert one.sent_per_token == pytest.approx(copies, abs=0.05)
+        assert "worth it. placing lowers copies sent by 4" in answer.sentence
+    assert "--policy fixed" in next_command(advice, trace.directory, [QUESTION])
+    few, filled = advice.warnings
+    assert few == "20 held-out sequences are too few to trust: 30 are needed"
+    assert filled.startswith("2,000 tokens do not fill batches of 16,384")
+
+
+def test_without_an_engine_both_usual_exchanges_are_answered(tmp_path: Path) -> None:
+    """All-gather gains nothing from partners on one rank, the all-to-all half."""
+    trace = write(tmp_path / "t", partners())
+    questions = [replace(QUESTION, engine=one) for one in usual_engines(1)]
+    advice = advise_on_trace(trace, questions)
+    found = {(one.engine, one.phase): one.verdict for one in advice.answers}
+    assert found == {
+        ("default all-gather", "prefill"): "not worth it",
+        ("default all-gather", "decode"): "not worth it",
+        ("token all-to-all", "prefill"): "worth it",
+        ("token all-to-all", "decode"): "worth it",
+    }
+    command = next_command(advice, trace.directory, questions)
+    assert command is not None
+    assert "--engine" not in command
+
+
+def test_a_family_is_answered_by_phase(tmp_path: Path) -> None:
+    trace = write(tmp_path / "t", partners())
+    questions = [replace(QUESTION, engine=one) for one in engines_named("vllm")]
+    advice = advise_on_trace(trace, questions)
+    answered = {(one.engine, one.phase) for one in advice.answers}
+    assert answered == {
+        (one.name, phase) for one in engines_named("vllm") for phase in one.phases
+    }
+    command = next_command(advice, trace.directory, questions)
+    assert command is not None
+    assert f"--engine {advice.best.engine}" in command
+
+
+def test_a_figure_that_rises_is_not_said_to_fall() -> None:
+    assert changed("copies sent", 1.0, 1.042) == (
+        "raises copies sent by 4.2 % (1.000 to 1.042 per token and layer)"
+    )
+    assert changed("copies sent", 2.0, 1.5).startswith("lowers copies sent by 25.0 %")
+
+
+def test_redundant_experts_are_named_where_one_expert_is_hot(tmp_path: Path) -> None:
+    """Half of all pairs are of expert 0: no rank that holds it is near the mean."""
+    rng = np.random.default_rng(0)
+    other = rng.integers(1, 8, size=4000)
+    trace = write(tmp_path / "t", np.stack([np.zeros(4000, dtype=int), other], axis=1))
+
+    def reasons(engine: str) -> str:
+        question = replace(QUESTION, engine=Engine.named(engine))
+        return " ".join(advised(trace, question).reasons)
+
+    assert "--redundant-experts 4" in reasons("sglang-deepep")
+    assert "--redundant-experts" not in reasons("transformers-a2a"), "it loads no map"
 
 
 def test_ctrl_c_ends_the_command_not_its_quick_plan(
@@ -80,26 +143,26 @@ def test_ctrl_c_ends_the_command_not_its_quick_plan(
     monkeypatch.setattr(Search, "_round", interrupt)
     trace = make_trace(num_experts=(16, 16), num_sequences=8)
     with pytest.raises(KeyboardInterrupt):
-        advise_on_trace(trace, QUESTION)
+        advised(trace)
 
 
 def test_where_placement_cannot_change_traffic_balance_is_judged(tmp_path: Path) -> None:
     question = replace(QUESTION, engine=Engine.named("sglang-none"))
-    advice = advise_on_trace(write(tmp_path / "p", partners()), question)
+    advice = advised(write(tmp_path / "p", partners()), question)
     assert advice.verdict == "not worth it", "the load of partners is even already"
     assert "every token goes to every rank" in advice.reasons[0]
-    assert "placed" not in advice.candidates
+    assert all("placed" not in one.candidates for one in advice.answers)
     trace = write(tmp_path / "h", hot())
-    advice = advise_on_trace(trace, question)
+    advice = advised(trace, question)
     assert advice.verdict == "balance only"
-    assert "--objective balance" in next_command(advice, trace.directory, question)
+    assert "--objective balance" in next_command(advice, trace.directory, [question])
 
 
 def test_even_chance_is_worth_nothing(tmp_path: Path) -> None:
     trace = write(tmp_path / "t", even())
-    advice = advise_on_trace(trace, QUESTION)
+    advice = advised(trace)
     assert advice.verdict == "not worth it"
-    assert next_command(advice, trace.directory, QUESTION) is None
+    assert next_command(advice, trace.directory, [QUESTION]) is None
 
 
 def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
@@ -109,13 +172,15 @@ def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
     hardware = Hardware.named("h100")
     timed = replace(QUESTION, hardware=hardware, expert=shape)
     fast = replace(hardware, fast=replace(hardware.fast, bandwidth=1e18))
-    assert advise_on_trace(trace, replace(timed, hardware=fast)).verdict == "not worth it"
+    assert advised(trace, replace(timed, hardware=fast)).verdict == "not worth it"
     slow = replace(hardware, fast=replace(hardware.fast, bandwidth=1e6))
-    advice = advise_on_trace(trace, replace(timed, hardware=slow))
+    advice = advised(trace, replace(timed, hardware=slow))
     assert advice.verdict == "worth it"
-    assert advice.break_even is not None
+    for answer in advice.answers:
+        assert len(answer.break_even) == len(answer.candidates["placed"])
+        assert "placed is faster than contiguous (a layer -" in answer.sentence
     with pytest.raises(UsageError, match="without the size of an expert"):
-        advise_on_trace(trace, replace(timed, expert=None))
+        advised(trace, replace(timed, expert=None))
 
 
 def test_loads_alone_judge_balance(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,14 +356,14 @@ def test_a_plan_is_compared_on_what_was_held_out() -> None:
         [[1, 0]],
         num_ranks=2,
         profile=copies(fixed=0.125),
-        heldout=copies(fixed=0.25, follow=0.5),
-        baselines={"contiguous": copies(fixed=1.0, follow=1.504)},
+        heldout=copies(fixed=0.25, token=0.5, oracle=0.1),
+        baselines={"contiguous": copies(fixed=1.0, token=1.504, oracle=0.9)},
     )
     comparison = drawn(plan)["comparison"]
     shown_bars = [(one["name"], one["x"], one["y"]) for one in comparison["data"]]
     assert shown_bars == [
-        ("contiguous", ["fixed", "follow"], [1.0, 1.504]),
-        ("placer", ["fixed", "follow"], [0.25, 0.5]),
+        ("contiguous", ["fixed", "token"], [1.0, 1.504]),
+        ("placer", ["fixed", "token"], [0.25, 0.5]),
     ]
     assert [one["text"] for one in comparison["data"]] == [
         ["1.00", "1.50"],
@@ -370,6 +371,33 @@ def test_a_plan_is_compared_on_what_was_held_out() -> None:
     ]
     assert comparison["layout"]["barmode"] == "group", "beside each other, not summed"
     assert comparison["layout"]["yaxis"]["rangemode"] == "tozero"
+
+
+@pytest.mark.parametrize(
+    ("engine", "value", "words"),
+    [
+        ("sglang-deepep", 3.0, "copies sent between nodes"),
+        ("trtllm-onesided", 2.0, "copies sent per token"),
+        ("sglang-none", 4.0, "busiest rank's load"),
+        ("sglang-deepep-ll", 4.0, "busiest rank's load"),
+    ],
+)
+def test_a_plan_is_compared_by_what_its_engine_sends(
+    engine: str, value: float, words: str
+) -> None:
+    figures = {
+        "remote_pairs_per_token": 1.0,
+        "remote_rank_copies_per_token": 2.0,
+        "remote_node_copies_per_token": 3.0,
+        "load_imbalance_mean": 4.0,
+    }
+    plan = plan_of([[1, 0]], num_ranks=2, heldout={"fixed": figures})
+    placement = replace(plan.placement, num_nodes=2)
+    provenance = {**plan.provenance, "engine": engine}
+    plan = replace(plan, placement=placement, provenance=provenance)
+    comparison = drawn(plan)["comparison"]
+    assert [one["y"] for one in comparison["data"]] == [[value]]
+    assert words in comparison["layout"]["yaxis"]["title"]["text"]
 
 
 def test_a_plan_is_compared_on_its_profile_where_nothing_was_held_out() -> None:

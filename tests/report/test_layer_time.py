@@ -1,6 +1,7 @@
 """What to solve for by predicted time, on traffic whose answer is known."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.cli.main import main
+from placer.engine import Engine
 from placer.errors import NoSolutionError, UsageError
 from placer.hardware import Hardware
 from placer.model import ModelSpec
@@ -17,7 +19,6 @@ from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.problem import Topology
 from placer.plan.solve import solve
-from placer.report.advice import Question
 from placer.report.layer_time import (
     BALANCED,
     TimeChoice,
@@ -25,8 +26,10 @@ from placer.report.layer_time import (
     choose_by_time,
     worth_by_time,
 )
+from placer.report.question import Question
 from placer.simulation.batch_figures import BatchFigures, BatchMetrics
 from placer.simulation.cost import ExpertShape, PredictedTime
+from placer.simulation.homes import batch_shapes
 from placer.trace import Chunk, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
@@ -60,24 +63,48 @@ def chosen(weight: tuple[float, ...], bandwidth: float) -> TimeChoice:
     return choose_by_time(MODEL, tokens(weight), OPTIONS, question)
 
 
-def made(straggler: float, total: float) -> BatchFigures:
+def made(*figures: tuple[float, float]) -> tuple[BatchFigures, ...]:
+    """Return figures of batches with these stragglers and seconds."""
+    return tuple(one_size(*one) for one in figures)
+
+
+def one_size(straggler: float, total: float) -> BatchFigures:
     zero = dict.fromkeys(BatchMetrics.__dataclass_fields__, 0)
     time = dict.fromkeys(PredictedTime.__dataclass_fields__, 0.0)
     return BatchFigures(
+        shape=batch_shapes((64,))[0],
         metrics=BatchMetrics(**zero | {"straggler_mean": straggler}),  # type: ignore[arg-type]
         time=PredictedTime(**time | {"total": total}),
     )
 
 
 def test_the_quickest_is_chosen_among_those_as_even_as_the_load_balancer() -> None:
-    even, quick = made(1.2, 5.0), made(1.2, 4.0)
-    assert choose({BALANCED: even, "a": made(1.3, 1.0), "b": quick}) == "b"
-    assert choose({BALANCED: even, "a": made(1.3, 1.0), "b": made(1.1, 6.0)}) == BALANCED
+    even, quick = made((1.2, 5.0)), made((1.2, 4.0))
+    assert choose({BALANCED: even, "a": made((1.3, 1.0)), "b": quick}) == "b"
+    assert (
+        choose({BALANCED: even, "a": made((1.3, 1.0)), "b": made((1.1, 6.0))}) == BALANCED
+    )
+
+
+def test_every_size_of_batches_counts_alike_and_has_its_own_limit() -> None:
+    """Half of the time at the small size outweighs a tenth more at the large one."""
+    balanced = made((1.2, 1.0), (1.1, 100.0))
+    small, large = made((1.2, 0.5), (1.1, 110.0)), made((1.2, 1.1), (1.1, 90.0))
+    assert choose({BALANCED: balanced, "small": small, "large": large}) == "small"
+    uneven = made((1.2, 0.1), (1.11, 1.0))
+    assert choose({BALANCED: balanced, "uneven": uneven}) == BALANCED
+
+
+def test_an_engine_is_timed_in_the_batches_that_it_is_run_for() -> None:
+    for name, sizes in (("sglang-deepep", [4096]), ("sglang-deepep-ll", [64, 256])):
+        question = replace(QUESTION, engine=Engine.named(name))
+        found = choose_by_time(MODEL, tokens(), OPTIONS, question)
+        assert [shape.tokens_per_rank for shape, _ in found.break_even_by_size] == sizes
 
 
 def test_a_quicker_plan_that_is_left_out_is_told() -> None:
     found = chosen((1, 1, 1, 1), 1e9)
-    made_up = {BALANCED: made(1.2, 5.0), "a": made(1.3, 4.0)}
+    made_up = {BALANCED: made((1.2, 5.0)), "a": made((1.3, 4.0))}
     told = replace(found, name=BALANCED, figures=made_up).left_out
     assert told is not None
     assert told.startswith("a takes 20.0% less predicted time, but its straggler is 1.3000")
@@ -88,13 +115,26 @@ def test_the_choice_agrees_with_every_candidates_figures() -> None:
     """Whatever the links: nothing that is as even as the balancer takes less time."""
     for bandwidth in (1e6, 1e18):
         found = chosen((1, 1, 1, 1), bandwidth)
-        limit = found.figures[BALANCED].metrics.straggler_mean
-        mine = found.figures[found.name]
+        limits = [one.metrics.straggler_mean for one in found.figures[BALANCED]]
+        base = [one.time.total for one in found.figures[BALANCED]]  # type: ignore[union-attr]
+
+        def even(figures: Sequence[BatchFigures], limits: list[float] = limits) -> bool:
+            return all(
+                one.metrics.straggler_mean <= limit
+                for one, limit in zip(figures, limits, strict=True)
+            )
+
+        def time(figures: Sequence[BatchFigures], base: list[float] = base) -> float:
+            shares = [
+                one.time.total / whole  # type: ignore[union-attr]
+                for one, whole in zip(figures, base, strict=True)
+            ]
+            return sum(shares)
+
         assert len(found.figures) == 7
-        assert mine.metrics.straggler_mean <= limit
-        for one in found.figures.values():
-            if one.metrics.straggler_mean <= limit:
-                assert mine.time.total <= one.time.total
+        assert even(found.figures[found.name])
+        for one in filter(even, found.figures.values()):
+            assert time(found.figures[found.name]) <= time(one) + 1e-9
 
 
 def test_the_load_cap_is_never_exceeded() -> None:
@@ -142,7 +182,8 @@ def test_the_command_records_the_choice_and_repeats(
         assert done.value.code == 0
     printed = capsys.readouterr().out
     assert "least predicted time" in printed
-    assert "beside the load balancer, the quickest plan for traffic is" in printed
+    told = "decode, 64 tokens per rank: beside the load balancer, the quickest plan for "
+    assert told + "traffic is" in printed
     plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     assert plans[0]["provenance"]["time"] == plans[1]["provenance"]["time"]
     assert plans[0]["physical_to_logical_map"] == plans[1]["physical_to_logical_map"]

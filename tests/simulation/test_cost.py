@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from placer.engine import Transfer
+from placer.engine import Engine, Transfer
 from placer.errors import PlacerError, UsageError
 from placer.hardware import Hardware, Link, known_hardware
 from placer.plan import Placement
 from placer.simulation import contiguous
-from placer.simulation.batch_figures import BatchOptions, batch_figures
+from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.cost import (
     CostModel,
     ExpertShape,
@@ -18,6 +18,7 @@ from placer.simulation.cost import (
     break_even,
     find_expert_shape,
 )
+from placer.simulation.homes import BatchShape
 from placer.trace import Chunk
 
 SLOW_GPU = Hardware(
@@ -52,8 +53,11 @@ def one_batch(rows, sequence_ids):
 
 
 def time_of(placement, tokens, cost):
-    options = BatchOptions(policy="fixed", cost=cost)
-    return batch_figures(placement, tokens, tokens.num_tokens, options).time
+    size = tokens.num_tokens // placement.num_ranks
+    size = -(-tokens.num_tokens // placement.num_ranks)
+    shape = BatchShape(tokens_per_rank=size, batching="decode")
+    options = BatchOptions(policy="fixed", exchanges=(cost.dispatch.exchange,) * 2)
+    return batch_steps(placement, tokens, shape, options).figures(cost).time
 
 
 def test_a_layer_on_one_node_by_hand():
@@ -87,10 +91,11 @@ def test_arithmetic_counts_where_it_is_the_longer():
 def test_the_slow_link_decides_between_nodes():
     """Four ranks on two nodes, one token at home on rank 0 that visits 1, 2 and 3.
 
-    One fast copy (20 bytes / 1000) beside two slow ones (40 bytes / 100).
+    One fast copy (20 bytes / 1000) beside two slow ones (40 bytes / 100), for each of the
+    four tokens of the batch that it stands for.
     """
     found = time_of(contiguous((4,), 4, 2), one_batch([[1, 2, 3]], [0]), model_of(2))
-    assert found.dispatch == pytest.approx(2.0 + 0.4)
+    assert found.dispatch == pytest.approx(2.0 + 4 * 0.4)
     assert found.latency == 4.0
 
 
@@ -230,8 +235,32 @@ def test_the_size_of_an_expert_comes_from_the_checkpoint_or_the_user(tiny_model)
     assert find_expert_shape(tiny_model, None, None, 2.0) == ExpertShape(
         hidden_size=32, intermediate_size=16
     )
+    assert find_expert_shape(tiny_model, None, None, None).weight_bytes == 4  # float32
     assert find_expert_shape(None, 10, 20, 1.0).num_weights == 600
     assert find_expert_shape(None, 10, None, 2.0) is None
     for width, weight_bytes in ((-1, 2.0), (20, 0.0), (20, np.nan), (20, np.inf)):
         with pytest.raises(UsageError, match="must be positive"):
             find_expert_shape(None, 10, width, weight_bytes)
+
+
+@pytest.mark.parametrize(
+    ("names", "weight_bytes", "told"),
+    [
+        ((), 2, "taken as bf16"),
+        (("sglang-none",), 2, "taken as bf16"),
+        (
+            ("sglang-deepep",),
+            1,
+            "taken as fp8 (bytes each: 1), as sglang-deepep dispatches",
+        ),
+        (("sglang-none", "sglang-deepep"), 1, "as sglang-deepep dispatches"),
+    ],
+)
+def test_weights_that_nobody_sized_are_those_of_the_engine_and_it_is_said(
+    names, weight_bytes, told
+):
+    engines = [Engine.named(name) for name in names]
+    found = find_expert_shape(None, 10, 20, None, engines)
+    assert found.weight_bytes == weight_bytes
+    assert told in found.assumption
+    assert find_expert_shape(None, 10, 20, 2.0, engines).assumption is None

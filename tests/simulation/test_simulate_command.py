@@ -68,18 +68,21 @@ def test_simulate_in_json_has_policies_and_baselines(files):
     plan, trace, _ = files
     value = json.loads(call("simulate", plan, trace, "--fold", "1/2", "--json").stdout)
     assert set(value["policies"]) == {"fixed", "follow", "oracle"}
-    assert set(value["baselines"]) == {"contiguous", "balanced"}
+    assert set(value["baselines"]) == {"contiguous", "balanced", "eplb"}
     assert value["baselines"]["contiguous"] == value["policies"]
 
 
 def test_simulate_for_people_puts_warnings_on_stderr(files):
     plan, trace, _ = files
-    result = call("simulate", plan, trace, "--baseline", "random", "--batch-size", "50")
+    words = ("--baseline", "random", "--tokens-per-rank", "50")
+    result = call("simulate", plan, trace, *words)
     assert "flatter" in result.stderr
     assert "flatter" not in result.stdout
     assert "random" in result.stdout
     assert "balanced" not in result.stdout
-    assert "batches of 50 tokens" in result.stdout
+    verdict = result.stdout.splitlines()[0]
+    assert verdict.startswith("decode (50 tokens per rank): the plan has")
+    assert "of random's copies sent" in verdict
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,31 @@ def test_simulate_serves_as_an_engine_does(files):
     assert value["bytes_per_token"]["plan"]["dispatch_slow"] == 0
 
 
+def test_a_family_is_simulated_by_engine(files):
+    plan, trace, _ = files
+    words = ("--fold", "1/2", "--engine", "sglang", "--tokens-per-rank", "16,2000")
+    shown = call("simulate", plan, trace, *words).stdout
+    assert "sglang-none, decode (16 tokens per rank): the plan cannot change" in shown
+    assert "sglang-deepep, prefill (2,000 tokens per rank): the plan has 1.000" in shown
+    value = json.loads(call("simulate", plan, trace, *words, "--json").stdout)["engines"]
+    assert value["sglang-deepep"]["sent"] == "remote_rank_copies_per_token"
+    drawn = [one["batching"] for one in value["sglang-deepep"]["batches"]["plan"]]
+    assert drawn == ["prefill"]
+
+
+def test_a_plan_is_served_by_the_engine_that_it_was_solved_for(files):
+    plan, trace, _ = files
+    value = json.loads(plan.read_text())
+    value["provenance"]["engine"] = "sglang-deepep-ll"
+    plan.write_text(json.dumps(value))
+    for words, engine in (
+        ((), "sglang-deepep-ll"),
+        (("--engine", "deepspeed"), "deepspeed"),
+    ):
+        found = call("simulate", plan, trace, "--fold", "1/2", "--json", *words).stdout
+        assert json.loads(found)["engine"] == engine
+
+
 def test_without_an_engine_copies_serve_as_the_plan_was_solved_for(files):
     plan, trace, _ = files
     value = json.loads(plan.read_text())
@@ -154,8 +182,8 @@ def test_the_width_of_a_trace_that_does_not_know_it_is_enough_for_bytes(files, t
     [
         ("--engine", "mine"),
         ("--replica-choice", "nearest"),
-        ("--phase", "warmup"),
         ("--batching", "warmup"),
+        ("--tokens-per-rank", "64,"),
         ("--hardware", "h300"),
         ("--hardware", "h200"),
     ],

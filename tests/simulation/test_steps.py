@@ -12,8 +12,18 @@ from placer.engine import EXCHANGES
 from placer.errors import UsageError
 from placer.plan import Placement
 from placer.simulation import contiguous, simulate
-from placer.simulation.batch_figures import BatchOptions, batch_figures, batch_sizes
-from placer.simulation.homes import Batches
+from placer.simulation.batch_figures import (
+    BatchFigures,
+    BatchOptions,
+    batch_steps,
+    filled_warning,
+)
+from placer.simulation.homes import (
+    Batches,
+    BatchShape,
+    batch_shapes,
+    parse_tokens_per_rank,
+)
 from placer.simulation.steps import layer_steps
 from placer.trace import Chunk
 
@@ -107,11 +117,19 @@ def problems(draw):
         num_ranks=num_ranks,
         num_nodes=num_nodes,
     )
-    phase = draw(st.sampled_from(["decode", "prefill"]))
-    batches = Batches.of_phase(
-        phase, tokens.sequence_ids, draw(st.integers(1, 12)), num_ranks
+    shape = BatchShape(
+        batching=draw(st.sampled_from(["decode", "prefill"])),
+        tokens_per_rank=draw(st.integers(1, max(1, num_tokens // num_ranks))),
     )
-    return placement, tokens, batches
+    return placement, tokens, Batches.of_shape(shape, tokens.sequence_ids, num_ranks)
+
+
+def decode(tokens_per_rank: int) -> BatchShape:
+    return BatchShape(tokens_per_rank=tokens_per_rank, batching="decode")
+
+
+def figures_of(placement, tokens, shape, options) -> BatchFigures:
+    return batch_steps(placement, tokens, shape, options).figures()
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,25 +141,24 @@ def problems(draw):
 def test_every_copy_is_counted_where_it_is_sent_and_received(problem, exchange, policy):
     placement, tokens, batches = problem
     steps = layer_steps(
-        placement,
-        tokens,
-        batches,
-        policy=policy,
-        exchanges=(exchange, exchange),
-        replica_choice="local-first",
+        placement, tokens, batches, policy=policy, exchanges=(exchange, exchange)
     )
-    expected = plain_steps(placement, tokens, batches, policy, exchange)
+    expected, weight = (
+        plain_steps(placement, tokens, batches, policy, exchange),
+        batches.weight,
+    )
     for found, layer in zip(steps, expected, strict=True):
         for batch, (pairs, active, sent) in enumerate(layer):
             for rank in range(placement.num_ranks):
-                assert found.pairs[batch, rank] == pairs[rank]
+                assert found.pairs[batch, rank] == pytest.approx(weight * pairs[rank])
                 assert found.activated[batch, rank] == active[rank]
                 for way in ("dispatch", "combine"):
                     for link in ("fast", "slow"):
                         copies = getattr(getattr(found, way), link)
                         for end in ("sent", "received"):
                             value = getattr(copies, end)[batch, rank]
-                            assert value == sent[way, link, end, rank]
+                            counted = weight * sent[way, link, end, rank]
+                            assert value == pytest.approx(counted)
 
 
 @settings(max_examples=30, deadline=None)
@@ -151,27 +168,22 @@ def test_a_padded_exchange_is_the_same_for_every_placement(problem):
     placement, tokens, batches = problem
     top_k, num_ranks = tokens.experts[0].shape[1], placement.num_ranks
     options = {"policy": "fixed", "exchanges": ("padded", "padded")}
-    options["replica_choice"] = "hash"
     for found in layer_steps(placement, tokens, batches, **options):
         total = found.dispatch.fast.sent.sum(axis=1) + found.dispatch.slow.sent.sum(axis=1)
-        every = batches.size * top_k * (num_ranks - 1) / num_ranks
+        every = batches.size * batches.weight * top_k * (num_ranks - 1) / num_ranks
         assert total == pytest.approx([every] * batches.num_full)
 
 
 @settings(max_examples=30, deadline=None)
-@given(problems())
-def test_per_rank_figures_are_those_of_simulate(problem):
-    """Where all batches are full, the same straggler, bottleneck and copies."""
+@given(problems(), st.integers(1, 3))
+def test_per_rank_figures_are_those_of_simulate(problem, times):
+    """One batch of all tokens, each of which may stand for several."""
     placement, tokens, _ = problem
-    found = batch_figures(
-        placement,
-        tokens,
-        tokens.num_tokens,
-        BatchOptions(policy="fixed", replica_choice="hash"),
-    ).metrics
-    known = simulate(
-        placement, tokens, batch_size=tokens.num_tokens, replica_choice="hash"
-    )["fixed"]
+    per_rank = -(-tokens.num_tokens // placement.num_ranks) * times
+    options = BatchOptions(policy="fixed")
+    found = figures_of(placement, tokens, decode(per_rank), options).metrics
+    known = simulate(placement, tokens, batch_size=tokens.num_tokens)["fixed"]
+    assert found.batch_size == per_rank * placement.num_ranks
     assert found.straggler_mean == pytest.approx(known.straggler_mean)
     assert found.bottleneck_copies_per_token == pytest.approx(
         known.bottleneck_rank_copies_per_token
@@ -183,54 +195,104 @@ def test_per_rank_figures_are_those_of_simulate(problem):
     )
 
 
-def test_stragglers_and_activated_experts_by_hand():
-    """Two ranks of two experts; batches (0, 0), (0, 1), (2, 3), (0, 2) of one token each.
+def test_a_batch_of_more_tokens_than_the_trace_has_is_filled_by_repeating_them(make_chunk):
+    """Twice the tokens: twice the pairs and copies, and as many activated experts."""
+    tokens, placement = make_chunk(), contiguous((8,) * 3, 4)
+    per_rank = tokens.num_tokens // 4
+    assert per_rank * 4 == tokens.num_tokens
+    options = BatchOptions(policy="fixed")
+    for batching in ("decode", "prefill"):
+        once, twice = (
+            batch_steps(
+                placement,
+                tokens,
+                BatchShape(tokens_per_rank=size, batching=batching),
+                options,
+            ).layers
+            for size in (per_rank, 2 * per_rank)
+        )
+        for one, two in zip(once, twice, strict=True):
+            assert (two.pairs == 2 * one.pairs).all()
+            assert (two.dispatch.fast.sent == 2 * one.dispatch.fast.sent).all()
+            assert (two.combine.fast.received == 2 * one.combine.fast.received).all()
+            assert (two.activated == one.activated).all()
 
-    Max/mean pairs: 2, 2, 2, 1. Activated on the busiest rank: 2, 2, 2, 1.
+
+def test_batches_that_the_trace_does_not_fill_are_told():
+    shapes = batch_shapes((10, 20, 4000))
+    assert filled_warning(shapes[:2], 100, 4) is None
+    told = filled_warning(shapes, 79, 4)
+    assert told.startswith(
+        "79 tokens do not fill batches of 80 and 16,000: they are repeated"
+    )
+
+
+def test_stragglers_and_activated_experts_by_hand():
+    """Two ranks of two experts; batches of two tokens, one of each sequence.
+
+    Pairs of the batches: (0, 1) and (1, 0); (2, 3) and (0, 2). Max/mean pairs: 2, 3/2.
+    Activated on the busiest rank: 2, 2.
     """
-    rows = [[0, 1], [1, 0], [2, 3], [0, 2]]
+    rows = [[0, 1], [2, 3], [1, 0], [0, 2]]
     tokens = Chunk(
         experts=(np.array(rows, dtype=np.uint8),),
-        sequence_ids=np.zeros(4, dtype=np.int32),
-        positions=np.arange(4, dtype=np.int32),
+        sequence_ids=np.array([0, 0, 1, 1], dtype=np.int32),
+        positions=np.array([0, 1, 0, 1], dtype=np.int32),
     )
-    found = batch_figures(contiguous((4,), 2), tokens, 1, BatchOptions(policy="fixed"))
+    options = BatchOptions(policy="fixed")
+    found = figures_of(contiguous((4,), 2), tokens, decode(1), options)
     assert found.metrics.straggler_mean == pytest.approx(7 / 4)
-    assert found.metrics.straggler_p95 == 2
-    assert found.metrics.activated_experts_mean == pytest.approx(7 / 4)
+    assert found.metrics.straggler_p95 == pytest.approx(1.975)
+    assert found.metrics.activated_experts_mean == 2
     assert found.metrics.activated_experts_p95 == 2
-    assert found.metrics.num_batches == 4
+    assert found.metrics.num_batches == 2
     assert found.time is None
 
 
 def test_prefill_takes_each_ranks_sequences_one_after_another():
     """Sequences 0 to 3 of lengths 2, 3, 2, 1 on two ranks: queues 0 0 2 2 and 1 1 1 3."""
     ids = np.repeat([0, 1, 2, 3], [2, 3, 2, 1])
-    batches = Batches.of_phase("prefill", ids, 4, 2)
-    assert ids[batches.order].tolist() == [0, 1, 0, 1, 2, 1, 2, 3]
-    assert batches.num_full == 2
-    decode = Batches.of_phase("decode", ids, 4, 2)
-    assert ids[decode.order].tolist() == [0, 1, 2, 3, 0, 1, 2, 1]
+    prefill, decoding = (
+        Batches.of_shape(BatchShape(tokens_per_rank=2, batching=one), ids, 2)
+        for one in ("prefill", "decode")
+    )
+    assert ids[prefill.order].tolist() == [0, 1, 0, 1, 2, 1, 2, 3]
+    assert (prefill.num_full, prefill.weight) == (2, 1)
+    assert ids[decoding.order].tolist() == [0, 1, 2, 3, 0, 1, 2, 1]
 
 
-def test_small_batches_are_reported_in_decoding():
-    assert batch_sizes("decode", 4096, 10_000) == [64, 256, 4096]
-    assert batch_sizes("decode", 4096, 100) == [64, 100]
-    assert batch_sizes("prefill", 4096, 10_000) == [4096]
+def test_batches_below_1024_tokens_per_rank_are_those_of_decoding():
+    drawn = {one.tokens_per_rank: one.batching for one in batch_shapes((4096, 64, 1023))}
+    assert drawn == {64: "decode", 1023: "decode", 4096: "prefill"}
+    assert [one.batching for one in batch_shapes((1024,))] == ["prefill"]
+    forced = batch_shapes((64, 4096), "prefill")
+    assert [one.batching for one in forced] == ["prefill", "prefill"]
+    assert [one.tokens_per_rank for one in batch_shapes()] == [64, 256, 4096]
 
 
-def test_a_phase_or_policy_that_is_not_known_is_refused(make_chunk):
+@pytest.mark.parametrize("text", ["", "64,", "64,x", "-1", "6.5"])
+def test_sizes_that_are_no_whole_numbers_are_refused(text):
+    with pytest.raises(UsageError, match="no list of whole numbers") as error:
+        parse_tokens_per_rank(text)
+    assert "--tokens-per-rank 64,256,4096" in error.value.hint
+    assert parse_tokens_per_rank("64, 256") == (64, 256)
+
+
+def test_what_is_not_known_is_refused(make_chunk):
     tokens = make_chunk()
     with pytest.raises(UsageError, match="--batching warmup is not known"):
-        Batches.of_phase("warmup", tokens.sequence_ids, 4, 2)
+        batch_shapes((64,), "warmup")
+    with pytest.raises(UsageError, match="--tokens-per-rank must be positive"):
+        batch_shapes((0,))
     with pytest.raises(UsageError, match="policy token cannot be served"):
-        batch_figures(contiguous((8,) * 3, 4), tokens, 64, BatchOptions(policy="token"))
+        options = BatchOptions(policy="token")
+        batch_steps(contiguous((8,) * 3, 4), tokens, decode(16), options)
 
 
 def test_all_exchanges_are_counted(make_chunk):
     tokens = make_chunk()
     for exchange in EXCHANGES:
         options = BatchOptions(policy="fixed", exchanges=(exchange, exchange))
-        found = batch_figures(contiguous((8,) * 3, 4, 2), tokens, 64, options).metrics
+        found = figures_of(contiguous((8,) * 3, 4, 2), tokens, decode(16), options).metrics
         assert found.dispatch_slow_copies_per_token > 0
         assert found.combine_fast_copies_per_token > 0
