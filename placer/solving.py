@@ -37,6 +37,7 @@ from placer.report.layer_time import TimeChoice, choose_by_time, worth_by_time
 from placer.report.question import Question
 from placer.simulation.cost import ExpertShape, find_expert_shape, require_no_sizes
 from placer.trace import EVERYTHING, Selection, Trace
+from placer.trace.doubts import doubtful_follow, doubts
 
 Tell = Callable[[str], None]
 
@@ -345,6 +346,11 @@ def _settle(
         note(line)
     if request.layout is not None:
         note(request.layout.describe())
+    if not request.holds_counts:
+        trace = Trace(request.source)
+        doubtful = doubtful_follow(trace, request.options.policy)
+        for line in (*doubts(trace, request.selection), *doubtful):
+            warn(line)
     options = _options(request, served, _served_now(request, warn))
     if loading.keeps_groups:
         options = _whole_groups(options, note)

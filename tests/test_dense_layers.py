@@ -51,7 +51,7 @@ def bound(make_trace: Callable[..., Trace], tmp_path: Path) -> Path:
     )
     model = replace(model, fingerprint=model.bound_fingerprint())
     with TraceWriter(directory=tmp_path / "bound", model=model) as writer:
-        writer.append(unbound.read(None))
+        writer.append(unbound.read())
         writer.finish()
     return tmp_path / "bound"
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import JsonOption, OutOption, print_json, print_table, warn
+from placer.cli.output import JsonOption, OutOption, note, print_json, print_table, warn
 from placer.errors import UsageError
 
 _FORMATS = ("npz", "exflow", "csv", "sglang-routed", "sglang-dump", "vllm-routed")
@@ -64,8 +64,10 @@ def import_(
 def _import_tokens(
     format_: str, file: Path, out: Path, model: Path | None, map_: Path | None
 ) -> dict[str, object]:
+    from placer.trace import Trace
     from placer.trace.csv_rows import read_csv
-    from placer.trace.imported import import_file
+    from placer.trace.doubts import UNORDERED, doubts
+    from placer.trace.imported import REORDERED, import_file
     from placer.trace.npz import read_exflow, read_npz
     from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
     from placer.trace.sglang_dump import read_sglang_dump
@@ -85,8 +87,22 @@ def _import_tokens(
     if not header.model.bound:
         warn(
             "the trace is bound to no checkpoint: the number of experts is the largest id "
-            "+ 1; bind it with --model DIR"
+            "+ 1; bind it with --model DIR (a folder with its config.json is enough)"
         )
+    if (number := header.provenance.get(REORDERED)) is not None:
+        rows = header.num_tokens * header.model.num_layers
+        note(
+            f"{number:,} of {rows:,} rows (of a token and a layer) did not list their "
+            "experts by descending weight: now all do"
+        )
+    if not header.experts_by_weight:
+        warn(
+            f"{UNORDERED}: trace links leaves out its top-1 figures, and ties of follow go "
+            "to the smallest id. Record the weights too, or the order of the router: "
+            "topk(sorted=True)"
+        )
+    for line in doubts(Trace(out)):
+        warn(line)
     return {
         "out": str(out),
         "num_tokens": header.num_tokens,

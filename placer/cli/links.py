@@ -15,6 +15,7 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_table,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -39,9 +40,14 @@ def links(
     """
     from placer.report.links import links_of
     from placer.trace import Trace
+    from placer.trace.doubts import UNORDERED
 
     chosen = parse_selection(fold, not_fold, phase)
-    found = {str(path): links_of(Trace(path), chosen, seed=seed) for path in traces}
+    opened = {str(path): Trace(path) for path in traces}
+    found = {path: links_of(trace, chosen, seed=seed) for path, trace in opened.items()}
+    for path, trace in opened.items():
+        if not trace.header.experts_by_weight:
+            warn(f"{path}: {UNORDERED}: nothing is told of top-1 experts")
     if as_json:
         print_json({path: _json(one) for path, one in found.items()})
         return
@@ -58,20 +64,29 @@ def _show(found: "Links") -> None:
         title="information, and what is left of it when structure is destroyed",
     )
     print_line("")
+    if found.reach:
+        _show_reach(found)
+    if found.domains:
+        _show_domains(found)
+
+
+def _show_reach(found: "Links") -> None:
     print_table(
         ("layers apart", "top-1", "corrected", "likeliest expert is right"),
         [tuple(asdict(row).values()) for row in found.reach],
         title="how far links reach",
     )
     print_line("")
-    if found.domains:
-        rows = zip(found.domains, found.domain_distance.tolist(), strict=True)
-        print_table(
-            ("domain", *found.domains),
-            [(name, *row) for name, row in rows],
-            title="distance between domains (Jensen-Shannon, bits)",
-        )
-        print_line("")
+
+
+def _show_domains(found: "Links") -> None:
+    rows = zip(found.domains, found.domain_distance.tolist(), strict=True)
+    print_table(
+        ("domain", *found.domains),
+        [(name, *row) for name, row in rows],
+        title="distance between domains (Jensen-Shannon, bits)",
+    )
+    print_line("")
 
 
 def _json(found: "Links") -> dict[str, object]:

@@ -103,11 +103,18 @@ def dedup(
         bool,
         typer.Option(help="Remove tokens that repeat another's experts in all layers."),
     ] = True,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            help="Remove dummy tokens of an engine's warm-up and padding: runs of 64 or "
+            "more equal rows, and a row of more than 5 % of the tokens."
+        ),
+    ] = True,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a trace without repeated prefixes and rows; both shares are reported.
+    """Write a trace without repeated prefixes, rows and warm-up; shares are reported.
 
     With a fold, the fold stays whole and the rest loses what the fold holds: profile on
     the fold, judge on the rest.
@@ -115,16 +122,19 @@ def dedup(
     from placer.trace import Trace
     from placer.trace.dedup import KINDS, dedup_trace
 
-    wanted = {"prefixes": prefixes, "rows": rows}
+    wanted = {"prefixes": prefixes, "rows": rows, "warm_up": warm_up}
     kinds = tuple(kind for kind in KINDS if wanted[kind])
     if not kinds:
-        raise UsageError("nothing to remove", "leave out --no-prefixes or --no-rows")
+        raise UsageError(
+            "nothing to remove", "leave out --no-prefixes, --no-rows or --no-warm-up"
+        )
     chosen = parse_fold(fold, not_fold)
     header, found = dedup_trace(Trace(trace), out, kinds=kinds, fold=chosen)
     shares = {
         "tokens_searched": found.num_tokens,
         "prefix_share": found.prefix_share,
         "repeated_row_share": found.row_share,
+        "warm_up_share": found.warm_up_share,
         "tokens_removed": found.num_removed,
     }
     _show(out, header, as_json, shares)

@@ -113,8 +113,8 @@ def links_of(
 ) -> Links:
     """Measure the links of a trace.
 
-    Distances that the model does not have are left out; where the router's order was not
-    recorded, the figures of top-1 experts are those of the first expert listed.
+    Distances that the model does not have are left out, and all that is told of top-1
+    experts where the trace does not list experts by weight.
 
     Raises
     ------
@@ -136,14 +136,18 @@ def links_of(
         parts = blocks(trace.chunks(selection), _BLOCK_TOKENS)
         return (control(block, seed + number) for number, block in enumerate(parts))
 
-    observed = _information("observed", tokens, None, model)
-    controls = (_information(name, tokens, one, model) for name, one in CONTROLS.items())
+    by_weight = trace.header.experts_by_weight
+    kinds: dict[str, Control | None] = {"observed": None, **CONTROLS}
     near = [d for d in distances if d < model.num_layers]
     names, distance = _domains(trace, selection)
     return Links(
         num_tokens=sum(chunk.num_tokens for chunk in tokens()),
-        information=(observed, *controls),
-        reach=tuple(_reach(tokens(), model, d) for d in near),
+        information=tuple(
+            # The control that redraws experts has no router's order left.
+            _information(name, tokens, one, model, by_weight and name != "skew-only")
+            for name, one in kinds.items()
+        ),
+        reach=tuple(_reach(tokens(), model, d) for d in near if by_weight),
         domains=names,
         domain_distance=distance,
     )
@@ -154,10 +158,9 @@ def _information(
     tokens: Callable[[Control | None], Iterable[Chunk]],
     control: Control | None,
     model: ModelSpec,
+    ordered: bool,
 ) -> Information:
     counted = count_affinity(tokens(control), model, {})
-    # The control that redraws experts has no router's order left.
-    ordered = name != "skew-only"
     top1 = top1_tables(tokens(control), model) if ordered else []
     return Information(
         control=name,
@@ -185,7 +188,8 @@ def _best_next(table: IntArray) -> float:
 
 def _domains(trace: Trace, selection: Selection) -> tuple[tuple[str, ...], FloatArray]:
     names, tables = [], []
-    for number, name in enumerate(trace.header.domains):
+    by_weight = trace.header.experts_by_weight
+    for number, name in enumerate(trace.header.domains if by_weight else ()):
         parts = (
             chunk.select(chunk.domain_ids == number)
             for chunk in trace.chunks(selection)

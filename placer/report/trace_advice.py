@@ -41,6 +41,7 @@ from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.judge import no_batch_for
 from placer.simulation.sent import NODE_COPIES
 from placer.trace import Chunk, Selection, Trace
+from placer.trace.doubts import doubtful_follow, doubts
 
 # Enough to see what there is to gain; `placer solve` gets the rest.
 QUICK = SolveOptions(
@@ -89,6 +90,8 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     shapes = dict.fromkeys(shape for one in asked for shape in one.answered)
     assumed = [one.expert.assumption for one in asked if one.expert and one.hardware]
     warnings = (
+        *doubts(trace, Selection(phase=first.phase)),
+        *doubtful_follow(trace, first.policy),
         few if number < FEWEST_SEQUENCES else None,
         filled_warning(tuple(shapes), heldout.num_tokens, first.topology.num_ranks),
         *assumed,

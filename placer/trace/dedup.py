@@ -1,9 +1,11 @@
 """Removing tokens that a trace holds twice, which make held-out figures look too good.
 
-Two kinds. A *shared prefix*: the tokens with which a sequence begins began another one
+Three kinds. A *shared prefix*: the tokens with which a sequence begins began another one
 before, as with a common system prompt; a causal model routes them the same way again, and
 an engine with a prefix cache never computes them twice. A *repeated row*: a token that
-uses the same experts as another in all layers, in whatever order.
+uses the same experts as another in all layers, in whatever order. A token of a *warm-up*:
+a repeated row in a long run of them, or far too common for real traffic
+(:mod:`placer.trace.warm_up`).
 """
 
 from collections.abc import Iterator
@@ -21,10 +23,11 @@ from placer.trace.header import TraceHeader
 from placer.trace.reader import Trace
 from placer.trace.rewrite import write_derived
 from placer.trace.selection import Selection
+from placer.trace.warm_up import warm_up_mask
 
 BoolArray = npt.NDArray[np.bool_]
-Kind = Literal["prefixes", "rows"]
-KINDS: tuple[Kind, ...] = ("prefixes", "rows")
+Kind = Literal["prefixes", "rows", "warm_up"]
+KINDS: tuple[Kind, ...] = ("prefixes", "rows", "warm_up")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class Repetition:
         Of those, tokens of a shared prefix.
     num_repeated_rows
         Of those, repeated rows, be they in a shared prefix or not.
+    num_warm_up_tokens
+        Of those, tokens of a warm-up.
     num_removed
         Tokens that are of a kind to be removed.
     """
@@ -46,6 +51,7 @@ class Repetition:
     num_tokens: int
     num_prefix_tokens: int
     num_repeated_rows: int
+    num_warm_up_tokens: int
     num_removed: int
 
     @property
@@ -58,6 +64,11 @@ class Repetition:
         """Share of the tokens that are repeated rows."""
         return self.num_repeated_rows / self.num_tokens if self.num_tokens else 0.0
 
+    @property
+    def warm_up_share(self) -> float:
+        """Share of the tokens that are of a warm-up."""
+        return self.num_warm_up_tokens / self.num_tokens if self.num_tokens else 0.0
+
 
 def dedup_trace(
     trace: Trace,
@@ -68,7 +79,8 @@ def dedup_trace(
 ) -> tuple[TraceHeader, Repetition]:
     """Write a trace without what it holds twice; sequence ids and positions are kept.
 
-    Memory holds 16 bytes per distinct token beside one chunk, up to 26 while sets grow.
+    Memory holds 12 bytes per token, and 16 per distinct token (up to 26 while sets grow),
+    beside one chunk.
 
     Parameters
     ----------
@@ -77,7 +89,7 @@ def dedup_trace(
     out
         Where to write.
     kinds
-        What to remove; the shares of both kinds are counted anyway. Prefixes are told by
+        What to remove; the shares of all kinds are counted anyway. Prefixes are told by
         token ids, or by rows where no ids were recorded; from an unknown id or a missing
         position on, nothing of a sequence counts as a prefix.
     fold
@@ -111,7 +123,8 @@ class _Search:
 
     def __init__(self, trace: Trace, fold: Fold | None) -> None:
         self._trace, self._fold = trace, fold
-        self._seen: dict[Kind, _Seen] = {kind: _Seen() for kind in KINDS}
+        self._warm_up = warm_up_mask(trace)
+        self._seen: dict[Kind, _Seen] = {"prefixes": _Seen(), "rows": _Seen()}
         self._counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self._num_tokens = 0
         self.num_removed = 0
@@ -122,12 +135,15 @@ class _Search:
         for chunk in whole:
             for kind, (hashes, known) in _hashes(chunk).items():
                 self._seen[kind].add(hashes[known])
+        begin = 0
         for chunk in self._trace.chunks():
             looked_at = np.ones(chunk.num_tokens, dtype=np.bool_)
             if self._fold is not None:
                 looked_at = ~self._fold.keep(chunk.sequence_ids)
             self._num_tokens += int(np.count_nonzero(looked_at))
-            found = {}
+            end = begin + chunk.num_tokens
+            found: dict[Kind, BoolArray] = {"warm_up": self._warm_up[begin:end] & looked_at}
+            begin = end
             for kind, (hashes, known) in _hashes(chunk).items():
                 repeated = np.zeros(chunk.num_tokens, dtype=np.bool_)
                 repeated[known] = self._seen[kind].contains(hashes[known])
@@ -136,7 +152,8 @@ class _Search:
                     repeated[known] |= ~_first(hashes[known])
                     self._seen[kind].add(hashes[known])
                 found[kind] = repeated & looked_at
-                self._counts[kind] += int(np.count_nonzero(found[kind]))
+            for kind, mask in found.items():
+                self._counts[kind] += int(np.count_nonzero(mask))
             yield chunk, found
 
     def repetition(self) -> Repetition:
@@ -145,6 +162,7 @@ class _Search:
             num_tokens=self._num_tokens,
             num_prefix_tokens=self._counts["prefixes"],
             num_repeated_rows=self._counts["rows"],
+            num_warm_up_tokens=self._counts["warm_up"],
             num_removed=self.num_removed,
         )
 

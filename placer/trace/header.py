@@ -24,6 +24,8 @@ _FIELDS = {
     "provenance",
     "chunks",
 }
+# Written only where it is false: a trace without it lists experts by weight.
+_BY_WEIGHT = "experts_by_weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +70,19 @@ class TraceHeader:
         Where the trace came from: tool version, corpus, dtype. No times, no host.
     chunks
         The chunk files in order.
+    experts_by_weight
+        Whether the experts of a token are listed by descending router weight.
     """
 
     model: ModelSpec
     domains: tuple[str, ...]
     provenance: Mapping[str, Any]
     chunks: tuple[ChunkInfo, ...]
+    experts_by_weight: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.experts_by_weight, bool):
+            raise ValueError(f"{_BY_WEIGHT} is {self.experts_by_weight!r}")
         if not all(isinstance(name, str) for name in self.domains):
             raise ValueError(f"a domain is no text: {list(self.domains)}")
         if len(set(self.domains)) < len(self.domains) or len(self.domains) > MAX_DOMAINS:
@@ -105,7 +112,7 @@ class TraceHeader:
             "domains": list(self.domains),
             "provenance": dict(self.provenance),
             "chunks": [chunk.to_json() for chunk in self.chunks],
-        }
+        } | ({} if self.experts_by_weight else {_BY_WEIGHT: False})
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -129,8 +136,8 @@ class TraceHeader:
                 f"this placer reads {SCHEMA_VERSION}",
                 "install the placer that wrote it, or record again",
             )
-        if set(value) != _FIELDS:
-            odd = ", ".join(sorted(set(value) ^ _FIELDS))
+        if set(value) - {_BY_WEIGHT} != _FIELDS:
+            odd = ", ".join(sorted((set(value) - {_BY_WEIGHT}) ^ _FIELDS))
             raise PlacerError(
                 f"{directory / HEADER_NAME} has missing or unknown fields: {odd}", AGAIN
             )
@@ -145,6 +152,7 @@ class TraceHeader:
                 domains=tuple(value["domains"]),
                 provenance=value["provenance"],
                 chunks=tuple(ChunkInfo(**chunk) for chunk in value["chunks"]),
+                experts_by_weight=value.get(_BY_WEIGHT, True),
             )
             header._require_sums(value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -21,11 +21,16 @@ from placer.errors import PlacerError
 from placer.files import read_json, require_absent, require_file, sha256_file
 from placer.model import Architecture, ModelSpec
 from placer.trace.chunk import Chunk, expert_dtype, require_ranges
+from placer.trace.expert_order import listed_by_id, ordered_by_weight
 from placer.trace.header import MAX_DOMAINS, TraceHeader
 from placer.trace.writer import TraceWriter
 
 Array = npt.NDArray[Any]
 _CHUNK_TOKENS = 65_536
+# What the provenance calls rows that were listed in another order than by weight.
+REORDERED = "reordered_rows"
+# So many rows alike are no chance.
+_TELLING_TOKENS = 64
 _INTEGERS = (
     "experts",
     "sequence_ids",
@@ -188,15 +193,23 @@ def import_file(
         else:
             spec = model.spec
             tokens = _without_dense_layers(tokens, model)
-        _require_captured(tokens)
-        provenance = {
+        _require_captured(tokens, bound=model is not None)
+        tokens, num_reordered = ordered_by_weight(tokens)
+        provenance: dict[str, Any] = {
             "placer": __version__,
             "source": source,
             "file": file.name,
             "sha256": sha256_file(file),
         }
+        if num_reordered:
+            provenance[REORDERED] = num_reordered
         with TraceWriter(
-            directory=out, model=spec, domains=tokens.domain_names, provenance=provenance
+            directory=out,
+            model=spec,
+            domains=tokens.domain_names,
+            provenance=provenance,
+            experts_by_weight=tokens.weights is not None
+            or not listed_by_id(tokens.experts),
         ) as writer:
             for chunk in _chunks(tokens, spec):
                 writer.append(chunk)
@@ -223,13 +236,20 @@ def _without_dense_layers(tokens: ImportedTokens, model: BoundModel) -> Imported
     return replace(tokens, experts=tokens.experts[:, kept], weights=weights)
 
 
-def _require_captured(tokens: ImportedTokens) -> None:
-    for layer in range(tokens.experts.shape[1]):
-        if tokens.experts.shape[2] > 1 and not tokens.experts[:, layer].any():
+def _require_captured(tokens: ImportedTokens, *, bound: bool) -> None:
+    """Refuse layers of zeros; those of a bound top-1 model may be a collapsed router's."""
+    num_tokens, num_layers, top_k = tokens.experts.shape
+    if top_k == 1 and (bound or num_tokens < _TELLING_TOKENS):
+        return
+    for layer in range(num_layers):
+        if not tokens.experts[:, layer].any():
             raise PlacerError(
                 f"layer {layer} is all zeros, as dense layers and those that were not "
                 "captured are",
-                "name the model, whose dense layers are then left out: --model DIR",
+                "record it again: the model has experts there"
+                if bound
+                else "name the model, whose dense layers are then left out: --model DIR "
+                "(a folder with its config.json is enough)",
             )
 
 

@@ -1,7 +1,8 @@
 """Reading router traces from NumPy archives.
 
 An archive holds ``experts`` [T, L, k] and ``sequence_ids`` [T], and may hold ``token_ids``
-[T], ``weights`` [T, L, k], ``domain_of_sequence`` [S] and ``domain_names`` [D]. ExFlow
+[T], ``phase`` [T] (0 prefill, 1 decode), ``weights`` [T, L, k], ``domain_of_sequence`` [S]
+and ``domain_names`` [D]. ExFlow
 (https://github.com/YJHMITWEB/ExFlow) saves one array [T, L] instead: top-1 routing.
 """
 
@@ -13,7 +14,14 @@ from placer.errors import PlacerError
 from placer.files import unreadable_reason
 from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 
-_ARRAYS = ("experts", "sequence_ids", "token_ids", "weights", "domain_of_sequence")
+_ARRAYS = (
+    "experts",
+    "sequence_ids",
+    "token_ids",
+    "phase",
+    "weights",
+    "domain_of_sequence",
+)
 # ExFlow's rows have no sequences; blocks of so many rows make folds possible.
 _EXFLOW_SEQUENCE = 256
 

@@ -228,7 +228,10 @@ def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
             for trace, offset in zip(traces, offsets, strict=False)
         ],
     }
-    return write_derived(first, out, parts(), made, domains)
+    by_weight = all(trace.header.experts_by_weight for trace in traces)
+    return write_derived(
+        first, out, parts(), made, domains=domains, experts_by_weight=by_weight
+    )
 
 
 def _shared_fields(traces: Sequence[Trace]) -> set[str]:
@@ -244,22 +247,24 @@ def write_derived(
     out: Path,
     chunks: Iterable[Chunk],
     made: dict[str, Any],
-    domains: tuple[str, ...] | None = None,
+    **header: Any,
 ) -> TraceHeader:
     """Write chunks that were made from ``trace``; ``made`` says how, in the provenance.
+
+    ``header`` is what the header should say otherwise than that of ``trace``.
 
     Raises
     ------
     PlacerError
         If no token is left, or ``out`` exists.
     """
-    provenance = {"placer": __version__, "trace_sha256": trace.sha256, **made}
-    with TraceWriter(
-        directory=out,
-        model=trace.model,
-        domains=trace.header.domains if domains is None else domains,
-        provenance=provenance,
-    ) as writer:
+    fields: dict[str, Any] = {
+        "model": trace.model,
+        "domains": trace.header.domains,
+        "experts_by_weight": trace.header.experts_by_weight,
+        "provenance": {"placer": __version__, "trace_sha256": trace.sha256, **made},
+    }
+    with TraceWriter(directory=out, **(fields | header)) as writer:
         for chunk in chunks:
             if chunk.num_tokens:
                 writer.append(chunk)

@@ -38,7 +38,7 @@ class TraceWriter:
     ----------
     directory
         Where the trace will be; must not exist yet.
-    model, domains, provenance
+    model, domains, provenance, experts_by_weight
         What the header will say.
     resumable
         Keep finished chunks after a failure, and take up those of an earlier one.
@@ -48,6 +48,7 @@ class TraceWriter:
     model: ModelSpec
     domains: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    experts_by_weight: bool = True
     resumable: bool = False
     _chunks: list[ChunkInfo] = field(default_factory=list, init=False)
     _finished: bool = field(default=False, init=False)
@@ -80,6 +81,7 @@ class TraceWriter:
             model=self.model,
             domains=self.domains,
             provenance=self.provenance,
+            experts_by_weight=self.experts_by_weight,
             chunks=tuple(self._chunks),
         )
 

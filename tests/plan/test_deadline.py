@@ -129,7 +129,7 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
     assert len(free.solver.inner_cap.trials) == 3
 
     model = ModelSpec(num_experts=SIZES, top_k=3)
-    profile = trace.read(None)
+    profile = trace.read()
     worth = worth_on_profile(count_affinity([profile], model, {}), profile)
     for seconds, steps in ((0.0, [0]), (1000.0, [0, 4, 8])):
         deadline = Deadline(seconds=seconds)
@@ -158,7 +158,7 @@ def test_plans_of_a_frontier_share_the_time(
     # What the first plans leave is the last one's.
     assert given == pytest.approx([1000, 1500, 3000], rel=0.05)
     cut = write_frontier(
-        trace, replace(quick, time_limit=0.0), None, [1.1, 2.0], tmp_path / "cut"
+        trace, replace(quick, time_limit=0.0), EVERYTHING, [1.1, 2.0], tmp_path / "cut"
     )
     assert not any(point.reproducible for point in cut)
     assert "reproducible" in (tmp_path / "cut" / "frontier.csv").read_text().split()[0]

@@ -240,10 +240,10 @@ def test_the_plan_tells_the_cap_and_what_was_reached(
     assert plan.solver.meets_caps
     assert plan.solver.most_received_copies <= 2.2 + 1e-6
     ranks = [plan.placement.expert_rank(layer) for layer in range(2)]
-    counts = received(trace.read(None), ranks, "follow", 4)
+    counts = received(trace.read(), ranks, "follow", 4)
     assert plan.solver.most_received_copies == pytest.approx(busiest(counts, 600), abs=1e-6)
     # One batch of all tokens; after layer 0 the homes are those of the search.
-    copies = simulate(plan.placement, trace.read(None))["follow"]
+    copies = simulate(plan.placement, trace.read())["follow"]
     assert copies.bottleneck_rank_copies_per_token == pytest.approx(
         4 * counts.max(axis=1).mean() / 600, rel=0.03
     )

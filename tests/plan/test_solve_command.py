@@ -134,8 +134,8 @@ def test_a_cap_that_is_given_is_kept_and_the_default_is_relaxed(
     assert "warning: load cap" in said
     plan = Plan.read(out)
     assert plan.provenance["max_imbalance_given"] is False
-    busiest = [np.bincount(ids.ravel()).max() for ids in trace.read(None).experts]
-    mean = trace.read(None).experts[0].size / 8
+    busiest = [np.bincount(ids.ravel()).max() for ids in trace.read().experts]
+    mean = trace.read().experts[0].size / 8
     assert list(plan.solver.relaxed_layers.values()) == pytest.approx(
         [one / mean for one in busiest]
     )

@@ -93,6 +93,7 @@ def brute_force(
         num_tokens=looked_at,
         num_prefix_tokens=prefixes,
         num_repeated_rows=rows,
+        num_warm_up_tokens=0,
         num_removed=removed,
     )
 

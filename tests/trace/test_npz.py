@@ -25,7 +25,7 @@ def arrays(num_tokens: int = 30) -> dict[str, np.ndarray]:
         "experts": experts.astype(np.uint16),
         "sequence_ids": np.repeat([7, 2, 4], num_tokens // 3),
         "token_ids": rng.integers(-1, 90, num_tokens),
-        "weights": rng.random((num_tokens, 3, 2)).astype(np.float32),
+        "weights": -np.sort(-rng.random((num_tokens, 3, 2)).astype(np.float32), axis=2),
         "domain_of_sequence": np.asarray([0, 0, 1, 0, 0, 0, 0, 1]),
         "domain_names": np.asarray(["prose", "code"]),
     }

@@ -1,0 +1,55 @@
+"""What makes the figures of a trace doubtful: told at import, with advice and plans."""
+
+import shlex
+from collections.abc import Iterator
+
+import numpy as np
+
+from placer.trace.reader import Trace
+from placer.trace.selection import EVERYTHING, Selection
+from placer.trace.warm_up import warm_up_mask
+
+UNORDERED = (
+    "the trace lists the experts of a token by id, not by router weight, so nothing tells "
+    "which one weighs most"
+)
+
+
+def doubts(trace: Trace, selection: Selection = EVERYTHING) -> Iterator[str]:
+    """Yield a sentence for each thing that is wrong with the tokens selected."""
+    found = warm_up_mask(trace, selection)
+    if found.any():
+        share = found.mean()
+        yield (
+            f"{int(found.sum()):,} of {len(found):,} tokens ({share:.1%}) repeat the "
+            "experts of another token in all layers, as the dummy tokens of an engine's "
+            "warm-up and padding do. They are no traffic and distort every figure. Remove "
+            f"them: placer trace dedup {shlex.quote(str(trace.directory))} --no-prefixes "
+            "--no-rows --out CLEANED"
+        )
+    if trace.model.top_k == 1:
+        yield from _unused_routers(trace, selection)
+
+
+def _unused_routers(trace: Trace, selection: Selection) -> Iterator[str]:
+    """Tell layers of a top-1 model that send every token to expert 0."""
+    used = np.zeros(trace.model.num_layers, dtype=np.bool_)
+    for chunk in trace.chunks(selection):
+        used |= np.array([ids.any() for ids in chunk.experts])
+    unused = [
+        str(layer)
+        for layer, size in enumerate(trace.model.num_experts)
+        if size > 1 and not used[layer]
+    ]
+    if unused:
+        yield (
+            f"every token goes to expert 0 in MoE layers {', '.join(unused)}: as in dense "
+            "layers, and in those that were not captured. If they are dense, import the "
+            "file again with --model DIR (a folder with its config.json is enough)"
+        )
+
+
+def doubtful_follow(trace: Trace, policy: str) -> Iterator[str]:
+    """Say what homes of ``follow`` depend on, where the router's order is not known."""
+    if policy == "follow" and not trace.header.experts_by_weight:
+        yield f"{UNORDERED}: under follow, ties between ranks go to the smallest id"
