@@ -353,7 +353,7 @@ def _settle(
             warn(line)
     options = _options(request, served, _served_now(request, warn))
     if loading.keeps_groups:
-        options = _whole_groups(options, note)
+        options = _whole_groups(options, request.holds_counts, note)
     by_time = request.by_time and served.objective == "traffic"
     if by_time and request.holds_counts:
         raise UsageError(
@@ -403,12 +403,13 @@ def _loading(request: SolveRequest) -> Loading:
     )
 
 
-def _whole_groups(options: SolveOptions, note: Tell) -> SolveOptions:
+def _whole_groups(options: SolveOptions, from_counts: bool, note: Tell) -> SolveOptions:
     """Keep router groups whole, as a permuted checkpoint must, where that can be had."""
-    if options.start is not None or options.pins:
+    given = options.start is not None or options.pins
+    if given or from_counts or options.objective == "balance":
         note(
-            "a permuted checkpoint keeps router groups whole, which --start and --pin do "
-            "not see to: export refuses a plan that breaks them up"
+            "a permuted checkpoint must keep router groups whole, and this plan may not: "
+            "the export refuses it then"
         )
         return options
     note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")

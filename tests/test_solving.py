@@ -70,6 +70,9 @@ def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
     plan = solve_request(request, told.append, told.append).plan
     assert any("router groups are kept whole" in line for line in told)
     require_whole_groups(model, [plan.placement.permutation(layer) for layer in (0, 1)])
+    told.clear()
+    solve_request(replace(request, engine="vllm-agrs"), told.append, told.append)
+    assert any("this plan may not" in line for line in told), "balanced, and not refused"
     with pytest.raises(UsageError, match="vLLM loads no map") as error:
         solve_request(replace(request, redundant_experts=2), nobody, nobody, nobody)
     assert "--redundant-experts 0" in error.value.hint
