@@ -97,7 +97,7 @@ def engines() -> None:
     for engine in known_engines().values():
         ways = [f"{w.exchange}, {w.element}" for w in (engine.dispatch, engine.combine)]
         cells = [f"`{engine.name}`", ", ".join(engine.phases), *ways]
-        cells += [engine.replica_choice, engine.map_format]
+        cells += [engine.replica_choice or "none", engine.map_format]
         cog.outl(f"| {' | '.join(cells)} |")
     for engine in known_engines().values():
         cog.outl(

@@ -81,7 +81,8 @@ class Engine:
     dispatch, combine
         To the experts, and back.
     replica_choice
-        Which copy serves a (token, expert) pair.
+        Which copy serves a (token, expert) pair; ``None`` where an engine serves no
+        redundant experts.
     map_format
         What ``placer export`` writes for it; ``checkpoint`` where it reads no map.
     group_rule
@@ -106,12 +107,12 @@ class Engine:
     phases: tuple[Phase, ...]
     dispatch: Transfer
     combine: Transfer
-    replica_choice: ReplicaChoice
     map_format: str
     group_rule: GroupRule
     selected_by: str
     source: str
     read_in: str
+    replica_choice: ReplicaChoice | None = None
     flags: str = ""
     environment: str = ""
     single_node: bool = False
@@ -120,7 +121,8 @@ class Engine:
     def __post_init__(self) -> None:
         for phase in self.phases:
             _require_known("phase", phase, PHASES)
-        _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
+        if self.replica_choice is not None:
+            _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
         _require_known("group_rule", self.group_rule, get_args(GroupRule))
 
     def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:
@@ -193,7 +195,11 @@ def known_engines() -> Mapping[str, Engine]:
 
 
 def placement_effect(
-    policy: str, exchange: Exchange, replica_choice: ReplicaChoice, *, has_replicas: bool
+    policy: str,
+    exchange: Exchange,
+    replica_choice: ReplicaChoice | None,
+    *,
+    has_replicas: bool,
 ) -> PlacementEffect:
     """Return whether a placement can change the expected traffic.
 
@@ -235,27 +241,63 @@ def placement_effect(
     )
 
 
-def choose_replicas(engine: Engine | None, wanted: str | None) -> ReplicaChoice:
-    """Return the replica choice that the user names, else the engine's, else local-first.
+def choose_replicas(
+    engine: Engine | None, wanted: str | None, *, has_replicas: bool, command: str
+) -> ReplicaChoice | None:
+    """Return the replica choice that the user names, else the engine's.
+
+    Parameters
+    ----------
+    engine
+        What serves, or ``None`` where nobody says.
+    wanted
+        The choice that is asked for, or ``None``.
+    has_replicas
+        Whether there are redundant experts. Without them ``None`` will do.
+    command
+        A command that lacks nothing but the choice, for the hint.
 
     Raises
     ------
     UsageError
-        If ``wanted`` is not known.
+        If ``wanted`` is not known, or there are redundant experts and nothing says which
+        copy serves.
     """
-    if wanted is None:
-        return "local-first" if engine is None else engine.replica_choice
-    for choice in REPLICA_CHOICES:
-        if choice == wanted:
-            return choice
+    if wanted is not None:
+        for choice in REPLICA_CHOICES:
+            if choice == wanted:
+                return choice
+        raise UsageError(
+            f"--replica-choice {wanted} is not known",
+            f"choose among {', '.join(REPLICA_CHOICES)}",
+        )
+    if engine is not None and engine.replica_choice is not None:
+        return engine.replica_choice
+    if not has_replicas:
+        return None
     raise UsageError(
-        f"--replica-choice {wanted} is not known",
-        f"choose among {', '.join(REPLICA_CHOICES)}",
+        "redundant experts have several copies, and engines differ in which copy serves"
+        if engine is None
+        else f"{engine.name} serves no redundant experts",
+        "name the choice of your engine\n" + "\n".join(_lines_by_choice(command)),
     )
 
 
+def _lines_by_choice(command: str) -> Iterator[str]:
+    """Yield a command for each choice that engines have, and which engines those are."""
+    engines = known_engines().values()
+    for choice in REPLICA_CHOICES:
+        names = []
+        for family in dict.fromkeys(one.family for one in engines):
+            members = [one for one in engines if one.family == family]
+            alike = [one.name for one in members if one.replica_choice == choice]
+            names += [family] if len(alike) == len(members) else alike
+        if names:
+            yield f"  {command} --replica-choice {choice}  # {', '.join(names)}"
+
+
 def _per_expert_effect(
-    replica_choice: ReplicaChoice, *, has_replicas: bool
+    replica_choice: ReplicaChoice | None, *, has_replicas: bool
 ) -> PlacementEffect:
     """Return the effect under ``fixed`` and ``per-expert``.
 

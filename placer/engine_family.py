@@ -228,7 +228,7 @@ def start_lines(
         map=map_path,
         num_ranks=placement.num_ranks,
         num_nodes=placement.num_nodes,
-        num_copies=len(placement.physical_to_logical_map[0]) - placement.num_experts[0],
+        num_copies=placement.redundant_experts,
     )
     fitting = [one for one in known_families().values() if target in one.targets]
     fitting.sort(key=lambda one: engine is None or one.name != engine.family)

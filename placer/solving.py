@@ -5,6 +5,7 @@ to be chosen on the profile: the number of redundant experts, and what to solve 
 time is the objective. All of it is settled here; ``plan`` then solves.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +60,8 @@ class SolveRequest:
     engine
         Name of the engine that the plan is for.
     exchange, replica_choice
-        As in ``SolveOptions``.
+        As in ``SolveOptions``. From counts, without an engine, copies share their load
+        evenly, as ``hash`` has it.
     max_imbalance, overflow_price
         As in ``SolveOptions``.
     redundant_experts
@@ -130,9 +132,8 @@ class SolveRequest:
             ),
             (
                 {"--replica-choice": self.replica_choice},
-                self.redundant_experts != 0,
-                "--redundant-experts: which copy serves is no question where each expert "
-                "has one",
+                self.has_replicas,
+                "--redundant-experts: without them each expert has one copy",
             ),
         ):
             if not is_given:
@@ -155,6 +156,11 @@ class SolveRequest:
     def weighs_experts(self) -> bool:
         """Whether the size of an expert counts."""
         return self.by_time or self.redundant_memory is not None
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether redundant experts are asked for, or their number is to be chosen."""
+        return self.redundant_experts != 0
 
     @property
     def holds_counts(self) -> bool:
@@ -333,17 +339,23 @@ def _settle(
     deadline: Deadline,
 ) -> _Settled:
     """Decide what engine, start and profile decide."""
+    loading = _loading(request)
     served = solved_for(
         request.engine,
         request.options.policy,
         "traffic" if request.by_time else request.objective,
         request.exchange,
-        request.replica_choice,
-        has_replicas=request.redundant_experts != 0,
+        request.replica_choice or _even_choice(request),
+        has_replicas=request.has_replicas,
+        command=_command(request),
     )
-    loading = _loading(request)
     for line in (*served.notes, *loading.notes, *_without_effect(request, served)):
         note(line)
+    if request.replica_choice is None and _even_choice(request) is not None:
+        note(
+            "no engine is named: copies of an expert are taken to share its load evenly, "
+            "as under --replica-choice hash"
+        )
     if request.layout is not None:
         note(request.layout.describe())
     if not request.holds_counts:
@@ -398,7 +410,7 @@ def _loading(request: SolveRequest) -> Loading:
         Engine.named(request.engine),
         _model_of(request),
         config.get("architectures") or (),
-        has_replicas=request.redundant_experts != 0,
+        has_replicas=request.has_replicas,
         num_nodes=request.options.topology.num_nodes,
     )
 
@@ -414,6 +426,23 @@ def _whole_groups(options: SolveOptions, from_counts: bool, note: Tell) -> Solve
         return options
     note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
     return replace(options, preserve_groups=True)
+
+
+def _even_choice(request: SolveRequest) -> str | None:
+    """Return how copies share a load of which counts alone are known; ``None`` to ask."""
+    is_even = request.holds_counts and request.has_replicas and request.engine is None
+    return "hash" if is_even else None
+
+
+def _command(request: SolveRequest) -> str:
+    """Return the request as a command, but for what a hint about copies leaves out."""
+    topology, number = request.options.topology, request.redundant_experts
+    words = ["placer", "solve", str(request.source)]
+    words += ["--nodes", str(topology.num_nodes)]
+    words += ["--gpus-per-node", str(topology.gpus_per_node)]
+    words += ["--policy", request.options.policy]
+    words += ["--redundant-experts", "auto" if number is None else str(number)]
+    return shlex.join([*words, "--out", "PLAN"])
 
 
 def _options(

@@ -125,13 +125,46 @@ def test_a_copy_counts_its_scales():
     assert sizes["nvfp4"] / sizes["bf16"] == pytest.approx(0.28, abs=0.005)
 
 
+def chosen(engine, wanted, *, has_replicas=True):
+    named = None if engine is None else Engine.named(engine)
+    return choose_replicas(named, wanted, has_replicas=has_replicas, command="placer x")
+
+
 def test_the_users_replica_choice_wins_over_the_engines():
-    engine = Engine.named("vllm-deepep-ht")
-    assert choose_replicas(engine, None) == "hash"
-    assert choose_replicas(engine, "cover") == "cover"
-    assert choose_replicas(None, None) == "local-first"
+    assert chosen("vllm-deepep-ht", None) == "hash"
+    assert chosen("vllm-deepep-ht", "cover") == "cover"
     with pytest.raises(UsageError, match="--replica-choice nearest is not known"):
-        choose_replicas(None, "nearest")
+        chosen(None, "nearest")
+
+
+def test_no_engine_and_no_choice_will_do_without_redundant_experts_alone():
+    assert chosen(None, None, has_replicas=False) is None
+    assert chosen("deepspeed", None, has_replicas=False) is None
+    with pytest.raises(UsageError, match="engines differ in which copy serves") as caught:
+        chosen(None, None)
+    assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match="deepspeed serves no redundant experts"):
+        chosen("deepspeed", None)
+
+
+def test_the_hint_names_each_choice_and_the_engines_that_have_it():
+    with pytest.raises(UsageError) as caught:
+        chosen(None, None)
+    lines = caught.value.hint.splitlines()[1:]
+    told = {}
+    for line in lines:
+        command, _, names = line.partition("  # ")
+        option = command.removeprefix("  placer x --replica-choice ")
+        told[option] = [
+            one.name for name in names.split(", ") for one in engines_named(name)
+        ]
+    expected = {}
+    for one in known_engines().values():
+        if one.replica_choice is not None:
+            expected.setdefault(one.replica_choice, []).append(one.name)
+    assert {choice: sorted(names) for choice, names in told.items()} == {
+        choice: sorted(names) for choice, names in expected.items()
+    }
 
 
 @pytest.mark.parametrize("policy", ["fixed", "follow"])

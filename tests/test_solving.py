@@ -110,7 +110,12 @@ def test_a_ladder_does_not_blame_the_load_for_received_copies(
     request_of: Callable[..., SolveRequest],
 ) -> None:
     options = replace(QUICK, max_received_copies=0.1)
-    request = request_of(options=options, redundant_experts=None, max_imbalance=2.0)
+    request = request_of(
+        options=options,
+        redundant_experts=None,
+        replica_choice="local-first",
+        max_imbalance=2.0,
+    )
     told: list[str] = []
     solve_request(request, told.append, nobody)
     assert "above a cap" in told[0]
@@ -121,7 +126,12 @@ def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
 ) -> None:
     """The default cap of 1.10 is out of reach of 8 experts on 8 ranks; 8 is not."""
     options = replace(QUICK, topology=Topology(gpus_per_node=8), relax_cap=False)
-    request = request_of(options=options, redundant_experts=None, redundant_gain=0.99)
+    request = request_of(
+        options=options,
+        redundant_experts=None,
+        replica_choice="local-first",
+        redundant_gain=0.99,
+    )
     told: list[str] = []
     curve = tmp_path / "curve"
     solve_frontier(request, [4.0, 8.0], curve, told.append, nobody)
@@ -135,7 +145,10 @@ def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
 ) -> None:
     """The first step is the only one: nothing is known of the next."""
     request = request_of(
-        options=replace(QUICK, time_limit=0.0), redundant_experts=None, max_imbalance=2.0
+        options=replace(QUICK, time_limit=0.0),
+        redundant_experts=None,
+        replica_choice="local-first",
+        max_imbalance=2.0,
     )
     told: list[str] = []
     solve_request(request, told.append, nobody)

@@ -1,5 +1,6 @@
 """``placer simulate``: what a plan costs on a trace."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,7 +62,7 @@ def simulate(
         typer.Option(
             metavar="NAME",
             help="Which copy of a redundant expert serves: local-first, sglang-static, "
-            "hash or cover. Default: the engine's, else the plan's.",
+            "hash or cover. Default: the engine's, else what the plan was solved for.",
         ),
     ] = None,
     hardware: Annotated[
@@ -88,7 +89,7 @@ def simulate(
     its combined rule token_combined and token_equal_combined. Judge on sequences that the
     plan was not solved on: --fold or --not-fold.
     """
-    from placer.engine import choose_replicas, engines_named
+    from placer.engine import engines_named
     from placer.hardware import Hardware
     from placer.plan import Plan
     from placer.report.verdict import verdict_lines
@@ -118,6 +119,7 @@ def simulate(
         [one for one in engines if one is not None],
     )
     named = None if hardware is None else Hardware.named(hardware)
+    command = shlex.join(["placer", "simulate", str(plan), str(trace)])
     judgements = judge_plan(
         plan,
         read,
@@ -128,9 +130,7 @@ def simulate(
         servings=[
             Serving(
                 engine=one,
-                replica_choice=choose_replicas(
-                    one, replica_choice or (solved.replica_choice if one is None else None)
-                ),
+                replica_choice=solved.choose_replicas(one, replica_choice, command),
                 hardware=named,
                 expert=expert,
                 hidden_size=hidden_size,

@@ -173,7 +173,8 @@ def solve(
         str | None,
         typer.Option(
             help="Which copy serves: local-first, sglang-static or hash.",
-            show_default="local-first",
+            show_default="the engine's; without --engine it must be given for redundant "
+            "experts of a trace",
         ),
     ] = None,
     robust: Annotated[

@@ -52,7 +52,8 @@ class SolveOptions:
     redundant_experts
         Slots per layer beyond one for each expert.
     replica_choice
-        Which copy serves: ``local-first``, ``sglang-static`` or ``hash``.
+        Which copy serves: ``local-first``, ``sglang-static`` or ``hash``; needed where
+        there are redundant experts.
     robust
         Which other loads the placement should bear (``scenarios``).
     overflow_price
@@ -90,7 +91,7 @@ class SolveOptions:
     max_received_copies: float | None = None
     relax_cap: bool = False
     redundant_experts: int = 0
-    replica_choice: ReplicaChoice = "local-first"
+    replica_choice: ReplicaChoice | None = None
     robust: Robust = "none"
     overflow_price: float | None = None
     receive_price: float = 0.0
@@ -114,7 +115,7 @@ class SolveOptions:
             "--proof": (self.proof, get_args(Proof)),
         }
         for option, (value, known) in choices.items():
-            if value not in known:
+            if value is not None and value not in known:
                 raise UsageError(
                     f"{option} {value} cannot be solved for", f"choose {' or '.join(known)}"
                 )
@@ -137,6 +138,12 @@ class SolveOptions:
         self._require_consistent()
 
     def _require_consistent(self) -> None:
+        if self.redundant_experts and self.replica_choice is None:
+            raise UsageError(
+                f"which copy serves is not said for {self.redundant_experts} redundant "
+                "experts",
+                f"give --replica-choice {' or '.join(get_args(ReplicaChoice))}",
+            )
         if self.max_home_imbalance is not None:
             self._require_home_cap(self.max_home_imbalance)
         if self.max_received_copies is not None:

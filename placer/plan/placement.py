@@ -85,6 +85,11 @@ class Placement:
             )
         )
 
+    @property
+    def redundant_experts(self) -> int:
+        """Slots beyond one for each expert, in a layer; in the first, where they differ."""
+        return len(self.physical_to_logical_map[0]) - self.num_experts[0]
+
     def holds(self, layer: int) -> npt.NDArray[np.bool_]:
         """Return ``[E_l, R]``: whether a rank has a copy of an expert."""
         row = self.physical_to_logical_map[layer]

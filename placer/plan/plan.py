@@ -232,9 +232,51 @@ class Plan:
         return "fixed" if self.policy in get_args(ContentPolicy) else self.policy
 
     @property
-    def replica_choice(self) -> ReplicaChoice:
-        """Which copy serves, as the plan was solved for; ``local-first`` if it says not."""
-        return choose_replicas(None, self.provenance.get("replica_choice"))
+    def recorded_choice(self) -> ReplicaChoice | None:
+        """The replica choice that the plan was solved for, if it says so."""
+        recorded: ReplicaChoice | None = self.provenance.get("replica_choice")
+        return recorded
+
+    @property
+    def replica_choice(self) -> ReplicaChoice | None:
+        """Which copy serves, as the plan was solved for; ``None`` where experts have one.
+
+        Raises
+        ------
+        UsageError
+            If the plan has redundant experts and does not say.
+        """
+        placed = self.placement
+        return self.choose_replicas(
+            None,
+            None,
+            f"placer solve TRACE --start PLAN --nodes {placed.num_nodes} --gpus-per-node "
+            f"{placed.ranks_per_node} --redundant-experts {placed.redundant_experts} "
+            "--out NEW",
+        )
+
+    def choose_replicas(
+        self, engine: Engine | None, wanted: str | None, command: str
+    ) -> ReplicaChoice | None:
+        """Return the choice that a user names, else the engine's, else the plan's own.
+
+        Parameters
+        ----------
+        engine, wanted, command
+            As :func:`placer.engine.choose_replicas` takes them.
+
+        Raises
+        ------
+        UsageError
+            As that function does.
+        """
+        own = None if engine is not None else self.recorded_choice
+        return choose_replicas(
+            engine,
+            wanted or own,
+            has_replicas=self.placement.has_replicas,
+            command=command,
+        )
 
     @property
     def engine(self) -> Engine | None:

@@ -33,6 +33,7 @@ IntArray = npt.NDArray[np.int64]
 RankArray = npt.NDArray[np.int16]
 
 _RULES = {
+    None: kernels.LOCAL_FIRST,  # each expert has one copy: any rule does
     "local-first": kernels.LOCAL_FIRST,
     "hash": kernels.ANY_COPY,
     "sglang-static": kernels.SGLANG_STATIC,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from placer.engine import Engine, engines_named
+from placer.engine import Engine, choose_replicas, engines_named
 from placer.engine_family import known_families
 from placer.errors import UsageError
 from placer.model import ModelSpec
@@ -26,7 +26,7 @@ class Served:
 
     objective: str
     exchange: str
-    replica_choice: str
+    replica_choice: str | None
     notes: tuple[str, ...] = ()
 
 
@@ -38,6 +38,7 @@ def solved_for(
     replica_choice: str | None = None,
     *,
     has_replicas: bool = False,
+    command: str = "placer solve TRACE --gpus-per-node M --redundant-experts X --out PLAN",
 ) -> Served:
     """Return what to solve for; without an engine, what was asked or the defaults.
 
@@ -53,17 +54,22 @@ def solved_for(
         What was asked, or ``None``.
     has_replicas
         Whether there are redundant experts.
+    command
+        As ``choose_replicas`` takes it.
 
     Raises
     ------
     UsageError
-        If the engine is not known, or what was asked contradicts it.
+        If the engine is not known, what was asked contradicts it, or nothing says which
+        copy of a redundant expert serves.
     """
     if engine is None:
         return Served(
             objective=objective,
             exchange=exchange or "per-rank",
-            replica_choice=replica_choice or "local-first",
+            replica_choice=choose_replicas(
+                None, replica_choice, has_replicas=has_replicas, command=command
+            ),
         )
     found = Engine.named(engine)
     notes = []
@@ -79,19 +85,19 @@ def solved_for(
             f"simulated as it is sent by: placer simulate PLAN TRACE --engine {engine}"
         )
     _require_agreement("--exchange", exchange, nearest, engine)
-    choice = found.replica_choice if has_replicas else "local-first"
-    if objective == "balance" and choice == "sglang-static":
+    choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)
+    if objective == "balance" and has_replicas and choice == "sglang-static":
         notes.append(
             f"{engine} draws among copies; balanced as if they shared their load evenly, "
             "and simulated as it draws by: placer simulate PLAN TRACE --engine "
             f"{engine}"
         )
-    _require_agreement("--replica-choice", replica_choice, choice, engine)
+    _require_agreement("--replica-choice", replica_choice, str(choice), engine)
     return Served(
         objective=objective,
         # Of what is sent, balancing asks nothing.
         exchange="per-rank" if objective == "balance" else nearest,
-        replica_choice=choice,
+        replica_choice=choice if has_replicas else None,
         notes=tuple(notes),
     )
 

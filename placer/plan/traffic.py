@@ -58,7 +58,8 @@ class TrafficProblem:
         L arrays ``[E]`` int64: experts of one kind may change places, those of a negative
         one stay; ``None``: all may.
     replica_choice
-        Which copy serves: ``local-first``, ``sglang-static`` or ``hash`` (any in turn).
+        Which copy serves: ``local-first``, ``sglang-static`` or ``hash`` (any in turn);
+        ``None`` where each expert has one.
     layer_ids
         ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;
         ``None``: no layer is dense.
@@ -85,7 +86,7 @@ class TrafficProblem:
     receive_price: float = 0.0
     move_price: tuple[FloatArray, ...] | None = None
     kind: tuple[IntArray, ...] | None = None
-    replica_choice: ReplicaChoice = "local-first"
+    replica_choice: ReplicaChoice | None = None
     layer_ids: tuple[int, ...] | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None

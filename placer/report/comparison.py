@@ -114,7 +114,7 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
         yield "solved from counts: no tokens are known, so no held-out figure is given"
     elif plan.metrics["heldout"] is None:
         yield "nothing was held out: the figures are those of the profile itself"
-    choice, layer_ids = plan.replica_choice, plan.model.layer_ids
+    choice, layer_ids = plan.recorded_choice, plan.model.layer_ids
     if warning := unknown_dense_layers(plan.placement, choice, layer_ids):
         yield warning
     if not plan.solver.reproducible:

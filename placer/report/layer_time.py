@@ -294,10 +294,10 @@ def _figures(
     question: Question,
 ) -> tuple[BatchFigures, ...]:
     """Serve tokens in batches of each size that the engine is run for."""
-    engine, cost = question.engine, question.cost_model()
+    cost = question.cost_model()
     served = replace(
         question.batch_options(),
-        replica_choice=options.replica_choice if engine is None else engine.replica_choice,
+        replica_choice=options.replica_choice,
         layer_ids=model.layer_ids,
     )
     return tuple(

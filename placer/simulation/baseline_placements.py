@@ -46,7 +46,7 @@ def baseline_placements(
         trace=trace,
         selection=profile_of(plan, trace) or Selection(phase=judged.phase),
         topology=Topology(num_nodes=nodes, gpus_per_node=ranks // nodes),
-        redundant_experts=len(plan.placement.physical_to_logical_map[0]) - sizes[0],
+        redundant_experts=plan.placement.redundant_experts,
     )
     if not problem.load[0].any():  # no sequence of the fold is in this trace
         problem = dataclasses.replace(problem, selection=Selection(phase=judged.phase))

@@ -91,14 +91,14 @@ class BatchOptions:
     exchanges
         Of dispatch and of combine.
     replica_choice
-        Which copy of an expert serves.
+        Which copy of an expert serves; ``None`` where each has one.
     layer_ids
         As in ``ServingOptions``.
     """
 
     policy: str
     exchanges: tuple[Exchange, Exchange] = ("per-rank", "per-rank")
-    replica_choice: ReplicaChoice = "local-first"
+    replica_choice: ReplicaChoice | None = None
     layer_ids: tuple[int, ...] | None = None
 
 

@@ -49,7 +49,7 @@ class Serving:
         What is sent, and in which element; without one, what the plan was solved for, in
         bf16.
     replica_choice
-        Which copy of an expert serves.
+        Which copy of an expert serves; ``None`` where each has one.
     hardware, expert
         What the cost model needs; without hardware no time is predicted.
     hidden_size
@@ -57,7 +57,7 @@ class Serving:
     """
 
     engine: Engine | None = None
-    replica_choice: ReplicaChoice = "local-first"
+    replica_choice: ReplicaChoice | None = None
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
     hidden_size: int | None = None
@@ -307,7 +307,7 @@ class _Judge:
         self.placements = placements
         self.table = table
         self.layer_ids = plan.model.layer_ids or trace.model.layer_ids
-        self._tallies: dict[tuple[str, ReplicaChoice], Tallies] = {}
+        self._tallies: dict[tuple[str, ReplicaChoice | None], Tallies] = {}
         self._steps: dict[tuple[str, BatchShape, BatchOptions], BatchSteps] = {}
 
     def judgement(
@@ -364,7 +364,7 @@ class _Judge:
             ),
         )
 
-    def _counted(self, name: str, choice: ReplicaChoice) -> Tallies:
+    def _counted(self, name: str, choice: ReplicaChoice | None) -> Tallies:
         if (name, choice) not in self._tallies:
             self._tallies[name, choice] = count(
                 self.placements[name],

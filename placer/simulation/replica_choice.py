@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import ReplicaChoice
+from placer.engine import REPLICA_CHOICES, ReplicaChoice
+from placer.errors import UsageError
 from placer.plan.placement import Placement, holders
 from placer.simulation.homes import Batches
 from placer.simulation.serving import (
@@ -49,7 +50,7 @@ class Server:
     placement
         Experts in slots.
     replica_choice
-        Which copy serves.
+        Which copy serves; ``None`` where each expert has one.
     batches
         Which tokens share a batch, for ``hash``.
     layer_ids
@@ -59,7 +60,7 @@ class Server:
     def __init__(
         self,
         placement: Placement,
-        replica_choice: ReplicaChoice,
+        replica_choice: ReplicaChoice | None,
         batches: Batches,
         layer_ids: Sequence[int] | None = None,
     ) -> None:
@@ -96,7 +97,7 @@ class Server:
 
 def unknown_dense_layers(
     placement: Placement,
-    replica_choice: ReplicaChoice,
+    replica_choice: ReplicaChoice | None,
     layer_ids: Sequence[int] | None,
 ) -> str | None:
     """Return a warning where draws assume that no layer is dense, else ``None``."""
@@ -113,7 +114,7 @@ def unknown_dense_layers(
 
 def serving_layers(
     placement: Placement,
-    replica_choice: ReplicaChoice,
+    replica_choice: ReplicaChoice | None,
     layer_ids: Sequence[int] | None = None,
 ) -> Iterator[LayerServing]:
     """Yield the tables of every layer of a placement, in order.
@@ -123,11 +124,21 @@ def serving_layers(
     placement
         Experts in slots.
     replica_choice
-        Which copy serves.
+        Which copy serves; ``None`` where each expert has one.
     layer_ids
         ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;
         ``None`` where no layer is dense, or nobody knows.
+
+    Raises
+    ------
+    UsageError
+        If experts have several copies, and nothing says which serves.
     """
+    if replica_choice is None and placement.has_replicas:
+        raise UsageError(
+            "experts have several copies, and nothing says which of them serves",
+            f"name a replica choice: {', '.join(REPLICA_CHOICES)}",
+        )
     static: Iterator[IntArray | None] = repeat(None)
     if replica_choice == "sglang-static" and placement.has_replicas:
         static = iter(sglang_static_ranks(placement, layer_ids))
@@ -135,7 +146,7 @@ def serving_layers(
         yield LayerServing.of(placement, layer, _allow(replica_choice, fixed))
 
 
-def _allow(replica_choice: ReplicaChoice, fixed: IntArray | None) -> Allow:
+def _allow(replica_choice: ReplicaChoice | None, fixed: IntArray | None) -> Allow:
     if fixed is not None:
         return lambda _, copy_rank, exists: exists & (copy_rank == fixed[..., None])
     return _any_copy if replica_choice == "hash" else local_first

@@ -80,7 +80,7 @@ class Wire:
     dispatch, combine
         To the experts, and back.
     replica_choice
-        Which copy of an expert serves.
+        Which copy of an expert serves; ``None`` where each has one.
     num_nodes
         Nodes that the ranks are on.
     has_replicas
@@ -89,7 +89,7 @@ class Wire:
 
     dispatch: Transfer = _PER_RANK
     combine: Transfer = _PER_RANK
-    replica_choice: ReplicaChoice = "local-first"
+    replica_choice: ReplicaChoice | None = None
     num_nodes: int = 1
     has_replicas: bool = False
 
@@ -106,7 +106,7 @@ class Wire:
         return cls(
             dispatch=dispatch,
             combine=combine,
-            replica_choice=replica_choice or plan.replica_choice,
+            replica_choice=replica_choice or plan.recorded_choice,
             num_nodes=plan.placement.num_nodes,
             has_replicas=plan.placement.has_replicas,
         )

@@ -34,7 +34,7 @@ class ServingOptions(TypedDict, total=False):
         and ``request``; ``None``.
     replica_choice
         Which copy of an expert serves (:mod:`placer.simulation.replica_choice`);
-        ``local-first``.
+        ``None``, which will do where each expert has one copy.
     layer_ids
         The model's own layer number of each MoE layer, which ``sglang-static`` depends
         on; ``None``: no layer is dense.
@@ -42,7 +42,7 @@ class ServingOptions(TypedDict, total=False):
 
     batch_size: int
     table: Table | None
-    replica_choice: ReplicaChoice
+    replica_choice: ReplicaChoice | None
     layer_ids: tuple[int, ...] | None
 
 
@@ -90,7 +90,7 @@ def count(
     fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
     server = Server(
         placement,
-        options.get("replica_choice", "local-first"),
+        options.get("replica_choice"),
         batches,
         options.get("layer_ids"),
     )

@@ -99,7 +99,7 @@ def layer_steps(
     *,
     policy: str,
     exchanges: tuple[Exchange, Exchange],
-    replica_choice: ReplicaChoice = "local-first",
+    replica_choice: ReplicaChoice | None = None,
     layer_ids: Sequence[int] | None = None,
 ) -> Iterator[LayerSteps]:
     """Serve recorded tokens batch by batch, and yield what each layer's ranks do.
@@ -117,7 +117,7 @@ def layer_steps(
     exchanges
         Of dispatch and of combine.
     replica_choice
-        Which copy of an expert serves.
+        Which copy of an expert serves; ``None`` where each has one.
     layer_ids
         As :func:`placer.simulation.replica_choice.serving_layers` takes it.
 

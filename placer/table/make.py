@@ -119,8 +119,11 @@ def make_table(
     PlacerError
         If plan and trace (or checkpoint) are of different models, the trace has no token
         ids, or an option is out of range.
+    UsageError
+        If the plan has redundant experts and does not say which copy serves.
     """
     plan = Plan.read(plan_path)
+    choice = plan.replica_choice
     warning = require_same_model(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
@@ -168,7 +171,7 @@ def make_table(
     heldout = _heldout(trace, profile)
     warnings = (
         warning,
-        unknown_dense_layers(plan.placement, plan.replica_choice, model.layer_ids),
+        unknown_dense_layers(plan.placement, choice, model.layer_ids),
         _seen_by_plan(plan, trace, heldout),
     )
     return TableResult(
@@ -182,7 +185,7 @@ def make_table(
             plan.placement,
             heldout,
             table=table,
-            replica_choice=plan.replica_choice,
+            replica_choice=choice,
             layer_ids=model.layer_ids,
         ),
         warnings=tuple(one for one in warnings if one is not None),

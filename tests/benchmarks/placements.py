@@ -115,6 +115,7 @@ class Solved(Case):
             policy=self.policy,
             exchange="per-rank" if self.num_nodes == 1 else "per-node",
             redundant_experts=self.redundant_experts(self.variant),
+            replica_choice="local-first",
             relax_cap=True,
             proof="quick" if has_proof else "none",
             seed=self.seed,

@@ -115,7 +115,12 @@ CASES = [
     ),
     (2, "--robust sometimes", "solve trace --gpus-per-node 2 --robust sometimes --out out"),
     (2, "no domains", "solve trace --gpus-per-node 2 --robust domains --out out"),
-    (2, "3 redundant", "solve trace --gpus-per-node 2 --redundant-experts 3 --out out"),
+    (
+        2,
+        "3 redundant",
+        "solve trace --gpus-per-node 2 --redundant-experts 3 --replica-choice hash "
+        "--out out",
+    ),
     (2, "needs the tokens", "solve counts --gpus-per-node 2 --robust bootstrap --out out"),
     (1, "does not exist", "tables nowhere trace --out out"),
     (1, "different models", "tables plan trace --out out"),

@@ -51,6 +51,7 @@ def traffic(chunk: Chunk, **options: object) -> TrafficProblem:
         "policy": "fixed",
         "load": loads,
         "max_load": tuple(np.full(1, 1e9) for _ in loads),
+        "replica_choice": "local-first",
     }
     return TrafficProblem(experts=layer_tokens(chunk), **(fields | options))
 
@@ -75,6 +76,7 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
         policy=policy,
         max_imbalance=1.05,
         redundant_experts=RANKS,
+        replica_choice="local-first",
         proof="none",
     )
     placement, _ = solved(chunk, options)
@@ -451,6 +453,7 @@ def test_copies_that_do_not_fit_are_refused_before_the_search(
         topology=Topology(gpus_per_node=RANKS),
         policy="token",
         redundant_experts=RANKS + 2,
+        replica_choice="local-first",
         proof="none",
     )
     with pytest.raises(UsageError, match="do not divide over 4 ranks"):

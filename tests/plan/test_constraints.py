@@ -142,7 +142,7 @@ def test_group_kinds_are_blocks_of_consecutive_experts() -> None:
     [
         ({}, 1, "the model's router has no groups"),
         ({"topology": Topology(gpus_per_node=4)}, 6, "do not divide each other"),
-        ({"redundant_experts": 2}, 2, "hold no redundant experts"),
+        ({"redundant_experts": 2, "replica_choice": "hash"}, 2, "hold no redundant"),
         ({"pins": (Pin.parse("0:0=0"),)}, 2, "may break up the groups"),
     ],
 )
@@ -185,7 +185,8 @@ def test_a_start_of_another_shape_is_refused(make_chunk: Callable[..., Chunk]) -
         solved(chunk, replace(PLAIN, start=start))
     start = Placement.from_expert_rank([np.repeat([0, 1], 3)], 2)
     with pytest.raises(UsageError, match="slots per layer"):
-        solved(chunk, replace(PLAIN, start=start, redundant_experts=2))
+        more = {"redundant_experts": 2, "replica_choice": "hash"}
+        solved(chunk, replace(PLAIN, start=start, **more))
     with pytest.raises(UsageError, match="charges for leaving a plan"):
         replace(PLAIN, migration_cost=1.0)
     with pytest.raises(UsageError, match="needs the tokens of a trace"):

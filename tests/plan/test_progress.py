@@ -110,7 +110,7 @@ def test_there_is_no_early_bound_where_caps_may_be_broken(chunk: Chunk) -> None:
     caps = [load.sum() for load in affinity.load]
     problem = placement_problem(affinity, "fixed", OPTIONS.topology, caps)
     assert early_copies_bound(problem, chunk, OPTIONS) is not None
-    replicas = replace(OPTIONS, redundant_experts=4)
+    replicas = replace(OPTIONS, redundant_experts=4, replica_choice="hash")
     assert early_copies_bound(problem, chunk, replicas) is None
     placed, _ = solved(chunk, OPTIONS)
     started = replace(OPTIONS, start=placed)

@@ -111,6 +111,7 @@ def follow_with_replicas(*, num_ranks: int, max_imbalance: float) -> SolveOption
         policy="follow",
         max_imbalance=max_imbalance,
         redundant_experts=num_ranks,
+        replica_choice="local-first",
         proof="none",
     )
 
@@ -405,7 +406,10 @@ def test_a_cap_missed_with_replicas_is_refused_or_recorded(
     chunk = make_chunk(num_tokens=200)
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=2), {})
     options = SolveOptions(
-        topology=Topology(gpus_per_node=4), max_imbalance=1.0, redundant_experts=4
+        topology=Topology(gpus_per_node=4),
+        max_imbalance=1.0,
+        redundant_experts=4,
+        replica_choice="local-first",
     )
     with pytest.raises(NoSolutionError, match="was not reached in") as caught:
         solve(affinity, options, tokens=chunk)

@@ -38,14 +38,14 @@ def test_an_engine_decides_exchange_and_objective(
 @pytest.mark.parametrize(
     ("objective", "has_replicas", "choice", "note"),
     [
-        ("traffic", False, "local-first", ""),
+        ("traffic", False, None, ""),
         ("traffic", True, "sglang-static", ""),
-        ("balance", False, "local-first", ""),
+        ("balance", False, None, ""),
         ("balance", True, "sglang-static", "balanced as if they shared their load evenly"),
     ],
 )
 def test_copies_are_chosen_as_the_engine_does(
-    objective: str, has_replicas: bool, choice: str, note: str
+    objective: str, has_replicas: bool, choice: str | None, note: str
 ) -> None:
     served = solved_for("sglang-deepep", "fixed", objective, has_replicas=has_replicas)
     assert served.replica_choice == choice

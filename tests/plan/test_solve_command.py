@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from placer.trace import Trace
 NOTHING_ASKED = {
     "robust": "none",
     "overflow_price": None,
-    "replica_choice": "local-first",
+    "replica_choice": None,
     "pins": [],
 }
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
@@ -44,7 +45,8 @@ def trace(make_trace: Callable[..., Trace]) -> Trace:
     [
         ("--policy token --fold 0/2", {}, 8),
         ("--policy request --fold 0/2", {}, 8),
-        ("--policy token --redundant-experts auto --redundant-gain 0.2", {}, 16),
+        ("--policy token --redundant-experts auto --redundant-gain 0.2 "
+         "--replica-choice local-first", {"replica_choice": "local-first"}, 16),
         ("--policy request --pin 0:1=1 --robust bootstrap --overflow-price 3",
          {"robust": "bootstrap", "overflow_price": 3.0, "pins": ["0:1=1"]}, 8),
         ("--policy follow --redundant-experts 2 --replica-choice hash --pin 1:7=0",
@@ -96,8 +98,10 @@ def test_what_goes_together_is_solved(
         ("--max-imbalance inf", "--max-imbalance must be a finite number"),
         ("--receive-price nan", "--receive-price must be a finite number"),
         ("--redundant-experts auto --redundant-memory nan --hidden-size 64 "
-         "--expert-size 32", "--redundant-memory must be a finite number"),
-        ("--redundant-experts auto --preserve-groups", "checkpoints, which hold none"),
+         "--expert-size 32 --replica-choice hash",
+         "--redundant-memory must be a finite number"),
+        ("--redundant-experts auto --replica-choice hash --preserve-groups",
+         "checkpoints, which hold none"),
     ],
 )  # fmt: skip
 def test_what_does_not_is_refused_and_leaves_nothing(
@@ -112,6 +116,60 @@ def test_what_does_not_is_refused_and_leaves_nothing(
     assert match in told
     assert "hint: " in told
     assert not (tmp_path / "plan.json").exists()
+
+
+def hinted(told: str) -> list[list[str]]:
+    """Return the commands of a hint, one for each replica choice, as words for ``main``."""
+    lines = [line for line in told.splitlines() if line.startswith("  placer ")]
+    assert [line.split("  # ")[1].split(", ")[0] for line in lines] == [
+        "sglang-deepep",
+        "sglang-none",
+    ]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("number", ["2", "auto"])
+def test_redundant_experts_of_no_engine_ask_for_the_choice_of_one(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    out = tmp_path / "plan.json"
+    code, told = solve(trace, out, f"--redundant-experts {number}", capsys)
+    assert (code, out.exists()) == (2, False)
+    assert "engines differ in which copy serves" in told
+    for words in hinted(told):
+        with pytest.raises(SystemExit) as done:
+            main([str(out) if word == "PLAN" else word for word in [*words, *QUICK]])
+        assert done.value.code == 0
+        recorded = Plan.read(out).provenance["replica_choice"]
+        assert words[-2:] == ["--replica-choice", recorded]
+        out.unlink()
+
+
+def test_redundant_experts_of_counts_share_their_load_evenly_unless_told(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No token is known, so none needs to be served: no option is asked for."""
+    counts, out = tmp_path / "counts.safetensors", tmp_path / "plan.json"
+    words = ["solve", str(counts), "--gpus-per-node", "2", "--objective", "balance"]
+    words += ["--redundant-experts", "2", "--out", str(out)]
+
+    def recorded(*more: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as done:
+            main([*words, *more])
+        assert done.value.code == 0
+        choice = Plan.read(out).provenance["replica_choice"]
+        out.unlink()
+        return choice, capsys.readouterr().err
+
+    with pytest.raises(SystemExit):
+        main(["affinity", str(trace.directory), "--out", str(counts)])
+    note = "copies of an expert are taken to share its load evenly"
+    choice, told = recorded()
+    assert (choice, note in told) == ("hash", True)
+    choice, told = recorded("--replica-choice", "local-first")
+    assert (choice, note in told) == ("local-first", False)
+    choice, told = recorded("--engine", "sglang-deepep")
+    assert (choice, note in told) == ("sglang-static", False)
 
 
 def test_a_cap_that_is_given_is_kept_and_the_default_is_relaxed(
@@ -150,7 +208,7 @@ def test_a_start_of_another_model_or_number_of_slots_is_refused(
 ) -> None:
     first, out = tmp_path / "first.json", tmp_path / "plan.json"
     assert solve(trace, first, "", capsys)[0] == 0
-    auto = f"--start {first} --redundant-experts auto"
+    auto = f"--start {first} --redundant-experts auto --replica-choice hash"
     code, told = solve(trace, out, auto, capsys)
     assert (code, "--start has as many slots as it has" in told) == (2, True)
     value = json.loads(first.read_text())
@@ -184,7 +242,7 @@ def test_a_plan_says_what_it_started_from(
 def test_plans_of_a_frontier_say_what_was_chosen_for_all(
     trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "--frontier 1.5,2 --redundant-experts auto --ep-size 2"
+    words = "--frontier 1.5,2 --redundant-experts auto --ep-size 2 --replica-choice hash"
     assert solve(trace, tmp_path / "curve", words, capsys)[0] == 0
     with (tmp_path / "curve" / "frontier.csv").open() as stream:
         rows = list(csv.DictReader(stream))

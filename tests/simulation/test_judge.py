@@ -148,10 +148,13 @@ def test_redundant_experts_that_leave_no_even_baseline_are_explained(make_trace,
     placement = Placement(
         physical_to_logical_map=(row,) * 3, num_experts=(6,) * 3, num_ranks=4
     )
-    judged = judged_plan(plan_of(trace, placement), trace)
+    serving = Serving(replica_choice="hash")
+    judged = judged_plan(plan_of(trace, placement), trace, serving)
     assert list(judged.baselines) == ["eplb"]
     assert any("6 experts do not divide over 4 ranks" in w for w in judged.warnings)
-    judged = judged_plan(plan_of(trace, placement), trace, baselines=("eplb", "exflow"))
+    judged = judged_plan(
+        plan_of(trace, placement), trace, serving, baselines=("eplb", "exflow")
+    )
     assert list(judged.baselines) == ["eplb"]
 
 
@@ -183,7 +186,8 @@ def test_eplb_has_as_many_slots_as_the_plan(make_trace, plan_of):
         physical_to_logical_map=(row,) * 3, num_experts=(8,) * 3, num_ranks=4
     )
     plan = plan_of(trace, placement, fold="0/2", trace_sha256=trace.sha256)
-    judged = judged_plan(plan, trace, selection=Selection(Fold(1, 2)), baselines=("eplb",))
+    selection, serving = Selection(Fold(1, 2)), Serving(replica_choice="hash")
+    judged = judged_plan(plan, trace, serving, selection=selection, baselines=("eplb",))
     problem = BaselineProblem(
         trace=trace,
         selection=Selection(Fold(0, 2)),
@@ -192,7 +196,8 @@ def test_eplb_has_as_many_slots_as_the_plan(make_trace, plan_of):
     )
     expected = BASELINES["eplb"](problem)
     assert [len(slots) for slots in expected.physical_to_logical_map] == [12] * 3
-    assert judged.baselines["eplb"] == simulate(expected, trace.read(Selection(Fold(1, 2))))
+    heldout = trace.read(selection)
+    assert judged.baselines["eplb"] == simulate(expected, heldout, replica_choice="hash")
 
 
 def test_an_unknown_baseline_is_refused(make_trace, plan_of):

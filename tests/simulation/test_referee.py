@@ -88,7 +88,7 @@ def gpt_oss_placements():
 def test_agrees_on_a_slice_of_gpt_oss_without_a_table(referee, name, batch_size):
     tokens, placement = read_slice("gpt-oss-20b", 6_000, 8), gpt_oss_placements()[name]
     assert_agrees(
-        simulate(placement, tokens, batch_size=batch_size),
+        simulate(placement, tokens, batch_size=batch_size, replica_choice="local-first"),
         referee_result(referee, placement, tokens, batch_size),
     )
 
@@ -112,7 +112,13 @@ def test_agrees_on_a_slice_of_gpt_oss_with_a_table(
     table.write(path)
     tokens = every.select(every.sequence_ids >= middle)
     assert_agrees(
-        simulate(placement, tokens, batch_size=512, table=Table.read(path)),
+        simulate(
+            placement,
+            tokens,
+            batch_size=512,
+            table=Table.read(path),
+            replica_choice="local-first",
+        ),
         referee_result(referee, placement, tokens, 512, load_file(path)),
     )
 
@@ -122,6 +128,6 @@ def test_agrees_on_a_slice_of_deepseek(referee, num_nodes):
     tokens = read_slice("deepseek-v2-lite-intent", 4_000, 6)
     placement = with_replicas(64, 6, 16, num_nodes, 1)
     assert_agrees(
-        simulate(placement, tokens, batch_size=4096),
+        simulate(placement, tokens, batch_size=4096, replica_choice="local-first"),
         referee_result(referee, placement, tokens, 4096),
     )

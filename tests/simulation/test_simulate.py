@@ -79,11 +79,12 @@ def test_local_first_takes_the_nearest_copy_and_turns_among_equals():
     placed = placement_of([[1, 2, 0, 3, 0, 4, 0, 5]], num_ranks=4, num_nodes=2)
     homes = [0, 1, 2, 3]
     tokens = chunk_of([[[0, 5]] * 4], sequence_ids=homes)
-    fixed = simulate(placed, tokens)["fixed"]
+    fixed = simulate(placed, tokens, replica_choice="local-first")["fixed"]
     # Expert 0 is served on rank 1 for home 0, and at home elsewhere; 5 is on rank 3.
     assert fixed.local_activation_rate == pytest.approx((0 + 1 + 1 + 2) / 8)
     one_far = placement_of([[1, 2, 3, 4, 0, 5, 0, 6]], num_ranks=4, num_nodes=2)
-    both = simulate(one_far, chunk_of([[[0]] * 4], [0, 0, 0, 0]))["fixed"]
+    far = chunk_of([[[0]] * 4], [0, 0, 0, 0])
+    both = simulate(one_far, far, replica_choice="local-first")["fixed"]
     # Copies on ranks 2 and 3, both far from rank 0: tokens 0, 2 and 1, 3 take turns.
     assert both.load_imbalance_max == pytest.approx(2 / 1)
     assert both.bottleneck_rank_copies_per_token == pytest.approx(2 * 4 / 4)
@@ -156,18 +157,8 @@ def assert_same(metrics, expected):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems())
-def test_agrees_with_the_definitions(problem):
-    placement, tokens, batch_size, _ = problem
-    assert_same(
-        simulate(placement, tokens, batch_size=batch_size),
-        plain_simulate(placement, tokens, batch_size),
-    )
-
-
-@settings(max_examples=60, deadline=None)
-@given(problems(), st.sampled_from(["hash", "cover"]))
-def test_agrees_with_the_definitions_under_other_replica_choices(problem, choice):
+@given(problems(), st.sampled_from(["local-first", "hash", "cover"]))
+def test_agrees_with_the_definitions(problem, choice):
     placement, tokens, batch_size, _ = problem
     assert_same(
         simulate(placement, tokens, batch_size=batch_size, replica_choice=choice),
@@ -211,7 +202,13 @@ def test_agrees_with_the_definitions_under_a_table(
         table = dyadic(table)
     judged = tokens if ids else chunk_of(tokens.experts, tokens.sequence_ids)
     assert_same(
-        simulate(placement, judged, batch_size=batch_size, table=table),
+        simulate(
+            placement,
+            judged,
+            batch_size=batch_size,
+            table=table,
+            replica_choice="local-first",
+        ),
         plain_simulate(placement, judged, batch_size, table),
     )
 
@@ -226,7 +223,9 @@ def test_no_home_beats_the_oracle_and_replicas_never_hurt_it(problem):
         for row in placement.physical_to_logical_map
     ]
     alone = simulate(placement_of(own, num_ranks), tokens)["oracle"].local_activation_rate
-    metrics = simulate(placement, tokens, batch_size=batch_size)
+    metrics = simulate(
+        placement, tokens, batch_size=batch_size, replica_choice="local-first"
+    )
     best = metrics["oracle"].local_activation_rate
     assert best >= metrics["fixed"].local_activation_rate - 1e-12
     assert best >= metrics["follow"].local_activation_rate - 1e-12
@@ -265,6 +264,13 @@ def test_a_table_for_other_ranks_is_refused():
     with pytest.raises(PlacerError, match="table is for 2 ranks, the plan has 4") as error:
         simulate(contiguous((4,), 4), tokens, table=table)
     assert "placer tables PLAN TRACE --out TABLE" in error.value.hint
+
+
+def test_copies_that_nothing_chooses_among_are_refused():
+    placed = placement_of([[0, 1, 0, 2]], num_ranks=2)
+    with pytest.raises(UsageError, match="nothing says which of them serves") as error:
+        simulate(placed, chunk_of([[[0, 2]]], sequence_ids=[0]))
+    assert "local-first, sglang-static, hash, cover" in error.value.hint
 
 
 def test_no_token_and_no_batch_are_refused():

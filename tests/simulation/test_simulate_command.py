@@ -1,18 +1,24 @@
 """``placer simulate`` and ``placer tables``, from files to files, as a user runs them."""
 
 import json
+import shlex
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from placer.baseline import BASELINES
+from placer.cli.main import main
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
 from placer.demo.road import shipped_model
 from placer.errors import PlacerError, UsageError
+from placer.plan import Placement
 from placer.simulation import contiguous
 from placer.table import Table
+
+QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
 
 app = typer.Typer()
 app.command()(simulate)
@@ -157,6 +163,57 @@ def test_without_an_engine_copies_serve_as_the_plan_was_solved_for(files):
     for words, choice in cases:
         found = call("simulate", plan, trace, "--fold", "1/2", "--json", *words).stdout
         assert json.loads(found)["replica_choice"] == choice
+
+
+@pytest.fixture
+def copies(make_trace, write_plan):
+    """A trace, and a plan with redundant experts that does not say which copy serves."""
+    trace = make_trace(num_sequences=60, num_tokens=2_000)
+    row = np.array([0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0])
+    placement = Placement(
+        physical_to_logical_map=(row,) * 3, num_experts=(8,) * 3, num_ranks=4
+    )
+    return write_plan(trace.model, placement), trace.directory
+
+
+def test_copies_of_a_plan_that_does_not_say_which_serves_ask_for_a_choice(copies):
+    plan, trace = copies
+    with pytest.raises(UsageError, match="engines differ in which copy serves") as error:
+        call("simulate", plan, trace)
+    assert error.value.exit_code == 2
+    commands = error.value.hint.splitlines()[1:]
+    assert len(commands) == 2
+    for line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        found = json.loads(call(*words, "--json").stdout)
+        assert words[-2:] == ["--replica-choice", found["replica_choice"]]
+    found = json.loads(
+        call("simulate", plan, trace, "--engine", "vllm-agrs", "--json").stdout
+    )
+    assert found["replica_choice"] == "hash"
+    with pytest.raises(UsageError, match="deepspeed serves no redundant experts"):
+        call("simulate", plan, trace, "--engine", "deepspeed")
+
+
+def test_a_plan_without_copies_needs_no_choice(files):
+    plan, trace, _ = files
+    found = json.loads(call("simulate", plan, trace, "--fold", "1/2", "--json").stdout)
+    assert found["replica_choice"] is None
+
+
+def test_a_table_of_copies_that_nothing_chooses_among_is_refused_at_once(copies, tmp_path):
+    """With the command that solves anew from this plan, and records the choice."""
+    plan, trace = copies
+    with pytest.raises(UsageError, match="engines differ in which copy serves") as error:
+        call("tables", plan, trace, "--out", tmp_path / "table.safetensors")
+    for line in error.value.hint.splitlines()[1:]:
+        words = shlex.split(line, comments=True)[1:]
+        paths = {"TRACE": trace, "PLAN": plan, "NEW": tmp_path / "new.json"}
+        with pytest.raises(SystemExit) as done:
+            main([str(paths.get(word, word)) for word in [*words, *QUICK]])
+        assert done.value.code == 0
+        call("tables", paths["NEW"], trace, "--out", tmp_path / "table.safetensors")
+        paths["NEW"].unlink()
 
 
 def test_the_width_of_a_trace_that_does_not_know_it_is_enough_for_bytes(files, tiny_model):

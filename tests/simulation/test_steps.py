@@ -141,7 +141,12 @@ def figures_of(placement, tokens, shape, options) -> BatchFigures:
 def test_every_copy_is_counted_where_it_is_sent_and_received(problem, exchange, policy):
     placement, tokens, batches = problem
     steps = layer_steps(
-        placement, tokens, batches, policy=policy, exchanges=(exchange, exchange)
+        placement,
+        tokens,
+        batches,
+        policy=policy,
+        exchanges=(exchange, exchange),
+        replica_choice="local-first",
     )
     expected, weight = (
         plain_steps(placement, tokens, batches, policy, exchange),
@@ -168,6 +173,7 @@ def test_a_padded_exchange_is_the_same_for_every_placement(problem):
     placement, tokens, batches = problem
     top_k, num_ranks = tokens.experts[0].shape[1], placement.num_ranks
     options = {"policy": "fixed", "exchanges": ("padded", "padded")}
+    options["replica_choice"] = "hash"
     for found in layer_steps(placement, tokens, batches, **options):
         total = found.dispatch.fast.sent.sum(axis=1) + found.dispatch.slow.sent.sum(axis=1)
         every = batches.size * batches.weight * top_k * (num_ranks - 1) / num_ranks
@@ -180,9 +186,11 @@ def test_per_rank_figures_are_those_of_simulate(problem, times):
     """One batch of all tokens, each of which may stand for several."""
     placement, tokens, _ = problem
     per_rank = -(-tokens.num_tokens // placement.num_ranks) * times
-    options = BatchOptions(policy="fixed")
+    options = BatchOptions(policy="fixed", replica_choice="local-first")
     found = figures_of(placement, tokens, decode(per_rank), options).metrics
-    known = simulate(placement, tokens, batch_size=tokens.num_tokens)["fixed"]
+    known = simulate(
+        placement, tokens, batch_size=tokens.num_tokens, replica_choice="local-first"
+    )["fixed"]
     assert found.batch_size == per_rank * placement.num_ranks
     assert found.straggler_mean == pytest.approx(known.straggler_mean)
     assert found.bottleneck_copies_per_token == pytest.approx(
