@@ -1,5 +1,6 @@
 """How engines are started with a plan, beside what their own parsers take."""
 
+import itertools
 import json
 import re
 import shlex
@@ -77,6 +78,20 @@ def test_every_option_is_one_that_the_engine_takes():
         assert options <= set(OWN_FLAGS[name]["flags"]), (name, start)
         seen |= options
     assert {"--enable-eplb", "--attn-dp-size", "--nnodes", "--tp_size"} <= seen
+
+
+def test_every_value_is_one_that_the_engine_takes():
+    """Backends, modes and variables that select a configuration, and those that undo it."""
+    seen = 0
+    for name, start in every_start():
+        choices = OWN_FLAGS[name].get("choices", {})
+        for text in (start.command, *start.stale):
+            words = re.split(r"[ =]", text)
+            for option, value in itertools.pairwise(words):
+                if option in choices:
+                    assert value in choices[option], (name, text)
+                    seen += 1
+    assert seen > 100
 
 
 def test_nothing_is_left_unfilled():
