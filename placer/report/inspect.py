@@ -112,6 +112,7 @@ def _summarize_trace(statistics: TraceStatistics) -> Summary:
         },
         "num_decode_tokens": statistics.num_decode_tokens,
         "recorded": list(statistics.tensors),
+        "experts_by_weight": trace.header.experts_by_weight,
         "unknown_token_ids": trace.header.num_tokens - statistics.num_known_tokens
         if with_ids
         else None,

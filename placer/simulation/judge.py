@@ -32,6 +32,7 @@ from placer.simulation.sent import Sent, Wire
 from placer.simulation.simulate import count
 from placer.table.table import Table
 from placer.trace import EVERYTHING, Chunk, Selection, Trace
+from placer.trace.doubts import doubtful_follow
 
 PLAN = "plan"
 Figures = Mapping[str, PolicyMetrics]
@@ -240,6 +241,7 @@ def judge_plan(
         matched,
         *missing,
         other_phase(plan, selection),
+        *doubtful_follow(trace, plan.policy),
         *_warnings(plan, trace, tokens, table),
     )
     return tuple(
