@@ -70,6 +70,7 @@ def advise(
     from placer.report.batches import advice_table
     from placer.report.question import Question, usual_engines
     from placer.report.trace_advice import advise_on_trace
+    from placer.report.verdict import grouped
     from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.simulation.homes import batch_shapes, parse_tokens_per_rank
     from placer.trace import Trace
@@ -106,8 +107,8 @@ def advise(
     if as_json:
         print_json(advice.to_json() | {"next": command})
         return
-    for answer in advice.answers:
-        print_line(answer.sentence)
+    for names, sentence in grouped((one.engine, one.sentence) for one in advice.answers):
+        print_line(", ".join([*names, sentence]))
     print_line("")
     print_table(*advice_table(advice))
     for reason in advice.reasons:

@@ -1,7 +1,6 @@
 """``placer simulate``: what a plan costs on a trace."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,6 +91,7 @@ def simulate(
     from placer.engine import engines_named
     from placer.hardware import Hardware
     from placer.plan import Plan
+    from placer.report.batches import summary_table
     from placer.report.verdict import verdict_lines
     from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.simulation.homes import batch_shapes, parse_tokens_per_rank
@@ -140,31 +140,30 @@ def simulate(
     )
     for warning in dict.fromkeys(text for one in judgements for text in one.warnings):
         warn(warning)
+    values = [one.to_json() for one in judgements]
     if as_json:
-        values = [one.to_json() for one in judgements]
         many = len(engines) > 1
         print_json({"engines": {v["engine"]: v for v in values}} if many else values[0])
         return
-    for judgement in judgements:
-        for line in verdict_lines(judgement):
-            print_line(line)
+    for line in verdict_lines(judgements):
+        print_line(line)
     print_line("")
-    _show(judgements)
+    if len(judgements) == 1:
+        _show(judgements[0])
+        return
+    title, columns, rows = summary_table(judgements)
+    print_table(columns, rows, title)
+    first = values[0]["engine"]
+    print_line(f"next, for all figures of one: {command} --engine {first}")
 
 
-def _show(judgements: Sequence["Judgement"]) -> None:
-    """Print the tables and facts of one engine, or one table of several."""
-    from placer.report.batches import batch_tables, summary_table
+def _show(judgement: "Judgement") -> None:
+    """Print the tables and facts of one engine."""
+    from placer.report.batches import batch_tables
     from placer.report.comparison import comparison_table
     from placer.report.verdict import fact_lines
     from placer.simulation.sent import deployable
 
-    if len(judgements) > 1:
-        title, columns, rows = summary_table(judgements)
-        print_table(columns, rows, title)
-        print_line("next: all figures of one engine: --engine with its own name")
-        return
-    (judgement,) = judgements
     figures = judgement.to_json()
     policies = deployable(judgement.policies, judgement.policy)
     placements = {**figures["baselines"], "plan": figures["policies"]}

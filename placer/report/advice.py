@@ -65,7 +65,7 @@ class Answer:
     verdict
         That of the size of batches, and of the way of overlapping, with the least to gain.
     sentence
-        The verdict and its figures, in words.
+        The phase, the verdict and its figures, in words.
     candidates
         By name: ``contiguous``, ``eplb``, and ``placed`` where placement can change the
         traffic; one for each size of batches.

@@ -1,8 +1,9 @@
 """The tables of what happens in each batch, of simulated placements."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from placer.report.advice import Advice
+from placer.report.verdict import grouped, references
 from placer.simulation.batch_figures import BatchFigures
 from placer.simulation.judge import PLAN, Judgement
 
@@ -64,25 +65,39 @@ def batch_tables(judgement: Judgement) -> list[Table]:
 
 
 def summary_table(judgements: Sequence[Judgement]) -> Table:
-    """Return one table of all engines: what is sent, the busiest rank, and the time."""
+    """Return one table of all engines: what is sent, the busiest rank, and the time.
+
+    Of the baselines, those that verdicts name.
+    """
     timed = judgements[0].serving.hardware is not None
-    columns = ("engine", "placement", "phase", "tokens/rank", "sent/token", "straggler")
-    rows = []
+    columns = ("engine", "placement", "tokens/rank", "sent/token", "straggler")
+    rows: list[tuple[str | None, tuple[object, ...]]] = []
     for one in judgements:
-        engine = "-" if one.serving.engine is None else one.serving.engine.name
+        engine = None if one.serving.engine is None else one.serving.engine.name
         figures = {**one.baselines, PLAN: one.policies}
-        for name, every in one.batches.items():
+        for name in (*references(one.baselines), PLAN):
             sent = None
             if one.sent is not None:
                 sent = getattr(figures[name][one.policy], one.sent.metric)
-            for batch in every:
-                row: list[object] = [engine, name, *_shape(batch), sent]
+            for batch in one.batches[name]:
+                row: list[object] = [name, batch.shape.tokens_per_rank, sent]
                 row.append(batch.metrics.straggler_mean)
                 if batch.time is not None:
                     row += [batch.time.total * 1e6, batch.time.overlapped * 1e6]
-                rows.append(row)
+                rows.append((engine, tuple(row)))
     more = ("layer us", "overlapped") if timed else ()
-    return "what each engine sends, and its busiest rank", (*columns, *more), rows
+    title = "what each engine sends, and its busiest rank"
+    return title, (*columns, *more), _by_engine(rows)
+
+
+def _by_engine(
+    rows: Iterable[tuple[str | None, tuple[object, ...]]],
+) -> list[list[object]]:
+    """Return each row once, behind the first engine that has it and how many more."""
+    return [
+        [names[0] + (f" +{len(names) - 1}" if len(names) > 1 else ""), *row]
+        for names, row in grouped(rows)
+    ]
 
 
 def advice_table(advice: Advice) -> tuple[tuple[str, ...], list[list[object]]]:
@@ -97,15 +112,17 @@ def advice_table(advice: Advice) -> tuple[tuple[str, ...], list[list[object]]]:
         "overlapped_us": "overlapped",
     }
     known = [f for f in fields if any(getattr(one, f) is not None for one in every)]
+    if "straggler" in known:  # that of batches, which is what counts
+        known.remove("load_imbalance")
     named = any(answer.engine is not None for answer in advice.answers)
-    rows: list[list[object]] = [
-        [*([answer.engine] if named else []), name, *(getattr(one, f) for f in known)]
+    rows = [
+        (answer.engine, (name, *(getattr(one, field) for field in known)))
         for answer in advice.answers
         for name, found in answer.candidates.items()
         for one in found
     ]
     columns = [*(["engine"] if named else []), "placement", *(fields[f] for f in known)]
-    return tuple(columns), rows
+    return tuple(columns), _by_engine(rows) if named else [list(row) for _, row in rows]
 
 
 def _shape(one: BatchFigures) -> tuple[str, int]:
@@ -113,18 +130,15 @@ def _shape(one: BatchFigures) -> tuple[str, int]:
 
 
 def _bytes_table(sent: dict[str, dict[str, float]], *, between_nodes: bool) -> Table:
-    ways = [("between nodes", "slow")] if between_nodes else []
-    ways.append(("inside nodes" if between_nodes else "", "fast"))
-    keys = [
-        (f"{way}_{link}", f"{way} {words}".strip())
-        for way in ("dispatch", "combine")
-        for words, link in ways
-    ]
+    links = {"slow": ", between", "fast": ", inside"} if between_nodes else {"fast": ""}
+    ways = [(way, link) for way in ("dispatch", "combine") for link in links]
     rows: list[list[object]] = [
-        [name, *(of[key] for key, _ in keys)] for name, of in sent.items()
+        [name, *(of[f"{way}_{link}"] for way, link in ways)] for name, of in sent.items()
     ]
-    columns = ("placement", *(heading for _, heading in keys))
-    return "bytes sent per token and layer", columns, rows
+    title = "bytes sent per token and layer" + (
+        ", between nodes and inside them" if between_nodes else ""
+    )
+    return title, ("placement", *(way + links[link] for way, link in ways)), rows
 
 
 def _break_even_rows(judgement: Judgement) -> list[list[object]]:

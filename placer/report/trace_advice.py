@@ -26,7 +26,7 @@ from placer.plan.solve import solve_to_choose
 from placer.report.advice import PROFILE, RANKED, Advice, Answer, Candidate, Verdict
 from placer.report.load import rank_load
 from placer.report.question import Question
-from placer.report.verdict import phase_words, speed_words, times
+from placer.report.verdict import grouped, phase_words, speed_words, times
 from placer.simulation.baselines import contiguous
 from placer.simulation.batch_figures import (
     BatchFigures,
@@ -199,7 +199,7 @@ def _answer(
         engine=question.served.name,
         phase=phase,
         verdict=min(every_verdict, key=RANKED.index),
-        sentence=f"{phase_words(question.served, shapes)}: {words}. {told}",
+        sentence=f"{phase_words(shapes)}: {words}. {told}",
         candidates=candidates,
         break_even=_break_evens(figures, question),
     )
@@ -317,13 +317,20 @@ def changed(what: str, then: float, now: float) -> str:
 def _reasons(
     questions: Sequence[Question], placements: _Placements, served: _Served
 ) -> list[str]:
-    reasons = []
-    for question in questions:
-        effect = question.served.effect(question.policy, has_replicas=False)
-        if question.topology.num_ranks == 1:
-            reasons.append("one rank sends nothing")
-        elif not effect.changes_traffic:
-            reasons.append(f"{question.served.name}: {effect.reason}")
+    effects = {
+        one.served.name: one.served.effect(one.policy, has_replicas=False)
+        for one in questions
+    }
+    reasons = [
+        f"{', '.join(names)}: {reason}"
+        for names, reason in grouped(
+            (name, effect.reason)
+            for name, effect in effects.items()
+            if not effect.changes_traffic
+        )
+    ]
+    if questions[0].topology.num_ranks == 1:
+        reasons = ["one rank sends nothing"]
     if questions[0].hardware is None:
         reasons.append(
             "without --hardware a verdict is about what is sent (placed) and the busiest "
@@ -331,7 +338,7 @@ def _reasons(
         )
     if any(one.served.map_format != "checkpoint" for one in questions):
         reasons += _redundant_reason(placements, served, questions[0].topology)
-    return list(dict.fromkeys(reasons))
+    return reasons
 
 
 def _redundant_reason(

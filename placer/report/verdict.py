@@ -1,13 +1,14 @@
 """What a simulated plan comes to, in words: a verdict for each phase, then the facts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
-from placer.engine import Engine
 from placer.simulation.batch_figures import BatchFigures
 from placer.simulation.cost import PredictedTime
 from placer.simulation.homes import BatchShape
 from placer.simulation.judge import PLAN, Judgement
 
+Row = TypeVar("Row", bound=Hashable)
 # Times closer than this are the same: no model of a layer is as exact.
 _SAME = 0.005
 _WORDS = {
@@ -22,8 +23,36 @@ _BY_SIZE = "faster or slower, by batch size, than"
 _REFERENCES = ("contiguous", "eplb")
 
 
-def verdict_lines(judgement: Judgement) -> Iterator[str]:
-    """Yield one sentence for each phase: what the plan is worth in its batches."""
+def grouped(named: Iterable[tuple[str | None, Row]]) -> list[tuple[tuple[str, ...], Row]]:
+    """Return each value once, with the names that have it, in their order.
+
+    Engines that send the same have the same figures.
+    """
+    found: dict[Row, list[str]] = {}
+    for name, value in named:
+        found.setdefault(value, []).extend([] if name is None else [name])
+    return [(tuple(names), value) for value, names in found.items()]
+
+
+def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[str]:
+    """Yield one sentence for each phase and what is sent: what the plan is worth."""
+    every = [(_name(one), text) for one in judgements for text in _verdicts(one)]
+    for names, text in grouped(every):
+        yield ", ".join([*names, text])
+
+
+def references(baselines: Iterable[str]) -> list[str]:
+    """Return the baselines that a verdict is about: contiguous and EPLB, else all."""
+    names = list(baselines)
+    return [name for name in _REFERENCES if name in names] or names
+
+
+def _name(judgement: Judgement) -> str | None:
+    engine = judgement.serving.engine
+    return None if engine is None else engine.name
+
+
+def _verdicts(judgement: Judgement) -> Iterator[str]:
     for phase in ("prefill", "decode"):
         places = [n for n, one in enumerate(judgement.shapes) if one.batching == phase]
         if not places:
@@ -33,7 +62,7 @@ def verdict_lines(judgement: Judgement) -> Iterator[str]:
         }
         shapes = [judgement.shapes[n] for n in places]
         plan = figures.pop(PLAN)
-        others = {n: figures[n] for n in _REFERENCES if n in figures} or figures
+        others = {name: figures[name] for name in references(figures)}
         parts = [
             *_sent_words(judgement, others),
             *(
@@ -44,15 +73,13 @@ def verdict_lines(judgement: Judgement) -> Iterator[str]:
         ]
         if not times(plan):
             parts.append(_balance_words(plan, others))
-        name = phase_words(judgement.serving.engine, shapes)
-        yield f"{name}: the plan {'; '.join(parts)}"
+        yield f"{phase_words(shapes)}: the plan {'; '.join(parts)}"
 
 
-def phase_words(engine: Engine | None, shapes: Sequence[BatchShape]) -> str:
-    """Name the engine, the phase and the batches that a verdict is about."""
+def phase_words(shapes: Sequence[BatchShape]) -> str:
+    """Name the phase and the batches that a verdict is about."""
     sizes = " / ".join(f"{one.tokens_per_rank:,}" for one in shapes)
-    named = "" if engine is None else f"{engine.name}, "
-    return f"{named}{shapes[0].batching} ({sizes} tokens per rank)"
+    return f"{shapes[0].batching} ({sizes} tokens per rank)"
 
 
 def times(figures: Sequence[BatchFigures]) -> list[PredictedTime]:

@@ -237,7 +237,7 @@ def test_an_engine_that_placement_cannot_help_says_so(make_trace, plan_of):
     assert (
         "of contiguous" not in comparison_table(json_of(judged), ["fixed"], judged.wire)[0]
     )
-    for verdict in verdict_lines(judged):
+    for verdict in verdict_lines([judged]):
         assert "the plan cannot change what is sent" in verdict
 
 
@@ -260,7 +260,7 @@ def test_time_is_predicted_for_plan_and_baselines(make_trace, plan_of):
         | {"pays": "never", "bandwidth_gb_per_s": None}
         for size, batching in told
     ]
-    prefill, decode = verdict_lines(judged)
+    prefill, decode = verdict_lines([judged])
     assert prefill.startswith("prefill (4,096 tokens per rank): the plan has 1.000 of")
     assert "is as fast as contiguous (a layer +0.0 %" in prefill
     assert decode.startswith("decode (64 / 256 tokens per rank)")

@@ -132,8 +132,9 @@ def test_a_family_is_simulated_by_engine(files):
     plan, trace, _ = files
     words = ("--fold", "1/2", "--engine", "sglang", "--tokens-per-rank", "16,2000")
     shown = call("simulate", plan, trace, *words).stdout
-    assert "sglang-none, decode (16 tokens per rank): the plan cannot change" in shown
-    assert "sglang-deepep, prefill (2,000 tokens per rank): the plan has 1.000" in shown
+    lines = {line.split(",")[0]: line for line in reversed(shown.splitlines())}
+    assert "(2,000 tokens per rank): the plan cannot change" in lines["sglang-none"]
+    assert "prefill (2,000 tokens per rank): the plan has 1.000" in lines["sglang-deepep"]
     value = json.loads(call("simulate", plan, trace, *words, "--json").stdout)["engines"]
     assert value["sglang-deepep"]["sent"] == "remote_rank_copies_per_token"
     drawn = [one["batching"] for one in value["sglang-deepep"]["batches"]["plan"]]
