@@ -232,6 +232,8 @@ class Alternation:
             others,
             vocab_size=self.vocab_size,
             max_home_imbalance=self.max_home_imbalance,
+            replica_choice=self.traffic.replica_choice,
+            layer_ids=self.traffic.layer_ids,
         )
         fixed = fixed_homes(judged.sequence_ids, placement.num_ranks)
         homes = TableHomes(table, judged.token_ids, fixed)

@@ -77,7 +77,7 @@ def plan_from_trace(
     }
 
     tables = {
-        name: _table(placed, profile, options)
+        name: _table(trace.model, placed, profile, options)
         for name, placed in {**baselines, "placer": placement}.items()
     }
 
@@ -140,7 +140,9 @@ def plan_from_affinity(
     )
 
 
-def _table(placement: Placement, profile: Chunk, options: SolveOptions) -> Table | None:
+def _table(
+    model: ModelSpec, placement: Placement, profile: Chunk, options: SolveOptions
+) -> Table | None:
     """Return the placement's table, where the policy takes its homes from one."""
     if options.content_policy is None:
         return None
@@ -149,6 +151,8 @@ def _table(placement: Placement, profile: Chunk, options: SolveOptions) -> Table
         profile,
         vocab_size=vocabulary_of(profile, options.content_policy),
         max_home_imbalance=options.max_home_imbalance,
+        replica_choice=options.replica_choice,
+        layer_ids=model.layer_ids,
     )
 
 

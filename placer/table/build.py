@@ -31,10 +31,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from placer.engine import ReplicaChoice
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.plan.placement import Placement
 from placer.simulation.homes import fixed_homes
+from placer.simulation.replica_choice import serving_layers
 from placer.simulation.serving import (
     LayerServing,
     RankArray,
@@ -82,6 +84,8 @@ def build_table(
     max_home_imbalance: float | None = None,
     token_experts: TokenExperts | None = None,
     unseen: UnseenIds = "regression",
+    replica_choice: ReplicaChoice | None = None,
+    layer_ids: tuple[int, ...] | None = None,
 ) -> Table:
     """Build the token-shuffle table of a placement.
 
@@ -118,6 +122,10 @@ def build_table(
         What ``embeddings`` give: ``regression``, a prior for every id (see
         :mod:`placer.table.regression`); ``nearest``, ids never seen the row of their
         nearest neighbour among the seen ones, by cosine.
+    replica_choice, layer_ids
+        Who serves in the layers before, whose majority ranks index A: as
+        :func:`placer.simulation.replica_choice.serving_layers` takes them. Under ``hash``
+        all copies take turns.
 
     Raises
     ------
@@ -125,7 +133,8 @@ def build_table(
         If the tokens have no ids, or an id at or past ``vocab_size``, or were routed
         otherwise than ``token_experts`` says.
     UsageError
-        If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range.
+        If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range, or
+        nothing says which copy of an expert serves.
     """
     if lookback is None:
         lookback = default_lookback(placement.num_ranks)
@@ -174,14 +183,15 @@ def build_table(
     with_token_score |= with_combined
     layers = []
     history: list[RankArray] = []
-    for layer, chosen in enumerate(tokens.experts):
+    served = serving_layers(placement, replica_choice, layer_ids)
+    for layer, (chosen, serving) in enumerate(zip(tokens.experts, served, strict=True)):
         experts = np.ascontiguousarray(chosen.T)
         if layer in token_experts:
             rates, rows = builder.exact_layer(layer, token_experts[layer])
         else:
             rates, rows = builder.layer(layer, experts, history)
         home, _ = rows.homes(ids, history, builder.fixed)
-        majority = majority_rank(LayerServing.of(placement, layer).ranks(experts, home))
+        majority = majority_rank(serving.ranks(experts, home))
         if with_combined:
             combined.add(rates, exact=layer in token_experts)
         history = [*history, majority][-lookback:] if lookback else []

@@ -8,17 +8,19 @@ choice, but for differences that float16 rounds away.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from placer.engine import ReplicaChoice
 from placer.plan.placement import Placement
 from placer.shuffle import CombinedRule
 from placer.simulation.homes import fixed_homes
 from placer.simulation.intervals import FEWEST_SEQUENCES
+from placer.simulation.replica_choice import serving_layers
 from placer.simulation.serving import LayerServing
 from placer.table.homes import TableHomes
 from placer.table.table import Table
@@ -43,7 +45,11 @@ class Calibration:
 
 
 def fit_calibration(
-    placement: Placement, tokens: Chunk, build: Callable[[Chunk], Table]
+    placement: Placement,
+    tokens: Chunk,
+    build: Callable[[Chunk], Table],
+    replica_choice: ReplicaChoice | None = None,
+    layer_ids: tuple[int, ...] | None = None,
 ) -> Calibration | None:
     """Fit the line on the two halves of a profile.
 
@@ -55,6 +61,8 @@ def fit_calibration(
         The profile.
     build
         Builds the table of a part of the profile.
+    replica_choice, layer_ids
+        As ``build_table`` takes them.
 
     Returns
     -------
@@ -72,7 +80,8 @@ def fit_calibration(
         return None
     sums = np.zeros((2, 5))
     for half in (even, ~even):
-        sums += _sums(placement, tokens.select(~half), build(tokens.select(half)))
+        layers = serving_layers(placement, replica_choice, layer_ids)
+        sums += _sums(layers, tokens.select(~half), build(tokens.select(half)))
     plain, combined = (_line(*rule) for rule in sums)
     return None if plain is None else dataclasses.replace(plain, combined=combined)
 
@@ -131,17 +140,18 @@ def _corrected_rule(
     return CombinedRule(**found)
 
 
-def _sums(placement: Placement, tokens: Chunk, table: Table) -> npt.NDArray[np.float64]:
+def _sums(
+    layers: Iterator[LayerServing], tokens: Chunk, table: Table
+) -> npt.NDArray[np.float64]:
     """Return, over tokens and layers, the count and the sums of x, y, x x and x y.
 
     x is what a row promised, y what its home served: ``[2, 5]``, by the plain rule and,
     past the first layer, by the combined one, where there is one.
     """
-    fixed = fixed_homes(tokens.sequence_ids, placement.num_ranks)
+    fixed = fixed_homes(tokens.sequence_ids, table.num_ranks)
     homes = TableHomes(table, tokens.token_ids, fixed)
     total = np.zeros((2, 5))
-    for layer, chosen in enumerate(tokens.experts):
-        serving = LayerServing.of(placement, layer)
+    for layer, (chosen, serving) in enumerate(zip(tokens.experts, layers, strict=True)):
         experts = np.ascontiguousarray(chosen.T)
         choices = [homes.plain(layer)]
         if table.combined is not None and layer > 0:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from placer import __version__
 from placer.files import sha256_file
 from placer.model import ModelSpec, require_same_model
-from placer.plan import Placement, Plan
+from placer.plan import Plan
 from placer.plan.plan import plan_sha256
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.profile import num_seen_sequences, profile_of
@@ -141,15 +142,29 @@ def make_table(
         if not model.bound:
             model = checkpoint
     vocab_size = model.vocab_size or _largest_id(tokens) + 1
-    table = _build(plan.placement, tokens, vocab_size, token_experts, options)
+    build = partial(
+        build_table,
+        plan.placement,
+        vocab_size=vocab_size,
+        lookback=options.lookback,
+        shrinkage=options.shrinkage,
+        with_combined=options.with_combined,
+        max_home_imbalance=options.max_home_imbalance,
+        replica_choice=choice,
+        layer_ids=model.layer_ids,
+    )
+    table = build(
+        tokens,
+        with_token_score=options.with_token_score,
+        embeddings=None
+        if options.embeddings is None
+        else CheckpointEmbeddings(options.embeddings),
+        token_experts=token_experts,
+        unseen=options.unseen,
+    )
     exact_layers = tuple(sorted(token_experts))
     # Without the embedding: what is measured is the error of counts.
-    counted = dataclasses.replace(options, embeddings=None, with_token_score=False)
-    calibration = fit_calibration(
-        plan.placement,
-        tokens,
-        lambda part: _build(plan.placement, part, vocab_size, {}, counted),
-    )
+    calibration = fit_calibration(plan.placement, tokens, build, choice, model.layer_ids)
     if calibration is not None:
         table = calibrated(table, calibration, exact_layers)
     table = dataclasses.replace(
@@ -189,30 +204,6 @@ def make_table(
             layer_ids=model.layer_ids,
         ),
         warnings=tuple(one for one in warnings if one is not None),
-    )
-
-
-def _build(
-    placement: Placement,
-    tokens: Chunk,
-    vocab_size: int,
-    token_experts: TokenExperts,
-    options: TableOptions,
-) -> Table:
-    return build_table(
-        placement,
-        tokens,
-        vocab_size=vocab_size,
-        lookback=options.lookback,
-        shrinkage=options.shrinkage,
-        with_token_score=options.with_token_score,
-        with_combined=options.with_combined,
-        embeddings=None
-        if options.embeddings is None
-        else CheckpointEmbeddings(options.embeddings),
-        max_home_imbalance=options.max_home_imbalance,
-        token_experts=token_experts,
-        unseen=options.unseen,
     )
 
 

@@ -107,6 +107,7 @@ def test_agrees_on_a_slice_of_gpt_oss_with_a_table(
         profile,
         vocab_size=int(profile.token_ids.max()) + 1,
         with_token_score=with_token_score,
+        replica_choice="local-first",
     )
     path = tmp_path / "table.safetensors"
     table.write(path)

@@ -197,6 +197,7 @@ def test_agrees_with_the_definitions_under_a_table(
         lookback=lookback,
         with_token_score=scores,
         with_combined=combined,
+        replica_choice="local-first",
     )
     if combined:
         table = dyadic(table)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from placer.errors import PlacerError, UsageError
 from placer.plan import Placement
 from placer.simulation import contiguous, simulate
+from placer.simulation.replica_choice import sglang_static_ranks
 from placer.table import build_table
 from placer.table.build import default_lookback
 from placer.trace import Chunk
@@ -52,7 +53,12 @@ def test_a_replica_serves_at_both_homes():
     )
     tokens = chunk_of([[[0, 1], [0, 2]]], token_ids=[0, 1])
     table = build_table(
-        placement, tokens, vocab_size=2, shrinkage=2.0, with_token_score=True
+        placement,
+        tokens,
+        vocab_size=2,
+        shrinkage=2.0,
+        with_token_score=True,
+        replica_choice="local-first",
     )
     # Prior: 3 of 4 pairs each. Id 0: (2 + 4 x 3/4) / (2 + 4), (1 + 3) / 6.
     assert table.token_rank.tolist() == [[0, 1]]
@@ -100,6 +106,38 @@ def test_histories_are_indexed_oldest_first_in_base_r():
     assert table.history_rank[2, 7] == 0
 
 
+@pytest.mark.parametrize("layer_ids", [(0, 1), (5, 6)])
+def test_histories_are_those_of_the_copies_that_serve(layer_ids):
+    """Expert 0 on ranks 0 and 1, asked for from rank 2: one of them, or both in turn.
+
+    Where it served, the next layer is served on rank 2.
+    """
+    row = np.array([0, 1, 0, 2, 3, 4])
+    placement = Placement(
+        physical_to_logical_map=(row,) * 2, num_experts=(5, 5), num_ranks=3
+    )
+    first = [[4]] * 10 + [[4]] * 10 + [[0]] * 20
+    second = [[1]] * 10 + [[2]] * 10 + [[3]] * 20
+    tokens = chunk_of([first, second], [0] + [-1] * 39, [0] * 10 + [1] * 10 + [2] * 20)
+
+    def surety(choice):
+        table = build_table(
+            placement,
+            tokens,
+            vocab_size=1,
+            lookback=1,
+            replica_choice=choice,
+            layer_ids=layer_ids,
+        )
+        return table.history_confidence[1, :2]
+
+    drawn = sglang_static_ranks(placement, layer_ids)[0][2, 0]
+    surety_drawn = surety("sglang-static")
+    assert surety_drawn[drawn] > 0.6
+    assert surety_drawn[1 - drawn] == pytest.approx(0.5, abs=0.05), "nobody came from it"
+    assert (surety("local-first") > 0.6).all()
+
+
 def test_layers_of_unequal_size_fill_expert_rank_with_no_rank():
     tokens = chunk_of([[[0]], [[3]]], token_ids=[0])
     table = build_table(contiguous((2, 4), 2), tokens, vocab_size=1)
@@ -142,6 +180,7 @@ def test_token_rows_agree_with_counting_in_loops(seed, shrinkage):
         vocab_size=vocab_size,
         shrinkage=shrinkage,
         with_token_score=True,
+        replica_choice="hash",
     )
     holders = defaultdict(set)
     for slot, expert in enumerate(placement.physical_to_logical_map[0]):

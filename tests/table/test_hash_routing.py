@@ -69,6 +69,7 @@ def test_every_id_has_the_home_that_serves_most_of_its_real_experts(deepseek, pl
         vocab_size=VOCABULARY,
         token_experts=experts,
         with_token_score=True,
+        replica_choice="hash",
     )
     assert sorted(experts) == [0, 1]
     for layer in (0, 1):
