@@ -241,8 +241,8 @@ def solve_request(
             "select when counting: placer affinity TRACE "
             f"{request.selection.options} --out AFFINITY",
         )
-    if choice is not None and choice.left_out is not None:
-        note(choice.left_out)
+    if choice is not None and choice.told is not None:
+        note(choice.told)
     report = plan.solver
     if request.require_optimal and report.status != "optimal":
         raise NotProvedError(
