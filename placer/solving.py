@@ -464,7 +464,7 @@ def _options(
         start=start,
         migration_cost=request.migration_cost,
         **asked,
-    )
+    ).guarded()
 
 
 def _without_effect(request: SolveRequest, served: Served) -> Iterator[str]:
