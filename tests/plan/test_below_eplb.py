@@ -122,9 +122,9 @@ def test_the_command_tells_which_cap_resulted(
 
     assert "kept at or below EPLB's with as many slots: 1.0" in said("plan.json")
     plan = Plan.read(tmp_path / "plan.json")
-    limit = busiest_of_eplb(trace.read(None), 0)
+    limit = busiest_of_eplb(trace.read(), 0)
     assert plan.solver.eplb_caps == pytest.approx(limit, abs=RANKS / 1800)
-    own = simulate(plan.placement, trace.read(None))["fixed"].load_imbalance_mean
+    own = simulate(plan.placement, trace.read())["fixed"].load_imbalance_mean
     assert own <= np.mean(limit) + 1e-9
     assert "EPLB" not in said("capped.json", "--max-imbalance", "1.1")
 

@@ -81,7 +81,7 @@ def test_partners_are_worth_placing(tmp_path: Path) -> None:
         for name, copies in (("contiguous", 1.5), ("placed", 0.75)):
             for one in answer.candidates[name]:
                 assert one.sent_per_token == pytest.approx(copies, abs=0.05)
-        assert "worth it. placing lowers copies sent by 4" in answer.sentence
+        assert "worth it. placing lowers copies sent by 50." in answer.sentence
     assert "--policy fixed" in next_command(advice, trace.directory, [QUESTION])
     few, filled = advice.warnings
     assert few == "20 held-out sequences are too few to trust: 30 are needed"
