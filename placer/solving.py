@@ -30,6 +30,7 @@ from placer.plan.redundant import (
     choose_redundant_experts,
     worth_on_profile,
 )
+from placer.plan.router_groups import are_whole, limits_nodes
 from placer.plan.served import Loading, Served, require_loadable, solved_for
 from placer.plan.world import WorldLayout
 from placer.report.comparison import ladder_line
@@ -167,6 +168,11 @@ class SolveRequest:
         """Whether the source is an affinity file, which has no tokens."""
         return self.source.is_file()
 
+    @property
+    def holds_loads_alone(self) -> bool:
+        """Whether the source knows neither tokens nor pairs of experts."""
+        return self.holds_counts and not Affinity.read(self.source).has_links
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
@@ -241,8 +247,10 @@ def solve_request(
             "select when counting: placer affinity TRACE "
             f"{request.selection.options} --out AFFINITY",
         )
-    if choice is not None and choice.told is not None:
-        note(choice.told)
+    if choice is not None and choice.left_out is not None:
+        note(choice.left_out)
+    if _is_balanced(request, options):
+        _tell_groups(plan, request.engine, note, warn)
     report = plan.solver
     if request.require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -339,11 +347,14 @@ def _settle(
     deadline: Deadline,
 ) -> _Settled:
     """Decide what engine, start and profile decide."""
+    objective = "traffic" if request.by_time else request.objective
+    if request.holds_loads_alone and request.engine is not None and not request.by_time:
+        objective = "balance"
     loading = _loading(request)
     served = solved_for(
         request.engine,
         request.options.policy,
-        "traffic" if request.by_time else request.objective,
+        objective,
         request.exchange,
         request.replica_choice or _even_choice(request),
         has_replicas=request.has_replicas,
@@ -356,6 +367,8 @@ def _settle(
             "no engine is named: copies of an expert are taken to share its load evenly, "
             "as under --replica-choice hash"
         )
+    if request.holds_loads_alone and request.objective == "traffic":
+        note("loads alone say nothing of traffic: the load is balanced")
     if request.layout is not None:
         note(request.layout.describe())
     if not request.holds_counts:
@@ -365,7 +378,13 @@ def _settle(
             warn(line)
     options = _options(request, served, _served_now(request, warn))
     if loading.keeps_groups:
-        options = _whole_groups(options, request.holds_counts, note)
+        options = _whole_groups(request, options, note)
+    if request.options.ignore_groups and not _is_balanced(request, options):
+        raise UsageError(
+            "--ignore-groups is about balancing: plans for traffic split router groups "
+            "wherever that pays",
+            "drop it, or balance alone: --objective balance",
+        )
     by_time = request.by_time and served.objective == "traffic"
     if by_time and request.holds_counts:
         raise UsageError(
@@ -415,17 +434,18 @@ def _loading(request: SolveRequest) -> Loading:
     )
 
 
-def _whole_groups(options: SolveOptions, from_counts: bool, note: Tell) -> SolveOptions:
+def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> SolveOptions:
     """Keep router groups whole, as a permuted checkpoint must, where that can be had."""
-    given = options.start is not None or options.pins
-    if given or from_counts or options.objective == "balance":
+    given = options.start is not None or options.pins or request.options.ignore_groups
+    from_pairs = request.holds_counts and not _is_balanced(request, options)
+    if given or from_pairs:
         note(
             "a permuted checkpoint must keep router groups whole, and this plan may not: "
             "the export refuses it then"
         )
         return options
     note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
-    return replace(options, preserve_groups=True)
+    return replace(options, preserve_groups=True, ignore_groups=False)
 
 
 def _even_choice(request: SolveRequest) -> str | None:
@@ -461,10 +481,40 @@ def _options(
         exchange=served.exchange,  # type: ignore[arg-type]
         replica_choice=served.replica_choice,  # type: ignore[arg-type]
         redundant_experts=request.redundant_experts or 0,
+        ignore_groups=request.options.ignore_groups
+        or not (served.groups_count or request.options.preserve_groups),
         start=start,
         migration_cost=request.migration_cost,
         **asked,
-    ).guarded()
+    )
+
+
+def _is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
+    """Return whether load is all that is solved for."""
+    return options.objective == "balance" or request.holds_loads_alone
+
+
+def _tell_groups(plan: Plan, engine: str | None, note: Tell, warn: Tell) -> None:
+    """Tell what router groups on nodes cost, or what it means that they are split."""
+    model, num_nodes = plan.model, plan.placement.num_nodes
+    split = plan.solver.imbalance_without_groups
+    if split is not None:
+        note(
+            f"router groups stay whole: imbalance {plan.solver.objective:.4f}, "
+            f"{split:.4f} if they are split (--ignore-groups)"
+        )
+    elif num_nodes == 1 or not limits_nodes(model):
+        return
+    elif engine is not None and not solved_for(engine, plan.policy).groups_count:
+        note(f"{engine} sends each pair, or all tokens: router groups need not stay whole")
+    elif not are_whole(plan.placement, model.n_group, num_nodes):
+        uneven = model.n_group % num_nodes
+        warn(
+            f"the {model.n_group} router groups are split over {num_nodes} nodes"
+            + (", which do not divide them" if uneven else "")
+            + f": a token may visit more nodes than the {model.topk_group} groups that its "
+            "router chooses"
+        )
 
 
 def _without_effect(request: SolveRequest, served: Served) -> Iterator[str]:

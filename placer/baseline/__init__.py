@@ -26,7 +26,12 @@ __all__ = ["BASELINES", "BaselineProblem"]
 
 
 def _contiguous(problem: BaselineProblem) -> Placement:
-    return contiguous(problem.num_experts, problem.num_ranks, problem.num_nodes)
+    return contiguous(
+        problem.num_experts,
+        problem.num_ranks,
+        problem.num_nodes,
+        problem.redundant_experts,
+    )
 
 
 def _balanced(problem: BaselineProblem) -> Placement:

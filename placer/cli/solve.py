@@ -201,7 +201,10 @@ def solve(
     ] = None,
     migration_cost: Annotated[
         float,
-        typer.Option(help="With --start: copies of the profile that a move is worth."),
+        typer.Option(
+            help="With --start: copies of the profile that a move is worth; where load is "
+            "balanced, pairs of the busiest rank."
+        ),
     ] = 0.0,
     pin: Annotated[
         list[str] | None,
@@ -214,6 +217,14 @@ def solve(
         typer.Option(
             "--preserve-groups",
             help="Keep router groups whole, as a permuted checkpoint must.",
+        ),
+    ] = False,
+    ignore_groups: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-groups",
+            help="Where load is balanced: split router groups over nodes, which may send a "
+            "token to more of them.",
         ),
     ] = False,
     proof: Annotated[
@@ -285,6 +296,7 @@ def solve(
             proof=proof,  # type: ignore[arg-type]
             pins=tuple(map(Pin.parse, pin or [])),
             preserve_groups=preserve_groups,
+            ignore_groups=ignore_groups,
             seed=seed,
             time_limit=time_limit,
             limits=SearchLimits(num_rounds=num_rounds),

@@ -98,7 +98,6 @@ def load_caps(
     max_imbalance: float,
     *,
     relax_cap: bool,
-    at_most: Sequence[float] | None = None,
     deadline: Deadline | None = None,
 ) -> tuple[list[float], list[IntArray], dict[int, float]]:
     """Turn the cap on imbalance into load caps per layer, and find a feasible start.
@@ -113,8 +112,6 @@ def load_caps(
         Cap on max/mean rank load.
     relax_cap
         Where the cap is out of reach, take the best reachable value instead.
-    at_most
-        ``[L]``: a lower cap on max/mean for each layer, or ``None``.
     deadline
         Cuts the search for that value; none by default.
 
@@ -122,7 +119,8 @@ def load_caps(
     -------
     tuple
         Load cap per layer in pairs; a feasible start (L arrays ``[E]``, rank of every
-        expert); the imbalance of the layers whose cap was relaxed.
+        expert); the imbalance of the layers whose cap was relaxed. Where a cap may be
+        relaxed and experts do not divide over the ranks: no cap, and no start.
 
     Raises
     ------
@@ -138,10 +136,14 @@ def load_caps(
         )
     caps, start, relaxed = [], [], {}
     for layer, load in enumerate(loads):
+        if relax_cap and len(load) % num_ranks:
+            # Only copies fill the ranks: what they reach is known once they are made.
+            caps.append(np.inf)
+            start.append(np.empty(0, dtype=np.int64))
+            continue
         require_divisible_slots(len(load), num_ranks, layer)
         mean = load.sum() / num_ranks
-        asked = max_imbalance if at_most is None else min(max_imbalance, at_most[layer])
-        cap = float(np.floor(asked * mean * (1 + 1e-12) + 1e-9))
+        cap = float(np.floor(max_imbalance * mean + 1e-9))
         found = balance_layer(load, num_ranks, cap, deadline)
         if found.max_load > cap:
             relaxed[layer] = float(found.max_load / mean)

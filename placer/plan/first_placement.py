@@ -4,19 +4,18 @@ Pairs are solved exactly where a layer has few balanced assignments, else by loc
 a given plan and whole router groups take their place.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import numpy as np
 
 from placer.affinity import Affinity
-from placer.baseline.eplb import pack_loads
 from placer.errors import NoSolutionError, UsageError
 from placer.plan.balance import load_caps
 from placer.plan.copies_cost import CopiesCost, ReceiveLimit
 from placer.plan.deadline import Deadline
 from placer.plan.dynamic import ExactPlacement, has_few_assignments, solve_exactly
+from placer.plan.layer_balance import Balancing
+from placer.plan.load_balance import balance_loads
 from placer.plan.migration import require_same_shape
 from placer.plan.options import SolveOptions
 from placer.plan.pins import with_pins
@@ -26,13 +25,12 @@ from placer.plan.problem import (
     IntArray,
     PlacementProblem,
     Topology,
-    imbalance,
     placement_problem,
 )
 from placer.plan.progress import GapLine, Progress
-from placer.plan.replicas import require_room, with_replicas
+from placer.plan.replicas import with_replicas
 from placer.plan.reports import early_pair_bound
-from placer.plan.router_groups import place_groups
+from placer.plan.router_groups import blocks_of_groups, place_groups
 from placer.plan.search import Search
 from placer.plan.traffic import sample_sequences
 from placer.trace import Chunk
@@ -53,10 +51,8 @@ class Profile:
     max_load
         ``[L]``: pairs that a rank may serve in each layer.
     balanced
-        L arrays ``[E]`` int64: ranks of the experts, a start under these caps.
-    eplb
-        EPLB's placement by the same loads with the same slots, where copies may have to
-        relieve a rank, or no rank may be busier; else ``None``.
+        L arrays ``[E]`` int64: ranks of the experts, a start under these caps; empty where
+        the experts do not divide over the ranks.
     """
 
     affinity: Affinity
@@ -64,14 +60,11 @@ class Profile:
     judged: Chunk | None
     max_load: list[float]
     balanced: list[IntArray]
-    eplb: Placement | None = None
 
-    def imbalance(self, max_load: Sequence[float], num_ranks: int) -> tuple[float, ...]:
-        """Return ``[L]``: max/mean of a rank that has the load of these caps."""
-        return tuple(
-            float(cap * num_ranks / load.sum()) if load.any() else 1.0
-            for cap, load in zip(max_load, self.affinity.load, strict=True)
-        )
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the experts of a layer fill the ranks evenly only with copies."""
+        return any(len(ranks) == 0 for ranks in self.balanced)
 
     def problem(self, policy: Policy, options: SolveOptions) -> PlacementProblem:
         """Return the pair objective of a home policy under these caps."""
@@ -90,21 +83,11 @@ def profiled(
     UsageError
         If ``max_imbalance`` is below 1, or an option needs sweeps and there are none.
     """
-    loads = [counts.astype(np.float64) for counts in affinity.load]
-    topology, redundant_experts = options.topology, options.redundant_experts
-    eplb, at_most = None, None
-    if options.below_eplb or redundant_experts:
-        require_room(affinity.model.num_experts, topology.num_ranks, redundant_experts)
-        eplb = pack_loads(loads, topology, redundant_experts)
-        if not redundant_experts:
-            ranks = map(eplb.expert_rank, range(eplb.num_layers))
-            at_most = list(map(imbalance, ranks, loads, repeat(topology.num_ranks)))
     max_load, balanced, relaxed = load_caps(
-        loads,
-        topology.num_ranks,
+        [counts.astype(np.float64) for counts in affinity.load],
+        options.topology.num_ranks,
         options.load_cap,
-        relax_cap=options.relaxes_load_cap or redundant_experts > 0,
-        at_most=at_most,
+        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
         deadline=deadline,
     )
     if options.needs_tokens is not None and not options.refine.num_sweeps:
@@ -121,7 +104,6 @@ def profiled(
         judged=judged,
         max_load=max_load,
         balanced=balanced,
-        eplb=eplb,
     )
     return profile, relaxed
 
@@ -152,6 +134,8 @@ def first_placement(
             options.redundant_experts,
         )
         return with_pins(options.start, options.pins), False
+    if options.redundant_experts and (options.preserve_groups or profile.is_uneven):
+        return with_pins(_balanced_copies(profile, options), options.pins), False
     if options.preserve_groups:
         affinity = profile.affinity
         policy = options.start_policies(affinity.model.top_k)[0]
@@ -163,6 +147,22 @@ def first_placement(
         loads = [counts.astype(np.float64) for counts in profile.affinity.load]
         placement = with_replicas(placement, loads, options.redundant_experts)
     return with_pins(placement, options.pins), optimal
+
+
+def _balanced_copies(profile: Profile, options: SolveOptions) -> Placement:
+    """Return a balanced start, where copies cannot be added to a placement without them."""
+    affinity, topology = profile.affinity, options.topology
+    blocks = blocks_of_groups(affinity.model, options) if options.preserve_groups else 1
+    asked = Balancing(
+        num_ranks=topology.num_ranks,
+        num_nodes=topology.num_nodes,
+        redundant_experts=options.redundant_experts,
+        max_imbalance=options.load_cap,
+        n_group=affinity.model.n_group if blocks > 1 else 1,
+        num_blocks=blocks,
+    )
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    return balance_loads(loads, asked).placement
 
 
 def _place_pairs(

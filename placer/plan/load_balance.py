@@ -1,21 +1,28 @@
-"""Balancing alone: what loads without tokens can be placed for."""
+"""Balancing alone: what loads without tokens can be placed for.
+
+Legend of the shapes: L MoE layers, E experts, R ranks, P slots.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from placer.plan.balance import balance_layer, greedy_balance
-from placer.plan.placement import Placement, require_divisible_slots
+from placer.engine import ReplicaChoice
+from placer.plan.deadline import Deadline
+from placer.plan.layer_balance import Balancing, LayerBalance
+from placer.plan.placement import Placement, holders
 from placer.plan.problem import FloatArray, IntArray
-from placer.plan.replicas import with_replicas
+from placer.plan.replicas import require_room
+from placer.plan.served_load import ServedLoad
 
 OBJECTIVE = "imbalance (busiest rank's load over the mean, mean over MoE layers)"
-METHOD = "an even share, the busiest expert's copies, or CP-SAT"
-# CP-SAT is left out where its model would be large; greedy and swaps are close there.
-_EXACT_VARIABLES = 4096
-# An imbalance this close to its bound is not worth an exact search.
-_CLOSE = 1.01
+METHOD = "an even share, the busiest expert's copies, the busiest group, or CP-SAT"
+# Work of CP-SAT on copies, all layers together, in its deterministic seconds.
+_DETERMINISTIC_TIME = 16.0
+_SAME = 1e-12
+# How the largest of the ranks' loads is integrated: standard deviations, and points.
+_REACH, _NUM_POINTS = 6.0, 257
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,168 +34,134 @@ class LoadBalance:
     placement
         The experts in their slots.
     imbalance
-        ``[L]``: max/mean rank load, an expert's load shared evenly by its copies.
+        ``[L]``: max/mean rank load, as copies serve while homes are even over the ranks.
+    predicted
+        ``[L]``: what to expect where the homes of tokens are drawn.
     bound
-        ``[L]``: no placement with these slots has less.
+        ``[L]``: no placement with these slots, and groups as whole as asked, has less.
     """
 
     placement: Placement
     imbalance: tuple[float, ...]
+    predicted: tuple[float, ...]
     bound: tuple[float, ...]
 
 
 def balance_loads(
-    loads: Sequence[FloatArray],
-    num_ranks: int,
-    num_nodes: int = 1,
-    redundant_experts: int = 0,
-    max_imbalance: float = np.inf,
+    loads: Sequence[FloatArray], asked: Balancing, deadline: Deadline | None = None
 ) -> LoadBalance:
     """Place experts, and copies of them, for the evenest load.
 
-    Without copies: longest first, swaps, and CP-SAT where it can gain. With copies the
-    better, layer by layer, of copies added to a balanced placement and of copies made
-    first and packed then (EPLB's order, https://github.com/deepseek-ai/EPLB).
+    Without copies: longest first, swaps, and CP-SAT where it can gain. With copies: those
+    that EPLB makes and packs, evened out; where that is not close to the bound, copies made
+    by other rules, and CP-SAT where the layer is small. Copies that do not share evenly are
+    counted as they serve, and the experts with one copy swapped around them.
 
     Parameters
     ----------
     loads
         L arrays ``[E]`` of whole numbers: pairs per expert.
-    num_ranks, num_nodes
-        The topology.
-    redundant_experts
-        Slots per layer beyond one for each expert.
-    max_imbalance
-        What must be reached where it can be; else less than a percent above the bound is
-        even enough.
+    asked
+        What to balance for.
+    deadline
+        Stops CP-SAT; none by default.
 
     Raises
     ------
     UsageError
-        If slots do not divide over the ranks.
+        If slots do not divide over the ranks, or a rank would hold two copies of an expert.
     """
-    for layer, load in enumerate(loads):
-        require_divisible_slots(len(load), num_ranks, layer)
-    # Copies change everything anew, so what they start from need not be proved.
-    exact = not redundant_experts
-    found = [_balanced(load, num_ranks, max_imbalance, exact=exact) for load in loads]
-    placement = Placement.from_expert_rank([one for one, _ in found], num_ranks, num_nodes)
-    bound = [value for _, value in found]
-    if redundant_experts:
-        copied = with_replicas(placement, loads, redundant_experts)
-        rows = [
-            _with_copies(row, load, num_ranks, redundant_experts)
-            for row, load in zip(copied.physical_to_logical_map, loads, strict=True)
-        ]
-        placement = replace(placement, physical_to_logical_map=tuple(rows))
-        bound = [_bound(load, num_ranks, redundant_experts) for load in loads]
+    sizes = tuple(map(len, loads))
+    require_room(sizes, asked.num_ranks, asked.redundant_experts, asked.num_blocks)
+    deadline = deadline or Deadline()
+    seconds = _DETERMINISTIC_TIME / len(loads)
+    starts = (
+        [None] * len(sizes)
+        if asked.start is None
+        else (asked.start.physical_to_logical_map)
+    )
+    layers = [
+        LayerBalance(load, asked, start, seconds, deadline)
+        for load, start in zip(loads, starts, strict=True)
+    ]
+    served = ServedLoad(
+        asked.replica_choice, _placement(sizes, [one.row for one in layers], asked),
+        asked.layer_ids,
+    )  # fmt: skip
+    rows, imbalance, predicted = [], [], []
+    for layer, load in zip(layers, loads, strict=True):
+        row = layer.served(served)
+        rows.append(row)
+        shares = served.place(holders(row, len(load), asked.num_ranks))
+        imbalance.append(_imbalance(shares, load))
+        predicted.append(_predicted_imbalance(shares, load))
     return LoadBalance(
-        placement=placement,
-        imbalance=tuple(
-            _imbalance(row, load, num_ranks)
-            for row, load in zip(placement.physical_to_logical_map, loads, strict=True)
-        ),
-        bound=tuple(bound),
+        placement=_placement(sizes, rows, asked),
+        imbalance=tuple(imbalance),
+        predicted=tuple(predicted),
+        bound=tuple(layer.bound for layer in layers),
     )
 
 
-def _balanced(
-    load: FloatArray, num_ranks: int, max_imbalance: float, *, exact: bool
-) -> tuple[IntArray, float]:
-    """Return the rank of every expert, and a bound of the imbalance."""
-    bound = _bound(load, num_ranks, 0)
-    if not load.any():
-        return greedy_balance(load, num_ranks), bound
-    mean = load.sum() / num_ranks
-    exact = exact and len(load) * num_ranks <= _EXACT_VARIABLES
-    close = min(_CLOSE * bound, max(max_imbalance, bound))
-    enough = close * mean if exact else np.inf
-    found = balance_layer(load, num_ranks, enough)
-    if found.max_load > enough:
-        bound = max(bound, found.proved_max_load / mean)
-    return found.expert_rank, bound
+def predicted_imbalance(
+    placement: Placement,
+    loads: Sequence[FloatArray],
+    replica_choice: ReplicaChoice,
+    layer_ids: Sequence[int] | None,
+) -> tuple[float, ...]:
+    """Return ``[L]``: the max/mean rank load to expect where homes of tokens are drawn.
 
-
-def _bound(load: FloatArray, num_ranks: int, redundant_experts: int) -> float:
-    """Return what no imbalance is below, in units of the mean.
-
-    One rank has at least the mean, and at least the heaviest copy beside the lightest
-    experts. Copies made one by one of whatever is heaviest make the heaviest copy as
-    light as it can be.
+    Parameters
+    ----------
+    placement
+        Experts in slots.
+    loads
+        L arrays ``[E]``: pairs per expert.
+    replica_choice, layer_ids
+        As in :class:`Balancing`.
     """
-    if not load.any():
-        return 1.0
-    heaviest = float((load / _num_copies(load, num_ranks, redundant_experts)).max())
-    if not redundant_experts:
-        heaviest += float(np.sort(load)[: len(load) // num_ranks - 1].sum())
-    return max(1.0, heaviest * num_ranks / float(load.sum()))
+    served = ServedLoad(replica_choice, placement, layer_ids)
+    return tuple(
+        _predicted_imbalance(served.place(placement.holds(layer)), load)
+        for layer, load in enumerate(loads)
+    )
 
 
-def _num_copies(load: FloatArray, num_ranks: int, redundant_experts: int) -> IntArray:
-    """Return ``[E]``: copies of every expert, at most one per rank, heaviest first."""
-    copies = np.ones(len(load), dtype=np.int64)
-    for _ in range(redundant_experts):
-        copies[int(np.where(copies < num_ranks, load / copies, -1.0).argmax())] += 1
-    return copies
-
-
-def _with_copies(
-    added: IntArray, load: FloatArray, num_ranks: int, redundant_experts: int
-) -> IntArray:
-    """Return the evener of copies added to a balanced layer, and copies made first."""
-    rows = [_even_out(added, load, num_ranks)]
-    packed = _packed(load, num_ranks, redundant_experts)
-    if packed is not None:
-        rows.append(_even_out(packed, load, num_ranks))
-    best = min(rows, key=lambda row: _imbalance(row, load, num_ranks))
-    return np.sort(best.reshape(num_ranks, -1), axis=1).ravel()
-
-
-def _packed(load: FloatArray, num_ranks: int, redundant_experts: int) -> IntArray | None:
-    """Pack copies, heaviest first, to the least loaded rank that may take them."""
-    copies = _num_copies(load, num_ranks, redundant_experts)
-    experts = np.repeat(np.arange(len(load)), copies)
-    weight = (load / copies)[experts]
-    width = len(experts) // num_ranks
-    total = np.zeros(num_ranks)
-    held: list[list[int]] = [[] for _ in range(num_ranks)]
-    for copy in np.argsort(-weight, kind="stable"):
-        expert = int(experts[copy])
-        allowed = [len(one) < width and expert not in one for one in held]
-        if not any(allowed):
-            return None
-        rank = int(np.where(allowed, total, np.inf).argmin())
-        held[rank].append(expert)
-        total[rank] += weight[copy]
-    return np.asarray(held, dtype=np.int64).ravel()
-
-
-def _even_out(row: IntArray, load: FloatArray, num_ranks: int) -> IntArray:
-    """Swap copies of the busiest rank for lighter ones while its load falls."""
-    row = row.copy()
-    weight = load / np.bincount(row, minlength=len(load))
-    rank = np.arange(len(row)) // (len(row) // num_ranks)
-    holds = np.zeros((len(load), num_ranks), dtype=np.bool_)
-    holds[row, rank] = True
-    while True:
-        total = np.bincount(rank, weight[row], minlength=num_ranks)
-        busiest = int(total.argmax())
-        mine, others = np.flatnonzero(rank == busiest), np.flatnonzero(rank != busiest)
-        shed = weight[row[mine]][:, None] - weight[row[others]]
-        after = np.maximum(total[busiest] - shed, total[rank[others]] + shed)
-        twice = holds[row[mine]][:, rank[others]] | holds[row[others], busiest]
-        after = np.where(twice, np.inf, after)
-        if not after.size or after.min() >= total[busiest] * (1 - 1e-12):
-            return row
-        one, two = divmod(int(after.argmin()), len(others))
-        here, there = mine[one], others[two]
-        holds[row[here], [busiest, rank[there]]] = [False, True]
-        holds[row[there], [busiest, rank[there]]] = [True, False]
-        row[here], row[there] = row[there], row[here]
-
-
-def _imbalance(row: IntArray, load: FloatArray, num_ranks: int) -> float:
-    """Return max/mean rank load, the copies of an expert sharing its load evenly."""
-    weight = load / np.bincount(row, minlength=len(load))
-    total = weight[row].reshape(num_ranks, -1).sum(axis=1)
+def _imbalance(shares: FloatArray, load: FloatArray) -> float:
+    """Return max/mean rank load where every copy serves just its share."""
+    total = load @ shares
     return float(total.max() / total.mean()) if load.any() else 1.0
+
+
+def _predicted_imbalance(shares: FloatArray, load: FloatArray) -> float:
+    """Return max/mean rank load where a copy serves each pair with its share's chance.
+
+    A rank's load is then nearly normal, with the variance of a sum of binomials. The mean
+    of the largest of independent X_r is the integral of 1 - prod_r P(X_r < x); that the
+    ranks share one sum spreads them a little more.
+    """
+    total, variance = load @ shares, load @ (shares * (1 - shares))
+    if not variance.any():
+        return _imbalance(shares, load)
+    one_sum = len(total) / (len(total) - 1)
+    deviation = np.sqrt(np.maximum(one_sum * variance, _SAME * total.max()))
+    most, reach = float(total.max()), _REACH * float(deviation.max())
+    x = np.linspace(most - reach, most + reach, _NUM_POINTS)
+    standard = (x[:, None] - total) / deviation
+    # Of the normal distribution, within 0.0003.
+    below = 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (standard + 0.044715 * standard**3)))
+    largest = x[-1] - np.trapezoid(below.prod(axis=1), x)
+    return float(largest / total.mean())
+
+
+def _placement(
+    sizes: tuple[int, ...], rows: Sequence[IntArray], asked: Balancing
+) -> Placement:
+    return Placement(
+        physical_to_logical_map=tuple(
+            np.sort(row.reshape(asked.num_ranks, -1), axis=1).ravel() for row in rows
+        ),
+        num_experts=sizes,
+        num_ranks=asked.num_ranks,
+        num_nodes=asked.num_nodes,
+    )

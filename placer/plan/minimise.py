@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.plan.alternation import Alternation, vocabulary_of
-from placer.plan.caution import is_above, kept_under_cap
+from placer.plan.caution import kept_under_cap
 from placer.plan.deadline import Deadline
 from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.first_placement import Profile, first_placement
@@ -20,7 +20,7 @@ from placer.plan.plan import ContentPolicy, Policy
 from placer.plan.problem import FloatArray, PlacementProblem
 from placer.plan.progress import GapLine, Progress
 from placer.plan.refine import Refinement
-from placer.plan.replicas import require_room, with_replicas
+from placer.plan.replicas import with_replicas
 from placer.plan.reports import early_copies_bound
 from placer.plan.router_groups import group_kinds
 from placer.plan.scenarios import load_scenarios
@@ -130,10 +130,6 @@ def _minimised_for_tables(
     if options.start is not None:
         # What is best for the first homes may be worse for those of a table.
         ends.append(alternation.rated(with_pins(options.start, options.pins)))
-    above = is_above(end.cost).any() and options.redundant_experts
-    if above and search.profile.eplb is not None:
-        given = alternation.rated(with_pins(search.profile.eplb, options.pins))
-        ends[0] = alternation.mixture(ends[0], given, deadline)
     for policy in others:
         if not deadline.passed():
             ends.append(alternated(policy)[2])
@@ -151,14 +147,9 @@ def _minimised_carefully(search: _Search, policy: Policy) -> Found:
     relief.
     """
     options = search.options
-    if options.start is not None or not options.redundant_experts:
+    is_placed_with_copies = options.preserve_groups or search.profile.is_uneven
+    if options.start is not None or is_placed_with_copies or not options.redundant_experts:
         return _minimised(search, policy)
-    model = search.profile.affinity.model
-    require_room(
-        model.num_experts,
-        options.topology.num_ranks,
-        options.redundant_experts,
-    )
     bare = replace(options, redundant_experts=0, max_received_copies=None, relax_cap=True)
     found = _minimised(replace(search, options=bare), policy)
     load = [counts.astype(np.float64) for counts in search.profile.affinity.load]
@@ -221,8 +212,6 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
         tried.append(_refine(tried[-1], problem, once, found.line, deadline))
     if options.start is not None:
         tried.append(with_pins(options.start, options.pins))
-    if search.profile.eplb is not None:
-        tried.append(with_pins(search.profile.eplb, options.pins))
     exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
     with deadline.interruptible():
         tried.append(exact.best_as_drawn(tried))
@@ -281,7 +270,7 @@ def _traffic_problem(
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
         caps = tuple(options.load_cap * one[0].sum() / num_ranks for one in load)
-    traffic = TrafficProblem(
+    return TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
         policy=policy,
@@ -305,22 +294,6 @@ def _traffic_problem(
         else None,
         max_received_copies=options.max_received_copies,
     )
-    if profile.eplb is None or not options.below_eplb or not options.redundant_experts:
-        return traffic
-    return _below(profile.eplb, traffic, options)
-
-
-def _below(
-    eplb: Placement, traffic: TrafficProblem, options: SolveOptions
-) -> TrafficProblem:
-    """Return the problem under a cap of the load that EPLB's copies serve, if lower."""
-    served = Refinement(problem=traffic, limits=options.refine).evaluate(eplb).imbalance
-    num_ranks = options.topology.num_ranks
-    caps = [
-        np.minimum(cap, imbalance * load[0].sum() / num_ranks)
-        for cap, imbalance, load in zip(traffic.max_load, served, traffic.load, strict=True)
-    ]
-    return replace(traffic, max_load=tuple(caps))
 
 
 def _move_price(

@@ -46,9 +46,6 @@ class SolveOptions:
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, for ``fixed``
         and ``follow``, or ``None``.
-    below_eplb
-        Cap the load of every layer at what EPLB with as many slots has on the profile,
-        where that is below ``max_imbalance``.
     relax_cap
         Take the best reachable value in layers where a ``max_imbalance`` that is given, or
         ``max_received_copies``, is out of reach.
@@ -76,11 +73,14 @@ class SolveOptions:
         A placement to improve, or ``None``.
     migration_cost
         Copies, over the profile, that moving one expert from where the start has it is
-        worth.
+        worth; where load is balanced, pairs of its layer's busiest rank.
     pins
         Experts that stay on a rank.
     preserve_groups
-        Keep router groups whole, so that a permuted checkpoint can express the plan.
+        Keep router groups whole: each on ranks of its own, or several on a rank. Without
+        redundant experts a permuted checkpoint can express the plan.
+    ignore_groups
+        Split router groups over nodes where balancing would keep them whole.
     limits, refine
         How long to search over pairs, and over copies.
     """
@@ -92,7 +92,6 @@ class SolveOptions:
     max_imbalance: float | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
-    below_eplb: bool = False
     relax_cap: bool = False
     redundant_experts: int = 0
     replica_choice: ReplicaChoice | None = None
@@ -104,6 +103,7 @@ class SolveOptions:
     migration_cost: float = 0.0
     pins: tuple[Pin, ...] = ()
     preserve_groups: bool = False
+    ignore_groups: bool = False
     seed: int = 0
     time_limit: float | None = None
     limits: SearchLimits = field(default_factory=SearchLimits)
@@ -158,11 +158,10 @@ class SolveOptions:
                 "none is given",
                 "name the plan that is served now: --start PLAN",
             )
-        if self.preserve_groups and self.redundant_experts:
+        if self.preserve_groups and self.ignore_groups:
             raise UsageError(
-                "--preserve-groups is for permuted checkpoints, which hold no redundant "
-                "experts",
-                "drop one of --preserve-groups and --redundant-experts",
+                "--preserve-groups and --ignore-groups exclude each other",
+                "give one of the two",
             )
         if self.preserve_groups and self.start is not None:
             raise UsageError(
@@ -212,19 +211,6 @@ class SolveOptions:
     def relaxes_load_cap(self) -> bool:
         """Whether the best reachable is taken where the cap on load is out of reach."""
         return self.relax_cap or self.max_imbalance is None
-
-    def guarded(self) -> Self:
-        """Return the same, no busier than EPLB where the two compare.
-
-        They do where EPLB packs as it likes on links that are all alike, and no cap is
-        given that says otherwise.
-        """
-        topology = self.topology
-        alike = topology.num_nodes == 1 and topology.cost is None
-        given = self.max_imbalance is not None or self.max_received_copies is not None
-        free = alike and not given and not self.preserve_groups
-        below = self.objective == "traffic" and self.exchange == "per-rank" and free
-        return replace(self, below_eplb=below)
 
     @property
     def content_policy(self) -> ContentPolicy | None:

@@ -24,7 +24,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Plan, SolverReport
 from placer.plan.problem import Topology
-from placer.plan.progress import Progress
+from placer.plan.progress import Progress, gap
 from placer.plan.refine import Refinement
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import solve
@@ -68,13 +68,17 @@ def plan_from_trace(
     heldout = None if others is None else trace.read(others)
     judged = profile if heldout is None else heldout
     topology = options.topology
+    sizes, num_ranks, num_nodes = (
+        trace.model.num_experts,
+        topology.num_ranks,
+        topology.num_nodes,
+    )
     baselines = {
-        "contiguous": contiguous(
-            trace.model.num_experts, topology.num_ranks, topology.num_nodes
-        ),
-        "balanced": balanced(affinity.load, topology.num_ranks, topology.num_nodes),
+        "contiguous": contiguous(sizes, num_ranks, num_nodes, options.redundant_experts),
         **_with_equal_slots(trace, selection, options),
     }
+    if not any(size % num_ranks for size in sizes):
+        baselines["balanced"] = balanced(affinity.load, num_ranks, num_nodes)
 
     tables = {
         name: _table(trace.model, placed, profile, options)
@@ -92,15 +96,16 @@ def plan_from_trace(
         )
         return {policy: value.to_json() for policy, value in result.items()}
 
+    own = metrics(profile, "placer")
     return Plan(
         model=trace.model,
         placement=placement,
         policy=options.policy,
         exchange=options.exchange,
         max_imbalance=options.load_cap,
-        solver=report,
+        solver=_as_simulated(report, own["fixed"]["load_imbalance_mean"]),
         metrics={
-            "profile": metrics(profile, "placer"),
+            "profile": own,
             "heldout": None if heldout is None else metrics(heldout, "placer"),
             "baselines": {name: metrics(judged, name) for name in baselines},
             **_prices(trace.model, judged, {**baselines, "placer": placement}, options),
@@ -111,6 +116,24 @@ def plan_from_trace(
             **selection.to_json(),
             "profile_sequences": len(np.unique(profile.sequence_ids)),
         },
+    )
+
+
+def _as_simulated(report: SolverReport, imbalance: float) -> SolverReport:
+    """Return the report of a balanced plan with the imbalance that its tokens really have.
+
+    Copies were counted for homes drawn at random; those of the profile are known.
+    """
+    if report.predicted_imbalance is None or report.bound is None:
+        return report
+    if imbalance == round(report.objective, 5):  # rounding proves nothing
+        return replace(report, predicted_imbalance=None)
+    return replace(
+        report,
+        status="feasible",
+        objective=imbalance,
+        gap=gap(imbalance, report.bound),
+        predicted_imbalance=None,
     )
 
 
@@ -270,6 +293,7 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
         "objective": options.objective,
         "pins": [str(pin) for pin in options.pins],
         "preserve_groups": options.preserve_groups,
+        "ignore_groups": options.ignore_groups,
         "max_home_imbalance": options.max_home_imbalance,
         "max_received_copies": options.max_received_copies,
     } | (from_start or {})

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from placer.affinity import Affinity
 from placer.errors import PlacerError, UsageError
-from placer.plan.placement import require_divisible_ranks, require_divisible_slots
+from placer.plan.placement import require_divisible_ranks
 from placer.plan.plan import Policy
 
 FloatArray = npt.NDArray[np.float64]
@@ -157,10 +157,6 @@ class PlacementProblem:
     max_load: tuple[float, ...]
     topology: Topology
 
-    def __post_init__(self) -> None:
-        for layer, load in enumerate(self.load):
-            require_divisible_slots(len(load), self.num_ranks, layer)
-
     @property
     def num_layers(self) -> int:
         """Number of MoE layers, L."""
@@ -181,7 +177,8 @@ class PlacementProblem:
 
     def imbalance(self, layer: int, expert_rank: IntArray) -> float:
         """Return max/mean rank load of a layer (1.0 for a layer without load)."""
-        return imbalance(expert_rank, self.load[layer], self.num_ranks)
+        load = self.rank_load(layer, expert_rank)
+        return float(load.max() / load.mean()) if load.any() else 1.0
 
     def objective(self, expert_rank: Sequence[IntArray]) -> float:
         """Return the cost of a placement: rank of every expert, L arrays ``[E]``."""
@@ -218,12 +215,6 @@ class PlacementProblem:
 def rank_load(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> FloatArray:
     """Return ``[R]``: load of each rank in pairs, from the rank and load of each expert."""
     return np.bincount(expert_rank, load, minlength=num_ranks).astype(np.float64)
-
-
-def imbalance(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> float:
-    """Return max/mean rank load of a layer (1.0 for a layer without load)."""
-    total = rank_load(expert_rank, load, num_ranks)
-    return float(total.max() / total.mean()) if load.any() else 1.0
 
 
 def placement_problem(

@@ -1,8 +1,9 @@
 """How many redundant experts: the fewest beyond which the next step gains little.
 
-Every step costs memory on every rank, and later copies gain less than earlier ones. The
-ladder is 0, R, 2R, 4R, ... further slots per layer for R ranks; quick plans of the profile
-say what each step is worth by the objective that the plan is solved for.
+Every step costs memory on every rank, and later copies gain less than earlier ones. For R
+ranks the ladder begins with the fewest further slots per layer that fill them evenly, 0
+where the experts do, and goes on with R, 2R, 4R, ... more; quick plans of the profile say
+what each step is worth by the objective that the plan is solved for.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from placer.errors import UsageError
 from placer.plan.deadline import Deadline
 from placer.plan.options import SolveOptions
 from placer.plan.progress import Progress
+from placer.plan.replicas import redundant_experts_that_fit, require_room
 from placer.plan.solve import solve_to_choose
 from placer.simulation.cost import ExpertShape
 from placer.trace import Chunk
@@ -157,15 +159,11 @@ def choose_redundant_experts(
     UsageError
         If ``least_gain`` is no such share, or other options leave no choice.
     """
-    if options.start is not None or options.preserve_groups:
-        why = (
-            "--start has as many slots as it has"
-            if options.start is not None
-            else "--preserve-groups is for permuted checkpoints, which hold none"
-        )
+    if options.start is not None:
         raise UsageError(
-            f"--redundant-experts auto chooses a number of slots, but {why}",
-            "give the number instead of auto: 0, or that of the plan to start from",
+            "--redundant-experts auto chooses a number of slots, but --start has as many "
+            "slots as it has",
+            "give the number of the plan to start from instead of auto",
         )
     if not 0 < least_gain < 1:
         raise UsageError(
@@ -173,6 +171,8 @@ def choose_redundant_experts(
             f"for example --redundant-gain {LEAST_GAIN:g}",
         )
     num_ranks = options.topology.num_ranks
+    if next(redundant_experts_that_fit(num_experts, num_ranks), None) is None:
+        require_room(num_experts, num_ranks, 0)
     steps: list[Step] = []
     chosen, name = None, ""
     deadline = deadline or Deadline(seconds=options.time_limit)
@@ -182,7 +182,7 @@ def choose_redundant_experts(
         if progress is not None:
             progress(f"{number} redundant experts, quick plan")
         value, name, meets_cap = worth(replace(options, redundant_experts=number), deadline)
-        per_rank = memory.bytes_per_rank(number // num_ranks, len(num_experts))
+        per_rank = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
         step = Step(
             redundant_experts=number,
             value=round(value, 9),
@@ -205,20 +205,21 @@ def choose_redundant_experts(
 
 
 def ladder(num_experts: Sequence[int], num_ranks: int, memory: Memory) -> list[int]:
-    """Return 0, R, 2R, 4R, ... as far as ranks, experts and memory allow.
+    """Return the fewest that fill the ranks, then R, 2R, 4R, ... more, as far as allowed.
 
-    No rank may hold two copies of an expert, and more than one further copy of each, on
-    average, is not tried.
+    The fewest are 0 where the experts divide over the ranks. No rank may hold two copies
+    of an expert, and more than one further copy of each, on average, is not tried, nor
+    more than memory allows.
     """
-    fewest = min(num_experts)
-    most = min(fewest, fewest * (num_ranks - 1))
-    found, number = [0], num_ranks
-    while number <= most:
-        needed = memory.bytes_per_rank(number // num_ranks, len(num_experts))
+    fitting = list(redundant_experts_that_fit(num_experts, num_ranks))
+    found = fitting[:1]
+    step = num_ranks
+    while (number := fitting[0] + step) in fitting and number <= min(num_experts):
+        needed = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
         if (needed or 0) > (np.inf if memory.most_bytes is None else memory.most_bytes):
             break
         found.append(number)
-        number *= 2
+        step *= 2
     return found
 
 

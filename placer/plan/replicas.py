@@ -1,6 +1,7 @@
 """Where replicas start: copies of the busiest experts on the least loaded ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -67,34 +68,81 @@ def with_replicas(
     )
 
 
-def require_room(
-    num_experts: Sequence[int], num_ranks: int, redundant_experts: int
-) -> None:
-    """Refuse redundant experts that do not fit.
+def redundant_experts_that_fit(
+    num_experts: Sequence[int], num_ranks: int, num_blocks: int = 1
+) -> Iterator[int]:
+    """Yield the numbers of redundant experts that fill the ranks evenly, ascending.
 
     Parameters
     ----------
     num_experts
         ``[L]``: logical experts per layer.
-    num_ranks, redundant_experts
-        As of a placement, and further slots per layer.
+    num_ranks
+        R.
+    num_blocks
+        Blocks of ranks that share out the experts; no rank may hold two copies of one.
+    """
+    fewest = min(num_experts)
+    most = fewest // num_blocks * num_ranks - fewest
+    for number in range(-fewest % num_ranks, most + 1, num_ranks):
+        if not any((size + number) % num_ranks for size in num_experts):
+            yield number
+
+
+def require_room(
+    num_experts: Sequence[int],
+    num_ranks: int,
+    redundant_experts: int,
+    num_blocks: int = 1,
+) -> None:
+    """Refuse a number of redundant experts that does not fill the ranks evenly.
+
+    Parameters
+    ----------
+    num_experts, num_ranks, num_blocks
+        As in :func:`redundant_experts_that_fit`.
+    redundant_experts
+        Further slots per layer.
 
     Raises
     ------
     UsageError
-        If the slots do not divide over the ranks, or a rank would hold every expert
-        already.
+        If experts and further slots do not divide over the ranks, or a rank would hold
+        every expert already.
     """
-    if redundant_experts % num_ranks:
-        raise UsageError(
-            f"{redundant_experts} redundant experts do not divide over {num_ranks} ranks",
-            f"give a multiple: --redundant-experts {num_ranks}",
-        )
+    few = list(islice(redundant_experts_that_fit(num_experts, num_ranks, num_blocks), 3))
+    fitting = f"--redundant-experts {' or '.join(map(str, few))}" if few else ""
     for layer, size in enumerate(num_experts):
-        width = (size + redundant_experts) // num_ranks
-        if width > size:
+        width, over = divmod(size + redundant_experts, num_ranks)
+        of_block = size // num_blocks
+        if over:
+            raise _not_even(size, num_ranks, redundant_experts, layer, fitting)
+        if width > of_block:
             raise UsageError(
-                f"MoE layer {layer}: {width} slots per rank for {size} experts, but no "
+                f"MoE layer {layer}: {width} slots per rank for {of_block} experts, but no "
                 "rank may hold two copies of one",
-                f"ask for fewer: --redundant-experts {num_ranks}",
+                f"ask for fewer: {fitting}"
+                if fitting
+                else "drop --redundant-experts, or keep no router groups whole",
             )
+
+
+def _not_even(
+    size: int, num_ranks: int, redundant_experts: int, layer: int, fitting: str
+) -> UsageError:
+    total = size + redundant_experts
+    ranks = ", ".join(str(r) for r in range(1, total + 1) if total % r == 0)
+    other = f"choose --nodes x --gpus-per-node among {ranks}"
+    hint = f"fill the slots: {fitting}; or {other}" if fitting else other
+    if redundant_experts:
+        return UsageError(
+            f"MoE layer {layer}: {size} experts and {redundant_experts} redundant ones are "
+            f"{total} slots, which do not divide over {num_ranks} ranks",
+            hint,
+        )
+    return UsageError(
+        f"MoE layer {layer}: {size} experts do not divide over {num_ranks} ranks, and a "
+        "plan gives every rank the same number of slots. vLLM and TensorRT-LLM can serve "
+        f"this without a plan: the first {size % num_ranks} ranks hold one expert more",
+        hint,
+    )

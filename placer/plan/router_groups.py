@@ -16,6 +16,7 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.plan.balance import greedy_balance
 from placer.plan.deadline import Deadline
+from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import Policy
 from placer.plan.problem import IntArray, PlacementProblem, Topology, placement_problem
@@ -25,6 +26,48 @@ from placer.plan.search import Search, SearchLimits
 def group_kinds(num_experts: Sequence[int], n_group: int) -> tuple[IntArray, ...]:
     """Return L arrays ``[E]``: the router group of every expert."""
     return tuple(np.arange(size) * n_group // size for size in num_experts)
+
+
+def limits_nodes(model: ModelSpec) -> bool:
+    """Whether the router uses few of its groups, so that whole groups mean few nodes."""
+    return model.n_group > 1 and model.topk_group < model.n_group
+
+
+def are_whole(placement: Placement, n_group: int, num_blocks: int) -> bool:
+    """Return whether all copies of a group's experts are in one block of ranks."""
+    kinds = group_kinds(placement.num_experts, n_group)
+    for kind, row in zip(kinds, placement.physical_to_logical_map, strict=True):
+        block = np.arange(len(row)) * num_blocks // len(row)
+        if len({*zip(kind[row].tolist(), block.tolist(), strict=True)}) > n_group:
+            return False
+    return True
+
+
+def blocks_of_groups(model: ModelSpec, options: SolveOptions) -> int:
+    """Return in how many blocks of ranks balancing keeps router groups; 1 to split them.
+
+    Blocks are nodes, where nodes share the groups out evenly: a router that uses few groups
+    then sends a token to few nodes. So does EPLB (``hierarchical``).
+
+    Raises
+    ------
+    UsageError
+        If ``preserve_groups`` asks for what the ranks do not allow.
+    """
+    num_ranks, num_nodes = options.topology.num_ranks, options.topology.num_nodes
+    if options.preserve_groups:
+        _require_groups(model.n_group, num_ranks)
+        return min(model.n_group, num_ranks)
+    fits = model.n_group % num_nodes == 0 and not any(
+        size % model.n_group
+        or (size + options.redundant_experts) // num_ranks > size // num_nodes
+        for size in model.num_experts
+    )
+    if options.ignore_groups or not limits_nodes(model) or not fits:
+        return 1
+    if options.start is not None and not are_whole(options.start, model.n_group, num_nodes):
+        return 1
+    return num_nodes
 
 
 def place_groups(
@@ -46,19 +89,7 @@ def place_groups(
         If the model has no groups, or groups and ranks do not divide each other.
     """
     n_group, num_ranks = affinity.model.n_group, topology.num_ranks
-    if n_group == 1:
-        raise UsageError(
-            "--preserve-groups: the model's router has no groups, so any plan can be "
-            "exported",
-            "leave out --preserve-groups",
-        )
-    if max(n_group, num_ranks) % min(n_group, num_ranks):
-        raise UsageError(
-            f"--preserve-groups: {n_group} router groups and {num_ranks} ranks do not "
-            "divide each other, so a rank would hold parts of groups",
-            f"choose a number of ranks that {n_group} divides, or that divides it; or, "
-            "without the option, an engine that reads a runtime map",
-        )
+    _require_groups(n_group, num_ranks)
     problem = _between_groups(affinity, policy, topology)
     start = [np.arange(n_group) * problem.num_ranks // n_group for _ in affinity.load]
     search = Search(
@@ -74,6 +105,22 @@ def place_groups(
         for block, counts in zip(search.expert_rank, affinity.load, strict=True)
     ]
     return Placement.from_expert_rank(ranks, num_ranks, topology.num_nodes)
+
+
+def _require_groups(n_group: int, num_ranks: int) -> None:
+    if n_group == 1:
+        raise UsageError(
+            "--preserve-groups: the model's router has no groups, so any plan can be "
+            "exported",
+            "leave out --preserve-groups",
+        )
+    if max(n_group, num_ranks) % min(n_group, num_ranks):
+        raise UsageError(
+            f"--preserve-groups: {n_group} router groups and {num_ranks} ranks do not "
+            "divide each other, so a rank would hold parts of groups",
+            f"choose a number of ranks that {n_group} divides, or that divides it; or, "
+            "without the option, an engine that reads a runtime map",
+        )
 
 
 def _between_groups(

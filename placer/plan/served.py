@@ -20,6 +20,8 @@ class Served:
     ----------
     objective, exchange, replica_choice
         As in ``SolveOptions``.
+    groups_count
+        Whether a token costs less where its router groups are on few nodes.
     notes
         What the user should know, one sentence each.
     """
@@ -27,6 +29,7 @@ class Served:
     objective: str
     exchange: str
     replica_choice: str | None
+    groups_count: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -86,18 +89,13 @@ def solved_for(
         )
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)
-    if objective == "balance" and has_replicas and choice == "sglang-static":
-        notes.append(
-            f"{engine} draws among copies; balanced as if they shared their load evenly, "
-            "and simulated as it draws by: placer simulate PLAN TRACE --engine "
-            f"{engine}"
-        )
     _require_agreement("--replica-choice", replica_choice, str(choice), engine)
     return Served(
         objective=objective,
         # Of what is sent, balancing asks nothing.
         exchange="per-rank" if objective == "balance" else nearest,
         replica_choice=choice if has_replicas else None,
+        groups_count=sent in _SOLVED_EXCHANGES,
         notes=tuple(notes),
     )
 

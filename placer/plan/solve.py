@@ -7,15 +7,10 @@ the copies that the profile's tokens really cause (``refine``), and a certificat
 import time
 from collections.abc import Mapping
 
-import numpy as np
-
 from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.plan.deadline import Deadline
 from placer.plan.first_placement import first_placement, profiled
-from placer.plan.load_balance import METHOD as BALANCE_METHOD
-from placer.plan.load_balance import OBJECTIVE as BALANCE_OBJECTIVE
-from placer.plan.load_balance import balance_loads
 from placer.plan.minimise import minimised
 from placer.plan.missed_caps import (
     above_load_cap,
@@ -25,8 +20,10 @@ from placer.plan.missed_caps import (
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.plan import SolverReport
-from placer.plan.progress import Progress, gap
-from placer.plan.reports import content_report, copies_report, pair_report, status
+from placer.plan.progress import Progress
+from placer.plan.replicas import require_room
+from placer.plan.reports import content_report, copies_report, pair_report
+from placer.plan.solve_loads import solve_loads
 from placer.trace import Chunk
 
 
@@ -64,26 +61,25 @@ def solve(
     """
     began = time.monotonic()
     deadline = deadline or Deadline(seconds=options.time_limit)
+    require_room(
+        affinity.model.num_experts, options.topology.num_ranks, options.redundant_experts
+    )
     if options.objective == "balance" or not affinity.has_links:
-        return _balance(affinity, options, deadline)
+        return solve_loads(affinity, options, deadline)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
             "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
-    num_ranks = options.topology.num_ranks
     profile, relaxed = profiled(affinity, tokens, options, deadline)
     relaxed_receive: dict[int, float] = {}
-    above_eplb: dict[int, float] = {}
     if profile.judged is None:
         problem = profile.problem(options.start_policies(affinity.model.top_k)[0], options)
         placement, _ = first_placement(profile, problem, options, progress, deadline)
         report = pair_report(problem, placement, options, progress, deadline)
-        max_load = problem.max_load
     else:
         found, content = minimised(profile, profile.judged, options, progress, deadline)
         placement = found.placement
-        max_load = tuple(float(caps[0]) for caps in found.traffic.max_load)
         may_be_above = options.redundant_experts > 0 or options.constrained
         if may_be_above or options.max_received_copies is not None:
             reached = found.evaluate(options) if content is None else content
@@ -95,9 +91,6 @@ def solve(
                     placement.num_layers,
                     stopped=deadline.stopped,
                 )
-                if options.below_eplb:
-                    missed = reached.missed_load_cap()
-                    above_eplb = {n: missed[n] for n in missed.keys() - relaxed.keys()}
             relaxed_receive = reached.missed_receive_cap()
             require_receive_cap(
                 relaxed_receive.values(),
@@ -125,10 +118,6 @@ def solve(
         reproducible=deadline.reproducible,
         relaxed_layers=_by_name(relaxed),
         relaxed_receive_layers=_by_name(relaxed_receive),
-        eplb_caps=None
-        if not options.below_eplb
-        else profile.imbalance(max_load, num_ranks),
-        above_eplb_layers=_by_name(above_eplb),
     )
 
 
@@ -150,44 +139,3 @@ def solve_to_choose(
     if deadline.interrupted:
         raise KeyboardInterrupt
     return placement, report
-
-
-def _balance(
-    affinity: Affinity, options: SolveOptions, deadline: Deadline
-) -> tuple[Placement, SolverReport]:
-    """Place by loads alone."""
-    began = time.monotonic()
-    asked = options.asked_of_tokens | {"--policy follow": options.policy == "follow"}
-    asked.pop("--redundant-experts")
-    for option in (name for name, wanted in asked.items() if wanted):
-        if options.objective == "balance":
-            raise UsageError(
-                f"{option} is about traffic, --objective balance is not", f"drop {option}"
-            )
-        raise UsageError(
-            f"{option} needs tokens: loads alone say nothing of traffic",
-            "record tokens (placer record --help), or balance by --policy fixed alone",
-        )
-    topology = options.topology
-    found = balance_loads(
-        [counts.astype(np.float64) for counts in affinity.load],
-        topology.num_ranks,
-        topology.num_nodes,
-        options.redundant_experts,
-        options.load_cap,
-    )
-    missed = above_load_cap(dict(enumerate(found.imbalance)), options)
-    require_load_cap(missed.values(), options, found.placement.num_layers)
-    objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
-    return found.placement, SolverReport(
-        status=status(objective, bound * (1 + 1e-9)),
-        objective_name=BALANCE_OBJECTIVE,
-        objective=objective,
-        bound=bound,
-        gap=gap(objective, bound),
-        bound_method=BALANCE_METHOD,
-        seconds=time.monotonic() - began,
-        seed=options.seed,
-        reproducible=deadline.reproducible,
-        relaxed_layers=_by_name(missed),
-    )

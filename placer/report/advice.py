@@ -12,6 +12,7 @@ import numpy.typing as npt
 from placer.affinity import Affinity
 from placer.engine import known_engines
 from placer.errors import UsageError
+from placer.plan.layer_balance import Balancing
 from placer.plan.load_balance import balance_loads
 from placer.plan.placement import Placement
 from placer.report.question import Question
@@ -142,7 +143,7 @@ def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
     topology = question.topology
     base = contiguous(affinity.model.num_experts, topology.num_ranks, topology.num_nodes)
     loads = [counts.astype(np.float64) for counts in affinity.load]
-    even = balance_loads(loads, topology.num_ranks, topology.num_nodes)
+    even = balance_loads(loads, Balancing(num_ranks=topology.num_ranks))
 
     before = _mean_imbalance(base, loads)
     after = float(np.mean(even.imbalance))

@@ -16,6 +16,7 @@ from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.engine import PHASES, Exchange
 from placer.plan.deadline import Deadline
+from placer.plan.layer_balance import Balancing
 from placer.plan.load_balance import balance_loads
 from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
@@ -139,7 +140,7 @@ class _Placements:
                 topology=self._question.topology,
                 policy=self._question.policy,  # type: ignore[arg-type]  # Question refuses
                 exchange=exchange,  # type: ignore[arg-type]  # one of the two solved for
-            ).guarded()
+            )
             found = solve_to_choose(self.affinity, asked, self._profile, Deadline())[0]
             self._made[exchange] = found
         return self._made[exchange]
@@ -350,7 +351,10 @@ def _redundant_reason(
     if before <= _FAR_FROM_EVEN or number == 1:
         return []
     loads = [counts.astype(np.float64) for counts in placements.affinity.load]
-    found = balance_loads(loads, number, topology.num_nodes, number)
+    asked = Balancing(
+        num_ranks=number, num_nodes=topology.num_nodes, redundant_experts=number
+    )
+    found = balance_loads(loads, asked)
     return [
         f"the busiest rank has {before:.3f} of the mean load under eplb, and with one more "
         f"slot per rank about {served.imbalance(found.placement):.3f}: "

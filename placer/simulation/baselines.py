@@ -12,15 +12,39 @@ from placer.plan.placement import Placement, require_divisible_slots
 Load = Sequence[npt.NDArray[Any]]
 
 
-def contiguous(num_experts: Sequence[int], num_ranks: int, num_nodes: int = 1) -> Placement:
+def contiguous(
+    num_experts: Sequence[int],
+    num_ranks: int,
+    num_nodes: int = 1,
+    redundant_experts: int = 0,
+) -> Placement:
     """Place expert e of a layer on rank ``e // (E / R)``: what engines do by default.
+
+    Without copies; but where the experts do not divide over the ranks, slot p of E + X
+    holds expert ``p % E``, as SGLang and vLLM begin with redundant experts
+    (``srt/eplb/expert_location.py``, ``distributed/eplb/eplb_state.py``).
+
+    Parameters
+    ----------
+    num_experts
+        ``[L]``: logical experts per layer.
+    num_ranks, num_nodes
+        The topology.
+    redundant_experts
+        Further slots per layer, X.
 
     Raises
     ------
     UsageError
-        If the experts of a layer do not divide over the ranks.
+        If neither experts nor slots divide over the ranks.
     """
-    return _placed([np.arange(size) for size in num_experts], num_ranks, num_nodes)
+    more = redundant_experts if any(size % num_ranks for size in num_experts) else 0
+    return Placement(
+        physical_to_logical_map=tuple(np.arange(n + more) % n for n in num_experts),
+        num_experts=tuple(num_experts),
+        num_ranks=num_ranks,
+        num_nodes=num_nodes,
+    )
 
 
 def balanced(load: Load, num_ranks: int, num_nodes: int = 1) -> Placement:

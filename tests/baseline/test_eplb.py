@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.baseline import BaselineProblem
-from placer.baseline.eplb import _fill_node, eplb
+from placer.baseline.eplb import eplb
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.plan.packing import packed
 from placer.plan.problem import Topology
 from placer.trace import Chunk, Trace, TraceWriter
 
@@ -79,7 +80,7 @@ def test_no_rank_holds_two_copies(load, num_ranks, more):
     slots = -(-len(load) // num_ranks) + more
     if slots > len(load):
         return
-    held = _fill_node(np.asarray(load, dtype=float), np.arange(len(load)), num_ranks, slots)
+    held = packed(np.asarray(load, dtype=float), num_ranks, num_ranks * slots)
     ranks = held.reshape(num_ranks, slots)
     assert set(held.tolist()) == set(range(len(load)))
     assert all(len(set(rank)) == slots for rank in ranks.tolist())

@@ -142,7 +142,6 @@ def test_group_kinds_are_blocks_of_consecutive_experts() -> None:
     [
         ({}, 1, "the model's router has no groups"),
         ({"topology": Topology(gpus_per_node=4)}, 6, "do not divide each other"),
-        ({"redundant_experts": 2, "replica_choice": "hash"}, 2, "hold no redundant"),
         ({"pins": (Pin.parse("0:0=0"),)}, 2, "may break up the groups"),
     ],
 )

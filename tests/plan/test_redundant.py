@@ -67,9 +67,13 @@ def chosen(
         ((16,), 1, [0]),  # one rank holds everything once
         ((16,), 2, [0, 2, 4, 8, 16]),
         ((12,), 4, [0, 4, 8]),
+        ((256,), 36, [32, 68, 104, 176]),  # TensorRT-LLM's example of 288 slots
+        ((256,), 72, [32, 104, 176]),
+        ((257,), 16, [15, 31, 47, 79, 143]),
+        ((60,), 8, [4, 12, 20, 36]),
     ],
 )
-def test_steps_are_multiples_of_the_ranks_up_to_two_copies_of_each(
+def test_steps_fill_the_ranks_up_to_two_copies_of_each(
     num_experts: tuple[int, ...], num_ranks: int, expected: list[int]
 ) -> None:
     assert ladder(num_experts, num_ranks, NO_LIMIT) == expected

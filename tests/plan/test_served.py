@@ -36,22 +36,36 @@ def test_an_engine_decides_exchange_and_objective(
 
 
 @pytest.mark.parametrize(
-    ("objective", "has_replicas", "choice", "note"),
+    ("objective", "has_replicas", "choice"),
     [
-        ("traffic", False, None, ""),
-        ("traffic", True, "sglang-static", ""),
-        ("balance", False, None, ""),
-        ("balance", True, "sglang-static", "balanced as if they shared their load evenly"),
+        ("traffic", False, None),
+        ("traffic", True, "sglang-static"),
+        ("balance", False, None),
+        ("balance", True, "sglang-static"),
     ],
 )
 def test_copies_are_chosen_as_the_engine_does(
-    objective: str, has_replicas: bool, choice: str | None, note: str
+    objective: str, has_replicas: bool, choice: str | None
 ) -> None:
     served = solved_for("sglang-deepep", "fixed", objective, has_replicas=has_replicas)
     assert served.replica_choice == choice
     assert served.exchange == ("per-node" if objective == "traffic" else "per-rank")
-    assert bool(served.notes) == bool(note)
-    assert note in "".join(served.notes)
+    assert served.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("engine", "counts"),
+    [
+        ("sglang-deepep", True),
+        ("trtllm-onesided", True),
+        ("sglang-deepep-ll", False),  # one copy per pair, wherever its expert is
+        ("vllm-agrs", False),  # every token goes everywhere
+    ],
+)
+def test_router_groups_count_where_ranks_or_nodes_are_what_is_sent_to(
+    engine: str, counts: bool
+) -> None:
+    assert solved_for(engine, "fixed").groups_count == counts
 
 
 def test_contradictions_are_refused() -> None:

@@ -187,8 +187,10 @@ def test_ranks_that_do_not_divide_the_slots_are_refused(
     make_chunk: Callable[..., Chunk],
 ) -> None:
     affinity = count_affinity([make_chunk()], ModelSpec(num_experts=(8, 8, 8), top_k=2), {})
-    with pytest.raises(UsageError, match="8 slots do not divide over 3 ranks") as caught:
+    with pytest.raises(UsageError, match="8 experts do not divide over 3 ranks") as caught:
         solve(affinity, SolveOptions(topology=Topology(gpus_per_node=3)))
+    assert "the first 2 ranks hold one expert more" in str(caught.value)
+    assert "--redundant-experts 1 or 4 or 7; " in caught.value.hint
     assert "1, 2, 4, 8" in caught.value.hint
 
 

@@ -101,7 +101,10 @@ def test_what_goes_together_is_solved(
          "--expert-size 32 --replica-choice hash",
          "--redundant-memory must be a finite number"),
         ("--redundant-experts auto --replica-choice hash --preserve-groups",
-         "checkpoints, which hold none"),
+         "router has no groups"),
+        ("--redundant-experts 3 --replica-choice hash",
+         "3 redundant ones are 11 slots, which do not divide"),
+        ("--ignore-groups", "--ignore-groups is about balancing"),
     ],
 )  # fmt: skip
 def test_what_does_not_is_refused_and_leaves_nothing(
