@@ -333,10 +333,10 @@ def test_a_plan_for_tokens_is_judged_with_its_table_or_says_what_it_lacks(
     plan.write(path)
     found = make_table(path, trace, fold=None, options=TableOptions())
     found.table.write(table)
-    judged = judge_plan(path, trace, selection=fold.complement(), table_path=table)
+    (judged,) = judge_plan(path, trace, selection=fold.complement(), table_path=table)
     assert judged.policies["token"].to_json() == plan.metrics["heldout"]["token"]
     assert not any("--table" in warning for warning in judged.warnings)
-    without = judge_plan(path, trace, selection=fold.complement())
+    (without,) = judge_plan(path, trace, selection=fold.complement())
     assert any("--table TABLE" in warning for warning in without.warnings)
     assert without.policy == "fixed"
     assert not check_plan(plan, trace, fold.complement()).drifted
