@@ -247,8 +247,8 @@ def solve_request(
             "select when counting: placer affinity TRACE "
             f"{request.selection.options} --out AFFINITY",
         )
-    if choice is not None and choice.left_out is not None:
-        note(choice.left_out)
+    if choice is not None and choice.told is not None:
+        note(choice.told)
     if _is_balanced(request, options):
         _tell_groups(plan, request.engine, note, warn)
     report = plan.solver
@@ -486,7 +486,7 @@ def _options(
         start=start,
         migration_cost=request.migration_cost,
         **asked,
-    )
+    ).guarded()
 
 
 def _is_balanced(request: SolveRequest, options: SolveOptions) -> bool:

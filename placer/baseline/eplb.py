@@ -1,16 +1,31 @@
 """The load balancer of DeepSeek: EPLB (github.com/deepseek-ai/EPLB, its README)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from placer.baseline.problem import BaselineProblem
 from placer.errors import UsageError
 from placer.plan.balance import greedy_balance
 from placer.plan.packing import packed
 from placer.plan.placement import Placement
-from placer.plan.problem import FloatArray, IntArray
+from placer.plan.problem import FloatArray, IntArray, Topology
 
 
 def eplb(problem: BaselineProblem) -> Placement:
+    """Place copies of a problem's experts by its profile's load: see :func:`pack_loads`."""
+    topology, model = problem.topology, problem.trace.model
+    return pack_loads(problem.load, topology, problem.redundant_experts, model.n_group)
+
+
+def pack_loads(
+    loads: Sequence[npt.NDArray[Any]],
+    topology: Topology,
+    redundant_experts: int = 0,
+    n_group: int = 1,
+) -> Placement:
     """Replicate the busiest experts and pack all copies evenly; load is all it sees.
 
     Where the nodes divide the model's router groups, hierarchically: groups are packed
@@ -19,18 +34,28 @@ def eplb(problem: BaselineProblem) -> Placement:
     to the least loaded rank with a free slot; here also one without that expert, as
     engines need no two copies on a rank.
 
+    Parameters
+    ----------
+    loads
+        L arrays ``[E]``: pairs per expert.
+    topology
+        Ranks and nodes.
+    redundant_experts
+        Slots per layer beyond one for each expert.
+    n_group
+        The model's router groups.
+
     Raises
     ------
     UsageError
         If a rank would hold two copies of an expert.
     """
-    num_ranks, more = problem.num_ranks, problem.redundant_experts
-    n_group = problem.trace.model.n_group
-    hierarchical = n_group % problem.num_nodes == 0
-    num_nodes = problem.num_nodes if hierarchical else 1
+    num_ranks = topology.num_ranks
+    hierarchical = n_group % topology.num_nodes == 0
+    num_nodes = topology.num_nodes if hierarchical else 1
     rows = []
-    for layer, counts in enumerate(problem.load):
-        slots = (len(counts) + more) // num_ranks
+    for layer, counts in enumerate(loads):
+        slots = (len(counts) + redundant_experts) // num_ranks
         if slots > len(counts) // num_nodes:
             raise UsageError(
                 f"MoE layer {layer}: {slots} slots per rank for "
@@ -48,9 +73,9 @@ def eplb(problem: BaselineProblem) -> Placement:
         )
     return Placement(
         physical_to_logical_map=tuple(rows),
-        num_experts=problem.num_experts,
+        num_experts=tuple(len(counts) for counts in loads),
         num_ranks=num_ranks,
-        num_nodes=problem.num_nodes,
+        num_nodes=topology.num_nodes,
     )
 
 

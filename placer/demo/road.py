@@ -142,11 +142,11 @@ def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
     path = out / f"plan-{policy}.json"
     say(
         f"placer solve {profile.directory} --gpus-per-node {NUM_RANKS} --policy {policy} "
-        f"--relax-cap --out {path}"
+        f"--out {path}"
     )
     options = SolveOptions(
-        topology=Topology(gpus_per_node=NUM_RANKS), policy=policy, relax_cap=True
-    )
+        topology=Topology(gpus_per_node=NUM_RANKS), policy=policy
+    ).guarded()
     deadline = Deadline()
     plan = plan_from_trace(profile, options, EVERYTHING, deadline=deadline)
     if deadline.interrupted:

@@ -98,6 +98,7 @@ def load_caps(
     max_imbalance: float,
     *,
     relax_cap: bool,
+    at_most: Sequence[float] | None = None,
     deadline: Deadline | None = None,
 ) -> tuple[list[float], list[IntArray], dict[int, float]]:
     """Turn the cap on imbalance into load caps per layer, and find a feasible start.
@@ -112,6 +113,8 @@ def load_caps(
         Cap on max/mean rank load.
     relax_cap
         Where the cap is out of reach, take the best reachable value instead.
+    at_most
+        ``[L]``: a lower cap on max/mean for each layer, or ``None``.
     deadline
         Cuts the search for that value; none by default.
 
@@ -143,7 +146,8 @@ def load_caps(
             continue
         require_divisible_slots(len(load), num_ranks, layer)
         mean = load.sum() / num_ranks
-        cap = float(np.floor(max_imbalance * mean + 1e-9))
+        asked = max_imbalance if at_most is None else min(max_imbalance, at_most[layer])
+        cap = float(np.floor(asked * mean * (1 + 1e-12) + 1e-9))
         found = balance_layer(load, num_ranks, cap, deadline)
         if found.max_load > cap:
             relaxed[layer] = float(found.max_load / mean)

@@ -67,6 +67,11 @@ class Evaluation:
             ]
         )
 
+    def missed_load_cap(self) -> dict[int, float]:
+        """Return what the layers above the cap on load reach, over the mean."""
+        missed = np.flatnonzero(self.overflow[0] > SAME_OVERFLOW)
+        return {int(layer): float(self.imbalance[layer]) for layer in missed}
+
     def missed_receive_cap(self) -> dict[int, float]:
         """Return what the layers above the cap on received copies reach."""
         missed = np.flatnonzero(self.overflow[1] > SAME_OVERFLOW)

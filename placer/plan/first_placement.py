@@ -4,11 +4,14 @@ Pairs are solved exactly where a layer has few balanced assignments, else by loc
 a given plan and whole router groups take their place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 
 from placer.affinity import Affinity
+from placer.baseline.eplb import pack_loads
 from placer.errors import NoSolutionError, UsageError
 from placer.plan.balance import load_caps
 from placer.plan.copies_cost import CopiesCost, ReceiveLimit
@@ -25,10 +28,11 @@ from placer.plan.problem import (
     IntArray,
     PlacementProblem,
     Topology,
+    imbalance,
     placement_problem,
 )
 from placer.plan.progress import GapLine, Progress
-from placer.plan.replicas import with_replicas
+from placer.plan.replicas import require_room, with_replicas
 from placer.plan.reports import early_pair_bound
 from placer.plan.router_groups import blocks_of_groups, place_groups
 from placer.plan.search import Search
@@ -53,6 +57,9 @@ class Profile:
     balanced
         L arrays ``[E]`` int64: ranks of the experts, a start under these caps; empty where
         the experts do not divide over the ranks.
+    eplb
+        EPLB's placement by the same loads with the same slots, where copies may have to
+        relieve a rank, or no rank may be busier; else ``None``.
     """
 
     affinity: Affinity
@@ -60,6 +67,14 @@ class Profile:
     judged: Chunk | None
     max_load: list[float]
     balanced: list[IntArray]
+    eplb: Placement | None = None
+
+    def imbalance(self, max_load: Sequence[float], num_ranks: int) -> tuple[float, ...]:
+        """Return ``[L]``: max/mean of a rank that has the load of these caps."""
+        return tuple(
+            float(cap * num_ranks / load.sum()) if load.any() else 1.0
+            for cap, load in zip(max_load, self.affinity.load, strict=True)
+        )
 
     @property
     def is_uneven(self) -> bool:
@@ -83,11 +98,21 @@ def profiled(
     UsageError
         If ``max_imbalance`` is below 1, or an option needs sweeps and there are none.
     """
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    topology, redundant_experts = options.topology, options.redundant_experts
+    eplb, at_most = None, None
+    if options.below_eplb or redundant_experts:
+        require_room(affinity.model.num_experts, topology.num_ranks, redundant_experts)
+        eplb = pack_loads(loads, topology, redundant_experts)
+        if not redundant_experts:
+            ranks = map(eplb.expert_rank, range(eplb.num_layers))
+            at_most = list(map(imbalance, ranks, loads, repeat(topology.num_ranks)))
     max_load, balanced, relaxed = load_caps(
-        [counts.astype(np.float64) for counts in affinity.load],
-        options.topology.num_ranks,
+        loads,
+        topology.num_ranks,
         options.load_cap,
-        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
+        relax_cap=options.relaxes_load_cap or redundant_experts > 0,
+        at_most=at_most,
         deadline=deadline,
     )
     if options.needs_tokens is not None and not options.refine.num_sweeps:
@@ -104,6 +129,7 @@ def profiled(
         judged=judged,
         max_load=max_load,
         balanced=balanced,
+        eplb=eplb,
     )
     return profile, relaxed
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.plan.alternation import Alternation, vocabulary_of
-from placer.plan.caution import kept_under_cap
+from placer.plan.caution import is_above, kept_under_cap
 from placer.plan.deadline import Deadline
 from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.first_placement import Profile, first_placement
@@ -130,6 +130,10 @@ def _minimised_for_tables(
     if options.start is not None:
         # What is best for the first homes may be worse for those of a table.
         ends.append(alternation.rated(with_pins(options.start, options.pins)))
+    above = is_above(end.cost).any() and options.redundant_experts
+    if above and search.profile.eplb is not None:
+        given = alternation.rated(with_pins(search.profile.eplb, options.pins))
+        ends[0] = alternation.mixture(ends[0], given, deadline)
     for policy in others:
         if not deadline.passed():
             ends.append(alternated(policy)[2])
@@ -212,6 +216,8 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
         tried.append(_refine(tried[-1], problem, once, found.line, deadline))
     if options.start is not None:
         tried.append(with_pins(options.start, options.pins))
+    if search.profile.eplb is not None:
+        tried.append(with_pins(search.profile.eplb, options.pins))
     exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
     with deadline.interruptible():
         tried.append(exact.best_as_drawn(tried))
@@ -270,7 +276,7 @@ def _traffic_problem(
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
         caps = tuple(options.load_cap * one[0].sum() / num_ranks for one in load)
-    return TrafficProblem(
+    traffic = TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
         policy=policy,
@@ -294,6 +300,22 @@ def _traffic_problem(
         else None,
         max_received_copies=options.max_received_copies,
     )
+    if profile.eplb is None or not options.below_eplb or not options.redundant_experts:
+        return traffic
+    return _below(profile.eplb, traffic, options)
+
+
+def _below(
+    eplb: Placement, traffic: TrafficProblem, options: SolveOptions
+) -> TrafficProblem:
+    """Return the problem under a cap of the load that EPLB's copies serve, if lower."""
+    served = Refinement(problem=traffic, limits=options.refine).evaluate(eplb).imbalance
+    num_ranks = options.topology.num_ranks
+    caps = [
+        np.minimum(cap, imbalance * load[0].sum() / num_ranks)
+        for cap, imbalance, load in zip(traffic.max_load, served, traffic.load, strict=True)
+    ]
+    return replace(traffic, max_load=tuple(caps))
 
 
 def _move_price(

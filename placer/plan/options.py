@@ -46,6 +46,9 @@ class SolveOptions:
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, for ``fixed``
         and ``follow``, or ``None``.
+    below_eplb
+        Cap the load of every layer at what EPLB with as many slots has on the profile,
+        where that is below ``max_imbalance``.
     relax_cap
         Take the best reachable value in layers where a ``max_imbalance`` that is given, or
         ``max_received_copies``, is out of reach.
@@ -92,6 +95,7 @@ class SolveOptions:
     max_imbalance: float | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
+    below_eplb: bool = False
     relax_cap: bool = False
     redundant_experts: int = 0
     replica_choice: ReplicaChoice | None = None
@@ -211,6 +215,19 @@ class SolveOptions:
     def relaxes_load_cap(self) -> bool:
         """Whether the best reachable is taken where the cap on load is out of reach."""
         return self.relax_cap or self.max_imbalance is None
+
+    def guarded(self) -> Self:
+        """Return the same, no busier than EPLB where the two compare.
+
+        They do where EPLB packs as it likes on links that are all alike, and no cap is
+        given that says otherwise.
+        """
+        topology = self.topology
+        alike = topology.num_nodes == 1 and topology.cost is None
+        given = self.max_imbalance is not None or self.max_received_copies is not None
+        free = alike and not given and not self.preserve_groups
+        below = self.objective == "traffic" and self.exchange == "per-rank" and free
+        return replace(self, below_eplb=below)
 
     @property
     def content_policy(self) -> ContentPolicy | None:

@@ -145,6 +145,11 @@ class SolverReport:
         MoE layers whose load cap was out of reach and relaxed, with the value reached.
     relaxed_receive_layers
         The same of the cap on received copies.
+    eplb_caps
+        ``[L]``: caps on max/mean rank load, where they are those of EPLB with as many slots
+        on the profile, or the load cap where that is lower; else ``None``.
+    above_eplb_layers
+        MoE layers that were not brought under such a cap, with the value reached.
     most_received_copies
         R x the copies that the busiest rank receives per token of the profile (or of its
         sample, ``RefineLimits.num_tokens``), in the worst layer, homes of ``fixed`` being
@@ -174,6 +179,8 @@ class SolverReport:
     reproducible: bool = True
     relaxed_layers: Mapping[str, float] = field(default_factory=dict)
     relaxed_receive_layers: Mapping[str, float] = field(default_factory=dict)
+    eplb_caps: tuple[float, ...] | None = None
+    above_eplb_layers: Mapping[str, float] = field(default_factory=dict)
     most_received_copies: float | None = None
     pairs: Certificate | None = None
     inner_cap: InnerCap | None = None
@@ -189,7 +196,9 @@ class SolverReport:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Read what ``dataclasses.asdict`` wrote."""
         pairs, inner_cap = value["pairs"], value.get("inner_cap")
+        eplb_caps = value.get("eplb_caps")
         read = {
+            "eplb_caps": eplb_caps and tuple(eplb_caps),
             "pairs": pairs and Certificate(**pairs),
             "inner_cap": inner_cap and InnerCap.from_json(inner_cap),
         }

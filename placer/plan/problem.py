@@ -177,8 +177,7 @@ class PlacementProblem:
 
     def imbalance(self, layer: int, expert_rank: IntArray) -> float:
         """Return max/mean rank load of a layer (1.0 for a layer without load)."""
-        load = self.rank_load(layer, expert_rank)
-        return float(load.max() / load.mean()) if load.any() else 1.0
+        return imbalance(expert_rank, self.load[layer], self.num_ranks)
 
     def objective(self, expert_rank: Sequence[IntArray]) -> float:
         """Return the cost of a placement: rank of every expert, L arrays ``[E]``."""
@@ -215,6 +214,12 @@ class PlacementProblem:
 def rank_load(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> FloatArray:
     """Return ``[R]``: load of each rank in pairs, from the rank and load of each expert."""
     return np.bincount(expert_rank, load, minlength=num_ranks).astype(np.float64)
+
+
+def imbalance(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> float:
+    """Return max/mean rank load of a layer (1.0 for a layer without load)."""
+    total = rank_load(expert_rank, load, num_ranks)
+    return float(total.max() / total.mean()) if load.any() else 1.0
 
 
 def placement_problem(

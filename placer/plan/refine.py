@@ -26,7 +26,11 @@ from placer.plan.evaluation import SAME_OVERFLOW, Evaluation, is_better
 from placer.plan.layer_profile import LayerProfile
 from placer.plan.placement import Placement
 from placer.plan.traffic import TrafficProblem
-from placer.simulation.replica_choice import SglangDraws, sglang_static_ranks
+from placer.simulation.replica_choice import (
+    SglangDraws,
+    require_replica_choice,
+    sglang_static_ranks,
+)
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -284,6 +288,7 @@ class Refinement:
 
     def _put(self, placement: Placement) -> None:
         """Start from a placement with as many slots as the one before."""
+        require_replica_choice(placement, self.problem.replica_choice)
         drawn: Iterator[IntArray | None] = repeat(None)
         is_static = self.problem.replica_choice == "sglang-static"
         if is_static and placement.has_replicas and not self.problem.has_unknown_draws:

@@ -71,15 +71,19 @@ def solve(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
             "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
+    num_ranks = options.topology.num_ranks
     profile, relaxed = profiled(affinity, tokens, options, deadline)
     relaxed_receive: dict[int, float] = {}
+    above_eplb: dict[int, float] = {}
     if profile.judged is None:
         problem = profile.problem(options.start_policies(affinity.model.top_k)[0], options)
         placement, _ = first_placement(profile, problem, options, progress, deadline)
         report = pair_report(problem, placement, options, progress, deadline)
+        max_load = problem.max_load
     else:
         found, content = minimised(profile, profile.judged, options, progress, deadline)
         placement = found.placement
+        max_load = tuple(float(caps[0]) for caps in found.traffic.max_load)
         may_be_above = options.redundant_experts > 0 or options.constrained
         if may_be_above or options.max_received_copies is not None:
             reached = found.evaluate(options) if content is None else content
@@ -91,6 +95,9 @@ def solve(
                     placement.num_layers,
                     stopped=deadline.stopped,
                 )
+                if options.below_eplb:
+                    missed = reached.missed_load_cap()
+                    above_eplb = {n: missed[n] for n in missed.keys() - relaxed.keys()}
             relaxed_receive = reached.missed_receive_cap()
             require_receive_cap(
                 relaxed_receive.values(),
@@ -118,6 +125,10 @@ def solve(
         reproducible=deadline.reproducible,
         relaxed_layers=_by_name(relaxed),
         relaxed_receive_layers=_by_name(relaxed_receive),
+        eplb_caps=None
+        if not options.below_eplb
+        else profile.imbalance(max_load, num_ranks),
+        above_eplb_layers=_by_name(above_eplb),
     )
 
 

@@ -142,6 +142,7 @@ def plan_notes(plan: Plan) -> Iterator[str]:
     """Yield a sentence on caps that are not as asked for, and on copies received."""
     if plan.provenance.get("max_imbalance_given", True):
         yield from _relaxed_line(plan)
+    yield from _guard_line(plan)
     cap, busy = plan.provenance["max_received_copies"], plan.solver.relaxed_receive_layers
     if busy:
         worst = max(busy, key=lambda n: busy[n])
@@ -167,6 +168,20 @@ def _relaxed_line(plan: Plan) -> Iterator[str]:
             f"{len(relaxed)} of {plan.placement.num_layers} MoE layers, at most to "
             f"{relaxed[worst]:.4f} (layer {worst})"
         )
+
+
+def _guard_line(plan: Plan) -> Iterator[str]:
+    """Say which caps kept the plan no busier than EPLB, and how to choose others."""
+    caps, above = plan.solver.eplb_caps, plan.solver.above_eplb_layers
+    if caps is None:
+        return
+    values = sorted({f"{min(caps):.2f}", f"{max(caps):.2f}"})
+    kept = f", but for {len(above)} MoE layers" if above else ""
+    yield (
+        "on the profile the busiest rank is kept at or below EPLB's with as many slots"
+        f"{kept}: {' to '.join(values)} of the mean load by layer; give --max-imbalance to "
+        "set the cap yourself, or --hardware to let predicted time decide"
+    )
 
 
 def _overload_line(plan: Plan) -> Iterator[str]:

@@ -140,7 +140,7 @@ class _Placements:
                 topology=self._question.topology,
                 policy=self._question.policy,  # type: ignore[arg-type]  # Question refuses
                 exchange=exchange,  # type: ignore[arg-type]  # one of the two solved for
-            )
+            ).guarded()
             found = solve_to_choose(self.affinity, asked, self._profile, Deadline())[0]
             self._made[exchange] = found
         return self._made[exchange]

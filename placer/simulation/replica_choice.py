@@ -7,7 +7,7 @@
   SGLang 0.5.23 builds its table for ``--ep-dispatch-algorithm static``
   (``srt/eplb/expert_location.py``) from the map that ``placer export sglang`` writes.
 - ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
-  copies; the home is ignored. As vLLM chooses
+  copies; the home is ignored. As vLLM 0.32.0 chooses
   (``model_executor/layers/fused_moe/router/base_router.py``).
 - ``cover``: a copy on a rank that the token visits anyway; else the rank that holds most of
   the experts still to be served. It needs a patch of the runtime.
@@ -112,6 +112,17 @@ def unknown_dense_layers(
     )
 
 
+def require_replica_choice(
+    placement: Placement, replica_choice: ReplicaChoice | None
+) -> None:
+    """Refuse a placement with replicas where nothing says which copy serves."""
+    if replica_choice is None and placement.has_replicas:
+        raise UsageError(
+            "experts have several copies, and nothing says which of them serves",
+            f"name a replica choice: {', '.join(REPLICA_CHOICES)}",
+        )
+
+
 def serving_layers(
     placement: Placement,
     replica_choice: ReplicaChoice | None,
@@ -134,11 +145,7 @@ def serving_layers(
     UsageError
         If experts have several copies, and nothing says which serves.
     """
-    if replica_choice is None and placement.has_replicas:
-        raise UsageError(
-            "experts have several copies, and nothing says which of them serves",
-            f"name a replica choice: {', '.join(REPLICA_CHOICES)}",
-        )
+    require_replica_choice(placement, replica_choice)
     static: Iterator[IntArray | None] = repeat(None)
     if replica_choice == "sglang-static" and placement.has_replicas:
         static = iter(sglang_static_ranks(placement, layer_ids))

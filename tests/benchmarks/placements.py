@@ -28,13 +28,15 @@ from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits, Refinement
 from placer.plan.scenarios import load_scenarios
-from placer.plan.traffic import TrafficProblem
+from placer.plan.traffic import ReplicaChoice, TrafficProblem
 from placer.simulation.metrics import PolicyTally
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.trace import Chunk, Fold, Selection, Trace
 from tests.referee import load_referee, referee_result
 
 #: Commands and reports print figures, they make none.
+# The referee's own rule: figures are checked against it.
+_REPLICA_CHOICE: ReplicaChoice = "local-first"
 WITHOUT_FIGURES = ("cli", "report", "checkpoint", "replay", "runtime_map", "demo")
 
 #: What a plan is solved for, beside its policy. The cap is 1.10 where none is named.
@@ -115,7 +117,7 @@ class Solved(Case):
             policy=self.policy,
             exchange="per-rank" if self.num_nodes == 1 else "per-node",
             redundant_experts=self.redundant_experts(self.variant),
-            replica_choice="local-first",
+            replica_choice=_REPLICA_CHOICE,
             relax_cap=True,
             proof="quick" if has_proof else "none",
             seed=self.seed,
@@ -193,7 +195,7 @@ def _read(directory: Path, profile: Selection) -> tuple[Affinity, Chunk, Chunk]:
 def _judged(case: Case, placement: Placement, folders: Folders) -> dict[str, Any]:
     """Return what is held out, the copies of each sequence, and the profile's objective."""
     affinity, profile, heldout = _read(folders.traces / case.trace, case.profile)
-    tallies = count(placement, heldout)
+    tallies = count(placement, heldout, replica_choice=_REPLICA_CHOICE)
     found: dict[str, Any] = {}
     for policy in ("fixed", "follow"):
         found[policy] = {
@@ -234,6 +236,7 @@ def _price(topology: Topology, policy: Any, placement: Placement, profile: Chunk
         exchange="per-rank" if topology.num_nodes == 1 else "per-node",
         load=load,
         max_load=tuple(one.sum(axis=1) for one in load),
+        replica_choice=_REPLICA_CHOICE,
     )
     return Refinement(problem=problem, limits=RefineLimits()).evaluate(placement).copies
 

@@ -366,6 +366,7 @@ def test_a_rank_that_only_copies_relieve_is_relieved(policy: str, rule: str) -> 
         redundant_experts=8,
         replica_choice=rule,
         proof="none",
+        seed=2,
     )
     solved(chunk, options)  # or it says that the cap was not reached
 

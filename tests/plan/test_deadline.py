@@ -131,11 +131,12 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
     model = ModelSpec(num_experts=SIZES, top_k=3)
     profile = trace.read()
     worth = worth_on_profile(count_affinity([profile], model, {}), profile)
+    served = replace(OPTIONS, replica_choice="local-first")
     for seconds, steps in ((0.0, [0]), (1000.0, [0, 4, 8])):
         deadline = Deadline(seconds=seconds)
         with deadline.choosing() as quick:
             choice = choose_redundant_experts(
-                SIZES, OPTIONS, worth, Memory.of(None, None), 0.001, None, quick
+                SIZES, served, worth, Memory.of(None, None), 0.001, None, quick
             )
         assert [one.redundant_experts for one in choice.ladder][:3] == steps
         assert deadline.reproducible == (seconds > 0)

@@ -184,7 +184,7 @@ def test_a_plan_for_pairs_is_cheaper_on_them_than_one_for_nodes(
         {},
         {"policy": "follow"},
         {"exchange": "per-node"},
-        {"policy": "follow", "redundant_experts": 4},
+        {"policy": "follow", "redundant_experts": 4, "replica_choice": "local-first"},
         {"preserve_groups": True, "relax_cap": True, "max_imbalance": 2.0},
     ],
     ids=["fixed", "follow", "per-node", "replicas", "groups"],
@@ -285,7 +285,7 @@ def test_copies_near_the_home_are_chosen_by_its_node_while_moves_are_tried(
     """What the moves add up to is the price of where they end."""
     chunk = make_chunk(num_tokens=400, top_k=2)
     topology = Topology(num_nodes=2, gpus_per_node=2, inter_cost=5, intra_cost=2)
-    problem = traffic(chunk, SIZES, topology)
+    problem = traffic(chunk, SIZES, topology, replica_choice="local-first")
     loads = [load[0] for load in problem.load]
     start = with_replicas(contiguous(SIZES, 4, 2), loads, 8)
     moved = Refinement(problem=problem, limits=RefineLimits(num_sweeps=2))

@@ -16,6 +16,7 @@ from placer.errors import PlacerError, UsageError
 from placer.plan.options import SolveOptions
 from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
+from placer.replay.replay import ReplayOptions, _batches
 from placer.report.drift import check_plan
 from placer.simulation import simulate
 from placer.simulation.judge import judge_plan
@@ -79,7 +80,7 @@ def test_a_trace_without_phases_is_refused_and_told_what_records_them(
 ) -> None:
     with pytest.raises(PlacerError, match="--phase decode: the trace does not") as error:
         make_trace().read(DECODE)
-    assert "placer record --generate" in error.value.hint
+    assert "--generate N" in error.value.hint
 
 
 def test_a_phase_that_no_token_has_is_refused(trace: Trace, tmp_path: Path) -> None:
@@ -109,7 +110,8 @@ def test_another_phase_than_the_plans_is_told(trace: Trace, tmp_path: Path) -> N
     plan_from_trace(trace, OPTIONS, EVEN_DECODE).write(path)
 
     def told(selection: Selection) -> str:
-        return " ".join(judge_plan(path, trace, selection=selection).warnings)
+        (judged,) = judge_plan(path, trace, selection=selection)
+        return " ".join(judged.warnings)
 
     assert "solved for decode tokens, and all tokens" in told(Selection(Fold(1, 2)))
     assert "and prefill tokens are judged" in told(Selection(Fold(1, 2), "prefill"))
@@ -124,7 +126,7 @@ def test_baselines_have_the_profile_of_the_plan(trace: Trace, tmp_path: Path) ->
     path = tmp_path / "plan.json"
     plan = plan_from_trace(trace, OPTIONS, EVEN_DECODE)
     plan.write(path)
-    judged = judge_plan(path, trace, selection=EVEN_DECODE.complement())
+    (judged,) = judge_plan(path, trace, selection=EVEN_DECODE.complement())
     assert (
         judged.baselines["balanced"]["fixed"].to_json()
         == (plan.metrics["baselines"]["balanced"]["fixed"])
@@ -167,6 +169,15 @@ def test_drift_is_of_the_tokens_selected(trace: Trace) -> None:
     assert [one.now for one in report.figures] == pytest.approx(
         [one.then for one in report.figures], abs=1e-4
     )
+
+
+def test_replay_runs_prompts_alone_and_no_generated_tokens_alone(trace: Trace) -> None:
+    short = ReplayOptions(sequence_length=3, sequences_per_rank=1)
+    ids = _batches(trace, Selection(phase="prefill"), short, 2)
+    assert ids[0, 0].tolist() == trace.read().token_ids[:3].tolist()
+    with pytest.raises(UsageError, match="--phase decode: replay runs") as error:
+        _batches(trace, DECODE, short, 2)
+    assert "--phase prefill" in error.value.hint
 
 
 def test_a_chunk_without_phase_is_no_decode(make_chunk: Callable[..., Chunk]) -> None:
