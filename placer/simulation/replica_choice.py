@@ -1,16 +1,19 @@
 """Which copy of an expert serves a (token, expert) pair: the engine's replica choice.
 
-- ``local-first``: the copy at the token's home; else one on the home's node; else any.
-  Equal choices take turns by the token's index.
-- ``sglang-static``: fixed per home and expert; the copy at home, else the first on the
-  home's node where that node lacks another copy, else a seeded draw of each home's own. As
-  SGLang 0.5.23 builds its table for ``--ep-dispatch-algorithm static``
-  (``srt/eplb/expert_location.py``) from the map that ``placer export sglang`` writes.
+- ``local-first``: the copy at the token's home, else one on the home's node, else any.
+  Copies that are equally near take turns by the token's index. No engine does so.
+- ``sglang-static``: one copy for each home and expert. It is the copy at home. Else, where
+  the home's node has some of the copies but not all, it is the first of those on the node.
+  Else each home draws one, from a fixed seed. This is the table that SGLang 0.5.23 builds
+  for ``--ep-dispatch-algorithm static`` (``srt/eplb/expert_location.py``), from the map
+  that ``placer export sglang`` writes.
 - ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
-  copies; the home is ignored. As vLLM 0.32.0 chooses
-  (``model_executor/layers/fused_moe/router/base_router.py``).
-- ``cover``: a copy on a rank that the token visits anyway; else the rank that holds most of
-  the experts still to be served. It needs a patch of the runtime.
+  number of copies. The home does not matter. vLLM 0.32.0 chooses so
+  (``model_executor/layers/fused_moe/router/base_router.py``). TensorRT-LLM's
+  ``moeComputeRouteKernel`` and SGLang without an all-to-all let the copies take turns,
+  which gives every copy the same share too.
+- ``cover``: a copy on a rank that the token visits anyway, else the one on the rank that
+  holds most of the experts that are not served yet. It needs a patch of the engine.
 
 Without replicas there is nothing to choose.
 """
@@ -106,8 +109,8 @@ def unknown_dense_layers(
     if layer_ids is not None:
         return None
     return (
-        "no file says which layers are dense: the draws of sglang-static assume that none "
-        "is, and others follow if some are; bind the trace to its model: "
+        "no file says which layers are dense: sglang-static assumes that none is, and its "
+        "draws are wrong if some are; bind the trace to its model: "
         "placer import FORMAT FILE --model DIR --out TRACE"
     )
 
@@ -174,16 +177,17 @@ def sglang_static_ranks(
 
 
 class SglangDraws:
-    """SGLang's draws, layer by layer; a copy goes on from where this one is.
+    """SGLang's draws, layer by layer. A deep copy continues with the same draws.
 
-    Every rank draws for itself, from the same seed, layer by layer and expert by expert,
-    for the experts of which it has no near copy; in each draw it shares the copies out to
-    all ranks without one, and keeps its own. Ranks pass over other experts, so their draws
-    differ: together they need not be even.
+    Every rank draws for itself, all from the same seed: layer by layer, expert by expert,
+    for each expert that has no near copy. One draw gives a copy to every rank without a
+    near one, as evenly as possible; the rank keeps what it gave itself. Ranks draw for
+    different experts, so what they give each other differs, and the copies that they keep
+    need not be even.
 
     SGLang draws for every row of its map, and the map has a row for each hidden layer. So
-    the filler rows of dense layers (:meth:`Placement.filler_row`) shift the draws for the
-    MoE layers after them. Rows after the last MoE layer shift nothing, and drafted (MTP)
+    the filler rows of dense layers (:meth:`Placement.filler_row`) change the draws for the
+    MoE layers after them. Rows after the last MoE layer change nothing, and drafted (MTP)
     layers have no row.
 
     Parameters
@@ -255,10 +259,11 @@ def cover_ranks(
 ) -> RankArray:
     """Return ``[k, T]``: the ranks that serve, as few of them as a greedy cover finds.
 
-    A pair goes to a rank that the token visits anyway (its home, and the only rank of an
-    expert), where one holds the expert. For the pairs left, the rank that holds most of
-    them joins, one on a visited node first, and so on. Among equals the home comes first,
-    then ranks of the home's node, then turns by the token's index.
+    The token visits its home, and the rank of each expert that has one copy. A pair goes
+    to a visited rank that holds its expert. While pairs are left, the token also visits the
+    rank that holds most of them, on a node that it visits already if one there holds any.
+    Among equal ranks the home comes first, then ranks of the home's node; others take turns
+    by the token's index.
     """
     parts = [
         _Cover(serving, experts[:, begin:end], home[begin:end], ranks_per_node, begin).run()
