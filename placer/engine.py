@@ -279,7 +279,8 @@ def choose_replicas(
         "redundant experts have several copies, and engines differ in which copy serves"
         if engine is None
         else f"{engine.name} serves no redundant experts",
-        "name the choice of your engine\n" + "\n".join(_lines_by_choice(command)),
+        "name your engine with --engine, or its choice:\n"
+        + "\n".join(_lines_by_choice(command)),
     )
 
 
