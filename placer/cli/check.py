@@ -20,8 +20,12 @@ from placer.cli.output import (
 
 def check(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan that is served.")],
-    trace: Annotated[
-        Path, typer.Argument(metavar="TRACE", help="Traffic of today, not the profile.")
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRACE|AFFINITY",
+            help="Traffic of today, not the profile; from counts balance alone is judged.",
+        ),
     ],
     tolerance: Annotated[
         float, typer.Option(help="How much worse a figure may be before it has drifted.")
@@ -35,19 +39,26 @@ def check(
 
     Traffic and balance on the trace beside what the plan records, and what chance explains.
     """
-    from placer.errors import DriftError
+    from placer.affinity import Affinity
+    from placer.errors import DriftError, require_left_out
     from placer.plan import Plan
-    from placer.report.drift import check_plan
+    from placer.report.drift import check_on_loads, check_plan, improving_command
     from placer.simulation.profile import other_phase
     from placer.simulation.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
     read, chosen = Plan.read(plan), parse_selection(fold, not_fold, phase)
-    report = check_plan(read, Trace(trace), chosen, tolerance)
-    for warning in (
-        unknown_dense_layers(read.placement, read.replica_choice, read.model.layer_ids),
-        other_phase(read, chosen),
-    ):
+    dense = unknown_dense_layers(read.placement, read.replica_choice, read.model.layer_ids)
+    if source.is_file():
+        folds = {"--fold": fold, "--not-fold": not_fold}
+        phases = {"--phase": phase if phase != "all" else None}
+        require_left_out(folds | phases, "a trace: counts have no tokens to select")
+        report = check_on_loads(read, Affinity.read(source), str(source), tolerance)
+        warnings = [dense, "counts say nothing of traffic: only balance is judged"]
+    else:
+        report = check_plan(read, Trace(source), chosen, tolerance)
+        warnings = [dense, other_phase(read, chosen)]
+    for warning in warnings:
         if warning is not None:
             warn(warning)
     if as_json:
@@ -77,8 +88,7 @@ def check(
     if report.drifted:
         raise DriftError(
             f"traffic has drifted from {plan}",
-            f"improve it at few moves: placer solve {trace} --start {plan} "
-            "--migration-cost COPIES --nodes N --gpus-per-node M --out NEW",
+            f"improve it at few moves: {improving_command(read, plan, source)}",
         )
     if not as_json:
         print_line(f"the plan holds on {report.num_tokens:,} tokens")

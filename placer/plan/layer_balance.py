@@ -140,9 +140,6 @@ class LayerBalance:
     def _blocks(self) -> tuple[list[IntArray], float]:
         """Return the experts of each block of ranks, and a load that some rank has."""
         asked, load = self._asked, self._load
-        if self._start is not None:
-            held = self._start.reshape(asked.num_blocks, -1)
-            return [np.unique(one) for one in held], 0.0
         if asked.num_blocks == 1:
             return [np.arange(len(load))], 0.0
         groups = load.reshape(asked.n_group, -1).sum(axis=1)
@@ -187,15 +184,17 @@ class LayerBalance:
                 price=self._asked.migration_cost,
                 most_load=self._asked.max_imbalance * self._mean,
             )
+            held = self._start.reshape(self._asked.num_blocks, -1)
+            experts = [np.unique(one) for one in held]
             yield self._start
-            yield self._evened_out(self._start, served, cost)
-        yield self._evened_out(self.row, served)
+            yield self._evened_out(self._start, experts, served, cost)
+        yield self._evened_out(self.row, self._experts, served)
         if self._asked.splits_evenly or self._start is not None:
             return
         blocks = self.row.reshape(self._asked.num_blocks, self._asked.ranks_per_block, -1)
         for number in range(1, min(_MOST_ROLLS, self._asked.ranks_per_block)):
             rolled = np.roll(blocks, number, axis=1)
-            yield self._evened_out(rolled.ravel(), served)
+            yield self._evened_out(rolled.ravel(), self._experts, served)
 
     def _value(self, row: IntArray, served: ServedLoad) -> tuple[float, float]:
         """Return the load above the cap, and the busiest rank's with the price of moves."""
@@ -209,35 +208,43 @@ class LayerBalance:
         return above, most + self._asked.migration_cost * moved
 
     def _evened_out(
-        self, row: IntArray, served: ServedLoad, cost: MoveCost | None = None
+        self,
+        row: IntArray,
+        experts: list[IntArray],
+        served: ServedLoad,
+        cost: MoveCost | None = None,
     ) -> IntArray:
-        """Return a row after the moves that pay, as copies serve."""
+        """Return a row after the moves that pay, as copies serve, inside each block."""
         if cost is not None:
-            row = self._moved(row, None, cost)
+            row = self._moved(row, experts, None, cost)
         if not self._asked.splits_evenly:
             holds = holders(row, len(self._load), self._asked.num_ranks)
-            row = self._moved(row, self._load[:, None] * served.shares(holds), cost)
+            served_load = self._load[:, None] * served.shares(holds)
+            row = self._moved(row, experts, served_load, cost)
         return row
 
     def _moved(
-        self, row: IntArray, served: FloatArray | None, cost: MoveCost | None
+        self,
+        row: IntArray,
+        experts: list[IntArray],
+        served: FloatArray | None,
+        cost: MoveCost | None,
     ) -> IntArray:
-        """Return a row after the moves that pay inside each block."""
         width = self._asked.ranks_per_block
         # Below the mean of the fullest block nothing is gained.
-        floor = max(float(self._load[one].sum()) for one in self._experts) / width
+        floor = max(float(self._load[one].sum()) for one in experts) / width
         moved = []
-        for block, experts in enumerate(self._experts):
+        for block, own in enumerate(experts):
             ranks = slice(block * width, (block + 1) * width)
             held = row.reshape(self._asked.num_ranks, -1)[ranks].ravel()
             even = EvenOut(
-                np.searchsorted(experts, held),
-                self._load[experts],
+                np.searchsorted(own, held),
+                self._load[own],
                 width,
-                None if served is None else served[experts, ranks],
-                cost and replace(cost, start=cost.start[experts, ranks]),
+                None if served is None else served[own, ranks],
+                cost and replace(cost, start=cost.start[own, ranks]),
             )
-            moved.append(experts[even.run(self._enough, floor).row])
+            moved.append(own[even.run(self._enough, floor).row])
         return np.concatenate(moved)
 
 

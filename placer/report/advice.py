@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity import Affinity
 from placer.engine import known_engines
 from placer.errors import UsageError
-from placer.plan.layer_balance import Balancing
-from placer.plan.load_balance import balance_loads
-from placer.plan.placement import Placement
+from placer.plan.load_balance import predicted_imbalance
+from placer.plan.options import SolveOptions
+from placer.plan.replicas import redundant_experts_that_fit
+from placer.plan.solve import solve
 from placer.report.question import Question
 from placer.simulation.baselines import contiguous
 from placer.simulation.cost import BreakEven
@@ -105,11 +105,14 @@ class Advice:
         What holds for all, one sentence each.
     warnings
         What limits the figures.
+    redundant_experts
+        Slots per layer beyond one for each expert, where only they fill the ranks.
     """
 
     answers: tuple[Answer, ...]
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    redundant_experts: int = 0
 
     @property
     def best(self) -> Answer:
@@ -128,6 +131,7 @@ class Advice:
             "answers": [one.to_json() for one in self.answers],
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),
+            "redundant_experts": self.redundant_experts,
         }
 
 
@@ -140,13 +144,22 @@ def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
             f"select when counting: placer affinity TRACE --phase {question.phase} "
             "--out AFFINITY",
         )
-    topology = question.topology
-    base = contiguous(affinity.model.num_experts, topology.num_ranks, topology.num_nodes)
+    topology, model = question.topology, affinity.model
+    # The fewest that fill the ranks; where there are none, solving says so.
+    more = next(redundant_experts_that_fit(model.num_experts, topology.num_ranks), 0)
+    options = SolveOptions(
+        topology=topology,
+        objective="balance",
+        redundant_experts=more,
+        replica_choice="hash",
+    )
+    even = solve(affinity, options)[0]
+    base = contiguous(model.num_experts, topology.num_ranks, topology.num_nodes, more)
     loads = [counts.astype(np.float64) for counts in affinity.load]
-    even = balance_loads(loads, Balancing(num_ranks=topology.num_ranks))
-
-    before = _mean_imbalance(base, loads)
-    after = float(np.mean(even.imbalance))
+    before, after = (
+        float(np.mean(predicted_imbalance(one, loads, "hash", model.layer_ids)))
+        for one in (base, even)
+    )
     gain = 1 - after / before
     pays = gain >= question.least_gain
     verdict: Verdict = "balance only" if pays else "not worth it"
@@ -164,6 +177,7 @@ def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
     return Advice(
         answers=(answer,),
         reasons=("counts without tokens do not tell what placement would save in traffic",),
+        redundant_experts=more,
         warnings=("nothing was held out: tomorrow's load is less even",),
     )
 
@@ -178,6 +192,8 @@ def next_command(advice: Advice, source: Path, questions: Sequence[Question]) ->
     parts += [f"--gpus-per-node {topology.gpus_per_node}"]
     if topology.num_nodes > 1:
         parts += [f"--nodes {topology.num_nodes}"]
+    if advice.redundant_experts:
+        parts += [f"--redundant-experts {advice.redundant_experts}"]
     if advice.verdict == "balance only":
         parts += ["--objective balance"]
     else:
@@ -187,11 +203,3 @@ def next_command(advice: Advice, source: Path, questions: Sequence[Question]) ->
     if not source.is_file():
         parts += [Selection(PROFILE, question.phase).options]
     return " ".join([*parts, "--out plan.json"])
-
-
-def _mean_imbalance(placement: Placement, loads: list[npt.NDArray[np.float64]]) -> float:
-    found = []
-    for layer, load in enumerate(loads):
-        total = np.bincount(placement.expert_rank(layer), load, placement.num_ranks)
-        found.append(total.max() / total.mean() if load.any() else 1.0)
-    return float(np.mean(found))

@@ -87,7 +87,7 @@ def certificate_lines(report: SolverReport) -> list[str]:
     lines = [_line(report.status, report)]
     if report.predicted_imbalance is not None:
         lines.append(
-            f"predicted imbalance, tokens being served as their homes fall: "
+            "predicted imbalance, with homes of tokens drawn at random: "
             f"{report.predicted_imbalance:.4f}"
         )
     if report.pairs is not None:

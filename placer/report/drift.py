@@ -1,15 +1,19 @@
 """Drift: does a plan still hold for today's traffic, beyond what chance explains."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from placer.affinity import Affinity
 from placer.errors import PlacerError, UsageError
 from placer.model import require_same_model
 from placer.plan import Plan
+from placer.plan.load_balance import predicted_imbalance
 from placer.simulation.baselines import contiguous
 from placer.simulation.intervals import FEWEST_SEQUENCES
 from placer.simulation.simulate import simulate
@@ -33,7 +37,7 @@ class Drift:
     now
         On the trace.
     error
-        Standard error of ``now`` over sequences.
+        Standard error of ``now`` over sequences, or ``None`` where loads alone are known.
     allowed
         How much worse than ``then`` it may be.
     """
@@ -41,7 +45,7 @@ class Drift:
     name: str
     then: float
     now: float
-    error: float
+    error: float | None
     allowed: float
 
     @property
@@ -61,14 +65,14 @@ class DriftReport:
     Attributes
     ----------
     figures
-        Traffic and balance.
+        Traffic and balance; from loads balance alone.
     num_tokens, num_sequences
-        What was judged.
+        What was judged; loads know no sequences.
     """
 
     figures: tuple[Drift, ...]
     num_tokens: int
-    num_sequences: int
+    num_sequences: int | None
 
     @property
     def drifted(self) -> bool:
@@ -94,11 +98,7 @@ def check_plan(
         If trace and plan are of different models, the plan records no figures, or the
         trace has too few sequences.
     """
-    if not 0 <= tolerance < math.inf:
-        raise UsageError(
-            f"--tolerance must not be negative and must be finite, got {tolerance:g}",
-            "for example --tolerance 0.02",
-        )
+    _require_tolerance(tolerance)
     require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
     then = _recorded(plan)
     tokens = trace.read(selection).first_sequences(_MOST_TOKENS)
@@ -129,13 +129,98 @@ def check_plan(
     )
 
 
+def check_on_loads(
+    plan: Plan, affinity: Affinity, source: str, tolerance: float = 0.02
+) -> DriftReport:
+    """Judge the balance of a plan on counted loads; they say nothing of traffic.
+
+    The imbalance is what to expect where homes of tokens are drawn. It has drifted if it is
+    worse than what the plan records by more than the tolerance: without sequences nothing
+    tells what chance explains.
+
+    Parameters
+    ----------
+    plan
+        The plan that is served.
+    affinity
+        Counts of today's traffic.
+    source
+        Where they were read, for errors.
+    tolerance
+        How much worse the imbalance may be.
+
+    Raises
+    ------
+    PlacerError
+        If counts and plan are of different models, or the plan records no imbalance.
+    """
+    _require_tolerance(tolerance)
+    require_same_model(plan.model, "the plan", affinity.model, source)
+    now = predicted_imbalance(
+        plan.placement,
+        [counts.astype(np.float64) for counts in affinity.load],
+        plan.replica_choice or "hash",
+        plan.model.layer_ids,
+    )
+    figure = Drift(
+        name="load imbalance",
+        then=_recorded_imbalance(plan),
+        now=float(np.mean(now)),
+        error=None,
+        allowed=tolerance,
+    )
+    return DriftReport(
+        figures=(figure,), num_tokens=affinity.num_tokens, num_sequences=None
+    )
+
+
+def improving_command(plan: Plan, path: Path, source: Path) -> str:
+    """Return the command that improves a plan on newer traffic at few moves."""
+    placement, choice = plan.placement, plan.replica_choice
+    words = ["placer", "solve", str(source)]
+    words += ["--nodes", str(placement.num_nodes)]
+    words += ["--gpus-per-node", str(placement.ranks_per_node)]
+    words += ["--policy", plan.policy]
+    if placement.has_replicas:
+        words += ["--redundant-experts", str(placement.redundant_experts)]
+        words += [] if choice is None else ["--replica-choice", choice]
+    if plan.provenance.get("objective") == "balance":
+        words += ["--objective", "balance"]
+    words += ["--start", str(path), "--migration-cost", "COPIES", "--out", "NEW"]
+    return shlex.join(words)
+
+
+def _require_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise UsageError(
+            f"--tolerance must not be negative and must be finite, got {tolerance:g}",
+            "for example --tolerance 0.02",
+        )
+
+
+def _recorded_imbalance(plan: Plan) -> float:
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    if own is not None:
+        return float(own[plan.policy_without_table]["load_imbalance_mean"])
+    if plan.solver.predicted_imbalance is None:
+        raise PlacerError(
+            "the plan records no imbalance, as plans from pairs do not",
+            "solve from the loads: placer solve AFFINITY --objective balance "
+            "--gpus-per-node M --out PLAN",
+        )
+    return plan.solver.predicted_imbalance
+
+
 def _recorded(plan: Plan) -> tuple[float, float]:
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     base = plan.metrics["baselines"].get("contiguous")
     if own is None or base is None:
         raise PlacerError(
-            "the plan records no figures, as plans from counts do not",
-            "solve from a trace: placer solve TRACE --fold 0/2 --gpus-per-node M "
+            "the plan records no figures of tokens, as plans from counts do not",
+            "check it on counts: placer affinity TRACE --out AFFINITY, then placer check "
+            "PLAN AFFINITY"
+            if plan.solver.predicted_imbalance is not None
+            else "solve from a trace: placer solve TRACE --fold 0/2 --gpus-per-node M "
             "--out PLAN",
         )
     key = _copies_key(plan)
@@ -156,7 +241,12 @@ def _copies_key(plan: Plan) -> str:
 
 def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
     placement, key = plan.placement, _copies_key(plan)
-    base = contiguous(plan.model.num_experts, placement.num_ranks, placement.num_nodes)
+    base = contiguous(
+        plan.model.num_experts,
+        placement.num_ranks,
+        placement.num_nodes,
+        placement.redundant_experts,
+    )
     served = simulate(
         placement,
         tokens,

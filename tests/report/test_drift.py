@@ -1,18 +1,20 @@
 """A plan holds on more of its own traffic, and not where experts meet others."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from placer.affinity import Affinity
 from placer.cli.main import main
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.plan import Plan
 from placer.plan.options import SolveOptions
-from placer.plan.planner import plan_from_trace
+from placer.plan.planner import plan_from_affinity, plan_from_trace
 from placer.plan.problem import Topology
-from placer.report.drift import NUM_GROUPS, check_plan
+from placer.report.drift import NUM_GROUPS, check_on_loads, check_plan
 from placer.simulation.baselines import contiguous
 from placer.simulation.simulate import simulate
 from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
@@ -116,3 +118,62 @@ def test_the_command_exits_with_its_own_code(plan: Plan, tmp_path: Path) -> None
             main(["check", str(tmp_path / "plan.json"), str(trace.directory)])
         codes.append(done.value.code)
     assert codes == [0, 6]
+
+
+EVEN = [900, 100, 800, 200, 700, 300, 600, 400]
+HOT = [400, 100, 800, 200, 700, 300, 600, 900]
+
+
+def counted(load: list[int]) -> Affinity:
+    return Affinity(
+        model=MODEL,
+        num_tokens=sum(load) // 2,
+        load=(np.asarray(load, dtype=np.int64),),
+        transition=(),
+        coactivation=(),
+        token_expert=None,
+        sequence_expert=None,
+        provenance={},
+    )
+
+
+def test_on_loads_balance_alone_is_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loads of two experts change places: the plan has one of them beside the wrong one."""
+    counted(EVEN).write(tmp_path / "then")
+    counted(HOT).write(tmp_path / "now")
+    path, codes = tmp_path / "plan.json", []
+    options = SolveOptions(topology=Topology(gpus_per_node=4), objective="balance")
+    plan = plan_from_affinity(tmp_path / "then", options)
+    plan.write(path)
+    report = check_on_loads(plan, counted(HOT), "now")
+    (figure,) = report.figures
+    assert (figure.name, figure.then, figure.error) == ("load imbalance", 1.0, None)
+    totals = np.bincount(plan.placement.expert_rank(0), HOT)
+    assert figure.now == pytest.approx(totals.max() / totals.mean())
+    for name in ("then", "now"):
+        with pytest.raises(SystemExit) as done:
+            main(["check", str(path), str(tmp_path / name)])
+        codes.append(done.value.code)
+    assert codes == [0, 6]
+    told = capsys.readouterr().err
+    assert "only balance is judged" in told
+    command = shlex.split(told.split("at few moves: placer ")[1].splitlines()[0])
+    command[command.index("COPIES")] = "1"
+    command[command.index("NEW")] = str(tmp_path / "new.json")
+    with pytest.raises(SystemExit) as done:
+        main(command)
+    assert done.value.code == 0, "the hint is a command that runs"
+    new = Plan.read(tmp_path / "new.json")
+    assert not check_on_loads(new, counted(HOT), "now").drifted
+    assert new.provenance["moved_experts"] > 0
+
+
+def test_tokens_of_counts_cannot_be_selected(plan: Plan, tmp_path: Path) -> None:
+    plan.write(tmp_path / "plan.json")
+    counted(EVEN).write(tmp_path / "then")
+    arguments = [str(tmp_path / "plan.json"), str(tmp_path / "then"), "--fold", "0/2"]
+    with pytest.raises(SystemExit) as done:
+        main(["check", *arguments])
+    assert done.value.code == 2
