@@ -200,7 +200,11 @@ class _Settled:
 
 
 def solve_request(
-    request: SolveRequest, note: Tell, warn: Tell, progress: Progress | None = None
+    request: SolveRequest,
+    note: Tell,
+    warn: Tell,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> Solved:
     """Return the plan that is asked for.
 
@@ -212,6 +216,8 @@ def solve_request(
         Told what to know of it, one sentence each.
     progress
         Told each step of a search.
+    deadline
+        When to stop; by default, the options' ``time_limit`` from now.
 
     Raises
     ------
@@ -224,7 +230,7 @@ def solve_request(
     NotProvedError
         If a proof of optimality is required and there is none.
     """
-    deadline = Deadline(seconds=request.options.time_limit)
+    deadline = deadline or Deadline(seconds=request.options.time_limit)
     settled = _settle(request, note, warn, progress, deadline)
     options, provenance, choice = settled.options, dict(settled.provenance), None
     if settled.question is not None:
@@ -270,6 +276,7 @@ def solve_frontier(
     note: Tell,
     warn: Tell,
     progress: Progress | None = None,
+    deadline: Deadline | None = None,
 ) -> list[FrontierPoint]:
     """Solve what is asked under each of several load caps; write the plans to ``out``.
 
@@ -281,7 +288,7 @@ def solve_frontier(
         Ascending.
     out
         Directory to write.
-    note, warn, progress
+    note, warn, progress, deadline
         As in :func:`solve_request`.
 
     Raises
@@ -310,7 +317,7 @@ def solve_frontier(
         )
     if request.objective != "traffic":
         raise _no_frontier(f"--objective {request.objective}")
-    deadline = Deadline(seconds=request.options.time_limit)
+    deadline = deadline or Deadline(seconds=request.options.time_limit)
     loosest = replace(request, max_imbalance=caps[-1])
     settled = _settle(loosest, note, warn, progress, deadline)
     if settled.options.objective != "traffic":

@@ -1,5 +1,6 @@
 """``placer solve``: experts to ranks."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -257,7 +258,9 @@ def solve(
     Profiles on the sequences of --fold and judges on all others. Deterministic: the same
     input and seed give the same plan.
     """
+    began = time.monotonic()  # the limit on time counts what is imported below
     from placer.files import require_no_directory
+    from placer.plan.deadline import Deadline
     from placer.plan.options import SolveOptions
     from placer.plan.pins import Pin
     from placer.plan.refine import RefineLimits
@@ -322,15 +325,16 @@ def solve(
         priced_links=(inter_cost, intra_cost, topology) != (None, None, None),
         require_optimal=require_optimal,
     )
+    deadline = Deadline(seconds=time_limit, began=began)
     if frontier is not None:
         caps = parse_caps(frontier)
         with progress_line("solve") as progress:
-            points = solve_frontier(request, caps, out, note, warn, progress)
+            points = solve_frontier(request, caps, out, note, warn, progress, deadline)
         _show_frontier(points, out, as_json)
         return
     require_no_directory(out)
     with progress_line("solve") as progress:
-        solved = solve_request(request, note, warn, progress)
+        solved = solve_request(request, note, warn, progress, deadline)
     solved.plan.write(out)
     warnings, notes = list(plan_warnings(solved.plan)), list(plan_notes(solved.plan))
     for line in warnings:

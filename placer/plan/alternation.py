@@ -8,6 +8,7 @@ built from, so every sequence is judged by the table of other sequences (cross-f
 Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from placer.plan.evaluation import Evaluation, Rated
 from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy
 from placer.plan.problem import FloatArray, IntArray
-from placer.plan.refine import RefineLimits, Refinement
+from placer.plan.refine import SHARE_OF_MENDING, RefineLimits, Refinement
 from placer.plan.requests import place_requests
 from placer.plan.traffic import TrafficProblem
 from placer.simulation.homes import fixed_homes
@@ -109,18 +110,21 @@ class Alternation:
         copies (see :meth:`price`).
         """
         deadline = deadline or Deadline()
+        began = time.monotonic()
+        given = self.rated(placement)
+        deadline.needs(2 * (time.monotonic() - began))
         rounds = self._careful_rounds if placement.has_replicas else self._rounds
-        best = None
-        with deadline.interruptible():
-            for number, best in enumerate(rounds(placement, deadline)):
-                if number and progress is not None:
-                    progress(number - 1, best.cost.copies)
-        return self._kept_under_cap(best or self.rated(placement), deadline)
+        best = given
+        share = SHARE_OF_MENDING if placement.has_replicas else 0.0
+        with deadline.interruptible(), deadline.keeping(share):
+            for number, best in enumerate(rounds(given, deadline)):
+                if progress is not None:
+                    progress(number, best.cost.copies)
+        return self._kept_under_cap(best, deadline)
 
-    def _rounds(self, placement: Placement, deadline: Deadline) -> Iterator[Rated]:
-        """Yield the placement, then the best so far after each round."""
-        best = found = self.rated(placement)
-        yield best
+    def _rounds(self, given: Rated, deadline: Deadline) -> Iterator[Rated]:
+        """Yield the best so far after each round."""
+        best = found = given
         for number in range(NUM_ROUNDS):
             if deadline.passed():
                 return
@@ -129,15 +133,14 @@ class Alternation:
                 best = found
             yield best
 
-    def _careful_rounds(self, placement: Placement, deadline: Deadline) -> Iterator[Rated]:
+    def _careful_rounds(self, given: Rated, deadline: Deadline) -> Iterator[Rated]:
         """Yield the same with replicas, under a cap on load that depends on the homes.
 
         Each layer keeps its best round, and is given as little caution as it bears.
         """
-        none = np.zeros(placement.num_layers)
+        none = np.zeros(given.placement.num_layers)
         caution = Caution.of_share(none if self.caution is None else self.caution)
-        best = self.rated(placement)
-        yield best
+        best = given
         for number in range(NUM_ROUNDS):
             if deadline.passed():
                 return
@@ -176,7 +179,7 @@ class Alternation:
             problem = self._given(found.homes)
             problem = replace(problem, caution=np.full(len(layers), share))
             refinement = Refinement(problem=problem, limits=self.limits, seed=number)
-            after = self.rated(refinement.mend(found.placement, layers))
+            after = self.rated(refinement.mend(found.placement, layers, deadline))
             is_mixed = (found.cost.better_layers(after.cost) & layers).any()
             return self._mixed(found, after) if is_mixed else after
 

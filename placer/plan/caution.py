@@ -69,7 +69,8 @@ def kept_under_cap(
     mended
         Mends ``[L]`` layers under a share of caution, in the round of a number.
     deadline
-        After it, rounds go on as long as they help.
+        No round begins after it; where the search was stopped before, rounds go on as long
+        as they help.
 
     Returns
     -------
@@ -79,7 +80,7 @@ def kept_under_cap(
     with deadline.interruptible():
         for number, share in enumerate(_SHARES):
             above = is_above(best.cost)
-            if not above.any():
+            if not above.any() or deadline.left() == 0.0:
                 break
             found = mended(best, above, share, number)
             if found.cost.is_better(best.cost):

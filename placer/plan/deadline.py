@@ -21,13 +21,20 @@ class Deadline:
         Whether it was so by Ctrl-C.
     chosen_in_haste
         Whether what to search for was chosen by quick plans that were stopped.
+    needed, kept
+        Seconds before the end when to stop: for what has to be done afterwards, and for
+        what may be.
+    began
+        ``time.monotonic()`` when the seconds began.
     """
 
     seconds: float | None = None
     stopped: bool = False
     interrupted: bool = False
     chosen_in_haste: bool = False
-    _began: float = field(default_factory=time.monotonic)
+    needed: float = 0.0
+    kept: float = 0.0
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def reproducible(self) -> bool:
@@ -36,7 +43,7 @@ class Deadline:
 
     def passed(self) -> bool:
         """Return whether to stop now, and remember it."""
-        if self.seconds is not None and time.monotonic() - self._began >= self.seconds:
+        if self.left() == 0.0:
             self.stopped = True
         return self.stopped
 
@@ -44,7 +51,27 @@ class Deadline:
         """Return the seconds that are left, or ``None`` without a limit."""
         if self.seconds is None:
             return None
-        return max(0.0, self.seconds - (time.monotonic() - self._began))
+        spent = time.monotonic() - self.began
+        return max(0.0, self.seconds - self.needed - self.kept - spent)
+
+    def reserve(self, seconds: float) -> None:
+        """Stop so many seconds earlier, beside all else that is needed afterwards."""
+        if self.seconds is not None:
+            self.seconds -= seconds
+
+    def needs(self, seconds: float) -> None:
+        """Stop at least so many seconds before the end: something takes them afterwards."""
+        self.needed = max(self.needed, seconds)
+
+    @contextmanager
+    def keeping(self, share: float) -> Iterator[None]:
+        """Keep a share of the time that is left for what follows the block."""
+        kept = (self.left() or 0.0) * share
+        self.kept += kept
+        try:
+            yield
+        finally:
+            self.kept -= kept
 
     def part(self, share: float) -> Self:
         """Return a deadline of its own for a share of the time that is left."""

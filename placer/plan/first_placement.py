@@ -40,6 +40,7 @@ from placer.plan.traffic import sample_sequences
 from placer.trace import Chunk
 
 _EXACT_OPERATIONS = 2e10
+_OPERATIONS_PER_SECOND = 2e9  # of a slow machine, where there is a time limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -199,11 +200,18 @@ def _place_pairs(
     deadline: Deadline,
 ) -> tuple[Placement, bool]:
     """Minimise pairs, or copies where that is exact. Return whether it is optimal."""
+    is_plain = options.needs_tokens is None and options.topology.cost is None
+    if is_plain and not problem.has_pairs:
+        return _placed(profile.balanced, options.topology), True
     exact = None
+    left = deadline.left()
+    most = _EXACT_OPERATIONS
+    if left is not None:
+        most = min(most, left * _OPERATIONS_PER_SECOND)
     if profile.judged is None:
-        exact = solve_exactly(problem, max_operations=_EXACT_OPERATIONS)
+        exact = solve_exactly(problem, max_operations=most)
     elif has_few_assignments(problem):
-        exact = _exact_copies(problem, profile.judged, options)
+        exact = _exact_copies(problem, profile.judged, options, most)
     if exact is not None:
         return _placed(list(exact.expert_rank), options.topology), True
     search = Search(
@@ -222,7 +230,7 @@ def _place_pairs(
 
 
 def _exact_copies(
-    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions, max_operations: float
 ) -> ExactPlacement | None:
     """Minimise copies exactly, where few assignments and nothing else asked allow it."""
     cap = options.max_received_copies
@@ -232,7 +240,7 @@ def _exact_copies(
     cost = CopiesCost.of([judged], policy, options.topology)
     limit = None if cap is None else ReceiveLimit(cost=cost, max_copies=cap)
     try:
-        return solve_exactly(problem, cost, None, _EXACT_OPERATIONS, limit)
+        return solve_exactly(problem, cost, None, max_operations, limit)
     except NoSolutionError:
         if options.relax_cap:  # the search then comes as near to the cap as it can
             return None

@@ -19,7 +19,7 @@ from placer.plan.placement import Placement
 from placer.plan.plan import ContentPolicy, Policy
 from placer.plan.problem import FloatArray, PlacementProblem
 from placer.plan.progress import GapLine, Progress
-from placer.plan.refine import Refinement
+from placer.plan.refine import SHARE_OF_MENDING, Refinement
 from placer.plan.replicas import with_replicas
 from placer.plan.reports import early_copies_bound
 from placer.plan.router_groups import group_kinds
@@ -204,7 +204,29 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     placements, as SGLang draws for it, and mended where it is above a cap.
     """
     options, deadline = search.options, search.deadline
-    found = _minimised_carefully(search, policy)
+    with deadline.keeping(SHARE_OF_MENDING):
+        found = _minimised_carefully(search, policy)
+        tried = _tried_for_draws(search, found)
+    exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
+    with deadline.interruptible():
+        tried.append(exact.best_as_drawn(tried))
+
+    def rated(placement: Placement) -> Rated:
+        return Rated(placement=placement, cost=exact.evaluate(placement))
+
+    def mended(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+        caution = np.full(len(layers), share) if share else None  # without: as drawn
+        problem = replace(found.traffic, caution=caution)
+        refinement = Refinement(problem=problem, limits=options.refine, seed=number)
+        return rated(refinement.mend(best.placement, layers, deadline))
+
+    best = _best_of([rated(placement) for placement in tried])
+    return replace(found, placement=kept_under_cap(best, mended, deadline).placement)
+
+
+def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
+    """Return placements made under ever less caution, and those that are given."""
+    options, deadline = search.options, search.deadline
     once = replace(options, refine=replace(options.refine, num_starts=1))
     needs_relief = _needs_relief(search.profile, options)
     tried = [found.placement]
@@ -218,21 +240,7 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
         tried.append(with_pins(options.start, options.pins))
     if search.profile.eplb is not None:
         tried.append(with_pins(search.profile.eplb, options.pins))
-    exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
-    with deadline.interruptible():
-        tried.append(exact.best_as_drawn(tried))
-
-    def rated(placement: Placement) -> Rated:
-        return Rated(placement=placement, cost=exact.evaluate(placement))
-
-    def mended(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
-        caution = np.full(len(layers), share) if share else None  # without: as drawn
-        problem = replace(found.traffic, caution=caution)
-        refinement = Refinement(problem=problem, limits=options.refine, seed=number)
-        return rated(refinement.mend(best.placement, layers))
-
-    best = _best_of([rated(placement) for placement in tried])
-    return replace(found, placement=kept_under_cap(best, mended, deadline).placement)
+    return tried
 
 
 def _best_of(ends: Sequence[Rated]) -> Rated:

@@ -1,5 +1,6 @@
 """From a trace, or from counts alone, to a plan with its metrics."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,12 @@ import numpy as np
 
 from placer import __version__
 from placer.affinity import Affinity, count_affinity
-from placer.baseline import BaselineProblem
-from placer.baseline.eplb import eplb
 from placer.errors import PlacerError
 from placer.files import sha256_file, sha256_json
 from placer.model import ModelSpec
-from placer.plan.alternation import vocabulary_of
 from placer.plan.deadline import Deadline
 from placer.plan.inner_cap import choose_inner_cap
+from placer.plan.judging import Judging
 from placer.plan.layer_profile import layer_tokens
 from placer.plan.migration import num_moved
 from placer.plan.missed_caps import above_load_cap, require_load_cap, require_receive_cap
@@ -29,10 +28,6 @@ from placer.plan.refine import Refinement
 from placer.plan.scenarios import load_scenarios
 from placer.plan.solve import solve
 from placer.plan.traffic import TrafficProblem
-from placer.simulation.baselines import balanced, contiguous
-from placer.simulation.simulate import simulate
-from placer.table.build import build_table
-from placer.table.table import Table
 from placer.trace import Chunk, Selection, Trace
 
 
@@ -64,51 +59,29 @@ def plan_from_trace(
             f"{trace.directory} has no token of {others.options}: none is left to judge on",
             "choose another --fold, or leave it out",
         )
-    placement, report = _solve(trace.model, affinity, options, profile, progress, deadline)
     heldout = None if others is None else trace.read(others)
-    judged = profile if heldout is None else heldout
-    topology = options.topology
-    sizes, num_ranks, num_nodes = (
-        trace.model.num_experts,
-        topology.num_ranks,
-        topology.num_nodes,
-    )
-    baselines = {
-        "contiguous": contiguous(sizes, num_ranks, num_nodes, options.redundant_experts),
-        **_with_equal_slots(trace, selection, options),
-    }
-    if not any(size % num_ranks for size in sizes):
-        baselines["balanced"] = balanced(affinity.load, num_ranks, num_nodes)
-
-    tables = {
-        name: _table(trace.model, placed, profile, options)
-        for name, placed in {**baselines, "placer": placement}.items()
-    }
-
-    def metrics(tokens: Chunk, name: str) -> dict[str, Any]:
-        placed = baselines.get(name, placement)
-        result = simulate(
-            placed,
-            tokens,
-            table=tables[name],
-            replica_choice=options.replica_choice,
-            layer_ids=trace.model.layer_ids,
-        )
-        return {policy: value.to_json() for policy, value in result.items()}
-
-    own = metrics(profile, "placer")
+    judging = Judging(model=trace.model, options=options, profile=profile, heldout=heldout)
+    baselines = judging.baselines(affinity.load)
+    measured, seconds = judging.measure(baselines)
+    deadline.reserve(seconds)
+    began = time.monotonic()
+    prices = _prices(trace.model, judging.judged, baselines, options)
+    deadline.reserve((time.monotonic() - began) / len(baselines))
+    placement, report = _solve(trace.model, affinity, options, profile, progress, deadline)
+    prices |= _prices(trace.model, judging.judged, {"placer": placement}, options)
+    own = judging.figures(placement, profile, *([] if heldout is None else [heldout]))
     return Plan(
         model=trace.model,
         placement=placement,
         policy=options.policy,
         exchange=options.exchange,
         max_imbalance=options.load_cap,
-        solver=_as_simulated(report, own["fixed"]["load_imbalance_mean"]),
+        solver=_as_simulated(report, own[0]["fixed"]["load_imbalance_mean"]),
         metrics={
-            "profile": own,
-            "heldout": None if heldout is None else metrics(heldout, "placer"),
-            "baselines": {name: metrics(judged, name) for name in baselines},
-            **_prices(trace.model, judged, {**baselines, "placer": placement}, options),
+            "profile": own[0],
+            "heldout": None if heldout is None else own[1],
+            "baselines": measured,
+            **({"prices": prices} if prices else {}),
         },
         provenance=_provenance(options, placement)
         | {
@@ -163,22 +136,6 @@ def plan_from_affinity(
     )
 
 
-def _table(
-    model: ModelSpec, placement: Placement, profile: Chunk, options: SolveOptions
-) -> Table | None:
-    """Return the placement's table, where the policy takes its homes from one."""
-    if options.content_policy is None:
-        return None
-    return build_table(
-        placement,
-        profile,
-        vocab_size=vocabulary_of(profile, options.content_policy),
-        max_home_imbalance=options.max_home_imbalance,
-        replica_choice=options.replica_choice,
-        layer_ids=model.layer_ids,
-    )
-
-
 def _solve(
     model: ModelSpec,
     affinity: Affinity,
@@ -211,27 +168,12 @@ def _solve(
     return placement, replace(report, inner_cap=inner_cap, relaxed_layers=missed)
 
 
-def _with_equal_slots(
-    trace: Trace, selection: Selection, options: SolveOptions
-) -> dict[str, Placement]:
-    """Return the load balancer that has the same redundant experts."""
-    if not options.redundant_experts:
-        return {}
-    problem = BaselineProblem(
-        trace=trace,
-        selection=selection,
-        topology=options.topology,
-        redundant_experts=options.redundant_experts,
-    )
-    return {"eplb": eplb(problem)}
-
-
 def _prices(
     model: ModelSpec,
     tokens: Chunk,
     placements: Mapping[str, Placement],
     options: SolveOptions,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, float]:
     """Return the price of each placement's copies, where links cost differently.
 
     Empty for a policy whose homes each placement's own table gives.
@@ -241,7 +183,7 @@ def _prices(
         return {}
     if policy == "token" or policy == "request":  # mypy narrows no set
         return {}
-    load = load_scenarios(tokens, placements["placer"].num_experts, "none", options.seed)
+    load = load_scenarios(tokens, model.num_experts, "none", options.seed)
     problem = TrafficProblem(
         experts=layer_tokens(tokens),
         topology=topology,
@@ -253,11 +195,7 @@ def _prices(
         layer_ids=model.layer_ids,
     )
     judge = Refinement(problem=problem, limits=options.refine)
-    return {
-        "prices": {
-            name: round(judge.evaluate(one).copies, 5) for name, one in placements.items()
-        }
-    }
+    return {name: round(judge.evaluate(one).copies, 5) for name, one in placements.items()}
 
 
 def _costs(topology: Topology) -> dict[str, Any]:

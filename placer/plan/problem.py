@@ -167,6 +167,11 @@ class PlacementProblem:
         """Number of ranks, R."""
         return self.topology.num_ranks
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether any token uses two experts, in a layer or one after the other."""
+        return any(one.any() for one in (*self.within, *(self.between or ())))
+
     def slots_per_rank(self, layer: int) -> int:
         """Experts that each rank holds in a layer."""
         return len(self.load[layer]) // self.num_ranks

@@ -11,6 +11,7 @@ token, S load scenarios.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -44,6 +45,8 @@ _RULES = {
 }
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
+#: Share of the time that is kept for mending.
+SHARE_OF_MENDING = 0.2
 # Visits of a layer that is above a cap.
 _MOST_MENDING = 8
 # Of the layer after the last, or where nothing is asked of the next: no tokens.
@@ -137,26 +140,32 @@ class Refinement:
         them: bounds are of them alone.
         """
         deadline = deadline or Deadline()
+        if deadline.passed():
+            return placement
+        began = time.monotonic()
         self._load(placement)
         best = self._snapshot()
+        deadline.needs(2 * (time.monotonic() - began))  # to be priced anew at the end
         for start in range(self._num_starts()):
             if deadline.passed():
                 break
             if start:
                 self._put(placement)
-            with deadline.interruptible():
+            with deadline.interruptible(), deadline.keeping(self._share_of_mending()):
                 self._improve(start, progress, deadline)
             best = self._better(best, self._snapshot())
-        if self.problem.policy == "follow" and self._has_replicas():
+        if self._share_of_mending():
             with deadline.interruptible():
-                self._mend(np.ones(self.problem.num_layers, dtype=np.bool_))
+                self._mend(np.ones(self.problem.num_layers, dtype=np.bool_), deadline)
             best = self._better(best, self._snapshot())
         return replace(placement, physical_to_logical_map=best.slots)
 
-    def mend(self, placement: Placement, layers: npt.NDArray[np.bool_]) -> Placement:
+    def mend(
+        self, placement: Placement, layers: npt.NDArray[np.bool_], deadline: Deadline
+    ) -> Placement:
         """Return a placement nearer to its caps in some ``[L]`` layers, the others kept."""
         self._load(placement)
-        self._mend(layers)
+        self._mend(layers, deadline)
         rows = zip(
             layers, self._snapshot().slots, placement.physical_to_logical_map, strict=True
         )
@@ -170,6 +179,11 @@ class Refinement:
             return 1
         times = min(self._allowed_moves(n) / self._all_moves(n) for n in layers)
         return max(1, min(limits.num_starts, int(times)))
+
+    def _share_of_mending(self) -> float:
+        """Return the share of the time that mending may need once moves are made."""
+        mends = self.problem.policy == "follow" and self._has_replicas()
+        return SHARE_OF_MENDING if mends else 0.0
 
     def _has_replicas(self) -> bool:
         return any(state.slots.size > len(state.holds) for state in self._states)
@@ -199,25 +213,27 @@ class Refinement:
             if deadline.passed():
                 return
             share = _HOTTEST * _COOLING ** (sweep / max(num_sweeps - 1, 1))
-            self._sweep(share, first + sweep)
+            self._sweep(share, first + sweep, deadline)
             if progress is not None:
                 copies = sum(self._copies(n) for n in range(self.problem.num_layers))
                 progress(num_sweeps * start + sweep, self._per_token(copies))
-        for sweep in range(num_sweeps):
-            if deadline.passed() or self._sweep(None, first + num_sweeps + sweep) == 0:
+        for number in range(first + num_sweeps, first + 2 * num_sweeps):
+            if deadline.passed() or self._sweep(None, number, deadline) == 0:
                 return
 
-    def _mend(self, layers: npt.NDArray[np.bool_]) -> None:
+    def _mend(self, layers: npt.NDArray[np.bool_], deadline: Deadline) -> None:
         """Descend in those of the ``[L]`` layers that are above a cap, in their order.
 
         Which copies serve a layer of ``follow`` depends on those before it, and each sweep
-        changes some of these after it has visited the layer. Not cut by a deadline, which
-        would leave plans above their caps: few layers are, and visits are few.
+        changes some of these after it has visited the layer. A search that was stopped is
+        mended all the same, in the time that is kept for it: few layers are above a cap.
         """
         homes = [self._first_homes()]
         first = 2 * self.limits.num_sweeps
         for layer in range(self.problem.num_layers):
             for number in range(first, first + _MOST_MENDING * layers[layer]):
+                if deadline.left() == 0.0:
+                    return
                 self._price_layer(self._tokens(layer, homes=homes), layer)
                 if (self._overflow(layer) <= SAME_OVERFLOW).all():
                     break
@@ -370,8 +386,11 @@ class Refinement:
         scale = problem.topology.num_ranks * problem.num_tokens * problem.num_layers
         return price / scale
 
-    def _sweep(self, share: float | None, number: int) -> float:
-        """Visit every layer: at a temperature, or descending. Return the change."""
+    def _sweep(self, share: float | None, number: int, deadline: Deadline) -> float:
+        """Visit every layer: at a temperature, or descending. Return the change.
+
+        Layers that are not visited before the ``deadline`` stay as they are.
+        """
         layers = range(self.problem.num_layers)
         linked = self.problem.policy == "follow"
         changed = 0.0
@@ -379,7 +398,12 @@ class Refinement:
             for group in (layers[0::2], layers[1::2]) if linked else (layers,):
                 homes = self._all_homes() if linked else None
                 visits = [(layer, share, number, homes) for layer in group]
-                changed += sum(pool.map(lambda visit: self._visit(*visit), visits))
+                changed += sum(
+                    pool.map(
+                        lambda visit: 0.0 if deadline.passed() else self._visit(*visit),
+                        visits,
+                    )
+                )
         return changed
 
     def _visit(

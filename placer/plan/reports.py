@@ -16,7 +16,6 @@ from placer.plan.placement import Placement
 from placer.plan.plan import Certificate
 from placer.plan.problem import IntArray, PlacementProblem
 from placer.plan.progress import GapLine, gap
-from placer.plan.refine import Refinement
 from placer.plan.traffic import TrafficProblem, copy_prices
 from placer.trace import Chunk
 
@@ -34,6 +33,7 @@ _PROOF_STEPS: dict[Proof, tuple[int, int]] = {
     "quick": (40, 20),
     "full": (300, 200),
 }
+ALIKE_METHOD = "one expert per token: every placement sends as many"
 _QUICK_EXPERTS = 4096
 # What proves a bound in under a second, before the search: arcs of b-matchings; experts and
 # (token, layer) rows of the relaxation, and its steps.
@@ -53,6 +53,15 @@ def pair_report(
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what pairs cost."""
     found = _pair_certificate(problem, placement, options.proof, progress, deadline)
+    if found is None:
+        return {
+            "status": "feasible",
+            "objective_name": problem.objective_name,
+            "objective": problem.objective(_ranks(placement)),
+            "bound": None,
+            "gap": None,
+            "bound_method": "none: stopped before the pairs were proved",
+        }
     return asdict(found) | {"status": status(found.objective, found.bound)}
 
 
@@ -61,6 +70,7 @@ def copies_report(
     traffic: TrafficProblem,
     judged: Chunk,
     placement: Placement,
+    reached: Evaluation,
     optimal: bool,
     options: SolveOptions,
     line: GapLine,
@@ -70,8 +80,8 @@ def copies_report(
 
     Proofs stop at the ``deadline``: any stop certifies. ``line`` is told their bounds, and
     knows a bound where one was told before; of a plan that was stopped it is kept.
+    ``reached`` is what the placement costs.
     """
-    reached = Refinement(problem=traffic, limits=options.refine).evaluate(placement)
     objective = round(reached.copies, 6)
     report: dict[str, Any] = {
         "status": "optimal" if optimal else "feasible",
@@ -79,7 +89,7 @@ def copies_report(
         "objective": objective,
         "bound": objective,
         "gap": 0.0,
-        "bound_method": EXACT_METHOD,
+        "bound_method": EXACT_METHOD if problem.has_pairs else ALIKE_METHOD,
         "most_received_copies": round(float(reached.most_received_copies.max()), 6),
     }
     if optimal:
@@ -155,7 +165,10 @@ def _pair_certificate(
     proof: Proof,
     progress: Callable[[str], None] | None,
     deadline: Deadline,
-) -> Certificate:
+) -> Certificate | None:
+    """Return what is proved of the pairs; ``None`` where there is no time to begin."""
+    if deadline.left() == 0.0:
+        return None
     objective = problem.objective(_ranks(placement))
     certificate = PairCertificate(problem)
     line = GapLine(tell=progress, num_decimals=0, bound=certificate.bound)

@@ -93,6 +93,7 @@ class Search:
     rng: np.random.Generator
     limits: SearchLimits = field(default_factory=SearchLimits)
     _rank_cost: FloatArray = field(init=False)
+    _deadline: Deadline = field(init=False, default_factory=Deadline)
 
     def __post_init__(self) -> None:
         self._rank_cost = self.problem.topology.rank_cost()
@@ -103,7 +104,7 @@ class Search:
         deadline: Deadline | None = None,
     ) -> float:
         """Search; ``progress`` is told round and objective. Return the best objective."""
-        deadline = deadline or Deadline()
+        self._deadline = deadline = deadline or Deadline()
         best = [ranks.copy() for ranks in self.expert_rank]
         best_objective = self.problem.objective(best)
         with deadline.interruptible():
@@ -145,7 +146,7 @@ class Search:
 
     def _descend(self, dirty: set[int]) -> None:
         """Improve layers in turn until no layer whose surroundings changed improves."""
-        while dirty:
+        while dirty and not self._deadline.passed():
             layer = min(dirty)
             dirty.remove(layer)
             if self._improve(layer):

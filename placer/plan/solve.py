@@ -84,9 +84,9 @@ def solve(
         found, content = minimised(profile, profile.judged, options, progress, deadline)
         placement = found.placement
         max_load = tuple(float(caps[0]) for caps in found.traffic.max_load)
+        reached = found.evaluate(options) if content is None else content
         may_be_above = options.redundant_experts > 0 or options.constrained
         if may_be_above or options.max_received_copies is not None:
-            reached = found.evaluate(options) if content is None else content
             if may_be_above:
                 relaxed = above_load_cap(dict(enumerate(reached.imbalance)), options)
                 require_load_cap(
@@ -113,6 +113,7 @@ def solve(
                 found.traffic,
                 profile.judged,
                 placement,
+                reached,
                 found.optimal,
                 options,
                 found.line,

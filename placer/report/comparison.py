@@ -12,6 +12,8 @@ from placer.simulation.sent import NODE_COPIES, RANK_COPIES, Wire, engine_of
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
 _RATIO = "of contiguous"
+# Below that, more copies are noise.
+_CLEARLY_MORE = 1.001
 
 
 def comparison_table(
@@ -143,6 +145,7 @@ def plan_notes(plan: Plan) -> Iterator[str]:
     if plan.provenance.get("max_imbalance_given", True):
         yield from _relaxed_line(plan)
     yield from _guard_line(plan)
+    yield from _cost_line(plan)
     cap, busy = plan.provenance["max_received_copies"], plan.solver.relaxed_receive_layers
     if busy:
         worst = max(busy, key=lambda n: busy[n])
@@ -182,6 +185,32 @@ def _guard_line(plan: Plan) -> Iterator[str]:
         f"{kept}: {' to '.join(values)} of the mean load by layer; give --max-imbalance to "
         "set the cap yourself, or --hardware to let predicted time decide"
     )
+
+
+def _cost_line(plan: Plan) -> Iterator[str]:
+    """Say how much more the plan sends than a baseline, and why."""
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    if own is None:
+        return
+    sent = NODE_COPIES if plan.exchange == "per-node" else RANK_COPIES
+    mine = own[plan.policy][sent.metric]
+    more = []
+    for name in ("contiguous", "eplb"):
+        figures = plan.metrics["baselines"].get(name, {}).get(plan.policy)
+        theirs = mine if figures is None else figures[sent.metric]
+        if mine > theirs * _CLEARLY_MORE:
+            more.append(f"{mine / theirs - 1:.1%} more than {name} ({theirs:.3f})")
+    if more:
+        reason = f"the load cap of {plan.max_imbalance:g} asks for it"
+        if plan.solver.eplb_caps is not None:
+            reason = "keeping the busiest rank at or below EPLB's asks for it"
+        if plan.provenance["objective"] == "balance":
+            reason = "balance alone is what was solved for"
+        if plan.placement.has_replicas:
+            reason += ", with the redundant experts that there are"
+        yield (
+            f"{sent.words} per token and layer: {mine:.3f}, {' and '.join(more)}; {reason}"
+        )
 
 
 def _overload_line(plan: Plan) -> Iterator[str]:

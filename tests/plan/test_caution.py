@@ -302,7 +302,7 @@ def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: boo
         left = {0.1: (0, 9), 0.2: (0, 2), 0.4: (0, 0)}.get(share, (0, 7))
         return Rated(placement=best.placement, cost=evaluation(*left))
 
-    deadline = Deadline(seconds=0.0 if is_late else None)
+    deadline = Deadline(stopped=is_late)
     start = Rated(placement=contiguous((4, 4), 2), cost=evaluation(0, 8))
     found = kept_under_cap(start, mended, deadline)
     rounds = [
@@ -313,6 +313,9 @@ def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: boo
     ]
     assert seen == (rounds[:2] if is_late else rounds)
     assert found.cost.overflow[0].tolist() == ([0, 7] if is_late else [0, 0])
+    seen.clear()
+    assert kept_under_cap(start, mended, Deadline(seconds=0.0)) is start
+    assert seen == [], "no time is left"
 
 
 def test_careful_copies_hardly_add_to_any_rank() -> None:

@@ -100,6 +100,39 @@ def test_time_passes() -> None:
         replace(OPTIONS, time_limit=-1.0)
 
 
+def test_what_has_to_follow_is_kept_time_for() -> None:
+    whole = Deadline(seconds=100.0)
+    whole.reserve(50.0)
+    whole.needs(10.0)
+    whole.needs(20.0)
+    assert whole.left() == pytest.approx(30, abs=1)
+    with whole.keeping(0.5):
+        assert whole.left() == pytest.approx(15, abs=1)
+        assert whole.part(1.0).seconds == pytest.approx(15, abs=1)
+    assert whole.left() == pytest.approx(30, abs=1)
+    whole.needs(60.0)
+    assert whole.passed()
+    assert Deadline(seconds=10.0, began=time.monotonic() - 20.0).passed()
+    free = Deadline()
+    free.needs(1e9)
+    assert (free.left(), free.passed()) == (None, False)
+
+
+def test_one_expert_per_token_is_placed_without_a_search(
+    make_chunk: Callable[..., Chunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the placement, a token sends 1 - 1/R copies; the load is evened out."""
+    monkeypatch.setattr(Search, "run", None)
+    one = make_chunk(num_tokens=400, num_experts=SIZES, top_k=1)
+    affinity = count_affinity([one], ModelSpec(num_experts=SIZES, top_k=1), {})
+    placement, report = solve(affinity, OPTIONS, None, one)
+    assert (report.status, report.objective) == ("optimal", pytest.approx(0.75))
+    assert report.bound_method == "one expert per token: every placement sends as many"
+    for layer, ids in enumerate(one.experts):
+        load = np.bincount(placement.expert_rank(layer)[ids].ravel(), minlength=4)
+        assert load.max() <= 1.1 * load.mean()
+
+
 def test_parts_share_what_is_left_and_tell_of_haste() -> None:
     whole = Deadline(seconds=1000.0)
     with whole.choosing() as quick:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from placer.model import ModelSpec
 from placer.plan import Plan
-from placer.report.comparison import plan_warnings, price_line
+from placer.report.comparison import plan_notes, plan_warnings, price_line
 from placer.simulation.baselines import contiguous
 from tests.plans import unsolved_plan
 
@@ -60,3 +60,30 @@ def test_homes_above_their_cap_are_told() -> None:
     assert warned == [
         "--max-home-imbalance 1.2 was not reached in every layer of the profile: 1.250"
     ]
+
+
+def test_more_copies_than_a_baseline_are_told_with_the_reason() -> None:
+    """3.3 copies are a tenth more than 3.0; EPLB's 3.4 are more."""
+    plan = unsolved_plan(ModelSpec(num_experts=(4,), top_k=1), contiguous((4,), 2))
+
+    def told(exchange: str, contiguous: float, objective: str = "traffic") -> list[str]:
+        key = "node" if exchange == "per-node" else "rank"
+        figures = {
+            name: {"fixed": {f"remote_{key}_copies_per_token": copies}}
+            for name, copies in {"own": 3.3, "contiguous": contiguous, "eplb": 3.4}.items()
+        }
+        own = figures.pop("own")
+        metrics = {"profile": own, "heldout": None, "baselines": figures}
+        asked = {"max_received_copies": None, "objective": objective}
+        found = replace(plan, metrics=metrics, provenance=asked, exchange=exchange)
+        return list(plan_notes(found))
+
+    (said,) = told("per-rank", 3.0)
+    assert said == (
+        "copies sent per token and layer: 3.300, 10.0% more than contiguous (3.000); the "
+        "load cap of 1.1 asks for it"
+    )
+    assert told("per-rank", 3.3) == told("per-rank", 3.2999) == []
+    (said,) = told("per-node", 3.0, "balance")
+    assert said.startswith("copies sent between nodes per token and layer: 3.300, 10.0%")
+    assert said.endswith("balance alone is what was solved for")
