@@ -130,7 +130,8 @@ def profiled(
         judged=judged,
         max_load=max_load,
         balanced=balanced,
-        eplb=eplb,
+        # It may split router groups.
+        eplb=None if options.preserve_groups else eplb,
     )
     return profile, relaxed
 

@@ -259,6 +259,9 @@ def _minimised(search: _Search, policy: Policy) -> Found:
         search.profile, problem, options, search.progress, search.deadline
     )
     traffic = _traffic_problem(search.profile, search.judged, problem, policy, options)
+    if options.preserve_groups:
+        # Whole groups may be above the cap: then no rank gets busier than they make it.
+        traffic = _capped_by(placement, np.maximum, traffic, options)
     line = GapLine(tell=search.progress, num_decimals=4)
     if not optimal:
         if search.progress is not None:
@@ -310,17 +313,21 @@ def _traffic_problem(
     )
     if profile.eplb is None or not options.below_eplb or not options.redundant_experts:
         return traffic
-    return _below(profile.eplb, traffic, options)
+    return _capped_by(profile.eplb, np.minimum, traffic, options)
 
 
-def _below(
-    eplb: Placement, traffic: TrafficProblem, options: SolveOptions
+def _capped_by(
+    placement: Placement,
+    take: np.ufunc,
+    traffic: TrafficProblem,
+    options: SolveOptions,
 ) -> TrafficProblem:
-    """Return the problem under a cap of the load that EPLB's copies serve, if lower."""
-    served = Refinement(problem=traffic, limits=options.refine).evaluate(eplb).imbalance
+    """Return the problem with the lower or higher of its caps and a placement's loads."""
+    refinement = Refinement(problem=traffic, limits=options.refine)
+    served = refinement.evaluate(placement).imbalance
     num_ranks = options.topology.num_ranks
     caps = [
-        np.minimum(cap, imbalance * load[0].sum() / num_ranks)
+        take(cap, imbalance * load[0].sum() / num_ranks)
         for cap, imbalance, load in zip(traffic.max_load, served, traffic.load, strict=True)
     ]
     return replace(traffic, max_load=tuple(caps))

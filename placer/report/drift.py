@@ -247,14 +247,15 @@ def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
         placement.num_nodes,
         placement.redundant_experts,
     )
-    served = simulate(
-        placement,
-        tokens,
-        replica_choice=plan.replica_choice,
-        layer_ids=plan.model.layer_ids,
+    own, reference = (
+        simulate(
+            one,
+            tokens,
+            replica_choice=plan.replica_choice,
+            layer_ids=plan.model.layer_ids,
+        )[plan.policy_without_table].to_json()
+        for one in (placement, base)
     )
-    own = served[plan.policy_without_table].to_json()
-    reference = simulate(base, tokens)[plan.policy_without_table].to_json()
     return _ratio(own[key], reference[key]), own["load_imbalance_mean"]
 
 
