@@ -194,6 +194,9 @@ def next_command(advice: Advice, source: Path, questions: Sequence[Question]) ->
         parts += [f"--nodes {topology.num_nodes}"]
     if advice.redundant_experts:
         parts += [f"--redundant-experts {advice.redundant_experts}"]
+        names_engine = advice.verdict == "worth it" and engine in known_engines()
+        if not names_engine and not source.is_file():
+            parts += ["--replica-choice hash"]
     if advice.verdict == "balance only":
         parts += ["--objective balance"]
     else:

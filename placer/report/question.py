@@ -102,7 +102,11 @@ class Question:
     def batch_options(self) -> BatchOptions:
         """Return how batches are served."""
         ways = self.served.dispatch.exchange, self.served.combine.exchange
-        return BatchOptions(policy=self.policy, exchanges=ways)
+        return BatchOptions(
+            policy=self.policy,
+            exchanges=ways,
+            replica_choice=self.served.replica_choice or "hash",
+        )
 
     def cost_model(self) -> CostModel | None:
         """Return the cost model, or ``None`` without hardware.

@@ -22,6 +22,7 @@ from placer.plan.options import SolveOptions
 from placer.plan.placement import Placement
 from placer.plan.problem import Topology
 from placer.plan.refine import RefineLimits
+from placer.plan.replicas import redundant_experts_that_fit
 from placer.plan.search import SearchLimits
 from placer.plan.solve import solve_to_choose
 from placer.report.advice import PROFILE, RANKED, Advice, Answer, Candidate, Verdict
@@ -100,6 +101,7 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     return Advice(
         answers=answers,
         reasons=tuple(_reasons(asked, placements, served)),
+        redundant_experts=placements.redundant_experts,
         warnings=tuple(dict.fromkeys(text for text in warnings if text is not None)),
     )
 
@@ -113,9 +115,19 @@ class _Placements:
         self._question = question
         topology, sizes = question.topology, trace.model.num_experts
         selection = Selection(PROFILE, question.phase)
-        problem = BaselineProblem(trace=trace, selection=selection, topology=topology)
+        # The fewest that fill the ranks; where there are none, solving says so.
+        fitting = redundant_experts_that_fit(sizes, topology.num_ranks)
+        self.redundant_experts = next(fitting, 0)
+        problem = BaselineProblem(
+            trace=trace,
+            selection=selection,
+            topology=topology,
+            redundant_experts=self.redundant_experts,
+        )
         self._made: dict[str, Placement] = {
-            "contiguous": contiguous(sizes, topology.num_ranks, topology.num_nodes),
+            "contiguous": contiguous(
+                sizes, topology.num_ranks, topology.num_nodes, self.redundant_experts
+            ),
             "eplb": eplb(problem),
         }
 
@@ -140,6 +152,9 @@ class _Placements:
                 topology=self._question.topology,
                 policy=self._question.policy,  # type: ignore[arg-type]  # Question refuses
                 exchange=exchange,  # type: ignore[arg-type]  # one of the two solved for
+                redundant_experts=self.redundant_experts,
+                # No engine has cover.
+                replica_choice=self._question.batch_options().replica_choice,  # type: ignore[arg-type]
             ).guarded()
             found = solve_to_choose(self.affinity, asked, self._profile, Deadline())[0]
             self._made[exchange] = found
@@ -351,12 +366,13 @@ def _redundant_reason(
     if before <= _FAR_FROM_EVEN or number == 1:
         return []
     loads = [counts.astype(np.float64) for counts in placements.affinity.load]
+    more = placements.redundant_experts + number
     asked = Balancing(
-        num_ranks=number, num_nodes=topology.num_nodes, redundant_experts=number
+        num_ranks=number, num_nodes=topology.num_nodes, redundant_experts=more
     )
     found = balance_loads(loads, asked)
     return [
         f"the busiest rank has {before:.3f} of the mean load under eplb, and with one more "
         f"slot per rank about {served.imbalance(found.placement):.3f}: "
-        f"--redundant-experts {number}"
+        f"--redundant-experts {more}"
     ]

@@ -14,10 +14,12 @@ from placer.plan import Placement
 from placer.plan.migration import num_moved
 from placer.plan.options import SolveOptions
 from placer.plan.pins import Pin, with_pins
+from placer.plan.planner import plan_from_trace
 from placer.plan.problem import Topology
-from placer.plan.router_groups import group_kinds
+from placer.plan.router_groups import are_whole, group_kinds
 from placer.plan.solve import solve
-from placer.trace import Chunk
+from placer.simulation.baselines import contiguous
+from placer.trace import Chunk, Fold, Selection, Trace
 
 TWO = Topology(gpus_per_node=2)
 FOUR = Topology(gpus_per_node=4)
@@ -259,3 +261,53 @@ def test_a_bound_holds_for_what_pins_keep_above_the_cap(
     assert report.pairs is not None
     assert report.bound <= report.objective + 1e-6
     assert report.pairs.bound <= report.pairs.objective
+
+
+@pytest.mark.parametrize("rule", ["hash", "sglang-static"])
+def test_groups_with_copies_stay_whole_and_no_rank_gets_busier(
+    make_chunk: Callable[..., Chunk], rule: str
+) -> None:
+    """The first of four groups is hot: its two ranks are above the cap whatever is done."""
+    rng = np.random.default_rng(0)
+    taste = np.where(np.arange(16) < 4, 2.0, 0.0)
+    ids = [np.argsort(-(taste + rng.gumbel(size=(600, 16))), axis=1) for _ in range(2)]
+    chunk = replace(
+        make_chunk(num_tokens=600, num_experts=(16, 16)),
+        experts=tuple(one[:, :2].astype(np.uint8) for one in ids),
+    )
+    options = replace(
+        PLAIN,
+        topology=Topology(gpus_per_node=8),
+        preserve_groups=True,
+        redundant_experts=8,
+        replica_choice=rule,
+        max_imbalance=1.1,
+        relax_cap=True,
+    )
+    model = ModelSpec(num_experts=(16, 16), top_k=2, n_group=4)
+    affinity = count_affinity([chunk], model, {})
+    placement, report = solve(affinity, options, None, chunk)
+    even, reached = solve(affinity, replace(options, objective="balance"))
+    assert are_whole(placement, 4, 4) and are_whole(even, 4, 4)
+    assert set(report.relaxed_layers) == {"0", "1"}
+    if rule == "hash":  # draws are not known before all copies are placed
+        for layer, imbalance in report.relaxed_layers.items():
+            assert imbalance <= reached.relaxed_layers[layer] + 1e-6
+
+
+def test_experts_that_only_copies_fill_the_ranks_with_are_placed(
+    make_trace: Callable[..., Trace],
+) -> None:
+    """Ten experts on four ranks with two copies; contiguous is 0 to 9 and 0 and 1 again."""
+    trace = make_trace(num_experts=(10, 10), num_sequences=40, num_tokens=800)
+    options = replace(
+        PLAIN, topology=FOUR, redundant_experts=2, replica_choice="hash", max_imbalance=2.0
+    )
+    for policy in ("fixed", "follow"):
+        plan = plan_from_trace(
+            trace, replace(options, policy=policy), Selection(Fold(0, 2))
+        )
+        assert [len(row) for row in plan.placement.physical_to_logical_map] == [12, 12]
+        assert set(plan.metrics["baselines"]) == {"contiguous", "eplb"}
+        assert plan.metrics["profile"][policy]["load_imbalance_max"] <= 2.0
+    assert contiguous((10,), 4, 1, 2).to_json() == [[*range(10), 0, 1]]

@@ -207,3 +207,23 @@ def test_the_command_prints_the_verdict(
     printed = json.loads(capsys.readouterr().out)
     assert printed["verdict"] == "worth it"
     assert printed["next"].startswith("placer solve")
+
+
+def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(tmp_path: Path) -> None:
+    """Eight experts on three ranks: one more. The next command runs."""
+    trace = write(tmp_path / "t", hot())
+    three = replace(QUESTION, topology=Topology(gpus_per_node=3))
+    counts = count_affinity([trace.read()], MODEL, {})
+    for advice in (
+        advise_on_loads(counts, three),
+        advise_on_trace(trace, [replace(three, engine=Engine.named("vllm-deepep-ll"))]),
+    ):
+        assert advice.redundant_experts == 1
+        assert advice.verdict == "balance only"
+    command = next_command(advice, trace.directory, [three])
+    assert command is not None and "--redundant-experts 1 --replica-choice hash" in command
+    words = command.split()[1:]
+    words[-1] = str(tmp_path / "plan.json")
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0
