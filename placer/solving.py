@@ -33,6 +33,7 @@ from placer.plan.redundant import (
 from placer.plan.router_groups import are_whole, limits_nodes
 from placer.plan.served import Loading, Served, require_loadable, solved_for
 from placer.plan.world import WorldLayout
+from placer.report.cap_choice import choose_cap
 from placer.report.comparison import ladder_line
 from placer.report.frontier import FrontierPoint, write_frontier
 from placer.report.layer_time import TimeChoice, choose_by_time, worth_by_time
@@ -124,7 +125,11 @@ class SolveRequest:
             "--redundant-gain": self.redundant_gain,
         }
         for options, is_given, company in (
-            ({"--hardware": self.hardware}, self.by_time, "--objective time"),
+            (
+                {"--hardware": self.hardware},
+                self.by_time or self.chooses_cap,
+                "--objective time: a load cap that is given leaves nothing to predict",
+            ),
             (auto, self.redundant_experts is None, "--redundant-experts auto"),
             (
                 {"--overflow-price": self.overflow_price},
@@ -154,9 +159,15 @@ class SolveRequest:
         return self.objective == "time"
 
     @property
+    def chooses_cap(self) -> bool:
+        """Whether predicted time decides whether a rank may be busier than EPLB's."""
+        is_open = self.objective == "traffic" and self.max_imbalance is None
+        return self.hardware is not None and is_open and not self.holds_counts
+
+    @property
     def weighs_experts(self) -> bool:
         """Whether the size of an expert counts."""
-        return self.by_time or self.redundant_memory is not None
+        return self.by_time or self.chooses_cap or self.redundant_memory is not None
 
     @property
     def has_replicas(self) -> bool:
@@ -233,7 +244,17 @@ def solve_request(
     deadline = deadline or Deadline(seconds=request.options.time_limit)
     settled = _settle(request, note, warn, progress, deadline)
     options, provenance, choice = settled.options, dict(settled.provenance), None
-    if settled.question is not None:
+    if settled.question is not None and not request.by_time:
+        trace = Trace(request.source)
+        profile = trace.read(request.selection)
+        with deadline.choosing() as quick:
+            cap = choose_cap(
+                trace.model, profile, options, settled.question, progress, quick
+            )
+        options = cap.options
+        provenance["cap_by_time"] = cap.to_json()
+        note(cap.told)
+    elif settled.question is not None:
         trace, question = Trace(request.source), settled.question
         profile = trace.read(request.selection)
         with deadline.choosing() as quick:
@@ -392,18 +413,25 @@ def _settle(
             "wherever that pays",
             "drop it, or balance alone: --objective balance",
         )
+    if not request.by_time:  # which has a comparison with EPLB of its own
+        options = options.guarded()
     by_time = request.by_time and served.objective == "traffic"
     if by_time and request.holds_counts:
         raise UsageError(
             f"{request.source} holds counts; --objective time needs tokens",
             "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
-    weighs = by_time or request.redundant_memory is not None
+    chooses_cap = request.chooses_cap and options.below_eplb
+    if request.chooses_cap and not chooses_cap:
+        note(
+            "--hardware decides nothing here: no plan is compared with EPLB's busiest rank"
+        )
+    weighs = by_time or chooses_cap or request.redundant_memory is not None
     expert = _expert_shape(request) if weighs else None
     if expert is not None and expert.assumption is not None:
         note(expert.assumption)
     question = None
-    if by_time:
+    if by_time or chooses_cap:
         question = Question(
             topology=options.topology,
             policy=options.policy,
@@ -416,7 +444,8 @@ def _settle(
     )
     if request.redundant_experts is None:
         with deadline.choosing() as quick:
-            chosen = _choose_redundant(request, options, question, expert, progress, quick)
+            by = question if by_time else None
+            chosen = _choose_redundant(request, options, by, expert, progress, quick)
         options = replace(options, redundant_experts=chosen.redundant_experts)
         note(ladder_line(chosen))
         provenance["redundant_experts"] = chosen.to_json()
@@ -493,7 +522,7 @@ def _options(
         start=start,
         migration_cost=request.migration_cost,
         **asked,
-    ).guarded()
+    )
 
 
 def _is_balanced(request: SolveRequest, options: SolveOptions) -> bool:

@@ -53,7 +53,8 @@ def solve(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="For --objective time: h100, h200, b200, a100, or a .toml file.",
+            help="Predict time on h100, h200, b200, a100, or a .toml file: for --objective "
+            "time, and to choose the load cap where --max-imbalance is not given.",
         ),
     ] = None,
     model: SizedByOption = None,

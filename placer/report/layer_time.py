@@ -29,7 +29,7 @@ from placer.report.question import Question
 from placer.report.trace_advice import MOST_JUDGED_TOKENS, QUICK
 from placer.report.verdict import times
 from placer.simulation.batch_figures import BatchFigures, batch_steps
-from placer.simulation.cost import BreakEven, break_even
+from placer.simulation.cost import BreakEven, PredictedTime, break_even
 from placer.simulation.homes import BatchShape
 from placer.trace import Chunk
 
@@ -150,7 +150,7 @@ def choose_by_time(
         relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
         deadline=deadline,
     )
-    inner, heldout = _judged_halves(profile)
+    inner, heldout = judged_halves(profile)
     affinity = count_affinity([inner], model, {})
     balanced = _balanced(model, inner, options)
     asked = _candidates(options)
@@ -186,7 +186,7 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
     The better of a quick plan for traffic and a load balancer, made from half of the
     profile's sequences and judged on the other half.
     """
-    inner, heldout = _judged_halves(profile)
+    inner, heldout = judged_halves(profile)
     affinity = count_affinity([inner], model, {})
 
     def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, bool]:
@@ -292,8 +292,9 @@ def _require_comparable(options: SolveOptions, question: Question) -> None:
         )
 
 
-def _judged_halves(profile: Chunk) -> tuple[Chunk, Chunk]:
-    inner, heldout = inner_halves(profile, "--objective time")
+def judged_halves(profile: Chunk, option: str = "--objective time") -> tuple[Chunk, Chunk]:
+    """Return half of the sequences to place by, and of the others what judges."""
+    inner, heldout = inner_halves(profile, option)
     return inner, heldout.first_sequences(MOST_JUDGED_TOKENS)
 
 
@@ -309,6 +310,17 @@ def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placeme
             layer_ids=model.layer_ids,
         ),
     ).placement
+
+
+def batch_times(
+    model: ModelSpec,
+    placement: Placement,
+    tokens: Chunk,
+    options: SolveOptions,
+    question: Question,
+) -> list[PredictedTime]:
+    """Return the predicted time of a layer in batches of each size."""
+    return times(_figures(model, placement, tokens, options, question))
 
 
 def _figures(

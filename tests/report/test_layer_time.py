@@ -199,7 +199,8 @@ def test_the_command_records_the_choice_and_repeats(
     plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     assert plans[0]["provenance"]["time"] == plans[1]["provenance"]["time"]
     assert plans[0]["physical_to_logical_map"] == plans[1]["physical_to_logical_map"]
-    for wrong in (["--out", "c"], ["--objective", "traffic", "--hardware", "h100"]):
+    capped = ["--objective", "traffic", "--hardware", "h100", "--max-imbalance", "1.1"]
+    for wrong in (["--out", "c"], capped):
         with pytest.raises(SystemExit) as done:
             main([*words, *wrong, "--out", str(tmp_path / "c.json")])
         assert done.value.code == 2
