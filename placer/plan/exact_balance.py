@@ -25,7 +25,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 _MOST_COLUMNS = 20_000
-_MOST_VARIABLES = 4096
+_MOST_VARIABLES = 2500
 # Shares of loads are multiplied so that they are whole, by no more than this.
 _LARGEST_SCALE = 1_000_000
 _SAME = 1e-9

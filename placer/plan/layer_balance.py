@@ -143,8 +143,8 @@ class LayerBalance:
         if asked.num_blocks == 1:
             return [np.arange(len(load))], 0.0
         groups = load.reshape(asked.n_group, -1).sum(axis=1)
-        even = _CLOSE * load.sum() / asked.num_blocks
-        found = balance_layer(groups, asked.num_blocks, even, self._deadline)
+        # Few groups: longest first and swaps are the best, or all but.
+        found = balance_layer(groups, asked.num_blocks, np.inf)
         block = np.repeat(found.expert_rank, len(load) // asked.n_group)
         experts = [np.flatnonzero(block == one) for one in range(asked.num_blocks)]
         return experts, found.proved_max_load / asked.ranks_per_block
