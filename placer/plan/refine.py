@@ -215,8 +215,8 @@ class Refinement:
             share = _HOTTEST * _COOLING ** (sweep / max(num_sweeps - 1, 1))
             self._sweep(share, first + sweep, deadline)
             if progress is not None:
-                copies = sum(self._copies(n) for n in range(self.problem.num_layers))
-                progress(num_sweeps * start + sweep, self._per_token(copies))
+                copies = self._per_token(sum(self._all_copies()))
+                progress(num_sweeps * start + sweep, copies)
         for number in range(first + num_sweeps, first + 2 * num_sweeps):
             if deadline.passed() or self._sweep(None, number, deadline) == 0:
                 return
@@ -278,7 +278,7 @@ class Refinement:
         """Return what a placement costs."""
         self._load(placement)
         layers = range(self.problem.num_layers)
-        copies = [self._copies(layer) for layer in layers]
+        copies = self._all_copies()
         penalties = [self._penalties(layer) for layer in layers]
         return Evaluation(
             copies=self._per_token(math.fsum(copies)),
@@ -347,11 +347,15 @@ class Refinement:
         A layer's share of ``follow`` is the dispatch to it and the combine from it.
         """
         layers = range(self.problem.num_layers)
-        return np.array([self._copies(n) + self._penalties(n) for n in layers])
+        return np.array(self._all_copies()) + [self._penalties(n) for n in layers]
 
-    def _copies(self, layer: int) -> float:
-        """Price a layer's copies anew."""
-        return self._price_layer(self._tokens(layer, with_next=False), layer)
+    def _all_copies(self) -> list[float]:
+        """Price the copies of every layer anew."""
+        homes = self._all_homes() if self.problem.policy == "follow" else None
+        return [
+            self._price_layer(self._tokens(layer, with_next=False, homes=homes), layer)
+            for layer in range(self.problem.num_layers)
+        ]
 
     def _penalties(self, layer: int) -> float:
         """Return what is priced beside the copies of a layer, as they were priced last."""

@@ -201,7 +201,7 @@ class Search:
             max_load=problem.max_load[layer],
             rank_cost=self._rank_cost,
         )
-        return walk.best_feasible(self.limits.tabu_steps)
+        return walk.best_feasible(self.limits.tabu_steps, self._deadline)
 
     def _shake(self, layer: int) -> None:
         """Swap a few random pairs of experts of different ranks, cap or no cap."""
@@ -225,7 +225,7 @@ class _SwapWalk:
     max_load: float
     rank_cost: FloatArray
 
-    def best_feasible(self, num_steps: int) -> IntArray | None:
+    def best_feasible(self, num_steps: int, deadline: Deadline) -> IntArray | None:
         """Return the cheapest placement under the cap that the walk meets."""
         num_experts = len(self.ranks)
         tenure = max(3, num_experts // 6)
@@ -235,6 +235,8 @@ class _SwapWalk:
         if self._overflow() == 0:
             best_cost, best = 0.0, self.ranks.copy()
         for step in range(num_steps):
+            if deadline.passed():
+                break
             change = self._cost_change()
             relief = self._overflow_change()
             blocked = (free_from[:, None] > step) | (free_from > step)
