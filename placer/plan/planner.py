@@ -63,7 +63,7 @@ def plan_from_trace(
     judging = Judging(model=trace.model, options=options, profile=profile, heldout=heldout)
     baselines = judging.baselines(affinity.load)
     measured, seconds = judging.measure(baselines)
-    deadline.reserve(seconds)
+    deadline.reserve(2 * seconds)  # pricing the plan takes about as long as its figures
     began = time.monotonic()
     prices = _prices(trace.model, judging.judged, baselines, options)
     deadline.reserve((time.monotonic() - began) / len(baselines))
