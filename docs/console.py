@@ -88,7 +88,7 @@ def families() -> None:
 
 def engines() -> None:
     """Write the table of engines, from their data file, and their conditions."""
-    from placer.engine import known_engines
+    from placer.target.engine import known_engines
 
     cog.outl(
         "| `--engine` | run for | dispatch | combine | replica choice | `placer export` |\n"

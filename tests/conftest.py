@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from placer.model import ModelSpec
-from placer.trace import Chunk, Trace, TraceWriter
+from placer.trace import (
+    Chunk,
+    Trace,
+    TraceWriter,
+)
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -25,7 +29,7 @@ def shared_traces() -> Path:
 def ray_cluster() -> Iterator[None]:
     """A Ray cluster of two worker processes, whose tasks can import the tests."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: placer[ray]")
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent / "run")}}
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -159,7 +163,7 @@ def tiny_sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def write_plan(tmp_path: Path) -> Callable[..., Path]:
     """Return a writer of a plan that was not solved: of a placement as it is given."""
-    from placer.plan import Placement
+    from placer.placement import Placement
     from tests.plans import unsolved_plan
 
     def write(
@@ -177,7 +181,7 @@ def write_plan(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def make_plan(write_plan: Callable[..., Path]) -> Callable[..., Path]:
     """Return a writer of a plan that places experts of a checkpoint at random."""
-    from placer.simulation.baselines import random
+    from placer.placement.reference import random
 
     def build(model_directory: Path, *, seed: int = 0, num_ranks: int = 4) -> Path:
         model = ModelSpec.from_checkpoint(model_directory)

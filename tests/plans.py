@@ -1,7 +1,11 @@
 """Plans that were not solved: of a placement as it is given."""
 
 from placer.model import ModelSpec
-from placer.plan import Placement, Plan, SolverReport
+from placer.placement import (
+    Placement,
+    Plan,
+    SolverReport,
+)
 
 
 def unsolved_plan(model: ModelSpec, placement: Placement, **provenance: object) -> Plan:

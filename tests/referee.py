@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from placer.plan import Placement
+from placer.placement import Placement
 from placer.trace import Chunk
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from placer.cli.main import main
-from placer.simulation.replica_choice import SglangDraws
-from placer.trace import Trace, TraceWriter
+from placer.serving.replica_choice import SglangDraws
+from placer.trace import (
+    Trace,
+    TraceWriter,
+)
 
 LAYER_IDS = (1, 2, 4)
 TOPOLOGY = ("--gpus-per-node", "4", "--redundant-experts", "4")

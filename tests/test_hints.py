@@ -14,12 +14,18 @@ from typer.exceptions import TyperException
 import placer
 from placer.cli.export import TARGETS
 from placer.cli.main import app
-from placer.engine import Engine, engines_named
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.plan import Placement
-from placer.plan.served import require_loadable
-from placer.runtime_map import RUNTIMES, export_map
+from placer.placement import Placement
+from placer.planning.served import require_loadable
+from placer.runtime_map import (
+    RUNTIMES,
+    export_map,
+)
+from placer.target.engine import (
+    Engine,
+    engines_named,
+)
 from tests.plans import unsolved_plan
 
 ROOT = Path(placer.__file__).parent

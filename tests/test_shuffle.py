@@ -13,11 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import placer.shuffle
-from placer.files import write_tensors
-from placer.shuffle import RANK_HEADER, CombinedRule, RequestRouter, ShuffleTable
-from placer.simulation import contiguous
-from placer.table.lookup import LayerTable, known_ids
-from placer.table.make import TableOptions, make_table
+from placer.placement.reference import contiguous
+from placer.planning.tables import (
+    TableOptions,
+    make_table,
+)
+from placer.run.files import write_tensors
+from placer.shuffle import (
+    RANK_HEADER,
+    CombinedRule,
+    RequestRouter,
+    ShuffleTable,
+)
+from placer.table.lookup import (
+    LayerTable,
+    known_ids,
+)
 from placer.table.table import Table
 from placer.trace import Trace
 

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from placer.affinity.sparse import SparseCounts
+from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.files import require_file, write_tensors
-from placer.model import ModelSpec, require_same_model
+from placer.model import (
+    ModelSpec,
+    require_same_model,
+)
+from placer.run.files import (
+    require_file,
+    write_tensors,
+)
 
-IntArray = npt.NDArray[np.int64]
 SCHEMA_VERSION = 1
 KIND = "affinity"
 _HEADER_FIELDS = ("kind", "schema_version", "model", "num_tokens", "provenance")

@@ -20,7 +20,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from placer.trace.chunk import Array, Chunk
+from placer.trace.chunk import (
+    Array,
+    Chunk,
+)
 
 Control = Callable[[Chunk, int], Chunk]
 

@@ -14,14 +14,27 @@ import numpy.typing as npt
 
 from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
-from placer.affinity.sums import PairwiseSum, Rows
-from placer.devices import CPU, torch_device
+from placer.affinity.sums import (
+    PairwiseSum,
+    Rows,
+)
+from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.parallel import PROCESSES, Backend
-from placer.trace import Chunk
+from placer.run.devices import (
+    CPU,
+    torch_device,
+)
+from placer.run.parallel import (
+    PROCESSES,
+    Backend,
+)
+from placer.trace import (
+    Chunk,
+    Selection,
+    Trace,
+)
 
-IntArray = npt.NDArray[np.int64]
 ChunkSource = Callable[[], Iterable[Chunk]]
 
 # So many tokens at a time, the keys of all pairs stay in the processor's cache.
@@ -235,3 +248,12 @@ class _Rows:
         return SparseCounts.from_entries(
             self.ids[place], columns, dense[cells], num_rows, size
         )
+
+
+def expert_load(trace: Trace, selection: Selection) -> list[npt.NDArray[Any]]:
+    """Return L arrays ``[E]`` int64: pairs per expert in the tokens selected."""
+    load = [np.zeros(size, dtype=np.int64) for size in trace.model.num_experts]
+    for chunk in trace.chunks(selection):
+        for counts, ids in zip(load, chunk.experts, strict=True):
+            counts += np.bincount(ids.ravel(), minlength=len(counts))
+    return load

@@ -9,13 +9,23 @@ from typing import get_args
 
 from placer import __version__
 from placer.affinity.affinity import Affinity
-from placer.affinity.count import ChunkSource, count_sources
+from placer.affinity.count import (
+    ChunkSource,
+    count_sources,
+)
 from placer.affinity.sums import Rows
-from placer.devices import CPU
 from placer.errors import UsageError
-from placer.files import sha256_file
-from placer.parallel import PROCESSES, Backend
-from placer.trace import Chunk, Selection, Trace
+from placer.run.devices import CPU
+from placer.run.files import sha256_file
+from placer.run.parallel import (
+    PROCESSES,
+    Backend,
+)
+from placer.trace import (
+    Chunk,
+    Selection,
+    Trace,
+)
 
 # Starting a process costs about as much as counting so many tokens.
 _WORTH_A_WORKER = 250_000

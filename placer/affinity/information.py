@@ -10,15 +10,12 @@ random, about one in the other layer.
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity.count import count_pairs
+from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.trace import Chunk
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 def conditional_probability(pairs: IntArray) -> FloatArray:

@@ -11,11 +11,22 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from placer import __version__
-from placer.affinity.affinity import Affinity, IntArray
+from placer.affinity.affinity import Affinity
+from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.files import read_json, require_absent, sha256_file
-from placer.trace.csv_rows import read_table, require_whole
-from placer.trace.imported import UNREADABLE, BoundModel
+from placer.run.files import (
+    read_json,
+    require_absent,
+    sha256_file,
+)
+from placer.trace.csv_rows import (
+    read_table,
+    require_whole,
+)
+from placer.trace.imported import (
+    UNREADABLE,
+    BoundModel,
+)
 from placer.trace.sglang_dump import load_dump
 
 # The experts in the slots of a layer: its own layer number -> logical experts.

@@ -17,7 +17,10 @@ import torch
 
 from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
-from placer.affinity.sums import PairwiseSum, Rows
+from placer.affinity.sums import (
+    PairwiseSum,
+    Rows,
+)
 from placer.model import ModelSpec
 from placer.trace import Chunk
 

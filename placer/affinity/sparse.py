@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import IntArray
 from placer.errors import PlacerError
 
-IntArray = npt.NDArray[np.int64]
 # The index of so many rows takes a GiB.
 _MOST_ROWS = 1 << 27
 

@@ -19,8 +19,12 @@ from placer.baseline.mtkahypar import mtkahypar
 from placer.baseline.occult import occult
 from placer.baseline.problem import BaselineProblem
 from placer.baseline.semmoe import semmoe
-from placer.plan.placement import Placement
-from placer.simulation.baselines import balanced, contiguous, random
+from placer.placement.placement import Placement
+from placer.placement.reference import (
+    contiguous,
+    random,
+)
+from placer.solver.balance.load_caps import balanced
 
 __all__ = ["BASELINES", "BaselineProblem"]
 

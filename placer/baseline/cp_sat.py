@@ -3,7 +3,7 @@
 import numpy as np
 from ortools.sat.python import cp_model
 
-from placer.plan.problem import IntArray
+from placer.arrays import IntArray
 
 #: ``[n][G]``: whether an expert is in a group.
 Assignment = list[list[cp_model.IntVar]]

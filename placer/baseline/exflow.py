@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from ortools.sat.python import cp_model
 
+from placer.arrays import IntArray
 from placer.baseline.cp_sat import GroupingProgram
 from placer.baseline.problem import BaselineProblem
-from placer.plan.placement import Placement
-from placer.plan.problem import IntArray
-from placer.plan.search import transport
+from placer.placement.placement import Placement
+from placer.solver.search.pair_search import transport
 
 #: Experts of every layer, as ascending ids.
 Members = Sequence[IntArray]

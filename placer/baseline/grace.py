@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from placer.arrays import (
+    FloatArray,
+    IntArray,
+)
 from placer.baseline.grouping import node_then_rank
 from placer.baseline.problem import BaselineProblem
-from placer.plan.placement import Placement
-from placer.plan.problem import FloatArray, IntArray
-from placer.plan.search import transport
+from placer.placement.placement import Placement
+from placer.solver.search.pair_search import transport
 
 _NUM_STARTS = 5
 _NUM_STEPS = 30

@@ -4,10 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from placer.arrays import (
+    FloatArray,
+    IntArray,
+)
 from placer.baseline.problem import BaselineProblem
-from placer.plan.placement import Placement
-from placer.plan.problem import FloatArray, IntArray
-from placer.plan.search import transport
+from placer.placement.placement import Placement
+from placer.solver.search.pair_search import transport
 
 #: Groups some experts (``[n]`` ids, ascending) of a layer into equal groups; ``[n]``.
 Split = Callable[[int, IntArray, int], IntArray]

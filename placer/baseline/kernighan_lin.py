@@ -4,10 +4,10 @@ import networkx as nx
 import numpy as np
 from networkx.algorithms.community import kernighan_lin_bisection
 
+from placer.arrays import IntArray
 from placer.baseline.grouping import node_then_rank
 from placer.baseline.problem import BaselineProblem
-from placer.plan.placement import Placement
-from placer.plan.problem import IntArray
+from placer.placement.placement import Placement
 
 _NUM_STARTS = 5
 

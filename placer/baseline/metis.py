@@ -2,11 +2,14 @@
 
 import numpy as np
 
-from placer.baseline.grouping import equal_groups, node_then_rank
+from placer.arrays import IntArray
+from placer.baseline.grouping import (
+    equal_groups,
+    node_then_rank,
+)
 from placer.baseline.problem import BaselineProblem
 from placer.errors import UsageError
-from placer.plan.placement import Placement
-from placer.plan.problem import IntArray
+from placer.placement.placement import Placement
 
 # METIS adds weights in 32 bits.
 _LARGEST_SUM = 1 << 30

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 from ortools.sat.python import cp_model
 
+from placer.arrays import IntArray
 from placer.baseline.cp_sat import GroupingProgram
 from placer.baseline.problem import BaselineProblem
-from placer.plan.balance import greedy_balance
-from placer.plan.placement import Placement
-from placer.plan.problem import IntArray
+from placer.placement.placement import Placement
+from placer.solver.balance.load_caps import greedy_balance
 
 # The tolerance at which the paper's solver stops.
 _GAP = 0.025

@@ -5,12 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from placer.baseline.grouping import equal_groups, node_then_rank
+from placer.arrays import IntArray
+from placer.baseline.grouping import (
+    equal_groups,
+    node_then_rank,
+)
 from placer.baseline.problem import BaselineProblem
 from placer.errors import UsageError
-from placer.plan.copies import TokenSets, token_sets
-from placer.plan.placement import Placement
-from placer.plan.problem import IntArray
+from placer.placement.placement import Placement
+from placer.solver.proof.copies import (
+    TokenSets,
+    token_sets,
+)
 
 
 def mtkahypar(problem: BaselineProblem) -> Placement:

@@ -2,10 +2,13 @@
 
 import numpy as np
 
+from placer.arrays import (
+    FloatArray,
+    IntArray,
+)
 from placer.baseline.grouping import node_then_rank
 from placer.baseline.problem import BaselineProblem
-from placer.plan.placement import Placement
-from placer.plan.problem import FloatArray, IntArray
+from placer.placement.placement import Placement
 
 
 def occult(problem: BaselineProblem) -> Placement:

@@ -7,12 +7,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.affinity import Affinity, count_affinity
+from placer.affinity import (
+    Affinity,
+    count_affinity,
+)
+from placer.affinity.count import expert_load
 from placer.errors import UsageError
-from placer.plan.placement import require_divisible_slots
-from placer.plan.problem import Topology
-from placer.simulation.profile import expert_load
-from placer.trace import EVERYTHING, Chunk, Selection, Trace
+from placer.placement.placement import require_divisible_slots
+from placer.placement.topology import Topology
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Selection,
+    Trace,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

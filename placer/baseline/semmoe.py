@@ -2,10 +2,13 @@
 
 import numpy as np
 
+from placer.arrays import (
+    FloatArray,
+    IntArray,
+)
 from placer.baseline.problem import BaselineProblem
-from placer.plan.placement import Placement
-from placer.plan.problem import FloatArray, IntArray
-from placer.plan.requests import place_requests
+from placer.placement.placement import Placement
+from placer.solver.balance.requests import place_requests
 
 _NUM_STEPS = 8
 _NUM_SWAPS = 64

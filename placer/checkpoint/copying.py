@@ -4,11 +4,9 @@ import errno
 import os
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import IntArray
 from placer.errors import PlacerError
-
-IntArray = npt.NDArray[np.int64]
 
 # Linux copies at most 2 GiB - 4 KiB a call (man 2 copy_file_range).
 _MOST_BYTES = 1 << 30

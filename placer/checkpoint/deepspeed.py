@@ -17,22 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer import __version__
+from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
 from placer.checkpoint.writing import require_outside
-from placer.errors import PlacerError, VerificationError
-from placer.files import (
+from placer.errors import (
+    PlacerError,
+    VerificationError,
+)
+from placer.placement import Plan
+from placer.run.files import (
     atomic_directory,
     canonical_json,
     read_json,
     require_free_space,
     sha256_file,
 )
-from placer.plan import Plan
 
-IntArray = npt.NDArray[np.int64]
 SCHEMA_VERSION = 1
 KIND = "deepspeed"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.checkpoint.named_experts import renumbered_configs, require_no_named_expert
+from placer.arrays import IntArray
+from placer.checkpoint.named_experts import (
+    renumbered_configs,
+    require_no_named_expert,
+)
 from placer.checkpoint.permutation import (
     TensorChanges,
     require_whole_groups,
@@ -23,7 +26,11 @@ from placer.checkpoint.permutation import (
 )
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.shard import rename_keys
-from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
+from placer.checkpoint.source import (
+    INDEX_NAME,
+    RECORD_NAME,
+    CheckpointSource,
+)
 from placer.checkpoint.writing import (
     ExportOptions,
     Progress,
@@ -35,12 +42,21 @@ from placer.checkpoint.writing import (
     require_outside,
     written_shards,
 )
-from placer.errors import PlacerError, UsageError, VerificationError
-from placer.files import read_json, sha256_file
-from placer.model import Architecture, ModelSpec, require_same_model
-from placer.plan import Plan
-
-IntArray = npt.NDArray[np.int64]
+from placer.errors import (
+    PlacerError,
+    UsageError,
+    VerificationError,
+)
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    require_same_model,
+)
+from placer.placement import Plan
+from placer.run.files import (
+    read_json,
+    sha256_file,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from placer.errors import PlacerError
-from placer.files import canonical_json, partial_path, require_absent
+from placer.run.files import (
+    canonical_json,
+    partial_path,
+    require_absent,
+)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,14 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.files import read_json
-from placer.layout import TensorLayout
+from placer.model.tensor_layout import TensorLayout
+from placer.run.files import read_json
 
-IntArray = npt.NDArray[np.int64]
 #: Files in which quantisers keep such lists.
 CONFIG_NAMES = (
     "config.json",

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import IntArray
 from placer.checkpoint.copying import TABLE_DTYPES
 from placer.checkpoint.shard import TensorInfo
 from placer.errors import PlacerError
-from placer.layout import NAMES_EXPERTS, TensorKind, TensorPlace
-from placer.model import Architecture, ModelSpec
-
-IntArray = npt.NDArray[np.int64]
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
+from placer.model.tensor_layout import (
+    NAMES_EXPERTS,
+    TensorKind,
+    TensorPlace,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +155,7 @@ class _Changes:
         return PlacerError(
             f"tensor {name} cannot be classified: {reason}",
             f"name it in the data file of {self._architecture.model_types[0]} "
-            "(placer/architectures), or report the checkpoint",
+            "(placer/model/architectures), or report the checkpoint",
         )
 
 

@@ -15,8 +15,15 @@ from typing import Any, Self
 import numpy as np
 
 from placer.checkpoint.permutation import tensor_changes
-from placer.checkpoint.shard import TensorInfo, compose_header
-from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
+from placer.checkpoint.shard import (
+    TensorInfo,
+    compose_header,
+)
+from placer.checkpoint.source import (
+    INDEX_NAME,
+    RECORD_NAME,
+    CheckpointSource,
+)
 from placer.checkpoint.writing import (
     ExportOptions,
     Progress,
@@ -29,10 +36,18 @@ from placer.checkpoint.writing import (
     written_shards,
 )
 from placer.errors import PlacerError
-from placer.files import canonical_json, read_json, sha256_file
-from placer.layout import TensorKind
-from placer.model import Architecture, ModelSpec, require_same_model
-from placer.plan import Plan
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    require_same_model,
+)
+from placer.model.tensor_layout import TensorKind
+from placer.placement import Plan
+from placer.run.files import (
+    canonical_json,
+    read_json,
+    sha256_file,
+)
 
 RANK_NAME = "placement.json"
 SCHEMA_VERSION = 1

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from placer import __version__
+from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
 from placer.errors import PlacerError
-from placer.files import canonical_json, read_json
 from placer.model import ModelSpec
+from placer.run.files import (
+    canonical_json,
+    read_json,
+)
 
-IntArray = npt.NDArray[np.int64]
 SCHEMA_VERSION = 1
 
 

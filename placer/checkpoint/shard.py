@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from placer.errors import PlacerError
-from placer.files import require_file
+from placer.run.files import require_file
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

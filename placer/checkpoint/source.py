@@ -9,7 +9,7 @@ from typing import Self
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.torch_shard import open_torch_shard
 from placer.errors import PlacerError
-from placer.files import read_json
+from placer.run.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -10,9 +10,13 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from placer.checkpoint.shard import Shard, TensorInfo, compose_header
+from placer.checkpoint.shard import (
+    Shard,
+    TensorInfo,
+    compose_header,
+)
 from placer.errors import PlacerError
-from placer.files import require_file
+from placer.run.files import require_file
 
 if TYPE_CHECKING:
     import torch

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from placer.arrays import BoolArray, IntArray
 from placer.checkpoint.named_experts import CONFIG_NAMES
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.source import (
@@ -25,20 +26,34 @@ from placer.checkpoint.source import (
     TORCH_INDEX_NAME,
     TORCH_SINGLE_NAME,
 )
-from placer.errors import PlacerError, VerificationError
-from placer.files import read_json, sha256_file
-from placer.layout import TensorKind, TensorLayout
-from placer.model import Architecture, ModelSpec, require_same_model
-from placer.plan import Placement, Plan
+from placer.errors import (
+    PlacerError,
+    VerificationError,
+)
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    require_same_model,
+)
+from placer.model.tensor_layout import (
+    TensorKind,
+    TensorLayout,
+)
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.run.files import (
+    read_json,
+    sha256_file,
+)
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model
 
 if TYPE_CHECKING:
     import torch
 
-BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 # Renumbered experts are summed in another order, which changes the last bits of float32
 # (2**-24 each); over all layers that stays below 1e-4 of the largest logit.

@@ -6,13 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from placer.checkpoint.ranks import RANK_NAME, RoutedTensors, rank_folder
-from placer.checkpoint.source import INDEX_NAME, CheckpointSource
+from placer.checkpoint.ranks import (
+    RANK_NAME,
+    RoutedTensors,
+    rank_folder,
+)
+from placer.checkpoint.source import (
+    INDEX_NAME,
+    CheckpointSource,
+)
 from placer.checkpoint.verify import read_tensor
 from placer.errors import VerificationError
-from placer.files import read_json, sha256_file
-from placer.model import ModelSpec, require_same_model
-from placer.plan import Plan
+from placer.model import (
+    ModelSpec,
+    require_same_model,
+)
+from placer.placement import Plan
+from placer.run.files import (
+    read_json,
+    sha256_file,
+)
 
 if TYPE_CHECKING:
     import torch

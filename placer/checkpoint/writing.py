@@ -11,17 +11,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from placer.checkpoint.copying import copy_blocks, copy_range, copy_values, write_all
-from placer.checkpoint.journal import Journal, resumable_directory
+from placer.arrays import IntArray
+from placer.checkpoint.copying import (
+    copy_blocks,
+    copy_range,
+    copy_values,
+    write_all,
+)
+from placer.checkpoint.journal import (
+    Journal,
+    resumable_directory,
+)
 from placer.checkpoint.shard import Shard
 from placer.errors import UsageError
-from placer.files import require_free_space, sha256_file, sha256_json
-from placer.parallel import PROCESSES, Backend
+from placer.run.files import (
+    require_free_space,
+    sha256_file,
+    sha256_json,
+)
+from placer.run.parallel import (
+    PROCESSES,
+    Backend,
+)
 
-IntArray = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
 _MOST_WORKERS = 4
 

@@ -63,16 +63,28 @@ def advise(
     such as the loads that an engine counted, only balance is judged.
     """
     from placer.affinity import Affinity
-    from placer.engine import engines_named
-    from placer.hardware import Hardware
-    from placer.plan.problem import Topology
-    from placer.report.advice import advise_on_loads, next_command
+    from placer.placement.topology import Topology
+    from placer.planning.advice import (
+        advise_on_loads,
+        next_command,
+    )
+    from placer.planning.question import (
+        Question,
+        usual_engines,
+    )
+    from placer.planning.trace_advice import advise_on_trace
+    from placer.planning.verdict import grouped
     from placer.report.batches import advice_table
-    from placer.report.question import Question, usual_engines
-    from placer.report.trace_advice import advise_on_trace
-    from placer.report.verdict import grouped
-    from placer.simulation.cost import find_expert_shape, require_no_sizes
-    from placer.simulation.homes import batch_shapes, parse_tokens_per_rank
+    from placer.serving.homes import (
+        batch_shapes,
+        parse_tokens_per_rank,
+    )
+    from placer.simulation.cost import (
+        find_expert_shape,
+        require_no_sizes,
+    )
+    from placer.target.engine import engines_named
+    from placer.target.hardware import Hardware
     from placer.trace import Trace
     from placer.trace.selection import parse_phase
 

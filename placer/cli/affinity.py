@@ -62,11 +62,17 @@ def affinity(
     """
     import os
 
-    from placer.affinity.from_traces import affinity_of_traces, merged_affinity
-    from placer.devices import CPU
-    from placer.files import require_no_directory
-    from placer.parallel import Backend
-    from placer.trace import EVERYTHING, Trace
+    from placer.affinity.from_traces import (
+        affinity_of_traces,
+        merged_affinity,
+    )
+    from placer.run.devices import CPU
+    from placer.run.files import require_no_directory
+    from placer.run.parallel import Backend
+    from placer.trace import (
+        EVERYTHING,
+        Trace,
+    )
 
     require_no_directory(out)
     chosen = parse_selection(fold, not_fold, phase)

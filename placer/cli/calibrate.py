@@ -42,11 +42,20 @@ def calibrate(
     --nproc-per-node 8 ... --no-python placer calibrate --nodes 2 --device cuda; rank 0
     writes the file.
     """
-    from placer.calibrate import CalibrationOptions, require_devices
-    from placer.calibrate import calibrate as measure
     from placer.errors import UsageError
-    from placer.hardware import require_hardware_path, write_hardware
-    from placer.worker import Worker, start_workers
+    from placer.run.worker import (
+        Worker,
+        start_workers,
+    )
+    from placer.target.calibrate import (
+        CalibrationOptions,
+        require_devices,
+    )
+    from placer.target.calibrate import calibrate as measure
+    from placer.target.hardware import (
+        require_hardware_path,
+        write_hardware,
+    )
 
     require_hardware_path(out)
     worker = Worker.of_environment()

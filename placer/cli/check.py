@@ -40,11 +40,18 @@ def check(
     Traffic and balance on the trace beside what the plan records, and what chance explains.
     """
     from placer.affinity import Affinity
-    from placer.errors import DriftError, require_left_out
-    from placer.plan import Plan
-    from placer.report.drift import check_on_loads, check_plan, improving_command
-    from placer.simulation.profile import other_phase
-    from placer.simulation.replica_choice import unknown_dense_layers
+    from placer.errors import (
+        DriftError,
+        require_left_out,
+    )
+    from placer.placement import Plan
+    from placer.planning.drift import (
+        check_on_loads,
+        check_plan,
+        improving_command,
+    )
+    from placer.planning.profile import other_phase
+    from placer.serving.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
     read, chosen = Plan.read(plan), parse_selection(fold, not_fold, phase)

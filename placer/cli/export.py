@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from placer.checkpoint.export import ExportJob
     from placer.checkpoint.ranks import RanksJob
     from placer.checkpoint.writing import ExportOptions
-    from placer.engine_family import Start
+    from placer.runtime_map.engine_family import Start
 
 Facts = dict[str, object]
 # Told on stderr, one line each.
@@ -123,7 +123,7 @@ def export(
         facts = _export_deepspeed(plan, model, _required(out), inverse)
     else:
         from placer.checkpoint.writing import ExportOptions
-        from placer.parallel import Backend
+        from placer.run.parallel import Backend
 
         options = ExportOptions(
             link=link,
@@ -175,7 +175,10 @@ def _required(out: Path | None) -> Path:
 
 
 def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "ExportJob":
-    from placer.checkpoint.export import prepare_export, prepare_restore
+    from placer.checkpoint.export import (
+        prepare_export,
+        prepare_restore,
+    )
 
     if not inverse:
         return prepare_export(plan, _required_model("checkpoint", plan, model))
@@ -184,7 +187,10 @@ def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "Expo
 
 
 def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) -> Facts:
-    from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
+    from placer.checkpoint.deepspeed import (
+        export_deepspeed,
+        restore_deepspeed,
+    )
 
     if inverse:
         _require_alone("deepspeed", model)
@@ -257,8 +263,8 @@ def _print_shards(
 
 def _start(target: str, plan: Path, out: Path) -> Facts:
     """Tell how the engines that serve an exported checkpoint are started."""
-    from placer.engine_family import start_lines
-    from placer.plan import Plan
+    from placer.placement import Plan
+    from placer.runtime_map.engine_family import start_lines
 
     starts = start_lines(target, Plan.read(plan), str(out))
     _tell_start(starts)

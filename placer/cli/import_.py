@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import JsonOption, OutOption, note, print_json, print_table, warn
+from placer.cli.output import (
+    JsonOption,
+    OutOption,
+    note,
+    print_json,
+    print_table,
+    warn,
+)
 from placer.errors import UsageError
 
 _FORMATS = ("npz", "exflow", "csv", "sglang-routed", "sglang-dump", "vllm-routed")
@@ -66,10 +73,22 @@ def _import_tokens(
 ) -> dict[str, object]:
     from placer.trace import Trace
     from placer.trace.csv_rows import read_csv
-    from placer.trace.doubts import UNORDERED, doubts
-    from placer.trace.imported import REORDERED, import_file
-    from placer.trace.npz import read_exflow, read_npz
-    from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
+    from placer.trace.doubts import (
+        UNORDERED,
+        doubts,
+    )
+    from placer.trace.imported import (
+        REORDERED,
+        import_file,
+    )
+    from placer.trace.npz import (
+        read_exflow,
+        read_npz,
+    )
+    from placer.trace.routed_experts import (
+        read_sglang_routed,
+        read_vllm_routed,
+    )
     from placer.trace.sglang_dump import read_sglang_dump
 
     if map_ is not None:

@@ -5,7 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from placer.cli.output import JsonOption, note, print_json, print_line, print_table
+from placer.cli.output import (
+    JsonOption,
+    note,
+    print_json,
+    print_line,
+    print_table,
+)
 
 
 def inspect(

@@ -41,9 +41,12 @@ def learning(
 
     Parts of the sequences of --fold (0/2 if none is given) are profiled; all others judge.
     """
-    from placer.plan.options import SolveOptions
-    from placer.plan.problem import Topology
-    from placer.report.learning import DEFAULT_TOKENS, learning_curve
+    from placer.placement.topology import Topology
+    from placer.planning.learning import (
+        DEFAULT_TOKENS,
+        learning_curve,
+    )
+    from placer.solver.options import SolveOptions
     from placer.trace import Trace
 
     options = SolveOptions(

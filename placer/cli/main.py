@@ -26,7 +26,7 @@ from placer.cli.tables import tables
 from placer.cli.trace import trace_app
 from placer.cli.verify import verify
 from placer.errors import PlacerError
-from placer.worker import fails_first
+from placer.run.worker import fails_first
 
 app = typer.Typer(
     name="placer",

@@ -65,10 +65,10 @@ def record(
     """
     from contextlib import nullcontext
 
+    from placer.run.worker import Worker
     from placer.trace.corpus import name_corpora
     from placer.trace.record import RecordOptions
     from placer.trace.record import record as record_trace
-    from placer.worker import Worker
 
     options = RecordOptions(
         sequence_length=sequence_length,

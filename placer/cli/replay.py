@@ -74,9 +74,12 @@ def replay(
     byte, and outputs those of the model run by itself; exit 5 if not.
     """
     from placer.model import require_same_model
-    from placer.plan import Plan
+    from placer.placement import Plan
+    from placer.run.worker import (
+        Worker,
+        start_workers,
+    )
     from placer.trace import Trace
-    from placer.worker import Worker, start_workers
 
     worker = Worker.of_environment()
     planned, read = Plan.read(plan), Trace(trace)
@@ -84,10 +87,14 @@ def replay(
     num_ranks = planned.placement.num_ranks
     if worker.alone and num_ranks > 1:
         raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
-    from placer.hardware import Hardware
     from placer.replay.replay import ReplayOptions
     from placer.replay.replay import replay as replay_plan
-    from placer.report.replay import columns, facts, rows
+    from placer.report.replay import (
+        columns,
+        facts,
+        rows,
+    )
+    from placer.target.hardware import Hardware
 
     outcome = replay_plan(
         plan,

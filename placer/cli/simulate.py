@@ -25,7 +25,7 @@ from placer.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from placer.simulation.judge import Judgement
+    from placer.planning.judge import Judgement
 
 
 def simulate(
@@ -88,15 +88,24 @@ def simulate(
     its combined rule token_combined and token_equal_combined. Judge on sequences that the
     plan was not solved on: --fold or --not-fold.
     """
-    from placer.engine import engines_named
-    from placer.hardware import Hardware
-    from placer.plan import Plan
+    from placer.placement import Plan
+    from placer.planning.judge import (
+        Serving,
+        judge_plan,
+    )
+    from placer.planning.verdict import verdict_lines
     from placer.report.batches import summary_table
-    from placer.report.verdict import verdict_lines
-    from placer.simulation.cost import find_expert_shape, require_no_sizes
-    from placer.simulation.homes import batch_shapes, parse_tokens_per_rank
-    from placer.simulation.judge import Serving, judge_plan
+    from placer.serving.homes import (
+        batch_shapes,
+        parse_tokens_per_rank,
+    )
+    from placer.simulation.cost import (
+        find_expert_shape,
+        require_no_sizes,
+    )
     from placer.simulation.sent import engine_of
+    from placer.target.engine import engines_named
+    from placer.target.hardware import Hardware
     from placer.trace import Trace
 
     read, solved = Trace(trace), Plan.read(plan)
@@ -159,9 +168,9 @@ def simulate(
 
 def _show(judgement: "Judgement") -> None:
     """Print the tables and facts of one engine."""
+    from placer.planning.verdict import fact_lines
     from placer.report.batches import batch_tables
     from placer.report.comparison import comparison_table
-    from placer.report.verdict import fact_lines
     from placer.simulation.sent import deployable
 
     figures = judgement.to_json()

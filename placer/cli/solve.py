@@ -31,8 +31,8 @@ from placer.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from placer.report.frontier import FrontierPoint
-    from placer.solving import Solved
+    from placer.planning.frontier import FrontierPoint
+    from placer.planning.solving import Solved
 
 
 def solve(
@@ -260,16 +260,26 @@ def solve(
     input and seed give the same plan.
     """
     began = time.monotonic()  # the limit on time counts what is imported below
-    from placer.files import require_no_directory
-    from placer.plan.deadline import Deadline
-    from placer.plan.options import SolveOptions
-    from placer.plan.pins import Pin
-    from placer.plan.refine import RefineLimits
-    from placer.plan.search import SearchLimits
-    from placer.plan.world import group_topology, world_layout
-    from placer.report.comparison import plan_notes, plan_warnings
-    from placer.report.frontier import parse_caps
-    from placer.solving import SolveRequest, solve_frontier, solve_request
+    from placer.placement.pins import Pin
+    from placer.placement.world import (
+        group_topology,
+        world_layout,
+    )
+    from placer.planning.frontier import parse_caps
+    from placer.planning.solving import (
+        SolveRequest,
+        solve_frontier,
+        solve_request,
+    )
+    from placer.report.comparison import (
+        plan_notes,
+        plan_warnings,
+    )
+    from placer.run.deadline import Deadline
+    from placer.run.files import require_no_directory
+    from placer.solver.options import SolveOptions
+    from placer.solver.search.pair_search import SearchLimits
+    from placer.solver.search.refine import RefineLimits
 
     layout = world_layout(
         num_nodes=nodes,
@@ -353,7 +363,11 @@ def solve(
 
 def _show(solved: "Solved", start: Path | None) -> None:
     """Print the figures of a plan and what proves them."""
-    from placer.report.comparison import certificate_lines, plan_table, price_line
+    from placer.report.comparison import (
+        certificate_lines,
+        plan_table,
+        price_line,
+    )
 
     plan, choice = solved.plan, solved.time
     columns, rows = plan_table(plan)
@@ -388,7 +402,7 @@ def _number_or_auto(text: str) -> int | None:
 
 
 def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) -> None:
-    from placer.report.frontier import TABLE_NAME
+    from placer.planning.frontier import TABLE_NAME
 
     rows = [point.to_json() for point in points]
     if as_json:

@@ -91,8 +91,11 @@ def tables(
     Built from the tokens that the plan was solved on, unless --fold or --phase says
     otherwise, and tried on all other sequences.
     """
-    from placer.files import require_no_directory
-    from placer.table.make import TableOptions, make_table
+    from placer.planning.tables import (
+        TableOptions,
+        make_table,
+    )
+    from placer.run.files import require_no_directory
     from placer.trace import Trace
 
     require_no_directory(out)

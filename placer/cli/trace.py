@@ -120,7 +120,10 @@ def dedup(
     the fold, judge on the rest.
     """
     from placer.trace import Trace
-    from placer.trace.dedup import KINDS, dedup_trace
+    from placer.trace.dedup import (
+        KINDS,
+        dedup_trace,
+    )
 
     wanted = {"prefixes": prefixes, "rows": rows, "warm_up": warm_up}
     kinds = tuple(kind for kind in KINDS if wanted[kind])

@@ -8,25 +8,43 @@ from typing import Any
 from placer.affinity import Affinity
 from placer.affinity.from_traces import affinity_of_traces
 from placer.checkpoint.export import export_checkpoint
-from placer.checkpoint.verify import VerificationReport, verify
-from placer.demo.text import DOMAINS, Split, documents
+from placer.checkpoint.verify import (
+    VerificationReport,
+    verify,
+)
+from placer.demo.text import (
+    DOMAINS,
+    Split,
+    documents,
+)
 from placer.errors import PlacerError
-from placer.files import require_absent
 from placer.model import ModelSpec
-from placer.plan import Placement, Plan
-from placer.plan.deadline import Deadline
-from placer.plan.options import SolveOptions
-from placer.plan.plan import Policy
-from placer.plan.planner import plan_from_trace
-from placer.plan.problem import Topology
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.placement.plan import Policy
+from placer.placement.reference import contiguous
+from placer.placement.topology import Topology
+from placer.planning.planner import plan_from_trace
 from placer.report.html import write_html
+from placer.run.deadline import Deadline
+from placer.run.files import require_absent
 from placer.runtime_map import export_map
-from placer.simulation.baselines import balanced, contiguous
 from placer.simulation.simulate import simulate
+from placer.solver.balance.load_caps import balanced
+from placer.solver.options import SolveOptions
 from placer.table import build_table
-from placer.trace import EVERYTHING, Chunk, Trace
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Trace,
+)
 from placer.trace.corpus import Corpus
-from placer.trace.record import RecordOptions, record
+from placer.trace.record import (
+    RecordOptions,
+    record,
+)
 
 NUM_RANKS = 4
 TOKENS_PER_DOMAIN = 16_384

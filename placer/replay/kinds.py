@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from placer.engine import Exchange
+from placer.target.engine import Exchange
 
 #: transformers' own exchange: a hidden state per expert.
 ENGINE = "all_to_all"

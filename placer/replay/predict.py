@@ -4,23 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.engine import Exchange
-from placer.hardware import FloatArray, Hardware
-from placer.plan.placement import Placement
+from placer.arrays import FloatArray, IntArray
+from placer.placement.placement import Placement
 from placer.replay.traffic import Collective
+from placer.serving.homes import Batches
+from placer.serving.layer_serving import (
+    RankArray,
+    majority_rank,
+)
+from placer.serving.replica_choice import Server
 from placer.simulation.cost import exchange_seconds
-from placer.simulation.homes import Batches
 from placer.simulation.messages import dispatch_messages
-from placer.simulation.replica_choice import Server
-from placer.simulation.serving import RankArray, majority_rank
-from placer.simulation.steps import Copies, LinkCopies
+from placer.simulation.steps import (
+    Copies,
+    LinkCopies,
+)
 from placer.table.homes import TableHomes
 from placer.table.table import Table
+from placer.target.engine import Exchange
+from placer.target.hardware import Hardware
 from placer.trace import Chunk
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,22 +9,56 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from placer.errors import PlacerError, UsageError, VerificationError
-from placer.files import read_json
-from placer.hardware import Hardware
-from placer.model import Architecture, ModelSpec, require_same_model
-from placer.plan import Placement, Plan
-from placer.replay.kinds import EXCHANGE_KINDS, FOLLOW, PER_NODE, SHUFFLE
-from placer.replay.outcome import ReplayedRun, ReplayOutcome, median_seconds
-from placer.replay.predict import predict_copies, predict_seconds
+from placer.errors import (
+    PlacerError,
+    UsageError,
+    VerificationError,
+)
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    require_same_model,
+)
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.placement.reference import contiguous
+from placer.planning.judge import read_table_of
+from placer.replay.kinds import (
+    EXCHANGE_KINDS,
+    FOLLOW,
+    PER_NODE,
+    SHUFFLE,
+)
+from placer.replay.outcome import (
+    ReplayedRun,
+    ReplayOutcome,
+    median_seconds,
+)
+from placer.replay.predict import (
+    predict_copies,
+    predict_seconds,
+)
 from placer.replay.traffic import Collective
-from placer.simulation.baselines import contiguous
-from placer.simulation.homes import fixed_homes
-from placer.simulation.judge import read_table_of
+from placer.run.files import read_json
+from placer.run.worker import (
+    Worker,
+    together,
+)
+from placer.serving.homes import fixed_homes
 from placer.table.table import Table
-from placer.trace import EVERYTHING, Chunk, Selection, Trace
-from placer.trace.loading import Dtype, load_causal_model
-from placer.worker import Worker, together
+from placer.target.hardware import Hardware
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Selection,
+    Trace,
+)
+from placer.trace.loading import (
+    Dtype,
+    load_causal_model,
+)
 
 if TYPE_CHECKING:
     from placer.replay.session import WorkerRun
@@ -343,7 +377,7 @@ class _Runner:
         self.device = str(model.device)
         self.copy_bytes = model.dtype.itemsize * (spec.hidden_size or 0)
         self.worker, self.batches, self.options = worker, batches, options
-        from placer.replay.session import Session  # transformers' own: it is there
+        from placer.replay.session import Session
 
         self.session = Session(model, architecture, spec, batches, options.repeats)
 

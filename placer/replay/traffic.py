@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-IntArray = npt.NDArray[np.int64]
+from placer.arrays import IntArray
+
 Part = Literal["exchange", "dispatch", "combine", "keys_and_values"]
 #: What a collective of torch.distributed does with what it is given, as far as it is timed.
 Operation = Literal["all_to_all", "all_gather"]

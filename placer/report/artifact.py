@@ -6,10 +6,10 @@ from typing import Any
 
 from placer.affinity import Affinity
 from placer.errors import PlacerError
-from placer.files import read_json
-from placer.plan import Plan
+from placer.placement import Plan
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
+from placer.run.files import read_json
 from placer.table import Table
 from placer.trace import Trace
 

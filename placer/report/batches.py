@@ -2,10 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 
-from placer.report.advice import Advice
-from placer.report.verdict import grouped, references
+from placer.planning.advice import Advice
+from placer.planning.judge import (
+    PLAN,
+    Judgement,
+)
+from placer.planning.verdict import (
+    grouped,
+    references,
+)
 from placer.simulation.batch_figures import BatchFigures
-from placer.simulation.judge import PLAN, Judgement
 
 Table = tuple[str, tuple[str, ...], list[list[object]]]
 

@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from placer.checkpoint.source import RECORD_NAME, CheckpointSource
-from placer.files import read_json
-from placer.layout import TensorKind, TensorLayout
-from placer.model import Architecture, ModelSpec
+from placer.checkpoint.source import (
+    RECORD_NAME,
+    CheckpointSource,
+)
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
+from placer.model.tensor_layout import (
+    TensorKind,
+    TensorLayout,
+)
+from placer.run.files import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

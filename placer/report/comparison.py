@@ -3,11 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from placer.plan import Plan
-from placer.plan.plan import Certificate, InnerCap, SolverReport
-from placer.plan.redundant import RedundantChoice
-from placer.simulation.replica_choice import unknown_dense_layers
-from placer.simulation.sent import NODE_COPIES, RANK_COPIES, Wire, engine_of
+from placer.placement import Plan
+from placer.placement.plan import (
+    Certificate,
+    InnerCap,
+    SolverReport,
+)
+from placer.serving.replica_choice import unknown_dense_layers
+from placer.simulation.sent import (
+    NODE_COPIES,
+    RANK_COPIES,
+    Wire,
+    engine_of,
+)
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
@@ -242,21 +250,6 @@ def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
     if inner_cap.holds:
         return line
     return f"{line}, above the {max_imbalance:g} asked for; it is the closest"
-
-
-def ladder_line(choice: RedundantChoice) -> str:
-    """Return the sentence on the redundant experts that were tried, and taken."""
-    steps = []
-    for step in choice.ladder:
-        words = f"{step.redundant_experts}: {step.value:.6g}"
-        if step.bytes_per_rank:
-            words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
-        steps.append(words if step.meets_cap else f"{words} above a cap")
-    return (
-        f"{choice.redundant_experts} redundant experts, no next step that is allowed and "
-        f"was tried saves {choice.least_gain:.0%}; {choice.objective_name}, quick plans: "
-        + "; ".join(steps)
-    )
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:

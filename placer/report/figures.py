@@ -10,22 +10,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.affinity import Affinity, count_affinity
+from placer.affinity import (
+    Affinity,
+    count_affinity,
+)
+from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.plan import Plan
+from placer.placement import Plan
+from placer.placement.placement import rank_load
 from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
-from placer.report.load import rank_load
 from placer.report.statistics import (
     TraceStatistics,
     distinct_rows,
     mutual_information,
     skew,
 )
-from placer.simulation.sent import Wire, deployable, engine_of
+from placer.simulation.sent import (
+    Wire,
+    deployable,
+    engine_of,
+)
 from placer.table import Table
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 _HEIGHT = 460

@@ -5,16 +5,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from placer import __version__
-from placer.files import atomic_file
+from placer.arrays import IntArray
 from placer.report.artifact import Artifact
-from placer.report.figures import Drawing, draw, require_plotly
-from placer.report.inspect import Section, Summary, summarize
-
-IntArray = npt.NDArray[np.int64]
+from placer.report.figures import (
+    Drawing,
+    draw,
+    require_plotly,
+)
+from placer.report.inspect import (
+    Section,
+    Summary,
+    summarize,
+)
+from placer.run.files import atomic_file
 
 _CONFIG = {"displaylogo": False, "responsive": True}
 _STYLE = """

@@ -11,22 +11,27 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.affinity import Affinity
+from placer.arrays import IntArray
 from placer.model import ModelSpec
-from placer.plan import Placement, Plan
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.placement.placement import rank_load
 from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
 from placer.report.comparison import comparison_table
-from placer.report.load import rank_load
 from placer.report.statistics import (
     TraceStatistics,
     distinct_rows,
     mutual_information,
     skew,
 )
-from placer.simulation.sent import Wire, engine_of
+from placer.simulation.sent import (
+    Wire,
+    engine_of,
+)
 from placer.table import Table
-
-IntArray = npt.NDArray[np.int64]
 
 _QUANTILES = (0.1, 0.5, 0.9)
 

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.affinity.controls import CONTROLS, Control, blocks
+from placer.affinity.controls import (
+    CONTROLS,
+    Control,
+    blocks,
+)
 from placer.affinity.count import count_affinity
 from placer.affinity.information import (
     conditional_probability,
@@ -18,12 +21,15 @@ from placer.affinity.information import (
     mutual_information,
     top1_tables,
 )
+from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.trace import EVERYTHING, Chunk, Selection, Trace
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Selection,
+    Trace,
+)
 
 # Controls shuffle inside a block of so many tokens, which bounds memory.
 _BLOCK_TOKENS = 500_000

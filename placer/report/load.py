@@ -5,18 +5,18 @@ Legend of the shapes: L MoE layers, E logical experts of a layer, R ranks.
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from placer.affinity import Affinity
+from placer.arrays import IntArray
 from placer.errors import UsageError
 from placer.model import require_same_model
-from placer.plan import Placement, Plan
-from placer.report.artifact import Artifact, open_artifact
+from placer.placement import (
+    Plan,
+)
+from placer.report.artifact import (
+    Artifact,
+    open_artifact,
+)
 from placer.report.statistics import TraceStatistics
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 def load_for(plan: Artifact, plan_path: Path, path: Path) -> tuple[IntArray, ...]:
@@ -41,10 +41,3 @@ def load_for(plan: Artifact, plan_path: Path, path: Path) -> tuple[IntArray, ...
         return counted.load
     require_same_model(plan.model, str(plan_path), counted.trace.model, str(path))
     return tuple(load.sum(axis=0) for load in counted.load)
-
-
-def rank_load(placement: Placement, layer: int, load: IntArray) -> FloatArray:
-    """Return ``[R]``: pairs that each rank serves, as if copies served equally often."""
-    held = placement.holds(layer)
-    served: FloatArray = (load / held.sum(axis=1)) @ held
-    return served

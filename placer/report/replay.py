@@ -1,6 +1,10 @@
 """The table of a replay."""
 
-from placer.replay.outcome import ReplayedRun, ReplayOutcome, link_bytes
+from placer.replay.outcome import (
+    ReplayedRun,
+    ReplayOutcome,
+    link_bytes,
+)
 
 _COLUMNS = (
     "placement",

@@ -11,12 +11,17 @@ import numpy.typing as npt
 
 # Named here for the reports and notebooks that show it beside the other figures.
 from placer.affinity.information import mutual_information as mutual_information
+from placer.arrays import FloatArray, IntArray
 from placer.table import Table
-from placer.trace import Chunk, Trace
-from placer.trace.hashing import HashArray, sequence_hash, token_hash
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+from placer.trace import (
+    Chunk,
+    Trace,
+)
+from placer.trace.hashing import (
+    HashArray,
+    sequence_hash,
+    token_hash,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

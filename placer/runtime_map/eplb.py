@@ -10,9 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.files import unreadable_reason, write_tensors
-from placer.runtime_map.runtime import IntArray, MapSource, Runtime
+from placer.run.files import (
+    unreadable_reason,
+    write_tensors,
+)
+from placer.runtime_map.runtime import (
+    MapSource,
+    Runtime,
+)
 
 _NAMES = ("phy2log", "log2phy", "logcnt")
 

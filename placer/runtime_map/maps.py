@@ -6,12 +6,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from placer.engine_family import Start, known_families, start_lines
-from placer.errors import PlacerError, UsageError, VerificationError
-from placer.files import atomic_file, require_file
-from placer.plan.served import without_copies
-from placer.runtime_map import eplb, plain, sglang, trtllm, vllm_ascend
-from placer.runtime_map.runtime import MapSource, Runtime, require_valid_rows
+from placer.errors import (
+    PlacerError,
+    UsageError,
+    VerificationError,
+)
+from placer.run.files import (
+    atomic_file,
+    require_file,
+)
+from placer.runtime_map import (
+    eplb,
+    plain,
+    sglang,
+    trtllm,
+    vllm_ascend,
+)
+from placer.runtime_map.engine_family import (
+    Start,
+    known_families,
+    start_lines,
+    without_copies,
+)
+from placer.runtime_map.runtime import (
+    MapSource,
+    Runtime,
+    require_valid_rows,
+)
 
 RUNTIMES: dict[str, Runtime] = {
     "sglang": sglang.SGLANG,

@@ -5,8 +5,12 @@ import json
 from pathlib import Path
 
 from placer.errors import PlacerError
-from placer.files import read_json
-from placer.runtime_map.runtime import MapSource, Runtime, require_integers
+from placer.run.files import read_json
+from placer.runtime_map.runtime import (
+    MapSource,
+    Runtime,
+    require_integers,
+)
 
 SCHEMA_VERSION = 1
 KIND = "placement_map"

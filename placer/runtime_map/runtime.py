@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from placer.errors import PlacerError
-from placer.files import read_json
-from placer.model import Architecture, ModelSpec, require_same_model
-from placer.plan import Placement, Plan
-
-IntArray = npt.NDArray[np.int64]
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    require_same_model,
+)
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.run.files import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

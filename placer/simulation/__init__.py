@@ -5,8 +5,7 @@ experts of a layer, R ranks, V token ids. Arrays ``[k, T]`` hold one row per pla
 router's order, so that every step is a pass over contiguous memory.
 """
 
-from placer.simulation.baselines import balanced, contiguous, random
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import simulate
 
-__all__ = ["PolicyMetrics", "balanced", "contiguous", "random", "simulate"]
+__all__ = ["PolicyMetrics", "simulate"]

@@ -6,11 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from placer.engine import Exchange, ReplicaChoice
-from placer.plan.placement import Placement
-from placer.simulation.cost import CostModel, PredictedTime
-from placer.simulation.homes import Batches, BatchShape
-from placer.simulation.steps import Copies, LayerSteps, layer_steps
+from placer.placement.placement import Placement
+from placer.serving.homes import (
+    Batches,
+    BatchShape,
+)
+from placer.simulation.cost import (
+    CostModel,
+    PredictedTime,
+)
+from placer.simulation.steps import (
+    Copies,
+    LayerSteps,
+    layer_steps,
+)
+from placer.target.engine import (
+    Exchange,
+    ReplicaChoice,
+)
 from placer.trace import Chunk
 
 _DECIMALS = 5

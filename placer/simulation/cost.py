@@ -10,7 +10,7 @@ with hidden size H, expert width I (gate, up and down projection: 3 H I weights 
 two operations each per pair), and copies the more of sent and received. Both link classes
 work at the same time; the latency is that of the slowest link in use. Where a link was
 measured, its times for so many bytes are taken instead of the two figures
-(:class:`~placer.hardware.Link`).
+(:class:`~placer.target.hardware.Link`).
 
 Left out: attention, the router, shared experts (they run on every rank alike), kernels that
 pad to tiles, and overlap. ``overlapped`` says what is left where two half batches take
@@ -24,12 +24,29 @@ from typing import Self
 
 import numpy as np
 
-from placer.engine import Element, Engine, Transfer
-from placer.errors import UsageError, require_left_out
-from placer.hardware import Hardware, Link
-from placer.model import ModelSpec, expert_size
-from placer.simulation.steps import Copies, FloatArray, LayerSteps
-from placer.weight_bytes import checkpoint_weight_bytes
+from placer.arrays import FloatArray
+from placer.errors import (
+    UsageError,
+    require_left_out,
+)
+from placer.model import (
+    ModelSpec,
+    expert_size,
+)
+from placer.model.weight_bytes import checkpoint_weight_bytes
+from placer.simulation.steps import (
+    Copies,
+    LayerSteps,
+)
+from placer.target.engine import (
+    Element,
+    Engine,
+    Transfer,
+)
+from placer.target.hardware import (
+    Hardware,
+    Link,
+)
 
 #: Bytes per weight in each element, scales included.
 WEIGHT_BYTES: Mapping[Element, float] = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}

@@ -9,9 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import Exchange
+from placer.arrays import (
+    BoolArray,
+    IntArray,
+)
 from placer.errors import UsageError
-from placer.simulation.serving import BoolArray, IntArray, RankArray, first_occurrence
+from placer.serving.layer_serving import (
+    RankArray,
+    first_occurrence,
+)
+from placer.target.engine import Exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

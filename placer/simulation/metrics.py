@@ -5,10 +5,13 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-from placer.simulation.homes import Batches
-from placer.simulation.serving import RankArray, first_occurrence
+from placer.arrays import FloatArray
+from placer.serving.homes import Batches
+from placer.serving.layer_serving import (
+    RankArray,
+    first_occurrence,
+)
 
-FloatArray = npt.NDArray[np.float64]
 _DECIMALS = 5
 
 

@@ -7,7 +7,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import (
+from placer.placement.plan import Plan
+from placer.simulation.metrics import PolicyTally
+from placer.target.engine import (
     Engine,
     Exchange,
     ReplicaChoice,
@@ -15,8 +17,6 @@ from placer.engine import (
     known_engines,
     placement_effect,
 )
-from placer.plan.plan import Plan
-from placer.simulation.metrics import PolicyTally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,16 +5,26 @@ from typing import TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import ReplicaChoice
 from placer.errors import PlacerError
-from placer.plan.placement import Placement
-from placer.simulation.homes import Batches, fixed_homes
-from placer.simulation.metrics import PolicyMetrics, PolicyTally
-from placer.simulation.replica_choice import Server
-from placer.simulation.serving import LayerServing, RankArray, majority_rank
+from placer.placement.placement import Placement
+from placer.serving.homes import (
+    Batches,
+    fixed_homes,
+)
+from placer.serving.layer_serving import (
+    LayerServing,
+    RankArray,
+    majority_rank,
+)
+from placer.serving.replica_choice import Server
+from placer.simulation.metrics import (
+    PolicyMetrics,
+    PolicyTally,
+)
 from placer.table.homes import TableHomes
 from placer.table.lookup import request_homes
 from placer.table.table import Table
+from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
 
 #: Tokens of the batches that the metrics of home policies are defined by.
@@ -33,7 +43,7 @@ class ServingOptions(TypedDict, total=False):
         The placement's token-shuffle table, for the policies ``token``, ``token_equal``
         and ``request``; ``None``.
     replica_choice
-        Which copy of an expert serves (:mod:`placer.simulation.replica_choice`);
+        Which copy of an expert serves (:mod:`placer.serving.replica_choice`);
         ``None``, which will do where each expert has one copy.
     layer_ids
         The model's own layer number of each MoE layer, which ``sglang-static`` depends

@@ -13,20 +13,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import Exchange, ReplicaChoice
+from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
-from placer.plan.placement import Placement
-from placer.simulation.homes import Batches, fixed_homes
-from placer.simulation.messages import Messages, dispatch_messages
-from placer.simulation.replica_choice import Server
-from placer.simulation.serving import (
-    IntArray,
+from placer.placement.placement import Placement
+from placer.serving.homes import (
+    Batches,
+    fixed_homes,
+)
+from placer.serving.layer_serving import (
     RankArray,
     majority_rank,
 )
+from placer.serving.replica_choice import Server
+from placer.simulation.messages import (
+    Messages,
+    dispatch_messages,
+)
+from placer.target.engine import (
+    Exchange,
+    ReplicaChoice,
+)
 from placer.trace import Chunk
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,7 +126,7 @@ def layer_steps(
     replica_choice
         Which copy of an expert serves; ``None`` where each has one.
     layer_ids
-        As :func:`placer.simulation.replica_choice.serving_layers` takes it.
+        As :func:`placer.serving.replica_choice.serving_layers` takes it.
 
     Raises
     ------

@@ -31,32 +31,49 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import ReplicaChoice
-from placer.errors import PlacerError, UsageError
+from placer.arrays import FloatArray, IntArray
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
 from placer.model import ModelSpec
-from placer.plan.placement import Placement
-from placer.simulation.homes import fixed_homes
-from placer.simulation.replica_choice import serving_layers
-from placer.simulation.serving import (
+from placer.placement.placement import Placement
+from placer.serving.homes import fixed_homes
+from placer.serving.layer_serving import (
     LayerServing,
     RankArray,
     majority_rank,
     rank_dtype,
 )
+from placer.serving.replica_choice import serving_layers
 from placer.table.combined import CombinedBuilder
-from placer.table.embeddings import Embeddings, nearest_seen
-from placer.table.hash_routing import TokenExperts, require_same_routing
-from placer.table.histories import HistoryRates, sums
-from placer.table.lookup import LayerTable, known_ids
+from placer.table.embeddings import (
+    Embeddings,
+    nearest_seen,
+)
+from placer.table.hash_routing import (
+    TokenExperts,
+    require_same_routing,
+)
+from placer.table.histories import (
+    HistoryRates,
+    sums,
+)
+from placer.table.lookup import (
+    LayerTable,
+    known_ids,
+)
 from placer.table.prices import even_prices
 from placer.table.regression import EmbeddingRegression
 from placer.table.requests import request_scores
-from placer.table.table import Table, expert_rank_rows
+from placer.table.table import (
+    Table,
+    expert_rank_rows,
+)
+from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
 
 Array = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 UnseenIds = Literal["regression", "nearest"]
 
 # Longer histories than four layers foretell no more, whatever they cost.
@@ -124,7 +141,7 @@ def build_table(
         nearest neighbour among the seen ones, by cosine.
     replica_choice, layer_ids
         Who serves in the layers before, whose majority ranks index A: as
-        :func:`placer.simulation.replica_choice.serving_layers` takes them. Under ``hash``
+        :func:`placer.serving.replica_choice.serving_layers` takes them. Under ``hash``
         all copies take turns.
 
     Raises

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import ReplicaChoice
-from placer.plan.placement import Placement
+from placer.intervals import FEWEST_SEQUENCES
+from placer.placement.placement import Placement
+from placer.serving.homes import fixed_homes
+from placer.serving.layer_serving import LayerServing
+from placer.serving.replica_choice import serving_layers
 from placer.shuffle import CombinedRule
-from placer.simulation.homes import fixed_homes
-from placer.simulation.intervals import FEWEST_SEQUENCES
-from placer.simulation.replica_choice import serving_layers
-from placer.simulation.serving import LayerServing
 from placer.table.homes import TableHomes
 from placer.table.table import Table
+from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
 
 

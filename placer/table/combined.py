@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.plan.placement import Placement
-from placer.shuffle import CombinedRule, combined_scores
-from placer.simulation.serving import LayerServing
+from placer.arrays import FloatArray, IntArray
+from placer.placement.placement import Placement
+from placer.serving.layer_serving import LayerServing
+from placer.shuffle import (
+    CombinedRule,
+    combined_scores,
+)
 from placer.table.prices import even_prices
 from placer.trace import Chunk
 
 Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 # Tokens that the penalty weighs as much as: 10 and 100 do as well.
 _PENALTY = 40.0

@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from placer.arrays import IntArray
 from placer.checkpoint.shard import Shard
 from placer.errors import PlacerError
 from placer.table.checkpoint_tensors import tensor_files
 
 FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 #: Memory for the rows of seen ids that are compared at a time.
 SEEN_BYTES = 1 << 30

@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.files import read_json
-from placer.layout import TensorKind
-from placer.model import Architecture, ModelSpec
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
+from placer.model.tensor_layout import TensorKind
+from placer.run.files import read_json
 from placer.table.checkpoint_tensors import tensor_files
 from placer.trace import Chunk
 

@@ -16,12 +16,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from placer.simulation.serving import RankArray
+from placer.arrays import FloatArray, IntArray
+from placer.serving.layer_serving import RankArray
 from placer.table.lookup import history_index
 
 Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 # Tokens that the penalty weighs as much as, and that a foretold rate does.
 _PENALTY = 40.0

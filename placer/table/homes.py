@@ -5,9 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from placer.simulation.homes import Batches
-from placer.simulation.serving import RankArray, majority_rank
-from placer.table.lookup import LayerTable, equal_homes, known_ids
+from placer.serving.homes import Batches
+from placer.serving.layer_serving import (
+    RankArray,
+    majority_rank,
+)
+from placer.table.lookup import (
+    LayerTable,
+    equal_homes,
+    known_ids,
+)
 from placer.table.table import Table
 
 

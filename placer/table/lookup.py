@@ -7,13 +7,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from placer.simulation.homes import Batches
-from placer.simulation.serving import RankArray
+from placer.arrays import IntArray
+from placer.serving.homes import Batches
+from placer.serving.layer_serving import RankArray
 from placer.table.table import Table
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 # A request's home is decided on this many tokens of its prompt.
 REQUEST_PREFIX = 64

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from placer.arrays import FloatArray
 
 # Prices move by this much of a rate per unit of imbalance, less from round to round, and
 # towards a share of the cap's distance to 1, so that they reach the cap itself.

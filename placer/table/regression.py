@@ -13,11 +13,14 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from placer.table.embeddings import Embeddings, require_rows, unit_rows
+from placer.arrays import FloatArray, IntArray
+from placer.table.embeddings import (
+    Embeddings,
+    require_rows,
+    unit_rows,
+)
 
 Float32Array = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 #: Wider embeddings are projected to this many dimensions.
 MOST_DIMENSIONS = 512

@@ -9,14 +9,11 @@ in place of the logarithms.
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.plan.placement import Placement
-from placer.simulation.serving import LayerServing
+from placer.arrays import FloatArray, IntArray
+from placer.placement.placement import Placement
+from placer.serving.layer_serving import LayerServing
 from placer.trace import Chunk
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 # Average sequences that every id is counted in besides its own.
 _SHRINKAGE = 1.0

@@ -11,10 +11,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from placer.errors import PlacerError
-from placer.files import require_file, write_tensors
 from placer.model import ModelSpec
+from placer.run.files import (
+    require_file,
+    write_tensors,
+)
+from placer.serving.layer_serving import rank_dtype
 from placer.shuffle import CombinedRule
-from placer.simulation.serving import rank_dtype
 
 Array = npt.NDArray[Any]
 SCHEMA_VERSION = 1

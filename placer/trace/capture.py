@@ -5,7 +5,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from placer.errors import PlacerError
-from placer.model import Architecture, ModelSpec
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from placer.errors import PlacerError, UsageError
-from placer.files import sha256_file
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.run.files import sha256_file
 from placer.trace.header import MAX_DOMAINS
 
 #: A text, or the messages of a chat, each with its role and content.

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
+from placer.trace.imported import (
+    UNREADABLE,
+    BoundModel,
+    ImportedTokens,
+)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import BoolArray
 from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
-from placer.trace.hashing import HashArray, expert_set_hash, prefix_hash
+from placer.trace.hashing import (
+    HashArray,
+    expert_set_hash,
+    prefix_hash,
+)
 from placer.trace.header import TraceHeader
 from placer.trace.reader import Trace
 from placer.trace.rewrite import write_derived
 from placer.trace.selection import Selection
 from placer.trace.warm_up import warm_up_mask
 
-BoolArray = npt.NDArray[np.bool_]
 Kind = Literal["prefixes", "rows", "warm_up"]
 KINDS: tuple[Kind, ...] = ("prefixes", "rows", "warm_up")
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.trace.capture import RouterCapture, to_host
+from placer.arrays import IntArray
+from placer.trace.capture import (
+    RouterCapture,
+    to_host,
+)
 
 if TYPE_CHECKING:
     import torch
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from placer.errors import PlacerError
-from placer.files import read_json
 from placer.model import ModelSpec
+from placer.run.files import read_json
 
 SCHEMA_VERSION = 1
 HEADER_NAME = "trace.json"

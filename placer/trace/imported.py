@@ -18,11 +18,29 @@ import numpy.typing as npt
 
 from placer import __version__
 from placer.errors import PlacerError
-from placer.files import read_json, require_absent, require_file, sha256_file
-from placer.model import Architecture, ModelSpec
-from placer.trace.chunk import Chunk, expert_dtype, require_ranges
-from placer.trace.expert_order import listed_by_id, ordered_by_weight
-from placer.trace.header import MAX_DOMAINS, TraceHeader
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
+from placer.run.files import (
+    read_json,
+    require_absent,
+    require_file,
+    sha256_file,
+)
+from placer.trace.chunk import (
+    Chunk,
+    expert_dtype,
+    require_ranges,
+)
+from placer.trace.expert_order import (
+    listed_by_id,
+    ordered_by_weight,
+)
+from placer.trace.header import (
+    MAX_DOMAINS,
+    TraceHeader,
+)
 from placer.trace.writer import TraceWriter
 
 Array = npt.NDArray[Any]

@@ -11,8 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.files import unreadable_reason
-from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
+from placer.run.files import unreadable_reason
+from placer.trace.imported import (
+    UNREADABLE,
+    BoundModel,
+    ImportedTokens,
+)
 
 _ARRAYS = (
     "experts",

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from placer.errors import PlacerError
+from placer.run.worker import Worker
 from placer.trace.header import TraceHeader
 from placer.trace.writer import TraceWriter
-from placer.worker import Worker
 
 
 def part_of(worker: Worker, out: Path) -> Path:

@@ -8,11 +8,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from placer.errors import PlacerError
-from placer.files import sha256_file
 from placer.model import ModelSpec
+from placer.run.files import sha256_file
 from placer.trace.chunk import Chunk
-from placer.trace.header import AGAIN, HEADER_NAME, ChunkInfo, TraceHeader
-from placer.trace.selection import EVERYTHING, Selection
+from placer.trace.header import (
+    AGAIN,
+    HEADER_NAME,
+    ChunkInfo,
+    TraceHeader,
+)
+from placer.trace.selection import (
+    EVERYTHING,
+    Selection,
+)
 
 
 class Trace:

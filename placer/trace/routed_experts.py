@@ -18,8 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.files import unreadable_reason
-from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
+from placer.run.files import unreadable_reason
+from placer.trace.imported import (
+    UNREADABLE,
+    BoundModel,
+    ImportedTokens,
+)
 
 Array = npt.NDArray[Any]
 _NEEDS_MODEL = "name the model, which says how many layers a row has: --model DIR"

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from placer.engine import PHASES, Phase
-from placer.errors import PlacerError, UsageError
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.target.engine import (
+    PHASES,
+    Phase,
+)
 from placer.trace.fold import Fold
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any, Self
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.files import (
+from placer.model import ModelSpec
+from placer.run.files import (
     atomic_file,
     canonical_json,
     partial_path,
@@ -19,9 +20,12 @@ from placer.files import (
     sha256_file,
     write_tensors,
 )
-from placer.model import ModelSpec
 from placer.trace.chunk import Chunk
-from placer.trace.header import HEADER_NAME, ChunkInfo, TraceHeader
+from placer.trace.header import (
+    HEADER_NAME,
+    ChunkInfo,
+    TraceHeader,
+)
 
 _JOURNAL_NAME = "journal.json"
 

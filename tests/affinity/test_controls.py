@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.affinity import count_affinity
-from placer.affinity.controls import CONTROLS, blocks
-from placer.affinity.information import mutual_information, pair_tables
+from placer.affinity.controls import (
+    CONTROLS,
+    blocks,
+)
+from placer.affinity.information import (
+    mutual_information,
+    pair_tables,
+)
 from placer.model import ModelSpec
 from placer.trace import Chunk
 

@@ -9,9 +9,13 @@ from placer.baseline import BaselineProblem
 from placer.baseline.eplb import eplb
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.plan.packing import packed
-from placer.plan.problem import Topology
-from placer.trace import Chunk, Trace, TraceWriter
+from placer.placement.topology import Topology
+from placer.solver.balance.packing import packed
+from placer.trace import (
+    Chunk,
+    Trace,
+    TraceWriter,
+)
 
 # README of github.com/deepseek-ai/EPLB: loads of 2 layers of 12 experts in 4 groups, and
 # where 16 copies go on 2 nodes of 4 ranks.

@@ -7,7 +7,7 @@ import pytest
 
 from placer.baseline import BaselineProblem
 from placer.baseline.moetuner import moetuner
-from placer.plan.problem import Topology
+from placer.placement.topology import Topology
 
 TOLERANCE = 1.025  # at which the paper's solver stops
 

@@ -31,7 +31,7 @@ from placements import Case
 
 from placer.baseline import BASELINES
 from placer.errors import UsageError
-from placer.simulation.intervals import CopiesRatio
+from placer.intervals import CopiesRatio
 
 #: A baseline is under the cap of a plan if no layer has more than this above the plan's.
 CAP_TOLERANCE = 1e-6

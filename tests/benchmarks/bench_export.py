@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 from tests.plans import unsolved_plan
 
 LAYERS, EXPERTS, HIDDEN, WIDTH = 8, 64, 2048, 1024

@@ -15,12 +15,12 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.model import ModelSpec
-from placer.plan.options import SolveOptions
-from placer.plan.placement import Placement
-from placer.plan.problem import Topology
-from placer.plan.solve import solve
-from placer.simulation.baselines import contiguous
+from placer.placement.placement import Placement
+from placer.placement.reference import contiguous
+from placer.placement.topology import Topology
 from placer.simulation.simulate import simulate
+from placer.solver.options import SolveOptions
+from placer.solver.solve import solve
 from placer.trace import Chunk
 
 NODE_COPIES = "remote_node_copies_per_token"

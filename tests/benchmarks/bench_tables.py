@@ -11,11 +11,20 @@ import torch
 
 from placer.demo.road import shipped_model
 from placer.model import ModelSpec
+from placer.placement.reference import contiguous
 from placer.shuffle import ShuffleTable
-from placer.simulation.baselines import contiguous
-from placer.table import Table, build_table
-from placer.table.on_device import DeviceHomes, DeviceTable
-from placer.trace import Chunk, Trace
+from placer.table import (
+    Table,
+    build_table,
+)
+from placer.table.on_device import (
+    DeviceHomes,
+    DeviceTable,
+)
+from placer.trace import (
+    Chunk,
+    Trace,
+)
 from placer.trace.loading import load_model
 
 RANKS = 8

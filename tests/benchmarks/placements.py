@@ -17,21 +17,41 @@ from typing import Any
 import numpy as np
 
 import placer
-from placer.affinity import Affinity, count_affinity
-from placer.baseline import BASELINES, BaselineProblem
-from placer.files import atomic_file
-from placer.plan.layer_profile import layer_tokens
-from placer.plan.options import SolveOptions
-from placer.plan.placement import Placement
-from placer.plan.plan import Policy
-from placer.plan.planner import plan_from_trace
-from placer.plan.problem import Topology
-from placer.plan.refine import RefineLimits, Refinement
-from placer.plan.scenarios import load_scenarios
-from placer.plan.traffic import ReplicaChoice, TrafficProblem
+from placer.affinity import (
+    Affinity,
+    count_affinity,
+)
+from placer.baseline import (
+    BASELINES,
+    BaselineProblem,
+)
+from placer.placement.placement import Placement
+from placer.placement.plan import Policy
+from placer.placement.topology import Topology
+from placer.planning.planner import plan_from_trace
+from placer.run.files import atomic_file
 from placer.simulation.metrics import PolicyTally
-from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
-from placer.trace import Chunk, Fold, Selection, Trace
+from placer.simulation.simulate import (
+    DEFAULT_BATCH_SIZE,
+    count,
+)
+from placer.solver.options import SolveOptions
+from placer.solver.problem.layer_profile import layer_tokens
+from placer.solver.problem.scenarios import load_scenarios
+from placer.solver.problem.traffic import (
+    ReplicaChoice,
+    TrafficProblem,
+)
+from placer.solver.search.refine import (
+    RefineLimits,
+    Refinement,
+)
+from placer.trace import (
+    Chunk,
+    Fold,
+    Selection,
+    Trace,
+)
 from tests.referee import load_referee, referee_result
 
 #: Commands and reports print figures, they make none.

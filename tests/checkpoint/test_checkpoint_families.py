@@ -16,11 +16,14 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import (
+    export_checkpoint,
+    restore_checkpoint,
+)
 from placer.checkpoint.verify import verify
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 from placer.report.checkpoint import Checkpoint
 from tests.families import (
     FAMILIES,

@@ -18,9 +18,12 @@ from placer.checkpoint.deepspeed import (
     verify_deepspeed,
 )
 from placer.cli.main import main
-from placer.errors import PlacerError, VerificationError
+from placer.errors import (
+    PlacerError,
+    VerificationError,
+)
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 
 WritePlan = Callable[..., Path]
 HIDDEN, WIDTH, MP_RANKS = 8, 12, 2

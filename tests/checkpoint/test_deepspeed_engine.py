@@ -18,7 +18,7 @@ import torch
 
 from placer.checkpoint.deepspeed import export_deepspeed
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"

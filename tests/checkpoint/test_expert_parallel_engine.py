@@ -17,9 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from placer.checkpoint.export import export_checkpoint
-from placer.files import read_json
-from placer.model import Architecture, ModelSpec
-from placer.plan import Placement
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
+from placer.placement import Placement
+from placer.run.files import read_json
 from placer.trace.capture import RouterCapture
 from tests.families import build, legal_rows, randomise
 

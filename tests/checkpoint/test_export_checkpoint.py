@@ -18,10 +18,17 @@ from placer.checkpoint.export import (
     restore_checkpoint,
 )
 from placer.checkpoint.writing import ExportOptions
-from placer.errors import PlacerError, UsageError, VerificationError
+from placer.errors import (
+    PlacerError,
+    UsageError,
+    VerificationError,
+)
 from placer.model import ModelSpec
-from placer.parallel import Backend
-from placer.plan import Placement, Plan
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.run.parallel import Backend
 
 MakePlan = Callable[..., Path]
 

@@ -14,11 +14,17 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import (
+    export_checkpoint,
+    restore_checkpoint,
+)
 from placer.checkpoint.verify import verify
-from placer.errors import PlacerError, VerificationError
+from placer.errors import (
+    PlacerError,
+    VerificationError,
+)
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 
 WritePlan = Callable[..., Path]
 NUM_EXPERTS, HIDDEN, WIDTH = 12, 16, 8

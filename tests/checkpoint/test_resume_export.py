@@ -27,9 +27,12 @@ from placer.checkpoint.export import (
 from placer.checkpoint.journal import resumable_directory
 from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
-from placer.errors import PlacerError, UsageError
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 
 NUM_EXPERTS, NUM_SHARDS = 8, 12
 CONFIG = {

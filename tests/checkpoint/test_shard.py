@@ -11,7 +11,10 @@ from safetensors.numpy import load, save
 
 from placer.checkpoint.named_experts import require_no_named_expert
 from placer.checkpoint.permutation import require_whole_groups
-from placer.checkpoint.shard import Shard, rename_keys
+from placer.checkpoint.shard import (
+    Shard,
+    rename_keys,
+)
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 

@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import (
+    export_checkpoint,
+    restore_checkpoint,
+)
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 
 # Twelve experts: the numbers have one digit or two, so headers change their length.
 NUM_EXPERTS = 12

@@ -12,12 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from placer.checkpoint.export import export_checkpoint
-from placer.checkpoint.verify import _Comparison, _Output, _tied, verify
+from placer.checkpoint.verify import (
+    _Comparison,
+    _Output,
+    _tied,
+    verify,
+)
 from placer.cli.main import main
-from placer.errors import PlacerError, VerificationError
-from placer.files import sha256_file
+from placer.errors import (
+    PlacerError,
+    VerificationError,
+)
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
+from placer.run.files import sha256_file
 
 MakePlan = Callable[..., Path]
 TEXTS = ["def add(one, two):\n    return one + two\n" * 8]

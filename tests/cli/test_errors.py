@@ -13,7 +13,10 @@ import pytest
 
 from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
-from placer.trace import EVERYTHING, Trace
+from placer.trace import (
+    EVERYTHING,
+    Trace,
+)
 
 Refused = Callable[..., str]
 
@@ -166,8 +169,8 @@ def test_refused(
 @pytest.mark.parametrize(
     ("work", "line"),
     [
-        ("placer.solving.solve_request", "solve trace --gpus-per-node 2"),
-        ("placer.table.make.make_table", "tables plan trace"),
+        ("placer.planning.solving.solve_request", "solve trace --gpus-per-node 2"),
+        ("placer.planning.tables.make_table", "tables plan trace"),
         ("placer.affinity.from_traces.affinity_of_traces", "affinity trace"),
     ],
 )

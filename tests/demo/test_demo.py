@@ -11,10 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from placer.checkpoint.export import export_checkpoint
-from placer.demo.road import _solve, run_demo, shipped_model
-from placer.demo.text import DOMAINS, documents
+from placer.demo.road import (
+    _solve,
+    run_demo,
+    shipped_model,
+)
+from placer.demo.text import (
+    DOMAINS,
+    documents,
+)
 from placer.model import ModelSpec
-from placer.plan.search import Search
+from placer.solver.search.pair_search import Search
 from placer.trace import Trace
 
 SPLITS = ("train", "profile", "heldout")

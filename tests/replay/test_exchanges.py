@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 from placer.errors import PlacerError
+from placer.placement.reference import contiguous
 from placer.replay.exchanges import (
     DedupExchange,
     PaddedExchange,
@@ -21,7 +22,6 @@ from placer.replay.exchanges import (
 )
 from placer.replay.token_shuffle import TokenShuffle
 from placer.replay.traffic import TrafficCounter
-from placer.simulation.baselines import contiguous
 from placer.table import build_table
 from placer.trace import Chunk
 

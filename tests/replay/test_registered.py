@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from placer.model import ModelSpec
-from placer.plan import Placement
+from placer.placement import Placement
 from placer.table import build_table
 from placer.trace import Chunk
 from tests.families import build, randomise

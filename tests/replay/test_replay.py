@@ -17,17 +17,36 @@ import numpy as np
 import pytest
 import torch
 
-from placer.errors import PlacerError, UsageError
-from placer.files import read_json
-from placer.hardware import Hardware
-from placer.model import Architecture, ModelSpec
-from placer.plan import Placement, Plan
-from placer.replay.replay import ReplayOptions, replay
-from placer.table.make import TableOptions, make_table
-from placer.trace import Chunk, Trace, TraceWriter
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.model import (
+    Architecture,
+    ModelSpec,
+)
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.planning.tables import (
+    TableOptions,
+    make_table,
+)
+from placer.replay.replay import (
+    ReplayOptions,
+    replay,
+)
+from placer.run.files import read_json
+from placer.run.worker import Worker
+from placer.target.hardware import Hardware
+from placer.trace import (
+    Chunk,
+    Trace,
+    TraceWriter,
+)
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_causal_model
-from placer.worker import Worker
 from tests.families import build, legal_rows, randomise
 from tests.plans import unsolved_plan
 
@@ -48,10 +67,10 @@ from pathlib import Path
 
 import torch
 
-from placer.hardware import Hardware, Link
+from placer.target.hardware import Hardware, Link
 from placer.replay.replay import ReplayOptions, replay
 from placer.trace import Trace
-from placer.worker import Worker
+from placer.run.worker import Worker
 
 
 def links_of(name, latency):

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from placer.errors import PlacerError
-from placer.plan import Placement
+from placer.placement import Placement
 from placer.replay import token_shuffle
 from placer.replay.token_shuffle import TokenShuffle
-from placer.simulation.homes import Batches
-from placer.table import Table, build_table
+from placer.serving.homes import Batches
+from placer.table import (
+    Table,
+    build_table,
+)
 from placer.table.homes import TableHomes
 from placer.trace import Chunk
 

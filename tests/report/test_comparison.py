@@ -3,9 +3,13 @@
 from dataclasses import replace
 
 from placer.model import ModelSpec
-from placer.plan import Plan
-from placer.report.comparison import plan_notes, plan_warnings, price_line
-from placer.simulation.baselines import contiguous
+from placer.placement import Plan
+from placer.placement.reference import contiguous
+from placer.report.comparison import (
+    plan_notes,
+    plan_warnings,
+    price_line,
+)
 from tests.plans import unsolved_plan
 
 

@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.plan import Placement
-from placer.report.load import rank_load
-from placer.report.statistics import TraceStatistics, skew
-from placer.trace import Chunk, Trace, TraceWriter
+from placer.placement import Placement
+from placer.placement.placement import rank_load
+from placer.report.statistics import (
+    TraceStatistics,
+    skew,
+)
+from placer.trace import (
+    Chunk,
+    Trace,
+    TraceWriter,
+)
 
 
 def write(directory: Path, chunks: list[Chunk], domains: tuple[str, ...] = ()) -> Trace:

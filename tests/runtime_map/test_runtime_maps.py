@@ -15,12 +15,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from placer.cli.export import MAPS, TARGETS
+from placer.cli.export import (
+    MAPS,
+    TARGETS,
+)
 from placer.cli.main import main
-from placer.errors import PlacerError, UsageError, VerificationError
+from placer.errors import (
+    PlacerError,
+    UsageError,
+    VerificationError,
+)
 from placer.model import ModelSpec
-from placer.plan import Placement, Plan
-from placer.runtime_map import RUNTIMES, export_map, verify_map
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.runtime_map import (
+    RUNTIMES,
+    export_map,
+    verify_map,
+)
 
 WritePlan = Callable[..., Path]
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 6, 8, 4

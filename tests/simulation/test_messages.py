@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from placer.serving.layer_serving import rank_dtype
 from placer.simulation.messages import dispatch_messages
-from placer.simulation.serving import rank_dtype
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 256])

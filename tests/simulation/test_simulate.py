@@ -6,9 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_oracle import plain_simulate
 
-from placer.errors import PlacerError, UsageError
-from placer.plan import Placement
-from placer.simulation import contiguous, simulate
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.placement import Placement
+from placer.placement.reference import contiguous
+from placer.simulation import simulate
 from placer.table import build_table
 from placer.trace import Chunk
 from tests.simulation.dyadic import dyadic

@@ -13,9 +13,12 @@ from placer.cli.main import main
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
 from placer.demo.road import shipped_model
-from placer.errors import PlacerError, UsageError
-from placer.plan import Placement
-from placer.simulation import contiguous
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.placement import Placement
+from placer.placement.reference import contiguous
 from placer.table import Table
 
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")

@@ -8,23 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_oracle import PlainLayer, majority
 
-from placer.engine import EXCHANGES
 from placer.errors import UsageError
-from placer.plan import Placement
-from placer.simulation import contiguous, simulate
+from placer.placement import Placement
+from placer.placement.reference import contiguous
+from placer.serving.homes import (
+    Batches,
+    BatchShape,
+    batch_shapes,
+    parse_tokens_per_rank,
+)
+from placer.simulation import simulate
 from placer.simulation.batch_figures import (
     BatchFigures,
     BatchOptions,
     batch_steps,
     filled_warning,
 )
-from placer.simulation.homes import (
-    Batches,
-    BatchShape,
-    batch_shapes,
-    parse_tokens_per_rank,
-)
 from placer.simulation.steps import layer_steps
+from placer.target.engine import EXCHANGES
 from placer.trace import Chunk
 
 

@@ -8,10 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placer.errors import PlacerError, UsageError
-from placer.plan import Placement
-from placer.simulation import contiguous, simulate
-from placer.simulation.replica_choice import sglang_static_ranks
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.placement import Placement
+from placer.placement.reference import contiguous
+from placer.serving.replica_choice import sglang_static_ranks
+from placer.simulation import simulate
 from placer.table import build_table
 from placer.table.build import default_lookback
 from placer.trace import Chunk

@@ -7,11 +7,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from placer.errors import PlacerError
+from placer.placement.reference import contiguous
+from placer.serving.homes import Batches
 from placer.shuffle import ShuffleTable
-from placer.simulation import contiguous, simulate
-from placer.simulation.homes import Batches
-from placer.table import Table, build_table
-from placer.table.calibration import Calibration, calibrated, fit_calibration
+from placer.simulation import simulate
+from placer.table import (
+    Table,
+    build_table,
+)
+from placer.table.calibration import (
+    Calibration,
+    calibrated,
+    fit_calibration,
+)
 from placer.table.combined import past_layers
 from placer.table.homes import TableHomes
 from placer.trace import Chunk

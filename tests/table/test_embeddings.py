@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from placer.errors import PlacerError
-from placer.simulation import contiguous
+from placer.placement.reference import contiguous
 from placer.table import build_table
-from placer.table.embeddings import CheckpointEmbeddings, nearest_seen
+from placer.table.embeddings import (
+    CheckpointEmbeddings,
+    nearest_seen,
+)
 
 
 def write_checkpoint(folder, rows, name="model.embed_tokens.weight", *, sharded=False):

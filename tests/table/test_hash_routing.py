@@ -11,12 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.plan import Placement
-from placer.simulation import contiguous
+from placer.placement import Placement
+from placer.placement.reference import contiguous
+from placer.planning.tables import (
+    TableOptions,
+    make_table,
+)
 from placer.table import build_table
 from placer.table.hash_routing import read_token_experts
-from placer.table.make import TableOptions, make_table
-from placer.trace import Chunk, Trace, TraceWriter
+from placer.trace import (
+    Chunk,
+    Trace,
+    TraceWriter,
+)
 from tests.families import build, oracle
 
 VOCABULARY = 64

@@ -5,7 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from placer.table.histories import HistoryRates, sums
+from placer.table.histories import (
+    HistoryRates,
+    sums,
+)
 
 
 def fitted(num_tokens, num_ranks, lookback, seed=0):

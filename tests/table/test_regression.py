@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from placer.errors import PlacerError
-from placer.simulation import contiguous, simulate
+from placer.placement.reference import contiguous
+from placer.simulation import simulate
 from placer.table import build_table
-from placer.table.regression import _PENALTIES, EmbeddingRegression
+from placer.table.regression import (
+    _PENALTIES,
+    EmbeddingRegression,
+)
 from placer.trace import Chunk
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from placer.plan import Placement
-from placer.simulation import contiguous, simulate
+from placer.placement import Placement
+from placer.placement.reference import contiguous
+from placer.simulation import simulate
 from placer.table import build_table
 from placer.table.requests import request_scores
 from placer.trace import Chunk

@@ -9,8 +9,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from placer.errors import PlacerError
-from placer.simulation import contiguous
-from placer.table import Table, build_table
+from placer.placement.reference import contiguous
+from placer.table import (
+    Table,
+    build_table,
+)
 
 
 @pytest.fixture

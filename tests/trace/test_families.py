@@ -12,10 +12,17 @@ from transformers import (
 )
 
 from placer.errors import PlacerError
-from placer.files import read_json
-from placer.model import Architecture, ModelSpec, known_architectures
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    known_architectures,
+)
+from placer.run.files import read_json
 from placer.trace.capture import RouterCapture
-from placer.trace.record import RecordOptions, record
+from placer.trace.record import (
+    RecordOptions,
+    record,
+)
 from tests.families import FAMILIES, SMALL, VISION, build, build_vision, oracle, randomise
 
 

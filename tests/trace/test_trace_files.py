@@ -12,10 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from placer.errors import PlacerError, UsageError
-from placer.files import sha256_file
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
 from placer.model import ModelSpec
-from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
+from placer.run.files import sha256_file
+from placer.trace import (
+    Chunk,
+    Fold,
+    Selection,
+    Trace,
+    TraceWriter,
+)
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 

@@ -10,9 +10,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from placer.demo.text import DOMAINS, documents
+from placer.demo.text import (
+    DOMAINS,
+    documents,
+)
 from placer.trace.corpus import Corpus
-from placer.trace.record import RecordOptions, record
+from placer.trace.record import (
+    RecordOptions,
+    record,
+)
 
 TOKENS_PER_DOMAIN = 16_384
 CHECKPOINTS = {

@@ -20,7 +20,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from placer.demo.text import DOMAINS, documents
+from placer.demo.text import (
+    DOMAINS,
+    documents,
+)
 
 VOCABULARY_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"

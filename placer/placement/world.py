@@ -1,0 +1,318 @@
+"""Where expert-parallel ranks sit: files of link costs, and groups inside a larger world.
+
+A job of W GPUs seldom is one expert-parallel group: tensor parallel ranks share their
+tokens, and what is left is divided into groups that each hold all experts. Which links a
+copy takes depends on where the ranks of a group sit. Groups are built as DeepSpeed does
+(``_get_expert_parallel_ranks``, deepspeed/utils/groups.py of
+https://github.com/deepspeedai/DeepSpeed; DeepSpeed-MoE, arXiv 2201.05596, section 5).
+"""
+
+import csv
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.placement.topology import (
+    INTER_COST,
+    INTRA_COST,
+    Topology,
+    require_cost_matrix,
+)
+from placer.run.files import (
+    require_file,
+    sha256_file,
+)
+
+EpGroups = Literal["consecutive", "strided"]
+Costs = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldLayout:
+    """The expert-parallel groups of a world of ranks.
+
+    Attributes
+    ----------
+    num_nodes, gpus_per_node
+        The world; its ranks are numbered node by node, tensor parallel ones next to each
+        other.
+    ep_size
+        Ranks of an expert-parallel group.
+    tensor_parallel_size
+        Ranks that share their tokens.
+    ep_groups
+        Of the ranks that are alike but for their data, groups are ``consecutive`` ones
+        (DeepSpeed's default), or ``strided`` (its ``use_data_before_expert_parallelism``).
+
+    Raises
+    ------
+    UsageError
+        If the sizes do not divide each other, or groups lie differently on nodes.
+    """
+
+    num_nodes: int
+    gpus_per_node: int
+    ep_size: int
+    tensor_parallel_size: int = 1
+    ep_groups: EpGroups = "consecutive"
+
+    def __post_init__(self) -> None:
+        if self.ep_groups not in ("consecutive", "strided"):
+            raise UsageError(
+                f"--ep-groups {self.ep_groups} is not known",
+                "choose consecutive or strided",
+            )
+        alike, rest = divmod(self.world_size, self.tensor_parallel_size)
+        if rest:
+            raise UsageError(
+                f"{self.world_size} ranks do not divide into tensor parallel groups of "
+                f"{self.tensor_parallel_size}",
+                "change --tensor-parallel-size, --nodes or --gpus-per-node",
+            )
+        if alike % self.ep_size:
+            raise UsageError(
+                f"{alike} data parallel ranks ({self.world_size} / "
+                f"{self.tensor_parallel_size} tensor parallel) do not divide into "
+                f"expert-parallel groups of {self.ep_size}",
+                "change --ep-size, --tensor-parallel-size, --nodes or --gpus-per-node",
+            )
+        self._require_alike()
+
+    def _require_alike(self) -> None:
+        """Refuse groups that a single plan cannot serve alike."""
+        sizes = {tuple(Counter(map(self._node, group)).values()) for group in self.groups}
+        if len(sizes) > 1 or len(set(next(iter(sizes)))) > 1:
+            odd = " and ".join(sorted("+".join(map(str, one)) for one in sizes))
+            raise UsageError(
+                f"expert-parallel groups of {self.ep_size} have {odd} ranks on nodes of "
+                f"{self.gpus_per_node}: one plan serves groups that lie alike and evenly",
+                "choose an --ep-size that divides the nodes evenly, or the other "
+                "--ep-groups",
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the world, W."""
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """World ranks of every expert-parallel group; the r-th is its rank r."""
+        width, found = self.tensor_parallel_size, []
+        for first in range(width):
+            alike = range(first, self.world_size, width)
+            number = len(alike) // self.ep_size
+            for index in range(number):
+                part = (
+                    alike[index * self.ep_size : (index + 1) * self.ep_size]
+                    if self.ep_groups == "consecutive"
+                    else alike[index::number]
+                )
+                found.append(tuple(part))
+        return tuple(found)
+
+    def _node(self, world_rank: int) -> int:
+        return world_rank // self.gpus_per_node
+
+    @property
+    def nodes_per_group(self) -> int:
+        """Nodes that the ranks of a group sit on."""
+        return len(set(map(self._node, self.groups[0])))
+
+    def group_costs(self, costs: Costs) -> Costs:
+        """Take the costs between the ranks of a group from those of the whole world.
+
+        Raises
+        ------
+        UsageError
+            If ``costs`` is no such matrix, or groups do not see the same costs.
+        """
+        require_cost_matrix(costs, self.world_size)
+        first, *others = self.groups
+        found = tuple(tuple(costs[a][b] for b in first) for a in first)
+        for group in others:
+            if tuple(tuple(costs[a][b] for b in group) for a in group) != found:
+                raise UsageError(
+                    f"the topology has other costs between the ranks {list(group)} than "
+                    f"between {list(first)}: one plan serves groups that lie alike",
+                    "solve for one group: leave out --ep-size and give its costs alone",
+                )
+        return found
+
+    def describe(self) -> str:
+        """Return a sentence on where the groups sit, and what that means."""
+        shown = ", ".join(str(list(group)) for group in self.groups[:4])
+        if len(self.groups) > 4:
+            shown += ", ..."
+        width = self.ep_size // self.nodes_per_group
+        if self.nodes_per_group == 1:
+            meaning = "each inside a node: no copy crosses nodes"
+        elif width == 1:
+            meaning = (
+                "every rank on another node: every copy crosses nodes, as with --nodes "
+                f"{self.ep_size} --gpus-per-node 1"
+            )
+        else:
+            meaning = f"{width} ranks on each of {self.nodes_per_group} nodes"
+        return (
+            f"{len(self.groups)} expert-parallel groups of {self.ep_size} of "
+            f"{self.world_size} ranks, {meaning}; world ranks {shown}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout as JSON values."""
+        return {
+            "world_size": self.world_size,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "ep_size": self.ep_size,
+            "ep_groups": self.ep_groups,
+            "groups": [list(group) for group in self.groups],
+        }
+
+
+def world_layout(
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    ep_size: int | None,
+    tensor_parallel_size: int,
+    ep_groups: str,
+) -> WorldLayout | None:
+    """Return how groups lie in the world; ``None`` without ``ep_size``: it is one group.
+
+    Raises
+    ------
+    UsageError
+        If it is said how groups lie that there are none of, or they do not fit.
+    """
+    if ep_size is not None:
+        return WorldLayout(
+            num_nodes=num_nodes,
+            gpus_per_node=gpus_per_node,
+            ep_size=ep_size,
+            tensor_parallel_size=tensor_parallel_size,
+            ep_groups=ep_groups,  # type: ignore[arg-type]  # it refuses other names
+        )
+    if tensor_parallel_size != 1 or ep_groups != "consecutive":
+        raise UsageError(
+            "--tensor-parallel-size and --ep-groups say where expert-parallel groups lie, "
+            "but there is no --ep-size",
+            "add --ep-size R, the ranks of a group",
+        )
+    return None
+
+
+def read_costs(path: Path) -> Costs:
+    """Read a matrix of link costs: JSON, or CSV with one row per line.
+
+    JSON is rows of numbers, or an object whose ``cost`` is. Values must be whole: only
+    their ratios count.
+
+    Raises
+    ------
+    PlacerError
+        If the file is missing or no such matrix.
+    """
+    require_file(path, "topology")
+    again = "write R rows of R whole numbers, as JSON or as .csv"
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".csv":
+            rows: Any = [
+                [float(cell) for cell in row]
+                for row in csv.reader(text.splitlines())
+                if row
+            ]
+        else:
+            rows = json.loads(text)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise PlacerError(f"{path} is no matrix of costs: {error}", again) from error
+    if isinstance(rows, dict):
+        rows = rows.get("cost")
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise PlacerError(f"{path} holds no rows of costs", again)
+    return tuple(tuple(_whole(path, value) for value in row) for row in rows)
+
+
+def _whole(path: Path, value: Any) -> int:
+    number = type(value) in (int, float)
+    if not number or value != value or abs(value) >= 2**31 or value != int(value):
+        raise PlacerError(
+            f"{path}: a cost is {value!r}, no whole number below 2^31",
+            "scale all costs until they are whole: only their ratios count",
+        )
+    return int(value)
+
+
+def group_topology(
+    *,
+    num_nodes: int,
+    gpus_per_node: int,
+    inter_cost: int | None = None,
+    intra_cost: int | None = None,
+    layout: WorldLayout | None = None,
+    cost_file: Path | None = None,
+) -> Topology:
+    """Return the ranks of one expert-parallel group and what links between them cost.
+
+    Parameters
+    ----------
+    num_nodes, gpus_per_node
+        The group, or with ``layout`` the world.
+    inter_cost, intra_cost
+        As in ``Topology``; ``None`` for its defaults.
+    layout
+        How groups lie in the world, or ``None``: the world is one group.
+    cost_file
+        Costs between all ranks of group or world, in place of both others, or ``None``.
+
+    Raises
+    ------
+    UsageError
+        If both kinds of costs are given, or they do not fit the ranks, or there is one
+        node, on which every copy costs the same.
+    """
+    if layout is not None:
+        num_nodes = layout.nodes_per_group
+        gpus_per_node = layout.ep_size // num_nodes
+    if cost_file is None:
+        _require_several_nodes(num_nodes, inter_cost, intra_cost)
+        return Topology(
+            num_nodes=num_nodes,
+            gpus_per_node=gpus_per_node,
+            inter_cost=INTER_COST if inter_cost is None else inter_cost,
+            intra_cost=INTRA_COST if intra_cost is None else intra_cost,
+        )
+    if inter_cost is not None or intra_cost is not None:
+        raise UsageError(
+            "--topology has the cost of every link, which --inter-cost and --intra-cost "
+            "give too",
+            "drop --topology, or --inter-cost and --intra-cost",
+        )
+    costs = read_costs(cost_file)
+    return Topology(
+        num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node,
+        cost=costs if layout is None else layout.group_costs(costs),
+        cost_sha256=sha256_file(cost_file),
+    )
+
+
+def _require_several_nodes(
+    num_nodes: int, inter_cost: int | None, intra_cost: int | None
+) -> None:
+    if num_nodes > 1:
+        return
+    for option, cost in (("--inter-cost", inter_cost), ("--intra-cost", intra_cost)):
+        if cost is not None:
+            raise UsageError(
+                f"{option} {cost} sets links inside nodes and between them apart, but the "
+                "ranks are on one node: every copy costs 1",
+                f"drop {option}, or add --nodes N",
+            )

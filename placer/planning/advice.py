@@ -1,0 +1,211 @@
+"""Advice: whether placing experts is worth it for this traffic, engine and hardware."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.errors import UsageError
+from placer.placement.reference import contiguous
+from placer.planning.question import Question
+from placer.serving.homes import Batching
+from placer.simulation.cost import BreakEven
+from placer.solver.balance.load_balance import predicted_imbalance
+from placer.solver.balance.replicas import redundant_experts_that_fit
+from placer.solver.options import SolveOptions
+from placer.solver.solve import solve
+from placer.target.engine import known_engines
+from placer.trace import (
+    Fold,
+    Selection,
+)
+
+Verdict = Literal["not worth it", "balance only", "worth it"]
+#: Verdicts by what there is to gain, ascending.
+RANKED: tuple[Verdict, ...] = get_args(Verdict)
+PROFILE = Fold(0, 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A placement on the held-out sequences, in batches of one size.
+
+    Attributes
+    ----------
+    load_imbalance
+        Max/mean rank load, mean over layers.
+    tokens_per_rank
+        The batches, or ``None`` where there are no tokens to draw.
+    sent_per_token
+        What the engine dispatches per token and layer, or ``None`` where placements do not
+        differ in it.
+    straggler
+        Max/mean rank load in each batch, mean over batches and layers.
+    time_us, overlapped_us
+        Predicted microseconds of a layer, and with two-batch overlap; ``None`` without
+        hardware.
+    """
+
+    load_imbalance: float
+    tokens_per_rank: int | None = None
+    sent_per_token: float | None = None
+    straggler: float | None = None
+    time_us: float | None = None
+    overlapped_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What holds for one engine in one phase.
+
+    Attributes
+    ----------
+    engine, phase
+        Name and phase; ``None`` where loads alone are known.
+    verdict
+        That of the size of batches, and of the way of overlapping, with the least to gain.
+    sentence
+        The phase, the verdict and its figures, in words.
+    candidates
+        By name: ``contiguous``, ``eplb``, and ``placed`` where placement can change the
+        traffic; one for each size of batches.
+    break_even
+        For which bandwidth the placed plan is faster than contiguous, for each size.
+    """
+
+    engine: str | None
+    phase: Batching | None
+    verdict: Verdict
+    sentence: str
+    candidates: Mapping[str, tuple[Candidate, ...]]
+    break_even: tuple[BreakEven, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "engine": self.engine,
+            "phase": self.phase,
+            "verdict": self.verdict,
+            "sentence": self.sentence,
+            "candidates": {n: [asdict(c) for c in f] for n, f in self.candidates.items()},
+            "break_even": [one.to_json() for one in self.break_even],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """The answers.
+
+    Attributes
+    ----------
+    answers
+        One for each engine and phase.
+    reasons
+        What holds for all, one sentence each.
+    warnings
+        What limits the figures.
+    redundant_experts
+        Slots per layer beyond one for each expert, where only they fill the ranks.
+    """
+
+    answers: tuple[Answer, ...]
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    redundant_experts: int = 0
+
+    @property
+    def best(self) -> Answer:
+        """The first answer with the most to gain."""
+        return max(self.answers, key=lambda one: RANKED.index(one.verdict))
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of the best answer."""
+        return self.best.verdict
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "verdict": self.verdict,
+            "answers": [one.to_json() for one in self.answers],
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "redundant_experts": self.redundant_experts,
+        }
+
+
+def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
+    """Advise from counts: whether balancing pays, as far as loads tell."""
+    if question.phase is not None:
+        raise UsageError(
+            f"--phase {question.phase}: an affinity file holds counts, of which no tokens "
+            "can be selected any more",
+            f"select when counting: placer affinity TRACE --phase {question.phase} "
+            "--out AFFINITY",
+        )
+    topology, model = question.topology, affinity.model
+    # The fewest that fill the ranks; where there are none, solving says so.
+    more = next(redundant_experts_that_fit(model.num_experts, topology.num_ranks), 0)
+    options = SolveOptions(
+        topology=topology,
+        objective="balance",
+        redundant_experts=more,
+        replica_choice="hash",
+    )
+    even = solve(affinity, options)[0]
+    base = contiguous(model.num_experts, topology.num_ranks, topology.num_nodes, more)
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    before, after = (
+        float(np.mean(predicted_imbalance(one, loads, "hash", model.layer_ids)))
+        for one in (base, even)
+    )
+    gain = 1 - after / before
+    pays = gain >= question.least_gain
+    verdict: Verdict = "balance only" if pays else "not worth it"
+    answer = Answer(
+        engine=None,
+        phase=None,
+        verdict=verdict,
+        sentence=f"{verdict}. Balancing lowers the busiest rank's load by {gain:.1%} "
+        f"({before:.3f} to {after:.3f} of the mean), on the counted traffic itself",
+        candidates={
+            "contiguous": (Candidate(load_imbalance=before),),
+            "balanced": (Candidate(load_imbalance=after),),
+        },
+    )
+    return Advice(
+        answers=(answer,),
+        reasons=("counts without tokens do not tell what placement would save in traffic",),
+        redundant_experts=more,
+        warnings=("nothing was held out: tomorrow's load is less even",),
+    )
+
+
+def next_command(advice: Advice, source: Path, questions: Sequence[Question]) -> str | None:
+    """Return the command that does what the best answer advises, or ``None``."""
+    if advice.verdict == "not worth it":
+        return None
+    question = questions[0]
+    topology, engine = question.topology, advice.best.engine
+    parts = ["placer solve", shlex.quote(str(source))]
+    parts += [f"--gpus-per-node {topology.gpus_per_node}"]
+    if topology.num_nodes > 1:
+        parts += [f"--nodes {topology.num_nodes}"]
+    if advice.redundant_experts:
+        parts += [f"--redundant-experts {advice.redundant_experts}"]
+        names_engine = advice.verdict == "worth it" and engine in known_engines()
+        if not names_engine and not source.is_file():
+            parts += ["--replica-choice hash"]
+    if advice.verdict == "balance only":
+        parts += ["--objective balance"]
+    else:
+        parts += [f"--policy {question.policy}"]
+        exchange = ["--exchange per-node"] if topology.num_nodes > 1 else []
+        parts += [f"--engine {engine}"] if engine in known_engines() else exchange
+    if not source.is_file():
+        parts += [Selection(PROFILE, question.phase).options]
+    return " ".join([*parts, "--out plan.json"])

@@ -1,0 +1,109 @@
+"""Choosing the load cap by predicted time: the default one, or EPLB's busiest rank.
+
+A quick plan under each is made from half of the profile's sequences. The other half says
+which takes less time with two-batch overlap; the whole profile is then solved that way.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from placer.affinity import count_affinity
+from placer.model import ModelSpec
+from placer.planning.layer_time import (
+    batch_times,
+    judged_halves,
+)
+from placer.planning.question import Question
+from placer.run.deadline import Deadline
+from placer.run.progress import Progress
+from placer.solver.options import SolveOptions
+from placer.solver.solve import solve_to_choose
+from placer.trace import Chunk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapChoice:
+    """Which cap to solve under, and why.
+
+    Attributes
+    ----------
+    options
+        What to solve for.
+    relative_time
+        Overlapped time under the default cap over that under EPLB's, mean over the sizes
+        of batches.
+    """
+
+    options: SolveOptions
+    relative_time: float
+
+    @property
+    def told(self) -> str:
+        """A sentence on the choice."""
+        change = f"{abs(1 - self.relative_time):.1%}"
+        cap = f"a load cap of {self.options.load_cap:g}"
+        if self.options.below_eplb:
+            return (
+                "the busiest rank is kept at or below EPLB's: with two-batch overlap "
+                f"{cap} is predicted to save no time ({change} slower)"
+            )
+        return (
+            f"{cap} is taken, though it lets a rank be busier than EPLB's busiest: with "
+            f"two-batch overlap it is predicted to take {change} less time"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the choice as JSON values."""
+        return {
+            "below_eplb": self.options.below_eplb,
+            "relative_overlapped_time": self.relative_time,
+        }
+
+
+def choose_cap(
+    model: ModelSpec,
+    profile: Chunk,
+    options: SolveOptions,
+    question: Question,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> CapChoice:
+    """Return the options under EPLB's load, or under the default cap where that is faster.
+
+    Parameters
+    ----------
+    model
+        The trace's model.
+    profile
+        The tokens to solve on.
+    options
+        What to solve for, below EPLB's load.
+    question
+        Engine, hardware and size of an expert.
+    progress
+        Told each plan.
+    deadline
+        Of both quick plans; one of ``options.time_limit`` by default.
+
+    Raises
+    ------
+    UsageError
+        If the profile is one sequence, or the size of an expert is not known.
+    """
+    deadline = deadline or Deadline(seconds=options.time_limit)
+    inner, heldout = judged_halves(profile, "--hardware")
+    affinity = count_affinity([inner], model, {})
+    overlapped = []
+    for below, what in ((True, "EPLB's load"), (False, f"cap {options.load_cap:g}")):
+        if progress is not None:
+            progress(f"quick plan, {what}")
+        quick = replace(options.quick(), below_eplb=below)
+        with deadline.keeping(0.5 if below else 0.0):
+            placement, _ = solve_to_choose(affinity, quick, inner, deadline)
+        times = batch_times(model, placement, heldout, options, question)
+        overlapped.append([one.overlapped for one in times])
+    ratios = [free / even for even, free in zip(*overlapped, strict=True)]
+    relative = round(sum(ratios) / len(ratios), 6)
+    return CapChoice(
+        options=replace(options, below_eplb=relative >= 1), relative_time=relative
+    )

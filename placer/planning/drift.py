@@ -1,0 +1,277 @@
+"""Drift: does a plan still hold for today's traffic, beyond what chance explains."""
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.intervals import FEWEST_SEQUENCES
+from placer.model import require_same_model
+from placer.placement import Plan
+from placer.placement.reference import contiguous
+from placer.simulation.simulate import simulate
+from placer.solver.balance.load_balance import predicted_imbalance
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Selection,
+    Trace,
+)
+
+# Groups of sequences that are left out in turn.
+NUM_GROUPS = 8
+_MOST_TOKENS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """One figure of a plan, then and now.
+
+    Attributes
+    ----------
+    name
+        ``copies of contiguous`` or ``load imbalance``.
+    then
+        Recorded in the plan: held out, or of the profile where nothing was.
+    now
+        On the trace.
+    error
+        Standard error of ``now`` over sequences, or ``None`` where loads alone are known.
+    allowed
+        How much worse than ``then`` it may be.
+    """
+
+    name: str
+    then: float
+    now: float
+    error: float | None
+    allowed: float
+
+    @property
+    def drifted(self) -> bool:
+        """Whether it got worse than chance and tolerance explain."""
+        return self.now - self.then > self.allowed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self) | {"drifted": self.drifted}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftReport:
+    """A plan's figures on a trace, beside those that it records.
+
+    Attributes
+    ----------
+    figures
+        Traffic and balance; from loads balance alone.
+    num_tokens, num_sequences
+        What was judged; loads know no sequences.
+    """
+
+    figures: tuple[Drift, ...]
+    num_tokens: int
+    num_sequences: int | None
+
+    @property
+    def drifted(self) -> bool:
+        """Whether any figure drifted."""
+        return any(one.drifted for one in self.figures)
+
+
+def check_plan(
+    plan: Plan,
+    trace: Trace,
+    selection: Selection = EVERYTHING,
+    tolerance: float = 0.02,
+) -> DriftReport:
+    """Judge a plan on a trace and compare with what the plan records.
+
+    A figure has drifted if it is worse by more than the tolerance and by more than two
+    standard errors: of the jackknife over groups of sequences (Efron, The Jackknife, the
+    Bootstrap and Other Resampling Plans, 1982, chapter 2), which belong together.
+
+    Raises
+    ------
+    PlacerError
+        If trace and plan are of different models, the plan records no figures, or the
+        trace has too few sequences.
+    """
+    _require_tolerance(tolerance)
+    require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
+    then = _recorded(plan)
+    tokens = trace.read(selection).first_sequences(_MOST_TOKENS)
+    ids = np.unique(tokens.sequence_ids)
+    if len(ids) < FEWEST_SEQUENCES:
+        raise PlacerError(
+            f"{len(ids)} sequences are too few to tell drift from chance: "
+            f"{FEWEST_SEQUENCES} are needed",
+            "record more of today's traffic",
+        )
+    now = _figures(plan, tokens)
+    parts = np.array([_figures(plan, part) for part in _without_a_group(tokens, ids)])
+    errors = np.sqrt((NUM_GROUPS - 1) * parts.var(axis=0))
+    names = ("copies of contiguous", "load imbalance")
+    return DriftReport(
+        figures=tuple(
+            Drift(
+                name=name,
+                then=then[n],
+                now=now[n],
+                error=float(errors[n]),
+                allowed=max(tolerance, 2 * float(errors[n])),
+            )
+            for n, name in enumerate(names)
+        ),
+        num_tokens=tokens.num_tokens,
+        num_sequences=len(ids),
+    )
+
+
+def check_on_loads(
+    plan: Plan, affinity: Affinity, source: str, tolerance: float = 0.02
+) -> DriftReport:
+    """Judge the balance of a plan on counted loads; they say nothing of traffic.
+
+    The imbalance is what to expect where homes of tokens are drawn. It has drifted if it is
+    worse than what the plan records by more than the tolerance: without sequences nothing
+    tells what chance explains.
+
+    Parameters
+    ----------
+    plan
+        The plan that is served.
+    affinity
+        Counts of today's traffic.
+    source
+        Where they were read, for errors.
+    tolerance
+        How much worse the imbalance may be.
+
+    Raises
+    ------
+    PlacerError
+        If counts and plan are of different models, or the plan records no imbalance.
+    """
+    _require_tolerance(tolerance)
+    require_same_model(plan.model, "the plan", affinity.model, source)
+    now = predicted_imbalance(
+        plan.placement,
+        [counts.astype(np.float64) for counts in affinity.load],
+        plan.replica_choice or "hash",
+        plan.model.layer_ids,
+    )
+    figure = Drift(
+        name="load imbalance",
+        then=_recorded_imbalance(plan),
+        now=float(np.mean(now)),
+        error=None,
+        allowed=tolerance,
+    )
+    return DriftReport(
+        figures=(figure,), num_tokens=affinity.num_tokens, num_sequences=None
+    )
+
+
+def improving_command(plan: Plan, path: Path, source: Path) -> str:
+    """Return the command that improves a plan on newer traffic at few moves."""
+    placement, choice = plan.placement, plan.replica_choice
+    words = ["placer", "solve", str(source)]
+    words += ["--nodes", str(placement.num_nodes)]
+    words += ["--gpus-per-node", str(placement.ranks_per_node)]
+    words += ["--policy", plan.policy]
+    if placement.has_replicas:
+        words += ["--redundant-experts", str(placement.redundant_experts)]
+        words += [] if choice is None else ["--replica-choice", choice]
+    if plan.provenance.get("objective") == "balance":
+        words += ["--objective", "balance"]
+    words += ["--start", str(path), "--migration-cost", "COPIES", "--out", "NEW"]
+    return shlex.join(words)
+
+
+def _require_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
+        raise UsageError(
+            f"--tolerance must not be negative and must be finite, got {tolerance:g}",
+            "for example --tolerance 0.02",
+        )
+
+
+def _recorded_imbalance(plan: Plan) -> float:
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    if own is not None:
+        return float(own[plan.policy_without_table]["load_imbalance_mean"])
+    if plan.solver.predicted_imbalance is None:
+        raise PlacerError(
+            "the plan records no imbalance, as plans from pairs do not",
+            "solve from the loads: placer solve AFFINITY --objective balance "
+            "--gpus-per-node M --out PLAN",
+        )
+    return plan.solver.predicted_imbalance
+
+
+def _recorded(plan: Plan) -> tuple[float, float]:
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    base = plan.metrics["baselines"].get("contiguous")
+    if own is None or base is None:
+        raise PlacerError(
+            "the plan records no figures of tokens, as plans from counts do not",
+            "check it on counts: placer affinity TRACE --out AFFINITY, then placer check "
+            "PLAN AFFINITY"
+            if plan.solver.predicted_imbalance is not None
+            else "solve from a trace: placer solve TRACE --fold 0/2 --gpus-per-node M "
+            "--out PLAN",
+        )
+    key = _copies_key(plan)
+    figures, contiguous_figures = (
+        own[plan.policy_without_table],
+        base[plan.policy_without_table],
+    )
+    return (
+        _ratio(figures[key], contiguous_figures[key]),
+        float(figures["load_imbalance_mean"]),
+    )
+
+
+def _copies_key(plan: Plan) -> str:
+    way = "node" if plan.exchange == "per-node" and plan.placement.num_nodes > 1 else "rank"
+    return f"remote_{way}_copies_per_token"
+
+
+def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
+    placement, key = plan.placement, _copies_key(plan)
+    base = contiguous(
+        plan.model.num_experts,
+        placement.num_ranks,
+        placement.num_nodes,
+        placement.redundant_experts,
+    )
+    own, reference = (
+        simulate(
+            one,
+            tokens,
+            replica_choice=plan.replica_choice,
+            layer_ids=plan.model.layer_ids,
+        )[plan.policy_without_table].to_json()
+        for one in (placement, base)
+    )
+    return _ratio(own[key], reference[key]), own["load_imbalance_mean"]
+
+
+def _ratio(copies: float, reference: float) -> float:
+    return copies / reference if reference else 1.0
+
+
+def _without_a_group(tokens: Chunk, ids: np.ndarray) -> Iterator[Chunk]:
+    for group in range(NUM_GROUPS):
+        left_out = ids[np.arange(len(ids)) % NUM_GROUPS == group]
+        yield tokens.select(~np.isin(tokens.sequence_ids, left_out))

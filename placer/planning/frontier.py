@@ -1,0 +1,144 @@
+"""The trade-off between traffic and balance: one plan for each load cap."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from placer.errors import UsageError
+from placer.placement import Plan
+from placer.planning.planner import plan_from_trace
+from placer.run.deadline import Deadline
+from placer.run.files import atomic_directory
+from placer.run.progress import Progress
+from placer.solver.missed_caps import require_receive_cap
+from placer.solver.options import SolveOptions
+from placer.trace import (
+    Selection,
+    Trace,
+)
+
+TABLE_NAME = "frontier.csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """A plan on the curve.
+
+    Attributes
+    ----------
+    max_imbalance
+        The cap that it was solved under, relaxed where it is out of reach.
+    file
+        The plan's file.
+    remote_rank_copies_per_token
+        Held out where sequences were, else of the profile; so are the next two.
+    ratio
+        The same over that of the contiguous placement.
+    load_imbalance_mean
+        Max/mean rank load, mean over layers.
+    objective, bound
+        Of the solver, on the profile; the bound may be ``None``.
+    reproducible
+        Whether no clock and no Ctrl-C stopped its search.
+    """
+
+    max_imbalance: float
+    file: str
+    remote_rank_copies_per_token: float
+    ratio: float
+    load_imbalance_mean: float
+    objective: float
+    bound: float | None
+    reproducible: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return asdict(self)
+
+
+def parse_caps(text: str) -> list[float]:
+    """Read load caps such as ``1.02,1.05,1.1``; return them ascending, each once.
+
+    Raises
+    ------
+    UsageError
+        If one is no number of at least 1.
+    """
+    try:
+        caps = sorted({float(one) for one in text.split(",")})
+    except ValueError as error:
+        raise UsageError(
+            f"--frontier {text} is no list of load caps", "for example --frontier 1.02,1.1"
+        ) from error
+    if not caps[0] >= 1 or caps[-1] == float("inf"):
+        raise UsageError(f"--frontier {text}: a load cap is max/mean, at least 1")
+    return caps
+
+
+def write_frontier(
+    trace: Trace,
+    options: SolveOptions,
+    selection: Selection,
+    caps: list[float],
+    out: Path,
+    progress: Progress | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    deadline: Deadline | None = None,
+) -> list[FrontierPoint]:
+    """Solve under every cap; write a directory of plans and ``frontier.csv``.
+
+    Load caps that are out of reach are relaxed. ``provenance`` is what every plan should
+    say beside its own. Plans share what is left until the ``deadline`` (by default one of
+    ``options.time_limit``), each as much as those after it; after Ctrl-C the one that is
+    searched for is the last.
+
+    Raises
+    ------
+    PlacerError
+        If ``out`` exists, or a plan cannot be solved.
+    NoSolutionError
+        If a plan misses the cap on received copies, which ``options`` do not relax.
+    """
+    points: list[FrontierPoint] = []
+    deadline = deadline or Deadline(seconds=options.time_limit)
+    with atomic_directory(out) as directory:
+        for cap in caps:
+            asked = replace(options, max_imbalance=cap, relax_cap=True)
+            share = deadline.part(1 / (len(caps) - len(points)))
+            plan = plan_from_trace(trace, asked, selection, progress, share)
+            require_receive_cap(
+                plan.solver.relaxed_receive_layers.values(),
+                replace(asked, relax_cap=options.relax_cap),
+                plan.placement.num_layers,
+                stopped=share.stopped,
+            )
+            plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
+            # All digits, so that no two caps share a file.
+            name = f"plan-{str(cap).removesuffix('.0')}.json"
+            plan.write(directory / name)
+            points.append(_point(plan, cap, name))
+            if share.interrupted:
+                break
+        with (directory / TABLE_NAME).open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow([field.name for field in fields(FrontierPoint)])
+            writer.writerows(point.to_json().values() for point in points)
+    return points
+
+
+def _point(plan: Plan, cap: float, name: str) -> FrontierPoint:
+    own = (plan.metrics["heldout"] or plan.metrics["profile"])[plan.policy]
+    base = plan.metrics["baselines"]["contiguous"][plan.policy]
+    key = "remote_rank_copies_per_token"
+    return FrontierPoint(
+        max_imbalance=cap,
+        file=name,
+        remote_rank_copies_per_token=own[key],
+        ratio=round(own[key] / base[key], 5) if base[key] else 1.0,
+        load_imbalance_mean=own["load_imbalance_mean"],
+        objective=plan.solver.objective,
+        bound=plan.solver.bound,
+        reproducible=plan.solver.reproducible,
+    )

@@ -1,0 +1,273 @@
+"""The load cap to solve under, so that sequences not seen keep to the one asked for.
+
+Ranks that are just under a cap on the profile are above it on other sequences, whose load
+is another. How much lower the cap of the solver must be, and if that is not enough how dear
+load above it in resampled profiles, is measured on the profile alone: quick plans of each
+half of its sequences, judged on the other half.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from placer.affinity import count_affinity
+from placer.arrays import FloatArray
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.placement.placement import Placement
+from placer.placement.plan import (
+    CapTrial,
+    InnerCap,
+)
+from placer.run.deadline import Deadline
+from placer.run.progress import Progress
+from placer.simulation.simulate import simulate
+from placer.solver.balance.load_caps import load_caps
+from placer.solver.options import (
+    OVERFLOW_PRICE,
+    SolveOptions,
+)
+from placer.solver.solve import solve_to_choose
+from placer.trace import Chunk
+
+# Shares of the imbalance asked for that quick plans may use.
+_SHARES = (1.0, 0.6, 0.2)
+_CAP_STEPS = 1000  # caps are rounded down to thousandths
+# Prices of a pair above the tightest cap, over the first one, where no cap holds.
+_TIMES = (1, 2, 4)
+
+
+def choose_inner_cap(
+    model: ModelSpec,
+    profile: Chunk,
+    options: SolveOptions,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> InnerCap:
+    """Return the loosest cap under which other sequences keep to ``load_cap``.
+
+    Where none does, the tightest, at the least price of load above it under which they do,
+    if no price is asked for.
+
+    Parameters
+    ----------
+    model
+        The trace's model.
+    profile
+        The tokens to solve on; no others are looked at.
+    options
+        What to solve for, ``load_cap`` being the mean imbalance to keep to.
+    progress
+        Told each cap.
+    deadline
+        No further cap is tried after it; one of ``options.time_limit`` by default.
+
+    Raises
+    ------
+    UsageError
+        If the profile is one sequence.
+    NoSolutionError
+        If ``load_cap`` is out of reach on the whole profile, and may not be relaxed.
+    """
+    deadline = deadline or Deadline(seconds=options.time_limit)
+    load_caps(
+        expert_loads(model, profile),
+        options.topology.num_ranks,
+        options.load_cap,
+        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
+        deadline=deadline,
+    )
+    halves = inner_halves(profile, f"--robust {options.robust}")
+    quick = replace(options.quick(), relax_cap=True)
+    price = OVERFLOW_PRICE if options.overflow_price is None else options.overflow_price
+
+    def try_all(trials: Sequence[tuple[float, float]]) -> Iterator[CapTrial]:
+        for cap, price in trials:
+            if progress is not None:
+                progress(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
+            tried = replace(quick, max_imbalance=cap, overflow_price=price)
+            yield _trial(model, halves, tried, price, deadline)
+            if deadline.passed():
+                return
+
+    caps = [round(1 + share * (options.load_cap - 1), 6) for share in _SHARES]
+    trials = list(try_all([(cap, price) for cap in caps]))
+    found = loosest_that_holds(options.load_cap, trials)
+    if found.holds or options.overflow_price is not None or deadline.passed():
+        return found
+    dearer = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
+    return cheapest_that_holds(options.load_cap, trials, dearer)
+
+
+def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
+    """Choose between the caps tried, by a straight line through what they are worth.
+
+    Two halves of one profile say little of a single cap; of several, the line's noise is
+    less. The cap chosen is where it crosses ``max_imbalance``.
+
+    Parameters
+    ----------
+    max_imbalance
+        What other sequences should keep to.
+    trials
+        The caps tried; the line is of ``predicted_imbalance``.
+    """
+    line = _Line.through([(one.max_imbalance, one.predicted_imbalance) for one in trials])
+    loosest = max(one.max_imbalance for one in trials)
+    tightest = min(one.max_imbalance for one in trials)
+    chosen = loosest
+    if line.at(loosest) > max_imbalance:
+        chosen = tightest
+        if line.slope > 0:
+            crossing = math.floor(line.reaches(max_imbalance) * _CAP_STEPS) / _CAP_STEPS
+            chosen = max(tightest, crossing)
+    return InnerCap(
+        max_imbalance=chosen,
+        overflow_price=trials[0].overflow_price,
+        predicted_imbalance=round(line.at(chosen), 6),
+        holds=line.at(chosen) <= max_imbalance,
+        trials=tuple(trials),
+    )
+
+
+def cheapest_that_holds(
+    max_imbalance: float, trials: Sequence[CapTrial], dearer: Sequence[CapTrial]
+) -> InnerCap:
+    """Choose between prices under the tightest cap, by a line over their logarithms.
+
+    Parameters
+    ----------
+    max_imbalance
+        What other sequences should keep to.
+    trials
+        The caps tried; the last is the tightest.
+    dearer
+        Trials of that cap at ascending prices.
+    """
+    tightest = trials[-1]
+    line = _Line.through(
+        [
+            (math.log2(one.overflow_price), one.predicted_imbalance)
+            for one in (tightest, *dearer)
+        ]
+    )
+    chosen = dearer[-1].overflow_price if line.slope < 0 else tightest.overflow_price
+    if line.at(math.log2(chosen)) < max_imbalance and line.slope < 0:
+        crossing = math.ceil(round(2 ** line.reaches(max_imbalance), 6))
+        chosen = max(tightest.overflow_price, float(crossing))
+    predicted = line.at(math.log2(chosen))
+    return InnerCap(
+        max_imbalance=tightest.max_imbalance,
+        overflow_price=chosen,
+        predicted_imbalance=round(predicted, 6),
+        holds=predicted <= max_imbalance,
+        trials=(*trials, *dearer),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    """A straight line by least squares."""
+
+    x: float
+    y: float
+    slope: float
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float]]) -> Self:
+        """Fit a line to points (x, y); level where all have one x."""
+        x, y = np.array(points).T
+        spread = float(((x - x.mean()) ** 2).sum())
+        rise = float(((x - x.mean()) * (y - y.mean())).sum())
+        slope = rise / spread if spread else 0.0
+        return cls(x=float(x.mean()), y=float(y.mean()), slope=slope)
+
+    def at(self, x: float) -> float:
+        return self.y + self.slope * (x - self.x)
+
+    def reaches(self, y: float) -> float:
+        """Return the x of a value; the line must not be level."""
+        return self.x + (y - self.y) / self.slope
+
+
+def predicted_imbalance(profile: float, heldout: float) -> float:
+    """Predict the imbalance on other sequences of a plan solved on all of the profile.
+
+    Half of n sequences err by about sqrt(2/n), and so do the others that judge them; all
+    n err by sqrt(1/n), and so do as many to come. Thus what half of the profile shows
+    above the other is sqrt(2) times what is to come.
+
+    Parameters
+    ----------
+    profile, heldout
+        Imbalance of a plan on the half that it was solved on, and on the other.
+    """
+    return profile + (heldout - profile) / math.sqrt(2)
+
+
+def inner_halves(profile: Chunk, option: str) -> tuple[Chunk, Chunk]:
+    """Return every second sequence, and the others, whatever fold they are of.
+
+    Raises
+    ------
+    UsageError
+        If there is one sequence alone; ``option`` is what needs two.
+    """
+    present, number = np.unique(profile.sequence_ids, return_inverse=True)
+    if len(present) < 2:
+        raise UsageError(
+            f"{option} holds sequences out of the profile, which has only one",
+            "record more sequences, or choose another --fold",
+        )
+    even = number % 2 == 0
+    return profile.select(even), profile.select(~even)
+
+
+def _trial(
+    model: ModelSpec,
+    halves: tuple[Chunk, Chunk],
+    options: SolveOptions,
+    price: float,
+    deadline: Deadline,
+) -> CapTrial:
+    """Solve on each half and judge on both."""
+    own, other, prices = [], [], []
+    for solved, heldout in (halves, halves[::-1]):
+        affinity = count_affinity([solved], model, {})
+        placement, report = solve_to_choose(affinity, options, solved, deadline)
+        own.append(_imbalance(model, placement, solved, options))
+        other.append(_imbalance(model, placement, heldout, options))
+        prices.append(report.objective)
+    profile, judged = float(np.mean(own)), float(np.mean(other))
+    return CapTrial(
+        max_imbalance=options.load_cap,
+        overflow_price=price,
+        objective=round(float(np.mean(prices)), 6),
+        profile_imbalance=round(profile, 6),
+        heldout_imbalance=round(judged, 6),
+        predicted_imbalance=round(predicted_imbalance(profile, judged), 6),
+    )
+
+
+def _imbalance(
+    model: ModelSpec, placement: Placement, tokens: Chunk, options: SolveOptions
+) -> float:
+    """Return max/mean rank load, mean over the layers, as plans report it."""
+    found = simulate(
+        placement,
+        tokens,
+        replica_choice=options.replica_choice,
+        layer_ids=model.layer_ids,
+    )
+    return found.get(options.policy, found["fixed"]).load_imbalance_mean
+
+
+def expert_loads(model: ModelSpec, tokens: Chunk) -> list[FloatArray]:
+    """Return L arrays ``[E]``: pairs per expert."""
+    return [
+        np.bincount(ids.ravel(), minlength=size).astype(np.float64)
+        for ids, size in zip(tokens.experts, model.num_experts, strict=True)
+    ]

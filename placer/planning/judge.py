@@ -1,0 +1,512 @@
+"""Simulating a plan file on a trace, beside the baselines."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.intervals import (
+    FEWEST_SEQUENCES,
+    CopiesRatio,
+    copies_ratio,
+)
+from placer.model import require_same_model
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.placement.plan import plan_sha256
+from placer.planning.baseline_placements import baseline_placements
+from placer.planning.profile import (
+    num_seen_sequences,
+    other_phase,
+    profile_of,
+)
+from placer.serving.homes import (
+    BatchShape,
+    batch_shapes,
+)
+from placer.serving.replica_choice import unknown_dense_layers
+from placer.simulation.batch_figures import (
+    BatchFigures,
+    BatchOptions,
+    BatchSteps,
+    batch_steps,
+    filled_warning,
+)
+from placer.simulation.cost import (
+    BreakEven,
+    CostModel,
+    ExpertShape,
+    break_even,
+)
+from placer.simulation.metrics import (
+    PolicyMetrics,
+    PolicyTally,
+)
+from placer.simulation.sent import (
+    Sent,
+    Wire,
+)
+from placer.simulation.simulate import count
+from placer.table.table import Table
+from placer.target.engine import (
+    Engine,
+    ReplicaChoice,
+)
+from placer.target.hardware import Hardware
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Selection,
+    Trace,
+)
+from placer.trace.doubts import doubtful_follow
+
+PLAN = "plan"
+Figures = Mapping[str, PolicyMetrics]
+Tallies = Mapping[str, PolicyTally]
+BatchTable = Mapping[str, tuple[BatchFigures, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """How the tokens are served.
+
+    Attributes
+    ----------
+    engine
+        What is sent, and in which element; without one, what the plan was solved for, in
+        bf16.
+    replica_choice
+        Which copy of an expert serves; ``None`` where each has one.
+    hardware, expert
+        What the cost model needs; without hardware no time is predicted.
+    hidden_size
+        Width of the hidden state, where neither trace, plan nor ``expert`` says it.
+    """
+
+    engine: Engine | None = None
+    replica_choice: ReplicaChoice | None = None
+    hardware: Hardware | None = None
+    expert: ExpertShape | None = None
+    hidden_size: int | None = None
+
+    def cost_model(self, wire: Wire) -> CostModel | None:
+        """Return the cost model, or ``None`` without hardware.
+
+        Raises
+        ------
+        UsageError
+            If there is hardware, but the size of an expert is not known.
+        """
+        if self.hardware is None:
+            return None
+        if self.expert is None:
+            raise UsageError(
+                "--hardware predicts no time without the size of an expert",
+                "give --model DIR (its config.json), or --hidden-size and --expert-size",
+            )
+        return CostModel(
+            hardware=self.hardware,
+            expert=self.expert,
+            dispatch=wire.dispatch,
+            combine=wire.combine,
+            num_nodes=wire.num_nodes,
+        )
+
+
+def answered(engine: Engine | None, shapes: Sequence[BatchShape]) -> tuple[BatchShape, ...]:
+    """Return the batches that an engine is run for; without an engine, all."""
+    if engine is None:
+        return tuple(shapes)
+    return tuple(one for one in shapes if one.batching in engine.phases)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """A plan and its baselines on the same tokens, served in one way.
+
+    Attributes
+    ----------
+    policies
+        The plan's metrics by home policy.
+    baselines
+        Metrics by name of the baseline and home policy.
+    num_tokens, num_sequences, num_layers, top_k
+        What was simulated.
+    num_ranks
+        Ranks of the plan.
+    hidden_size
+        Width of the hidden state, or ``None`` where the trace does not know.
+    policy
+        The home policy under which batches are served: what the plan was solved for, or
+        ``fixed`` where that needs a table.
+    batches
+        By name of the placement, ``plan`` last: figures in batches of each shape.
+    sent
+        What the engine sends, and placements change under ``policy``; ``None`` where they
+        change nothing.
+    ratios
+        By baseline: what the plan sends over what it sends, under ``policy``.
+    break_even
+        By baseline, for each of ``batches``: for which bandwidth the plan is faster.
+    serving, wire
+        How the tokens are served, and what crosses the wire.
+    warnings
+        What limits the figures.
+    """
+
+    policies: Figures
+    baselines: Mapping[str, Figures]
+    num_tokens: int
+    num_sequences: int
+    num_layers: int
+    top_k: int
+    num_ranks: int
+    hidden_size: int | None
+    policy: str
+    batches: BatchTable
+    sent: Sent | None
+    ratios: Mapping[str, CopiesRatio]
+    break_even: Mapping[str, tuple[BreakEven, ...]]
+    serving: Serving
+    wire: Wire
+    warnings: tuple[str, ...]
+
+    @property
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """The batches that were served."""
+        return tuple(one.shape for one in self.batches[PLAN])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer simulate --json``."""
+        return {
+            "policies": _figures_json(self.policies),
+            "baselines": {name: _figures_json(f) for name, f in self.baselines.items()},
+            "tokens": self.num_tokens,
+            "layers": self.num_layers,
+            "top_k": self.top_k,
+            "sequences": self.num_sequences,
+            "replica_choice": self.serving.replica_choice,
+            "engine": None if self.serving.engine is None else self.serving.engine.name,
+            "batches": {
+                name: [one.to_json() for one in figures]
+                for name, figures in self.batches.items()
+            },
+            "bytes_per_token": self.bytes_per_token(),
+            "sent": None if self.sent is None else self.sent.metric,
+            "sent_ratio": {name: one.to_json() for name, one in self.ratios.items()},
+            "break_even": {
+                name: [
+                    dataclasses.asdict(shape) | one.to_json()
+                    for shape, one in zip(self.shapes, found, strict=True)
+                ]
+                for name, found in self.break_even.items()
+            },
+            "warnings": list(self.warnings),
+        }
+
+    def bytes_per_token(self) -> dict[str, dict[str, float]] | None:
+        """Return bytes per token and layer: by placement, then way and link class.
+
+        Of the largest batches; ``None`` where the hidden size is not known.
+        """
+        if self.hidden_size is None:
+            return None
+        ways = (self.wire.dispatch, self.wire.combine)
+        sizes = [way.copy_bytes(self.hidden_size) for way in ways]
+        return {
+            name: {
+                f"{way}_{link}": round(
+                    size * getattr(figures[-1].metrics, f"{way}_{link}_copies_per_token"),
+                    1,
+                )
+                for way, size in zip(("dispatch", "combine"), sizes, strict=True)
+                for link in ("fast", "slow")
+            }
+            for name, figures in self.batches.items()
+        }
+
+
+def judge_plan(
+    plan_path: Path,
+    trace: Trace,
+    *,
+    selection: Selection = EVERYTHING,
+    table_path: Path | None = None,
+    shapes: Sequence[BatchShape] | None = None,
+    baselines: Sequence[str] | None = None,
+    servings: Sequence[Serving] = (Serving(),),
+) -> tuple[Judgement, ...]:
+    """Simulate a plan and baselines on the tokens selected, served in each way.
+
+    Baselines see the plan's own profile where it is of this trace, else all tokens of
+    the phase that is judged. An engine that is run for none of the batches gets no
+    judgement.
+
+    Raises
+    ------
+    PlacerError
+        If plan and trace are of different models, or the table is of another plan.
+    UsageError
+        If a baseline is unknown, no engine is run for any of the batches, or the size of
+        an expert is needed and not known.
+    """
+    plan = Plan.read(plan_path)
+    shapes = batch_shapes() if shapes is None else shapes
+    asked = [one for one in servings if answered(one.engine, shapes)]
+    if not asked:
+        engines = [one.engine for one in servings if one.engine is not None]
+        raise no_batch_for(engines, shapes)
+    matched = require_same_model(
+        plan.model, str(plan_path), trace.model, str(trace.directory)
+    )
+    table = None if table_path is None else read_table_of(table_path, plan_path)
+    tokens = trace.read(selection)
+    compared, missing = baseline_placements(plan, trace, selection, baselines)
+    judge = _Judge(plan, trace, tokens, {**compared, PLAN: plan.placement}, table)
+    warnings = (
+        matched,
+        *missing,
+        other_phase(plan, selection),
+        *doubtful_follow(trace, plan.policy),
+        *_warnings(plan, trace, tokens, table),
+    )
+    return tuple(
+        judge.judgement(
+            one,
+            answered(one.engine, shapes),
+            tuple(text for text in warnings if text is not None),
+        )
+        for one in asked
+    )
+
+
+def no_batch_for(engines: Sequence[Engine], shapes: Sequence[BatchShape]) -> UsageError:
+    """Return the error that none of the engines is run for any of the batches."""
+    drawn = sorted({one.batching for one in shapes})
+    phases = sorted({phase for engine in engines for phase in engine.phases})
+    return UsageError(
+        f"--engine {', '.join(one.name for one in engines)} is run for "
+        f"{' and '.join(phases)}, and the batches asked for are those of "
+        f"{' and '.join(drawn)}",
+        f"add --batching {phases[0]}, or leave out --tokens-per-rank",
+    )
+
+
+def _warnings(
+    plan: Plan, trace: Trace, tokens: Chunk, table: Table | None
+) -> tuple[str | None, ...]:
+    """Return what limits the figures, whatever serves."""
+    num_sequences = len(np.unique(tokens.sequence_ids))
+    seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
+    return (
+        f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
+        f"the figures flatter it: {_remedy(profile_of(plan, trace))}"
+        if seen
+        else None,
+        _seen_by_table(table, trace, tokens, at_least=seen + 1),
+        f"{num_sequences} sequences are too few for an interval or a verdict: "
+        f"{FEWEST_SEQUENCES} are needed"
+        if num_sequences < FEWEST_SEQUENCES
+        else None,
+        f"the plan was solved for {plan.policy}, whose homes need its table; give it by "
+        "--table TABLE: placer tables --help"
+        if table is None and plan.policy != plan.policy_without_table
+        else None,
+        "the trace has no token ids: the table knows no token of it"
+        if table is not None and tokens.token_ids is None
+        else None,
+    )
+
+
+class _Judge:
+    """Placements on the same tokens; nothing is counted twice for several engines."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        trace: Trace,
+        tokens: Chunk,
+        placements: Mapping[str, Placement],
+        table: Table | None,
+    ) -> None:
+        self.plan = plan
+        self.trace = trace
+        self.tokens = tokens
+        self.placements = placements
+        self.table = table
+        self.layer_ids = plan.model.layer_ids or trace.model.layer_ids
+        self._tallies: dict[tuple[str, ReplicaChoice | None], Tallies] = {}
+        self._steps: dict[tuple[str, BatchShape, BatchOptions], BatchSteps] = {}
+
+    def judgement(
+        self, serving: Serving, shapes: Sequence[BatchShape], warnings: Sequence[str]
+    ) -> Judgement:
+        """Serve all placements in one way."""
+        plan, tokens = self.plan, self.tokens
+        wire = Wire.of(plan, serving.engine, serving.replica_choice)
+        cost = serving.cost_model(wire)
+        policy = plan.policy_without_table
+        options = BatchOptions(
+            policy=policy,
+            exchanges=(wire.dispatch.exchange, wire.combine.exchange),
+            replica_choice=serving.replica_choice,
+            layer_ids=self.layer_ids,
+        )
+        batches = {
+            name: tuple(self._figures(name, shape, options, cost) for shape in shapes)
+            for name in self.placements
+        }
+        tallies = {
+            name: self._counted(name, serving.replica_choice) for name in self.placements
+        }
+        own_warnings = (
+            unknown_dense_layers(plan.placement, serving.replica_choice, self.layer_ids),
+            filled_warning(shapes, tokens.num_tokens, plan.placement.num_ranks),
+            None if cost is None else cost.expert.assumption,
+        )
+        sent = wire.compared(policy)
+        return Judgement(
+            policies=_metrics(tallies[PLAN]),
+            baselines={
+                name: _metrics(one) for name, one in tallies.items() if name != PLAN
+            },
+            num_tokens=tokens.num_tokens,
+            num_sequences=len(np.unique(tokens.sequence_ids)),
+            num_layers=plan.model.num_layers,
+            top_k=plan.model.top_k,
+            num_ranks=plan.placement.num_ranks,
+            hidden_size=self.trace.model.hidden_size
+            or plan.model.hidden_size
+            or (None if serving.expert is None else serving.expert.hidden_size)
+            or serving.hidden_size,
+            policy=policy,
+            batches=batches,
+            sent=sent,
+            ratios=self._ratios(tallies, sent),
+            break_even=_break_evens(batches, cost),
+            serving=serving,
+            wire=wire,
+            warnings=(
+                *warnings,
+                *(text for text in own_warnings if text is not None),
+            ),
+        )
+
+    def _counted(self, name: str, choice: ReplicaChoice | None) -> Tallies:
+        if (name, choice) not in self._tallies:
+            self._tallies[name, choice] = count(
+                self.placements[name],
+                self.tokens,
+                table=self.table if name == PLAN else None,
+                replica_choice=choice,
+                layer_ids=self.layer_ids,
+            )
+        return self._tallies[name, choice]
+
+    def _figures(
+        self, name: str, shape: BatchShape, options: BatchOptions, cost: CostModel | None
+    ) -> BatchFigures:
+        key = name, shape, options
+        if key not in self._steps:
+            self._steps[key] = batch_steps(
+                self.placements[name], self.tokens, shape, options
+            )
+        return self._steps[key].figures(cost)
+
+    def _ratios(
+        self, tallies: Mapping[str, Tallies], sent: Sent | None
+    ) -> dict[str, CopiesRatio]:
+        """Relate what the plan sends to every baseline's, under the plan's own policy."""
+        policy, own = self.plan.policy, tallies[PLAN]
+        if sent is None:
+            return {}
+        found = {
+            name: copies_ratio(
+                sent.of_token(own[policy]),
+                sent.of_token(others[policy]),
+                self.tokens.sequence_ids,
+                self.tokens.domain_ids,
+                self.trace.header.domains,
+            )
+            for name, others in tallies.items()
+            if name != PLAN and policy in own and policy in others
+        }
+        return {name: one for name, one in found.items() if one is not None}
+
+
+def _metrics(tallies: Tallies) -> dict[str, PolicyMetrics]:
+    return {policy: tally.metrics() for policy, tally in tallies.items()}
+
+
+def _break_evens(
+    batches: BatchTable, cost: CostModel | None
+) -> dict[str, tuple[BreakEven, ...]]:
+    """Compare the plan's predicted time with every baseline's, in batches of each shape."""
+    if cost is None:
+        return {}
+    return {
+        name: tuple(
+            break_even(plan.time, other.time, cost)
+            for plan, other in zip(batches[PLAN], figures, strict=True)
+            if plan.time is not None and other.time is not None
+        )
+        for name, figures in batches.items()
+        if name != PLAN
+    }
+
+
+def read_table_of(table_path: Path, plan_path: Path) -> Table:
+    """Read a table and make sure that it is the plan's own.
+
+    Raises
+    ------
+    PlacerError
+        If the table was written for another plan file.
+    """
+    table = Table.read(table_path)
+    expected = plan_sha256(plan_path)
+    if table.plan_sha256 != expected:
+        raise PlacerError(
+            f"table {table_path} was written for the plan with SHA-256 "
+            f"{str(table.plan_sha256)[:12]}, but {plan_path} has {expected[:12]}",
+            f"write the plan's own table: placer tables {plan_path} TRACE "
+            f"--out {table_path}",
+        )
+    return table
+
+
+def _seen_by_table(
+    table: Table | None, trace: Trace, tokens: Chunk, *, at_least: int
+) -> str | None:
+    """Say how many of the sequences a table was built from, if so many."""
+    if table is None:
+        return None
+    seen = num_seen_sequences(table, trace, tokens.sequence_ids)
+    if seen < at_least:
+        return None
+    remedy = _remedy(profile_of(table, trace), "build the table")
+    return (
+        f"{seen} of the {len(np.unique(tokens.sequence_ids))} sequences are those the "
+        f"table was built from, so the figures with it flatter it: {remedy}"
+    )
+
+
+def _remedy(profile: Selection | None, make: str = "solve") -> str:
+    """Say how to simulate what the plan, or what else is made, has not seen."""
+    if profile is None or profile.fold is None:
+        return f"{make} with --fold 0/2, then simulate with --not-fold 0/2"
+    return f"simulate with {profile.complement().options}"
+
+
+def _figures_json(figures: Figures) -> dict[str, dict[str, float]]:
+    return {policy: metrics.to_json() for policy, metrics in figures.items()}

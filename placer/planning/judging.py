@@ -1,0 +1,108 @@
+"""Figures of a plan and of the baselines beside it, on the tokens that judge them."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from placer.model import ModelSpec
+from placer.placement.placement import Placement
+from placer.placement.reference import (
+    Load,
+    contiguous,
+)
+from placer.simulation.simulate import simulate
+from placer.solver.balance.eplb import pack_loads
+from placer.solver.balance.load_caps import balanced
+from placer.solver.options import SolveOptions
+from placer.solver.search.alternation import vocabulary_of
+from placer.table.build import build_table
+from placer.table.table import Table
+from placer.trace import Chunk
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Judging:
+    """Serves tokens from placements as a plan is solved for.
+
+    Attributes
+    ----------
+    model
+        The trace's model.
+    options
+        What is solved for.
+    profile, heldout
+        The tokens to solve on, and those of all other sequences; ``None``: there are none.
+    """
+
+    model: ModelSpec
+    options: SolveOptions
+    profile: Chunk
+    heldout: Chunk | None
+
+    @property
+    def judged(self) -> Chunk:
+        """The tokens that baselines are measured on."""
+        return self.profile if self.heldout is None else self.heldout
+
+    def baselines(self, load: Load) -> dict[str, Placement]:
+        """Return the placements that need no more than loads, L arrays ``[E]``.
+
+        ``eplb`` has as many slots as the plan.
+        """
+        sizes, topology = self.model.num_experts, self.options.topology
+        num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
+        more, n_group = self.options.redundant_experts, self.model.n_group
+        found = {
+            "contiguous": contiguous(sizes, num_ranks, num_nodes, more),
+            "eplb": pack_loads(load, topology, more, n_group),
+        }
+        if not any(size % num_ranks for size in sizes):
+            found["balanced"] = balanced(load, num_ranks, num_nodes)
+        return found
+
+    def measure(self, placements: dict[str, Placement]) -> tuple[dict[str, Figures], float]:
+        """Return the figures of placements on the judged tokens.
+
+        The second value is how many seconds those of a plan are going to take.
+        """
+        began = time.monotonic()
+        found: dict[str, Figures] = {}
+        known: dict[str, Figures] = {}
+        for name, placement in placements.items():
+            key = str(placement.to_json())
+            if key not in known:
+                known[key] = self.figures(placement, self.judged)[0]
+            found[name] = known[key]
+        seconds = (time.monotonic() - began) / len(known)
+        tokens = self.profile.num_tokens + (self.heldout.num_tokens if self.heldout else 0)
+        return found, seconds * tokens / self.judged.num_tokens
+
+    def figures(self, placement: Placement, *chunks: Chunk) -> list[Figures]:
+        """Return metrics by home policy, for each chunk of tokens."""
+        table = self._table(placement)
+        found = []
+        for tokens in chunks:
+            served = simulate(
+                placement,
+                tokens,
+                table=table,
+                replica_choice=self.options.replica_choice,
+                layer_ids=self.model.layer_ids,
+            )
+            found.append({policy: value.to_json() for policy, value in served.items()})
+        return found
+
+    def _table(self, placement: Placement) -> Table | None:
+        """Return the placement's table, where the policy takes its homes from one."""
+        if self.options.content_policy is None:
+            return None
+        return build_table(
+            placement,
+            self.profile,
+            vocab_size=vocabulary_of(self.profile, self.options.content_policy),
+            max_home_imbalance=self.options.max_home_imbalance,
+            replica_choice=self.options.replica_choice,
+            layer_ids=self.model.layer_ids,
+        )

@@ -1,0 +1,356 @@
+"""Choosing what to solve for by predicted time.
+
+Quick plans under several load caps and prices on the busiest receiver, and a load balancer
+with the same slots, are made from half of the profile's sequences. The other half says
+which takes the least time, in batches of all sizes that the engine is run for; the whole
+profile is then solved that way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from placer.affinity import count_affinity
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.placement.placement import Placement
+from placer.planning.inner_cap import (
+    expert_loads,
+    inner_halves,
+)
+from placer.planning.question import Question
+from placer.planning.redundant import Worth
+from placer.planning.trace_advice import (
+    MOST_JUDGED_TOKENS,
+    QUICK,
+)
+from placer.planning.verdict import times
+from placer.run.deadline import Deadline
+from placer.run.progress import Progress
+from placer.serving.homes import BatchShape
+from placer.simulation.batch_figures import (
+    BatchFigures,
+    batch_steps,
+)
+from placer.simulation.cost import (
+    BreakEven,
+    PredictedTime,
+    break_even,
+)
+from placer.solver.balance.layer_balance import Balancing
+from placer.solver.balance.load_balance import balance_loads
+from placer.solver.balance.load_caps import load_caps
+from placer.solver.options import SolveOptions
+from placer.solver.solve import solve_to_choose
+from placer.trace import Chunk
+
+BALANCED = "balanced"
+_OBJECTIVE = "predicted seconds of a layer, summed over sizes of batches"
+# Shares of the imbalance that is allowed, and prices on the busiest receiver.
+_CAPS = (1.0, 0.5, 0.25)
+_RECEIVE_PRICES = (0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeChoice:
+    """What to solve for, and why.
+
+    Attributes
+    ----------
+    name
+        The candidate that was chosen.
+    options
+        Its options, for the whole profile.
+    figures
+        All candidates on the inner held-out sequences, by name, in batches of each size;
+        ``balanced`` is the load balancer.
+    break_even
+        For which bandwidth the quickest of the plans for traffic beats the load balancer,
+        in batches of each size.
+    """
+
+    name: str
+    options: SolveOptions
+    figures: Mapping[str, Sequence[BatchFigures]]
+    break_even: Sequence[BreakEven]
+
+    @property
+    def break_even_by_size(self) -> list[tuple[BatchShape, BreakEven]]:
+        """The batches, each with its break-even bandwidth."""
+        shapes = [one.shape for one in self.figures[BALANCED]]
+        return list(zip(shapes, self.break_even, strict=True))
+
+    @property
+    def told(self) -> str | None:
+        """A sentence on what is busier than the load balancer: taken, or left out."""
+        taken = _relative_times(self.figures, "total")
+        quickest = min(taken, key=lambda name: taken[name])
+        name = quickest if taken[quickest] < taken[self.name] else self.name
+        even, other = (_straggler_words(self.figures[n]) for n in (BALANCED, name))
+        if name != self.name:
+            return (
+                f"{name} takes {1 - taken[name] / taken[self.name]:.1%} less predicted "
+                f"time, but its straggler is {other}, the load balancer's {even}, and with "
+                "two-batch overlap it is not faster; to take it all the same, solve with "
+                "--objective traffic and its --max-imbalance and --receive-price"
+            )
+        if _is_as_even(self.figures[name], self.figures[BALANCED]):
+            return None
+        overlapped = _relative_times(self.figures, "overlapped")[name]
+        return (
+            f"{name} is taken though its straggler is {other}, the load balancer's {even}: "
+            f"with two-batch overlap too it takes {1 - overlapped:.1%} less predicted time"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the choice as JSON values."""
+        return {
+            "chosen": self.name,
+            "break_even": [
+                asdict(shape) | one.to_json() for shape, one in self.break_even_by_size
+            ],
+            "candidates": {
+                name: [one.to_json() for one in every]
+                for name, every in self.figures.items()
+            },
+        }
+
+
+def choose_by_time(
+    model: ModelSpec,
+    profile: Chunk,
+    options: SolveOptions,
+    question: Question,
+    progress: Progress | None = None,
+    deadline: Deadline | None = None,
+) -> TimeChoice:
+    """Return the options whose quick plan takes the least predicted time.
+
+    :func:`choose` says which may be chosen; the load balancer itself always may. What is
+    held out is part of the profile.
+
+    Parameters
+    ----------
+    model
+        The trace's model.
+    profile
+        The tokens to solve on.
+    options
+        What to solve for; its load cap is never exceeded.
+    question
+        Engine, hardware and size of an expert.
+    progress
+        Told each candidate.
+    deadline
+        No further candidate is tried after it; one of ``options.time_limit`` by default.
+
+    Raises
+    ------
+    UsageError
+        If the hardware is not given, the profile is one sequence, or a plan to keep to is.
+    NoSolutionError
+        If the load cap is out of reach on the whole profile, and may not be relaxed.
+    """
+    _require_comparable(options, question)
+    topology = options.topology
+    deadline = deadline or Deadline(seconds=options.time_limit)
+    load_caps(
+        expert_loads(model, profile),
+        topology.num_ranks,
+        options.load_cap,
+        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
+        deadline=deadline,
+    )
+    inner, heldout = judged_halves(profile)
+    affinity = count_affinity([inner], model, {})
+    balanced = _balanced(model, inner, options)
+    asked = _candidates(options)
+    figures = {BALANCED: _figures(model, balanced, heldout, options, question)}
+    for name, one in asked.items():
+        if len(figures) > 1 and deadline.passed():
+            break
+        if progress is not None:
+            progress(f"quick plan, {name}")
+        quick = replace(
+            one, relax_cap=True, proof="none", limits=QUICK.limits, refine=QUICK.refine
+        )
+        placement, _ = solve_to_choose(affinity, quick, inner, deadline)
+        figures[name] = _figures(model, placement, heldout, options, question)
+    name = choose(figures)
+    relative = _relative_times(figures, "total")
+    fastest = min((one for one in asked if one in figures), key=lambda one: relative[one])
+    cost = question.cost_model()
+    if cost is None:
+        raise ValueError("a cost model comes with the hardware")
+    both = zip(times(figures[fastest]), times(figures[BALANCED]), strict=True)
+    return TimeChoice(
+        name=name,
+        options=asked.get(name) or _balance(options),
+        figures=figures,
+        break_even=tuple(break_even(plan, other, cost) for plan, other in both),
+    )
+
+
+def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth:
+    """Return what judges numbers of redundant experts by predicted time of a layer.
+
+    The better of a quick plan for traffic and a load balancer, made from half of the
+    profile's sequences and judged on the other half.
+    """
+    inner, heldout = judged_halves(profile)
+    affinity = count_affinity([inner], model, {})
+
+    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, bool]:
+        _require_comparable(options, question)
+        quick = replace(options.quick(), relax_cap=True)
+        placement, report = solve_to_choose(affinity, quick, inner, deadline)
+        made = (placement, _balanced(model, inner, options))
+        figures = [_figures(model, one, heldout, options, question) for one in made]
+        seconds = min(sum(one.total for one in times(every)) for every in figures)
+        return seconds, _OBJECTIVE, report.meets_caps
+
+    return worth
+
+
+def choose(figures: Mapping[str, Sequence[BatchFigures]]) -> str:
+    """Return the quickest candidate that may be taken.
+
+    Its stragglers are no worse than the load balancer's, or it is faster with two-batch
+    overlap too, where transfers hide behind the busiest rank; in batches of every size.
+    """
+    relative, base = _relative_times(figures, "total"), figures[BALANCED]
+    allowed = [
+        name
+        for name, every in figures.items()
+        if _is_as_even(every, base)
+        or all(
+            one.overlapped < other.overlapped
+            for one, other in zip(times(every), times(base), strict=True)
+        )
+    ]
+    return min(allowed, key=lambda name: relative[name])
+
+
+def _is_as_even(figures: Sequence[BatchFigures], base: Sequence[BatchFigures]) -> bool:
+    return all(
+        one.metrics.straggler_mean <= limit.metrics.straggler_mean
+        for one, limit in zip(figures, base, strict=True)
+    )
+
+
+def _relative_times(
+    figures: Mapping[str, Sequence[BatchFigures]], way: str
+) -> dict[str, float]:
+    """Return times over the load balancer's: their mean over the sizes of batches."""
+
+    def mean(every: Sequence[BatchFigures]) -> float:
+        both = zip(times(every), times(figures[BALANCED]), strict=True)
+        return float(
+            np.mean([getattr(one, way) / getattr(base, way) for one, base in both])
+        )
+
+    return {name: mean(every) for name, every in figures.items()}
+
+
+def _straggler_words(figures: Sequence[BatchFigures]) -> str:
+    return " / ".join(f"{one.metrics.straggler_mean:.4f}" for one in figures)
+
+
+def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
+    found = {}
+    for share in _CAPS:
+        cap = round(1 + share * (options.load_cap - 1), 6)
+        for more in _RECEIVE_PRICES:
+            price = options.receive_price + more
+            # A tighter cap than was asked for may be relaxed, to no more than was asked.
+            found[f"cap {cap:g}, receive price {price:g}"] = replace(
+                options,
+                max_imbalance=cap,
+                receive_price=price,
+                relax_cap=options.relaxes_load_cap or share < 1,
+            )
+    return found
+
+
+def _balance(options: SolveOptions) -> SolveOptions:
+    """Return options for balance alone, which knows neither homes nor copies sent."""
+    return replace(
+        options,
+        objective="balance",
+        policy="fixed",
+        max_home_imbalance=None,
+        exchange="per-rank",
+        receive_price=0.0,
+        robust="none",
+    )
+
+
+def _require_comparable(options: SolveOptions, question: Question) -> None:
+    if question.hardware is None:
+        raise UsageError("--objective time needs the hardware", "give --hardware h100")
+    if options.constrained:
+        raise UsageError(
+            "--objective time compares plans made anew, which --start, --pin and "
+            "--preserve-groups are not",
+            "solve with --objective traffic",
+        )
+    if options.max_received_copies is not None:
+        raise UsageError(
+            f"--max-received-copies {options.max_received_copies:g} is no cap of "
+            "--objective time: it may choose the load balancer, which keeps to none, and "
+            "its predictions wait for the busiest receiver already",
+            "drop it, or solve with --objective traffic",
+        )
+
+
+def judged_halves(profile: Chunk, option: str = "--objective time") -> tuple[Chunk, Chunk]:
+    """Return half of the sequences to place by, and of the others what judges."""
+    inner, heldout = inner_halves(profile, option)
+    return inner, heldout.first_sequences(MOST_JUDGED_TOKENS)
+
+
+def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placement:
+    topology = options.topology
+    return balance_loads(
+        expert_loads(model, tokens),
+        Balancing(
+            num_ranks=topology.num_ranks,
+            num_nodes=topology.num_nodes,
+            redundant_experts=options.redundant_experts,
+            replica_choice=options.replica_choice or "hash",
+            layer_ids=model.layer_ids,
+        ),
+    ).placement
+
+
+def batch_times(
+    model: ModelSpec,
+    placement: Placement,
+    tokens: Chunk,
+    options: SolveOptions,
+    question: Question,
+) -> list[PredictedTime]:
+    """Return the predicted time of a layer in batches of each size."""
+    return times(_figures(model, placement, tokens, options, question))
+
+
+def _figures(
+    model: ModelSpec,
+    placement: Placement,
+    tokens: Chunk,
+    options: SolveOptions,
+    question: Question,
+) -> tuple[BatchFigures, ...]:
+    """Serve tokens in batches of each size that the engine is run for."""
+    cost = question.cost_model()
+    served = replace(
+        question.batch_options(),
+        replica_choice=options.replica_choice,
+        layer_ids=model.layer_ids,
+    )
+    return tuple(
+        batch_steps(placement, tokens, shape, served).figures(cost)
+        for shape in question.answered
+    )

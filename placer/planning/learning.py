@@ -1,0 +1,136 @@
+"""The learning curve: how many profiled tokens a plan needs until it stops changing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.affinity import count_affinity
+from placer.errors import UsageError
+from placer.placement.placement import Placement
+from placer.placement.reference import contiguous
+from placer.run.deadline import Deadline
+from placer.simulation.simulate import simulate
+from placer.solver.options import SolveOptions
+from placer.solver.search.pair_search import transport
+from placer.solver.solve import solve_to_choose
+from placer.trace import (
+    Chunk,
+    Selection,
+    Trace,
+)
+
+DEFAULT_TOKENS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningPoint:
+    """A plan solved from a part of the profile, judged on the held-out sequences.
+
+    Attributes
+    ----------
+    num_tokens, num_sequences
+        The part of the profile.
+    remote_rank_copies_per_token
+        Held out, under the policy that was solved for.
+    ratio
+        The same over that of the contiguous placement.
+    load_imbalance_mean
+        Held out.
+    moved
+        Share of the experts that are on another rank than in the plan from the whole
+        profile, after the best renaming of each layer's ranks.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    remote_rank_copies_per_token: float
+    ratio: float
+    load_imbalance_mean: float
+    moved: float
+
+
+def learning_curve(
+    trace: Trace,
+    options: SolveOptions,
+    selection: Selection,
+    *,
+    tokens: tuple[int, ...] = DEFAULT_TOKENS,
+) -> list[LearningPoint]:
+    """Solve from growing parts of the sequences selected; judge on all others.
+
+    Sequences are drawn in an order that the options' seed decides, each part holds the
+    part before, and load caps that a small part puts out of reach are relaxed.
+
+    Raises
+    ------
+    UsageError
+        If the fold holds fewer tokens than the smallest part, or the policy takes its homes
+        from a table.
+    PlacerError
+        If the trace is damaged or a fold empty.
+    """
+    if options.content_policy is not None:
+        raise UsageError(
+            f"plans for --policy {options.policy} are not solved from pairs, as those of "
+            "this curve are",
+            "choose fixed or follow",
+        )
+    profile, heldout = trace.read(selection), trace.read(selection.complement())
+    parts = list(_parts(profile, tokens, options.seed))
+    if len(parts) < 2:
+        raise UsageError(
+            f"the fold holds {profile.num_tokens} tokens, fewer than the smallest part, "
+            f"{min(tokens)}",
+            f"give --tokens {max(profile.num_tokens // 2, 1)}, or record more text",
+        )
+    options = replace(options, relax_cap=True)
+    topology = options.topology
+    base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
+    plans = [
+        solve_to_choose(count_affinity([part], trace.model, {}), options, None, Deadline())[
+            0
+        ]
+        for part in parts
+    ]
+    reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
+    points = []
+    for part, placement in zip(parts, plans, strict=True):
+        figures = simulate(placement, heldout)[options.policy]
+        copies = figures.remote_rank_copies_per_token
+        points.append(
+            LearningPoint(
+                num_tokens=part.num_tokens,
+                num_sequences=len(np.unique(part.sequence_ids)),
+                remote_rank_copies_per_token=copies,
+                ratio=copies / reference if reference else 1.0,
+                load_imbalance_mean=figures.load_imbalance_mean,
+                moved=moved_share(placement, plans[-1]),
+            )
+        )
+    return points
+
+
+def moved_share(one: Placement, other: Placement) -> float:
+    """Return the share of experts on another rank, ranks renamed layer by layer."""
+    stays, total = 0.0, 0
+    for layer, size in enumerate(one.num_experts):
+        overlap = one.holds(layer).T.astype(np.int64) @ other.holds(layer)
+        partner = transport(-overlap.astype(np.float64), 1)
+        stays += float(overlap[np.arange(len(partner)), partner].sum())
+        total += size
+    return 1 - stays / total
+
+
+def _parts(profile: Chunk, sizes: tuple[int, ...], seed: int) -> Iterator[Chunk]:
+    """Yield whole sequences of about each number of tokens, then all of them."""
+    ids, lengths = np.unique(profile.sequence_ids, return_counts=True)
+    order: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(len(ids))
+    reached = np.cumsum(lengths[order])
+    for size in sorted(set(sizes)):
+        if size < reached[-1]:
+            number = int(np.searchsorted(reached, size)) + 1
+            if number < len(ids):
+                yield profile.select(np.isin(profile.sequence_ids, ids[order[:number]]))
+    yield profile

@@ -1,0 +1,53 @@
+"""What plans and tables were made from, to tell held-out sequences from those seen."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.placement import Plan
+from placer.table.table import Table
+from placer.trace import (
+    Selection,
+    Trace,
+)
+
+
+def made_from(made: Plan | Table, trace: Trace) -> bool:
+    """Return whether this trace was the profile, or part of it, or none is recorded."""
+    if isinstance(made, Table):
+        recorded: Any = made.trace_sha256
+    else:
+        # Of counts there may be several.
+        given = made.provenance
+        recorded = given.get("trace_sha256") or given.get("traces_sha256")
+    if isinstance(recorded, list):
+        return trace.sha256 in recorded
+    return recorded is None or recorded == trace.sha256
+
+
+def profile_of(made: Plan | Table, trace: Trace) -> Selection | None:
+    """Return the tokens of ``trace`` that a plan or table is made from, if it is."""
+    return Selection.from_json(made.provenance) if made_from(made, trace) else None
+
+
+def other_phase(plan: Plan, judged: Selection) -> str | None:
+    """Say that a plan is not judged on the phase that it was solved for, if it is not."""
+    phase = Selection.from_json(plan.provenance).phase
+    if phase in (None, judged.phase):
+        return None
+    return (
+        f"the plan was solved for {phase} tokens, and {judged.phase or 'all'} tokens are "
+        f"judged: give --phase {phase}"
+    )
+
+
+def num_seen_sequences(
+    made: Plan | Table, trace: Trace, sequence_ids: npt.NDArray[np.int32]
+) -> int:
+    """Return how many of these sequences of ``trace`` a plan or table is made from."""
+    profile = profile_of(made, trace)
+    if profile is None:
+        return 0
+    present, fold = np.unique(sequence_ids), profile.fold
+    return len(present) if fold is None else int(fold.keep(present).sum())

@@ -1,0 +1,147 @@
+"""What ``placer advise`` is asked: what is served, by which engine, in which batches."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from placer.errors import UsageError
+from placer.placement.plan import Policy
+from placer.placement.topology import Topology
+from placer.planning.judge import answered
+from placer.serving.homes import (
+    BatchShape,
+    batch_shapes,
+)
+from placer.simulation.batch_figures import BatchOptions
+from placer.simulation.cost import (
+    CostModel,
+    ExpertShape,
+)
+from placer.simulation.sent import (
+    Sent,
+    sent_by,
+)
+from placer.target.engine import (
+    PHASES,
+    Engine,
+    Exchange,
+    Phase,
+    Transfer,
+)
+from placer.target.hardware import Hardware
+
+
+def plain_engine(name: str, exchange: Exchange) -> Engine:
+    """Return an engine that stands for all with this exchange, in bf16."""
+    way = Transfer(exchange=exchange, element="bf16")
+    return Engine(
+        name=name,
+        family="",
+        phases=PHASES,
+        dispatch=way,
+        combine=way,
+        replica_choice="hash",
+        map_format="json",
+        group_rule="any",
+        selected_by="",
+        source="",
+        read_in="",
+    )
+
+
+def usual_engines(num_nodes: int) -> tuple[Engine, Engine]:
+    """Return what stands for all engines where none is named.
+
+    Their default exchange, and the all-to-all that they can be started with.
+    """
+    return (
+        plain_engine("default all-gather", "all-gather"),
+        plain_engine("token all-to-all", "per-node" if num_nodes > 1 else "per-rank"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is to be served, and when it is worth a change.
+
+    Attributes
+    ----------
+    topology
+        Ranks and nodes.
+    policy
+        Home policy.
+    engine
+        What sends, or ``None``: one copy per rank in bf16.
+    hardware, expert
+        What the cost model needs, or ``None``: then traffic and balance are the measure.
+    shapes
+        The batches to serve; an engine serves those that it is run for.
+    least_gain
+        Share of the measure that a change must save.
+    phase
+        Only tokens of this phase, or ``None`` for all.
+    """
+
+    topology: Topology
+    policy: str = "fixed"
+    engine: Engine | None = None
+    hardware: Hardware | None = None
+    expert: ExpertShape | None = None
+    shapes: tuple[BatchShape, ...] = batch_shapes()
+    least_gain: float = 0.03
+    phase: Phase | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise UsageError(
+                f"batches of --policy {self.policy} cannot be predicted",
+                "choose fixed or follow",
+            )
+
+    @property
+    def served(self) -> Engine:
+        """What sends."""
+        return self.engine or plain_engine("token all-to-all", "per-rank")
+
+    @property
+    def answered(self) -> tuple[BatchShape, ...]:
+        """The batches that the engine is run for."""
+        return answered(self.engine, self.shapes)
+
+    @property
+    def sent(self) -> Sent | None:
+        """What the engine sends and a placement changes, or ``None``."""
+        if not self.served.effect(self.policy, has_replicas=False).changes_traffic:
+            return None
+        return sent_by(self.served.dispatch.exchange, self.topology.num_nodes)
+
+    def batch_options(self) -> BatchOptions:
+        """Return how batches are served."""
+        ways = self.served.dispatch.exchange, self.served.combine.exchange
+        return BatchOptions(
+            policy=self.policy,
+            exchanges=ways,
+            replica_choice=self.served.replica_choice or "hash",
+        )
+
+    def cost_model(self) -> CostModel | None:
+        """Return the cost model, or ``None`` without hardware.
+
+        Raises
+        ------
+        UsageError
+            If there is hardware, but no size of an expert.
+        """
+        if self.hardware is None:
+            return None
+        if self.expert is None:
+            raise UsageError(
+                "--hardware predicts no time without the size of an expert",
+                "give --model DIR (its config.json), or --hidden-size and --expert-size",
+            )
+        return CostModel(
+            hardware=self.hardware,
+            expert=self.expert,
+            dispatch=self.served.dispatch,
+            combine=self.served.combine,
+            num_nodes=self.topology.num_nodes,
+        )

@@ -1,0 +1,191 @@
+"""What to solve for, so that it serves an engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.runtime_map.engine_family import known_families, without_copies
+from placer.target.engine import (
+    Engine,
+    choose_replicas,
+    engines_named,
+)
+
+_SOLVED_EXCHANGES = ("per-rank", "per-node")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The options of a solve that an engine decides.
+
+    Attributes
+    ----------
+    objective, exchange, replica_choice
+        As in ``SolveOptions``.
+    groups_count
+        Whether a token costs less where its router groups are on few nodes.
+    notes
+        What the user should know, one sentence each.
+    """
+
+    objective: str
+    exchange: str
+    replica_choice: str | None
+    groups_count: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def solved_for(
+    engine: str | None,
+    policy: str,
+    objective: str = "traffic",
+    exchange: str | None = None,
+    replica_choice: str | None = None,
+    *,
+    has_replicas: bool = False,
+    command: str = "placer solve TRACE --gpus-per-node M --redundant-experts X --out PLAN",
+) -> Served:
+    """Return what to solve for; without an engine, what was asked or the defaults.
+
+    Parameters
+    ----------
+    engine
+        Name of an engine, or ``None``.
+    policy
+        Home policy.
+    objective
+        What was asked.
+    exchange, replica_choice
+        What was asked, or ``None``.
+    has_replicas
+        Whether there are redundant experts.
+    command
+        As ``choose_replicas`` takes it.
+
+    Raises
+    ------
+    UsageError
+        If the engine is not known, what was asked contradicts it, or nothing says which
+        copy of a redundant expert serves.
+    """
+    if engine is None:
+        return Served(
+            objective=objective,
+            exchange=exchange or "per-rank",
+            replica_choice=choose_replicas(
+                None, replica_choice, has_replicas=has_replicas, command=command
+            ),
+        )
+    found = Engine.named(engine)
+    notes = []
+    effect = found.effect(policy, has_replicas=has_replicas)
+    if objective == "traffic" and not effect.changes_traffic:
+        objective = "balance"
+        notes.append(f"{engine}: {effect.reason}; so the load is balanced")
+    sent = found.dispatch.exchange
+    nearest = sent if sent in _SOLVED_EXCHANGES else "per-rank"
+    if objective == "traffic" and nearest != sent:
+        notes.append(
+            f"{engine} sends {sent}; solved for {nearest}, which lowers that too, and "
+            f"simulated as it is sent by: placer simulate PLAN TRACE --engine {engine}"
+        )
+    _require_agreement("--exchange", exchange, nearest, engine)
+    choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)
+    _require_agreement("--replica-choice", replica_choice, str(choice), engine)
+    return Served(
+        objective=objective,
+        # Of what is sent, balancing asks nothing.
+        exchange="per-rank" if objective == "balance" else nearest,
+        replica_choice=choice if has_replicas else None,
+        groups_count=sent in _SOLVED_EXCHANGES,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How an engine loads a plan.
+
+    Attributes
+    ----------
+    keeps_groups
+        Whether the plan must keep router groups whole, as a permuted checkpoint does.
+    notes
+        What the user should know, one sentence each.
+    """
+
+    keeps_groups: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def require_loadable(
+    engine: Engine,
+    model: ModelSpec,
+    architectures: Sequence[str] = (),
+    *,
+    has_replicas: bool,
+    num_nodes: int,
+) -> Loading:
+    """Refuse, before any search, what the engine could not load.
+
+    Parameters
+    ----------
+    engine
+        What the plan is for.
+    model
+        The model of the profile.
+    architectures
+        What its config names itself, where a checkpoint was given.
+    has_replicas
+        Whether there are redundant experts.
+    num_nodes
+        Nodes of the plan.
+
+    Raises
+    ------
+    UsageError
+        If there are more nodes than the engine takes, or redundant experts for an engine
+        that loads no map of this model: a permuted checkpoint holds none.
+    """
+    if num_nodes > 1 and engine.single_node:
+        others = [o.name for o in engines_named(engine.family) if not o.single_node]
+        nearest = get_close_matches(engine.name, others, n=1, cutoff=0)[0]
+        raise UsageError(
+            f"--engine {engine.name} runs on one node, --nodes is {num_nodes}",
+            f"placer solve TRACE --engine {nearest} --nodes {num_nodes} --gpus-per-node M "
+            "--out PLAN",
+        )
+    family = known_families()[engine.family]
+    if engine.map_format == "checkpoint":
+        reason: str | None = f"{family.title} loads no map"
+    else:
+        reason = family.no_map_reason(model.model_type, architectures)
+    if reason is None:
+        return Loading()
+    if has_replicas:
+        raise UsageError(
+            f"{reason}, and a permuted checkpoint holds no redundant experts, so none "
+            "could be served",
+            without_copies(engine.name),
+        )
+    notes = []
+    if engine.map_format != "checkpoint":
+        notes.append(
+            f"{reason}: serve the plan as a permuted checkpoint, "
+            "placer export checkpoint PLAN MODEL --out DIR"
+        )
+    # DeepSpeed's checkpoints have gates without groups.
+    keeps_groups = model.n_group > 1 and (
+        engine.map_format != "checkpoint" or engine.group_rule == "router-groups"
+    )
+    return Loading(keeps_groups=keeps_groups, notes=tuple(notes))
+
+
+def _require_agreement(option: str, asked: str | None, needed: str, engine: str) -> None:
+    if asked is not None and asked != needed:
+        raise UsageError(
+            f"{option} {asked} contradicts --engine {engine}, which needs {needed}",
+            f"drop {option} or --engine",
+        )

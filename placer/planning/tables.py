@@ -1,0 +1,268 @@
+"""From a plan file and a trace to the plan's table."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from placer import __version__
+from placer.model import (
+    ModelSpec,
+    require_same_model,
+)
+from placer.placement import Plan
+from placer.placement.plan import plan_sha256
+from placer.planning.profile import (
+    num_seen_sequences,
+    profile_of,
+)
+from placer.run.files import sha256_file
+from placer.serving.replica_choice import unknown_dense_layers
+from placer.simulation.metrics import PolicyMetrics
+from placer.simulation.simulate import simulate
+from placer.table.build import (
+    DEFAULT_SHRINKAGE,
+    UnseenIds,
+    build_table,
+)
+from placer.table.calibration import (
+    calibrated,
+    fit_calibration,
+)
+from placer.table.embeddings import CheckpointEmbeddings
+from placer.table.hash_routing import (
+    TokenExperts,
+    read_token_experts,
+)
+from placer.table.table import Table
+from placer.trace import (
+    EVERYTHING,
+    Chunk,
+    Fold,
+    Selection,
+    Trace,
+)
+from placer.trace.selection import parse_phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableOptions:
+    """What shapes a table; see :func:`placer.table.build_table`.
+
+    Attributes
+    ----------
+    lookback
+        Number of past majority ranks that index A, or ``None`` for the default.
+    shrinkage
+        Tokens of the layer's prior that are added to every row.
+    with_token_score
+        Also hold the second choices of equal slices.
+    with_combined
+        Also hold the combined rule.
+    embeddings
+        Checkpoint whose embedding gives ids never seen a row, and whose hash-routed
+        layers get exact rows; or ``None``.
+    unseen
+        What the embedding gives.
+    max_home_imbalance
+        Cap on the tokens of the fullest home over the mean, or ``None``.
+    """
+
+    lookback: int | None = None
+    shrinkage: float = DEFAULT_SHRINKAGE
+    with_token_score: bool = False
+    with_combined: bool = False
+    embeddings: Path | None = None
+    unseen: UnseenIds = "regression"
+    max_home_imbalance: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableResult:
+    """A table, and how good it is on sequences that it has not seen.
+
+    Attributes
+    ----------
+    table
+        The table.
+    profile
+        The tokens that it was built from.
+    num_seen_ids
+        Token ids that occur in the profile.
+    exact_layers
+        MoE layers, from 0, whose rows come from the checkpoint: hash-routed ones.
+    heldout
+        Metrics by home policy on the sequences outside the profile, ``None`` if there
+        are none.
+    warnings
+        What limits the table.
+    """
+
+    table: Table
+    profile: Selection
+    num_seen_ids: int
+    exact_layers: tuple[int, ...]
+    heldout: dict[str, PolicyMetrics] | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer tables --json``."""
+        return {
+            "num_token_ids": self.table.vocab_size,
+            "num_seen_ids": self.num_seen_ids,
+            "exact_layers": list(self.exact_layers),
+            "lookback": self.table.lookback,
+            **self.profile.to_json(),
+            "chance": 1 / self.table.num_ranks,
+            "heldout": None
+            if self.heldout is None
+            else {policy: m.to_json() for policy, m in self.heldout.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+def make_table(
+    plan_path: Path,
+    trace: Trace,
+    *,
+    fold: Fold | None = None,
+    phase: str | None = None,
+    options: TableOptions,
+) -> TableResult:
+    """Build a plan's table and try it on the held-out sequences.
+
+    Without a ``fold`` or a ``phase``, that of the tokens that the plan was solved on is
+    taken, where they are of this trace.
+
+    Raises
+    ------
+    PlacerError
+        If plan and trace (or checkpoint) are of different models, the trace has no token
+        ids, or an option is out of range.
+    UsageError
+        If the plan has redundant experts and does not say which copy serves.
+    """
+    plan = Plan.read(plan_path)
+    choice = plan.replica_choice
+    warning = require_same_model(
+        plan.model, str(plan_path), trace.model, str(trace.directory)
+    )
+    own = profile_of(plan, trace) or EVERYTHING
+    profile = Selection(
+        fold or own.fold, own.phase if phase is None else parse_phase(phase)
+    )
+    tokens = trace.read(profile)
+    model = trace.model if trace.model.bound else plan.model
+    token_experts: TokenExperts = {}
+    if options.embeddings is not None:
+        checkpoint = ModelSpec.from_checkpoint(options.embeddings)
+        require_same_model(model, "the trace", checkpoint, str(options.embeddings))
+        token_experts = read_token_experts(options.embeddings, checkpoint)
+        if not model.bound:
+            model = checkpoint
+    vocab_size = model.vocab_size or _largest_id(tokens) + 1
+    build = partial(
+        build_table,
+        plan.placement,
+        vocab_size=vocab_size,
+        lookback=options.lookback,
+        shrinkage=options.shrinkage,
+        with_combined=options.with_combined,
+        max_home_imbalance=options.max_home_imbalance,
+        replica_choice=choice,
+        layer_ids=model.layer_ids,
+    )
+    table = build(
+        tokens,
+        with_token_score=options.with_token_score,
+        embeddings=None
+        if options.embeddings is None
+        else CheckpointEmbeddings(options.embeddings),
+        token_experts=token_experts,
+        unseen=options.unseen,
+    )
+    exact_layers = tuple(sorted(token_experts))
+    # Without the embedding: what is measured is the error of counts.
+    calibration = fit_calibration(plan.placement, tokens, build, choice, model.layer_ids)
+    if calibration is not None:
+        table = calibrated(table, calibration, exact_layers)
+    table = dataclasses.replace(
+        table,
+        model=model,
+        plan_sha256=plan_sha256(plan_path),
+        trace_sha256=trace.sha256,
+        tokenizer_sha256=_tokenizer_sha256(trace, options.embeddings),
+        provenance={
+            "placer": __version__,
+            **profile.to_json(),
+            "shrinkage": options.shrinkage,
+            "max_home_imbalance": options.max_home_imbalance,
+            "unseen_ids": "prior" if options.embeddings is None else options.unseen,
+            "exact_layers": list(exact_layers),
+            "calibration": None if calibration is None else dataclasses.asdict(calibration),
+        },
+    )
+    heldout = _heldout(trace, profile)
+    warnings = (
+        warning,
+        unknown_dense_layers(plan.placement, choice, model.layer_ids),
+        _seen_by_plan(plan, trace, heldout),
+    )
+    return TableResult(
+        table=table,
+        profile=profile,
+        num_seen_ids=_num_ids(tokens),
+        exact_layers=exact_layers,
+        heldout=None
+        if heldout is None
+        else simulate(
+            plan.placement,
+            heldout,
+            table=table,
+            replica_choice=choice,
+            layer_ids=model.layer_ids,
+        ),
+        warnings=tuple(one for one in warnings if one is not None),
+    )
+
+
+def _heldout(trace: Trace, profile: Selection) -> Chunk | None:
+    """Return the tokens outside the profile, if there are any."""
+    if profile.fold is None:
+        return None
+    chunks = list(trace.chunks(profile.complement()))
+    return Chunk.concatenate(chunks) if chunks else None
+
+
+def _seen_by_plan(plan: Plan, trace: Trace, heldout: Chunk | None) -> str | None:
+    """Say how many of the sequences outside the profile the plan has seen, if any."""
+    if heldout is None:
+        return None
+    seen = num_seen_sequences(plan, trace, heldout.sequence_ids)
+    return (
+        f"{seen} of the {len(np.unique(heldout.sequence_ids))} sequences outside the "
+        "profile are those the plan was solved on, so the figures flatter it: solve, and "
+        "build the table, with the same --fold"
+        if seen
+        else None
+    )
+
+
+def _tokenizer_sha256(trace: Trace, checkpoint: Path | None) -> str | None:
+    """Return the hash that the trace records, else that of the checkpoint's tokenizer."""
+    recorded = trace.header.provenance.get("tokenizer_sha256")
+    if isinstance(recorded, str):
+        return recorded
+    path = None if checkpoint is None else checkpoint / "tokenizer.json"
+    return sha256_file(path) if path is not None and path.is_file() else None
+
+
+def _largest_id(tokens: Chunk) -> int:
+    return -1 if tokens.token_ids is None else int(tokens.token_ids.max())
+
+
+def _num_ids(tokens: Chunk) -> int:
+    return 0 if tokens.token_ids is None else len(set(tokens.token_ids.tolist()) - {-1})

@@ -1,0 +1,169 @@
+"""What a simulated plan comes to, in words: a verdict for each phase, then the facts."""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from placer.planning.judge import (
+    PLAN,
+    Judgement,
+)
+from placer.serving.homes import BatchShape
+from placer.simulation.batch_figures import BatchFigures
+from placer.simulation.cost import PredictedTime
+
+Row = TypeVar("Row", bound=Hashable)
+# Times closer than this are the same: no model of a layer is as exact.
+_SAME = 0.005
+_WORDS = {
+    (-1,): "faster than",
+    (0,): "as fast as",
+    (1,): "slower than",
+    (-1, 0): "faster than or as fast as",
+    (0, 1): "as fast as or slower than",
+}
+_BY_SIZE = "faster or slower, by batch size, than"
+#: What a verdict sets a plan beside, where they were simulated.
+_REFERENCES = ("contiguous", "eplb")
+
+
+def grouped(named: Iterable[tuple[str | None, Row]]) -> list[tuple[tuple[str, ...], Row]]:
+    """Return each value once, with the names that have it, in their order.
+
+    Engines that send the same have the same figures.
+    """
+    found: dict[Row, list[str]] = {}
+    for name, value in named:
+        found.setdefault(value, []).extend([] if name is None else [name])
+    return [(tuple(names), value) for value, names in found.items()]
+
+
+def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[str]:
+    """Yield one sentence for each phase and what is sent: what the plan is worth."""
+    every = [(_name(one), text) for one in judgements for text in _verdicts(one)]
+    for names, text in grouped(every):
+        yield ", ".join([*names, text])
+
+
+def references(baselines: Iterable[str]) -> list[str]:
+    """Return the baselines that a verdict is about: contiguous and EPLB, else all."""
+    names = list(baselines)
+    return [name for name in _REFERENCES if name in names] or names
+
+
+def _name(judgement: Judgement) -> str | None:
+    engine = judgement.serving.engine
+    return None if engine is None else engine.name
+
+
+def _verdicts(judgement: Judgement) -> Iterator[str]:
+    for phase in ("prefill", "decode"):
+        places = [n for n, one in enumerate(judgement.shapes) if one.batching == phase]
+        if not places:
+            continue
+        figures = {
+            name: [every[n] for n in places] for name, every in judgement.batches.items()
+        }
+        shapes = [judgement.shapes[n] for n in places]
+        plan = figures.pop(PLAN)
+        others = {name: figures[name] for name in references(figures)}
+        parts = [
+            *_sent_words(judgement, others),
+            *(
+                speed_words(name, times(plan), times(other))
+                for name, other in others.items()
+                if times(plan)
+            ),
+        ]
+        if not times(plan):
+            parts.append(_balance_words(plan, others))
+        yield f"{phase_words(shapes)}: the plan {'; '.join(parts)}"
+
+
+def phase_words(shapes: Sequence[BatchShape]) -> str:
+    """Name the phase and the batches that a verdict is about."""
+    sizes = " / ".join(f"{one.tokens_per_rank:,}" for one in shapes)
+    return f"{shapes[0].batching} ({sizes} tokens per rank)"
+
+
+def times(figures: Sequence[BatchFigures]) -> list[PredictedTime]:
+    """Return the predicted times of batches; none without a cost model."""
+    return [one.time for one in figures if one.time is not None]
+
+
+def speed_words(
+    name: str, plan: Sequence[PredictedTime], other: Sequence[PredictedTime]
+) -> str:
+    """Say whether a plan is faster than another placement, with and without overlap."""
+    found = []
+    for way in ("total", "overlapped"):
+        changes = [
+            getattr(one, way) / getattr(base, way) - 1
+            for one, base in zip(plan, other, strict=True)
+        ]
+        signs = sorted({0 if abs(c) < _SAME else 1 if c > 0 else -1 for c in changes})
+        percents = " / ".join(f"{100 * change:+.1f}" for change in changes)
+        found.append((_WORDS.get(tuple(signs), _BY_SIZE), f"{percents} %"))
+    (word, change), (overlapped_word, overlapped) = found
+    if word == overlapped_word:
+        return f"is {word} {name} (a layer {change}, with two-batch overlap {overlapped})"
+    return (
+        f"is {word} {name} without overlap (a layer {change}), and {overlapped_word} it "
+        f"with two-batch overlap ({overlapped})"
+    )
+
+
+def _sent_words(judgement: Judgement, others: dict[str, list[BatchFigures]]) -> list[str]:
+    if judgement.sent is None:
+        return ["cannot change what is sent"]
+    ratios = [
+        f"{judgement.ratios[name].ratio:.3f} of {name}'s"
+        for name in others
+        if name in judgement.ratios
+    ]
+    return [f"has {', '.join(ratios)} {judgement.sent.words}"] if ratios else []
+
+
+def _balance_words(plan: list[BatchFigures], others: dict[str, list[BatchFigures]]) -> str:
+    def straggler(figures: list[BatchFigures]) -> str:
+        return " / ".join(f"{one.metrics.straggler_mean:.3f}" for one in figures)
+
+    told = ", ".join(f"{name} {straggler(figures)}" for name, figures in others.items())
+    return f"has {straggler(plan)} of the mean load on its busiest rank ({told})"
+
+
+def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:
+    """Yield one line each on what the figures mean, and what they leave out.
+
+    ``policies`` are those that are shown.
+    """
+    yield (
+        f"{judgement.num_tokens:,} tokens of {judgement.num_sequences:,} sequences, "
+        f"{judgement.num_layers} MoE layers, top-{judgement.top_k}, "
+        f"{judgement.num_ranks} ranks"
+    )
+    engine, wire = judgement.serving.engine, judgement.wire
+    if engine is not None:
+        ways = (wire.dispatch, wire.combine)
+        dispatch, combine = (f"{way.exchange} in {way.element}" for way in ways)
+        yield f"{engine.name}: dispatch {dispatch}, combine {combine}"
+        effect = engine.effect("fixed", has_replicas=wire.has_replicas)
+        yield f"under fixed, {effect.reason}"
+    if wire.has_replicas:
+        yield f"replica choice: {wire.replica_choice}"
+    if judgement.sent is not None:
+        for name, ratio in judgement.ratios.items():
+            yield (
+                f"under {judgement.policy}, {judgement.sent.words}: "
+                f"the plan has {ratio.words(name)}"
+            )
+    if "follow" in policies:
+        yield (
+            "follow also sends the keys and values of every layer to all other "
+            f"{judgement.num_ranks - 1} ranks: not counted"
+        )
+    if "token" in policies:
+        moved = 2 * (judgement.num_ranks - 1) / judgement.num_ranks
+        yield (
+            f"token also moves {moved:.2f} hidden states per token and layer in the "
+            "reduce-scatter and all-gather of attention-TP: not counted"
+        )

@@ -1,0 +1,180 @@
+"""Running independent tasks on the cores of this machine, or on a Ray cluster."""
+
+import multiprocessing
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# A task whose worker was lost is run again so many times.
+_MAX_RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """Where tasks run.
+
+    Attributes
+    ----------
+    name
+        ``processes`` or ``ray``.
+    address
+        Of the Ray cluster; ``None`` joins the one of ``RAY_ADDRESS``, or starts one on
+        this machine.
+    """
+
+    name: Literal["processes", "ray"] = "processes"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("processes", "ray"):
+            raise UsageError(
+                f"--backend {self.name} is not known", "choose processes or ray"
+            )
+        if self.address is not None and self.name != "ray":
+            raise UsageError(
+                f"--ray-address {self.address} is for Ray, not for {self.name}",
+                "add --backend ray",
+            )
+
+    def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return ``task(item)`` for every item, in order; a single one runs here.
+
+        Task and items are sent to other processes, so they must be picklable; files that
+        they name must be there for all of them.
+
+        Raises
+        ------
+        PlacerError
+            If a task raises it, a process was killed, or Ray is not installed.
+        """
+        if self.name == "ray":
+            results = dict(self.as_completed(task, items))
+            return [results[n] for n in range(len(items))]
+        return [task(items[0])] if len(items) == 1 else _map_processes(task, items)
+
+    def as_completed(
+        self, task: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield index and ``task(item)`` of every item as Ray completes them.
+
+        Raises
+        ------
+        PlacerError
+            If a task raises it, workers were lost again and again, or Ray is not installed.
+        """
+        return _on_ray(task, items, self.address)
+
+
+def _map_processes(task: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    # A fork would copy the threads' locks of libraries that are already loaded.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(len(items), mp_context=context) as pool:
+            return list(pool.map(task, items))
+    except BrokenProcessPool as error:
+        raise PlacerError(
+            "a counting process was killed, perhaps for want of memory",
+            "count in one process: --workers 1",
+        ) from error
+
+
+def _join(address: str | None) -> None:
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Ray itself tries for minutes, and prints warnings meanwhile.
+    found = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address or "")
+    try:
+        if found is not None:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    except (OSError, OverflowError, ValueError) as error:
+        raise PlacerError(
+            f"no Ray cluster answers at {address}: {error}",
+            "start one with: ray start --head, or leave out --ray-address",
+        ) from error
+    except RuntimeError as error:  # another version of Ray or Python, for one
+        raise PlacerError(
+            f"Ray cannot be joined: {' '.join(str(error).split())}",
+            "run the Python and the Ray of the cluster, or work here: --backend processes",
+        ) from error
+
+
+def _call(task: Callable[[Item], Result], item: Item) -> Result:
+    return task(item)
+
+
+def _queue_length(ray: Any) -> int:
+    """Return how many tasks are given to Ray at once.
+
+    Twice what the cluster runs: nothing idles, an autoscaler sees that more could run, and
+    after a failure little is left to wait for.
+    """
+    return max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _on_ray(
+    task: Callable[[Item], Result], items: Sequence[Item], address: str | None
+) -> Iterator[tuple[int, Result]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise PlacerError(
+            "--backend ray needs Ray, which is not installed", "pip install 'placer[ray]'"
+        ) from error
+    joined = ray.is_initialized()
+    if not joined:
+        _join(address)
+    pending: dict[Any, int] = {}
+    left = iter(enumerate(items))
+    try:
+        remote: Any = ray.remote(max_retries=_MAX_RETRIES)(_call)
+        while True:
+            free = max(0, _queue_length(ray) - len(pending))
+            pending |= {remote.remote(task, item): n for n, item in islice(left, free)}
+            if not pending:
+                break
+            for reference in ray.wait(list(pending))[0]:
+                number = pending.pop(reference)
+                result: Result = ray.get(reference)
+                yield number, result
+    except KeyboardInterrupt:
+        pending.clear()  # Ray ends the tasks of a driver that leaves
+        raise
+    except ray.exceptions.RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        raise cause if isinstance(cause, PlacerError) else error from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise PlacerError(
+            f"a Ray worker was lost {_MAX_RETRIES + 1} times, perhaps for want of memory",
+            "give the workers more memory, or work here: --backend processes",
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise PlacerError(
+            f"Ray could not finish a task: {str(error).strip().splitlines()[0]}",
+            "look at the cluster: ray status; or work here: --backend processes",
+        ) from error
+    finally:
+        # Not ray.cancel: where a task completes meanwhile, Ray 2.60 aborts this process
+        # (task_manager.cc, CompletePendingTask).
+        if pending:
+            ray.wait(list(pending), num_returns=len(pending))
+        if not joined:
+            ray.shutdown()
+
+
+PROCESSES = Backend()

@@ -1,0 +1,264 @@
+"""Families of engines: how each is started with a plan, and what makes the plan stale.
+
+Families are data: ``placer/runtime_map/engine_families.toml``, each with where it was read.
+"""
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from placer.target.engine import (
+    Engine,
+    known_engines,
+)
+
+if TYPE_CHECKING:
+    from placer.placement.plan import Plan
+
+_PLACE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What is served, and on which ranks.
+
+    Attributes
+    ----------
+    model
+        The checkpoint's directory.
+    map
+        The runtime map, or ``None`` where the checkpoint itself is permuted.
+    num_ranks, num_nodes
+        Of the plan.
+    num_copies
+        Redundant experts per layer.
+    """
+
+    model: str
+    map: str | None = None
+    num_ranks: int
+    num_nodes: int
+    num_copies: int = 0
+
+    def meets(self, need: str, engine: Engine | None) -> bool:
+        """Return whether one of the needs of the data file holds."""
+        holds = {
+            "map": self.map is not None,
+            "checkpoint": self.map is None,
+            "copies": self.num_copies > 0,
+            "nodes": self.num_nodes > 1,
+        }
+        if need in holds:
+            return holds[need]
+        return engine is not None and engine.replica_choice == need
+
+    def fill(self, text: str) -> str:
+        """Return a text of the data file with the figures of this deployment."""
+        values = {
+            "model": self.model,
+            "map": self.map or "",
+            "map_json": json.dumps(self.map, ensure_ascii=False),
+            "ranks": self.num_ranks,
+            "nodes": self.num_nodes,
+            "ranks_per_node": self.num_ranks // self.num_nodes,
+            "copies": self.num_copies,
+        }
+        return _PLACE.sub(lambda found: str(values[found[1]]), text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditional:
+    """A text that holds where all its needs do."""
+
+    text: str
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaleFlag(Conditional):
+    """An option with which the engine leaves the plan, and why (``text``)."""
+
+    flag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """How an engine is started.
+
+    Attributes
+    ----------
+    engine
+        The family's title.
+    command
+        A shell command; words in capitals are for the user to fill in.
+    conditions
+        What else must hold, one sentence each.
+    stale
+        Options that make the plan stale, each with the reason.
+    """
+
+    engine: str
+    command: str
+    conditions: tuple[str, ...]
+    stale: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "engine": self.engine,
+            "command": self.command,
+            "conditions": list(self.conditions),
+            "stale": dict(self.stale),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Yield what a person reads, one line each."""
+        yield f"start {self.engine}: {self.command}"
+        yield from (f"  mind: {text}" for text in self.conditions)
+        yield from (f"  not with {flag}: {why}" for flag, why in self.stale.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFamily:
+    """An engine, whatever its configuration; the fields are those of the data file."""
+
+    name: str
+    title: str
+    targets: tuple[str, ...]
+    default: str | None
+    read_in: str
+    command: str
+    launcher: str = ""
+    tail: str = ""
+    flags: tuple[Conditional, ...] = ()
+    options: tuple[Conditional, ...] = ()
+    conditions: tuple[Conditional, ...] = ()
+    stale: tuple[StaleFlag, ...] = ()
+    reads_map: Mapping[str, Sequence[str]]
+    unsafe_map: Mapping[str, str]
+
+    def no_map_reason(
+        self, model_type: str | None, architectures: Sequence[str] = ()
+    ) -> str | None:
+        """Return why a map does not serve this model, ``None`` where it does.
+
+        Engines choose by the architectures of ``config.json``; where those are not known,
+        or not listed, the model type stands for them. Of an unknown model nothing is said.
+        """
+        if not self.reads_map or model_type is None:
+            return None
+        if model_type in self.unsafe_map:
+            return self.unsafe_map[model_type]
+        listed = {one for types in self.reads_map.values() for one in types}
+        if model_type in listed or not self.reads_map.keys().isdisjoint(architectures):
+            return None
+        return f"{self.title} ignores a map for {model_type}"
+
+    def start(self, served: Deployment, engine: Engine | None = None) -> Start:
+        """Return how the engine is started.
+
+        Parameters
+        ----------
+        served
+            What it serves.
+        engine
+            Its configuration; the family's default if it is another family's or ``None``.
+        """
+        if engine is None or engine.family != self.name:
+            engine = None if self.default is None else known_engines()[self.default]
+
+        def holding(texts: Sequence[Conditional]) -> list[Any]:
+            return [
+                one
+                for one in texts
+                if all(served.meets(need, engine) for need in one.needs)
+            ]
+
+        flags, before = (engine.flags, engine.environment) if engine else ("", "")
+        if served.num_nodes > 1 and self.launcher:
+            before = self.launcher.replace("ENVIRONMENT", before)
+        texts = [before, self.command, flags]
+        texts += [*(one.text for one in holding(self.flags)), self.tail]
+        words = [served.fill(word) for text in texts for word in shlex.split(text)]
+        command = shlex.join(words)
+        stale = {
+            one.flag: served.fill(one.text)
+            for one in holding(self.stale)
+            if one.flag not in command
+        }
+        if self.options:
+            lines = "".join(served.fill(one.text) + "\n" for one in holding(self.options))
+            command = f"printf %s {shlex.quote(lines)} > options.yaml && {command}"
+        return Start(
+            engine=self.title,
+            command=command,
+            conditions=tuple(served.fill(one.text) for one in holding(self.conditions)),
+            stale=stale,
+        )
+
+
+@cache
+def known_families() -> Mapping[str, EngineFamily]:
+    """Return all families by name, in the order of the data file."""
+    folder = resources.files("placer")
+    text = (folder / "engine_families.toml").read_text(encoding="utf-8")
+    return {name: _read_family(name, value) for name, value in tomllib.loads(text).items()}
+
+
+def start_lines(
+    target: str, plan: "Plan", model: str, map_path: str | None = None
+) -> list[Start]:
+    """Return how each engine that serves an export is started.
+
+    Parameters
+    ----------
+    target
+        The target of ``placer export``.
+    plan
+        What was exported; the family of the engine that it was solved for comes first.
+    model, map_path
+        The checkpoint to serve, and the map where there is one.
+    """
+    placement, engine = plan.placement, plan.engine
+    served = Deployment(
+        model=model,
+        map=map_path,
+        num_ranks=placement.num_ranks,
+        num_nodes=placement.num_nodes,
+        num_copies=placement.redundant_experts,
+    )
+    fitting = [one for one in known_families().values() if target in one.targets]
+    fitting.sort(key=lambda one: engine is None or one.name != engine.family)
+    return [one.start(served, engine) for one in fitting]
+
+
+def _read_family(name: str, value: Mapping[str, Any]) -> EngineFamily:
+    texts = {
+        key: tuple(_read_conditional(one) for one in value.get(key, ()))
+        for key in ("flags", "options", "conditions", "stale")
+    }
+    defaults: dict[str, Any] = {"default": None, "reads_map": {}, "unsafe_map": {}}
+    rest = defaults | dict(value) | texts | {"targets": tuple(value["targets"])}
+    return EngineFamily(name=name, **rest)
+
+
+def _read_conditional(value: Mapping[str, Any]) -> Conditional:
+    needs = tuple(value.get("needs", ()))
+    if "flag" in value:
+        return StaleFlag(flag=value["flag"], text=value["why"], needs=needs)
+    return Conditional(text=value["text"], needs=needs)
+
+
+def without_copies(engine: str | None) -> str:
+    """Return the command that solves again without redundant experts."""
+    served_by = "" if engine is None else f" --engine {engine}"
+    return (
+        f"placer solve TRACE{served_by} --redundant-experts 0 --nodes N "
+        "--gpus-per-node M --out PLAN"
+    )

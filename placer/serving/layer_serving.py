@@ -1,0 +1,225 @@
+"""Which rank serves each (token, expert) pair of a layer.
+
+Without replicas there is nothing to choose. With replicas, the replica choice says which
+copies may serve a pair from a home; equal ones take turns. Here is ``local-first``, the
+other choices are in :mod:`placer.serving.replica_choice`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.arrays import BoolArray, IntArray
+from placer.placement.placement import Placement
+
+# [k, T] of ranks, or [T] of ranks: the dtype of rank_dtype.
+RankArray = npt.NDArray[Any]
+
+# From a placement, [E, C] ranks of copies and whether there is such a copy, to [R, E, C]:
+# the copies that may serve a pair (home, expert).
+Allow = Callable[[Placement, RankArray, BoolArray], BoolArray]
+
+
+def rank_dtype(highest: int) -> type[np.generic]:
+    """Return the dtype of values up to ``highest``: uint8 up to 255, else uint16."""
+    return np.uint8 if highest <= 255 else np.uint16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerServing:
+    """The replica choice of one layer, as look-up tables.
+
+    Attributes
+    ----------
+    holds
+        ``[E, R]``: whether a rank has a copy of an expert.
+    copy_rank
+        ``[E, C]``: the ranks of an expert's copies, ascending, the last one repeated.
+    num_copies
+        ``[E]`` int64: copies of each expert; C is the largest.
+    choices
+        ``[R, E, at most C]``: the ranks among which a pair (home, expert) takes turns,
+        ascending, the last one repeated.
+    num_choices
+        ``[R, E]`` int64: how many of them there are.
+    """
+
+    holds: BoolArray
+    copy_rank: RankArray
+    num_copies: IntArray
+    choices: RankArray
+    num_choices: IntArray
+
+    @classmethod
+    def of(cls, placement: Placement, layer: int, allow: Allow | None = None) -> Self:
+        """Build the tables of one layer of a placement.
+
+        ``allow`` says which copies may serve; without it, ``local-first``.
+        """
+        holds = placement.holds(layer)
+        num_copies = holds.sum(axis=1)
+        every = np.broadcast_to(np.arange(placement.num_ranks), holds.shape)
+        copy_rank = _listed(every, holds)
+        exists = np.arange(copy_rank.shape[1]) < num_copies[:, None]
+        allowed = (allow or local_first)(placement, copy_rank, exists)
+        choices = _listed(np.broadcast_to(copy_rank, allowed.shape), allowed)
+        dtype = rank_dtype(placement.num_ranks - 1)
+        return cls(
+            holds=holds,
+            copy_rank=copy_rank.astype(dtype),
+            num_copies=num_copies,
+            choices=choices.astype(dtype),
+            num_choices=allowed.sum(axis=2),
+        )
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether an expert has more than one copy."""
+        return bool(self.copy_rank.shape[1] > 1)
+
+    def ranks(
+        self, experts: npt.NDArray[Any], home: RankArray, turn: IntArray | None = None
+    ) -> RankArray:
+        """Return the rank that serves each pair.
+
+        Parameters
+        ----------
+        experts
+            ``[k, T]`` expert ids, the tokens in the order of the trace.
+        home
+            ``[T]``: the rank that holds each token's hidden state.
+        turn
+            ``[T]`` int64: which of equal choices serves, modulo their number; ``None`` for
+            the token's index.
+
+        Returns
+        -------
+        ndarray
+            ``[k, T]`` ranks.
+        """
+        if not self.has_replicas:
+            only: RankArray = np.take(self.copy_rank[:, 0], experts)
+            return only
+        num_experts, num_copies = self.choices.shape[1:]
+        pair = home.astype(np.int64) * num_experts + experts
+        turn = np.arange(experts.shape[1]) if turn is None else turn
+        place = pair * num_copies + turn % np.take(self.num_choices, pair)
+        taken: RankArray = np.take(self.choices, place)
+        return taken
+
+    def most_held_rank(self, experts: npt.NDArray[Any], preferred: RankArray) -> RankArray:
+        """Return ``[T]``: the rank that could serve most of a token's experts.
+
+        ``preferred`` ([T]) wins where it is among the best, else the lowest rank does.
+        """
+        if not self.has_replicas:
+            return preferred
+        held = self._held_pairs(experts)
+        most = held.max(axis=1)
+        at_preferred = held[np.arange(len(held)), preferred]
+        return np.where(at_preferred == most, preferred, held.argmax(axis=1)).astype(
+            preferred.dtype
+        )
+
+    def share_held(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Return ``[T, R]``: the share of a token's pairs that each home could serve.
+
+        ``experts`` is ``[k, T]``.
+        """
+        shares: npt.NDArray[np.float64] = self._held_pairs(experts) / len(experts)
+        return shares
+
+    def _held_pairs(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+        """Return ``[T, R]``: the pairs of each token that each home could serve."""
+        held = np.zeros((experts.shape[1], self.holds.shape[1]), dtype=np.uint16)
+        for chosen in experts:
+            held += np.take(self.holds, chosen, axis=0)
+        return held
+
+    def count_held(
+        self, experts: npt.NDArray[Any], group: IntArray, num_groups: int
+    ) -> IntArray:
+        """Count, for groups of tokens, the pairs that each rank could serve at home.
+
+        Parameters
+        ----------
+        experts
+            ``[k, T]`` expert ids.
+        group
+            ``[T]`` int64: the group of each token; negative: not counted.
+        num_groups
+            Number of groups, G.
+
+        Returns
+        -------
+        ndarray
+            ``[G, R]`` int64. With replicas, a pair counts for each rank with a copy.
+        """
+        num_ranks = self.holds.shape[1]
+        counted = group >= 0
+        base, chosen = group[counted] * num_ranks, experts[:, counted]
+        total = np.zeros(num_groups * num_ranks, dtype=np.int64)
+        for copy in range(self.copy_rank.shape[1]):
+            cell = base + np.take(self.copy_rank[:, copy], chosen)
+            if copy:
+                cell = cell[np.take(self.num_copies, chosen) > copy]
+            total += np.bincount(cell.ravel(), minlength=len(total))
+        return total.reshape(num_groups, num_ranks)
+
+
+def local_first(placement: Placement, copy_rank: RankArray, exists: BoolArray) -> BoolArray:
+    """Allow the copy at home, else those on the home's node, else all.
+
+    Parameters
+    ----------
+    placement
+        The topology.
+    copy_rank, exists
+        ``[E, C]``: the rank of each copy, and whether there is one.
+
+    Returns
+    -------
+    ndarray
+        ``[R, E, C]`` bool.
+    """
+    home = np.arange(placement.num_ranks)[:, None, None]
+    node, home_node = (r // placement.ranks_per_node for r in (copy_rank, home))
+    allowed = np.broadcast_to(exists, (placement.num_ranks, *exists.shape))
+    for nearer in (allowed & (node == home_node), allowed & (copy_rank == home)):
+        allowed = np.where(nearer.any(axis=2, keepdims=True), nearer, allowed)
+    return allowed
+
+
+def first_occurrence(values: RankArray) -> BoolArray:
+    """Return ``[k, T]``: whether no earlier row of the column holds the same value."""
+    first = np.ones(values.shape, dtype=np.bool_)
+    for row in range(1, len(values)):
+        for earlier in range(row):
+            first[row] &= values[row] != values[earlier]
+    return first
+
+
+def majority_rank(ranks: RankArray) -> RankArray:
+    """Return ``[T]``: the rank that serves most of a token's experts.
+
+    ``ranks`` is ``[k, T]`` in the router's order; a tie goes to the tied rank that the
+    router lists first.
+    """
+    best: RankArray = ranks[0]
+    most = (ranks == best).sum(axis=0, dtype=np.uint16)
+    for row in ranks[1:]:
+        votes = (ranks == row).sum(axis=0, dtype=np.uint16)
+        more = votes > most
+        best, most = np.where(more, row, best), np.where(more, votes, most)
+    return best
+
+
+def _listed(values: RankArray, allowed: BoolArray) -> RankArray:
+    """Return the allowed values of the last axis in order, the last one repeated."""
+    count = allowed.sum(axis=-1, keepdims=True)
+    order = np.argsort(~allowed, axis=-1, kind="stable")[..., : count.max()]
+    last = np.minimum(np.arange(order.shape[-1]), count - 1)
+    return np.take_along_axis(values, np.take_along_axis(order, last, axis=-1), axis=-1)

@@ -1,0 +1,1 @@
+"""The solver: experts to ranks, under slots and caps, with a proved bound."""

@@ -1,0 +1,1 @@
+"""Balancing load alone: packing experts, copies of experts, router groups."""

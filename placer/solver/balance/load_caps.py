@@ -1,0 +1,263 @@
+"""Balanced layers: which load caps can be met at all, and where a search may start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from placer.arrays import (
+    FloatArray,
+    IntArray,
+)
+from placer.errors import (
+    NoSolutionError,
+    UsageError,
+)
+from placer.placement.placement import (
+    Placement,
+    require_divisible_slots,
+)
+from placer.placement.reference import Load
+from placer.run.deadline import Deadline
+from placer.solver.problem.pairs import rank_load
+
+# Deterministic time of CP-SAT, so that the answer does not depend on the machine.
+_DETERMINISTIC_TIME = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BalancedLayer:
+    """The best balanced assignment found for one layer.
+
+    Attributes
+    ----------
+    expert_rank
+        ``[E]`` int64: rank of every expert, E/R on each.
+    max_load
+        Load of the busiest rank, in pairs.
+    proved_max_load
+        No assignment with equal slots has a smaller one than this.
+    """
+
+    expert_rank: IntArray
+    max_load: float
+    proved_max_load: float
+
+
+def greedy_balance(load: FloatArray, num_ranks: int) -> IntArray:
+    """Place experts by descending load on the least loaded rank with a free slot.
+
+    Returns ``[E]`` int64, the rank of every expert: the longest-processing-time rule
+    with equal counts, as EPLB packs experts into GPUs.
+    """
+    ranks = np.empty(len(load), dtype=np.int64)
+    total, free = np.zeros(num_ranks), np.full(num_ranks, len(load) // num_ranks)
+    for expert in np.argsort(-load, kind="stable"):
+        rank = int(np.where(free > 0, total, np.inf).argmin())
+        ranks[expert] = rank
+        total[rank] += load[expert]
+        free[rank] -= 1
+    return ranks
+
+
+def least_max_load(load: FloatArray, num_ranks: int) -> float:
+    """Return a load that the busiest rank has in every placement with equal slots.
+
+    One of R ranks has an even share. One has j + 1 of the j R + 1 heaviest experts, at
+    least the lightest j + 1 of them, and beside them at least the lightest of all.
+
+    Parameters
+    ----------
+    load
+        ``[E]`` whole numbers, in pairs.
+    num_ranks
+        R, which divides E.
+    """
+    width = len(load) // num_ranks
+    ascending = np.sort(load)
+    descending, lightest = ascending[::-1], np.cumsum(np.r_[0.0, ascending])
+    crowded = (
+        descending[more * num_ranks - more : more * num_ranks + 1].sum()
+        + lightest[width - more - 1]
+        for more in range(width)
+    )
+    return max(float(np.ceil(load.sum() / num_ranks)), *map(float, crowded))
+
+
+def balance_layer(
+    load: FloatArray, num_ranks: int, max_load: float, deadline: Deadline | None = None
+) -> BalancedLayer:
+    """Find an assignment under ``max_load``, or the best balanced one there is.
+
+    Greedy and swaps first. Where they stay above the cap, and arithmetic does not prove
+    them best, CP-SAT minimises the busiest rank's load within a fixed deterministic time,
+    or until the ``deadline``.
+    """
+    ranks = _swap_down(load, greedy_balance(load, num_ranks), num_ranks)
+    reached = float(rank_load(ranks, load, num_ranks).max())
+    least = least_max_load(load, num_ranks)
+    deadline = deadline or Deadline()
+    if reached <= max(max_load, least) or deadline.passed():
+        return BalancedLayer(expert_rank=ranks, max_load=reached, proved_max_load=least)
+    return _minimise_max_load(load, ranks, num_ranks, least, deadline)
+
+
+def load_caps(
+    loads: Sequence[FloatArray],
+    num_ranks: int,
+    max_imbalance: float,
+    *,
+    relax_cap: bool,
+    at_most: Sequence[float] | None = None,
+    deadline: Deadline | None = None,
+) -> tuple[list[float], list[IntArray], dict[int, float]]:
+    """Turn the cap on imbalance into load caps per layer, and find a feasible start.
+
+    Parameters
+    ----------
+    loads
+        L arrays ``[E]`` of whole numbers, in pairs.
+    num_ranks
+        R.
+    max_imbalance
+        Cap on max/mean rank load.
+    relax_cap
+        Where the cap is out of reach, take the best reachable value instead.
+    at_most
+        ``[L]``: a lower cap on max/mean for each layer, or ``None``.
+    deadline
+        Cuts the search for that value; none by default.
+
+    Returns
+    -------
+    tuple
+        Load cap per layer in pairs; a feasible start (L arrays ``[E]``, rank of every
+        expert); the imbalance of the layers whose cap was relaxed. Where a cap may be
+        relaxed and experts do not divide over the ranks: no cap, and no start.
+
+    Raises
+    ------
+    UsageError
+        If ``max_imbalance`` is below 1.
+    NoSolutionError
+        If a cap is out of reach and ``relax_cap`` is false.
+    """
+    if max_imbalance < 1:
+        raise UsageError(
+            f"--max-imbalance is max/mean rank load, at least 1, got {max_imbalance}",
+            "for example --max-imbalance 1.1",
+        )
+    caps, start, relaxed = [], [], {}
+    for layer, load in enumerate(loads):
+        if relax_cap and len(load) % num_ranks:
+            # Only copies fill the ranks: what they reach is known once they are made.
+            caps.append(np.inf)
+            start.append(np.empty(0, dtype=np.int64))
+            continue
+        require_divisible_slots(len(load), num_ranks, layer)
+        mean = load.sum() / num_ranks
+        asked = max_imbalance if at_most is None else min(max_imbalance, at_most[layer])
+        cap = float(np.floor(asked * mean * (1 + 1e-12) + 1e-9))
+        found = balance_layer(load, num_ranks, cap, deadline)
+        if found.max_load > cap:
+            relaxed[layer] = float(found.max_load / mean)
+            cap = found.max_load
+        caps.append(cap)
+        start.append(found.expert_rank)
+    if relaxed and not relax_cap:
+        worst = max(relaxed.values())
+        stopped = deadline is not None and deadline.stopped
+        when = ", when the search was stopped" if stopped else ""
+        listed = ", ".join(f"{layer}: {value:.4f}" for layer, value in relaxed.items())
+        raise NoSolutionError(
+            f"--max-imbalance {max_imbalance} is out of reach in {len(relaxed)} of "
+            f"{len(loads)} MoE layers{when}; best reachable (layer: imbalance) {listed}",
+            f"take the best reachable per layer with --relax-cap, or ask for "
+            f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+        )
+    return caps, start, relaxed
+
+
+def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:
+    """Swap experts of the busiest rank for lighter ones while its load falls."""
+    ranks = ranks.copy()
+    while True:
+        total = rank_load(ranks, load, num_ranks)
+        busiest = int(total.argmax())
+        mine, others = np.flatnonzero(ranks == busiest), np.flatnonzero(ranks != busiest)
+        shed = load[mine][:, None] - load[others]
+        after = np.maximum(total[busiest] - shed, total[ranks[others]] + shed)
+        if not after.size or after.min() >= total[busiest]:
+            return ranks
+        one, two = divmod(int(after.argmin()), len(others))
+        ranks[mine[one]], ranks[others[two]] = ranks[others[two]], busiest
+
+
+def _minimise_max_load(
+    load: FloatArray, hint: IntArray, num_ranks: int, least: float, deadline: Deadline
+) -> BalancedLayer:
+    weights = load.astype(np.int64).tolist()
+    model = cp_model.CpModel()
+    on = [
+        [model.new_bool_var(f"expert_{e}_rank_{r}") for r in range(num_ranks)]
+        for e in range(len(weights))
+    ]
+    busiest = model.new_int_var(int(least), sum(weights), "busiest")
+    for e, row in enumerate(on):
+        model.add_exactly_one(row)
+        for r, variable in enumerate(row):
+            model.add_hint(variable, int(hint[e]) == r)
+    for r in range(num_ranks):
+        column = [row[r] for row in on]
+        model.add(sum(column) == len(weights) // num_ranks)
+        model.add(cp_model.LinearExpr.weighted_sum(column, weights) <= busiest)
+    model.minimize(busiest)
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.max_deterministic_time = _DETERMINISTIC_TIME
+    if (left := deadline.left()) is not None:
+        solver.parameters.max_time_in_seconds = left
+    # A Ctrl-C that is caught ends this search alone, and nobody is told.
+    solver.parameters.catch_sigint_signal = False
+    status = solver.solve(model)
+    deadline.passed()
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        ranks = hint
+    else:
+        ranks = np.asarray(
+            [next(r for r, v in enumerate(row) if solver.boolean_value(v)) for row in on],
+            dtype=np.int64,
+        )
+    return BalancedLayer(
+        expert_rank=ranks,
+        max_load=float(rank_load(ranks, load, num_ranks).max()),
+        proved_max_load=max(least, float(np.ceil(solver.best_objective_bound - 1e-6))),
+    )
+
+
+def balanced(load: Load, num_ranks: int, num_nodes: int = 1) -> Placement:
+    """Balance the load alone: experts by descending load, each to the least loaded rank.
+
+    Equal counts per rank; a load balancer such as EPLB without redundant experts.
+
+    Parameters
+    ----------
+    load
+        L arrays ``[E]``: pairs per expert.
+    num_ranks, num_nodes
+        The topology.
+
+    Raises
+    ------
+    UsageError
+        If the experts of a layer do not divide over the ranks.
+    """
+    for layer, counts in enumerate(load):
+        require_divisible_slots(len(counts), num_ranks, layer)
+    return Placement.from_expert_rank(
+        [greedy_balance(counts.astype(np.float64), num_ranks) for counts in load],
+        num_ranks,
+        num_nodes,
+    )

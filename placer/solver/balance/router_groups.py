@@ -1,0 +1,189 @@
+"""Router groups: placements that a permuted checkpoint of a grouped router can express.
+
+Such a router picks ``topk_group`` of ``n_group`` groups of consecutive experts first
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2), so renumbering experts keeps what the model
+computes only if whole groups take the place of whole groups. Where groups are fewer than
+ranks, a group has some consecutive ranks to itself; where they are more, a rank holds whole
+groups.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.arrays import IntArray
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.placement.placement import Placement
+from placer.placement.plan import Policy
+from placer.placement.topology import Topology
+from placer.run.deadline import Deadline
+from placer.solver.balance.load_caps import greedy_balance
+from placer.solver.options import SolveOptions
+from placer.solver.problem.pairs import (
+    PlacementProblem,
+    placement_problem,
+)
+from placer.solver.search.pair_search import (
+    Search,
+    SearchLimits,
+)
+
+
+def group_kinds(num_experts: Sequence[int], n_group: int) -> tuple[IntArray, ...]:
+    """Return L arrays ``[E]``: the router group of every expert."""
+    return tuple(np.arange(size) * n_group // size for size in num_experts)
+
+
+def limits_nodes(model: ModelSpec) -> bool:
+    """Whether the router uses few of its groups, so that whole groups mean few nodes."""
+    return model.n_group > 1 and model.topk_group < model.n_group
+
+
+def are_whole(placement: Placement, n_group: int, num_blocks: int) -> bool:
+    """Return whether all copies of a group's experts are in one block of ranks."""
+    kinds = group_kinds(placement.num_experts, n_group)
+    for kind, row in zip(kinds, placement.physical_to_logical_map, strict=True):
+        block = np.arange(len(row)) * num_blocks // len(row)
+        if len({*zip(kind[row].tolist(), block.tolist(), strict=True)}) > n_group:
+            return False
+    return True
+
+
+def blocks_of_groups(model: ModelSpec, options: SolveOptions) -> int:
+    """Return in how many blocks of ranks balancing keeps router groups; 1 to split them.
+
+    Blocks are nodes, where nodes share the groups out evenly: a router that uses few groups
+    then sends a token to few nodes. So does EPLB (``hierarchical``).
+
+    Raises
+    ------
+    UsageError
+        If ``preserve_groups`` asks for what the ranks do not allow.
+    """
+    num_ranks, num_nodes = options.topology.num_ranks, options.topology.num_nodes
+    if options.preserve_groups:
+        _require_groups(model.n_group, num_ranks)
+        return min(model.n_group, num_ranks)
+    fits = model.n_group % num_nodes == 0 and not any(
+        size % model.n_group
+        or (size + options.redundant_experts) // num_ranks > size // num_nodes
+        for size in model.num_experts
+    )
+    if options.ignore_groups or not limits_nodes(model) or not fits:
+        return 1
+    if options.start is not None and not are_whole(options.start, model.n_group, num_nodes):
+        return 1
+    return num_nodes
+
+
+def place_groups(
+    affinity: Affinity,
+    policy: Policy,
+    topology: Topology,
+    limits: SearchLimits,
+    seed: int,
+    deadline: Deadline | None = None,
+) -> Placement:
+    """Place whole router groups by the pairs between them.
+
+    Inside the ranks of a group its experts are balanced; who sits where is left to the
+    refinement, among experts of a group. The search stops at the ``deadline``.
+
+    Raises
+    ------
+    UsageError
+        If the model has no groups, or groups and ranks do not divide each other.
+    """
+    n_group, num_ranks = affinity.model.n_group, topology.num_ranks
+    _require_groups(n_group, num_ranks)
+    problem = _between_groups(affinity, policy, topology)
+    start = [np.arange(n_group) * problem.num_ranks // n_group for _ in affinity.load]
+    search = Search(
+        problem=problem,
+        expert_rank=start,
+        rng=np.random.default_rng(seed),
+        limits=limits,
+    )
+    search.run(deadline=deadline)
+    width = num_ranks // problem.num_ranks
+    ranks = [
+        _inside(block, counts.astype(np.float64), n_group, width)
+        for block, counts in zip(search.expert_rank, affinity.load, strict=True)
+    ]
+    return Placement.from_expert_rank(ranks, num_ranks, topology.num_nodes)
+
+
+def _require_groups(n_group: int, num_ranks: int) -> None:
+    if n_group == 1:
+        raise UsageError(
+            "--preserve-groups: the model's router has no groups, so any plan can be "
+            "exported",
+            "leave out --preserve-groups",
+        )
+    if max(n_group, num_ranks) % min(n_group, num_ranks):
+        raise UsageError(
+            f"--preserve-groups: {n_group} router groups and {num_ranks} ranks do not "
+            "divide each other, so a rank would hold parts of groups",
+            f"choose a number of ranks that {n_group} divides, or that divides it; or, "
+            "without the option, an engine that reads a runtime map",
+        )
+
+
+def _between_groups(
+    affinity: Affinity, policy: Policy, topology: Topology
+) -> PlacementProblem:
+    """Return the problem of groups in blocks of ranks, as if groups were experts."""
+    n_group = affinity.model.n_group
+    blocks = min(n_group, topology.num_ranks)
+    # Blocks are ranks of their own; a node that holds less than one is not told apart.
+    num_nodes = topology.num_nodes if blocks % topology.num_nodes == 0 else 1
+    between_blocks = Topology(
+        num_nodes=num_nodes,
+        gpus_per_node=blocks // num_nodes,
+        inter_cost=topology.inter_cost,
+        intra_cost=topology.intra_cost,
+        cost=_between_blocks(topology, blocks),
+    )
+    within = []
+    for counts in affinity.coactivation:
+        grouped = _by_group(counts, n_group)
+        np.fill_diagonal(grouped, 0)
+        within.append(grouped)
+    grouped_affinity = Affinity(
+        model=ModelSpec(num_experts=(n_group,) * len(affinity.load), top_k=1),
+        num_tokens=affinity.num_tokens,
+        load=tuple(counts.reshape(n_group, -1).sum(axis=1) for counts in affinity.load),
+        transition=tuple(_by_group(counts, n_group) for counts in affinity.transition),
+        coactivation=tuple(within),
+        token_expert=None,
+        sequence_expert=None,
+        provenance={},
+    )
+    no_cap = [float(counts.sum()) for counts in affinity.load]
+    return placement_problem(grouped_affinity, policy, between_blocks, no_cap)
+
+
+def _between_blocks(topology: Topology, blocks: int) -> tuple[tuple[int, ...], ...] | None:
+    """Return a matrix of costs summed over the ranks of blocks, if there is one."""
+    if topology.cost is None:
+        return None
+    summed = _by_group(np.array(topology.cost, dtype=np.int64), blocks)
+    np.fill_diagonal(summed, 0)
+    return tuple(map(tuple, summed.tolist()))
+
+
+def _by_group(counts: IntArray, n_group: int) -> IntArray:
+    rows, columns = (size // n_group for size in counts.shape)
+    summed: IntArray = counts.reshape(n_group, rows, n_group, columns).sum(axis=(1, 3))
+    return summed
+
+
+def _inside(block: IntArray, load: np.ndarray, n_group: int, width: int) -> IntArray:
+    """Return ``[E]``: the rank of every expert, from the block of its group."""
+    by_group = load.reshape(n_group, -1)
+    places = [greedy_balance(one, width) for one in by_group]
+    return np.concatenate(
+        [first * width + place for first, place in zip(block, places, strict=True)]
+    )

@@ -1,0 +1,303 @@
+"""What to solve for."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, get_args
+
+from placer.errors import UsageError
+from placer.placement.pins import Pin
+from placer.placement.placement import Placement
+from placer.placement.plan import (
+    ContentPolicy,
+    Exchange,
+    HomePolicy,
+    Policy,
+)
+from placer.placement.topology import Topology
+from placer.solver.problem.scenarios import Robust
+from placer.solver.problem.traffic import ReplicaChoice
+from placer.solver.search.pair_search import SearchLimits
+from placer.solver.search.refine import RefineLimits
+
+Proof = Literal["none", "quick", "full"]
+Objective = Literal["traffic", "balance"]
+
+#: The cap on max/mean rank load where none is given.
+MAX_IMBALANCE = 1.10
+#: Copies that a pair above the cap is worth, unless another price is asked for or chosen.
+OVERFLOW_PRICE = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveOptions:
+    """What to solve for.
+
+    Attributes
+    ----------
+    topology
+        Ranks, nodes and costs.
+    objective
+        ``traffic`` under a load cap, or ``balance`` alone.
+    policy
+        Home policy: ``fixed``, ``follow``, ``token`` or ``request``.
+    exchange
+        ``per-rank`` or ``per-node``: what a copy is.
+    max_imbalance
+        Cap on max/mean rank load in every layer; ``None`` for :data:`MAX_IMBALANCE`, or
+        the best reachable in layers where that is out of reach.
+    max_home_imbalance
+        Cap on max/mean tokens per home rank in every layer, for ``follow`` and ``token``,
+        or ``None``.
+    max_received_copies
+        Cap on R x the copies that a rank receives per token, in every layer, for ``fixed``
+        and ``follow``, or ``None``.
+    below_eplb
+        Cap the load of every layer at what EPLB with as many slots has on the profile,
+        where that is below ``max_imbalance``.
+    relax_cap
+        Take the best reachable value in layers where a ``max_imbalance`` that is given, or
+        ``max_received_copies``, is out of reach.
+    redundant_experts
+        Slots per layer beyond one for each expert.
+    replica_choice
+        Which copy serves: ``local-first``, ``sglang-static`` or ``hash``; needed where
+        there are redundant experts.
+    robust
+        Which other loads the placement should bear (``scenarios``).
+    overflow_price
+        Copies that a pair above the cap is worth, mean over those other loads; ``None`` for
+        :data:`OVERFLOW_PRICE`, or what ``inner_cap`` finds that the cap takes.
+    receive_price
+        Copies that a copy to the busiest receiver is worth, beyond itself.
+    proof
+        How much work goes into the bounds: ``none``, ``quick`` or ``full``.
+    seed
+        Seed of the search.
+    time_limit
+        Wall-clock seconds after which the best so far is taken, or ``None``; each choice
+        by quick plans has at most half of those left then, and the rest is the search's
+        and the proof's.
+    start
+        A placement to improve, or ``None``.
+    migration_cost
+        Copies, over the profile, that moving one expert from where the start has it is
+        worth; where load is balanced, pairs of its layer's busiest rank.
+    pins
+        Experts that stay on a rank.
+    preserve_groups
+        Keep router groups whole: each on ranks of its own, or several on a rank. Without
+        redundant experts a permuted checkpoint can express the plan.
+    ignore_groups
+        Split router groups over nodes where balancing would keep them whole.
+    limits, refine
+        How long to search over pairs, and over copies.
+    """
+
+    topology: Topology
+    objective: Objective = "traffic"
+    policy: HomePolicy = "fixed"
+    exchange: Exchange = "per-rank"
+    max_imbalance: float | None = None
+    max_home_imbalance: float | None = None
+    max_received_copies: float | None = None
+    below_eplb: bool = False
+    relax_cap: bool = False
+    redundant_experts: int = 0
+    replica_choice: ReplicaChoice | None = None
+    robust: Robust = "none"
+    overflow_price: float | None = None
+    receive_price: float = 0.0
+    proof: Proof = "quick"
+    start: Placement | None = None
+    migration_cost: float = 0.0
+    pins: tuple[Pin, ...] = ()
+    preserve_groups: bool = False
+    ignore_groups: bool = False
+    seed: int = 0
+    time_limit: float | None = None
+    limits: SearchLimits = field(default_factory=SearchLimits)
+    refine: RefineLimits = field(default_factory=RefineLimits)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "--objective": (self.objective, ("traffic", "balance")),
+            "--policy": (self.policy, ("fixed", "follow", "token", "request")),
+            "--exchange": (self.exchange, ("per-rank", "per-node")),
+            "--replica-choice": (self.replica_choice, get_args(ReplicaChoice)),
+            "--robust": (self.robust, ("none", "bootstrap", "domains")),
+            "--proof": (self.proof, get_args(Proof)),
+        }
+        for option, (value, known) in choices.items():
+            if value is not None and value not in known:
+                raise UsageError(
+                    f"{option} {value} cannot be solved for", f"choose {' or '.join(known)}"
+                )
+        for option, number in {
+            "--seed": self.seed,
+            "--redundant-experts": self.redundant_experts,
+            "--overflow-price": self.overflow_price or 0,
+            "--receive-price": self.receive_price,
+            "--migration-cost": self.migration_cost,
+            "--time-limit": self.time_limit or 0,
+            "--max-imbalance": self.load_cap,
+        }.items():
+            if number < 0:
+                raise UsageError(f"{option} must not be negative, got {number}")
+            if not math.isfinite(number):
+                raise UsageError(
+                    f"{option} must be a finite number, got {number}",
+                    "leave it out for its default",
+                )
+        self._require_consistent()
+
+    def _require_consistent(self) -> None:
+        if self.redundant_experts and self.replica_choice is None:
+            raise UsageError(
+                f"which copy serves is not said for {self.redundant_experts} redundant "
+                "experts",
+                f"give --replica-choice {' or '.join(get_args(ReplicaChoice))}",
+            )
+        if self.max_home_imbalance is not None:
+            self._require_home_cap(self.max_home_imbalance)
+        if self.max_received_copies is not None:
+            self._require_receive_cap(self.max_received_copies)
+        if self.migration_cost and self.start is None:
+            raise UsageError(
+                f"--migration-cost {self.migration_cost:g} charges for leaving a plan, but "
+                "none is given",
+                "name the plan that is served now: --start PLAN",
+            )
+        if self.preserve_groups and self.ignore_groups:
+            raise UsageError(
+                "--preserve-groups and --ignore-groups exclude each other",
+                "give one of the two",
+            )
+        if self.preserve_groups and self.start is not None:
+            raise UsageError(
+                "--preserve-groups places groups anew, --start improves a plan",
+                "drop one of them",
+            )
+        if self.preserve_groups and self.pins:
+            raise UsageError(
+                "--pin may break up the groups that --preserve-groups keeps",
+                "drop one of them",
+            )
+
+    def _require_home_cap(self, cap: float) -> None:
+        if not 1 < cap < float("inf"):
+            raise UsageError(
+                f"--max-home-imbalance must be above 1, got {cap:g}",
+                "choose for example --max-home-imbalance 1.5",
+            )
+        if self.policy not in ("follow", "token"):
+            raise UsageError(
+                f"--max-home-imbalance {cap:g} means nothing for --policy {self.policy}: "
+                "the homes of whole sequences are for the router to even out",
+                "drop it, or solve for --policy follow or token",
+            )
+
+    def _require_receive_cap(self, cap: float) -> None:
+        if not 0 < cap < float("inf"):
+            raise UsageError(
+                f"--max-received-copies must be above 0, got {cap:g}",
+                "the bottleneck_rank_copies_per_token of a plan without it says what to "
+                "ask for",
+            )
+        if self.content_policy is not None:
+            raise UsageError(
+                f"--max-received-copies {cap:g} cannot be kept for --policy "
+                f"{self.policy}: what a rank receives depends on homes that a table gives "
+                "afterwards",
+                "drop it for --receive-price, or solve for --policy fixed or follow",
+            )
+
+    @property
+    def load_cap(self) -> float:
+        """The cap on max/mean rank load, given or not."""
+        return MAX_IMBALANCE if self.max_imbalance is None else self.max_imbalance
+
+    @property
+    def relaxes_load_cap(self) -> bool:
+        """Whether the best reachable is taken where the cap on load is out of reach."""
+        return self.relax_cap or self.max_imbalance is None
+
+    def guarded(self) -> Self:
+        """Return the same, no busier than EPLB where the two compare.
+
+        They do where EPLB packs as it likes on links that are all alike, and no cap is
+        given that says otherwise.
+        """
+        topology = self.topology
+        alike = topology.num_nodes == 1 and topology.cost is None
+        given = self.max_imbalance is not None or self.max_received_copies is not None
+        free = alike and not given and not self.preserve_groups
+        below = self.objective == "traffic" and self.exchange == "per-rank" and free
+        return replace(self, below_eplb=below)
+
+    @property
+    def content_policy(self) -> ContentPolicy | None:
+        """The policy, where a token-shuffle table gives its homes."""
+        return self.policy if self.policy in ("token", "request") else None
+
+    def start_policies(self, top_k: int) -> tuple[Policy, ...]:
+        """Return the policies whose placements are solved first; without a table, itself.
+
+        A table gives each layer homes of its own, so what counts most for ``token`` is how
+        many ranks the ``top_k`` experts of a token are on, as under ``fixed``; but where
+        experts before foretell those after, the plan for ``follow`` may serve it better.
+        A request keeps one home: layers must agree on what a rank is for, as under
+        ``follow``.
+        """
+        if self.policy == "fixed":
+            return ("fixed",)
+        if self.policy == "token" and top_k > 1:
+            given = self.start is not None or self.preserve_groups
+            return ("fixed",) if given else ("fixed", "follow")
+        return ("follow",)
+
+    def quick(self) -> Self:
+        """Return the same for a plan to choose by, a few seconds' search without a proof.
+
+        Its copies and its imbalance are those of a whole search within a hundredth or two.
+        """
+        num_sweeps = min(1, self.refine.num_sweeps)
+        return replace(
+            self,
+            proof="none",
+            limits=SearchLimits(num_rounds=0),
+            refine=replace(self.refine, num_sweeps=num_sweeps, num_starts=1),
+        )
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a placement may start above the load cap."""
+        return self.start is not None or bool(self.pins) or self.preserve_groups
+
+    @property
+    def has_draws(self) -> bool:
+        """Whether draws are all that is not known of which copy serves."""
+        has_table = self.content_policy is not None
+        is_drawn = self.replica_choice == "sglang-static"
+        return self.redundant_experts > 0 and is_drawn and not has_table
+
+    @property
+    def asked_of_tokens(self) -> dict[str, bool]:
+        """The options that counts alone cannot serve, and whether each is asked for."""
+        return {
+            f"--policy {self.policy}": self.content_policy is not None,
+            "--max-home-imbalance": self.max_home_imbalance is not None,
+            "--max-received-copies": self.max_received_copies is not None,
+            "--exchange per-node": self.exchange == "per-node",
+            "--redundant-experts": self.redundant_experts > 0,
+            "--robust": self.robust != "none",
+            "--receive-price": self.receive_price > 0,
+            "--start": self.start is not None,
+            "--pin": bool(self.pins),
+            "--preserve-groups": self.preserve_groups,
+        }
+
+    @property
+    def needs_tokens(self) -> str | None:
+        """The first option that counts alone cannot serve, or ``None``."""
+        asked = self.asked_of_tokens.items()
+        return next((option for option, wanted in asked if wanted), None)

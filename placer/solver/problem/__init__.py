@@ -1,0 +1,1 @@
+"""What the solver minimises, and which placements are allowed."""

@@ -1,0 +1,276 @@
+"""What a placement reaches, and the bounds that prove how far from the best it can be."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+from placer.arrays import IntArray
+from placer.placement.placement import Placement
+from placer.placement.plan import Certificate
+from placer.run.deadline import Deadline
+from placer.run.progress import (
+    GapLine,
+    gap,
+)
+from placer.solver.options import (
+    Proof,
+    SolveOptions,
+)
+from placer.solver.problem.pairs import PlacementProblem
+from placer.solver.problem.traffic import (
+    TrafficProblem,
+    copy_prices,
+)
+from placer.solver.proof.bounds import pair_bound
+from placer.solver.proof.certificate import PairCertificate
+from placer.solver.proof.copies import (
+    FIRST_STEPS,
+    CopiesCertificate,
+    token_sets,
+)
+from placer.solver.proof.copies import METHOD as COPIES_METHOD
+from placer.solver.search.dynamic import METHOD as EXACT_METHOD
+from placer.solver.search.evaluation import Evaluation
+from placer.trace import Chunk
+
+COPIES_NAME = {
+    "fixed": "price of the copies sent, per token and layer",
+    "follow": "price of the copies sent and returned, per token and layer",
+    "token": "price of the copies sent from the homes that tables of other sequences give, "
+    "per token and layer",
+    "request": "price of the copies sent from the homes that tables of other sequences "
+    "give, per token and layer",
+}
+# Steps of the pair certificate and rounds of the copies certificate.
+_PROOF_STEPS: dict[Proof, tuple[int, int]] = {
+    "none": (0, 0),
+    "quick": (40, 20),
+    "full": (300, 200),
+}
+ALIKE_METHOD = "one expert per token: every placement sends as many"
+_QUICK_EXPERTS = 4096
+# What proves a bound in under a second, before the search: arcs of b-matchings; experts and
+# (token, layer) rows of the relaxation, and its steps.
+_EARLY_ARCS = 1 << 20
+_EARLY_EXPERTS, _EARLY_ROWS = 2048, 1 << 20
+_EARLY_STEPS = 5
+# The proof of pairs tells its bound, and stops when time is up, each time it took so many.
+_STEPS_PER_LOOK = 20
+
+
+def pair_report(
+    problem: PlacementProblem,
+    placement: Placement,
+    options: SolveOptions,
+    progress: Callable[[str], None] | None,
+    deadline: Deadline,
+) -> dict[str, Any]:
+    """Return the fields of ``SolverReport`` that say what pairs cost."""
+    found = _pair_certificate(problem, placement, options.proof, progress, deadline)
+    if found is None:
+        return {
+            "status": "feasible",
+            "objective_name": problem.objective_name,
+            "objective": problem.objective(_ranks(placement)),
+            "bound": None,
+            "gap": None,
+            "bound_method": "none: stopped before the pairs were proved",
+        }
+    return asdict(found) | {"status": status(found.objective, found.bound)}
+
+
+def copies_report(
+    problem: PlacementProblem,
+    traffic: TrafficProblem,
+    judged: Chunk,
+    placement: Placement,
+    reached: Evaluation,
+    optimal: bool,
+    options: SolveOptions,
+    line: GapLine,
+    deadline: Deadline,
+) -> dict[str, Any]:
+    """Return the fields of ``SolverReport`` that say what copies of ``judged`` cost.
+
+    Proofs stop at the ``deadline``: any stop certifies. ``line`` is told their bounds, and
+    knows a bound where one was told before; of a plan that was stopped it is kept.
+    ``reached`` is what the placement costs.
+    """
+    objective = round(reached.copies, 6)
+    report: dict[str, Any] = {
+        "status": "optimal" if optimal else "feasible",
+        "objective_name": COPIES_NAME[options.policy],
+        "objective": objective,
+        "bound": objective,
+        "gap": 0.0,
+        "bound_method": EXACT_METHOD if problem.has_pairs else ALIKE_METHOD,
+        "most_received_copies": round(float(reached.most_received_copies.max()), 6),
+    }
+    if optimal:
+        return report
+    if options.redundant_experts:
+        why = "none: replicas void the bounds"
+        return report | {"bound": None, "gap": None, "bound_method": why}
+    problem = problem.admitting(_ranks(placement))
+    pairs = _pair_certificate(problem, placement, options.proof, line.tell, deadline)
+    bound = None
+
+    def told(step: str, found: float) -> bool:
+        line.raise_bound(found)
+        line(f"proof of the copies, {step}", objective)
+        return not deadline.passed()
+
+    rounds = _steps(problem, options.proof)[1]
+    with deadline.interruptible():
+        if rounds and not deadline.passed():
+            bound = _copies_bound(problem, judged, options, rounds=rounds, told=told)
+    if rounds and deadline.stopped:
+        bound = line.bound
+    if bound is None:
+        why = "none: no bound of the copies of this policy and exchange was computed"
+        if rounds and deadline.stopped and _has_copies_bound(options):
+            why = "none: stopped before the copies were proved"
+        return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
+    return report | {
+        "status": status(reached.copies, bound),  # rounding proves nothing
+        "bound": bound,
+        "gap": gap(objective, bound),
+        "bound_method": COPIES_METHOD,
+        "pairs": pairs,
+    }
+
+
+def content_report(options: SolveOptions, cost: Evaluation) -> dict[str, Any]:
+    """Return the same fields for homes that tables give, which have no bound."""
+    return {
+        "status": "feasible",
+        "objective_name": COPIES_NAME[options.policy],
+        "objective": round(cost.copies, 6),
+        "bound": None,
+        "gap": None,
+        "bound_method": "none: no bound of copies whose homes depend on the placement",
+    }
+
+
+def early_pair_bound(problem: PlacementProblem) -> float | None:
+    """Return a bound of the pairs before any search, where it takes no second."""
+    arcs = sum(one.size for one in (*problem.within, *(problem.between or ())))
+    return pair_bound(problem) if arcs <= _EARLY_ARCS else None
+
+
+def early_copies_bound(
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions
+) -> float | None:
+    """Return a bound of the price of copies before any search, where it is as cheap.
+
+    ``None`` too where what is placed may break the problem's caps, or has replicas.
+    """
+    rows = judged.num_tokens * problem.num_layers
+    large = _num_experts(problem) > _EARLY_EXPERTS or rows > _EARLY_ROWS
+    unbound = options.redundant_experts or options.constrained or options.content_policy
+    if large or unbound:
+        return None
+    return _copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
+
+
+def _pair_certificate(
+    problem: PlacementProblem,
+    placement: Placement,
+    proof: Proof,
+    progress: Callable[[str], None] | None,
+    deadline: Deadline,
+) -> Certificate | None:
+    """Return what is proved of the pairs; ``None`` where there is no time to begin."""
+    if deadline.left() == 0.0:
+        return None
+    objective = problem.objective(_ranks(placement))
+    certificate = PairCertificate(problem)
+    line = GapLine(tell=progress, num_decimals=0, bound=certificate.bound)
+    steps = _steps(problem, proof)[0]
+    looks = range(_STEPS_PER_LOOK, steps + 1, _STEPS_PER_LOOK)
+    with deadline.interruptible():
+        for done in looks:
+            if certificate.bound >= objective or deadline.passed():
+                break
+            line.raise_bound(certificate.improve(_STEPS_PER_LOOK))
+            line(f"proof of the pairs, step {done} of {steps}", objective)
+    return Certificate(
+        objective_name=problem.objective_name,
+        objective=objective,
+        bound=certificate.bound,
+        gap=gap(objective, certificate.bound),
+        bound_method=certificate.method,
+    )
+
+
+def _copies_bound(
+    problem: PlacementProblem,
+    judged: Chunk,
+    options: SolveOptions,
+    *,
+    rounds: int,
+    first_steps: int = FIRST_STEPS,
+    told: Callable[[str, float], bool] | None = None,
+) -> float | None:
+    """Return a bound of the price of copies, per token and layer, if there is one.
+
+    ``told`` takes what was done and the bound so far, and says whether to go on.
+    """
+    topology = options.topology
+    if not _has_copies_bound(options):
+        return None
+    sets = token_sets([judged])
+    scale = topology.num_ranks * judged.num_tokens * problem.num_layers
+    policy = options.start_policies(judged.experts[0].shape[1])[0]
+
+    def of_groups(num_groups: int) -> CopiesCertificate:
+        width = topology.num_ranks // num_groups
+        caps = [width * cap for cap in problem.max_load]
+        return CopiesCertificate(sets, problem.load, caps, num_groups)
+
+    ranks, nodes = of_groups(topology.num_ranks), None
+    if options.exchange == "per-node" and topology.num_nodes > 1:
+        nodes = of_groups(topology.num_nodes)
+
+    def bound() -> float:
+        if options.exchange == "per-rank":
+            return ranks.cost_bound(policy, topology) / scale
+        to_rank, to_node = copy_prices(topology, "per-node")
+        price = float(to_rank[-1].min()) * sum(ranks.bounds)
+        crossing = 0.0 if nodes is None else sum(nodes.bounds)
+        return (price + float(to_node[-1].min()) * crossing) / scale
+
+    for certificate, what in ((ranks, "ranks"), (nodes, "nodes")):
+        if certificate is None:
+            continue
+
+        def goes_on(done: int, what: str = what) -> bool:
+            step = f"{what}, layer {done} of {problem.num_layers}"
+            return told is None or told(step, bound())
+
+        certificate.improve(rounds, first_steps, goes_on)
+    return bound()
+
+
+def _has_copies_bound(options: SolveOptions) -> bool:
+    """Return whether there is a bound of the copies of this policy and exchange."""
+    return options.exchange == "per-rank" or options.policy == "fixed"
+
+
+def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:
+    """Return the work of a proof; a quick one is left out where it would not be quick."""
+    large = _num_experts(problem) > _QUICK_EXPERTS
+    return (0, 0) if large and proof == "quick" else _PROOF_STEPS[proof]
+
+
+def status(objective: float, bound: float) -> Literal["optimal", "feasible"]:
+    """Return what a bound proves of an objective."""
+    return "optimal" if objective <= bound else "feasible"
+
+
+def _ranks(placement: Placement) -> list[IntArray]:
+    return [placement.expert_rank(layer) for layer in range(placement.num_layers)]
+
+
+def _num_experts(problem: PlacementProblem) -> int:
+    return sum(len(load) for load in problem.load)

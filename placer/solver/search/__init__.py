@@ -1,0 +1,1 @@
+"""The search for placements with fewer copies or pairs."""

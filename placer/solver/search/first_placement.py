@@ -1,0 +1,287 @@
+"""What the search for copies begins with: the profile, and a placement solved for pairs.
+
+Pairs are solved exactly where a layer has few balanced assignments, else by local search;
+a given plan and whole router groups take their place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.arrays import IntArray
+from placer.errors import (
+    NoSolutionError,
+    UsageError,
+)
+from placer.placement.migration import require_same_shape
+from placer.placement.pins import with_pins
+from placer.placement.placement import Placement
+from placer.placement.plan import Policy
+from placer.placement.topology import Topology
+from placer.run.deadline import Deadline
+from placer.run.progress import (
+    GapLine,
+    Progress,
+)
+from placer.solver.balance.eplb import pack_loads
+from placer.solver.balance.layer_balance import Balancing
+from placer.solver.balance.load_balance import balance_loads
+from placer.solver.balance.load_caps import load_caps
+from placer.solver.balance.replicas import (
+    require_room,
+    with_replicas,
+)
+from placer.solver.balance.router_groups import (
+    blocks_of_groups,
+    place_groups,
+)
+from placer.solver.options import SolveOptions
+from placer.solver.problem.pairs import (
+    PlacementProblem,
+    imbalance,
+    placement_problem,
+)
+from placer.solver.problem.traffic import sample_sequences
+from placer.solver.proof.reports import early_pair_bound
+from placer.solver.search.copies_cost import (
+    CopiesCost,
+    ReceiveLimit,
+)
+from placer.solver.search.dynamic import (
+    ExactPlacement,
+    has_few_assignments,
+    solve_exactly,
+)
+from placer.solver.search.pair_search import Search
+from placer.trace import Chunk
+
+_EXACT_OPERATIONS = 2e10
+_OPERATIONS_PER_SECOND = 2e9  # of a slow machine, where there is a time limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Profile:
+    """What is known of the traffic, and the caps on load that follow from it.
+
+    Attributes
+    ----------
+    affinity, tokens
+        Counts of the profile, and its tokens where there are some.
+    judged
+        The tokens, or a sample, whose copies are minimised; ``None`` where pairs are.
+    max_load
+        ``[L]``: pairs that a rank may serve in each layer.
+    balanced
+        L arrays ``[E]`` int64: ranks of the experts, a start under these caps; empty where
+        the experts do not divide over the ranks.
+    eplb
+        EPLB's placement by the same loads with the same slots, where copies may have to
+        relieve a rank, or no rank may be busier; else ``None``.
+    """
+
+    affinity: Affinity
+    tokens: Chunk | None
+    judged: Chunk | None
+    max_load: list[float]
+    balanced: list[IntArray]
+    eplb: Placement | None = None
+
+    def imbalance(self, max_load: Sequence[float], num_ranks: int) -> tuple[float, ...]:
+        """Return ``[L]``: max/mean of a rank that has the load of these caps."""
+        return tuple(
+            float(cap * num_ranks / load.sum()) if load.any() else 1.0
+            for cap, load in zip(max_load, self.affinity.load, strict=True)
+        )
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the experts of a layer fill the ranks evenly only with copies."""
+        return any(len(ranks) == 0 for ranks in self.balanced)
+
+    def problem(self, policy: Policy, options: SolveOptions) -> PlacementProblem:
+        """Return the pair objective of a home policy under these caps."""
+        return placement_problem(self.affinity, policy, options.topology, self.max_load)
+
+
+def profiled(
+    affinity: Affinity, tokens: Chunk | None, options: SolveOptions, deadline: Deadline
+) -> tuple[Profile, dict[int, float]]:
+    """Return the profile, and what the layers reach whose cap on load is relaxed.
+
+    Raises
+    ------
+    NoSolutionError
+        If a cap is out of reach and may not be relaxed.
+    UsageError
+        If ``max_imbalance`` is below 1, or an option needs sweeps and there are none.
+    """
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    topology, redundant_experts = options.topology, options.redundant_experts
+    eplb, at_most = None, None
+    if options.below_eplb or redundant_experts:
+        require_room(affinity.model.num_experts, topology.num_ranks, redundant_experts)
+        eplb = pack_loads(loads, topology, redundant_experts)
+        if not redundant_experts:
+            ranks = map(eplb.expert_rank, range(eplb.num_layers))
+            at_most = list(map(imbalance, ranks, loads, repeat(topology.num_ranks)))
+    max_load, balanced, relaxed = load_caps(
+        loads,
+        topology.num_ranks,
+        options.load_cap,
+        relax_cap=options.relaxes_load_cap or redundant_experts > 0,
+        at_most=at_most,
+        deadline=deadline,
+    )
+    if options.needs_tokens is not None and not options.refine.num_sweeps:
+        raise UsageError(
+            f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
+            "leave out --num-sweeps",
+        )
+    judged = None
+    if tokens is not None and options.refine.num_sweeps:
+        judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
+    profile = Profile(
+        affinity=affinity,
+        tokens=tokens,
+        judged=judged,
+        max_load=max_load,
+        balanced=balanced,
+        # It may split router groups.
+        eplb=None if options.preserve_groups else eplb,
+    )
+    return profile, relaxed
+
+
+def first_placement(
+    profile: Profile,
+    problem: PlacementProblem,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> tuple[Placement, bool]:
+    """Return what the refinement begins with, and whether it is optimal already.
+
+    Raises
+    ------
+    UsageError
+        If the plan to start from has another shape, or slots do not divide over the ranks.
+    NoSolutionError
+        If no placement is under the cap on received copies, where that is proved.
+    """
+    topology = options.topology
+    if options.start is not None:
+        require_same_shape(
+            options.start,
+            profile.affinity.model.num_experts,
+            topology.num_ranks,
+            topology.num_nodes,
+            options.redundant_experts,
+        )
+        return with_pins(options.start, options.pins), False
+    if options.redundant_experts and (options.preserve_groups or profile.is_uneven):
+        return with_pins(_balanced_copies(profile, options), options.pins), False
+    if options.preserve_groups:
+        affinity = profile.affinity
+        policy = options.start_policies(affinity.model.top_k)[0]
+        limits, seed = options.limits, options.seed
+        placed = place_groups(affinity, policy, topology, limits, seed, deadline)
+        return placed, False
+    placement, optimal = _place_pairs(profile, problem, options, progress, deadline)
+    if options.redundant_experts:
+        loads = [counts.astype(np.float64) for counts in profile.affinity.load]
+        placement = with_replicas(placement, loads, options.redundant_experts)
+    return with_pins(placement, options.pins), optimal
+
+
+def _balanced_copies(profile: Profile, options: SolveOptions) -> Placement:
+    """Return a balanced start, where copies cannot be added to a placement without them."""
+    affinity, topology = profile.affinity, options.topology
+    blocks = blocks_of_groups(affinity.model, options) if options.preserve_groups else 1
+    asked = Balancing(
+        num_ranks=topology.num_ranks,
+        num_nodes=topology.num_nodes,
+        redundant_experts=options.redundant_experts,
+        max_imbalance=options.load_cap,
+        n_group=affinity.model.n_group if blocks > 1 else 1,
+        num_blocks=blocks,
+    )
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    return balance_loads(loads, asked).placement
+
+
+def _place_pairs(
+    profile: Profile,
+    problem: PlacementProblem,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> tuple[Placement, bool]:
+    """Minimise pairs, or copies where that is exact. Return whether it is optimal."""
+    is_plain = options.needs_tokens is None and options.topology.cost is None
+    if is_plain and not problem.has_pairs:
+        return _placed(profile.balanced, options.topology), True
+    exact = None
+    left = deadline.left()
+    most = _EXACT_OPERATIONS
+    if left is not None:
+        most = min(most, left * _OPERATIONS_PER_SECOND)
+    if profile.judged is None:
+        exact = solve_exactly(problem, max_operations=most)
+    elif has_few_assignments(problem):
+        exact = _exact_copies(problem, profile.judged, options, most)
+    if exact is not None:
+        return _placed(list(exact.expert_rank), options.topology), True
+    search = Search(
+        problem=problem,
+        expert_rank=_best_start(problem, profile.balanced),
+        rng=np.random.default_rng(options.seed),
+        limits=options.limits,
+    )
+    line = GapLine(tell=progress, num_decimals=0)
+    if progress is not None:
+        line.raise_bound(early_pair_bound(problem))
+    search.run(
+        lambda number, objective: line(f"pairs, round {number}", objective), deadline
+    )
+    return _placed(search.expert_rank, options.topology), False
+
+
+def _exact_copies(
+    problem: PlacementProblem, judged: Chunk, options: SolveOptions, max_operations: float
+) -> ExactPlacement | None:
+    """Minimise copies exactly, where few assignments and nothing else asked allow it."""
+    cap = options.max_received_copies
+    if replace(options, max_received_copies=None).needs_tokens is not None:
+        return None
+    policy = options.start_policies(judged.experts[0].shape[1])[0]
+    cost = CopiesCost.of([judged], policy, options.topology)
+    limit = None if cap is None else ReceiveLimit(cost=cost, max_copies=cap)
+    try:
+        return solve_exactly(problem, cost, None, max_operations, limit)
+    except NoSolutionError:
+        if options.relax_cap:  # the search then comes as near to the cap as it can
+            return None
+        raise
+
+
+def _placed(expert_rank: list[IntArray], topology: Topology) -> Placement:
+    return Placement.from_expert_rank(expert_rank, topology.num_ranks, topology.num_nodes)
+
+
+def _best_start(problem: PlacementProblem, balanced: list[IntArray]) -> list[IntArray]:
+    """Start from the contiguous placement where it is allowed and cheaper.
+
+    The search never loses what it starts from, so no plan is worse than contiguous on
+    the profile's own pairs unless contiguous breaks the cap.
+    """
+    contiguous = [
+        np.arange(len(load)) // problem.slots_per_rank(layer)
+        for layer, load in enumerate(problem.load)
+    ]
+    allowed = problem.is_feasible(contiguous)
+    if allowed and problem.objective(contiguous) < problem.objective(balanced):
+        return contiguous
+    return [ranks.copy() for ranks in balanced]

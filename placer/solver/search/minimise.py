@@ -1,0 +1,403 @@
+"""Minimising copies: from pairs, for tables that follow from the placement, for draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placer.arrays import BoolArray, FloatArray
+from placer.placement.migration import move_prices
+from placer.placement.pins import (
+    pinned_kinds,
+    with_pins,
+)
+from placer.placement.placement import Placement
+from placer.placement.plan import (
+    ContentPolicy,
+    Policy,
+)
+from placer.run.deadline import Deadline
+from placer.run.progress import (
+    GapLine,
+    Progress,
+)
+from placer.solver.balance.replicas import with_replicas
+from placer.solver.balance.router_groups import group_kinds
+from placer.solver.options import (
+    OVERFLOW_PRICE,
+    SolveOptions,
+)
+from placer.solver.problem.layer_profile import layer_tokens
+from placer.solver.problem.pairs import PlacementProblem
+from placer.solver.problem.scenarios import load_scenarios
+from placer.solver.problem.traffic import TrafficProblem
+from placer.solver.proof.reports import early_copies_bound
+from placer.solver.search.alternation import (
+    Alternation,
+    vocabulary_of,
+)
+from placer.solver.search.caution import (
+    is_above,
+    kept_under_cap,
+)
+from placer.solver.search.evaluation import (
+    Evaluation,
+    Rated,
+)
+from placer.solver.search.first_placement import (
+    Profile,
+    first_placement,
+)
+from placer.solver.search.refine import (
+    SHARE_OF_MENDING,
+    Refinement,
+)
+from placer.trace import Chunk
+
+# How cautious placements are made for draws, one from the other: few draws bring the first
+# above a cap, few are worth as little as it, and which of them fits is known at the end.
+_CAUTIONS_OF_DRAWS = (1.0, 0.5, 0.25, 0.12, 0.0)
+_CAUTION_OF_TABLES = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Found:
+    """A placement, what it minimises, and the line that tells how far it is.
+
+    Attributes
+    ----------
+    placement
+        Experts in slots.
+    optimal
+        Whether it is proved to be so; never with replicas.
+    problem, traffic
+        The pairs and the copies that are minimised.
+    line
+        Knows a bound of the copies where one was told.
+    """
+
+    placement: Placement
+    optimal: bool
+    problem: PlacementProblem
+    traffic: TrafficProblem
+    line: GapLine
+
+    def evaluate(self, options: SolveOptions) -> Evaluation:
+        """Return what the placement costs on the tokens that it was judged by."""
+        problem = Refinement(problem=self.traffic, limits=options.refine)
+        return problem.evaluate(self.placement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """What is asked for, the tokens that judge it, who is told, and when to stop."""
+
+    profile: Profile
+    judged: Chunk
+    options: SolveOptions
+    progress: Progress | None
+    deadline: Deadline
+
+
+def minimised(
+    profile: Profile,
+    judged: Chunk,
+    options: SolveOptions,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> tuple[Found, Evaluation | None]:
+    """Minimise copies, for homes that tables give where these are what is asked for.
+
+    The second value is what the copies cost from those homes, which no other policy has.
+    """
+    search = _Search(
+        profile=profile,
+        judged=judged,
+        options=options,
+        progress=progress,
+        deadline=deadline,
+    )
+    content = options.content_policy
+    if content is not None:
+        return _minimised_for_tables(search, content)
+    (policy,) = options.start_policies(profile.affinity.model.top_k)
+    minimise = _minimised_as_drawn if options.has_draws else _minimised
+    return minimise(search, policy), None
+
+
+def _minimised_for_tables(
+    search: _Search, content: ContentPolicy
+) -> tuple[Found, Evaluation]:
+    """Alternate homes and placement from each start; the best of all and mixed."""
+    options, deadline = search.options, search.deadline
+    vocab_size = vocabulary_of(search.judged, content)
+    caution = _first_caution(content, search.profile, options)
+
+    def alternated(policy: Policy) -> tuple[Found, Alternation, Rated]:
+        minimise = _minimised_carefully if caution.any() else _minimised
+        found = minimise(search, policy)
+        alternation = Alternation(
+            traffic=found.traffic,
+            tokens=search.judged,
+            policy=content,
+            vocab_size=vocab_size,
+            limits=options.refine,
+            seed=options.seed,
+            max_home_imbalance=options.max_home_imbalance,
+            caution=caution,
+        )
+        end = _alternate(found.placement, alternation, search.progress, deadline)
+        return found, alternation, end
+
+    first, *others = options.start_policies(search.profile.affinity.model.top_k)
+    found, alternation, end = alternated(first)
+    ends = [end]
+    if options.start is not None:
+        # What is best for the first homes may be worse for those of a table.
+        ends.append(alternation.rated(with_pins(options.start, options.pins)))
+    above = is_above(end.cost).any() and options.redundant_experts
+    if above and search.profile.eplb is not None:
+        given = alternation.rated(with_pins(search.profile.eplb, options.pins))
+        ends[0] = alternation.mixture(ends[0], given, deadline)
+    for policy in others:
+        if not deadline.passed():
+            ends.append(alternated(policy)[2])
+        if not deadline.passed():
+            with deadline.interruptible():
+                ends.append(alternation.mixture(ends[0], ends[-1], deadline))
+    best = _best_of(ends)
+    return replace(found, placement=best.placement), best.cost
+
+
+def _minimised_carefully(search: _Search, policy: Policy) -> Found:
+    """Minimise copies without replicas; add some that hardly move load, whoever serves.
+
+    But in layers that no placement without replicas brings under the cap, which need the
+    relief.
+    """
+    options = search.options
+    is_placed_with_copies = options.preserve_groups or search.profile.is_uneven
+    if options.start is not None or is_placed_with_copies or not options.redundant_experts:
+        return _minimised(search, policy)
+    bare = replace(options, redundant_experts=0, max_received_copies=None, relax_cap=True)
+    found = _minimised(replace(search, options=bare), policy)
+    load = [counts.astype(np.float64) for counts in search.profile.affinity.load]
+    copied = with_replicas(
+        found.placement,
+        load,
+        options.redundant_experts,
+        ~_needs_relief(search.profile, options),
+    )
+    return replace(
+        found,
+        placement=copied,
+        optimal=False,
+        traffic=_traffic_problem(
+            search.profile, search.judged, found.problem, policy, options
+        ),
+        line=GapLine(tell=search.progress, num_decimals=4),
+    )
+
+
+def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
+    """Return ``[L]``: layers whose load cap is out of reach without replicas."""
+    num_ranks = options.topology.num_ranks
+    total = np.array([load.sum() for load in profile.affinity.load])
+    asked = options.load_cap * total / num_ranks
+    needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
+    return needed
+
+
+def _first_caution(
+    content: ContentPolicy, profile: Profile, options: SolveOptions
+) -> FloatArray:
+    """Return ``[L]``: caution to begin with where tables give the homes.
+
+    Tokens go where copies of their experts are, and take the load there with them;
+    requests, which use most experts, hardly do, and ``hash`` does not look at homes.
+    """
+    is_moved = content == "token" and options.replica_choice != "hash"
+    share = _CAUTION_OF_TABLES if is_moved else 0.0
+    return np.where(_needs_relief(profile, options), 0.0, share)
+
+
+def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
+    """Minimise copies for draws that no move can know, with ever less caution.
+
+    Ever more where copies must relieve a rank: counted whole, few of them would not, and
+    all are not reached at once. Each layer is then taken from the best of these
+    placements, as SGLang draws for it, and mended where it is above a cap.
+    """
+    options, deadline = search.options, search.deadline
+    with deadline.keeping(SHARE_OF_MENDING):
+        found = _minimised_carefully(search, policy)
+        tried = _tried_for_draws(search, found)
+    exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
+    with deadline.interruptible():
+        tried.append(exact.best_as_drawn(tried))
+
+    def rated(placement: Placement) -> Rated:
+        return Rated(placement=placement, cost=exact.evaluate(placement))
+
+    def mended(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+        caution = np.full(len(layers), share) if share else None  # without: as drawn
+        problem = replace(found.traffic, caution=caution)
+        refinement = Refinement(problem=problem, limits=options.refine, seed=number)
+        return rated(refinement.mend(best.placement, layers, deadline))
+
+    best = _best_of([rated(placement) for placement in tried])
+    return replace(found, placement=kept_under_cap(best, mended, deadline).placement)
+
+
+def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
+    """Return placements made under ever less caution, and those that are given."""
+    options, deadline = search.options, search.deadline
+    once = replace(options, refine=replace(options.refine, num_starts=1))
+    needs_relief = _needs_relief(search.profile, options)
+    tried = [found.placement]
+    for less, more in zip(_CAUTIONS_OF_DRAWS[::-1], _CAUTIONS_OF_DRAWS, strict=True):
+        if deadline.passed():
+            break
+        caution = np.where(needs_relief, less, more)
+        problem = replace(found.traffic, caution=caution)
+        tried.append(_refine(tried[-1], problem, once, found.line, deadline))
+    if options.start is not None:
+        tried.append(with_pins(options.start, options.pins))
+    if search.profile.eplb is not None:
+        tried.append(with_pins(search.profile.eplb, options.pins))
+    return tried
+
+
+def _best_of(ends: Sequence[Rated]) -> Rated:
+    best = ends[0]
+    for end in ends[1:]:
+        if end.cost.is_better(best.cost):
+            best = end
+    return best
+
+
+def _minimised(search: _Search, policy: Policy) -> Found:
+    """Minimise copies, from pairs or from what the options start with."""
+    options = search.options
+    problem = search.profile.problem(policy, options)
+    placement, optimal = first_placement(
+        search.profile, problem, options, search.progress, search.deadline
+    )
+    traffic = _traffic_problem(search.profile, search.judged, problem, policy, options)
+    if options.preserve_groups:
+        # Whole groups may be above the cap: then no rank gets busier than they make it.
+        traffic = _capped_by(placement, np.maximum, traffic, options)
+    line = GapLine(tell=search.progress, num_decimals=4)
+    if not optimal:
+        if search.progress is not None:
+            line.raise_bound(early_copies_bound(problem, search.judged, options))
+        placement = _refine(placement, traffic, options, line, search.deadline)
+    return Found(
+        placement=placement, optimal=optimal, problem=problem, traffic=traffic, line=line
+    )
+
+
+def _traffic_problem(
+    profile: Profile,
+    judged: Chunk,
+    problem: PlacementProblem,
+    policy: Policy,
+    options: SolveOptions,
+) -> TrafficProblem:
+    sizes = tuple(len(load) for load in problem.load)
+    n_group = profile.affinity.model.n_group
+    load = load_scenarios(profile.tokens or judged, sizes, options.robust, options.seed)
+    caps = problem.max_load
+    if options.redundant_experts:
+        # Caps that are out of reach without replicas may be met with them.
+        num_ranks = options.topology.num_ranks
+        caps = tuple(options.load_cap * one[0].sum() / num_ranks for one in load)
+    traffic = TrafficProblem(
+        experts=layer_tokens(judged),
+        topology=options.topology,
+        policy=policy,
+        exchange=options.exchange,
+        load=load,
+        max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
+        overflow_price=OVERFLOW_PRICE
+        if options.overflow_price is None
+        else options.overflow_price,
+        receive_price=options.receive_price,
+        move_price=_move_price(judged, profile.tokens, options),
+        kind=pinned_kinds(
+            group_kinds(sizes, n_group) if options.preserve_groups else None,
+            sizes,
+            options.pins,
+        ),
+        replica_choice=options.replica_choice,
+        layer_ids=profile.affinity.model.layer_ids,
+        max_home_imbalance=options.max_home_imbalance
+        if options.policy == "follow"
+        else None,
+        max_received_copies=options.max_received_copies,
+    )
+    if profile.eplb is None or not options.below_eplb or not options.redundant_experts:
+        return traffic
+    return _capped_by(profile.eplb, np.minimum, traffic, options)
+
+
+def _capped_by(
+    placement: Placement,
+    take: np.ufunc,
+    traffic: TrafficProblem,
+    options: SolveOptions,
+) -> TrafficProblem:
+    """Return the problem with the lower or higher of its caps and a placement's loads."""
+    refinement = Refinement(problem=traffic, limits=options.refine)
+    served = refinement.evaluate(placement).imbalance
+    num_ranks = options.topology.num_ranks
+    caps = [
+        take(cap, imbalance * load[0].sum() / num_ranks)
+        for cap, imbalance, load in zip(traffic.max_load, served, traffic.load, strict=True)
+    ]
+    return replace(traffic, max_load=tuple(caps))
+
+
+def _move_price(
+    judged: Chunk, profile: Chunk | None, options: SolveOptions
+) -> tuple[FloatArray, ...] | None:
+    if options.start is None or not options.migration_cost:
+        return None
+    whole = judged if profile is None else profile
+    # Judged by a sample, a move is worth that share of it.
+    share = judged.num_tokens / whole.num_tokens
+    return move_prices(options.start, options.migration_cost * share)
+
+
+def _refine(
+    placement: Placement,
+    traffic: TrafficProblem,
+    options: SolveOptions,
+    line: GapLine,
+    deadline: Deadline,
+) -> Placement:
+    refinement = Refinement(problem=traffic, limits=options.refine, seed=options.seed)
+    return refinement.run(
+        placement,
+        None
+        if line.tell is None
+        else lambda sweep, copies: line(f"copies, sweep {sweep}", copies),
+        deadline,
+    )
+
+
+def _alternate(
+    placement: Placement,
+    content: Alternation,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> Rated:
+    return content.run(
+        placement,
+        None
+        if progress is None
+        else lambda number, price: progress(
+            f"homes and placement, round {number}: objective {price:.4f}"
+        ),
+        deadline,
+    )

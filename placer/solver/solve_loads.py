@@ -1,0 +1,117 @@
+"""Solving for balance: from loads alone, or where placement cannot change what is sent."""
+
+import time
+
+import numpy as np
+
+from placer.affinity import Affinity
+from placer.errors import UsageError
+from placer.placement.migration import require_same_shape
+from placer.placement.placement import Placement
+from placer.placement.plan import SolverReport
+from placer.run.deadline import Deadline
+from placer.run.progress import gap
+from placer.solver.balance.layer_balance import Balancing
+from placer.solver.balance.load_balance import (
+    METHOD,
+    OBJECTIVE,
+    LoadBalance,
+    balance_loads,
+)
+from placer.solver.balance.router_groups import blocks_of_groups
+from placer.solver.missed_caps import (
+    above_load_cap,
+    require_load_cap,
+)
+from placer.solver.options import SolveOptions
+from placer.solver.proof.reports import status
+
+# Bounds and values are sums of the same numbers in another order.
+_ROUNDING = 1e-9
+
+
+def solve_loads(
+    affinity: Affinity, options: SolveOptions, deadline: Deadline
+) -> tuple[Placement, SolverReport]:
+    """Place experts, and copies of them, for the evenest load.
+
+    Raises
+    ------
+    NoSolutionError
+        If a layer misses the load cap, and it may not be relaxed.
+    UsageError
+        If slots do not divide over the ranks, or an option needs tokens.
+    """
+    began = time.monotonic()
+    _require_no_traffic(options)
+    found, without_groups = _balanced(affinity, options, deadline)
+    missed = above_load_cap(dict(enumerate(found.imbalance)), options)
+    require_load_cap(missed.values(), options, found.placement.num_layers)
+    objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
+    return found.placement, SolverReport(
+        status=status(objective, bound * (1 + _ROUNDING)),
+        objective_name=OBJECTIVE,
+        objective=objective,
+        bound=bound,
+        gap=gap(objective, bound),
+        bound_method=METHOD,
+        seconds=time.monotonic() - began,
+        seed=options.seed,
+        reproducible=deadline.reproducible,
+        relaxed_layers={str(layer): value for layer, value in missed.items()},
+        predicted_imbalance=float(np.mean(found.predicted)),
+        imbalance_without_groups=without_groups,
+    )
+
+
+def _balanced(
+    affinity: Affinity, options: SolveOptions, deadline: Deadline
+) -> tuple[LoadBalance, float | None]:
+    """Balance; with groups kept, say what imbalance there is without them too."""
+    model, topology = affinity.model, options.topology
+    if options.start is not None:
+        require_same_shape(
+            options.start,
+            model.num_experts,
+            topology.num_ranks,
+            topology.num_nodes,
+            options.redundant_experts,
+        )
+    loads = [counts.astype(np.float64) for counts in affinity.load]
+    num_blocks = blocks_of_groups(model, options)
+
+    def balanced(n_group: int, num_blocks: int) -> LoadBalance:
+        asked = Balancing(
+            num_ranks=topology.num_ranks,
+            num_nodes=topology.num_nodes,
+            redundant_experts=options.redundant_experts,
+            max_imbalance=options.load_cap,
+            replica_choice=options.replica_choice or "hash",
+            layer_ids=model.layer_ids,
+            n_group=n_group,
+            num_blocks=num_blocks,
+            start=options.start,
+            migration_cost=options.migration_cost,
+        )
+        return balance_loads(loads, asked, deadline)
+
+    if num_blocks == 1:
+        return balanced(1, 1), None
+    without = balanced(1, 1).imbalance
+    return balanced(model.n_group, num_blocks), float(np.mean(without))
+
+
+def _require_no_traffic(options: SolveOptions) -> None:
+    """Refuse options that loads alone cannot serve."""
+    asked = options.asked_of_tokens | {"--policy follow": options.policy == "follow"}
+    for option in ("--redundant-experts", "--start", "--preserve-groups"):
+        asked.pop(option)
+    for option in (name for name, wanted in asked.items() if wanted):
+        if options.objective == "balance":
+            raise UsageError(
+                f"{option} is about traffic, --objective balance is not", f"drop {option}"
+            )
+        raise UsageError(
+            f"{option} needs tokens: loads alone say nothing of traffic",
+            f"record tokens (placer record --help), or drop {option}",
+        )

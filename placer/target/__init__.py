@@ -1,0 +1,1 @@
+"""What a plan runs on: serving engines, GPUs and links."""

@@ -1,0 +1,347 @@
+"""Serving engines: what a MoE layer sends over the wire, and which copy serves.
+
+Engines are data: ``engines.toml`` beside this file, each with its source. Words and
+arithmetic are those of ``docs/concepts.md``.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, get_args
+
+from placer.errors import UsageError
+
+Exchange = Literal["per-expert", "per-rank", "per-node", "padded", "all-gather"]
+ReplicaChoice = Literal["local-first", "sglang-static", "hash", "cover"]
+Element = Literal["bf16", "fp8", "nvfp4"]
+GroupRule = Literal["any", "router-groups"]
+Phase = Literal["prefill", "decode"]
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+
+# Elements that share one scale, and the bytes of that scale: DeepEP's fp8 dispatch has a
+# float32 per 128 elements; NVFP4 has a float8 per 16 elements of half a byte.
+_FP8_BLOCK, _FP8_SCALE_BYTES = 128, 4
+_NVFP4_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementEffect:
+    """Whether a placement can change what is sent, and the sentence that says why."""
+
+    changes_traffic: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One direction of a layer's communication.
+
+    Attributes
+    ----------
+    exchange
+        What is sent for a token.
+    element
+        What a hidden state travels in.
+    """
+
+    exchange: Exchange
+    element: Element
+
+    def __post_init__(self) -> None:
+        _require_known("exchange", self.exchange, EXCHANGES)
+        _require_known("element", self.element, get_args(Element))
+
+    def copy_bytes(self, hidden_size: int) -> int:
+        """Return the bytes of one copy of a hidden state, scales included."""
+        if self.element == "bf16":
+            return 2 * hidden_size
+        if self.element == "fp8":
+            return hidden_size + _FP8_SCALE_BYTES * -(-hidden_size // _FP8_BLOCK)
+        return -(-hidden_size // 2) + -(-hidden_size // _NVFP4_BLOCK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """How an engine serves a MoE layer.
+
+    Attributes
+    ----------
+    name
+        The name that ``--engine`` takes.
+    family
+        The engine, of which this is one configuration: ``sglang``, ``vllm``, ...
+    phases
+        What this configuration is run for.
+    dispatch, combine
+        To the experts, and back.
+    replica_choice
+        Which copy serves a (token, expert) pair; ``None`` where an engine serves no
+        redundant experts.
+    map_format
+        What ``placer export`` writes for it; ``checkpoint`` where it reads no map.
+    group_rule
+        ``any``, or ``router-groups`` where a permuted checkpoint must keep the router's
+        groups together.
+    selected_by
+        What leads there, in words.
+    flags, environment
+        The engine's own options and variables that do, as typed; each may be empty.
+    single_node
+        Whether the engine refuses to start it on more than one node.
+    source
+        Public documentation.
+    read_in
+        Where the facts were read.
+    notes
+        Conditions, one sentence each.
+    """
+
+    name: str
+    family: str
+    phases: tuple[Phase, ...]
+    dispatch: Transfer
+    combine: Transfer
+    map_format: str
+    group_rule: GroupRule
+    selected_by: str
+    source: str
+    read_in: str
+    replica_choice: ReplicaChoice | None = None
+    flags: str = ""
+    environment: str = ""
+    single_node: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            _require_known("phase", phase, PHASES)
+        if self.replica_choice is not None:
+            _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
+        _require_known("group_rule", self.group_rule, get_args(GroupRule))
+
+    def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:
+        """Return whether a placement can change what this engine sends."""
+        effects = [
+            placement_effect(
+                policy, way.exchange, self.replica_choice, has_replicas=has_replicas
+            )
+            for way in (self.dispatch, self.combine)
+        ]
+        return next((one for one in effects if one.changes_traffic), effects[0])
+
+    @classmethod
+    def named(cls, name: str) -> "Engine":
+        """Return the engine of an exact name.
+
+        Raises
+        ------
+        UsageError
+            If no engine has this name, or it is that of a family.
+        """
+        found = engines_named(name)
+        if found[0].name == name:
+            return found[0]
+        raise UsageError(
+            f"--engine {name} names a family of engines, and what is sent differs by phase "
+            "and options",
+            "give the exact name\n" + "\n".join(_lines_by_phase(found)),
+        )
+
+
+def engines_named(name: str) -> tuple[Engine, ...]:
+    """Return the engine of an exact name, or all engines of a family.
+
+    Raises
+    ------
+    UsageError
+        If neither has this name.
+    """
+    engines = known_engines()
+    if name in engines:
+        return (engines[name],)
+    found = tuple(one for one in engines.values() if one.family == name)
+    if found:
+        return found
+    families = dict.fromkeys(one.family for one in engines.values())
+    nearest = get_close_matches(name.lower(), (*engines, *families), n=1)
+    raise UsageError(
+        f"--engine {name} is not known",
+        (f"did you mean {nearest[0]}? " if nearest else "")
+        + f"the names are {', '.join(engines)}",
+    )
+
+
+def _lines_by_phase(engines: Sequence[Engine]) -> Iterator[str]:
+    """Yield the names of each phase, each with what selects it."""
+    width = max(len(one.name) for one in engines)
+    for phase in PHASES:
+        yield f"  {phase}:"
+        for one in engines:
+            if phase in one.phases:
+                yield f"    {one.name:{width}}  {one.selected_by}"
+
+
+@cache
+def known_engines() -> Mapping[str, Engine]:
+    """Return all engines by name, in the order of the data file."""
+    text = (resources.files("placer.target") / "engines.toml").read_text(encoding="utf-8")
+    return {name: _read_engine(name, value) for name, value in tomllib.loads(text).items()}
+
+
+def placement_effect(
+    policy: str,
+    exchange: Exchange,
+    replica_choice: ReplicaChoice | None,
+    *,
+    has_replicas: bool,
+) -> PlacementEffect:
+    """Return whether a placement can change the expected traffic.
+
+    Parameters
+    ----------
+    policy
+        Home policy. Under ``fixed``, homes ignore content: each is as probable.
+    exchange
+        What is sent for a token.
+    replica_choice
+        Which copy serves, where there are several.
+    has_replicas
+        Whether experts may have more than one copy.
+    """
+    if exchange == "all-gather":
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="every token goes to every rank: placement cannot change the traffic, "
+            "only the balance",
+        )
+    if exchange == "padded":
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="the all-to-all is as large as the experts' capacity: placement cannot "
+            "change the traffic, only the balance",
+        )
+    if exchange == "per-expert" and policy == "fixed":
+        return _per_expert_effect(replica_choice, has_replicas=has_replicas)
+    counted = {
+        "per-expert": "pairs served away from home",
+        "per-rank": "distinct ranks per token",
+        "per-node": "distinct nodes and ranks per token",
+    }[exchange]
+    linked = "co-activation within a layer decides"
+    if policy != "fixed":
+        linked = "co-activation and links between layers decide"
+    return PlacementEffect(
+        changes_traffic=True, reason=f"{linked} the {counted}: placement counts"
+    )
+
+
+def choose_replicas(
+    engine: Engine | None, wanted: str | None, *, has_replicas: bool, command: str
+) -> ReplicaChoice | None:
+    """Return the replica choice that the user names, else the engine's.
+
+    Parameters
+    ----------
+    engine
+        What serves, or ``None`` where nobody says.
+    wanted
+        The choice that is asked for, or ``None``.
+    has_replicas
+        Whether there are redundant experts. Without them ``None`` will do.
+    command
+        A command that lacks nothing but the choice, for the hint.
+
+    Raises
+    ------
+    UsageError
+        If ``wanted`` is not known, or there are redundant experts and nothing says which
+        copy serves.
+    """
+    if wanted is not None:
+        for choice in REPLICA_CHOICES:
+            if choice == wanted:
+                return choice
+        raise UsageError(
+            f"--replica-choice {wanted} is not known",
+            f"choose among {', '.join(REPLICA_CHOICES)}",
+        )
+    if engine is not None and engine.replica_choice is not None:
+        return engine.replica_choice
+    if not has_replicas:
+        return None
+    raise UsageError(
+        "redundant experts have several copies, and engines differ in which copy serves"
+        if engine is None
+        else f"{engine.name} serves no redundant experts",
+        "name your engine with --engine, or its choice:\n"
+        + "\n".join(_lines_by_choice(command)),
+    )
+
+
+def _lines_by_choice(command: str) -> Iterator[str]:
+    """Yield a command for each choice that engines have, and which engines those are."""
+    engines = known_engines().values()
+    for choice in REPLICA_CHOICES:
+        names = []
+        for family in dict.fromkeys(one.family for one in engines):
+            members = [one for one in engines if one.family == family]
+            alike = [one.name for one in members if one.replica_choice == choice]
+            names += [family] if len(alike) == len(members) else alike
+        if names:
+            yield f"  {command} --replica-choice {choice}  # {', '.join(names)}"
+
+
+def _per_expert_effect(
+    replica_choice: ReplicaChoice | None, *, has_replicas: bool
+) -> PlacementEffect:
+    """Return the effect under ``fixed`` and ``per-expert``.
+
+    A home is on each of the R ranks with the same probability, so a pair is remote with
+    probability 1 - 1/R wherever its expert lives. With c copies and a choice that prefers
+    the home it is 1 - c/R; a choice that ignores the home leaves 1 - 1/R.
+    """
+    if not has_replicas:
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="one copy per (token, expert) pair and homes that ignore content: "
+            "k (1 - 1/R) copies per token are sent whatever the placement, which can only "
+            "balance; redundant experts, or homes that follow content, would help",
+        )
+    if replica_choice == "hash":
+        return PlacementEffect(
+            changes_traffic=False,
+            reason="one copy per (token, expert) pair, and the engine picks among an "
+            "expert's copies without regard to the home: k (1 - 1/R) copies per token are "
+            "sent whatever the placement, which can only balance",
+        )
+    return PlacementEffect(
+        changes_traffic=True,
+        reason="an expert with c copies is remote for 1 - c/R of its pairs: which experts "
+        "have copies counts, where they live does not",
+    )
+
+
+def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
+    read = ("dispatch", "combine", "phases", "notes")
+    rest = {key: value[key] for key in value if key not in read}
+    return Engine(
+        name=name,
+        dispatch=Transfer(**value["dispatch"]),
+        combine=Transfer(**value["combine"]),
+        phases=tuple(value["phases"]),
+        notes=tuple(value["notes"]),
+        **rest,
+    )
+
+
+def _require_known(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(
+            f"{what} {value} is not known", f"choose among {', '.join(choices)}"
+        )

@@ -1,0 +1,94 @@
+"""Predicted time decides whether a rank may be busier than EPLB's busiest."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.cli.main import main
+from placer.model import ModelSpec
+from placer.placement import Plan
+from placer.placement.topology import Topology
+from placer.planning.cap_choice import choose_cap
+from placer.planning.question import Question
+from placer.simulation.cost import ExpertShape
+from placer.solver.options import SolveOptions
+from placer.target.hardware import Hardware
+from placer.trace import (
+    Chunk,
+    Trace,
+)
+
+FOUR = Topology(gpus_per_node=4)
+MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
+OPTIONS = SolveOptions(topology=FOUR).guarded()
+
+
+def partners(num_tokens: int = 6400) -> Chunk:
+    """Experts e and e + 4 are used together; used as often, but for a twentieth.
+
+    EPLB parts them, for a slightly evener load.
+    """
+    share = np.array([0.2625, 0.2625, 0.2375, 0.2375])
+    first = np.random.default_rng(0).choice(4, size=num_tokens, p=share)
+    pairs = np.stack([first, first + 4], axis=1).astype(np.uint8)
+    return Chunk(
+        experts=(pairs, pairs),
+        sequence_ids=(np.arange(num_tokens) // 100).astype(np.int32),
+        positions=(np.arange(num_tokens) % 100).astype(np.int32),
+    )
+
+
+def question(bandwidth: float) -> Question:
+    hardware = Hardware.named("h100")
+    fast = replace(hardware.fast, bandwidth=bandwidth)
+    return Question(
+        topology=FOUR,
+        hardware=replace(hardware, fast=fast),
+        expert=ExpertShape(hidden_size=64, intermediate_size=4096),
+    )
+
+
+def test_links_decide_whether_copies_or_load_count() -> None:
+    """Of slow links only copies count; of links next to infinitely fast only load."""
+    slow = choose_cap(MODEL, partners(), OPTIONS, question(1e6))
+    assert not slow.options.below_eplb
+    assert slow.relative_time < 0.8, "together, partners take half of the copies"
+    assert "predicted to take" in slow.told
+    fast = choose_cap(MODEL, partners(), OPTIONS, question(1e18))
+    assert fast.options.below_eplb
+    assert "at or below EPLB's" in fast.told
+
+
+@pytest.fixture
+def said(
+    make_trace: Callable[..., Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str]]:
+    trace = make_trace(num_experts=(8, 8), num_sequences=8)
+    words = ["solve", str(trace.directory), "--gpus-per-node", "4", "--proof", "none"]
+
+    def said(*more: str) -> tuple[object, str]:
+        (tmp_path / "plan.json").unlink(missing_ok=True)
+        with pytest.raises(SystemExit) as done:
+            main([*words, *more, "--out", str(tmp_path / "plan.json")])
+        return done.value.code, capsys.readouterr().err
+
+    return said
+
+
+def test_the_command_says_which_cap_it_took(
+    said: Callable[..., tuple[object, str]], tmp_path: Path
+) -> None:
+    hardware = ("--hardware", "h100", "--hidden-size", "64", "--expert-size", "64")
+    code, told = said(*hardware)
+    assert code == 0
+    assert told.count("with two-batch overlap") == 1
+    plan = Plan.read(tmp_path / "plan.json")
+    is_below = plan.provenance["cap_by_time"]["below_eplb"]
+    assert is_below == (plan.solver.eplb_caps is not None)
+    code, told = said(*hardware, "--max-imbalance", "1.5")
+    assert (code, "--hardware h100 is for --objective time" in told) == (2, True)
+    code, told = said("--hardware", "h100")
+    assert (code, "without the size of an expert" in told) == (2, True)

@@ -1,0 +1,227 @@
+"""What to solve for by predicted time, on traffic whose answer is known."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.affinity import count_affinity
+from placer.cli.main import main
+from placer.errors import (
+    NoSolutionError,
+    UsageError,
+)
+from placer.model import ModelSpec
+from placer.placement import Placement
+from placer.placement.topology import Topology
+from placer.planning.layer_time import (
+    BALANCED,
+    TimeChoice,
+    choose,
+    choose_by_time,
+    worth_by_time,
+)
+from placer.planning.question import Question
+from placer.run.deadline import Deadline
+from placer.serving.homes import batch_shapes
+from placer.simulation.batch_figures import (
+    BatchFigures,
+    BatchMetrics,
+)
+from placer.simulation.cost import (
+    ExpertShape,
+    PredictedTime,
+)
+from placer.solver.options import SolveOptions
+from placer.solver.solve import solve
+from placer.target.engine import Engine
+from placer.target.hardware import Hardware
+from placer.trace import (
+    Chunk,
+    TraceWriter,
+)
+
+MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
+FOUR = Topology(gpus_per_node=4)
+OPTIONS = SolveOptions(topology=FOUR)
+H100 = Hardware.named("h100")
+QUESTION = Question(
+    topology=FOUR,
+    hardware=H100,
+    expert=ExpertShape(hidden_size=64, intermediate_size=64),
+)
+
+
+def tokens(weight: tuple[float, ...] = (1, 1, 1, 1), num_tokens: int = 4000) -> Chunk:
+    """Experts e and e + 4 are always used together, by these weights; 40 sequences."""
+    share = np.array(weight) / sum(weight)
+    first = np.random.default_rng(0).choice(4, size=num_tokens, p=share)
+    experts = np.stack([first, first + 4], axis=1).astype(np.uint8)
+    # All of one fold: the inner split must not go by the parity of the id.
+    sequences = np.arange(num_tokens) * 40 // num_tokens * 2
+    return Chunk(
+        experts=(experts, experts),
+        sequence_ids=sequences.astype(np.int32),
+        positions=(np.arange(num_tokens) % (num_tokens // 40)).astype(np.int32),
+    )
+
+
+def chosen(weight: tuple[float, ...], bandwidth: float) -> TimeChoice:
+    fast = replace(H100.fast, bandwidth=bandwidth, latency=0.0)
+    question = replace(QUESTION, hardware=replace(H100, fast=fast))
+    return choose_by_time(MODEL, tokens(weight), OPTIONS, question)
+
+
+def made(*figures: tuple[float, ...]) -> tuple[BatchFigures, ...]:
+    """Return figures of batches: straggler, seconds and those with overlap (1)."""
+    return tuple(one_size(*one) for one in figures)
+
+
+def one_size(straggler: float, total: float, overlapped: float = 1.0) -> BatchFigures:
+    zero = dict.fromkeys(BatchMetrics.__dataclass_fields__, 0)
+    time = dict.fromkeys(PredictedTime.__dataclass_fields__, 0.0)
+    return BatchFigures(
+        shape=batch_shapes((64,))[0],
+        metrics=BatchMetrics(**zero | {"straggler_mean": straggler}),  # type: ignore[arg-type]
+        time=PredictedTime(**time | {"total": total, "overlapped": overlapped}),
+    )
+
+
+def test_the_quickest_is_chosen_among_those_as_even_as_the_load_balancer() -> None:
+    even, quick = made((1.2, 5.0)), made((1.2, 4.0))
+    assert choose({BALANCED: even, "a": made((1.3, 1.0)), "b": quick}) == "b"
+    assert (
+        choose({BALANCED: even, "a": made((1.3, 1.0)), "b": made((1.1, 6.0))}) == BALANCED
+    )
+
+
+def test_every_size_of_batches_counts_alike_and_has_its_own_limit() -> None:
+    """Half of the time at the small size outweighs a tenth more at the large one."""
+    balanced = made((1.2, 1.0), (1.1, 100.0))
+    small, large = made((1.2, 0.5), (1.1, 110.0)), made((1.2, 1.1), (1.1, 90.0))
+    assert choose({BALANCED: balanced, "small": small, "large": large}) == "small"
+    uneven = made((1.2, 0.1), (1.11, 1.0))
+    assert choose({BALANCED: balanced, "uneven": uneven}) == BALANCED
+
+
+def test_an_engine_is_timed_in_the_batches_that_it_is_run_for() -> None:
+    for name, sizes in (("sglang-deepep", [4096]), ("sglang-deepep-ll", [64, 256])):
+        question = replace(QUESTION, engine=Engine.named(name))
+        found = choose_by_time(MODEL, tokens(), OPTIONS, question)
+        assert [shape.tokens_per_rank for shape, _ in found.break_even_by_size] == sizes
+
+
+def test_a_quicker_plan_that_is_left_out_is_told() -> None:
+    found = chosen((1, 1, 1, 1), 1e9)
+    made_up = {BALANCED: made((1.2, 5.0)), "a": made((1.3, 4.0))}
+    told = replace(found, name=BALANCED, figures=made_up).told
+    assert told is not None
+    assert told.startswith("a takes 20.0% less predicted time, but its straggler is 1.3000")
+    as_even = {BALANCED: made((1.2, 5.0)), "a": made((1.2, 4.0))}
+    assert replace(found, name="a", figures=as_even).told is None
+
+
+def test_a_busier_plan_is_taken_where_it_is_faster_with_overlap_too() -> None:
+    found = chosen((1, 1, 1, 1), 1e9)
+    balanced = made((1.2, 5.0, 2.0), (1.1, 9.0, 4.0))
+    busier = made((1.3, 4.0, 1.8), (1.2, 8.0, 3.6))
+    made_up = {BALANCED: balanced, "a": busier}
+    assert choose(made_up) == "a"
+    told = replace(found, name="a", figures=made_up).told
+    assert told is not None
+    assert told.startswith("a is taken though its straggler is 1.3000 / 1.2000")
+    assert told.endswith("with two-batch overlap too it takes 10.0% less predicted time")
+    hidden = made((1.3, 4.0, 1.8), (1.2, 8.0, 4.0))
+    assert choose({BALANCED: balanced, "a": hidden}) == BALANCED
+
+
+def test_the_choice_agrees_with_every_candidates_figures() -> None:
+    """Whatever the links: nothing that is as even as the balancer takes less time."""
+    for bandwidth in (1e6, 1e18):
+        found = chosen((1, 1, 1, 1), bandwidth)
+        base = found.figures[BALANCED]
+
+        def allowed(figures: Sequence[BatchFigures]) -> bool:
+            both = list(zip(figures, base, strict=True))  # noqa: B023  # called here only
+            return all(
+                one.metrics.straggler_mean <= other.metrics.straggler_mean
+                for one, other in both
+            ) or all(one.time.overlapped < other.time.overlapped for one, other in both)  # type: ignore[union-attr]
+
+        def time(figures: Sequence[BatchFigures]) -> float:
+            both = zip(figures, base, strict=True)  # noqa: B023  # called here only
+            return sum(one.time.total / other.time.total for one, other in both)  # type: ignore[union-attr]
+
+        assert len(found.figures) == 7
+        assert allowed(found.figures[found.name])
+        for one in filter(allowed, found.figures.values()):
+            assert time(found.figures[found.name]) <= time(one) + 1e-9
+
+
+def test_the_load_cap_is_never_exceeded() -> None:
+    with pytest.raises(NoSolutionError, match="out of reach"):
+        capped = replace(OPTIONS, max_imbalance=1.1)
+        choose_by_time(MODEL, tokens((9, 1, 1, 1)), capped, QUESTION)
+    # Experts e and e + 4 together save all copies, and put 1.5 times the mean on a rank.
+    profile = tokens((3, 2, 2, 1))
+    found = choose_by_time(MODEL, profile, replace(OPTIONS, max_imbalance=1.3), QUESTION)
+    placement, _ = solve(count_affinity([profile], MODEL, {}), found.options, None, profile)
+    for layer, ids in enumerate(profile.experts):
+        load = np.bincount(placement.expert_rank(layer)[ids].ravel(), minlength=4)
+        assert load.max() <= 1.3 * load.mean()
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(UsageError, match="needs the hardware"):
+        choose_by_time(MODEL, tokens(), OPTIONS, replace(QUESTION, hardware=None))
+    one = tokens()
+    one = one.select(one.sequence_ids == 0)
+    with pytest.raises(UsageError, match="only one"):
+        choose_by_time(MODEL, one, replace(OPTIONS, relax_cap=True), QUESTION)
+    served = Placement.from_expert_rank([np.arange(8) // 2] * 2, 4)
+    with pytest.raises(UsageError, match="made anew"):
+        choose_by_time(MODEL, one, replace(OPTIONS, start=served), QUESTION)
+    # The load balancer may be chosen, and knows no such cap.
+    capped = replace(OPTIONS, max_received_copies=1.0)
+    with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
+        choose_by_time(MODEL, tokens(), capped, QUESTION)
+    with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
+        worth_by_time(MODEL, tokens(), QUESTION)(capped, Deadline())
+
+
+def test_the_command_records_the_choice_and_repeats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        writer.append(tokens())
+        writer.finish()
+    words = ["solve", str(tmp_path / "t"), "--gpus-per-node", "4", "--objective", "time"]
+    words += ["--hidden-size", "64", "--expert-size", "64", "--relax-cap"]
+    for name in ("a.json", "b.json"):
+        with pytest.raises(SystemExit) as done:
+            main([*words, "--hardware", "h100", "--out", str(tmp_path / name)])
+        assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert "least predicted time" in printed
+    told = "decode, 64 tokens per rank: beside the load balancer, the quickest plan for "
+    assert told + "traffic is" in printed
+    plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert plans[0]["provenance"]["time"] == plans[1]["provenance"]["time"]
+    assert plans[0]["physical_to_logical_map"] == plans[1]["physical_to_logical_map"]
+    capped = ["--objective", "traffic", "--hardware", "h100", "--max-imbalance", "1.1"]
+    for wrong in (["--out", "c"], capped):
+        with pytest.raises(SystemExit) as done:
+            main([*words, *wrong, "--out", str(tmp_path / "c.json")])
+        assert done.value.code == 2
+
+
+def test_without_time_one_candidate_is_tried_and_the_deadline_tells() -> None:
+    deadline = Deadline(seconds=0.0)
+    with deadline.choosing() as quick:
+        choice = choose_by_time(MODEL, tokens(), OPTIONS, QUESTION, deadline=quick)
+    assert len(choice.figures) == 2
+    assert choice.name in choice.figures
+    assert not deadline.reproducible

@@ -1,0 +1,161 @@
+"""What an engine asks of a solve."""
+
+import pytest
+
+from placer.errors import UsageError
+from placer.model import ModelSpec
+from placer.planning.served import (
+    require_loadable,
+    solved_for,
+)
+from placer.target.engine import (
+    Engine,
+    known_engines,
+)
+
+
+def test_without_an_engine_what_was_asked_counts() -> None:
+    served = solved_for(None, "fixed")
+    assert (served.objective, served.exchange) == ("traffic", "per-rank")
+    assert solved_for(None, "fixed", exchange="per-node").exchange == "per-node"
+    assert not served.notes
+
+
+@pytest.mark.parametrize(
+    ("engine", "policy", "objective", "exchange"),
+    [
+        ("sglang-deepep", "fixed", "traffic", "per-node"),
+        ("trtllm-onesided", "fixed", "traffic", "per-rank"),
+        ("sglang-none", "follow", "balance", "per-rank"),
+        ("deepspeed", "follow", "balance", "per-rank"),
+        ("transformers-a2a", "fixed", "balance", "per-rank"),
+        ("transformers-a2a", "follow", "traffic", "per-rank"),
+    ],
+)
+def test_an_engine_decides_exchange_and_objective(
+    engine: str, policy: str, objective: str, exchange: str
+) -> None:
+    served = solved_for(engine, policy)
+    assert (served.objective, served.exchange) == (objective, exchange)
+    plain = engine in ("sglang-deepep", "trtllm-onesided")
+    assert bool(served.notes) != plain, "what is not solved for as it is, is said"
+
+
+@pytest.mark.parametrize(
+    ("objective", "has_replicas", "choice"),
+    [
+        ("traffic", False, None),
+        ("traffic", True, "sglang-static"),
+        ("balance", False, None),
+        ("balance", True, "sglang-static"),
+    ],
+)
+def test_copies_are_chosen_as_the_engine_does(
+    objective: str, has_replicas: bool, choice: str | None
+) -> None:
+    served = solved_for("sglang-deepep", "fixed", objective, has_replicas=has_replicas)
+    assert served.replica_choice == choice
+    assert served.exchange == ("per-node" if objective == "traffic" else "per-rank")
+    assert served.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("engine", "counts"),
+    [
+        ("sglang-deepep", True),
+        ("trtllm-onesided", True),
+        ("sglang-deepep-ll", False),  # one copy per pair, wherever its expert is
+        ("vllm-agrs", False),  # every token goes everywhere
+    ],
+)
+def test_router_groups_count_where_ranks_or_nodes_are_what_is_sent_to(
+    engine: str, counts: bool
+) -> None:
+    assert solved_for(engine, "fixed").groups_count == counts
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(UsageError, match="--exchange per-rank contradicts"):
+        solved_for("sglang-deepep", "fixed", exchange="per-rank")
+    with pytest.raises(UsageError, match="--replica-choice hash contradicts"):
+        solved_for("sglang-deepep", "fixed", replica_choice="hash")
+    with pytest.raises(UsageError, match="is not known"):
+        solved_for("nothing", "fixed")
+
+
+def of_type(model_type: str | None, n_group: int = 1) -> ModelSpec:
+    return ModelSpec(model_type=model_type, num_experts=(8, 8), top_k=2, n_group=n_group)
+
+
+@pytest.mark.parametrize(
+    ("engine", "model_type", "reason"),
+    [
+        ("vllm-deepep-ht", "deepseek_v3", "vLLM loads no map"),
+        ("transformers-a2a", "deepseek_v3", "transformers loads no map"),
+        ("deepspeed", None, "DeepSpeed loads no map"),
+        ("sglang-deepep", "mixtral", "SGLang ignores a map for mixtral"),
+        ("sglang-deepep-v2-hybrid", "gpt_oss", "SGLang loads the MXFP4 experts of gpt_oss"),
+        ("trtllm-onesided", "deepseek_v2", "TensorRT-LLM ignores a map for deepseek_v2"),
+        ("sglang-deepep", "deepseek_v3", None),
+        ("sglang-deepep", "kimi_k2", None),
+        ("trtllm-onesided", "kimi_k25", None),
+        ("trtllm-onesided", "gpt_oss", None),
+        ("sglang-deepep", None, None),
+    ],
+)
+def test_redundant_experts_that_no_map_brings_are_refused(
+    engine: str, model_type: str | None, reason: str | None
+) -> None:
+    """What is refused is possible without redundant experts, as the hint says."""
+    one, model = Engine.named(engine), of_type(model_type)
+    if reason is None:
+        require_loadable(one, model, has_replicas=True, num_nodes=1)
+        return
+    with pytest.raises(UsageError, match=reason) as error:
+        require_loadable(one, model, has_replicas=True, num_nodes=1)
+    assert f"placer solve TRACE --engine {engine} --redundant-experts 0" in error.value.hint
+    loading = require_loadable(one, model, has_replicas=False, num_nodes=1)
+    told = [note for note in loading.notes if "placer export checkpoint" in note]
+    assert bool(told) == (one.map_format != "checkpoint")
+
+
+def test_the_architectures_of_a_checkpoint_decide_whether_a_map_is_read() -> None:
+    engine, model = Engine.named("sglang-deepep"), of_type("of_a_vendor")
+    with pytest.raises(UsageError, match="SGLang ignores a map for of_a_vendor"):
+        require_loadable(engine, model, has_replicas=True, num_nodes=1)
+    known = ["Qwen3MoeForCausalLM"]
+    require_loadable(engine, model, known, has_replicas=True, num_nodes=1)
+
+
+@pytest.mark.parametrize("name", known_engines())
+def test_an_engine_of_one_node_names_one_of_several(name: str) -> None:
+    engine, model = Engine.named(name), of_type("deepseek_v3")
+    if not engine.single_node:
+        require_loadable(engine, model, has_replicas=False, num_nodes=2)
+        return
+    with pytest.raises(UsageError, match="runs on one node, --nodes is 2") as error:
+        require_loadable(engine, model, has_replicas=False, num_nodes=2)
+    other = Engine.named(error.value.hint.partition("--engine ")[2].split()[0])
+    assert not other.single_node and other.family == engine.family
+
+
+@pytest.mark.parametrize(
+    ("engine", "model_type", "n_group", "keeps"),
+    [
+        ("vllm-agrs", "deepseek_v3", 8, True),
+        ("vllm-agrs", "deepseek_v3", 1, False),
+        ("deepspeed", "deepseek_v3", 8, False),
+        ("sglang-deepep", "deepseek_v3", 8, False),
+        ("sglang-deepep", "dots1", 8, True),
+    ],
+)
+def test_a_plan_for_a_permuted_checkpoint_keeps_router_groups(
+    engine: str, model_type: str, n_group: int, keeps: bool
+) -> None:
+    loading = require_loadable(
+        Engine.named(engine),
+        of_type(model_type, n_group),
+        has_replicas=False,
+        num_nodes=1,
+    )
+    assert loading.keeps_groups == keeps

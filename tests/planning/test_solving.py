@@ -1,0 +1,197 @@
+"""What is settled before a plan is solved, and who is told."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from placer.checkpoint.permutation import require_whole_groups
+from placer.errors import (
+    NotProvedError,
+    UsageError,
+)
+from placer.model import ModelSpec
+from placer.placement import Plan
+from placer.placement.topology import Topology
+from placer.planning.solving import (
+    SolveRequest,
+    solve_frontier,
+    solve_request,
+)
+from placer.simulation.simulate import simulate
+from placer.solver.options import SolveOptions
+from placer.trace import (
+    Chunk,
+    Fold,
+    Selection,
+    Trace,
+    TraceWriter,
+)
+
+QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()
+
+
+@pytest.fixture
+def request_of(make_trace: Callable[..., Trace]) -> Callable[..., SolveRequest]:
+    """Return a builder of requests for one trace on two ranks."""
+    trace = make_trace(num_experts=(8, 8), num_sequences=8)
+
+    def build(**asked: object) -> SolveRequest:
+        fields = {
+            "source": trace.directory,
+            "selection": Selection(Fold(0, 2)),
+            "options": QUICK,
+        }
+        return SolveRequest(**(fields | asked))
+
+    return build
+
+
+def nobody(text: str) -> None:
+    pytest.fail(f"nothing is to be told, but: {text}")
+
+
+def test_the_plan_is_that_of_the_options_and_judged_on_what_was_held_out(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    request = request_of(max_imbalance=1.5)
+    plan = solve_request(request, nobody, nobody).plan
+    assert (plan.max_imbalance, plan.provenance["fold"]) == (1.5, "0/2")
+    heldout = Trace(request.source).read(Selection(Fold(1, 2)))
+    judged = simulate(plan.placement, heldout)["fixed"].to_json()
+    assert plan.metrics["heldout"]["fixed"] == judged
+
+
+def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    """Four groups of two experts: the rule of the export accepts the plan."""
+    sizes, path = (8, 8), tmp_path / "grouped"
+    model = ModelSpec(num_experts=sizes, top_k=2, n_group=4, topk_group=2)
+    with TraceWriter(directory=path, model=model) as writer:
+        writer.append(make_chunk(num_experts=sizes, num_sequences=8))
+        writer.finish()
+    told: list[str] = []
+    request = SolveRequest(
+        source=path,
+        selection=Selection(),
+        options=QUICK,
+        engine="vllm-deepep-ht",
+        max_imbalance=3.0,
+    )
+    plan = solve_request(request, told.append, told.append).plan
+    assert any("router groups are kept whole" in line for line in told)
+    require_whole_groups(model, [plan.placement.permutation(layer) for layer in (0, 1)])
+    told.clear()
+    even = replace(request, engine="vllm-agrs")
+    plan = solve_request(even, told.append, told.append).plan
+    assert any("router groups stay whole" in line for line in told), "balanced inside them"
+    require_whole_groups(model, [plan.placement.permutation(layer) for layer in (0, 1)])
+    with pytest.raises(UsageError, match="vLLM loads no map") as error:
+        solve_request(replace(request, redundant_experts=2), nobody, nobody, nobody)
+    assert "--redundant-experts 0" in error.value.hint
+
+
+def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(
+    request_of: Callable[..., SolveRequest], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    request = request_of(engine="vllm-agrs")
+    plan = solve_request(request, told.append, nobody).plan
+    assert plan.provenance["objective"] == "balance"
+    assert len(told) == 1
+    assert "so the load is balanced" in told[0]
+    with pytest.raises(UsageError, match="--engine vllm-agrs does not"):
+        solve_frontier(request, [1.5], tmp_path / "curve", told.append, nobody)
+    with pytest.raises(UsageError, match="--objective time does not") as error:
+        solve_frontier(
+            request_of(objective="time"), [1.5], tmp_path / "curve", nobody, nobody
+        )
+    assert "TRACE" not in error.value.hint  # a trace it is
+    assert not (tmp_path / "curve").exists()
+
+
+@pytest.mark.parametrize("asked", [{"engine": "vllm-agrs"}, {"objective": "balance"}])
+def test_costs_of_links_that_balancing_ignores_are_told(
+    request_of: Callable[..., SolveRequest], asked: dict[str, object]
+) -> None:
+    told: list[str] = []
+    solve_request(request_of(priced_links=True, **asked), told.append, nobody)
+    assert "whatever links cost" in told[-1]
+
+
+def test_a_ladder_does_not_blame_the_load_for_received_copies(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    options = replace(QUICK, max_received_copies=0.1)
+    request = request_of(
+        options=options,
+        redundant_experts=None,
+        replica_choice="local-first",
+        max_imbalance=2.0,
+    )
+    told: list[str] = []
+    solve_request(request, told.append, nobody)
+    assert "above a cap" in told[0]
+
+
+def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
+    request_of: Callable[..., SolveRequest], tmp_path: Path
+) -> None:
+    """The default cap of 1.10 is out of reach of 8 experts on 8 ranks; 8 is not."""
+    options = replace(QUICK, topology=Topology(gpus_per_node=8), relax_cap=False)
+    request = request_of(
+        options=options,
+        redundant_experts=None,
+        replica_choice="local-first",
+        redundant_gain=0.99,
+    )
+    told: list[str] = []
+    curve = tmp_path / "curve"
+    solve_frontier(request, [4.0, 8.0], curve, told.append, nobody)
+    assert "above a cap" not in told[0]
+    plan = Plan.read(curve / "plan-4.json")
+    assert plan.provenance["redundant_experts"]["redundant_experts"] == 0
+
+
+def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    """The first step is the only one: nothing is known of the next."""
+    request = request_of(
+        options=replace(QUICK, time_limit=0.0),
+        redundant_experts=None,
+        replica_choice="local-first",
+        max_imbalance=2.0,
+    )
+    told: list[str] = []
+    solve_request(request, told.append, nobody)
+    assert told[0].startswith("0 redundant experts, no next step that is allowed and was")
+    assert "saves less" not in told[0]
+
+
+def test_a_proof_that_is_required_and_missing_is_an_error(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    by_table = request_of(options=replace(QUICK, policy="token"), require_optimal=True)
+    with pytest.raises(NotProvedError, match="bound None"):
+        solve_request(by_table, nobody, nobody)
+
+
+@pytest.mark.parametrize(
+    ("asked", "company"),
+    [
+        ({"hardware": "h100", "max_imbalance": 2.0}, "--objective time"),
+        ({"weight_bytes": 1.0}, "--redundant-memory"),
+        ({"redundant_gain": 0.1, "redundant_experts": 2}, "--redundant-experts auto"),
+        ({"overflow_price": 1.0}, "--robust bootstrap"),
+        ({"replica_choice": "hash"}, "--redundant-experts"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    request_of: Callable[..., SolveRequest], asked: dict[str, object], company: str
+) -> None:
+    with pytest.raises(UsageError, match=company) as error:
+        request_of(**asked)
+    assert error.value.hint.startswith("drop --")

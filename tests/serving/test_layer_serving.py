@@ -1,0 +1,87 @@
+"""Which rank serves a pair, and which rank serves most of a token."""
+
+import numpy as np
+import pytest
+
+from placer.placement import Placement
+from placer.placement.reference import contiguous
+from placer.serving.homes import fixed_homes
+from placer.serving.layer_serving import (
+    LayerServing,
+    first_occurrence,
+    majority_rank,
+)
+
+
+def columns(*tokens):
+    """``[k, T]`` from one tuple per token."""
+    return np.array(tokens, dtype=np.uint8).T
+
+
+def test_local_first_by_hand():
+    """Expert 0 on ranks 0, 2, 3 and 5 of three nodes of two ranks; experts 1, 2 once."""
+    placement = Placement(
+        physical_to_logical_map=(np.array([0, 1, 0, 0, 2, 0]),),
+        num_experts=(3,),
+        num_ranks=6,
+        num_nodes=3,
+    )
+    serving = LayerServing.of(placement, 0)
+    chosen = columns(*[(0, 1, 2)] * 6)
+    home = np.arange(6, dtype=np.uint8)
+    # Home 1 is beside rank 0, home 4 beside rank 5; all others hold expert 0.
+    assert serving.ranks(chosen, home).tolist() == [
+        [0, 0, 2, 3, 5, 5],
+        [1] * 6,
+        [4] * 6,
+    ]
+
+
+def test_equal_copies_take_turns_by_token_index():
+    placement = Placement(
+        physical_to_logical_map=(np.array([1, 2, 0, 3, 0, 4, 0, 5]),),
+        num_experts=(6,),
+        num_ranks=4,
+    )
+    serving = LayerServing.of(placement, 0)
+    served = serving.ranks(columns(*[(0,)] * 7), np.zeros(7, dtype=np.uint8))
+    assert served.tolist() == [[1, 2, 3, 1, 2, 3, 1]]
+
+
+def test_the_best_home_counts_copies_and_keeps_the_preferred_rank_on_a_tie():
+    """Experts 0, 1 on both ranks, 2 on rank 0, 3 on rank 1."""
+    placement = Placement(
+        physical_to_logical_map=(np.array([0, 1, 2, 0, 1, 3]),),
+        num_experts=(4,),
+        num_ranks=2,
+    )
+    serving = LayerServing.of(placement, 0)
+    chosen = columns((0, 1), (0, 1), (0, 2), (0, 3))
+    preferred = np.array([0, 1, 1, 0], dtype=np.uint8)
+    assert serving.most_held_rank(chosen, preferred).tolist() == [0, 1, 0, 1]
+
+
+def test_a_majority_tie_goes_to_the_rank_that_the_router_lists_first():
+    ranks = columns((2, 1, 1, 2), (3, 1, 1, 0), (5, 4, 3, 2), (1, 0, 0, 0))
+    assert majority_rank(ranks).tolist() == [2, 1, 5, 0]
+
+
+def test_first_occurrence_marks_each_distinct_rank_once():
+    ranks = columns((2, 1, 1, 2), (3, 3, 3, 3))
+    assert first_occurrence(ranks).T.tolist() == [
+        [True, True, False, False],
+        [True, False, False, False],
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [256, 300])
+def test_many_ranks_do_not_overflow_their_dtype(num_ranks):
+    serving = LayerServing.of(contiguous((num_ranks,), num_ranks), 0)
+    chosen = np.array([[0, num_ranks - 1]])
+    homes = fixed_homes(np.array([0, 1]), num_ranks)
+    assert serving.ranks(chosen, homes).tolist() == [[0, num_ranks - 1]]
+
+
+def test_fixed_homes_follow_the_order_of_the_sequences_that_are_left():
+    """Sequences 1, 3, 9 on two ranks: homes 0, 1, 0, whatever their ids."""
+    assert fixed_homes(np.array([1, 1, 3, 9, 9]), 2).tolist() == [0, 0, 1, 0, 0]
