@@ -206,7 +206,7 @@ class EngineFamily:
 @cache
 def known_families() -> Mapping[str, EngineFamily]:
     """Return all families by name, in the order of the data file."""
-    folder = resources.files("placer")
+    folder = resources.files("placer.runtime_map")
     text = (folder / "engine_families.toml").read_text(encoding="utf-8")
     return {name: _read_family(name, value) for name, value in tomllib.loads(text).items()}
 
