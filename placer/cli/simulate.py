@@ -103,7 +103,6 @@ def simulate(
         find_expert_shape,
         require_no_sizes,
     )
-    from placer.simulation.sent import engine_of
     from placer.target.engine import engines_named
     from placer.target.hardware import Hardware
     from placer.trace import Trace
@@ -119,7 +118,7 @@ def simulate(
             weight_bytes,
             "--hardware",
         )
-    engines = [engine_of(solved)] if engine is None else engines_named(engine)
+    engines = [solved.engine] if engine is None else engines_named(engine)
     expert = find_expert_shape(
         model,
         hidden_size or read.model.hidden_size,

@@ -36,21 +36,13 @@ def baseline_placements(
     UsageError
         If a name is unknown, or a baseline that was asked for cannot be built.
     """
-    asked, names = names is not None, names or DEFAULT_BASELINES
+    asked, names = bool(names), names or DEFAULT_BASELINES
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
         raise UsageError(
             f"--baseline {unknown[0]} is not known", f"choose among {', '.join(BASELINES)}"
         )
     ranks, nodes = plan.placement.num_ranks, plan.placement.num_nodes
-    sizes = plan.placement.num_experts
-    warnings = []
-    if any(size % ranks for size in sizes):
-        names = [name for name in names if name == "eplb"]
-        warnings.append(
-            f"no baseline without redundant experts: {sizes[0]} experts do not "
-            f"divide over {ranks} ranks"
-        )
     problem = BaselineProblem(
         trace=trace,
         selection=profile_of(plan, trace) or Selection(phase=judged.phase),
@@ -59,13 +51,7 @@ def baseline_placements(
     )
     if not problem.load[0].any():  # no sequence of the fold is in this trace
         problem = dataclasses.replace(problem, selection=Selection(phase=judged.phase))
-    informed = [name for name in names if name not in ("contiguous", "random")]
-    if problem.selection.fold is None and informed:
-        warnings.append(
-            "the plan records no profile fold: given all sequences as their profile: "
-            f"{', '.join(informed)}"
-        )
-    placements = {}
+    placements, warnings = {}, []
     for name in names:
         try:
             placements[name] = BASELINES[name](problem)
@@ -73,4 +59,10 @@ def baseline_placements(
             if asked:
                 raise
             warnings.append(f"no baseline {name}: {error}")
+    informed = [name for name in placements if name not in ("contiguous", "random")]
+    if problem.selection.fold is None and informed:
+        warnings.append(
+            "the plan records no profile fold: given all sequences as their profile: "
+            f"{', '.join(informed)}"
+        )
     return placements, warnings

@@ -37,15 +37,14 @@ from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
     BatchFigures,
     BatchOptions,
-    BatchSteps,
-    batch_steps,
+    ServedBatches,
+    break_evens,
     filled_warning,
 )
 from placer.simulation.cost import (
     BreakEven,
-    CostModel,
     ExpertShape,
-    break_even,
+    cost_model,
 )
 from placer.simulation.metrics import (
     PolicyMetrics,
@@ -99,29 +98,6 @@ class Serving:
     expert: ExpertShape | None = None
     hidden_size: int | None = None
 
-    def cost_model(self, wire: Wire) -> CostModel | None:
-        """Return the cost model, or ``None`` without hardware.
-
-        Raises
-        ------
-        UsageError
-            If there is hardware, but the size of an expert is not known.
-        """
-        if self.hardware is None:
-            return None
-        if self.expert is None:
-            raise UsageError(
-                "--hardware predicts no time without the size of an expert",
-                "give --model DIR (its config.json), or --hidden-size and --expert-size",
-            )
-        return CostModel(
-            hardware=self.hardware,
-            expert=self.expert,
-            dispatch=wire.dispatch,
-            combine=wire.combine,
-            num_nodes=wire.num_nodes,
-        )
-
 
 def answered(engine: Engine | None, shapes: Sequence[BatchShape]) -> tuple[BatchShape, ...]:
     """Return the batches that an engine is run for; without an engine, all."""
@@ -149,13 +125,17 @@ class Judgement:
     policy
         The home policy under which batches are served: what the plan was solved for, or
         ``fixed`` where that needs a table.
+    sent_policy
+        The home policy of the plan's own side of ``ratios``: with a table, what the plan
+        was solved for; else ``policy``.
     batches
         By name of the placement, ``plan`` last: figures in batches of each shape.
     sent
-        What the engine sends, and placements change under ``policy``; ``None`` where they
-        change nothing.
+        What the engine sends, and placements change under ``sent_policy``; ``None`` where
+        they change nothing.
     ratios
-        By baseline: what the plan sends over what it sends, under ``policy``.
+        By baseline: what the plan sends under ``sent_policy`` over what the baseline sends
+        under ``policy``.
     break_even
         By baseline, for each of ``batches``: for which bandwidth the plan is faster.
     serving, wire
@@ -173,6 +153,7 @@ class Judgement:
     num_ranks: int
     hidden_size: int | None
     policy: str
+    sent_policy: str
     batches: BatchTable
     sent: Sent | None
     ratios: Mapping[str, CopiesRatio]
@@ -294,11 +275,13 @@ def no_batch_for(engines: Sequence[Engine], shapes: Sequence[BatchShape]) -> Usa
     """Return the error that none of the engines is run for any of the batches."""
     drawn = sorted({one.batching for one in shapes})
     phases = sorted({phase for engine in engines for phase in engine.phases})
+    told = batch_shapes([one.tokens_per_rank for one in shapes]) != tuple(shapes)
     return UsageError(
         f"--engine {', '.join(one.name for one in engines)} is run for "
         f"{' and '.join(phases)}, and the batches asked for are those of "
         f"{' and '.join(drawn)}",
-        f"add --batching {phases[0]}, or leave out --tokens-per-rank",
+        f"give --batching {phases[0]}"
+        + (f" in place of --batching {drawn[0]}" if told else ""),
     )
 
 
@@ -346,7 +329,7 @@ class _Judge:
         self.table = table
         self.layer_ids = plan.model.layer_ids or trace.model.layer_ids
         self._tallies: dict[tuple[str, ReplicaChoice | None], Tallies] = {}
-        self._steps: dict[tuple[str, BatchShape, BatchOptions], BatchSteps] = {}
+        self._batches = ServedBatches(tokens)
 
     def judgement(
         self, serving: Serving, shapes: Sequence[BatchShape], warnings: Sequence[str]
@@ -354,7 +337,9 @@ class _Judge:
         """Serve all placements in one way."""
         plan, tokens = self.plan, self.tokens
         wire = Wire.of(plan, serving.engine, serving.replica_choice)
-        cost = serving.cost_model(wire)
+        cost = cost_model(
+            serving.hardware, serving.expert, wire.dispatch, wire.combine, wire.num_nodes
+        )
         policy = plan.policy_without_table
         options = BatchOptions(
             policy=policy,
@@ -363,8 +348,11 @@ class _Judge:
             layer_ids=self.layer_ids,
         )
         batches = {
-            name: tuple(self._figures(name, shape, options, cost) for shape in shapes)
-            for name in self.placements
+            name: tuple(
+                self._batches.figures(name, placement, shape, options, cost)
+                for shape in shapes
+            )
+            for name, placement in self.placements.items()
         }
         tallies = {
             name: self._counted(name, serving.replica_choice) for name in self.placements
@@ -374,7 +362,8 @@ class _Judge:
             filled_warning(shapes, tokens.num_tokens, plan.placement.num_ranks),
             None if cost is None else cost.expert.assumption,
         )
-        sent = wire.compared(policy)
+        sent_policy = policy if self.table is None else plan.policy
+        sent = wire.compared(sent_policy)
         return Judgement(
             policies=_metrics(tallies[PLAN]),
             baselines={
@@ -390,10 +379,15 @@ class _Judge:
             or (None if serving.expert is None else serving.expert.hidden_size)
             or serving.hidden_size,
             policy=policy,
+            sent_policy=sent_policy,
             batches=batches,
             sent=sent,
-            ratios=self._ratios(tallies, sent),
-            break_even=_break_evens(batches, cost),
+            ratios=self._ratios(tallies, sent, sent_policy),
+            break_even={
+                name: break_evens(batches[PLAN], figures, cost)
+                for name, figures in batches.items()
+                if name != PLAN and cost is not None
+            },
             serving=serving,
             wire=wire,
             warnings=(
@@ -413,56 +407,29 @@ class _Judge:
             )
         return self._tallies[name, choice]
 
-    def _figures(
-        self, name: str, shape: BatchShape, options: BatchOptions, cost: CostModel | None
-    ) -> BatchFigures:
-        key = name, shape, options
-        if key not in self._steps:
-            self._steps[key] = batch_steps(
-                self.placements[name], self.tokens, shape, options
-            )
-        return self._steps[key].figures(cost)
-
     def _ratios(
-        self, tallies: Mapping[str, Tallies], sent: Sent | None
+        self, tallies: Mapping[str, Tallies], sent: Sent | None, sent_policy: str
     ) -> dict[str, CopiesRatio]:
-        """Relate what the plan sends to every baseline's, under the plan's own policy."""
-        policy, own = self.plan.policy, tallies[PLAN]
+        """Relate what the plan sends to every baseline's; baselines have no table."""
+        own, policy = tallies[PLAN], self.plan.policy_without_table
         if sent is None:
             return {}
         found = {
             name: copies_ratio(
-                sent.of_token(own[policy]),
+                sent.of_token(own[sent_policy]),
                 sent.of_token(others[policy]),
                 self.tokens.sequence_ids,
                 self.tokens.domain_ids,
                 self.trace.header.domains,
             )
             for name, others in tallies.items()
-            if name != PLAN and policy in own and policy in others
+            if name != PLAN
         }
         return {name: one for name, one in found.items() if one is not None}
 
 
 def _metrics(tallies: Tallies) -> dict[str, PolicyMetrics]:
     return {policy: tally.metrics() for policy, tally in tallies.items()}
-
-
-def _break_evens(
-    batches: BatchTable, cost: CostModel | None
-) -> dict[str, tuple[BreakEven, ...]]:
-    """Compare the plan's predicted time with every baseline's, in batches of each shape."""
-    if cost is None:
-        return {}
-    return {
-        name: tuple(
-            break_even(plan.time, other.time, cost)
-            for plan, other in zip(batches[PLAN], figures, strict=True)
-            if plan.time is not None and other.time is not None
-        )
-        for name, figures in batches.items()
-        if name != PLAN
-    }
 
 
 def read_table_of(table_path: Path, plan_path: Path) -> Table:

@@ -26,18 +26,18 @@ from placer.planning.trace_advice import (
     MOST_JUDGED_TOKENS,
     QUICK,
 )
-from placer.planning.verdict import times
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.serving.homes import BatchShape
 from placer.simulation.batch_figures import (
     BatchFigures,
     batch_steps,
+    break_evens,
+    times,
 )
 from placer.simulation.cost import (
     BreakEven,
     PredictedTime,
-    break_even,
 )
 from placer.solver.balance.layer_balance import Balancing
 from placer.solver.balance.load_balance import balance_loads
@@ -181,15 +181,11 @@ def choose_by_time(
     name = choose(figures)
     relative = _relative_times(figures, "total")
     fastest = min((one for one in asked if one in figures), key=lambda one: relative[one])
-    cost = question.cost_model()
-    if cost is None:
-        raise ValueError("a cost model comes with the hardware")
-    both = zip(times(figures[fastest]), times(figures[BALANCED]), strict=True)
     return TimeChoice(
         name=name,
         options=asked.get(name) or _balance(options),
         figures=figures,
-        break_even=tuple(break_even(plan, other, cost) for plan, other in both),
+        break_even=break_evens(figures[fastest], figures[BALANCED], question.cost_model()),
     )
 
 

@@ -15,6 +15,7 @@ from placer.simulation.batch_figures import BatchOptions
 from placer.simulation.cost import (
     CostModel,
     ExpertShape,
+    cost_model,
 )
 from placer.simulation.sent import (
     Sent,
@@ -131,17 +132,10 @@ class Question:
         UsageError
             If there is hardware, but no size of an expert.
         """
-        if self.hardware is None:
-            return None
-        if self.expert is None:
-            raise UsageError(
-                "--hardware predicts no time without the size of an expert",
-                "give --model DIR (its config.json), or --hidden-size and --expert-size",
-            )
-        return CostModel(
-            hardware=self.hardware,
-            expert=self.expert,
-            dispatch=self.served.dispatch,
-            combine=self.served.combine,
-            num_nodes=self.topology.num_nodes,
+        return cost_model(
+            self.hardware,
+            self.expert,
+            self.served.dispatch,
+            self.served.combine,
+            self.topology.num_nodes,
         )

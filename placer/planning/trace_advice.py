@@ -5,7 +5,7 @@ other half, beside the contiguous placement that engines start with: for each en
 batches of each size that it is run for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,7 +32,6 @@ from placer.planning.verdict import (
     grouped,
     phase_words,
     speed_words,
-    times,
 )
 from placer.run.deadline import Deadline
 from placer.serving.homes import (
@@ -41,14 +40,10 @@ from placer.serving.homes import (
 )
 from placer.simulation.batch_figures import (
     BatchFigures,
-    BatchOptions,
-    BatchSteps,
-    batch_steps,
+    ServedBatches,
+    break_evens,
     filled_warning,
-)
-from placer.simulation.cost import (
-    BreakEven,
-    break_even,
+    times,
 )
 from placer.simulation.sent import NODE_COPIES
 from placer.solver.balance.layer_balance import Balancing
@@ -193,7 +188,7 @@ class _Served:
 
     def __init__(self, tokens: Chunk) -> None:
         self.tokens = tokens
-        self._steps: dict[tuple[str, BatchShape, BatchOptions], BatchSteps] = {}
+        self._batches = ServedBatches(tokens)
 
     def loads(self, num_experts: Sequence[int]) -> list[npt.NDArray[np.int64]]:
         """Return L arrays ``[E]``: pairs per expert."""
@@ -203,14 +198,11 @@ class _Served:
         ]
 
     def figures(
-        self, key: str, placement: Placement, shape: BatchShape, question: Question
+        self, key: Hashable, placement: Placement, shape: BatchShape, question: Question
     ) -> BatchFigures:
         """Return what a placement does in batches of one shape."""
-        options = question.batch_options()
-        place = key, shape, options
-        if place not in self._steps:
-            self._steps[place] = batch_steps(placement, self.tokens, shape, options)
-        return self._steps[place].figures(question.cost_model())
+        options, cost = question.batch_options(), question.cost_model()
+        return self._batches.figures(key, placement, shape, options, cost)
 
     def imbalance(self, placement: Placement) -> float:
         """Return max/mean rank load, mean over layers."""
@@ -244,7 +236,11 @@ def _answer(
         verdict=min(every_verdict, key=RANKED.index),
         sentence=f"{phase_words(shapes)}: {words}. {told}",
         candidates=candidates,
-        break_even=_break_evens(figures, question),
+        break_even=break_evens(
+            figures["placed"], figures["contiguous"], question.cost_model()
+        )
+        if "placed" in figures
+        else (),
     )
 
 
@@ -261,16 +257,6 @@ def _candidate(found: BatchFigures, imbalance: float, question: Question) -> Can
         time_us=None if time is None else time.total * 1e6,
         overlapped_us=None if time is None else time.overlapped * 1e6,
     )
-
-
-def _break_evens(
-    figures: Mapping[str, Sequence[BatchFigures]], question: Question
-) -> tuple[BreakEven, ...]:
-    cost = question.cost_model()
-    if cost is None or "placed" not in figures:
-        return ()
-    both = zip(times(figures["placed"]), times(figures["contiguous"]), strict=True)
-    return tuple(break_even(placed, base, cost) for placed, base in both)
 
 
 def _choose(

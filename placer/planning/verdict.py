@@ -8,20 +8,23 @@ from placer.planning.judge import (
     Judgement,
 )
 from placer.serving.homes import BatchShape
-from placer.simulation.batch_figures import BatchFigures
+from placer.simulation.batch_figures import (
+    BatchFigures,
+    times,
+)
 from placer.simulation.cost import PredictedTime
 
 Row = TypeVar("Row", bound=Hashable)
 # Times closer than this are the same: no model of a layer is as exact.
 _SAME = 0.005
 _WORDS = {
-    (-1,): "faster than",
-    (0,): "as fast as",
-    (1,): "slower than",
-    (-1, 0): "faster than or as fast as",
-    (0, 1): "as fast as or slower than",
+    (-1,): "faster than {0}",
+    (0,): "as fast as {0}",
+    (1,): "slower than {0}",
+    (-1, 0): "faster than or as fast as {0}",
+    (0, 1): "as fast as or slower than {0}",
 }
-_BY_SIZE = "faster or slower, by batch size, than"
+_BY_SIZE = "faster than {0} at some batch sizes and slower at others"
 #: What a verdict sets a plan beside, where they were simulated.
 _REFERENCES = ("contiguous", "eplb")
 
@@ -85,11 +88,6 @@ def phase_words(shapes: Sequence[BatchShape]) -> str:
     return f"{shapes[0].batching} ({sizes} tokens per rank)"
 
 
-def times(figures: Sequence[BatchFigures]) -> list[PredictedTime]:
-    """Return the predicted times of batches; none without a cost model."""
-    return [one.time for one in figures if one.time is not None]
-
-
 def speed_words(
     name: str, plan: Sequence[PredictedTime], other: Sequence[PredictedTime]
 ) -> str:
@@ -105,10 +103,13 @@ def speed_words(
         found.append((_WORDS.get(tuple(signs), _BY_SIZE), f"{percents} %"))
     (word, change), (overlapped_word, overlapped) = found
     if word == overlapped_word:
-        return f"is {word} {name} (a layer {change}, with two-batch overlap {overlapped})"
+        return (
+            f"is {word.format(name)} (a layer {change}, with two-batch overlap "
+            f"{overlapped})"
+        )
     return (
-        f"is {word} {name} without overlap (a layer {change}), and {overlapped_word} it "
-        f"with two-batch overlap ({overlapped})"
+        f"is {word.format(name)} without overlap (a layer {change}), and "
+        f"{overlapped_word.format('it')} with two-batch overlap ({overlapped})"
     )
 
 
@@ -120,7 +121,12 @@ def _sent_words(judgement: Judgement, others: dict[str, list[BatchFigures]]) -> 
         for name in others
         if name in judgement.ratios
     ]
-    return [f"has {', '.join(ratios)} {judgement.sent.words}"] if ratios else []
+    if not ratios:
+        return []
+    told = f"has {', '.join(ratios)} {judgement.sent.words}"
+    if judgement.sent_policy != judgement.policy:
+        told += f" ({judgement.sent_policy} beside {judgement.policy})"
+    return [told]
 
 
 def _balance_words(plan: list[BatchFigures], others: dict[str, list[BatchFigures]]) -> str:
@@ -128,7 +134,8 @@ def _balance_words(plan: list[BatchFigures], others: dict[str, list[BatchFigures
         return " / ".join(f"{one.metrics.straggler_mean:.3f}" for one in figures)
 
     told = ", ".join(f"{name} {straggler(figures)}" for name, figures in others.items())
-    return f"has {straggler(plan)} of the mean load on its busiest rank ({told})"
+    beside = f" ({told})" if told else ""
+    return f"has {straggler(plan)} of the mean load on its busiest rank{beside}"
 
 
 def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:
@@ -146,15 +153,16 @@ def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:
         ways = (wire.dispatch, wire.combine)
         dispatch, combine = (f"{way.exchange} in {way.element}" for way in ways)
         yield f"{engine.name}: dispatch {dispatch}, combine {combine}"
-        effect = engine.effect("fixed", has_replicas=wire.has_replicas)
-        yield f"under fixed, {effect.reason}"
+        yield f"under fixed, {wire.effect('fixed').reason}"
     if wire.has_replicas:
         yield f"replica choice: {wire.replica_choice}"
     if judgement.sent is not None:
+        policy, sent_policy = judgement.policy, judgement.sent_policy
+        beside = "" if policy == sent_policy else f" under {policy}"
         for name, ratio in judgement.ratios.items():
             yield (
-                f"under {judgement.policy}, {judgement.sent.words}: "
-                f"the plan has {ratio.words(name)}"
+                f"under {sent_policy}, {judgement.sent.words}: "
+                f"the plan has {ratio.words(name + beside)}"
             )
     if "follow" in policies:
         yield (

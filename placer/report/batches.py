@@ -1,8 +1,12 @@
 """The tables of what happens in each batch, of simulated placements."""
 
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 
-from placer.planning.advice import Advice
+from placer.planning.advice import (
+    Advice,
+    Candidate,
+)
 from placer.planning.judge import (
     PLAN,
     Judgement,
@@ -84,12 +88,14 @@ def summary_table(judgements: Sequence[Judgement]) -> Table:
         for name in (*references(one.baselines), PLAN):
             sent = None
             if one.sent is not None:
-                sent = getattr(figures[name][one.policy], one.sent.metric)
+                policy = one.sent_policy if name == PLAN else one.policy
+                sent = getattr(figures[name][policy], one.sent.metric)
             for batch in one.batches[name]:
                 row: list[object] = [name, batch.shape.tokens_per_rank, sent]
                 row.append(batch.metrics.straggler_mean)
                 if batch.time is not None:
-                    row += [batch.time.total * 1e6, batch.time.overlapped * 1e6]
+                    row += [_rounded(batch.time.total * 1e6)]
+                    row += [_rounded(batch.time.overlapped * 1e6)]
                 rows.append((engine, tuple(row)))
     more = ("layer us", "overlapped") if timed else ()
     title = "what each engine sends, and its busiest rank"
@@ -122,13 +128,18 @@ def advice_table(advice: Advice) -> tuple[tuple[str, ...], list[list[object]]]:
         known.remove("load_imbalance")
     named = any(answer.engine is not None for answer in advice.answers)
     rows = [
-        (answer.engine, (name, *(getattr(one, field) for field in known)))
+        (answer.engine, (name, *(_cell(one, field) for field in known)))
         for answer in advice.answers
         for name, found in answer.candidates.items()
         for one in found
     ]
     columns = [*(["engine"] if named else []), "placement", *(fields[f] for f in known)]
     return tuple(columns), _by_engine(rows) if named else [list(row) for _, row in rows]
+
+
+def _cell(one: Candidate, field: str) -> object:
+    value = getattr(one, field)
+    return _rounded(value) if field.endswith("_us") and value is not None else value
 
 
 def _shape(one: BatchFigures) -> tuple[str, int]:
@@ -170,4 +181,9 @@ def _balance_row(name: str, one: BatchFigures) -> list[object]:
 
 def _time_row(name: str, one: BatchFigures) -> list[object]:
     time = {} if one.time is None else one.time.to_json()
-    return [name, *_shape(one), *time.values()]
+    return [name, *_shape(one), *map(_rounded, time.values())]
+
+
+def _rounded(microseconds: float) -> Decimal:
+    """Return microseconds with one decimal: no model of a layer is as exact as more."""
+    return Decimal(f"{microseconds:.1f}")

@@ -14,7 +14,6 @@ from placer.simulation.sent import (
     NODE_COPIES,
     RANK_COPIES,
     Wire,
-    engine_of,
 )
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
@@ -89,7 +88,7 @@ def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
     """
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     figures = {} if own is None else {**plan.metrics["baselines"], "placer": own}
-    return comparison_table(figures, [plan.policy], Wire.of(plan, engine_of(plan)))
+    return comparison_table(figures, [plan.policy], Wire.of(plan, plan.engine))
 
 
 def certificate_lines(report: SolverReport) -> list[str]:

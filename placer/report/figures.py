@@ -29,7 +29,6 @@ from placer.report.statistics import (
 from placer.simulation.sent import (
     Wire,
     deployable,
-    engine_of,
 )
 from placer.table import Table
 
@@ -311,7 +310,7 @@ def _draw_comparison(plan: Plan, placements: dict[str, Any]) -> Drawing:
     """Draw what the plan's engine sends, or the balance where placement leaves that."""
     import plotly.graph_objects as go
 
-    sent = Wire.of(plan, engine_of(plan)).compared(plan.policy)
+    sent = Wire.of(plan, plan.engine).compared(plan.policy)
     metric = "load_imbalance_mean" if sent is None else sent.metric
     words = "busiest rank's load / mean" if sent is None else f"{sent.words} per token"
     figure = go.Figure()

@@ -29,7 +29,6 @@ from placer.report.statistics import (
 )
 from placer.simulation.sent import (
     Wire,
-    engine_of,
 )
 from placer.table import Table
 
@@ -243,7 +242,7 @@ def _metric_sections(plan: Plan) -> list[Section]:
     columns, rows = comparison_table(
         {**plan.metrics["baselines"], "placer": own},
         list(own),
-        Wire.of(plan, engine_of(plan)),
+        Wire.of(plan, plan.engine),
     )
     beside = Section(
         title=f"on {judged}", columns=columns, rows=tuple(tuple(row) for row in rows)

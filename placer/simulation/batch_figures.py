@@ -1,6 +1,6 @@
 """Figures per batch: stragglers, activated experts, copies by link, predicted time."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,8 +12,10 @@ from placer.serving.homes import (
     BatchShape,
 )
 from placer.simulation.cost import (
+    BreakEven,
     CostModel,
     PredictedTime,
+    break_even,
 )
 from placer.simulation.steps import (
     Copies,
@@ -163,6 +165,46 @@ def batch_steps(
         layer_ids=options.layer_ids,
     )
     return BatchSteps(shape=shape, batches=batches, layers=tuple(layers))
+
+
+class ServedBatches:
+    """Recorded tokens in batches, from several placements; nothing is served twice."""
+
+    def __init__(self, tokens: Chunk) -> None:
+        self.tokens = tokens
+        self._steps: dict[tuple[Hashable, BatchShape, BatchOptions], BatchSteps] = {}
+
+    def figures(
+        self,
+        key: Hashable,
+        placement: Placement,
+        shape: BatchShape,
+        options: BatchOptions,
+        cost: CostModel | None,
+    ) -> BatchFigures:
+        """Return what a placement, known by its key, does in batches of one shape."""
+        place = key, shape, options
+        if place not in self._steps:
+            self._steps[place] = batch_steps(placement, self.tokens, shape, options)
+        return self._steps[place].figures(cost)
+
+
+def times(figures: Sequence[BatchFigures]) -> list[PredictedTime]:
+    """Return the predicted times of batches; none without a cost model."""
+    return [one.time for one in figures if one.time is not None]
+
+
+def break_evens(
+    plan: Sequence[BatchFigures], other: Sequence[BatchFigures], cost: CostModel | None
+) -> tuple[BreakEven, ...]:
+    """Return for which bandwidth ``plan`` is faster, for each shape of the batches.
+
+    None without a cost model.
+    """
+    if cost is None:
+        return ()
+    both = zip(times(plan), times(other), strict=True)
+    return tuple(break_even(one, base, cost) for one, base in both)
 
 
 def filled_warning(

@@ -347,6 +347,36 @@ class BreakEven:
         return {"pays": self.pays, "bandwidth_gb_per_s": bandwidth}
 
 
+def cost_model(
+    hardware: Hardware | None,
+    expert: ExpertShape | None,
+    dispatch: Transfer,
+    combine: Transfer,
+    num_nodes: int,
+) -> CostModel | None:
+    """Return the cost model, or ``None`` without hardware.
+
+    Raises
+    ------
+    UsageError
+        If there is hardware, but the size of an expert is not known.
+    """
+    if hardware is None:
+        return None
+    if expert is None:
+        raise UsageError(
+            "--hardware predicts no time without the size of an expert",
+            "give --model DIR (its config.json), or --hidden-size and --expert-size",
+        )
+    return CostModel(
+        hardware=hardware,
+        expert=expert,
+        dispatch=dispatch,
+        combine=combine,
+        num_nodes=num_nodes,
+    )
+
+
 def break_even(plan: PredictedTime, other: PredictedTime, model: CostModel) -> BreakEven:
     """Return for which bandwidth ``plan`` takes less time than ``other``.
 

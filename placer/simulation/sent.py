@@ -12,9 +12,9 @@ from placer.simulation.metrics import PolicyTally
 from placer.target.engine import (
     Engine,
     Exchange,
+    PlacementEffect,
     ReplicaChoice,
     Transfer,
-    known_engines,
     placement_effect,
 )
 
@@ -116,15 +116,18 @@ class Wire:
         """What is sent, or ``None`` where it is the same for all placements."""
         return sent_by(self.dispatch.exchange, self.num_nodes)
 
-    def compared(self, policy: str) -> Sent | None:
-        """Return what tells placements apart under a home policy, or ``None``."""
-        effect = placement_effect(
+    def effect(self, policy: str) -> PlacementEffect:
+        """Return whether a placement can change what is sent under a home policy."""
+        return placement_effect(
             policy,
             self.dispatch.exchange,
             self.replica_choice,
             has_replicas=self.has_replicas,
         )
-        return self.sent if effect.changes_traffic else None
+
+    def compared(self, policy: str) -> Sent | None:
+        """Return what tells placements apart under a home policy, or ``None``."""
+        return self.sent if self.effect(policy).changes_traffic else None
 
 
 def deployable(policies: Iterable[str], own: str) -> list[str]:
@@ -133,8 +136,3 @@ def deployable(policies: Iterable[str], own: str) -> list[str]:
     ``follow`` is research and ``oracle`` an upper limit (``docs/concepts.md``).
     """
     return [one for one in policies if one == own or one not in ("follow", "oracle")]
-
-
-def engine_of(plan: Plan) -> Engine | None:
-    """Return the engine that a plan was solved for, if it records one that is known."""
-    return known_engines().get(str(plan.provenance.get("engine")))

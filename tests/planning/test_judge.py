@@ -31,7 +31,10 @@ from placer.planning.verdict import (
     fact_lines,
     verdict_lines,
 )
-from placer.report.batches import batch_tables
+from placer.report.batches import (
+    batch_tables,
+    summary_table,
+)
 from placer.report.comparison import comparison_table
 from placer.serving.homes import batch_shapes
 from placer.simulation import simulate
@@ -48,6 +51,9 @@ from placer.trace import (
     Fold,
     Selection,
 )
+from tests.plans import unsolved_plan
+
+EVEN = contiguous((8,) * 3, 4)
 
 
 @pytest.fixture
@@ -164,21 +170,75 @@ def test_few_sequences_support_no_verdict(make_trace, plan_of, num_sequences, wa
     )
 
 
-def test_redundant_experts_that_leave_no_even_baseline_are_explained(make_trace, plan_of):
-    """Six experts on four ranks fit only with two replicas, which no baseline has."""
+def test_of_the_usual_baselines_those_that_can_be_built_are(make_trace, plan_of):
+    """Six experts on four ranks fit only with two copies, which `balanced` has not."""
     trace = make_trace(num_experts=(6, 6, 6))
     row = np.array([0, 1, 2, 3, 4, 5, 0, 1])
     placement = Placement(
         physical_to_logical_map=(row,) * 3, num_experts=(6,) * 3, num_ranks=4
     )
-    serving = Serving(replica_choice="hash")
-    judged = judged_plan(plan_of(trace, placement), trace, serving)
-    assert list(judged.baselines) == ["eplb"]
-    assert any("6 experts do not divide over 4 ranks" in w for w in judged.warnings)
-    judged = judged_plan(
-        plan_of(trace, placement), trace, serving, baselines=("eplb", "exflow")
+    serving, plan = Serving(replica_choice="hash"), plan_of(trace, placement)
+    judged = judged_plan(plan, trace, serving)
+    assert list(judged.baselines) == ["contiguous", "eplb"]
+    # The plan is what engines begin with.
+    assert judged.baselines["contiguous"] == judged.policies
+    (told,) = (w for w in judged.warnings if w.startswith("no baseline"))
+    assert told.startswith("no baseline balanced: MoE layer 0: 6 ")
+    with pytest.raises(UsageError, match="divide over 4 ranks"):
+        judged_plan(plan, trace, serving, baselines=("eplb", "exflow"))
+
+
+def test_a_plan_for_token_homes_is_judged_under_them_where_its_table_is_given(
+    make_trace, tmp_path
+):
+    """Engines that send pairs: homes that follow content change them, fixed ones do not."""
+    trace, path = make_trace(num_sequences=60), tmp_path / "table"
+    plan, solved = tmp_path / "plan.json", unsolved_plan(trace.model, EVEN)
+    dataclasses.replace(solved, policy="token").write(plan)
+    made = make_table(plan, trace, fold=None, options=TableOptions())
+    made.table.write(path)
+    serving = Serving(engine=Engine.named("sglang-deepep-ll"))
+    without = judged_plan(plan, trace, serving)
+    assert (without.sent, without.ratios) == (None, {})
+    judged = judged_plan(plan, trace, serving, table_path=path)
+    served = simulate(EVEN, trace.read(), table=made.table)
+    pairs = {name: one.remote_pairs_per_token for name, one in served.items()}
+    ratio = judged.ratios["contiguous"].ratio
+    assert ratio == pytest.approx(pairs["token"] / pairs["fixed"], abs=1e-6)
+    (verdict,) = verdict_lines([judged])
+    assert f"has {ratio:.3f} of contiguous's" in verdict
+    assert "pairs sent (token beside fixed)" in verdict
+    facts = list(fact_lines(judged, ["fixed", "token"]))
+    assert any("under token, pairs sent: the plan" in line for line in facts)
+    assert any("contiguous under fixed" in line for line in facts)
+    _, _, rows = summary_table([judged])
+    assert {row[3] for row in rows if row[1] == "plan"} == {pairs["token"]}
+
+
+def test_facts_and_verdict_know_the_replica_choice_that_is_asked_for(make_trace, plan_of):
+    """vLLM picks copies without regard to the home; local-first prefers it."""
+    trace = make_trace()
+    row = np.array([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3])
+    placement = Placement(
+        physical_to_logical_map=(row,) * 3, num_experts=(8,) * 3, num_ranks=4
     )
-    assert list(judged.baselines) == ["eplb"]
+    plan, engine = plan_of(trace, placement), Engine.named("vllm-deepep-ll")
+    for choice, changes in (("hash", False), ("local-first", True)):
+        serving = Serving(engine=engine, replica_choice=choice)
+        judged = judged_plan(plan, trace, serving)
+        facts, verdict = " ".join(fact_lines(judged, ["fixed"])), [*verdict_lines([judged])]
+        assert ("which can only balance" in facts) != changes
+        assert ("cannot change what is sent" in verdict[0]) != changes
+
+
+def test_without_a_baseline_there_are_no_empty_brackets(make_trace, plan_of):
+    trace = make_trace()
+    judged = judged_plan(plan_of(trace), trace)
+    alone = dataclasses.replace(
+        judged, batches={"plan": judged.batches["plan"]}, baselines={}, ratios={}
+    )
+    for line in verdict_lines([alone]):
+        assert line.endswith("of the mean load on its busiest rank")
 
 
 def test_a_table_of_another_plan_is_refused(make_trace, plan_of, tmp_path):
@@ -294,6 +354,9 @@ def test_time_is_predicted_for_plan_and_baselines(make_trace, plan_of):
         "predicted microseconds of a layer on h200",
         "where the plan is faster (per GPU and direction, without overlap)",
     ]
+    *_, (_, _, rows), _ = batch_tables(judged)
+    every = [one for figures in judged.batches.values() for one in figures]
+    assert [str(row[6]) for row in rows] == [f"{1e6 * one.time.total:.1f}" for one in every]
 
 
 def test_time_needs_the_size_of_an_expert(make_trace, plan_of):
@@ -364,7 +427,10 @@ def test_an_engine_answers_for_the_batches_that_it_is_run_for(two_node_plan):
     assert "sglang-deepep" not in [one.serving.engine.name for one in small]
     with pytest.raises(UsageError, match="is run for prefill") as error:
         judged_plan(*two_node_plan, servings[1], shapes=batch_shapes((64,)))
-    assert "--batching prefill" in error.value.hint
+    assert error.value.hint == "give --batching prefill"
+    with pytest.raises(UsageError) as error:
+        judged_plan(*two_node_plan, servings[1], shapes=batch_shapes(batching="decode"))
+    assert error.value.hint == "give --batching prefill in place of --batching decode"
 
 
 def test_a_family_gives_the_figures_of_each_of_its_engines(two_node_plan):

@@ -47,8 +47,8 @@ BASE = PredictedTime(
         (
             [110, 90],
             [55, 45],
-            "is faster or slower, by batch size, than it (a layer +10.0 / -10.0 %, with "
-            "two-batch overlap +10.0 / -10.0 %)",
+            "is faster than it at some batch sizes and slower at others (a layer +10.0 / "
+            "-10.0 %, with two-batch overlap +10.0 / -10.0 %)",
         ),
         (
             [100, 90],
