@@ -83,7 +83,7 @@ def choose_cap(
     progress
         Told each plan.
     deadline
-        Of both quick plans; one of ``options.time_limit`` by default.
+        Each quick plan has half of its time; one of ``options.time_limit`` by default.
 
     Raises
     ------
@@ -98,8 +98,8 @@ def choose_cap(
         if progress is not None:
             progress(f"quick plan, {what}")
         quick = replace(options.quick(), below_eplb=below)
-        with deadline.keeping(0.5 if below else 0.0):
-            placement, _ = solve_to_choose(affinity, quick, inner, deadline)
+        with deadline.choosing(0.5 if below else 1.0) as half:
+            placement, _ = solve_to_choose(affinity, quick, inner, half)
         times = batch_times(model, placement, heldout, options, question)
         overlapped.append([one.overlapped for one in times])
     ratios = [free / even for even, free in zip(*overlapped, strict=True)]

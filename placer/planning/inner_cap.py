@@ -235,9 +235,10 @@ def _trial(
 ) -> CapTrial:
     """Solve on each half and judge on both."""
     own, other, prices = [], [], []
-    for solved, heldout in (halves, halves[::-1]):
+    for share, (solved, heldout) in zip((0.5, 1.0), (halves, halves[::-1]), strict=True):
         affinity = count_affinity([solved], model, {})
-        placement, report = solve_to_choose(affinity, options, solved, deadline)
+        with deadline.choosing(share) as part:
+            placement, report = solve_to_choose(affinity, options, solved, part)
         own.append(_imbalance(model, placement, solved, options))
         other.append(_imbalance(model, placement, heldout, options))
         prices.append(report.objective)

@@ -167,7 +167,7 @@ class SolveRequest:
             (
                 {"--hardware": self.hardware},
                 self.by_time or self.chooses_cap,
-                "--objective time: a load cap that is given leaves nothing to predict",
+                self._predicts_time,
             ),
             (auto, self.redundant_experts is None, "--redundant-experts auto"),
             (
@@ -189,8 +189,17 @@ class SolveRequest:
                 self.hidden_size,
                 self.expert_size,
                 self.weight_bytes,
-                "--objective time or --redundant-memory",
+                "--hardware or --redundant-memory",
             )
+
+    @property
+    def _predicts_time(self) -> str:
+        """What ``--hardware`` is for, and why it decides nothing here."""
+        if self.holds_counts:
+            return "the tokens of a trace: counts do not tell how long batches take"
+        if self.objective == "balance":
+            return "--objective time: --objective balance does not predict time"
+        return "--objective time: a load cap that is given leaves nothing to predict"
 
     @property
     def by_time(self) -> bool:

@@ -187,19 +187,22 @@ def _guard_line(plan: Plan) -> Iterator[str]:
         return
     values = sorted({f"{min(caps):.2f}", f"{max(caps):.2f}"})
     kept = f", but for {len(above)} MoE layers" if above else ""
+    # Time is predicted for tokens, and without a table.
+    is_open = plan.metrics["profile"] is not None and "cap_by_time" not in plan.provenance
+    timed = is_open and plan.policy == plan.policy_without_table
     yield (
         "on the profile the busiest rank is kept at or below EPLB's with as many slots"
         f"{kept}: {' to '.join(values)} of the mean load by layer; give --max-imbalance to "
-        "set the cap yourself, or --hardware to let predicted time decide"
+        f"set the cap yourself{', or --hardware to let predicted time decide' * timed}"
     )
 
 
 def _cost_line(plan: Plan) -> Iterator[str]:
     """Say how much more the plan sends than a baseline, and why."""
     own = plan.metrics["heldout"] or plan.metrics["profile"]
-    if own is None:
+    sent = Wire.of(plan, engine_of(plan)).compared(plan.policy)
+    if own is None or sent is None:
         return
-    sent = NODE_COPIES if plan.exchange == "per-node" else RANK_COPIES
     mine = own[plan.policy][sent.metric]
     more = []
     for name in ("contiguous", "eplb"):
@@ -208,15 +211,14 @@ def _cost_line(plan: Plan) -> Iterator[str]:
         if mine > theirs * _CLEARLY_MORE:
             more.append(f"{mine / theirs - 1:.1%} more than {name} ({theirs:.3f})")
     if more:
-        reason = f"the load cap of {plan.max_imbalance:g} asks for it"
+        reason = f"the load cap is {plan.max_imbalance:g}"
         if plan.solver.eplb_caps is not None:
-            reason = "keeping the busiest rank at or below EPLB's asks for it"
+            reason = "the busiest rank is kept at or below EPLB's load"
         if plan.provenance["objective"] == "balance":
-            reason = "balance alone is what was solved for"
-        if plan.placement.has_replicas:
-            reason += ", with the redundant experts that there are"
+            reason = "only balance was solved for"
         yield (
-            f"{sent.words} per token and layer: {mine:.3f}, {' and '.join(more)}; {reason}"
+            f"{sent.words} per token and layer: {mine:.3f}, {' and '.join(more)}, because "
+            f"{reason}"
         )
 
 
@@ -225,16 +227,21 @@ def _overload_line(plan: Plan) -> Iterator[str]:
     if plan.metrics["heldout"] is None:
         return
     reached = plan.metrics["heldout"][plan.policy]["load_imbalance_mean"]
-    relaxed, num_layers = plan.solver.relaxed_layers.values(), plan.placement.num_layers
-    kept = (num_layers - len(relaxed)) * plan.max_imbalance
-    cap = (kept + sum(relaxed)) / num_layers
+    solver, num_layers = plan.solver, plan.placement.num_layers
+    asked = solver.eplb_caps or [plan.max_imbalance] * num_layers
+    missed = {**solver.relaxed_layers, **solver.above_eplb_layers}
+    caps = [missed.get(str(layer), cap) for layer, cap in enumerate(asked)]
+    cap = sum(caps) / num_layers
     if reached <= cap:
         return
-    asked = (plan.provenance["objective"], plan.provenance["robust"])
-    remedy = "--robust bootstrap, or " if asked == ("traffic", "none") else ""
+    mean = " on average" if len(set(caps)) > 1 else ""
+    solved_for = (plan.provenance["objective"], plan.provenance["robust"])
+    # It keeps other sequences to the cap of the options, not to EPLB's load.
+    helps = solved_for == ("traffic", "none") and reached > plan.max_imbalance
+    remedy = "--robust bootstrap, or with " if helps else ""
     yield (
-        f"held out, the busiest rank has {reached:.3f} of the mean load, above the cap of "
-        f"{cap:.3f}, which was kept on the profile alone; solve with {remedy}more "
+        f"the busiest rank has {reached:.3f} times the mean load on held-out sequences. "
+        f"The cap, {cap:.3f}{mean}, holds on the profile only. Solve with {remedy}more "
         "redundant experts"
     )
 

@@ -82,9 +82,9 @@ class Deadline:
         )
 
     @contextmanager
-    def choosing(self) -> Iterator[Self]:
-        """Give half of the time that is left to a choice of what to search for."""
-        part = self.part(0.5)
+    def choosing(self, share: float = 0.5) -> Iterator[Self]:
+        """Give a share of the time that is left to a choice of what to search for."""
+        part = self.part(share)
         yield part
         self.chosen_in_haste = not part.reproducible
 

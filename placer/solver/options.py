@@ -224,14 +224,14 @@ class SolveOptions:
     def guarded(self) -> Self:
         """Return the same, no busier than EPLB where the two compare.
 
-        They do where EPLB packs as it likes on links that are all alike, and no cap is
-        given that says otherwise.
+        They do where EPLB packs as it likes on links that are all alike, and nothing is
+        given that says otherwise: a cap, a plan to start from, other loads.
         """
         topology = self.topology
         alike = topology.num_nodes == 1 and topology.cost is None
         given = self.max_imbalance is not None or self.max_received_copies is not None
-        free = alike and not given and not self.preserve_groups
-        below = self.objective == "traffic" and self.exchange == "per-rank" and free
+        free = self.start is None and self.robust == "none" and not self.preserve_groups
+        below = self.objective == "traffic" and alike and free and not given
         return replace(self, below_eplb=below)
 
     @property

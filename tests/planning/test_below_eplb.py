@@ -14,6 +14,7 @@ from placer.placement import (
     Placement,
     Plan,
 )
+from placer.placement.reference import random
 from placer.placement.topology import Topology
 from placer.report.comparison import plan_notes
 from placer.simulation.simulate import simulate
@@ -101,8 +102,10 @@ def test_copies_of_experts_are_no_busier_than_those_of_eplb(chunk: Chunk) -> Non
     assert not report.above_eplb_layers
 
 
-def test_a_cap_that_is_given_or_links_that_differ_void_the_comparison() -> None:
+def test_what_is_given_or_links_that_differ_void_the_comparison() -> None:
     assert OPTIONS.guarded().below_eplb
+    # On one node that sends the same.
+    assert replace(OPTIONS, exchange="per-node").guarded().below_eplb
     for other in (
         {"max_imbalance": 1.1},
         {"topology": Topology(num_nodes=2, gpus_per_node=2)},
@@ -110,6 +113,8 @@ def test_a_cap_that_is_given_or_links_that_differ_void_the_comparison() -> None:
         {"preserve_groups": True},
         {"objective": "balance"},
         {"max_received_copies": 2.0},
+        {"start": random(SIZES, RANKS)},
+        {"robust": "bootstrap"},
     ):
         assert not replace(OPTIONS, **other).guarded().below_eplb
 

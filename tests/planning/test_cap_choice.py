@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from placer.affinity import Affinity
 from placer.cli.main import main
 from placer.model import ModelSpec
-from placer.placement import Plan
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.cap_choice import choose_cap
 from placer.planning.question import Question
+from placer.run.deadline import Deadline
 from placer.simulation.cost import ExpertShape
 from placer.solver.options import SolveOptions
 from placer.target.hardware import Hardware
@@ -62,6 +68,28 @@ def test_links_decide_whether_copies_or_load_count() -> None:
     assert "at or below EPLB's" in fast.told
 
 
+def test_a_plan_that_spends_its_time_leaves_the_other_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deadline = Deadline(seconds=1000.0)
+    given = []
+
+    def spend(
+        affinity: Affinity, options: SolveOptions, profile: Chunk, part: Deadline
+    ) -> tuple[Placement, None]:
+        assert not part.passed()
+        given.append(part.seconds)
+        for one in (part, deadline):
+            one.began -= given[-1]
+        assert part.passed()
+        return contiguous((8, 8), 4), None
+
+    monkeypatch.setattr("placer.planning.cap_choice.solve_to_choose", spend)
+    choose_cap(MODEL, partners(800), OPTIONS, question(1e6), None, deadline)
+    assert given == pytest.approx([500, 500], abs=20)
+    assert not deadline.reproducible, "the plan tells that what it is was chosen in haste"
+
+
 @pytest.fixture
 def said(
     make_trace: Callable[..., Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -82,9 +110,12 @@ def test_the_command_says_which_cap_it_took(
     said: Callable[..., tuple[object, str]], tmp_path: Path
 ) -> None:
     hardware = ("--hardware", "h100", "--hidden-size", "64", "--expert-size", "64")
+    # Its per-node exchange sends on one node what per-rank does.
+    hardware += ("--engine", "sglang-deepep")
     code, told = said(*hardware)
     assert code == 0
     assert told.count("with two-batch overlap") == 1
+    assert "decides nothing" not in told
     plan = Plan.read(tmp_path / "plan.json")
     is_below = plan.provenance["cap_by_time"]["below_eplb"]
     assert is_below == (plan.solver.eplb_caps is not None)

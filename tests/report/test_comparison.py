@@ -1,6 +1,9 @@
 """What is told of a plan beside its figures."""
 
 from dataclasses import replace
+from typing import Literal
+
+import pytest
 
 from placer.model import ModelSpec
 from placer.placement import Plan
@@ -11,6 +14,8 @@ from placer.report.comparison import (
     price_line,
 )
 from tests.plans import unsolved_plan
+
+SENT = {"remote_rank_copies_per_token": 1.0}
 
 
 def plan_with(**metrics: object) -> Plan:
@@ -47,13 +52,58 @@ def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
 
     assert warned(1.2) == []
     (said,) = warned(1.305)
-    assert "1.305 of the mean load, above the cap of 1.200" in said
+    assert said.startswith(
+        "the busiest rank has 1.305 times the mean load on held-out sequences. The cap, "
+        "1.200 on average, holds on the profile only. Solve with "
+    )
     assert "--robust bootstrap" in said
     (said,) = warned(1.305, robust="bootstrap")
     assert "--robust" not in said
     relaxed, _ = warned(1.305, max_imbalance_given=False)
     assert "load cap 1.1 is out of reach and relaxed in 1 of 2 MoE layers" in relaxed
     assert "1.3000 (layer 1)" in relaxed
+
+
+def test_caps_of_eplb_are_what_sequences_not_seen_are_compared_with() -> None:
+    """1.02, and 1.06 where 1.04 was not reached: 1.04 on average."""
+    model = ModelSpec(num_experts=(4, 4), top_k=1)
+    asked = {"objective": "traffic", "robust": "none", "max_home_imbalance": None}
+    plan = unsolved_plan(model, contiguous((4, 4), 2), **asked)
+    capped = replace(plan.solver, eplb_caps=(1.02, 1.04), above_eplb_layers={"1": 1.06})
+
+    def warned(imbalance: float) -> list[str]:
+        seen = {"fixed": {"load_imbalance_mean": imbalance}}
+        metrics = {"profile": seen, "heldout": seen}
+        return list(plan_warnings(replace(plan, solver=capped, metrics=metrics)))
+
+    assert warned(1.04) == []
+    (said,) = warned(1.05)
+    assert "The cap, 1.040 on average, holds on the profile only." in said
+    assert "--robust" not in said, "it would keep to 1.10, which is more"
+    (said,) = warned(1.2)
+    assert "--robust bootstrap" in said
+
+
+def test_time_that_decided_is_not_advised() -> None:
+    plan = unsolved_plan(ModelSpec(num_experts=(4,), top_k=1), contiguous((4,), 2))
+
+    def told(**fields: object) -> str:
+        found = replace(
+            plan,
+            solver=replace(plan.solver, eplb_caps=(1.02,)),
+            metrics=plan.metrics | {"profile": {"token": SENT, "fixed": SENT}},
+            provenance={"max_received_copies": None, "objective": "traffic"},
+        )
+        return next(iter(plan_notes(replace(found, **fields))))
+
+    assert "or --hardware" in told()
+    for fields in (
+        {"provenance": {"max_received_copies": None, "objective": "traffic",
+                        "cap_by_time": {}}},
+        {"metrics": plan.metrics},
+        {"policy": "token"},
+    ):  # fmt: skip
+        assert told(**fields).endswith("give --max-imbalance to set the cap yourself")
 
 
 def test_homes_above_their_cap_are_told() -> None:
@@ -66,28 +116,69 @@ def test_homes_above_their_cap_are_told() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "num_nodes", "exchange", "metric", "words"),
+    [
+        ({}, 1, "per-rank", "remote_rank_copies", "copies sent"),
+        ({}, 1, "per-node", "remote_rank_copies", "copies sent"),
+        ({}, 2, "per-node", "remote_node_copies", "copies sent between nodes"),
+        ({"engine": "sglang-deepep"}, 2, "per-rank", "remote_node_copies", "copies sent b"),
+        ({"engine": "sglang-none"}, 2, "per-rank", None, "placement changes nothing"),
+        ({"engine": "sglang-deepep-ll"}, 2, "per-rank", None, "always k(1 - 1/R) pairs"),
+    ],
+)
+def test_more_of_what_the_engine_sends_is_told(
+    asked: dict[str, str],
+    num_nodes: int,
+    exchange: Literal["per-rank", "per-node"],
+    metric: str | None,
+    words: str,
+) -> None:
+    """3.3 are a tenth more than 3.0; EPLB's 3.4 are more. Of all else more is sent, too."""
+    every = ("remote_rank_copies", "remote_node_copies", "remote_pairs")
+    figures = {
+        name: {"fixed": {f"{one}_per_token": 1.0 + (name == "own") for one in every}}
+        for name in ("own", "contiguous", "eplb")
+    }
+    for name, number in {"own": 3.3, "contiguous": 3.0, "eplb": 3.4}.items():
+        figures[name]["fixed"][f"{metric}_per_token"] = number
+    plan = unsolved_plan(
+        ModelSpec(num_experts=(4,), top_k=1),
+        contiguous((4,), 2, num_nodes),
+        max_received_copies=None,
+        objective="traffic",
+        **asked,
+    )
+    own = figures.pop("own")
+    metrics = {"profile": own, "heldout": None, "baselines": figures}
+    told = list(plan_notes(replace(plan, metrics=metrics, exchange=exchange)))
+    assert len(told) == (metric is not None)
+    for line in told:
+        assert line.startswith(words)
+        assert " per token and layer: 3.300, 10.0% more than contiguous (3.000), b" in line
+
+
 def test_more_copies_than_a_baseline_are_told_with_the_reason() -> None:
-    """3.3 copies are a tenth more than 3.0; EPLB's 3.4 are more."""
     plan = unsolved_plan(ModelSpec(num_experts=(4,), top_k=1), contiguous((4,), 2))
 
-    def told(exchange: str, contiguous: float, objective: str = "traffic") -> list[str]:
-        key = "node" if exchange == "per-node" else "rank"
+    def told(contiguous: float, objective: str = "traffic", **solver: object) -> list[str]:
         figures = {
-            name: {"fixed": {f"remote_{key}_copies_per_token": copies}}
+            name: {"fixed": {"remote_rank_copies_per_token": copies}}
             for name, copies in {"own": 3.3, "contiguous": contiguous, "eplb": 3.4}.items()
         }
         own = figures.pop("own")
         metrics = {"profile": own, "heldout": None, "baselines": figures}
         asked = {"max_received_copies": None, "objective": objective}
-        found = replace(plan, metrics=metrics, provenance=asked, exchange=exchange)
-        return list(plan_notes(found))
+        found = replace(plan, metrics=metrics, provenance=asked)
+        return list(plan_notes(replace(found, solver=replace(plan.solver, **solver))))
 
-    (said,) = told("per-rank", 3.0)
+    (said,) = told(3.0)
     assert said == (
-        "copies sent per token and layer: 3.300, 10.0% more than contiguous (3.000); the "
-        "load cap of 1.1 asks for it"
+        "copies sent per token and layer: 3.300, 10.0% more than contiguous (3.000), "
+        "because the load cap is 1.1"
     )
-    assert told("per-rank", 3.3) == told("per-rank", 3.2999) == []
-    (said,) = told("per-node", 3.0, "balance")
-    assert said.startswith("copies sent between nodes per token and layer: 3.300, 10.0%")
-    assert said.endswith("balance alone is what was solved for")
+    assert told(3.3) == told(3.2999) == []
+    (said,) = told(3.0, "balance")
+    assert said.endswith("because only balance was solved for")
+    _, said = told(3.0, eplb_caps=(1.02,))
+    assert said.endswith("because the busiest rank is kept at or below EPLB's load")

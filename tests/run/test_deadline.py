@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,27 @@ def test_time_passes() -> None:
     assert late.passed()
     with pytest.raises(UsageError, match="--time-limit must not be negative"):
         replace(OPTIONS, time_limit=-1.0)
+
+
+def test_without_a_limit_the_clock_decides_nothing(
+    make_trace: Callable[..., Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look at a clock finds a day gone: choices, search and proof stay the same."""
+    trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
+    asked = [OPTIONS.guarded(), replace(OPTIONS, robust="bootstrap", proof="full")]
+
+    def written(name: str) -> list[bytes]:
+        found = []
+        for n, options in enumerate(asked):
+            path = tmp_path / f"{name}-{n}.json"
+            plan_from_trace(trace, options, EVERYTHING).write(path)
+            found.append(path.read_bytes())
+        return found
+
+    plain, days = written("plain"), count(step=86_400)
+    for clock in ("monotonic", "perf_counter", "time"):
+        monkeypatch.setattr(time, clock, lambda: float(next(days)))
+    assert written("days") == plain
 
 
 def test_what_has_to_follow_is_kept_time_for() -> None:
