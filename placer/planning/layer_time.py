@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from placer.affinity import count_affinity
+from placer.affinity import (
+    Affinity,
+    count_affinity,
+)
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
@@ -39,8 +42,6 @@ from placer.simulation.cost import (
     BreakEven,
     PredictedTime,
 )
-from placer.solver.balance.layer_balance import Balancing
-from placer.solver.balance.load_balance import balance_loads
 from placer.solver.balance.load_caps import load_caps
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
@@ -92,9 +93,10 @@ class TimeChoice:
         if name != self.name:
             return (
                 f"{name} takes {1 - taken[name] / taken[self.name]:.1%} less predicted "
-                f"time, but its straggler is {other}, the load balancer's {even}, and with "
-                "two-batch overlap it is not faster; to take it all the same, solve with "
-                "--objective traffic and its --max-imbalance and --receive-price"
+                f"time, but its straggler is {other}, the load balancer's {even}, and in "
+                "batches of some size it is not faster with two-batch overlap; to take it "
+                "all the same, solve with --objective traffic and its --max-imbalance and "
+                "--receive-price"
             )
         if _is_as_even(self.figures[name], self.figures[BALANCED]):
             return None
@@ -165,7 +167,7 @@ def choose_by_time(
     )
     inner, heldout = judged_halves(profile)
     affinity = count_affinity([inner], model, {})
-    balanced = _balanced(model, inner, options)
+    balanced = _balanced(affinity, options, deadline)
     asked = _candidates(options)
     figures = {BALANCED: _figures(model, balanced, heldout, options, question)}
     for name, one in asked.items():
@@ -202,7 +204,7 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
         placement, report = solve_to_choose(affinity, quick, inner, deadline)
-        made = (placement, _balanced(model, inner, options))
+        made = (placement, _balanced(affinity, options, deadline))
         figures = [_figures(model, one, heldout, options, question) for one in made]
         seconds = min(sum(one.total for one in times(every)) for every in figures)
         return seconds, _OBJECTIVE, report.meets_caps
@@ -307,18 +309,11 @@ def judged_halves(profile: Chunk, option: str = "--objective time") -> tuple[Chu
     return inner, heldout.first_sequences(MOST_JUDGED_TOKENS)
 
 
-def _balanced(model: ModelSpec, tokens: Chunk, options: SolveOptions) -> Placement:
-    topology = options.topology
-    return balance_loads(
-        expert_loads(model, tokens),
-        Balancing(
-            num_ranks=topology.num_ranks,
-            num_nodes=topology.num_nodes,
-            redundant_experts=options.redundant_experts,
-            replica_choice=options.replica_choice or "hash",
-            layer_ids=model.layer_ids,
-        ),
-    ).placement
+def _balanced(affinity: Affinity, options: SolveOptions, deadline: Deadline) -> Placement:
+    """Return the load balancer's plan, made as the whole profile's would be."""
+    asked = replace(_balance(options), relax_cap=True)
+    placement, _ = solve_to_choose(affinity, asked, None, deadline)
+    return placement
 
 
 def batch_times(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from placer.errors import (
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
+from placer.planning import layer_time
 from placer.planning.layer_time import (
     BALANCED,
     TimeChoice,
@@ -30,11 +32,15 @@ from placer.serving.homes import batch_shapes
 from placer.simulation.batch_figures import (
     BatchFigures,
     BatchMetrics,
+    BatchSteps,
+    batch_steps,
 )
 from placer.simulation.cost import (
     ExpertShape,
     PredictedTime,
 )
+from placer.solver.balance import exact_balance
+from placer.solver.balance.router_groups import are_whole
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.target.engine import Engine
@@ -224,4 +230,69 @@ def test_without_time_one_candidate_is_tried_and_the_deadline_tells() -> None:
         choice = choose_by_time(MODEL, tokens(), OPTIONS, QUESTION, deadline=quick)
     assert len(choice.figures) == 2
     assert choice.name in choice.figures
+    assert not deadline.reproducible
+
+
+def grouped(num_tokens: int = 2000) -> tuple[ModelSpec, Chunk]:
+    """Tokens of a router that uses two of eight groups, some of which are hot."""
+    model = ModelSpec(num_experts=(32,), top_k=4, n_group=8, topk_group=2)
+    rng = np.random.default_rng(0)
+    hot = np.log(rng.lognormal(0, 0.7, 8))
+    group = np.argsort(-(hot + rng.gumbel(size=(num_tokens, 8))), axis=1)[:, :2]
+    first = rng.integers(0, 2, size=(num_tokens, 2)) * 2
+    experts = (group[:, :, None] * 4 + first[:, :, None] + [0, 1]).reshape(num_tokens, 4)
+    sequences = np.arange(num_tokens) * 40 // num_tokens
+    return model, Chunk(
+        experts=(experts.astype(np.uint8),),
+        sequence_ids=sequences.astype(np.int32),
+        positions=(np.arange(num_tokens) % (num_tokens // 40)).astype(np.int32),
+    )
+
+
+def test_the_load_balancer_that_is_judged_is_the_one_that_is_delivered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where balancing keeps router groups on nodes, so does what it is judged by."""
+    model, profile = grouped()
+    topology = Topology(num_nodes=4, gpus_per_node=2)
+    options = SolveOptions(
+        topology=topology, redundant_experts=8, replica_choice="hash"
+    ).quick()
+    served: list[Placement] = []
+
+    def noted(placement: Placement, *others: Any) -> BatchSteps:
+        served.append(placement)
+        return batch_steps(placement, *others)
+
+    monkeypatch.setattr(layer_time, "batch_steps", noted)
+    question = replace(QUESTION, topology=topology, shapes=batch_shapes((64,)))
+    choose_by_time(model, profile, options, question)
+    judged, *others = served
+    assert are_whole(judged, 8, 4)
+    inner, _ = layer_time.judged_halves(profile)
+    asked = replace(options, objective="balance")
+    delivered, _ = solve(count_affinity([inner], model, {}), asked)
+    assert judged.to_json() == delivered.to_json()
+    assert not any(are_whole(one, 8, 4) for one in others), "for traffic they are split"
+
+
+def test_the_deadline_stops_the_load_balancer_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer that CP-SAT would work on, with the deadline passed: it is not asked."""
+
+    def never(*_: object) -> None:
+        pytest.fail("CP-SAT was started")
+
+    load = [600, 560, 120, 120, 20, 10, 10, 10]
+    experts = np.random.default_rng(0).permutation(np.repeat(np.arange(8), load))
+    profile = Chunk(
+        experts=(experts[:, None].astype(np.uint8),),
+        sequence_ids=(np.arange(1450) // 29).astype(np.int32),
+        positions=(np.arange(1450) % 29).astype(np.int32),
+    )
+    model, topology = ModelSpec(num_experts=(8,), top_k=1), Topology(gpus_per_node=8)
+    options = SolveOptions(topology=topology, redundant_experts=8, replica_choice="hash")
+    question = replace(QUESTION, topology=topology, shapes=batch_shapes((64,)))
+    monkeypatch.setattr(exact_balance, "repeatable_solver", never)
+    deadline = Deadline(seconds=0.0)
+    choose_by_time(model, profile, options.quick(), question, deadline=deadline)
     assert not deadline.reproducible

@@ -20,6 +20,7 @@ from ortools.sat.python import cp_model
 
 from placer.arrays import FloatArray, IntArray
 from placer.run.deadline import Deadline
+from placer.solver.balance.cp_sat import repeatable_solver
 
 _MOST_COLUMNS = 20_000
 _MOST_VARIABLES = 2500
@@ -91,18 +92,6 @@ def _has_few_columns(num_experts: int, num_ranks: int, num_slots: int) -> bool:
     contents = math.comb(num_experts, width)
     contents *= _most_copies(num_experts, num_ranks, num_slots) ** width
     return width <= 2 and contents <= _MOST_COLUMNS
-
-
-def _solver(deterministic_time: float, deadline: Deadline) -> cp_model.CpSolver:
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = deterministic_time
-    if (left := deadline.left()) is not None:
-        solver.parameters.max_time_in_seconds = left
-    # A Ctrl-C that is caught ends this search alone, and nobody is told.
-    solver.parameters.catch_sigint_signal = False
-    return solver
 
 
 def _by_columns(
@@ -185,7 +174,7 @@ class _Columns:
                 has.append(model.new_bool_var(f"expert_{e}_has_{copies}"))
                 model.add(sum(columns) == copies * has[-1])
             model.add_exactly_one(has)
-        solver = _solver(deterministic_time, deadline)
+        solver = repeatable_solver(deterministic_time, deadline)
         status = solver.solve(model)
         used = float(solver.response_proto.deterministic_time)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
@@ -229,7 +218,7 @@ def _by_ranks(
         model.add(sum(held) == num_slots // num_ranks)
         model.add(cp_model.LinearExpr.weighted_sum(held, weights) <= busiest)
     model.minimize(busiest)
-    solver = _solver(deterministic_time, deadline)
+    solver = repeatable_solver(deterministic_time, deadline)
     status = solver.solve(model)
     deadline.passed()
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):

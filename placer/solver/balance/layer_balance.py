@@ -188,6 +188,7 @@ class LayerBalance:
             best.most_load <= self._enough
             or not self._asked.splits_evenly
             or not is_small(len(load), num_ranks, num_slots)
+            or self._deadline.passed()
         ):
             return experts[best.row], 0.0
         found = exact_balance(load, best.row, num_ranks, self._seconds, self._deadline)

@@ -28,7 +28,7 @@ from placer.target.engine import ReplicaChoice
 OBJECTIVE = "imbalance (busiest rank's load over the mean, mean over MoE layers)"
 METHOD = "an even share, the busiest expert's copies, the busiest group, or CP-SAT"
 # Work of CP-SAT on copies, all layers together, in its deterministic seconds.
-_DETERMINISTIC_TIME = 16.0
+_DETERMINISTIC_TIME = 4.0
 _SAME = 1e-12
 # How the largest of the ranks' loads is integrated: standard deviations, and points.
 _REACH, _NUM_POINTS = 6.0, 257

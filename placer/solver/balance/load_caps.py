@@ -20,6 +20,7 @@ from placer.placement.placement import (
 )
 from placer.placement.reference import Load
 from placer.run.deadline import Deadline
+from placer.solver.balance.cp_sat import repeatable_solver
 from placer.solver.problem.pairs import rank_load
 
 # Deterministic time of CP-SAT, so that the answer does not depend on the machine.
@@ -213,14 +214,7 @@ def _minimise_max_load(
         model.add(sum(column) == len(weights) // num_ranks)
         model.add(cp_model.LinearExpr.weighted_sum(column, weights) <= busiest)
     model.minimize(busiest)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = _DETERMINISTIC_TIME
-    if (left := deadline.left()) is not None:
-        solver.parameters.max_time_in_seconds = left
-    # A Ctrl-C that is caught ends this search alone, and nobody is told.
-    solver.parameters.catch_sigint_signal = False
+    solver = repeatable_solver(_DETERMINISTIC_TIME, deadline)
     status = solver.solve(model)
     deadline.passed()
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):

@@ -182,7 +182,7 @@ def first_placement(
         )
         return with_pins(options.start, options.pins), False
     if options.redundant_experts and (options.preserve_groups or profile.is_uneven):
-        return with_pins(_balanced_copies(profile, options), options.pins), False
+        return with_pins(_balanced_copies(profile, options, deadline), options.pins), False
     if options.preserve_groups:
         affinity = profile.affinity
         policy = options.start_policies(affinity.model.top_k)[0]
@@ -196,7 +196,9 @@ def first_placement(
     return with_pins(placement, options.pins), optimal
 
 
-def _balanced_copies(profile: Profile, options: SolveOptions) -> Placement:
+def _balanced_copies(
+    profile: Profile, options: SolveOptions, deadline: Deadline
+) -> Placement:
     """Return a balanced start, where copies cannot be added to a placement without them."""
     affinity, topology = profile.affinity, options.topology
     blocks = blocks_of_groups(affinity.model, options) if options.preserve_groups else 1
@@ -209,7 +211,7 @@ def _balanced_copies(profile: Profile, options: SolveOptions) -> Placement:
         num_blocks=blocks,
     )
     loads = [counts.astype(np.float64) for counts in affinity.load]
-    return balance_loads(loads, asked).placement
+    return balance_loads(loads, asked, deadline).placement
 
 
 def _place_pairs(

@@ -18,6 +18,7 @@ from placer.errors import (
 from placer.model import ModelSpec
 from placer.placement.migration import num_moved
 from placer.placement.topology import Topology
+from placer.serving.replica_choice import serving_layers
 from placer.solver.balance.layer_balance import Balancing
 from placer.solver.balance.load_balance import (
     LoadBalance,
@@ -25,7 +26,6 @@ from placer.solver.balance.load_balance import (
 )
 from placer.solver.balance.packing import packed
 from placer.solver.balance.router_groups import are_whole
-from placer.solver.balance.served_load import ServedLoad
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.solve import solve
@@ -231,9 +231,13 @@ def test_copies_are_counted_as_they_serve() -> None:
     for choice in ("hash", "local-first", "sglang-static"):
         asked = options(topology=topology, redundant_experts=16, replica_choice=choice)
         placement, report = solve(affinity, asked)
-        served, reached = ServedLoad(choice, placement, None), []
-        for layer, load in enumerate(loads):
-            total = load @ served.place(placement.holds(layer))
+        reached = []
+        for tables, load in zip(serving_layers(placement, choice), loads, strict=True):
+            total = np.zeros(8)
+            for home, expert in itertools.product(range(8), range(32)):
+                number = tables.num_choices[home, expert]
+                ranks = tables.choices[home, expert, :number]
+                total[ranks] += load[expert] / (8 * number)
             reached.append(total.max() / total.mean())
         assert report.objective == pytest.approx(np.mean(reached))
         assert report.objective < 1.03
@@ -244,7 +248,8 @@ def test_a_prediction_is_the_mean_of_many_draws() -> None:
     """Homes drawn 2,000 times, each pair served by its home's copy."""
     load = np.array([400, 300, 100, 120, 90, 110, 130, 80], dtype=float)
     found = balanced([load], 4, 4)
-    shares = ServedLoad("hash", found.placement, None).shares(found.placement.holds(0))
+    holds = found.placement.holds(0)
+    shares = holds / holds.sum(axis=1, keepdims=True)
     rng = np.random.default_rng(0)
     drawn = sum(
         rng.multinomial(int(n), of, size=2000) for n, of in zip(load, shares, strict=True)

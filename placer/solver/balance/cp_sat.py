@@ -1,0 +1,26 @@
+"""How CP-SAT is run here: the same answer on every machine, and a Ctrl-C that is heard."""
+
+from ortools.sat.python import cp_model
+
+from placer.run.deadline import Deadline
+
+
+def repeatable_solver(deterministic_time: float, deadline: Deadline) -> cp_model.CpSolver:
+    """Return a solver on one thread, which stops at the deadline.
+
+    Parameters
+    ----------
+    deterministic_time
+        Most work, in CP-SAT's seconds that do not depend on the machine.
+    deadline
+        Stops it earlier.
+    """
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.max_deterministic_time = deterministic_time
+    if (left := deadline.left()) is not None:
+        solver.parameters.max_time_in_seconds = left
+    # A Ctrl-C that is caught ends this search alone, and nobody is told.
+    solver.parameters.catch_sigint_signal = False
+    return solver
