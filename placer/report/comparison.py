@@ -200,7 +200,7 @@ def _guard_line(plan: Plan) -> Iterator[str]:
 def _cost_line(plan: Plan) -> Iterator[str]:
     """Say how much more the plan sends than a baseline, and why."""
     own = plan.metrics["heldout"] or plan.metrics["profile"]
-    sent = Wire.of(plan, engine_of(plan)).compared(plan.policy)
+    sent = Wire.of(plan, plan.engine).compared(plan.policy)
     if own is None or sent is None:
         return
     mine = own[plan.policy][sent.metric]
