@@ -72,7 +72,8 @@ class Answer:
         The phase, the verdict and its figures, in words.
     candidates
         By name: ``contiguous``, ``eplb``, and ``placed`` where placement can change the
-        traffic; one for each size of batches.
+        traffic, beside it ``placed, cap 1.10`` where it is kept at or below EPLB's load;
+        one for each size of batches.
     break_even
         For which bandwidth the placed plan is faster than contiguous, for each size.
     """

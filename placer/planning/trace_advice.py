@@ -53,10 +53,7 @@ from placer.solver.options import SolveOptions
 from placer.solver.search.pair_search import SearchLimits
 from placer.solver.search.refine import RefineLimits
 from placer.solver.solve import solve_to_choose
-from placer.target.engine import (
-    PHASES,
-    Exchange,
-)
+from placer.target.engine import PHASES
 from placer.trace import (
     Chunk,
     Selection,
@@ -75,6 +72,8 @@ QUICK = SolveOptions(
     limits=SearchLimits(num_rounds=3),
     refine=RefineLimits(num_sweeps=3, num_starts=1, num_tokens=16_384),
 )
+#: The plan whose ranks may be busier than EPLB's busiest.
+CAPPED = f"placed, cap {QUICK.load_cap:.2f}"
 MOST_JUDGED_TOKENS = 65_536
 # Balance further from even than this is worth a word on redundant experts.
 _FAR_FROM_EVEN = 1.1
@@ -129,7 +128,7 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
 
 
 class _Placements:
-    """Contiguous, EPLB's, and a quick plan for each exchange, made when asked for."""
+    """Contiguous, EPLB's, and quick plans for each exchange, made when asked for."""
 
     def __init__(self, trace: Trace, profile: Chunk, question: Question) -> None:
         self.affinity = count_affinity([profile], trace.model, {})
@@ -163,24 +162,28 @@ class _Placements:
         found = {name: (name, self._made[name]) for name in ("contiguous", "eplb")}
         sent = question.sent
         if sent is not None and question.topology.num_ranks > 1:
-            exchange: Exchange = "per-node" if sent == NODE_COPIES else "per-rank"
-            found["placed"] = exchange, self._placed(exchange)
-        return found
-
-    def _placed(self, exchange: Exchange) -> Placement:
-        if exchange not in self._made:
             asked = replace(
                 QUICK,
                 topology=self._question.topology,
                 policy=self._question.policy,  # type: ignore[arg-type]  # Question refuses
-                exchange=exchange,  # type: ignore[arg-type]  # one of the two solved for
+                exchange="per-node" if sent == NODE_COPIES else "per-rank",
                 redundant_experts=self.redundant_experts,
                 # No engine has cover.
                 replica_choice=self._question.batch_options().replica_choice,  # type: ignore[arg-type]
             ).guarded()
-            found = solve_to_choose(self.affinity, asked, self._profile, Deadline())[0]
-            self._made[exchange] = found
-        return self._made[exchange]
+            plans = {"placed": asked}
+            if asked.below_eplb:
+                plans[CAPPED] = replace(asked, below_eplb=False)
+            for name, options in plans.items():
+                key = f"{name}, {options.exchange}"
+                found[name] = key, self._placed(key, options)
+        return found
+
+    def _placed(self, key: str, options: SolveOptions) -> Placement:
+        if key not in self._made:
+            found = solve_to_choose(self.affinity, options, self._profile, Deadline())[0]
+            self._made[key] = found
+        return self._made[key]
 
 
 class _Served:
@@ -308,14 +311,22 @@ def _figures_words(
     question: Question,
 ) -> list[str]:
     """Return the parts of the sentence that tells a verdict's figures."""
-    sent, parts = question.sent, []
+    sent, parts, told = question.sent, [], ["placed", "eplb"]
     if sent is not None and "placed" in candidates:
-        now, then = (
-            float(np.mean([one.sent_per_token or 0.0 for one in candidates[name]]))
-            for name in ("placed", "contiguous")
-        )
+        copies = {
+            name: float(np.mean([one.sent_per_token or 0.0 for one in every]))
+            for name, every in candidates.items()
+        }
+        now, then = copies["placed"], copies["contiguous"]
         parts.append(f"placing {changed(sent.words, then, now)}")
-    for name in ("placed", "eplb"):
+        capped = copies.get(CAPPED, now)
+        if now - capped >= question.least_gain * then:
+            parts.append(
+                f"with a load cap of {QUICK.load_cap:.2f} in place of EPLB's load it "
+                f"{changed(sent.words, then, capped)} (--max-imbalance {QUICK.load_cap:g})"
+            )
+            told.insert(1, CAPPED)
+    for name in told:
         if name in figures and times(figures[name]):
             base = times(figures["contiguous"])
             parts.append(f"{name} {speed_words('contiguous', times(figures[name]), base)}")
@@ -324,8 +335,8 @@ def _figures_words(
             name: " / ".join(f"{one.straggler:.3f}" for one in every)
             for name, every in candidates.items()
         }
-        told = ", ".join(f"{name} {value}" for name, value in stragglers.items())
-        parts.append(f"busiest rank over the mean: {told}")
+        words = ", ".join(f"{name} {value}" for name, value in stragglers.items())
+        parts.append(f"busiest rank over the mean: {words}")
     return parts
 
 

@@ -105,6 +105,21 @@ def test_partners_are_worth_placing(tmp_path: Path) -> None:
     assert filled.startswith("2,000 tokens do not fill batches of 16,384")
 
 
+def test_what_keeping_to_the_load_of_eplb_costs_is_told(tmp_path: Path) -> None:
+    """Of uneven partners, 1.05 of the mean: EPLB parts them, a cap of 1.10 does not."""
+    first = np.random.default_rng(0).choice(4, 8000, p=[0.2625, 0.2625, 0.2375, 0.2375])
+    trace = write(tmp_path / "trace", np.stack([first, first + 4], axis=1))
+    (answer,) = advise_on_trace(trace, [replace(QUESTION, engine=None)]).answers[:1]
+    sent = {name: found[0].sent_per_token for name, found in answer.candidates.items()}
+    assert sent["placed"] == pytest.approx(1.5, abs=0.01)
+    assert sent["placed, cap 1.10"] == pytest.approx(0.75, abs=0.01)
+    assert "with a load cap of 1.10 in place of EPLB's load it lowers" in answer.sentence
+    assert "(--max-imbalance 1.1)" in answer.sentence
+    even = write(tmp_path / "even", partners())
+    (answer,) = advise_on_trace(even, [QUESTION]).answers[:1]
+    assert "load cap" not in answer.sentence, "there it costs nothing"
+
+
 def test_without_an_engine_both_usual_exchanges_are_answered(tmp_path: Path) -> None:
     """All-gather gains nothing from partners on one rank, the all-to-all half."""
     trace = write(tmp_path / "t", partners())
