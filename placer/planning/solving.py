@@ -27,7 +27,10 @@ from placer.model import (
 from placer.placement.placement import Placement
 from placer.placement.plan import Plan
 from placer.placement.world import WorldLayout
-from placer.planning.cap_choice import choose_cap
+from placer.planning.cap_choice import (
+    CapChoice,
+    choose_cap,
+)
 from placer.planning.frontier import (
     FrontierPoint,
     write_frontier,
@@ -41,7 +44,10 @@ from placer.planning.planner import (
     plan_from_affinity,
     plan_from_trace,
 )
-from placer.planning.question import Question
+from placer.planning.question import (
+    Question,
+    plain_engine,
+)
 from placer.planning.redundant import (
     LEAST_GAIN,
     Memory,
@@ -123,6 +129,8 @@ class SolveRequest:
         Whether costs of links were given.
     require_optimal
         Whether a plan without a proof of optimality is an error.
+    holds_loads_alone
+        Whether the source knows neither tokens nor pairs of experts.
 
     Raises
     ------
@@ -152,8 +160,11 @@ class SolveRequest:
     layout: WorldLayout | None = None
     priced_links: bool = False
     require_optimal: bool = False
+    holds_loads_alone: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        alone = self.holds_counts and not Affinity.read(self.source).has_links
+        object.__setattr__(self, "holds_loads_alone", alone)
         if self.objective not in (known := ("traffic", "balance", "time")):
             raise UsageError(
                 f"--objective {self.objective} cannot be solved for",
@@ -227,11 +238,6 @@ class SolveRequest:
         """Whether the source is an affinity file, which has no tokens."""
         return self.source.is_file()
 
-    @property
-    def holds_loads_alone(self) -> bool:
-        """Whether the source knows neither tokens nor pairs of experts."""
-        return self.holds_counts and not Affinity.read(self.source).has_links
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
@@ -291,26 +297,15 @@ def solve_request(
     """
     deadline = deadline or Deadline(seconds=request.options.time_limit)
     settled = _settle(request, note, warn, progress, deadline)
-    options, provenance, choice = settled.options, dict(settled.provenance), None
-    if settled.question is not None and not request.by_time:
-        trace = Trace(request.source)
-        profile = trace.read(request.selection)
-        with deadline.choosing() as quick:
-            cap = choose_cap(
-                trace.model, profile, options, settled.question, progress, quick
-            )
-        options = cap.options
-        provenance["cap_by_time"] = cap.to_json()
-        note(cap.told)
-    elif settled.question is not None:
-        trace, question = Trace(request.source), settled.question
-        profile = trace.read(request.selection)
-        with deadline.choosing() as quick:
-            choice = choose_by_time(
-                trace.model, profile, options, question, progress, quick
-            )
+    options, provenance, time = settled.options, dict(settled.provenance), None
+    if settled.question is not None:
+        choice = _choose(request, options, settled.question, progress, deadline)
+        if isinstance(choice, TimeChoice):
+            time = choice
         options = choice.options
-        provenance["time"] = choice.to_json()
+        provenance["cap_by_time" if time is None else "time"] = choice.to_json()
+        if choice.told is not None:
+            note(choice.told)
     if not request.holds_counts:
         trace = Trace(request.source)
         plan = plan_from_trace(trace, options, request.selection, progress, deadline)
@@ -322,10 +317,8 @@ def solve_request(
             "select when counting: placer affinity TRACE "
             f"{request.selection.options} --out AFFINITY",
         )
-    if choice is not None and choice.told is not None:
-        note(choice.told)
     if _is_balanced(request, options):
-        _tell_groups(plan, request.engine, note, warn)
+        _tell_groups(plan, request.engine, options, note, warn)
     report = plan.solver
     if request.require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -334,8 +327,23 @@ def solve_request(
             "solve without --require-optimal to get the best plan found",
         )
     return Solved(
-        plan=replace(plan, provenance={**plan.provenance, **provenance}), time=choice
+        plan=replace(plan, provenance={**plan.provenance, **provenance}), time=time
     )
+
+
+def _choose(
+    request: SolveRequest,
+    options: SolveOptions,
+    question: Question,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> TimeChoice | CapChoice:
+    """Choose by predicted time what to solve for, or the load cap alone."""
+    trace = Trace(request.source)
+    profile = trace.read(request.selection)
+    choose = choose_by_time if request.by_time else choose_cap
+    with deadline.choosing() as quick:
+        return choose(trace.model, profile, options, question, progress, quick)
 
 
 def solve_frontier(
@@ -470,7 +478,13 @@ def _settle(
             "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
     chooses_cap = request.chooses_cap and options.below_eplb
-    if request.chooses_cap and not chooses_cap:
+    if request.chooses_cap and options.content_policy is not None:
+        chooses_cap = False
+        note(
+            f"--hardware decides nothing here: batches of --policy {options.policy} cannot "
+            "be predicted"
+        )
+    elif request.chooses_cap and not chooses_cap:
         note(
             "--hardware decides nothing here: no plan is compared with EPLB's busiest rank"
         )
@@ -483,7 +497,9 @@ def _settle(
         question = Question(
             topology=options.topology,
             policy=options.policy,
-            engine=None if request.engine is None else Engine.named(request.engine),
+            engine=plain_engine("token all-to-all", options.exchange)
+            if request.engine is None
+            else Engine.named(request.engine),
             hardware=None if request.hardware is None else Hardware.named(request.hardware),
             expert=expert,
         )
@@ -578,14 +594,17 @@ def _is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
     return options.objective == "balance" or request.holds_loads_alone
 
 
-def _tell_groups(plan: Plan, engine: str | None, note: Tell, warn: Tell) -> None:
+def _tell_groups(
+    plan: Plan, engine: str | None, options: SolveOptions, note: Tell, warn: Tell
+) -> None:
     """Tell what router groups on nodes cost, or what it means that they are split."""
     model, num_nodes = plan.model, plan.placement.num_nodes
     split = plan.solver.imbalance_without_groups
     if split is not None:
         note(
             f"router groups stay whole: imbalance {plan.solver.objective:.4f}, "
-            f"{split:.4f} if they are split (--ignore-groups)"
+            f"{split:.4f} if they are split"
+            + ("" if options.preserve_groups else " (--ignore-groups)")
         )
     elif num_nodes == 1 or not limits_nodes(model):
         return

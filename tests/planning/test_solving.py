@@ -4,20 +4,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from placer.checkpoint.permutation import require_whole_groups
 from placer.errors import (
     NotProvedError,
+    PlacerError,
     UsageError,
 )
 from placer.model import ModelSpec
-from placer.placement import Plan
+from placer.placement import (
+    Placement,
+    Plan,
+)
 from placer.placement.topology import Topology
+from placer.planning import layer_time
 from placer.planning.solving import (
     SolveRequest,
     solve_frontier,
     solve_request,
+)
+from placer.simulation.batch_figures import (
+    BatchOptions,
+    batch_steps,
 )
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
@@ -28,8 +38,11 @@ from placer.trace import (
     Trace,
     TraceWriter,
 )
+from tests.plans import unsolved_plan
 
 QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()
+NODES = Topology(num_nodes=2, gpus_per_node=2)
+GROUPED = ModelSpec(num_experts=(8, 8), top_k=2, n_group=4, topk_group=2)
 
 
 @pytest.fixture
@@ -63,34 +76,121 @@ def test_the_plan_is_that_of_the_options_and_judged_on_what_was_held_out(
     assert plan.metrics["heldout"]["fixed"] == judged
 
 
-def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
+@pytest.fixture
+def grouped_request(
     make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> Callable[..., SolveRequest]:
+    """Return a builder of requests for a router with four groups of two experts."""
+    path = tmp_path / "grouped"
+    with TraceWriter(directory=path, model=GROUPED) as writer:
+        writer.append(make_chunk(num_experts=(8, 8), num_sequences=8))
+        writer.finish()
+
+    def build(**asked: object) -> SolveRequest:
+        fields = {"source": path, "selection": Selection(), "options": QUICK}
+        return SolveRequest(**(fields | asked))
+
+    return build
+
+
+def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
+    grouped_request: Callable[..., SolveRequest],
 ) -> None:
     """Four groups of two experts: the rule of the export accepts the plan."""
-    sizes, path = (8, 8), tmp_path / "grouped"
-    model = ModelSpec(num_experts=sizes, top_k=2, n_group=4, topk_group=2)
-    with TraceWriter(directory=path, model=model) as writer:
-        writer.append(make_chunk(num_experts=sizes, num_sequences=8))
-        writer.finish()
     told: list[str] = []
-    request = SolveRequest(
-        source=path,
-        selection=Selection(),
-        options=QUICK,
-        engine="vllm-deepep-ht",
-        max_imbalance=3.0,
-    )
+    request = grouped_request(engine="vllm-deepep-ht", max_imbalance=3.0)
     plan = solve_request(request, told.append, told.append).plan
     assert any("router groups are kept whole" in line for line in told)
-    require_whole_groups(model, [plan.placement.permutation(layer) for layer in (0, 1)])
+    require_whole_groups(GROUPED, [plan.placement.permutation(layer) for layer in (0, 1)])
     told.clear()
     even = replace(request, engine="vllm-agrs")
     plan = solve_request(even, told.append, told.append).plan
     assert any("router groups stay whole" in line for line in told), "balanced inside them"
-    require_whole_groups(model, [plan.placement.permutation(layer) for layer in (0, 1)])
+    require_whole_groups(GROUPED, [plan.placement.permutation(layer) for layer in (0, 1)])
     with pytest.raises(UsageError, match="vLLM loads no map") as error:
         solve_request(replace(request, redundant_experts=2), nobody, nobody, nobody)
     assert "--redundant-experts 0" in error.value.hint
+
+
+def test_a_plan_for_vllm_that_may_split_groups_is_said_to(
+    grouped_request: Callable[..., SolveRequest], tmp_path: Path
+) -> None:
+    """A plan to start from may have split them already: they are not placed anew."""
+    split = Placement.from_expert_rank([np.arange(8) % 2] * 2, 2)
+    unsolved_plan(GROUPED, split).write(tmp_path / "start.json")
+    told: list[str] = []
+    request = grouped_request(
+        engine="vllm-deepep-ht", start=tmp_path / "start.json", migration_cost=1e9
+    )
+    plan = solve_request(request, told.append, told.append).plan
+    assert any("this plan may not" in line for line in told)
+    assert not any("router groups are kept whole" in line for line in told)
+    assert plan.provenance["preserve_groups"] is False
+    with pytest.raises(PlacerError, match="group"):
+        require_whole_groups(GROUPED, [plan.placement.permutation(0)])
+
+
+@pytest.mark.parametrize(
+    ("asked", "offered"),
+    [
+        ({}, True),
+        ({"options": replace(QUICK, topology=NODES, preserve_groups=True)}, False),
+        ({"engine": "vllm-agrs"}, False),
+    ],
+)
+def test_splitting_groups_is_offered_where_it_can_be_had(
+    grouped_request: Callable[..., SolveRequest], asked: dict[str, object], offered: bool
+) -> None:
+    """Not beside --preserve-groups, which excludes it, nor where the export refuses."""
+    told: list[str] = []
+    fields = {"objective": "balance", "options": replace(QUICK, topology=NODES)}
+    request = grouped_request(**fields | asked)
+    solve_request(request, told.append, told.append)
+    (line,) = [one for one in told if "router groups stay whole" in one]
+    assert ("--ignore-groups" in line) == offered
+
+
+@pytest.mark.parametrize("policy", ["token", "request"])
+def test_hardware_decides_nothing_under_a_table(
+    request_of: Callable[..., SolveRequest], policy: str
+) -> None:
+    told: list[str] = []
+    request = request_of(
+        options=replace(QUICK, policy=policy),
+        hardware="h100",
+        hidden_size=64,
+        expert_size=64,
+    )
+    solve_request(request, told.append, lambda _: None)
+    assert (
+        f"--hardware decides nothing here: batches of --policy {policy} cannot"
+        in " ".join(told)
+    )
+
+
+def test_time_is_predicted_for_the_exchange_that_is_asked_for(
+    request_of: Callable[..., SolveRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an engine; between nodes one copy per node is fewer than one per rank."""
+    served = set()
+
+    def noted(placement: Placement, tokens: Chunk, shape: object, options: BatchOptions):
+        served.add(options.exchanges)
+        return batch_steps(placement, tokens, shape, options)
+
+    monkeypatch.setattr(layer_time, "batch_steps", noted)
+    for exchange in ("per-rank", "per-node"):
+        request = request_of(
+            objective="time",
+            options=replace(QUICK, topology=NODES),
+            exchange=exchange,
+            hardware="h100",
+            hidden_size=64,
+            expert_size=64,
+        )
+        solve_request(request, lambda _: None, lambda _: None)
+        assert served == {(exchange, exchange)}
+        served.clear()
 
 
 def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(
