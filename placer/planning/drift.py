@@ -18,6 +18,10 @@ from placer.intervals import FEWEST_SEQUENCES
 from placer.model import require_same_model
 from placer.placement import Plan
 from placer.placement.reference import contiguous
+from placer.placement.topology import (
+    INTER_COST,
+    INTRA_COST,
+)
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_balance import predicted_imbalance
 from placer.trace import (
@@ -30,6 +34,16 @@ from placer.trace import (
 # Groups of sequences that are left out in turn.
 NUM_GROUPS = 8
 _MOST_TOKENS = 65_536
+# What a plan records of options about traffic, and what they are where nobody gives them.
+_TRAFFIC_DEFAULTS = {
+    "inter_cost": INTER_COST,
+    "intra_cost": INTRA_COST,
+    "robust": "none",
+    "overflow_price": None,
+    "receive_price": 0.0,
+    "max_home_imbalance": None,
+    "max_received_copies": None,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,19 +197,46 @@ def check_on_loads(
 
 
 def improving_command(plan: Plan, path: Path, source: Path) -> str:
-    """Return the command that improves a plan on newer traffic at few moves."""
-    placement, choice = plan.placement, plan.replica_choice
+    """Return the command that improves a plan on newer traffic at few moves.
+
+    It asks for what the plan was solved for; from counts, which say nothing of traffic, for
+    balance alone.
+    """
+    placement, choice, engine = plan.placement, plan.replica_choice, plan.engine
     words = ["placer", "solve", str(source)]
     words += ["--nodes", str(placement.num_nodes)]
     words += ["--gpus-per-node", str(placement.ranks_per_node)]
-    words += ["--policy", plan.policy]
+    words += [] if engine is None else ["--engine", engine.name]
     if placement.has_replicas:
         words += ["--redundant-experts", str(placement.redundant_experts)]
-        words += [] if choice is None else ["--replica-choice", choice]
-    if plan.provenance.get("objective") == "balance":
+        words += (
+            [] if choice is None or engine is not None else ["--replica-choice", choice]
+        )
+    if source.is_file() or plan.provenance.get("objective") == "balance":
         words += ["--objective", "balance"]
+    else:
+        words += _traffic_words(plan)
+    if plan.provenance.get("max_imbalance_given"):
+        words += ["--max-imbalance", str(plan.max_imbalance)]
+    words += ["--relax-cap"] if plan.provenance.get("relax_cap") else []
+    phase = Selection.from_json(plan.provenance).phase
+    words += [] if phase is None or source.is_file() else ["--phase", phase]
     words += ["--start", str(path), "--migration-cost", "COPIES", "--out", "NEW"]
     return shlex.join(words)
+
+
+def _traffic_words(plan: Plan) -> list[str]:
+    """Return the options about traffic that a plan was solved with."""
+    words = ["--policy", plan.policy]
+    if plan.engine is None and plan.exchange != "per-rank":
+        words += ["--exchange", plan.exchange]
+    for name, default in _TRAFFIC_DEFAULTS.items():
+        value = plan.provenance.get(name)
+        if value is not None and value != default:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for pin in plan.provenance.get("pins", ()):
+        words += ["--pin", pin]
+    return words
 
 
 def _require_tolerance(tolerance: float) -> None:

@@ -20,6 +20,7 @@ from placer.planning.drift import (
     NUM_GROUPS,
     check_on_loads,
     check_plan,
+    improving_command,
 )
 from placer.planning.planner import (
     plan_from_affinity,
@@ -52,6 +53,7 @@ def write(directory: Path, apart: int, seed: int, num_sequences: int = 80) -> Tr
         experts=(np.stack([first, second], axis=1).astype(np.uint8),),
         sequence_ids=np.repeat(np.arange(num_sequences), 50).astype(np.int32),
         positions=np.tile(np.arange(50), num_sequences).astype(np.int32),
+        phase=np.tile(np.arange(50) >= 40, num_sequences).astype(np.uint8),
     )
     with TraceWriter(directory=directory, model=MODEL) as writer:
         writer.append(chunk)
@@ -193,3 +195,59 @@ def test_tokens_of_counts_cannot_be_selected(plan: Plan, tmp_path: Path) -> None
     with pytest.raises(SystemExit) as done:
         main(["check", *arguments])
     assert done.value.code == 2
+
+
+SOLVED = "--nodes 2 --gpus-per-node 2 --proof none --num-rounds 2 --fold 0/2"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "--exchange per-node --inter-cost 5 --phase prefill --max-imbalance 1.5",
+        "--engine sglang-deepep --max-imbalance 1.2 --relax-cap --receive-price 0.5",
+        "--engine sglang-none --redundant-experts 4",
+        "--policy follow --max-home-imbalance 1.5 --pin 0:3=1",
+        "--redundant-experts 4 --replica-choice local-first --max-received-copies 1.9",
+    ],
+)
+@pytest.mark.parametrize("from_counts", [False, True])
+def test_the_command_that_improves_a_plan_asks_for_what_it_was_solved_for(
+    asked: str, from_counts: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs, and the new plan's record of what was asked is that of the old one."""
+    then, now = write(tmp_path / "then", 4, 0), write(tmp_path / "now", 1, 1)
+    path, new, source = tmp_path / "plan.json", tmp_path / "new.json", now.directory
+    run(
+        [
+            "solve",
+            str(then.directory),
+            *shlex.split(f"{SOLVED} {asked}"),
+            "--out",
+            str(path),
+        ]
+    )
+    if from_counts:
+        source = tmp_path / "counts"
+        run(["affinity", str(now.directory), "--out", str(source)])
+    plan = Plan.read(path)
+    command = shlex.split(improving_command(plan, path, source))[1:]
+    command[command.index("COPIES")] = "1"
+    command[command.index("NEW")] = str(new)
+    run(command)
+    capsys.readouterr()
+    made = Plan.read(new)
+    same = ["engine", "max_imbalance_given", "relax_cap", "replica_choice"]
+    if not from_counts:
+        assert (made.policy, made.exchange) == (plan.policy, plan.exchange)
+        same += ["objective", "phase", "pins", "inter_cost", "receive_price"]
+        same += ["max_home_imbalance", "max_received_copies"]
+    for key in same:
+        assert made.provenance.get(key) == plan.provenance.get(key), key
+    assert made.max_imbalance == plan.max_imbalance
+    assert made.provenance["start_map_sha256"]
+
+
+def run(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0
