@@ -17,6 +17,7 @@ from placer.cli.main import app
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
+from placer.placement.topology import Topology
 from placer.planning.served import require_loadable
 from placer.runtime_map import (
     RUNTIMES,
@@ -154,8 +155,13 @@ def told_of(step, engine, row, checkpoint, folder):
     model = ModelSpec.from_checkpoint(checkpoint)
     placed = Placement.from_json([row, row], (8, 8), 4, 1)
     if step == "solve":
-        copies = {"has_replicas": placed.has_replicas, "num_nodes": 1}
-        return " ".join(require_loadable(engine, model, **copies).notes)
+        loading = require_loadable(
+            engine,
+            model,
+            has_replicas=placed.has_replicas,
+            topology=Topology(gpus_per_node=4),
+        )
+        return " ".join(loading.notes)
     if step == "checkpoint":
         placed.permutation(0)
         return ""

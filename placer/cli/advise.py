@@ -38,7 +38,7 @@ def advise(
             "Default: the engines' default exchange, and an all-to-all of tokens.",
         ),
     ] = None,
-    tokens_per_rank: TokensPerRankOption = "64,256,4096",
+    tokens_per_rank: TokensPerRankOption = None,
     batching: BatchingOption = None,
     hardware: Annotated[
         str | None,
@@ -60,9 +60,11 @@ def advise(
     """Tell whether placing experts is worth it, balancing alone is, or nothing is.
 
     Half of the sequences make a quick plan, the other half judge it. From an affinity file,
-    such as the loads that an engine counted, only balance is judged.
+    such as the loads that an engine counted, only balance is judged: --engine then says
+    which copy of an expert serves.
     """
     from placer.affinity import Affinity
+    from placer.errors import require_left_out
     from placer.placement.topology import Topology
     from placer.planning.advice import (
         advise_on_loads,
@@ -88,14 +90,27 @@ def advise(
     from placer.trace import Trace
     from placer.trace.selection import parse_phase
 
+    if source.is_file():
+        require_left_out(
+            {
+                "--hardware": hardware,
+                "--tokens-per-rank": tokens_per_rank,
+                "--batching": batching,
+                "--policy": None if policy == "fixed" else policy,
+            },
+            "a trace: an affinity file holds counts, of which nothing is sent in batches",
+        )
     if hardware is None:
         require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
     trace = None if source.is_file() else Trace(source)
     width = hidden_size or (None if trace is None else trace.model.hidden_size)
     named = None if hardware is None else Hardware.named(hardware)
     shapes = batch_shapes(parse_tokens_per_rank(tokens_per_rank), batching)
-    engines = usual_engines(nodes) if engine is None else engines_named(engine)
-    expert = find_expert_shape(model, width, expert_size, weight_bytes, engines)
+    usual = usual_engines(nodes) if trace is not None else (None,)
+    engines = usual if engine is None else engines_named(engine)
+    expert = find_expert_shape(
+        model, width, expert_size, weight_bytes, [one for one in engines if one is not None]
+    )
     questions = [
         Question(
             topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
@@ -110,7 +125,7 @@ def advise(
         for one in engines
     ]
     if trace is None:
-        advice = advise_on_loads(Affinity.read(source), questions[0])
+        advice = advise_on_loads(Affinity.read(source), questions)
     else:
         advice = advise_on_trace(trace, questions)
     for line in advice.warnings:

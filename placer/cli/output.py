@@ -65,9 +65,10 @@ WeightBytesOption = Annotated[
 
 
 TokensPerRankOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="LIST",
+        show_default="64,256,4096",
         help="Tokens that each rank brings to a forward pass: sizes below 1024 are batches "
         "of decode, others of prefill.",
     ),

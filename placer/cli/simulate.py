@@ -37,7 +37,7 @@ def simulate(
         Path | None,
         typer.Option("--table", help="The plan's token-shuffle table (placer tables)."),
     ] = None,
-    tokens_per_rank: TokensPerRankOption = "64,256,4096",
+    tokens_per_rank: TokensPerRankOption = None,
     batching: BatchingOption = None,
     baseline: Annotated[
         list[str] | None,

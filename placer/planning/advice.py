@@ -10,12 +10,16 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.errors import UsageError
+from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
-from placer.planning.question import Question
+from placer.planning.question import (
+    Question,
+    loadable,
+)
 from placer.serving.homes import Batching
+from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.cost import BreakEven
 from placer.solver.balance.load_balance import predicted_imbalance
-from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.target.engine import known_engines
@@ -139,36 +143,69 @@ class Advice:
         }
 
 
-def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
-    """Advise from counts: whether balancing pays, as far as loads tell."""
-    if question.phase is not None:
+def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice:
+    """Advise from counts: whether balancing pays, as far as loads tell.
+
+    ``questions`` differ in the engine alone: it says which copy of an expert serves.
+
+    Raises
+    ------
+    UsageError
+        If tokens are to be selected, or no engine can load a plan of the model.
+    """
+    phase = questions[0].phase
+    if phase is not None:
         raise UsageError(
-            f"--phase {question.phase}: an affinity file holds counts, of which no tokens "
+            f"--phase {phase}: an affinity file holds counts, of which no tokens "
             "can be selected any more",
-            f"select when counting: placer affinity TRACE --phase {question.phase} "
-            "--out AFFINITY",
+            f"select when counting: placer affinity TRACE --phase {phase} --out AFFINITY",
         )
-    topology, model = question.topology, affinity.model
-    # The fewest that fill the ranks; where there are none, solving says so.
-    more = next(redundant_experts_that_fit(model.num_experts, topology.num_ranks), 0)
-    options = SolveOptions(
-        topology=topology,
-        objective="balance",
-        redundant_experts=more,
-        replica_choice="hash",
+    asked, left_out = loadable(questions, affinity.model)
+    made = {one.replica_choice: _balanced(affinity, one) for one in asked}
+    first = asked[0]
+    unknown = [
+        unknown_dense_layers(made[one.replica_choice], one.replica_choice, one.layer_ids)
+        for one in asked
+    ]
+    warnings = (*left_out, *unknown, "nothing was held out: tomorrow's load is less even")
+    return Advice(
+        answers=tuple(
+            _loads_answer(affinity, one, made[one.replica_choice]) for one in asked
+        ),
+        reasons=("counts without tokens do not tell what placement would save in traffic",),
+        redundant_experts=first.redundant_experts,
+        warnings=tuple(dict.fromkeys(text for text in warnings if text is not None)),
     )
-    even = solve(affinity, options)[0]
-    base = contiguous(model.num_experts, topology.num_ranks, topology.num_nodes, more)
+
+
+def _balanced(affinity: Affinity, question: Question) -> Placement:
+    options = SolveOptions(
+        topology=question.topology,
+        objective="balance",
+        redundant_experts=question.redundant_experts,
+        replica_choice=question.replica_choice,  # type: ignore[arg-type]  # no engine has cover
+    )
+    return solve(affinity, options)[0]
+
+
+def _loads_answer(affinity: Affinity, question: Question, even: Placement) -> Answer:
+    topology = question.topology
+    base = contiguous(
+        affinity.model.num_experts,
+        topology.num_ranks,
+        topology.num_nodes,
+        question.redundant_experts,
+    )
     loads = [counts.astype(np.float64) for counts in affinity.load]
+    choice, layer_ids = question.replica_choice or "hash", question.layer_ids
     before, after = (
-        float(np.mean(predicted_imbalance(one, loads, "hash", model.layer_ids)))
+        float(np.mean(predicted_imbalance(one, loads, choice, layer_ids)))
         for one in (base, even)
     )
     gain = 1 - after / before
-    pays = gain >= question.least_gain
-    verdict: Verdict = "balance only" if pays else "not worth it"
-    answer = Answer(
-        engine=None,
+    verdict: Verdict = "balance only" if gain >= question.least_gain else "not worth it"
+    return Answer(
+        engine=None if question.engine is None else question.engine.name,
         phase=None,
         verdict=verdict,
         sentence=f"{verdict}. Balancing lowers the busiest rank's load by {gain:.1%} "
@@ -177,12 +214,6 @@ def advise_on_loads(affinity: Affinity, question: Question) -> Advice:
             "contiguous": (Candidate(load_imbalance=before),),
             "balanced": (Candidate(load_imbalance=after),),
         },
-    )
-    return Advice(
-        answers=(answer,),
-        reasons=("counts without tokens do not tell what placement would save in traffic",),
-        redundant_experts=more,
-        warnings=("nothing was held out: tomorrow's load is less even",),
     )
 
 
@@ -198,15 +229,16 @@ def next_command(advice: Advice, source: Path, questions: Sequence[Question]) ->
         parts += [f"--nodes {topology.num_nodes}"]
     if advice.redundant_experts:
         parts += [f"--redundant-experts {advice.redundant_experts}"]
-        names_engine = advice.verdict == "worth it" and engine in known_engines()
-        if not names_engine and not source.is_file():
+        if engine not in known_engines() and not source.is_file():
             parts += ["--replica-choice hash"]
     if advice.verdict == "balance only":
         parts += ["--objective balance"]
     else:
         parts += [f"--policy {question.policy}"]
-        exchange = ["--exchange per-node"] if topology.num_nodes > 1 else []
-        parts += [f"--engine {engine}"] if engine in known_engines() else exchange
+        if topology.num_nodes > 1 and engine not in known_engines():
+            parts += ["--exchange per-node"]
+    if engine in known_engines():
+        parts += [f"--engine {engine}"]
     if not source.is_file():
         parts += [Selection(PROFILE, question.phase).options]
     return " ".join([*parts, "--out plan.json"])

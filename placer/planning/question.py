@@ -1,12 +1,15 @@
 """What ``placer advise`` is asked: what is served, by which engine, in which batches."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from placer.errors import UsageError
+from placer.model import ModelSpec
 from placer.placement.plan import Policy
 from placer.placement.topology import Topology
 from placer.planning.judge import answered
+from placer.planning.served import require_loadable
 from placer.serving.homes import (
     BatchShape,
     batch_shapes,
@@ -21,12 +24,16 @@ from placer.simulation.sent import (
     Sent,
     sent_by,
 )
+from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.target.engine import (
     PHASES,
     Engine,
     Exchange,
     Phase,
+    PlacementEffect,
+    ReplicaChoice,
     Transfer,
+    known_engines,
 )
 from placer.target.hardware import Hardware
 
@@ -80,6 +87,10 @@ class Question:
         Share of the measure that a change must save.
     phase
         Only tokens of this phase, or ``None`` for all.
+    redundant_experts
+        Slots per layer beyond one for each expert.
+    layer_ids
+        As in ``ServingOptions``.
     """
 
     topology: Topology
@@ -90,6 +101,8 @@ class Question:
     shapes: tuple[BatchShape, ...] = batch_shapes()
     least_gain: float = 0.03
     phase: Phase | None = None
+    redundant_experts: int = 0
+    layer_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -109,9 +122,19 @@ class Question:
         return answered(self.engine, self.shapes)
 
     @property
+    def replica_choice(self) -> ReplicaChoice | None:
+        """Which copy of a redundant expert serves; ``None`` without them."""
+        return self.served.replica_choice if self.redundant_experts else None
+
+    @property
+    def effect(self) -> PlacementEffect:
+        """Whether a placement can change what the engine sends."""
+        return self.served.effect(self.policy, has_replicas=self.redundant_experts > 0)
+
+    @property
     def sent(self) -> Sent | None:
         """What the engine sends and a placement changes, or ``None``."""
-        if not self.served.effect(self.policy, has_replicas=False).changes_traffic:
+        if not self.effect.changes_traffic:
             return None
         return sent_by(self.served.dispatch.exchange, self.topology.num_nodes)
 
@@ -121,7 +144,8 @@ class Question:
         return BatchOptions(
             policy=self.policy,
             exchanges=ways,
-            replica_choice=self.served.replica_choice or "hash",
+            replica_choice=self.replica_choice,
+            layer_ids=self.layer_ids,
         )
 
     def cost_model(self) -> CostModel | None:
@@ -139,3 +163,35 @@ class Question:
             self.served.combine,
             self.topology.num_nodes,
         )
+
+
+def loadable(
+    questions: Sequence[Question], model: ModelSpec
+) -> tuple[list[Question], list[str]]:
+    """Complete questions by the model; leave out engines that could load no plan.
+
+    There are the fewest redundant experts that fill the ranks. The second value says which
+    engines are left out, and why.
+
+    Raises
+    ------
+    UsageError
+        If no engine is left: as :func:`require_loadable` does.
+    """
+    topology, sizes = questions[0].topology, model.num_experts
+    # Where none fill the ranks, solving says so.
+    more = next(redundant_experts_that_fit(sizes, topology.num_ranks), 0)
+    kept, refused = [], []
+    for one in questions:
+        try:
+            if one.engine is not None and one.engine.name in known_engines():
+                require_loadable(
+                    one.engine, model, has_replicas=more > 0, topology=topology
+                )
+        except UsageError as error:
+            refused.append(error)
+            continue
+        kept.append(replace(one, redundant_experts=more, layer_ids=model.layer_ids))
+    if not kept:
+        raise refused[0]
+    return kept, [f"left out: {error}" for error in refused]

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import gcd
 
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.placement.topology import Topology
 from placer.runtime_map.engine_family import known_families, without_copies
 from placer.target.engine import (
     Engine,
     choose_replicas,
     engines_named,
+    known_engines,
 )
 
 _SOLVED_EXCHANGES = ("per-rank", "per-node")
@@ -126,7 +129,7 @@ def require_loadable(
     architectures: Sequence[str] = (),
     *,
     has_replicas: bool,
-    num_nodes: int,
+    topology: Topology,
 ) -> Loading:
     """Refuse, before any search, what the engine could not load.
 
@@ -140,15 +143,17 @@ def require_loadable(
         What its config names itself, where a checkpoint was given.
     has_replicas
         Whether there are redundant experts.
-    num_nodes
-        Nodes of the plan.
+    topology
+        Ranks and nodes of the plan.
 
     Raises
     ------
     UsageError
-        If there are more nodes than the engine takes, or redundant experts for an engine
-        that loads no map of this model: a permuted checkpoint holds none.
+        If there are more nodes than the engine takes; or for an engine that loads no map of
+        this model, redundant experts, or experts that only those would spread evenly: a
+        permuted checkpoint holds none.
     """
+    num_nodes, num_ranks = topology.num_nodes, topology.num_ranks
     if num_nodes > 1 and engine.single_node:
         others = [o.name for o in engines_named(engine.family) if not o.single_node]
         nearest = get_close_matches(engine.name, others, n=1, cutoff=0)[0]
@@ -157,19 +162,19 @@ def require_loadable(
             f"placer solve TRACE --engine {nearest} --nodes {num_nodes} --gpus-per-node M "
             "--out PLAN",
         )
-    family = known_families()[engine.family]
-    if engine.map_format == "checkpoint":
-        reason: str | None = f"{family.title} loads no map"
-    else:
-        reason = family.no_map_reason(model.model_type, architectures)
+    reason = _no_map_reason(engine, model, architectures)
     if reason is None:
         return Loading()
-    if has_replicas:
+    none = f"{reason}, and a permuted checkpoint holds no redundant experts"
+    uneven = [size for size in model.num_experts if size % num_ranks]
+    if uneven:
         raise UsageError(
-            f"{reason}, and a permuted checkpoint holds no redundant experts, so none "
-            "could be served",
-            without_copies(engine.name),
+            f"{uneven[0]} experts do not divide over {num_ranks} ranks, and --engine "
+            f"{engine.name} serves no copies that fill them: {none}",
+            _even_ways(model, architectures),
         )
+    if has_replicas:
+        raise UsageError(f"{none}, so none could be served", without_copies(engine.name))
     notes = []
     if engine.map_format != "checkpoint":
         notes.append(
@@ -181,6 +186,28 @@ def require_loadable(
         engine.map_format != "checkpoint" or engine.group_rule == "router-groups"
     )
     return Loading(keeps_groups=keeps_groups, notes=tuple(notes))
+
+
+def _no_map_reason(
+    engine: Engine, model: ModelSpec, architectures: Sequence[str]
+) -> str | None:
+    family = known_families()[engine.family]
+    if engine.map_format == "checkpoint":
+        return f"{family.title} loads no map"
+    return family.no_map_reason(model.model_type, architectures)
+
+
+def _even_ways(model: ModelSpec, architectures: Sequence[str]) -> str:
+    """Say what gives every rank the same slots where an engine loads no map."""
+    largest = gcd(*model.num_experts)
+    ranks = ", ".join(str(r) for r in range(1, largest + 1) if largest % r == 0)
+    families = dict.fromkeys(
+        one.family
+        for one in known_engines().values()
+        if _no_map_reason(one, model, architectures) is None
+    )
+    loading = f"; or an engine that loads a map: {', '.join(families)}" if families else ""
+    return f"choose --nodes x --gpus-per-node among {ranks}{loading}"
 
 
 def _require_agreement(option: str, asked: str | None, needed: str, engine: str) -> None:

@@ -530,7 +530,7 @@ def _loading(request: SolveRequest) -> Loading:
         _model_of(request),
         config.get("architectures") or (),
         has_replicas=request.has_replicas,
-        num_nodes=request.options.topology.num_nodes,
+        topology=request.options.topology,
     )
 
 

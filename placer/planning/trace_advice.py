@@ -27,7 +27,10 @@ from placer.planning.advice import (
     Verdict,
 )
 from placer.planning.judge import no_batch_for
-from placer.planning.question import Question
+from placer.planning.question import (
+    Question,
+    loadable,
+)
 from placer.planning.verdict import (
     grouped,
     phase_words,
@@ -38,6 +41,7 @@ from placer.serving.homes import (
     Batching,
     BatchShape,
 )
+from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
     BatchFigures,
     ServedBatches,
@@ -48,7 +52,6 @@ from placer.simulation.batch_figures import (
 from placer.simulation.sent import NODE_COPIES
 from placer.solver.balance.layer_balance import Balancing
 from placer.solver.balance.load_balance import balance_loads
-from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.solver.options import SolveOptions
 from placer.solver.search.pair_search import SearchLimits
 from placer.solver.search.refine import RefineLimits
@@ -90,9 +93,10 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     PlacerError
         If half of the sequences are none, or the experts do not divide over the ranks.
     UsageError
-        If no engine is run for any of the batches.
+        If no engine is run for any of the batches, or can load a plan of the model.
     """
-    asked = [one for one in questions if one.answered]
+    asked, left_out = loadable(questions, trace.model)
+    asked = [one for one in asked if one.answered]
     if not asked:
         engines = [one.engine for one in questions if one.engine is not None]
         raise no_batch_for(engines, questions[0].shapes)
@@ -112,7 +116,13 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     few = f"{number} held-out sequences are too few to trust: {FEWEST_SEQUENCES} are needed"
     shapes = dict.fromkeys(shape for one in asked for shape in one.answered)
     assumed = [one.expert.assumption for one in asked if one.expert and one.hardware]
+    unknown = (
+        unknown_dense_layers(placements.even, one.replica_choice, one.layer_ids)
+        for one in asked
+    )
     warnings = (
+        *left_out,
+        *unknown,
         *doubts(trace, Selection(phase=first.phase)),
         *doubtful_follow(trace, first.policy),
         few if number < FEWEST_SEQUENCES else None,
@@ -122,7 +132,7 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     return Advice(
         answers=answers,
         reasons=tuple(_reasons(asked, placements, served)),
-        redundant_experts=placements.redundant_experts,
+        redundant_experts=first.redundant_experts,
         warnings=tuple(dict.fromkeys(text for text in warnings if text is not None)),
     )
 
@@ -133,22 +143,17 @@ class _Placements:
     def __init__(self, trace: Trace, profile: Chunk, question: Question) -> None:
         self.affinity = count_affinity([profile], trace.model, {})
         self._profile = profile
-        self._question = question
         topology, sizes = question.topology, trace.model.num_experts
         selection = Selection(PROFILE, question.phase)
-        # The fewest that fill the ranks; where there are none, solving says so.
-        fitting = redundant_experts_that_fit(sizes, topology.num_ranks)
-        self.redundant_experts = next(fitting, 0)
+        more = question.redundant_experts
         problem = BaselineProblem(
             trace=trace,
             selection=selection,
             topology=topology,
-            redundant_experts=self.redundant_experts,
+            redundant_experts=more,
         )
-        self._made: dict[str, Placement] = {
-            "contiguous": contiguous(
-                sizes, topology.num_ranks, topology.num_nodes, self.redundant_experts
-            ),
+        self._made: dict[Hashable, Placement] = {
+            "contiguous": contiguous(sizes, topology.num_ranks, topology.num_nodes, more),
             "eplb": eplb(problem),
         }
 
@@ -157,33 +162,32 @@ class _Placements:
         """EPLB's placement."""
         return self._made["eplb"]
 
-    def of(self, question: Question) -> dict[str, tuple[str, Placement]]:
+    def of(self, question: Question) -> dict[str, tuple[Hashable, Placement]]:
         """Return the candidates of an engine by name, each with a key of its own."""
-        found = {name: (name, self._made[name]) for name in ("contiguous", "eplb")}
+        keys: dict[str, Hashable] = {"contiguous": "contiguous", "eplb": "eplb"}
         sent = question.sent
         if sent is not None and question.topology.num_ranks > 1:
             asked = replace(
                 QUICK,
-                topology=self._question.topology,
-                policy=self._question.policy,  # type: ignore[arg-type]  # Question refuses
+                topology=question.topology,
+                policy=question.policy,  # type: ignore[arg-type]  # Question refuses
                 exchange="per-node" if sent == NODE_COPIES else "per-rank",
-                redundant_experts=self.redundant_experts,
+                redundant_experts=question.redundant_experts,
                 # No engine has cover.
-                replica_choice=self._question.batch_options().replica_choice,  # type: ignore[arg-type]
+                replica_choice=question.replica_choice,  # type: ignore[arg-type]
             ).guarded()
             plans = {"placed": asked}
             if asked.below_eplb:
                 plans[CAPPED] = replace(asked, below_eplb=False)
             for name, options in plans.items():
-                key = f"{name}, {options.exchange}"
-                found[name] = key, self._placed(key, options)
-        return found
+                keys[name] = name, options.exchange, options.replica_choice
+                self._make(keys[name], options)
+        return {name: (key, self._made[key]) for name, key in keys.items()}
 
-    def _placed(self, key: str, options: SolveOptions) -> Placement:
+    def _make(self, key: Hashable, options: SolveOptions) -> None:
         if key not in self._made:
             found = solve_to_choose(self.affinity, options, self._profile, Deadline())[0]
             self._made[key] = found
-        return self._made[key]
 
 
 class _Served:
@@ -357,16 +361,12 @@ def changed(what: str, then: float, now: float) -> str:
 def _reasons(
     questions: Sequence[Question], placements: _Placements, served: _Served
 ) -> list[str]:
-    effects = {
-        one.served.name: one.served.effect(one.policy, has_replicas=False)
-        for one in questions
-    }
     reasons = [
         f"{', '.join(names)}: {reason}"
         for names, reason in grouped(
-            (name, effect.reason)
-            for name, effect in effects.items()
-            if not effect.changes_traffic
+            (one.served.name, one.effect.reason)
+            for one in questions
+            if not one.effect.changes_traffic
         )
     ]
     if questions[0].topology.num_ranks == 1:
@@ -377,20 +377,21 @@ def _reasons(
             "rank's load (eplb), not about time"
         )
     if any(one.served.map_format != "checkpoint" for one in questions):
-        reasons += _redundant_reason(placements, served, questions[0].topology)
+        reasons += _redundant_reason(placements, served, questions[0])
     return reasons
 
 
 def _redundant_reason(
-    placements: _Placements, served: _Served, topology: Topology
+    placements: _Placements, served: _Served, question: Question
 ) -> list[str]:
     """Estimate what a further slot per rank is worth, where balance is far from even."""
+    topology = question.topology
     number = topology.num_ranks
     before = served.imbalance(placements.even)
     if before <= _FAR_FROM_EVEN or number == 1:
         return []
     loads = [counts.astype(np.float64) for counts in placements.affinity.load]
-    more = placements.redundant_experts + number
+    more = question.redundant_experts + number
     asked = Balancing(
         num_ranks=number, num_nodes=topology.num_nodes, redundant_experts=more
     )

@@ -77,14 +77,16 @@ def batch_shapes(
     )
 
 
-def parse_tokens_per_rank(text: str) -> tuple[int, ...]:
-    """Read a list such as ``64,256,4096``.
+def parse_tokens_per_rank(text: str | None) -> tuple[int, ...]:
+    """Read a list such as ``64,256,4096``; ``None`` is :data:`TOKENS_PER_RANK`.
 
     Raises
     ------
     UsageError
         If one is no whole number.
     """
+    if text is None:
+        return TOKENS_PER_RANK
     if not all(one.strip().isdecimal() for one in text.split(",")):
         raise UsageError(
             f"--tokens-per-rank {text} is no list of whole numbers",

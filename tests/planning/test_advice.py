@@ -10,11 +10,14 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.cli.main import main
+from placer.cli.output import TokensPerRankOption
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.advice import (
     Advice,
+    Answer,
     advise_on_loads,
     next_command,
 )
@@ -26,6 +29,11 @@ from placer.planning.trace_advice import (
     advise_on_trace,
     changed,
 )
+from placer.serving.homes import TOKENS_PER_RANK
+from placer.simulation.batch_figures import (
+    BatchOptions,
+    batch_steps,
+)
 from placer.simulation.cost import ExpertShape
 from placer.solver.search.pair_search import Search
 from placer.target.engine import (
@@ -35,6 +43,8 @@ from placer.target.engine import (
 from placer.target.hardware import Hardware
 from placer.trace import (
     Chunk,
+    Fold,
+    Selection,
     Trace,
     TraceWriter,
 )
@@ -223,9 +233,9 @@ def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
 def test_loads_alone_judge_balance(tmp_path: Path) -> None:
     counted = count_affinity(write(tmp_path / "h", hot()).chunks(), MODEL, {})
     alone = replace(counted, transition=(), coactivation=())
-    assert advise_on_loads(alone, QUESTION).verdict == "balance only"
+    assert advise_on_loads(alone, [QUESTION]).verdict == "balance only"
     counted = count_affinity(write(tmp_path / "p", partners()).chunks(), MODEL, {})
-    assert advise_on_loads(counted, QUESTION).verdict == "not worth it"
+    assert advise_on_loads(counted, [QUESTION]).verdict == "not worth it"
 
 
 def test_the_command_prints_the_verdict(
@@ -241,21 +251,173 @@ def test_the_command_prints_the_verdict(
     assert printed["next"].startswith("placer solve")
 
 
-def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(tmp_path: Path) -> None:
+THREE = replace(QUESTION, topology=Topology(gpus_per_node=3))
+FIVE = replace(QUESTION, topology=Topology(gpus_per_node=5))
+
+
+def run(words: list[str]) -> int:
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    return int(done.value.code or 0)
+
+
+@pytest.mark.parametrize("engine", [None, "sglang-none"])
+def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(
+    tmp_path: Path, engine: str | None
+) -> None:
     """Eight experts on three ranks: one more. The next command runs."""
     trace = write(tmp_path / "t", hot())
-    three = replace(QUESTION, topology=Topology(gpus_per_node=3))
+    one = usual_engines(1)[0] if engine is None else Engine.named(engine)
+    asked = [replace(THREE, engine=one)]
     counts = count_affinity([trace.read()], MODEL, {})
-    for advice in (
-        advise_on_loads(counts, three),
-        advise_on_trace(trace, [replace(three, engine=Engine.named("vllm-deepep-ll"))]),
+    counts.write(tmp_path / "counts")
+    for number, (advice, source) in enumerate(
+        (
+            (advise_on_loads(counts, asked), tmp_path / "counts"),
+            (advise_on_trace(trace, asked), trace.directory),
+        )
     ):
         assert advice.redundant_experts == 1
         assert advice.verdict == "balance only"
-    command = next_command(advice, trace.directory, [three])
-    assert command is not None and "--redundant-experts 1 --replica-choice hash" in command
-    words = command.split()[1:]
-    words[-1] = str(tmp_path / "plan.json")
-    with pytest.raises(SystemExit) as done:
-        main(words)
-    assert done.value.code == 0
+        command = next_command(advice, source, asked)
+        assert command is not None and "--redundant-experts 1" in command
+        assert (f"--engine {engine}" in command) == (engine is not None)
+        words = command.split()[1:]
+        words[-1] = str(tmp_path / f"plan{number}.json")
+        assert run(words) == 0
+
+
+def test_no_copies_are_advised_to_an_engine_that_loads_no_map(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the hint names is accepted; ``solve`` refuses the same with the same words."""
+    trace = write(tmp_path / "t", hot())
+    counts = count_affinity([trace.read()], MODEL, {})
+    asked = [replace(THREE, engine=one) for one in engines_named("vllm")]
+    with pytest.raises(UsageError, match="8 experts do not divide over 3 ranks") as error:
+        advise_on_trace(trace, asked)
+    assert "vLLM loads no map" in error.value.message
+    with pytest.raises(UsageError) as other:
+        advise_on_loads(counts, asked)
+    assert str(other.value) == str(error.value)
+    assert error.value.hint == (
+        "choose --nodes x --gpus-per-node among 1, 2, 4, 8; or an engine that loads a map: "
+        "sglang, trtllm"
+    )
+    for engine, ranks in (("vllm-agrs", 4), ("sglang-none", 3)):
+        advise = ["advise", str(trace.directory), "--engine", engine]
+        assert run([*advise, "--gpus-per-node", str(ranks)]) == 0
+    capsys.readouterr()
+    for copies in ("0", "1"):
+        solve = ["solve", str(trace.directory), "--engine", asked[0].served.name]
+        solve += ["--redundant-experts", copies, "--gpus-per-node", "3"]
+        assert run([*solve, "--out", str(tmp_path / "plan.json")]) == 2
+        assert error.value.message in capsys.readouterr().err
+
+
+def test_engines_that_cannot_be_started_are_left_out_of_a_family(tmp_path: Path) -> None:
+    trace = write(tmp_path / "t", partners())
+    two = replace(QUESTION, topology=Topology(num_nodes=2, gpus_per_node=2))
+    every = engines_named("sglang")
+    advice = advise_on_trace(trace, [replace(two, engine=one) for one in every])
+    alone = [one.name for one in every if one.single_node]
+    assert alone and not {one.engine for one in advice.answers} & set(alone)
+    told = [text for text in advice.warnings if text.startswith("left out: ")]
+    assert [name for name in alone if any(name in text for text in told)] == alone
+
+
+def sent(answer: Answer) -> dict[str, list[float | None]]:
+    return {
+        name: [one.sent_per_token for one in every]
+        for name, every in answer.candidates.items()
+    }
+
+
+def test_each_engine_is_judged_by_a_plan_for_its_own_choice(tmp_path: Path) -> None:
+    """Whoever is asked about first: SGLang's static draws differ from the hash."""
+    trace = write(tmp_path / "t", hot())
+    names = ("sglang-deepep", "trtllm-onesided")
+    asked = {name: replace(FIVE, engine=Engine.named(name)) for name in names}
+    together = advise_on_trace(trace, [asked["trtllm-onesided"], asked["sglang-deepep"]])
+    for answer in together.answers:
+        assert answer.engine is not None
+        (alone,) = [
+            one
+            for one in advised(trace, asked[answer.engine]).answers
+            if one.phase == answer.phase
+        ]
+        assert sent(answer) == sent(alone)
+
+
+def test_the_draws_of_an_engine_know_which_layers_are_dense(tmp_path: Path) -> None:
+    """The figures are those of the model's own layer numbers, and a warning where none."""
+    trace = write(tmp_path / "t", hot())
+    question = replace(FIVE, engine=Engine.named("sglang-deepep"))
+    advice = advised(trace, question)
+    assert any("no file says which layers are dense" in text for text in advice.warnings)
+    numbered = replace(MODEL, layer_ids=(3, 7))
+    with TraceWriter(directory=tmp_path / "n", model=numbered) as writer:
+        writer.append(trace.read())
+        writer.finish()
+    own = Trace(tmp_path / "n")
+    known = advised(own, question)
+    assert not any("layers are dense" in text for text in known.warnings)
+    heldout = own.read(Selection(Fold(0, 2)).complement())
+    options = BatchOptions(
+        policy="fixed",
+        exchanges=("per-node", "per-node"),
+        replica_choice="sglang-static",
+        layer_ids=(3, 7),
+    )
+    (answer,) = known.answers
+    (shape,) = question.answered
+    metrics = batch_steps(contiguous((8, 8), 5, 1, 2), heldout, shape, options).figures()
+    copies = metrics.metrics.dispatch_fast_copies_per_token
+    assert answer.candidates["contiguous"][0].sent_per_token == pytest.approx(copies)
+    (before,) = advice.answers
+    assert sent(before) != sent(answer)
+
+
+def test_where_there_are_copies_they_change_what_pairs_are_sent(tmp_path: Path) -> None:
+    """SGLang serves a pair at home where it can: which experts have copies counts."""
+    trace = write(tmp_path / "t", partners())
+    engine = Engine.named("sglang-deepep-ll")
+    for question, changes in ((QUESTION, False), (THREE, True)):
+        advice = advised(trace, replace(question, engine=engine))
+        assert ("placed" in advice.answers[0].candidates) == changes
+        assert any("can only balance" in text for text in advice.reasons) != changes
+
+
+def test_from_counts_the_engine_says_which_copy_serves(tmp_path: Path) -> None:
+    counts = count_affinity([write(tmp_path / "t", hot()).read()], MODEL, {})
+    asked = [
+        replace(THREE, engine=Engine.named(name))
+        for name in ("sglang-none", "sglang-deepep")
+    ]
+    even, drawn = advise_on_loads(counts, asked).answers
+    assert (even.engine, drawn.engine) == ("sglang-none", "sglang-deepep")
+    assert even.candidates != drawn.candidates
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--hardware", "h100"),
+        ("--batching", "decode"),
+        ("--tokens-per-rank", "64"),
+        ("--policy", "follow"),
+    ],
+)
+def test_counts_refuse_what_only_tokens_can_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    path = tmp_path / "counts"
+    count_affinity([write(tmp_path / "t", hot()).read()], MODEL, {}).write(path)
+    assert run(["advise", str(path), "--gpus-per-node", "4", option, value]) == 2
+    assert f"{option} {value} is for a trace" in capsys.readouterr().err
+
+
+def test_help_shows_the_sizes_of_batches_that_are_served() -> None:
+    assert TokensPerRankOption.__metadata__[0].show_default == ",".join(
+        map(str, TOKENS_PER_RANK)
+    )

@@ -4,6 +4,7 @@ import pytest
 
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.placement.topology import Topology
 from placer.planning.served import (
     require_loadable,
     solved_for,
@@ -12,6 +13,9 @@ from placer.target.engine import (
     Engine,
     known_engines,
 )
+
+ONE_NODE = Topology(gpus_per_node=4)
+TWO_NODES = Topology(num_nodes=2, gpus_per_node=2)
 
 
 def test_without_an_engine_what_was_asked_counts() -> None:
@@ -109,12 +113,12 @@ def test_redundant_experts_that_no_map_brings_are_refused(
     """What is refused is possible without redundant experts, as the hint says."""
     one, model = Engine.named(engine), of_type(model_type)
     if reason is None:
-        require_loadable(one, model, has_replicas=True, num_nodes=1)
+        require_loadable(one, model, has_replicas=True, topology=ONE_NODE)
         return
     with pytest.raises(UsageError, match=reason) as error:
-        require_loadable(one, model, has_replicas=True, num_nodes=1)
+        require_loadable(one, model, has_replicas=True, topology=ONE_NODE)
     assert f"placer solve TRACE --engine {engine} --redundant-experts 0" in error.value.hint
-    loading = require_loadable(one, model, has_replicas=False, num_nodes=1)
+    loading = require_loadable(one, model, has_replicas=False, topology=ONE_NODE)
     told = [note for note in loading.notes if "placer export checkpoint" in note]
     assert bool(told) == (one.map_format != "checkpoint")
 
@@ -122,19 +126,19 @@ def test_redundant_experts_that_no_map_brings_are_refused(
 def test_the_architectures_of_a_checkpoint_decide_whether_a_map_is_read() -> None:
     engine, model = Engine.named("sglang-deepep"), of_type("of_a_vendor")
     with pytest.raises(UsageError, match="SGLang ignores a map for of_a_vendor"):
-        require_loadable(engine, model, has_replicas=True, num_nodes=1)
+        require_loadable(engine, model, has_replicas=True, topology=ONE_NODE)
     known = ["Qwen3MoeForCausalLM"]
-    require_loadable(engine, model, known, has_replicas=True, num_nodes=1)
+    require_loadable(engine, model, known, has_replicas=True, topology=ONE_NODE)
 
 
 @pytest.mark.parametrize("name", known_engines())
 def test_an_engine_of_one_node_names_one_of_several(name: str) -> None:
     engine, model = Engine.named(name), of_type("deepseek_v3")
     if not engine.single_node:
-        require_loadable(engine, model, has_replicas=False, num_nodes=2)
+        require_loadable(engine, model, has_replicas=False, topology=TWO_NODES)
         return
     with pytest.raises(UsageError, match="runs on one node, --nodes is 2") as error:
-        require_loadable(engine, model, has_replicas=False, num_nodes=2)
+        require_loadable(engine, model, has_replicas=False, topology=TWO_NODES)
     other = Engine.named(error.value.hint.partition("--engine ")[2].split()[0])
     assert not other.single_node and other.family == engine.family
 
@@ -156,6 +160,6 @@ def test_a_plan_for_a_permuted_checkpoint_keeps_router_groups(
         Engine.named(engine),
         of_type(model_type, n_group),
         has_replicas=False,
-        num_nodes=1,
+        topology=ONE_NODE,
     )
     assert loading.keeps_groups == keeps
