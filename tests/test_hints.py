@@ -7,13 +7,17 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.main
 from typer.exceptions import TyperException
 
 import placer
 from placer.cli.export import TARGETS
-from placer.cli.main import app
+from placer.cli.main import (
+    app,
+    main,
+)
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
@@ -26,6 +30,10 @@ from placer.runtime_map import (
 from placer.target.engine import (
     Engine,
     engines_named,
+)
+from placer.trace import (
+    Chunk,
+    TraceWriter,
 )
 from tests.plans import unsolved_plan
 
@@ -193,3 +201,72 @@ def test_hints_lead_to_a_file_that_is_served(started, row, name, checkpoint, tmp
         if "--redundant-experts 0" in " ".join(words):
             row = PLAIN
     pytest.fail(f"round in circles: {seen}")
+
+
+def run(words, folder, monkeypatch):
+    """Run a command in a folder of its own, for what it writes beside itself."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    return done.value.code
+
+
+EVEN, HOT = (0.25,) * 4, (0.45, 0.45, 0.05, 0.05)
+
+
+def routed(folder, share):
+    """A trace of partners, four pairs of experts, that are used in these shares."""
+    first = np.random.default_rng(0).choice(4, 4000, p=share)
+    experts = np.stack([first, first + 4], axis=1).astype(np.uint8)
+    with TraceWriter(directory=folder, model=ModelSpec(num_experts=(8,), top_k=2)) as out:
+        out.append(
+            Chunk(
+                experts=(experts,),
+                sequence_ids=np.repeat(np.arange(40), 100).astype(np.int32),
+                positions=np.tile(np.arange(100), 40).astype(np.int32),
+            )
+        )
+        out.finish()
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "part"),
+    [
+        (EVEN, "--nodes 2 --gpus-per-node 2", "--exchange per-node"),
+        (EVEN, "--gpus-per-node 4 --engine sglang-deepep", "--engine sglang-deepep"),
+        (EVEN, "--gpus-per-node 4 --policy follow", "--policy follow"),
+        (HOT, "--gpus-per-node 4 --engine sglang-none", "--objective balance"),
+        (HOT, "--gpus-per-node 3", "--replica-choice hash"),
+    ],
+)
+def test_what_is_advised_runs(share, asked, part, tmp_path, capsys, monkeypatch):
+    """On a trace, and on its counts where they advise anything; paths have a space."""
+    trace, counts = routed(tmp_path / "a trace", share), str(tmp_path / "the counts")
+    assert run(["affinity", trace, "--out", counts], tmp_path, monkeypatch) == 0
+    for source in (trace, counts):
+        capsys.readouterr()
+        words = ["advise", source, *shlex.split(asked), "--json"]
+        assert run(words, tmp_path, monkeypatch) == 0
+        command = json.loads(capsys.readouterr().out)["next"]
+        if source == trace:
+            assert part in command
+        if command is not None:
+            assert run(shlex.split(command)[1:], tmp_path, monkeypatch) == 0, command
+            (tmp_path / "plan.json").unlink()
+
+
+@pytest.mark.parametrize("number", ["2", "auto"])
+def test_what_asks_for_a_replica_choice_runs(number, tmp_path, capsys, monkeypatch):
+    trace = routed(tmp_path / "a trace", HOT)
+    words = ["solve", trace, "--gpus-per-node", "2", "--policy", "follow"]
+    words += ["--redundant-experts", number, "--out", "PLAN"]
+    assert run(words, tmp_path, monkeypatch) == 2
+    told = capsys.readouterr().err.splitlines()
+    commands = [line for line in told if line.startswith("  placer solve")]
+    assert commands
+    for n, line in enumerate(commands):
+        command = shlex.split(line, comments=True)[1:]
+        assert command[command.index("--redundant-experts") + 1] == number
+        command[command.index("PLAN")] = f"plan{n}.json"
+        assert run(command, tmp_path, monkeypatch) == 0, line
