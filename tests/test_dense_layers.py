@@ -96,6 +96,26 @@ def test_what_judges_a_plan_draws_for_dense_layers(
         assert set(drawn) == {LAYER_IDS}, command
 
 
+@pytest.mark.parametrize(("solved", "judged"), [("bound", "unbound"), ("unbound", "bound")])
+def test_the_plan_or_else_the_trace_says_which_layers_are_dense(
+    bound: Path, drawn: list[object], tmp_path: Path, solved: str, judged: str
+) -> None:
+    """The same for every command that judges a plan, on tokens or on counts."""
+    plan, trace = tmp_path / "plan.json", tmp_path / judged
+    words = ("--fold", "0/2", *SERVED, *TOPOLOGY, *QUICK)
+    run("solve", tmp_path / solved, *words, "--out", plan)
+    run("affinity", trace, "--out", tmp_path / "counts")
+    for command in (
+        ("simulate", plan, trace),
+        ("check", plan, trace, "--tolerance", "9"),
+        ("check", plan, tmp_path / "counts", "--tolerance", "9"),
+        ("tables", plan, trace, "--out", tmp_path / "table.safetensors"),
+    ):
+        drawn.clear()
+        run(*command)
+        assert set(drawn) == {LAYER_IDS}, command
+
+
 def test_a_trace_that_knows_no_dense_layer_says_so(
     bound: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,5 +134,6 @@ def test_a_trace_that_knows_no_dense_layer_says_so(
     ):
         run(*command)
         assert warning in capfd.readouterr().err, command
-    run("simulate", plan, bound)
-    assert warning not in capfd.readouterr().err, "the trace knows it"
+    for command in ("simulate", "check"):
+        run(command, plan, bound, *(("--tolerance", "9") if command == "check" else ()))
+        assert warning not in capfd.readouterr().err, "the trace knows it"

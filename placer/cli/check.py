@@ -50,22 +50,29 @@ def check(
         check_plan,
         improving_command,
     )
-    from placer.planning.profile import other_phase
+    from placer.planning.profile import (
+        layer_ids_of,
+        other_phase,
+    )
     from placer.serving.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
     read, chosen = Plan.read(plan), parse_selection(fold, not_fold, phase)
-    dense = unknown_dense_layers(read.placement, read.replica_choice, read.model.layer_ids)
     if source.is_file():
         folds = {"--fold": fold, "--not-fold": not_fold}
         phases = {"--phase": phase if phase != "all" else None}
         require_left_out(folds | phases, "a trace: counts have no tokens to select")
-        report = check_on_loads(read, Affinity.read(source), str(source), tolerance)
-        warnings = [dense, "counts say nothing of traffic: only balance is judged"]
+        counts = Affinity.read(source)
+        model, report = counts.model, check_on_loads(read, counts, str(source), tolerance)
+        limit: str | None = "counts say nothing of traffic: only balance is judged"
     else:
-        report = check_plan(read, Trace(source), chosen, tolerance)
-        warnings = [dense, other_phase(read, chosen)]
-    for warning in warnings:
+        trace = Trace(source)
+        model, report = trace.model, check_plan(read, trace, chosen, tolerance)
+        limit = other_phase(read, chosen)
+    dense = unknown_dense_layers(
+        read.placement, read.replica_choice, layer_ids_of(read, model)
+    )
+    for warning in (dense, limit):
         if warning is not None:
             warn(warning)
     if as_json:

@@ -22,6 +22,7 @@ from placer.placement.topology import (
     INTER_COST,
     INTRA_COST,
 )
+from placer.planning.profile import layer_ids_of
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_balance import predicted_imbalance
 from placer.trace import (
@@ -131,8 +132,11 @@ def check_plan(
             f"{FEWEST_SEQUENCES} are needed",
             "record more of today's traffic",
         )
-    now = _figures(plan, tokens)
-    parts = np.array([_figures(plan, part) for part in _without_a_group(tokens, ids)])
+    layer_ids = layer_ids_of(plan, trace.model)
+    now = _figures(plan, tokens, layer_ids)
+    parts = np.array(
+        [_figures(plan, part, layer_ids) for part in _without_a_group(tokens, ids)]
+    )
     errors = np.sqrt((NUM_GROUPS - 1) * parts.var(axis=0))
     names = ("copies of contiguous", "load imbalance")
     return DriftReport(
@@ -182,7 +186,7 @@ def check_on_loads(
         plan.placement,
         [counts.astype(np.float64) for counts in affinity.load],
         plan.replica_choice or "hash",
-        plan.model.layer_ids,
+        layer_ids_of(plan, affinity.model),
     )
     figure = Drift(
         name="load imbalance",
@@ -288,7 +292,9 @@ def _copies_key(plan: Plan) -> str:
     return f"remote_{way}_copies_per_token"
 
 
-def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
+def _figures(
+    plan: Plan, tokens: Chunk, layer_ids: tuple[int, ...] | None
+) -> tuple[float, float]:
     placement, key = plan.placement, _copies_key(plan)
     base = contiguous(
         plan.model.num_experts,
@@ -301,7 +307,7 @@ def _figures(plan: Plan, tokens: Chunk) -> tuple[float, float]:
             one,
             tokens,
             replica_choice=plan.replica_choice,
-            layer_ids=plan.model.layer_ids,
+            layer_ids=layer_ids,
         )[plan.policy_without_table].to_json()
         for one in (placement, base)
     )

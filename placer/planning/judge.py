@@ -25,6 +25,7 @@ from placer.placement import (
 from placer.placement.plan import plan_sha256
 from placer.planning.baseline_placements import baseline_placements
 from placer.planning.profile import (
+    layer_ids_of,
     num_seen_sequences,
     other_phase,
     profile_of,
@@ -327,7 +328,7 @@ class _Judge:
         self.tokens = tokens
         self.placements = placements
         self.table = table
-        self.layer_ids = plan.model.layer_ids or trace.model.layer_ids
+        self.layer_ids = layer_ids_of(plan, trace.model)
         self._tallies: dict[tuple[str, ReplicaChoice | None], Tallies] = {}
         self._batches = ServedBatches(tokens)
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.table.table import Table
 from placer.trace import (
@@ -29,6 +30,15 @@ def made_from(made: Plan | Table, trace: Trace) -> bool:
 def profile_of(made: Plan | Table, trace: Trace) -> Selection | None:
     """Return the tokens of ``trace`` that a plan or table is made from, if it is."""
     return Selection.from_json(made.provenance) if made_from(made, trace) else None
+
+
+def layer_ids_of(plan: Plan, other: ModelSpec) -> tuple[int, ...] | None:
+    """Return ``[L]``: the model's own layer numbers, which SGLang draws copies by.
+
+    They are the plan's; where it does not say, those of ``other``, the same model in what
+    the plan is judged on. ``None`` where neither says.
+    """
+    return plan.model.layer_ids or other.layer_ids
 
 
 def other_phase(plan: Plan, judged: Selection) -> str | None:

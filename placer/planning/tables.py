@@ -16,6 +16,7 @@ from placer.model import (
 from placer.placement import Plan
 from placer.placement.plan import plan_sha256
 from placer.planning.profile import (
+    layer_ids_of,
     num_seen_sequences,
     profile_of,
 )
@@ -163,6 +164,7 @@ def make_table(
         token_experts = read_token_experts(options.embeddings, checkpoint)
         if not model.bound:
             model = checkpoint
+    layer_ids = layer_ids_of(plan, model)
     vocab_size = model.vocab_size or _largest_id(tokens) + 1
     build = partial(
         build_table,
@@ -173,7 +175,7 @@ def make_table(
         with_combined=options.with_combined,
         max_home_imbalance=options.max_home_imbalance,
         replica_choice=choice,
-        layer_ids=model.layer_ids,
+        layer_ids=layer_ids,
     )
     table = build(
         tokens,
@@ -186,7 +188,7 @@ def make_table(
     )
     exact_layers = tuple(sorted(token_experts))
     # Without the embedding: what is measured is the error of counts.
-    calibration = fit_calibration(plan.placement, tokens, build, choice, model.layer_ids)
+    calibration = fit_calibration(plan.placement, tokens, build, choice, layer_ids)
     if calibration is not None:
         table = calibrated(table, calibration, exact_layers)
     table = dataclasses.replace(
@@ -208,7 +210,7 @@ def make_table(
     heldout = _heldout(trace, profile)
     warnings = (
         warning,
-        unknown_dense_layers(plan.placement, choice, model.layer_ids),
+        unknown_dense_layers(plan.placement, choice, layer_ids),
         _seen_by_plan(plan, trace, heldout),
     )
     return TableResult(
@@ -223,7 +225,7 @@ def make_table(
             heldout,
             table=table,
             replica_choice=choice,
-            layer_ids=model.layer_ids,
+            layer_ids=layer_ids,
         ),
         warnings=tuple(one for one in warnings if one is not None),
     )
