@@ -33,7 +33,7 @@ from placer.model import (
     ModelSpec,
     expert_size,
 )
-from placer.model.weight_bytes import checkpoint_weight_bytes
+from placer.model.weight_bytes import checkpoint_weights
 from placer.simulation.steps import (
     Copies,
     LayerSteps,
@@ -67,6 +67,8 @@ class ExpertShape:
         Width of an expert.
     weight_bytes
         Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for four bits.
+    weight_only
+        Whether weights alone are quantised, and the experts compute in bf16.
     assumption
         The sentence on where ``weight_bytes`` comes from, if nobody said it.
     """
@@ -74,6 +76,7 @@ class ExpertShape:
     hidden_size: int
     intermediate_size: int
     weight_bytes: float = WEIGHT_BYTES["bf16"]
+    weight_only: bool = False
     assumption: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,11 +117,13 @@ def find_expert_shape(
     PlacerError
         If ``model`` is no checkpoint of a known family, or of an unknown quantisation.
     """
+    weight_only = False
     if model is not None:
         hidden_size = ModelSpec.from_checkpoint(model).hidden_size
         intermediate_size = expert_size(model)
-        if weight_bytes is None:
-            weight_bytes = checkpoint_weight_bytes(model)
+        stored = checkpoint_weights(model) if weight_bytes is None else None
+        if stored is not None:
+            weight_bytes, weight_only = stored.num_bytes, stored.weight_only
     if hidden_size is None or intermediate_size is None:
         return None
     assumption = None
@@ -135,6 +140,7 @@ def find_expert_shape(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         weight_bytes=weight_bytes,
+        weight_only=weight_only,
         assumption=assumption,
     )
 
@@ -271,7 +277,9 @@ class CostModel:
 
     def _compute(self, steps: LayerSteps) -> FloatArray:
         weights = self.expert.num_weights
-        flops = self.hardware.flops(self.expert.weight_bytes)
+        flops = self.hardware.bf16_flops
+        if not self.expert.weight_only:
+            flops = self.hardware.flops(self.expert.weight_bytes)
         arithmetic = steps.pairs * (_OPERATIONS * weights / flops)
         weight_bytes = weights * self.expert.weight_bytes
         reading = steps.activated * (weight_bytes / self.hardware.memory_bandwidth)
