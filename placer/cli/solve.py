@@ -408,6 +408,6 @@ def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) 
     if as_json:
         print_json({"out": str(out), "points": rows})
         return
-    columns = ("cap", "plan", "copies/token", "of contiguous", "imbalance")
+    columns = ("cap", "plan", points[0].sent.heading, "of contiguous", "imbalance")
     print_table(columns, [tuple(row.values())[:5] for row in rows])
     print_line(f"plans and {TABLE_NAME} written to {out}")

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ from placer.planning.planner import plan_from_trace
 from placer.run.deadline import Deadline
 from placer.run.files import atomic_directory
 from placer.run.progress import Progress
+from placer.simulation.sent import (
+    RANK_COPIES,
+    Sent,
+    Wire,
+)
 from placer.solver.missed_caps import require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.trace import (
@@ -32,8 +37,11 @@ class FrontierPoint:
         The cap that it was solved under, relaxed where it is out of reach.
     file
         The plan's file.
-    remote_rank_copies_per_token
-        Held out where sequences were, else of the profile; so are the next two.
+    sent
+        What the engine sends and the placement changes.
+    sent_per_token
+        How much of it, held out where sequences were, else of the profile; so are the next
+        two.
     ratio
         The same over that of the contiguous placement.
     load_imbalance_mean
@@ -46,7 +54,8 @@ class FrontierPoint:
 
     max_imbalance: float
     file: str
-    remote_rank_copies_per_token: float
+    sent: Sent
+    sent_per_token: float
     ratio: float
     load_imbalance_mean: float
     objective: float
@@ -54,8 +63,13 @@ class FrontierPoint:
     reproducible: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
+        """Return the fields by name, what is sent by that of its metric."""
+        values = asdict(self)
+        del values["sent"]
+        return {
+            self.sent.metric if name == "sent_per_token" else name: value
+            for name, value in values.items()
+        }
 
 
 def parse_caps(text: str) -> list[float]:
@@ -123,7 +137,7 @@ def write_frontier(
                 break
         with (directory / TABLE_NAME).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow([field.name for field in fields(FrontierPoint)])
+            writer.writerow(points[0].to_json())
             writer.writerows(point.to_json().values() for point in points)
     return points
 
@@ -131,11 +145,13 @@ def write_frontier(
 def _point(plan: Plan, cap: float, name: str) -> FrontierPoint:
     own = (plan.metrics["heldout"] or plan.metrics["profile"])[plan.policy]
     base = plan.metrics["baselines"]["contiguous"][plan.policy]
-    key = "remote_rank_copies_per_token"
+    sent = Wire.of(plan, plan.engine).compared(plan.policy) or RANK_COPIES
+    key = sent.metric
     return FrontierPoint(
         max_imbalance=cap,
         file=name,
-        remote_rank_copies_per_token=own[key],
+        sent=sent,
+        sent_per_token=own[key],
         ratio=round(own[key] / base[key], 5) if base[key] else 1.0,
         load_imbalance_mean=own["load_imbalance_mean"],
         objective=plan.solver.objective,

@@ -29,24 +29,47 @@ def test_caps_are_read_ascending_and_once() -> None:
             parse_caps(wrong)
 
 
+@pytest.mark.parametrize(
+    ("asked", "key", "heading"),
+    [
+        ("--gpus-per-node 4", "remote_rank_copies_per_token", "copies/token"),
+        (
+            "--nodes 2 --gpus-per-node 2 --exchange per-node",
+            "remote_node_copies_per_token",
+            "between nodes",
+        ),
+        (
+            "--gpus-per-node 4 --engine sglang-deepep-ll --policy follow",
+            "remote_pairs_per_token",
+            "pairs/token",
+        ),
+    ],
+)
 def test_each_point_is_its_plan(
-    make_trace: Callable[..., Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_trace: Callable[..., Trace],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+    key: str,
+    heading: str,
 ) -> None:
+    """It tells what is sent."""
     trace = make_trace(num_tokens=3000, num_experts=(16,) * 3, num_sequences=40)
     out = tmp_path / "curve"
-    arguments = ["solve", str(trace.directory), "--gpus-per-node", "4", "--out", str(out)]
+    arguments = ["solve", str(trace.directory), *asked.split(), "--out", str(out)]
     with pytest.raises(SystemExit) as done:
         main([*arguments, "--frontier", "3,1.05", "--proof", "none", "--num-rounds", "2"])
     assert done.value.code == 0
-    assert "plan-1.05.json" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "plan-1.05.json" in printed
+    assert heading in printed
     with (out / "frontier.csv").open() as stream:
         tight, loose = csv.DictReader(stream)
     assert float(loose["objective"]) <= float(tight["objective"])
     for row in (tight, loose):
-        placement = Plan.read(out / row["file"]).placement
-        own = simulate(placement, trace.read())["fixed"].to_json()
+        plan = Plan.read(out / row["file"])
+        own = simulate(plan.placement, trace.read())[plan.policy].to_json()
         assert float(row["load_imbalance_mean"]) == own["load_imbalance_mean"]
-        key = "remote_rank_copies_per_token"
         assert float(row[key]) == own[key]
     assert float(tight["load_imbalance_mean"]) < float(loose["load_imbalance_mean"])
 
