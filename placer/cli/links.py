@@ -32,7 +32,7 @@ def links(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how much experts foretell those of later layers, and what tells it.
+    """Measure how much experts predict those of later layers, and what tells it.
 
     Mutual information in bits, mean over layers, beside controls that destroy one kind
     of structure after another; how far links reach; distances between domains. Several

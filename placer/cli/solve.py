@@ -182,20 +182,24 @@ def solve(
     robust: Annotated[
         str,
         typer.Option(
-            help="Keep other sequences to --max-imbalance too, bearing loads beside the "
-            "profile's: bootstrap or domains. Solves under the cap, and at the price, that "
-            "quick plans of halves of the profile ask for."
+            help="Also keep unseen sequences under --max-imbalance: bootstrap (resampled "
+            "loads) or domains (loads per domain). Cap and price are tuned on two halves "
+            "of the profile."
         ),
     ] = "none",
     overflow_price: Annotated[
         float | None,
         typer.Option(
-            help="With --robust: copies that a pair over the cap is worth.",
+            help="With --robust: penalty, in copies, for each (token, expert) pair "
+            "above the load cap.",
             show_default="10, or up to 40 as the cap takes",
         ),
     ] = None,
     receive_price: Annotated[
-        float, typer.Option(help="Copies that one to the busiest receiver is worth.")
+        float,
+        typer.Option(
+            help="Extra penalty, in copies, for each copy sent to the busiest rank."
+        ),
     ] = 0.0,
     start: Annotated[
         Path | None,

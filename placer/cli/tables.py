@@ -64,7 +64,7 @@ def tables(
     unseen: Annotated[
         UnseenChoice,
         typer.Option(
-            help="What the embedding gives: rates foretold by regression, or the row of "
+            help="What the embedding gives: rates predicted by regression, or the row of "
             "the nearest neighbour."
         ),
     ] = UnseenChoice.REGRESSION,

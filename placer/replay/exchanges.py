@@ -241,7 +241,7 @@ class ShuffleExchange(DedupExchange):
     """The ranks share a batch, and each serves the slice that a token table gives it.
 
     Speculative MoE's shuffled token slices (s-TS): tokens go where most of their experts
-    are foretold to be, equally many to every rank; the order is restored afterwards.
+    are predicted to be, equally many to every rank; the order is restored afterwards.
 
     Parameters
     ----------

@@ -117,7 +117,7 @@ class TokenShuffle:
             MoE layer, from 0; layers are asked in order.
         slots, ranks, weights
             ``[T, k]``: the slots and ranks that serve a token in this layer, and the
-            routing weights: they foretell later layers.
+            routing weights: they predict later layers.
 
         Returns
         -------

@@ -63,7 +63,7 @@ class SolveOptions:
         Which copy serves: ``local-first``, ``sglang-static`` or ``hash``; needed where
         there are redundant experts.
     robust
-        Which other loads the placement should bear (``scenarios``).
+        Which other loads the placement must keep under the cap (``scenarios``).
     overflow_price
         Copies that a pair above the cap is worth, mean over those other loads; ``None`` for
         :data:`OVERFLOW_PRICE`, or what ``inner_cap`` finds that the cap takes.
@@ -244,7 +244,7 @@ class SolveOptions:
 
         A table gives each layer homes of its own, so what counts most for ``token`` is how
         many ranks the ``top_k`` experts of a token are on, as under ``fixed``; but where
-        experts before foretell those after, the plan for ``follow`` may serve it better.
+        experts before predict those after, the plan for ``follow`` may serve it better.
         A request keeps one home: layers must agree on what a rank is for, as under
         ``follow``.
         """

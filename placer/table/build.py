@@ -9,7 +9,7 @@ rate over all tokens of the layer::
 
 where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
 counts and the prior alike, and a row never seen has the prior itself. With embeddings, the
-prior of a token id is what a regression foretells of its embedding, that of a history what
+prior of a token id is what a regression predicts of its embedding, that of a history what
 its ranks and pairs of ranks do (:mod:`placer.table.histories`).
 
 A token takes the surer of T and A, so T serves the tokens whose history tells little, and A
@@ -76,7 +76,7 @@ from placer.trace import Chunk
 Array = npt.NDArray[Any]
 UnseenIds = Literal["regression", "nearest"]
 
-# Longer histories than four layers foretell no more, whatever they cost.
+# Longer histories than four layers predict no more, whatever they cost.
 _MOST_DEFAULT_LOOKBACK = 4
 _MOST_DEFAULT_HISTORIES = 1 << 14
 DEFAULT_SHRINKAGE = 4.0

@@ -1,6 +1,6 @@
 """Rates of homes by the past majority ranks, for every history that there can be.
 
-Most histories are rare. What one of them foretells is therefore first the sum of what each
+Most histories are rare. What one of them predicts is therefore first the sum of what each
 of its ranks does and, from three layers on, each pair of its ranks: effects fitted by ridge
 regression (Hoerl and Kennard 1970). The histories that the profile met are shrunk
 towards that sum, all others have it alone.
@@ -22,7 +22,7 @@ from placer.table.lookup import history_index
 
 Array = npt.NDArray[Any]
 
-# Tokens that the penalty weighs as much as, and that a foretold rate does.
+# Tokens that the penalty weighs as much as, and that a predicted rate does.
 _PENALTY = 40.0
 _SHRINKAGE = 20.0
 # Of more columns pairs are left out.
@@ -33,7 +33,7 @@ _ROWS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HistoryRates:
-    """What the histories of one layer foretell.
+    """What the histories of one layer predict.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class HistoryRates:
     rates
         ``[N, R]`` float64: expected local activation rate of every home after them.
     effects, bias
-        ``[C, R]`` and ``[R]`` float64: what foretells it after all others.
+        ``[C, R]`` and ``[R]`` float64: what predicts it after all others.
     """
 
     num_ranks: int
@@ -76,8 +76,8 @@ class HistoryRates:
         times = np.bincount(group)
         total = sums(group, served, np.ones(len(group)), len(met))
         effects, bias = _ridge(met, times, total, lookback, num_ranks)
-        foretold = _foretold(met, effects, bias, lookback, num_ranks)
-        rates = (total + _SHRINKAGE * foretold) / (times + _SHRINKAGE)[:, None]
+        predicted = _predicted(met, effects, bias, lookback, num_ranks)
+        rates = (total + _SHRINKAGE * predicted) / (times + _SHRINKAGE)[:, None]
         return cls(
             num_ranks=num_ranks,
             lookback=lookback,
@@ -93,7 +93,9 @@ class HistoryRates:
         for begin in range(0, self.num_ranks**self.lookback, _ROWS):
             end = min(begin + _ROWS, self.num_ranks**self.lookback)
             every = np.arange(begin, end)
-            rates = _foretold(every, self.effects, self.bias, self.lookback, self.num_ranks)
+            rates = _predicted(
+                every, self.effects, self.bias, self.lookback, self.num_ranks
+            )
             inside = slice(*np.searchsorted(self.met, [begin, end]))
             rates[self.met[inside] - begin] = self.rates[inside]
             yield rates
@@ -162,7 +164,7 @@ def _ridge(
     return effects, bias
 
 
-def _foretold(
+def _predicted(
     index: IntArray,
     effects: FloatArray,
     bias: FloatArray,

@@ -77,6 +77,7 @@ def solved(
     if child == 0:
         options = SolveOptions(
             topology=Topology(num_nodes=num_nodes, gpus_per_node=num_ranks // num_nodes),
+            max_imbalance=1.10,
             relax_cap=True,
             exchange="per-node",
             policy=policy,  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ class Solved(Case):
             relax_cap=True,
             proof="quick" if has_proof else "none",
             seed=self.seed,
-            **VARIANTS[self.variant],
+            **({"max_imbalance": 1.10} | VARIANTS[self.variant]),
         )
         plan = plan_from_trace(trace, options, self.profile)
         pairs = plan.solver.pairs

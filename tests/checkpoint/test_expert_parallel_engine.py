@@ -2,7 +2,7 @@
 
 Four gloo ranks, each with a batch of its own, exchange tokens by all-to-all. Logits are
 those of the original, each rank holds the experts that the plan gives it, and sends to each
-rank as many (token, expert) pairs as the original's routing and the plan foretell.
+rank as many (token, expert) pairs as the original's routing and the plan predict.
 """
 
 import importlib.util

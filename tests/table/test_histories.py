@@ -54,9 +54,9 @@ def test_rates_are_those_of_ridge_regression_and_counts(num_ranks, lookback, pai
     for number in some:
         ranks = np.unravel_index(number, (num_ranks,) * lookback)
         columns = np.array(written_out(ranks, num_ranks, pairs))
-        foretold = (mean + (columns - centre) @ effects).clip(0, 1)
+        predicted = (mean + (columns - centre) @ effects).clip(0, 1)
         tokens = tokens_of.get(tuple(int(r) for r in ranks), [])
-        expected = (served[tokens].sum(axis=0) + 20 * foretold) / (len(tokens) + 20)
+        expected = (served[tokens].sum(axis=0) + 20 * predicted) / (len(tokens) + 20)
         assert every[number] == pytest.approx(expected)
 
 
@@ -68,7 +68,7 @@ def test_blocks_put_histories_that_were_met_in_their_places():
     assert np.array_equal(every[found.met], found.rates)
 
 
-def test_a_history_never_met_is_foretold_from_its_parts():
+def test_a_history_never_met_is_predicted_from_its_parts():
     """After rank 0 in either layer tokens go to rank 0; both at once was never seen."""
     rng = np.random.default_rng(1)
     first, second = rng.integers(3, size=(2, 4_000))

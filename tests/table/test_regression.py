@@ -1,4 +1,4 @@
-"""Rates foretold from embeddings, against explicit least squares and planted truths."""
+"""Rates predicted from embeddings, against explicit least squares and planted truths."""
 
 import numpy as np
 import pytest

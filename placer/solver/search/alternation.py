@@ -37,7 +37,7 @@ from placer.solver.search.evaluation import (
     Rated,
 )
 from placer.solver.search.refine import (
-    SHARE_OF_MENDING,
+    SHARE_OF_REPAIR,
     RefineLimits,
     Refinement,
 )
@@ -131,7 +131,7 @@ class Alternation:
         deadline.needs(2 * (time.monotonic() - began))
         rounds = self._careful_rounds if placement.has_replicas else self._rounds
         best = given
-        share = SHARE_OF_MENDING if placement.has_replicas else 0.0
+        share = SHARE_OF_REPAIR if placement.has_replicas else 0.0
         with deadline.interruptible(), deadline.keeping(share):
             for number, best in enumerate(rounds(given, deadline)):
                 if progress is not None:
@@ -152,7 +152,7 @@ class Alternation:
     def _careful_rounds(self, given: Rated, deadline: Deadline) -> Iterator[Rated]:
         """Yield the same with replicas, under a cap on load that depends on the homes.
 
-        Each layer keeps its best round, and is given as little caution as it bears.
+        Each layer keeps its best round, and gets as little caution as it needs.
         """
         none = np.zeros(given.placement.num_layers)
         caution = Caution.of_share(none if self.caution is None else self.caution)
@@ -187,19 +187,19 @@ class Alternation:
         return self.rated(replace(one.placement, physical_to_logical_map=chosen))
 
     def _kept_under_cap(self, found: Rated, deadline: Deadline) -> Rated:
-        """Mend a placement with replicas until its own homes keep it under the cap."""
+        """Repair a placement with replicas until its own homes keep it under the cap."""
         if not found.placement.has_replicas:
             return found
 
-        def mended(found: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+        def repaired(found: Rated, layers: BoolArray, share: float, number: int) -> Rated:
             problem = self._given(found.homes)
             problem = replace(problem, caution=np.full(len(layers), share))
             refinement = Refinement(problem=problem, limits=self.limits, seed=number)
-            after = self.rated(refinement.mend(found.placement, layers, deadline))
+            after = self.rated(refinement.repair(found.placement, layers, deadline))
             is_mixed = (found.cost.better_layers(after.cost) & layers).any()
             return self._mixed(found, after) if is_mixed else after
 
-        return kept_under_cap(found, mended, deadline)
+        return kept_under_cap(found, repaired, deadline)
 
     def rated(self, placement: Placement) -> Rated:
         """Return what a placement costs from the homes of its own tables."""

@@ -22,7 +22,7 @@ from placer.solver.search.evaluation import (
     Rated,
 )
 
-# Of mending, one after the other: with more of it fewer placements are under the cap.
+# Of repairing, one after the other: with more of it fewer placements are under the cap.
 _SHARES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0)
 _LEAST_SHARE = 0.1
 
@@ -58,17 +58,17 @@ class Caution:
 
 def kept_under_cap(
     best: Rated,
-    mended: Callable[[Rated, BoolArray, float, int], Rated],
+    repaired: Callable[[Rated, BoolArray, float, int], Rated],
     deadline: Deadline,
 ) -> Rated:
-    """Mend a placement with replicas until all layers are under caps by who serves.
+    """Repair a placement with replicas until all layers are under caps by who serves.
 
     Parameters
     ----------
     best
         A placement and what it costs by what follows from it.
-    mended
-        Mends ``[L]`` layers under a share of caution, in the round of a number.
+    repaired
+        Repairs ``[L]`` layers under a share of caution, in the round of a number.
     deadline
         No round begins after it; where the search was stopped before, rounds go on as long
         as they help.
@@ -83,7 +83,7 @@ def kept_under_cap(
             above = is_above(best.cost)
             if not above.any() or deadline.left() == 0.0:
                 break
-            found = mended(best, above, share, number)
+            found = repaired(best, above, share, number)
             if found.cost.is_better(best.cost):
                 best = found
             elif deadline.passed():

@@ -49,7 +49,7 @@ from placer.solver.search.first_placement import (
     first_placement,
 )
 from placer.solver.search.refine import (
-    SHARE_OF_MENDING,
+    SHARE_OF_REPAIR,
     Refinement,
 )
 from placer.trace import Chunk
@@ -226,10 +226,10 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
 
     Ever more where copies must relieve a rank: counted whole, few of them would not, and
     all are not reached at once. Each layer is then taken from the best of these
-    placements, as SGLang draws for it, and mended where it is above a cap.
+    placements, as SGLang draws for it, and repaired where it is above a cap.
     """
     options, deadline = search.options, search.deadline
-    with deadline.keeping(SHARE_OF_MENDING):
+    with deadline.keeping(SHARE_OF_REPAIR):
         found = _minimised_carefully(search, policy)
         tried = _tried_for_draws(search, found)
     exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
@@ -239,14 +239,14 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     def rated(placement: Placement) -> Rated:
         return Rated(placement=placement, cost=exact.evaluate(placement))
 
-    def mended(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+    def repaired(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
         caution = np.full(len(layers), share) if share else None  # without: as drawn
         problem = replace(found.traffic, caution=caution)
         refinement = Refinement(problem=problem, limits=options.refine, seed=number)
-        return rated(refinement.mend(best.placement, layers, deadline))
+        return rated(refinement.repair(best.placement, layers, deadline))
 
     best = _best_of([rated(placement) for placement in tried])
-    return replace(found, placement=kept_under_cap(best, mended, deadline).placement)
+    return replace(found, placement=kept_under_cap(best, repaired, deadline).placement)
 
 
 def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:

@@ -4,7 +4,7 @@ Pairs of experts, which the search before minimises, stand in for traffic; here 
 proposal is priced exactly on the profile's tokens: distinct ranks and nodes, the way to the
 home and from it, whichever copy serves. Simulated annealing over swaps of two experts (and
 over which experts have replicas), then a descent until no move pays; where homes follow the
-copies that serve, what that left above a cap is mended last.
+copies that serve, what that left above a cap is repaired last.
 
 Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks, k experts per
 token, S load scenarios.
@@ -48,10 +48,10 @@ _RULES = {
 }
 # The first temperature, as a share of a layer's price; the last is a thirtieth of it.
 _HOTTEST, _COOLING = 2e-3, 1 / 30
-#: Share of the time that is kept for mending.
-SHARE_OF_MENDING = 0.2
+#: Share of the time that is kept for repairing.
+SHARE_OF_REPAIR = 0.2
 # Visits of a layer that is above a cap.
-_MOST_MENDING = 8
+_MOST_REPAIRS = 8
 # Of the layer after the last, or where nothing is asked of the next: no tokens.
 _NO_LAYER = (
     np.zeros((0, 1), dtype=np.int16),
@@ -70,7 +70,7 @@ class RefineLimits:
         Visits of every layer while the temperature falls; 0 leaves the descent alone out
         as well.
     num_visited_tokens
-        Most tokens that all proposals together may look at, but for those that mend.
+        Most tokens that all proposals together may look at, but for those that repair.
     num_tokens
         Most tokens to judge by; of longer profiles whole sequences are sampled.
     num_starts
@@ -154,25 +154,25 @@ class Refinement:
                 break
             if start:
                 self._put(placement)
-            with deadline.interruptible(), deadline.keeping(self._share_of_mending()):
+            with deadline.interruptible(), deadline.keeping(self._share_of_repair()):
                 self._improve(start, progress, deadline)
             best = self._better(best, self._snapshot())
-        if self._share_of_mending():
+        if self._share_of_repair():
             with deadline.interruptible():
-                self._mend(np.ones(self.problem.num_layers, dtype=np.bool_), deadline)
+                self._repair(np.ones(self.problem.num_layers, dtype=np.bool_), deadline)
             best = self._better(best, self._snapshot())
         return replace(placement, physical_to_logical_map=best.slots)
 
-    def mend(
+    def repair(
         self, placement: Placement, layers: npt.NDArray[np.bool_], deadline: Deadline
     ) -> Placement:
         """Return a placement nearer to its caps in some ``[L]`` layers, the others kept."""
         self._load(placement)
-        self._mend(layers, deadline)
+        self._repair(layers, deadline)
         rows = zip(
             layers, self._snapshot().slots, placement.physical_to_logical_map, strict=True
         )
-        chosen = tuple(new if mended else old for mended, new, old in rows)
+        chosen = tuple(new if repaired else old for repaired, new, old in rows)
         return replace(placement, physical_to_logical_map=chosen)
 
     def _num_starts(self) -> int:
@@ -183,10 +183,10 @@ class Refinement:
         times = min(self._allowed_moves(n) / self._all_moves(n) for n in layers)
         return max(1, min(limits.num_starts, int(times)))
 
-    def _share_of_mending(self) -> float:
-        """Return the share of the time that mending may need once moves are made."""
-        mends = self.problem.policy == "follow" and self._has_replicas()
-        return SHARE_OF_MENDING if mends else 0.0
+    def _share_of_repair(self) -> float:
+        """Return the share of the time that repairing may need once moves are made."""
+        repairs = self.problem.policy == "follow" and self._has_replicas()
+        return SHARE_OF_REPAIR if repairs else 0.0
 
     def _has_replicas(self) -> bool:
         return any(state.slots.size > len(state.holds) for state in self._states)
@@ -224,17 +224,17 @@ class Refinement:
             if deadline.passed() or self._sweep(None, number, deadline) == 0:
                 return
 
-    def _mend(self, layers: npt.NDArray[np.bool_], deadline: Deadline) -> None:
+    def _repair(self, layers: npt.NDArray[np.bool_], deadline: Deadline) -> None:
         """Descend in those of the ``[L]`` layers that are above a cap, in their order.
 
         Which copies serve a layer of ``follow`` depends on those before it, and each sweep
         changes some of these after it has visited the layer. A search that was stopped is
-        mended all the same, in the time that is kept for it: few layers are above a cap.
+        repaired all the same, in the time that is kept for it: few layers are above a cap.
         """
         homes = [self._first_homes()]
         first = 2 * self.limits.num_sweeps
         for layer in range(self.problem.num_layers):
-            for number in range(first, first + _MOST_MENDING * layers[layer]):
+            for number in range(first, first + _MOST_REPAIRS * layers[layer]):
                 if deadline.left() == 0.0:
                     return
                 self._price_layer(self._tokens(layer, homes=homes), layer)

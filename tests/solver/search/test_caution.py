@@ -118,7 +118,7 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
 
 
 @pytest.mark.parametrize("policy", ["token", "request"])
-def test_what_no_round_brings_under_the_cap_is_mended(
+def test_what_no_round_brings_under_the_cap_is_repaired(
     make_chunk: Callable[..., Chunk], policy: str
 ) -> None:
     """Without sweeps, rounds leave the copies of the busiest experts where they are."""
@@ -314,18 +314,20 @@ def test_caution_halves_until_a_layer_is_above_its_cap_and_doubles_then() -> Non
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: bool) -> None:
+def test_layers_above_the_cap_are_repaired_with_more_and_more_caution(
+    is_late: bool,
+) -> None:
     """Not the others, and each time what is best so far; late, while that helps."""
     seen = []
 
-    def mended(best: Rated, layers: np.ndarray, share: float, number: int) -> Rated:
+    def repaired(best: Rated, layers: np.ndarray, share: float, number: int) -> Rated:
         seen.append((layers.tolist(), share, best.cost.overflow[0].tolist()))
         left = {0.1: (0, 9), 0.2: (0, 2), 0.4: (0, 0)}.get(share, (0, 7))
         return Rated(placement=best.placement, cost=evaluation(*left))
 
     deadline = Deadline(stopped=is_late)
     start = Rated(placement=contiguous((4, 4), 2), cost=evaluation(0, 8))
-    found = kept_under_cap(start, mended, deadline)
+    found = kept_under_cap(start, repaired, deadline)
     rounds = [
         ([False, True], 0.0, [0, 8]),
         ([False, True], 0.1, [0, 7]),
@@ -335,7 +337,7 @@ def test_layers_above_the_cap_are_mended_with_more_and_more_caution(is_late: boo
     assert seen == (rounds[:2] if is_late else rounds)
     assert found.cost.overflow[0].tolist() == ([0, 7] if is_late else [0, 0])
     seen.clear()
-    assert kept_under_cap(start, mended, Deadline(seconds=0.0)) is start
+    assert kept_under_cap(start, repaired, Deadline(seconds=0.0)) is start
     assert seen == [], "no time is left"
 
 
@@ -435,7 +437,7 @@ def test_a_plan_that_sglang_serves_is_never_made_worse(
     ("policy", "rule"),
     [("token", "local-first"), ("fixed", "sglang-static"), ("follow", "sglang-static")],
 )
-def test_a_search_that_has_no_time_still_mends_what_it_has(
+def test_a_search_that_has_no_time_still_repairs_what_it_has(
     make_chunk: Callable[..., Chunk], policy: str, rule: str
 ) -> None:
     chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)

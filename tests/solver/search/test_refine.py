@@ -235,7 +235,7 @@ WHOLE = follow_with_replicas(num_ranks=8, max_imbalance=1.1).quick()
     [(replace(WHOLE, max_received_copies=3.2), "no line"), (CUT, "copies, sweep 6")],
     ids=["whole", "cut"],
 )
-def test_what_moves_break_further_on_is_mended(
+def test_what_moves_break_further_on_is_repaired(
     make_chunk: Callable[..., Chunk],
     monkeypatch: pytest.MonkeyPatch,
     options: SolveOptions,
@@ -257,7 +257,7 @@ def test_what_moves_break_further_on_is_mended(
     assert report.reproducible == (options is not CUT)
     found = loads_of_followed_homes(chunk, placement)
     assert max(imbalance(load) for load in found) < options.max_imbalance + 0.02
-    monkeypatch.setattr(Refinement, "_mend", lambda *_: None)
+    monkeypatch.setattr(Refinement, "_repair", lambda *_: None)
     with pytest.raises(NoSolutionError, match="was not reached") as caught:
         solved()
     assert ("the search was stopped" in str(caught.value)) == (options is CUT)
