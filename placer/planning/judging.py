@@ -10,6 +10,7 @@ from placer.placement.reference import (
     Load,
     contiguous,
 )
+from placer.run.deadline import Deadline
 from placer.simulation.simulate import simulate
 from placer.solver.balance.eplb import pack_loads
 from placer.solver.balance.load_caps import balanced
@@ -20,6 +21,9 @@ from placer.table.table import Table
 from placer.trace import Chunk
 
 Figures = dict[str, Any]
+
+# Figures of one placement, in whose time a search finds its homes by tables and prices it.
+_RATING = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,22 +66,36 @@ class Judging:
             found["balanced"] = balanced(load, num_ranks, num_nodes)
         return found
 
-    def measure(self, placements: dict[str, Placement]) -> tuple[dict[str, Figures], float]:
-        """Return the figures of placements on the judged tokens.
+    def measure(
+        self, placements: dict[str, Placement], deadline: Deadline
+    ) -> dict[str, Figures]:
+        """Return the figures of placements on the judged tokens, the first always.
 
-        The second value is how many seconds those of a plan are going to take.
+        Takes from the ``deadline`` what those of a plan are going to take. Where each needs
+        a table, those that leave no time for this are left out.
         """
-        began = time.monotonic()
         found: dict[str, Figures] = {}
         known: dict[str, Figures] = {}
+        needs_table = self.options.content_policy is not None
+        tokens = self.profile.num_tokens + (self.heldout.num_tokens if self.heldout else 0)
+        share = tokens / self.judged.num_tokens
+        began, seconds = time.monotonic(), 0.0
         for name, placement in placements.items():
             key = str(placement.to_json())
             if key not in known:
+                left = deadline.left()
+                needed = seconds * (1 + share + _RATING) if needs_table else 0.0
+                if left is not None and left < needed:
+                    deadline.chosen_in_haste = True
+                    continue
                 known[key] = self.figures(placement, self.judged)[0]
+                seconds = (time.monotonic() - began) / len(known)
             found[name] = known[key]
-        seconds = (time.monotonic() - began) / len(known)
-        tokens = self.profile.num_tokens + (self.heldout.num_tokens if self.heldout else 0)
-        return found, seconds * tokens / self.judged.num_tokens
+        # Pricing the plan takes about as long as its figures.
+        deadline.reserve(2 * share * seconds)
+        if needs_table:
+            deadline.needs(_RATING * seconds)
+        return found
 
     def figures(self, placement: Placement, *chunks: Chunk) -> list[Figures]:
         """Return metrics by home policy, for each chunk of tokens."""

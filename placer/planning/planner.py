@@ -82,8 +82,7 @@ def plan_from_trace(
     heldout = None if others is None else trace.read(others)
     judging = Judging(model=trace.model, options=options, profile=profile, heldout=heldout)
     baselines = judging.baselines(affinity.load)
-    measured, seconds = judging.measure(baselines)
-    deadline.reserve(2 * seconds)  # pricing the plan takes about as long as its figures
+    measured = judging.measure(baselines, deadline)
     began = time.monotonic()
     prices = _prices(trace.model, judging.judged, baselines, options)
     deadline.reserve((time.monotonic() - began) / len(baselines))

@@ -113,7 +113,9 @@ def solve(
                 stopped=deadline.stopped,
             )
         if content is not None:
-            report = content_report(options, content)
+            used = len(found.traffic.experts[0])
+            sample = used if used < profile.judged.num_tokens else None
+            report = content_report(options, content, sample)
         else:
             report = copies_report(
                 found.problem,

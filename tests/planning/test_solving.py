@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,18 +20,22 @@ from placer.placement import (
     Plan,
 )
 from placer.placement.topology import Topology
-from placer.planning import layer_time
+from placer.planning import judging, layer_time
 from placer.planning.solving import (
     SolveRequest,
     solve_frontier,
     solve_request,
 )
+from placer.report.comparison import plan_warnings
 from placer.simulation.batch_figures import (
     BatchOptions,
     batch_steps,
 )
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
+from placer.solver.search import alternation, minimise
+from placer.table.build import build_table
+from placer.table.table import Table
 from placer.trace import (
     Chunk,
     Fold,
@@ -253,6 +258,41 @@ def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
     assert "above a cap" not in told[0]
     plan = Plan.read(curve / "plan-4.json")
     assert plan.provenance["redundant_experts"]["redundant_experts"] == 0
+
+
+@pytest.mark.parametrize("policy", ["token", "request"])
+def test_tables_that_time_did_not_allow_are_told(
+    request_of: Callable[..., SolveRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+) -> None:
+    """Of the baselines one is measured, and the plan is rated on a sample."""
+    monkeypatch.setattr(minimise, "_FEW_TOKENS", 60)
+    built = []
+
+    def noted(placement: Placement, tokens: Chunk, **asked: Any) -> Table:
+        built.append(tokens.num_tokens)
+        return build_table(placement, tokens, **asked)
+
+    monkeypatch.setattr(judging, "build_table", noted)
+    monkeypatch.setattr(alternation, "build_table", noted)
+    options = replace(QUICK, policy=policy)
+    whole = solve_request(request_of(options=options), lambda _: None, nobody).plan
+    assert list(whole.metrics["baselines"]) == ["contiguous", "eplb", "balanced"]
+    assert "sample" not in whole.solver.objective_name
+    assert not any("baselines" in line for line in plan_warnings(whole))
+    built.clear()
+    hasty = replace(options, time_limit=0.0)
+    plan = solve_request(request_of(options=hasty), lambda _: None, nobody).plan
+    profile = Trace(request_of().source).read(Selection(Fold(0, 2))).num_tokens
+    assert sorted(built)[-2:] == [profile] * 2, "of contiguous and of the plan"
+    assert sum(one > 120 for one in built) == 2
+    assert list(plan.metrics["baselines"]) == ["contiguous"]
+    assert not plan.solver.reproducible
+    assert "on a sample of" in plan.solver.objective_name
+    assert any(
+        "no time for the tables of all baselines" in one for one in plan_warnings(plan)
+    )
 
 
 def test_steps_that_time_did_not_allow_are_not_said_to_save_little(

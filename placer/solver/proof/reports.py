@@ -140,11 +140,17 @@ def copies_report(
     }
 
 
-def content_report(options: SolveOptions, cost: Evaluation) -> dict[str, Any]:
-    """Return the same fields for homes that tables give, which have no bound."""
+def content_report(
+    options: SolveOptions, cost: Evaluation, sample: int | None
+) -> dict[str, Any]:
+    """Return the same fields for homes that tables give, which have no bound.
+
+    ``sample`` is the number of tokens where the clock left time for few; else ``None``.
+    """
+    of_few = "" if sample is None else f", on a sample of {sample:,} tokens"
     return {
         "status": "feasible",
-        "objective_name": COPIES_NAME[options.policy],
+        "objective_name": COPIES_NAME[options.policy] + of_few,
         "objective": round(cost.copies, 6),
         "bound": None,
         "gap": None,
