@@ -270,8 +270,8 @@ def solve(
         world_layout,
     )
     from placer.planning.frontier import parse_caps
+    from placer.planning.request import SolveRequest
     from placer.planning.solving import (
-        SolveRequest,
         solve_frontier,
         solve_request,
     )

@@ -21,8 +21,8 @@ from placer.placement import (
 )
 from placer.placement.topology import Topology
 from placer.planning import judging, layer_time
+from placer.planning.request import SolveRequest
 from placer.planning.solving import (
-    SolveRequest,
     solve_frontier,
     solve_request,
 )

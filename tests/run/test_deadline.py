@@ -27,10 +27,8 @@ from placer.planning.redundant import (
     choose_redundant_experts,
     worth_on_profile,
 )
-from placer.planning.solving import (
-    SolveRequest,
-    solve_frontier,
-)
+from placer.planning.request import SolveRequest
+from placer.planning.solving import solve_frontier
 from placer.run.deadline import Deadline
 from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance

@@ -1,0 +1,329 @@
+"""What an engine, a start and the profile decide of what is asked of a plan.
+
+Some options mean nothing without others, some are decided by an engine, and the number of
+redundant experts may be left to be chosen on the profile.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from placer.affinity import (
+    Affinity,
+    count_affinity,
+)
+from placer.errors import UsageError
+from placer.model import (
+    ModelSpec,
+    require_same_model,
+)
+from placer.placement.placement import Placement
+from placer.placement.plan import Plan
+from placer.planning.layer_time import worth_by_time
+from placer.planning.question import (
+    Question,
+    plain_engine,
+)
+from placer.planning.redundant import (
+    LEAST_GAIN,
+    Memory,
+    RedundantChoice,
+    choose_redundant_experts,
+    ladder_line,
+    worth_on_profile,
+)
+from placer.planning.request import (
+    SolveRequest,
+    Tell,
+)
+from placer.planning.served import (
+    Loading,
+    Served,
+    require_loadable,
+    solved_for,
+)
+from placer.run.deadline import Deadline
+from placer.run.files import read_json
+from placer.run.progress import Progress
+from placer.simulation.cost import (
+    ExpertShape,
+    find_expert_shape,
+)
+from placer.solver.options import SolveOptions
+from placer.target.engine import Engine
+from placer.target.hardware import Hardware
+from placer.trace import Trace
+from placer.trace.doubts import (
+    doubtful_follow,
+    doubts,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What nothing is left to decide of but by predicted time.
+
+    Attributes
+    ----------
+    options
+        What to solve for.
+    question
+        What predicted time is asked, where it decides; else ``None``.
+    provenance
+        What plans should say beside their own.
+    """
+
+    options: SolveOptions
+    question: Question | None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def settle(
+    request: SolveRequest,
+    note: Tell,
+    warn: Tell,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> Settled:
+    """Decide what engine, start and profile decide.
+
+    Parameters
+    ----------
+    request
+        What is asked.
+    note, warn
+        Told what to know of it, one sentence each.
+    progress
+        Told each quick plan.
+    deadline
+        Of the choice of a number of redundant experts.
+
+    Raises
+    ------
+    PlacerError
+        If the trace is damaged, or the plan to start from is another model's.
+    UsageError
+        If options contradict each other or the source.
+    """
+    objective = "traffic" if request.by_time else request.objective
+    if request.holds_loads_alone and request.engine is not None and not request.by_time:
+        objective = "balance"
+    loading = _loading(request)
+    served = solved_for(
+        request.engine,
+        request.options.policy,
+        objective,
+        request.exchange,
+        request.replica_choice or _even_choice(request),
+        has_replicas=request.has_replicas,
+        command=_command(request),
+    )
+    for line in (*served.notes, *loading.notes, *_without_effect(request, served)):
+        note(line)
+    if request.replica_choice is None and _even_choice(request) is not None:
+        note(
+            "no engine is named: copies of an expert are taken to share its load evenly, "
+            "as under --replica-choice hash"
+        )
+    if request.holds_loads_alone and request.objective == "traffic":
+        note("loads alone say nothing of traffic: the load is balanced")
+    if request.layout is not None:
+        note(request.layout.describe())
+    if not request.holds_counts:
+        trace = Trace(request.source)
+        doubtful = doubtful_follow(trace, request.options.policy)
+        for line in (*doubts(trace, request.selection), *doubtful):
+            warn(line)
+    options = _options(request, served, _served_now(request, warn))
+    if loading.keeps_groups:
+        options = _whole_groups(request, options, note)
+    if request.options.ignore_groups and not is_balanced(request, options):
+        raise UsageError(
+            "--ignore-groups is about balancing: plans for traffic split router groups "
+            "wherever that pays",
+            "drop it, or balance alone: --objective balance",
+        )
+    if not request.by_time:  # which has a comparison with EPLB of its own
+        options = options.guarded()
+    by_time = request.by_time and served.objective == "traffic"
+    if by_time and request.holds_counts:
+        raise UsageError(
+            f"{request.source} holds counts; --objective time needs tokens",
+            "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
+        )
+    chooses_cap = request.chooses_cap and options.below_eplb
+    if request.chooses_cap and options.content_policy is not None:
+        chooses_cap = False
+        note(
+            f"--hardware decides nothing here: batches of --policy {options.policy} cannot "
+            "be predicted"
+        )
+    elif request.chooses_cap and not chooses_cap:
+        note(
+            "--hardware decides nothing here: no plan is compared with EPLB's busiest rank"
+        )
+    weighs = by_time or chooses_cap or request.redundant_memory is not None
+    expert = _expert_shape(request) if weighs else None
+    if expert is not None and expert.assumption is not None:
+        note(expert.assumption)
+    question = None
+    if by_time or chooses_cap:
+        question = Question(
+            topology=options.topology,
+            policy=options.policy,
+            engine=plain_engine("token all-to-all", options.exchange)
+            if request.engine is None
+            else Engine.named(request.engine),
+            hardware=None if request.hardware is None else Hardware.named(request.hardware),
+            expert=expert,
+        )
+    provenance: dict[str, Any] = (
+        {} if request.engine is None else {"engine": request.engine}
+    )
+    if request.redundant_experts is None:
+        with deadline.choosing() as quick:
+            by = question if by_time else None
+            chosen = _choose_redundant(request, options, by, expert, progress, quick)
+        options = replace(options, redundant_experts=chosen.redundant_experts)
+        note(ladder_line(chosen))
+        provenance["redundant_experts"] = chosen.to_json()
+    if request.layout is not None:
+        provenance["layout"] = request.layout.to_json()
+    return Settled(options=options, question=question, provenance=provenance)
+
+
+def _loading(request: SolveRequest) -> Loading:
+    """Refuse what the engine could not load; return how it loads the plan."""
+    if request.engine is None:
+        return Loading()
+    config: Mapping[str, Any] = {}
+    if request.model is not None:
+        config = read_json(request.model / "config.json", "model config")
+    return require_loadable(
+        Engine.named(request.engine),
+        _model_of(request),
+        config.get("architectures") or (),
+        has_replicas=request.has_replicas,
+        topology=request.options.topology,
+    )
+
+
+def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> SolveOptions:
+    """Keep router groups whole, as a permuted checkpoint must, where that can be had."""
+    given = options.start is not None or options.pins or request.options.ignore_groups
+    from_pairs = request.holds_counts and not is_balanced(request, options)
+    if given or from_pairs:
+        note(
+            "a permuted checkpoint must keep router groups whole, and this plan may not: "
+            "the export refuses it then"
+        )
+        return options
+    note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
+    return replace(options, preserve_groups=True, ignore_groups=False)
+
+
+def _even_choice(request: SolveRequest) -> str | None:
+    """Return how copies share a load of which counts alone are known; ``None`` to ask."""
+    is_even = request.holds_counts and request.has_replicas and request.engine is None
+    return "hash" if is_even else None
+
+
+def _command(request: SolveRequest) -> str:
+    """Return the request as a command, but for what a hint about copies leaves out."""
+    topology, number = request.options.topology, request.redundant_experts
+    words = ["placer", "solve", str(request.source)]
+    words += ["--nodes", str(topology.num_nodes)]
+    words += ["--gpus-per-node", str(topology.gpus_per_node)]
+    words += ["--policy", request.options.policy]
+    words += ["--redundant-experts", "auto" if number is None else str(number)]
+    return shlex.join([*words, "--out", "PLAN"])
+
+
+def _options(
+    request: SolveRequest, served: Served, start: Placement | None
+) -> SolveOptions:
+    """Complete the options; those that nobody asked for keep their defaults."""
+    asked = {
+        name: value
+        for name in ("max_imbalance", "overflow_price")
+        if (value := getattr(request, name)) is not None
+    }
+    return replace(
+        request.options,
+        # SolveOptions refuses names that it does not know.
+        objective=served.objective,  # type: ignore[arg-type]
+        exchange=served.exchange,  # type: ignore[arg-type]
+        replica_choice=served.replica_choice,  # type: ignore[arg-type]
+        redundant_experts=request.redundant_experts or 0,
+        ignore_groups=request.options.ignore_groups
+        or not (served.groups_count or request.options.preserve_groups),
+        start=start,
+        migration_cost=request.migration_cost,
+        **asked,
+    )
+
+
+def is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
+    """Return whether load is all that is solved for."""
+    return options.objective == "balance" or request.holds_loads_alone
+
+
+def _without_effect(request: SolveRequest, served: Served) -> Iterator[str]:
+    if request.priced_links and served.objective == "balance":
+        yield (
+            "balancing evens out the load whatever links cost: their costs only price the "
+            "copies of the plan"
+        )
+
+
+def _served_now(request: SolveRequest, warn: Tell) -> Placement | None:
+    """Return the placement to start from, which must be of the source's model."""
+    if request.start is None:
+        return None
+    now, start, source = Plan.read(request.start), str(request.start), str(request.source)
+    matched = require_same_model(now.model, start, _model_of(request), source)
+    if matched is not None:
+        warn(matched)
+    return now.placement
+
+
+def _expert_shape(request: SolveRequest) -> ExpertShape | None:
+    return find_expert_shape(
+        request.model,
+        request.hidden_size or _model_of(request).hidden_size,
+        request.expert_size,
+        request.weight_bytes,
+        () if request.engine is None else (Engine.named(request.engine),),
+    )
+
+
+def _model_of(request: SolveRequest) -> ModelSpec:
+    if request.holds_counts:
+        return Affinity.read(request.source).model
+    return Trace(request.source).model
+
+
+def _choose_redundant(
+    request: SolveRequest,
+    options: SolveOptions,
+    question: Question | None,
+    expert: ExpertShape | None,
+    progress: Progress | None,
+    deadline: Deadline,
+) -> RedundantChoice:
+    """Climb by the objective on the profile, or by the time that a question asks for."""
+    memory = Memory.of(expert, request.redundant_memory)
+    if request.holds_counts:
+        affinity, profile = Affinity.read(request.source), None
+    else:
+        trace = Trace(request.source)
+        affinity = count_affinity(trace.chunks(request.selection), trace.model, {})
+        profile = trace.read(request.selection)
+    if question is not None and profile is not None:
+        worth = worth_by_time(affinity.model, profile, question)
+    else:
+        worth = worth_on_profile(affinity, profile)
+    gain = LEAST_GAIN if request.redundant_gain is None else request.redundant_gain
+    sizes = affinity.model.num_experts
+    return choose_redundant_experts(sizes, options, worth, memory, gain, progress, deadline)
