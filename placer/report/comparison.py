@@ -136,11 +136,11 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
             "stopped before choices, search and proof were done: this is the best so far, "
             "and cannot be reproduced"
         )
-    if plan.metrics["baselines"] and "eplb" not in plan.metrics["baselines"]:
-        yield (
-            "the time limit left no time for the tables of all baselines: those that are "
-            "not shown were not measured; to compare with them: placer simulate PLAN TRACE"
-        )
+        if plan.metrics["baselines"] and "eplb" not in plan.metrics["baselines"]:
+            yield (
+                "the time limit left no time for the tables of all baselines: those that are "
+                "not shown were not measured; to compare with them: placer simulate PLAN TRACE"
+            )
     yield from _overload_line(plan)
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
     if cap is not None and profile is not None:
