@@ -138,8 +138,9 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
         )
         if plan.metrics["baselines"] and "eplb" not in plan.metrics["baselines"]:
             yield (
-                "the time limit left no time for the tables of all baselines: those that are "
-                "not shown were not measured; to compare with them: placer simulate PLAN TRACE"
+                "the time limit left no time for the tables of all baselines: those that "
+                "are not shown were not measured; to compare with them: placer simulate "
+                "PLAN TRACE"
             )
     yield from _overload_line(plan)
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
