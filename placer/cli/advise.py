@@ -25,17 +25,26 @@ from placer.cli.output import (
 
 def advise(
     source: Annotated[
-        Path, typer.Argument(metavar="TRACE|AFFINITY", help="Traffic, or loads alone.")
+        Path,
+        typer.Argument(
+            metavar="TRACE|AFFINITY", help="A trace, or an affinity file (loads only)."
+        ),
     ],
     gpus_per_node: GpusPerNodeOption,
     nodes: NodesOption = 1,
-    policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="How a token's home rank is chosen: fixed or follow (docs/concepts.md)."
+        ),
+    ] = "fixed",
     engine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="What sends (docs/engines.md), or all of a family: vllm, sglang, trtllm. "
-            "Default: the engines' default exchange, and an all-to-all of tokens.",
+            help="An engine (docs/engines.md), or a family: vllm, sglang, trtllm. "
+            "Default: answers for the engines' default exchange and for a token "
+            "all-to-all.",
         ),
     ] = None,
     tokens_per_rank: TokensPerRankOption = None,
@@ -44,7 +53,8 @@ def advise(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Measure by predicted time: h100, h200, b200, a100, or a .toml file.",
+            help="Judge by predicted time on h100, h200, b200, a100, or on the hardware "
+            "of a .toml file (placer calibrate).",
         ),
     ] = None,
     model: SizedByOption = None,
@@ -52,16 +62,19 @@ def advise(
     expert_size: ExpertSizeOption = None,
     weight_bytes: WeightBytesOption = None,
     least_gain: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share that a change must save.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Share that a change must save to be worth it."
+        ),
     ] = 0.03,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Tell whether placing experts is worth it, balancing alone is, or nothing is.
+    """Say whether to place experts, only to balance them, or to leave them.
 
-    Half of the sequences make a quick plan, the other half judge it. From an affinity file,
-    such as the loads that an engine counted, only balance is judged: --engine then says
-    which copy of an expert serves.
+    A quick plan is made on half of the sequences and judged on the other half. An affinity
+    file, such as the loads that an engine counted, answers for balance only. --engine then
+    says which copy of a redundant expert serves.
     """
     from placer.affinity import Affinity
     from placer.errors import require_left_out

@@ -22,12 +22,15 @@ def affinity(
     traces: Annotated[
         list[Path],
         typer.Argument(
-            metavar="TRACE...", help="Trace directories; with --merge, affinity files."
+            metavar="TRACE...", help="Trace directories. With --merge: affinity files."
         ),
     ],
     out: OutOption,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add affinity files of several machines.")
+        bool,
+        typer.Option(
+            "--merge", help="Add up affinity files, such as those of several machines."
+        ),
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
@@ -35,30 +38,35 @@ def affinity(
     rows: Annotated[
         str,
         typer.Option(
-            help="Count experts one by one too: for tokens (ids), or sequences beside them."
+            help="Also count per token id (tokens), or per token id and sequence "
+            "(sequences)."
         ),
     ] = "none",
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Processes that count.", show_default="all cores; 1 with a GPU"
+            min=1, help="Number of processes.", show_default="all cores; 1 with a GPU"
         ),
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="Where to count: processes, or tasks of a ray cluster.")
+        str,
+        typer.Option(
+            help="Where to count: processes on this machine, or tasks of a ray cluster."
+        ),
     ] = "processes",
     ray_address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray cluster that sees the traces; else one starts here."),
+        typer.Option(
+            help="Address of a Ray cluster whose nodes can read the traces. Default: "
+            "start one here."
+        ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="Where to count: cpu, or cuda, fed by one process.")
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help="Device to count on: cpu or cuda.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Count load, transitions and co-activation.
+    """Count expert loads, transitions between layers and co-activation.
 
-    Counts are exact and add up: several traces of one model give one file.
+    Counts are exact. Several traces of one model are added up in one file.
     """
     import os
 

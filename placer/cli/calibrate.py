@@ -22,24 +22,27 @@ def calibrate(
     out: Annotated[Path, typer.Option("--out", help="The .toml file to write.")],
     ranks: Annotated[
         int | None,
-        typer.Option(help="Ranks to start on this machine; under torchrun its workers."),
+        typer.Option(
+            help="Ranks to start on this machine. Under torchrun: the number of its "
+            "workers."
+        ),
     ] = None,
     nodes: Annotated[
-        int, typer.Option(help="Nodes that the ranks are on, numbered node by node.")
+        int, typer.Option(help="Number of nodes. Ranks are numbered node by node.")
     ] = 1,
     device: Annotated[
-        str, typer.Option(help="cpu (exchanges by gloo) or cuda (by NCCL).")
+        str, typer.Option(help="cpu (exchanges with gloo) or cuda (exchanges with NCCL).")
     ] = "cpu",
     repetitions: Annotated[
-        int, typer.Option(help="Timings of which the median counts.")
+        int, typer.Option(help="Number of timings. The median is used.")
     ] = 7,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the links and processors of this cluster for the cost model.
 
-    The file is for --hardware of simulate, advise, solve and replay. One machine: placer
-    calibrate --ranks 8 --device cuda. Several, on each: torchrun --nnodes 2
-    --nproc-per-node 8 ... --no-python placer calibrate --nodes 2 --device cuda; rank 0
+    Give the file to --hardware of simulate, advise, solve and replay. On one machine:
+    placer calibrate --ranks 8 --device cuda. On several, run on each: torchrun --nnodes 2
+    --nproc-per-node 8 ... --no-python placer calibrate --nodes 2 --device cuda. Rank 0
     writes the file.
     """
     from placer.errors import UsageError

@@ -19,25 +19,28 @@ from placer.cli.output import (
 
 
 def check(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan that is served.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan in service.")],
     source: Annotated[
         Path,
         typer.Argument(
             metavar="TRACE|AFFINITY",
-            help="Traffic of today, not the profile; from counts balance alone is judged.",
+            help="A trace of today, or today's counts. Not the trace that the plan was "
+            "solved on. With counts, only balance is judged.",
         ),
     ],
     tolerance: Annotated[
-        float, typer.Option(help="How much worse a figure may be before it has drifted.")
+        float,
+        typer.Option(help="How much worse a figure may get before it counts as drift."),
     ] = 0.02,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Tell when traffic has drifted from a plan; exit 6 if it has.
+    """Check whether traffic has drifted from a plan. Exit 6 if it has.
 
-    Traffic and balance on the trace beside what the plan records, and what chance explains.
+    Compares traffic and balance on the trace with what the plan records. Differences that
+    chance explains do not count.
     """
     from placer.affinity import Affinity
     from placer.errors import (

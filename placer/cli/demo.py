@@ -15,16 +15,19 @@ from placer.cli.output import (
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")] = Path(
         "placer-demo"
     ),
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Model; the one that ships by default."),
+        typer.Option(
+            metavar="DIR",
+            help="Model to use. Default: the demo model that comes with placer.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the whole road on the model that ships and text that every Python carries.
+    """Run every step on the demo model, with text that comes with Python.
 
     Records the model's routing, solves on one half of the text, judges on the other half
     on 4 ranks, exports a permuted checkpoint and proves that it is the same function.

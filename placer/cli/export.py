@@ -46,7 +46,7 @@ def export(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where to write the result; not with --dry-run."),
+        typer.Option("--out", help="Where to write the result. Not used with --dry-run."),
     ] = None,
     model: Annotated[
         Path | None, typer.Argument(metavar="[MODEL]", help="Hugging Face directory.")
@@ -57,32 +57,40 @@ def export(
     ] = False,
     link: Annotated[
         bool,
-        typer.Option("--link", help="Hard-link shards that do not change."),
+        typer.Option("--link", help="Hard-link unchanged shards in place of copying them."),
     ] = False,
     with_hashes: Annotated[
         bool,
         typer.Option(
-            "--hash", help="Record SHA-256 of the original's shards; slower than the copy."
+            "--hash",
+            help="Record the SHA-256 of each original shard. Slower than the copy itself.",
         ),
     ] = False,
     workers: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Shards at a time; default one per CPU, at most 4."),
+        typer.Option(
+            metavar="N",
+            help="Shards written at the same time. Default: one per CPU, at most 4.",
+        ),
     ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
-            help="Where shards are written: processes (here), or tasks of a ray cluster.",
+            help="Where shards are written: processes on this machine, or tasks of a ray "
+            "cluster.",
             show_default="processes",
         ),
     ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray cluster that sees source and target."),
+        typer.Option(
+            help="Address of a Ray cluster whose nodes can read the source and write the "
+            "target."
+        ),
     ] = None,
     experts_only: Annotated[
         bool,
-        typer.Option("--experts-only", help="With ranks: leave out all but the experts."),
+        typer.Option("--experts-only", help="With target ranks: write the experts only."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List shards and bytes, write nothing.")
@@ -91,14 +99,16 @@ def export(
 ) -> None:
     """Write a permuted checkpoint, one directory per rank, or a map for a runtime.
 
-    checkpoint: the model with its experts renumbered, for any engine that splits experts
-    contiguously; nothing is recomputed. ranks: one directory per expert-parallel rank with
-    its experts, replicas included, and the rest, all under their own names. Both go on
-    where they were killed. deepspeed: a DeepSpeed-MoE checkpoint (MODEL is the folder of a
-    tag) with its experts renumbered. Maps: sglang (.json, .pt: --init-expert-location),
-    trtllm (.yaml: moe_config.load_balancer), vllm-ascend (.json: expert_map_path), eplb
-    (.safetensors, .npz: phy2log, log2phy, logcnt), csv and json (one slot a line, or rows).
-    The last three need no MODEL.
+    checkpoint: the model with its experts renumbered. Any engine that splits experts
+    contiguously can serve it. No weight changes. ranks: one directory per expert-parallel
+    rank with its experts (replicas too) and all other tensors, under their own names. If
+    one of these two was killed, run it again and it goes on. deepspeed: a DeepSpeed-MoE
+    checkpoint with its experts renumbered (MODEL is the folder of a tag).
+
+    Maps: sglang (.json or .pt for --init-expert-location), trtllm (.yaml for
+    moe_config.load_balancer), vllm-ascend (.json for expert_map_path), eplb (.safetensors
+    or .npz with phy2log, log2phy, logcnt), csv (one slot per line) and json. The last
+    three need no MODEL.
     """
     if target not in TARGETS:
         raise UsageError(

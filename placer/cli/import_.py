@@ -31,28 +31,33 @@ def import_(
     out: OutOption,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Checkpoint that the trace is of: binds it."),
+        typer.Option(
+            metavar="DIR",
+            help="Checkpoint of the model that was recorded. Its fingerprint is stored in "
+            "the trace.",
+        ),
     ] = None,
     map_: Annotated[
         Path | None,
         typer.Option(
             "--map",
             metavar="FILE",
-            help="trtllm-statistic: map of the load balancer that ran, as placer wrote it.",
+            help="With trtllm-statistic: the load balancer's map that was in service, as "
+            "placer wrote it.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn routing that something else recorded into a trace, loads into an affinity file.
+    """Turn an engine's records into a trace, or its loads into an affinity file.
 
-    npz: arrays experts [T, L, k], sequence_ids [T] and optional others. exflow: .npy
-    [tokens, layers]. csv: one row per token and layer. sglang-routed, vllm-routed: JSON
-    lines of responses with return_routed_experts. sglang-dump: the recorder's .pt file of
-    mode per_token.
+    Records of tokens. npz: arrays experts [T, L, k], sequence_ids [T] and others. exflow:
+    .npy [tokens, layers]. csv: one row per token and layer. sglang-routed, vllm-routed:
+    JSON lines of responses with return_routed_experts. sglang-dump: the .pt file of the
+    recorder's mode per_token.
 
-    Loads without tokens, enough to balance: sglang-stat, the recorder's .pt file of mode
-    stat; trtllm-statistic, the directory EXPERT_STATISTIC_PATH; csv-loads, columns layer,
-    expert, count. They need --model.
+    Loads without tokens are enough to balance. sglang-stat: the .pt file of the recorder's
+    mode stat. trtllm-statistic: the directory EXPERT_STATISTIC_PATH. csv-loads: columns
+    layer, expert, count. Loads need --model.
     """
     if format_ in _LOAD_FORMATS:
         facts = _import_loads(format_, file, out, model, map_)

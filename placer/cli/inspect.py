@@ -17,22 +17,27 @@ from placer.cli.output import (
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(metavar="ANY", help="A trace, affinity, plan, table or checkpoint."),
+        typer.Argument(
+            metavar="ANY", help="A trace, affinity file, plan, table or checkpoint."
+        ),
     ],
     html: Annotated[
         Path | None,
-        typer.Option("--html", help="Draw it too: one HTML file that works offline."),
+        typer.Option(
+            "--html",
+            help="Also write a report with charts: one HTML file that works offline.",
+        ),
     ] = None,
     load: Annotated[
         Path | None,
         typer.Option(
             metavar="TRACE|AFFINITY",
-            help="For a plan: count the load of its ranks on this.",
+            help="For a plan: show the load of its ranks on this trace or these counts.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what is in a trace, affinity, plan, table or checkpoint."""
+    """Show what is in a trace, affinity file, plan, table or checkpoint."""
     from placer.report.artifact import open_artifact
     from placer.report.html import write_html
     from placer.report.inspect import summarize

@@ -23,23 +23,34 @@ def learning(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")],
     gpus_per_node: GpusPerNodeOption,
     nodes: NodesOption = 1,
-    policy: Annotated[str, typer.Option(help="Home policy: fixed or follow.")] = "fixed",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="How a token's home rank is chosen: fixed or follow (docs/concepts.md)."
+        ),
+    ] = "fixed",
     max_imbalance: Annotated[
-        float, typer.Option(help="Cap on max/mean rank load in every layer.")
+        float,
+        typer.Option(
+            help="Cap on the load of the busiest rank over the mean, in every layer."
+        ),
     ] = 1.10,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens to profile; repeat it for several."),
+        typer.Option(min=1, help="Number of tokens to solve on. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample and the search.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the sample and the search.")
+    ] = 0,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Solve from more and more tokens, to see when the plan stops changing.
+    """Solve on more and more tokens, to see how many a plan needs.
 
-    Parts of the sequences of --fold (0/2 if none is given) are profiled; all others judge.
+    Plans are solved on parts of the sequences of --fold (default 0/2) and judged on all
+    other sequences.
     """
     from placer.placement.topology import Topology
     from placer.planning.learning import (

@@ -26,17 +26,17 @@ def links(
     traces: Annotated[
         list[Path], typer.Argument(metavar="TRACE...", help="Trace directories.")
     ],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the controls.")] = 0,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how much experts predict those of later layers, and what tells it.
+    """Measure how well experts predict those of later layers, and why.
 
-    Mutual information in bits, mean over layers, beside controls that destroy one kind
-    of structure after another; how far links reach; distances between domains. Several
-    traces, such as those of several training steps, are shown one after another.
+    Shows mutual information in bits (mean over layers) beside controls that destroy one
+    kind of structure each, how many layers links reach, and distances between domains.
+    Several traces, such as those of several training steps, are shown one after another.
     """
     from placer.report.links import links_of
     from placer.trace import Trace

@@ -22,44 +22,50 @@ if TYPE_CHECKING:
 # Cells are never cut: whoever reads a path wants all of it.
 _WIDEST = 10_000
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object in place of tables.")
+]
 FoldOption = Annotated[
     str | None,
-    typer.Option("--fold", metavar="K/N", help="Only sequences whose id mod N is K."),
+    typer.Option("--fold", metavar="K/N", help="Use only sequences whose id mod N is K."),
 ]
 NotFoldOption = Annotated[
     str | None,
     typer.Option(
-        "--not-fold", metavar="K/N", help="Only sequences whose id mod N is not K."
+        "--not-fold", metavar="K/N", help="Use only sequences whose id mod N is not K."
     ),
 ]
 PhaseOption = Annotated[
     str,
     typer.Option(
         "--phase",
-        help="Only tokens of this phase, as the trace records it: prefill or decode.",
+        help="Use only tokens that the trace records for this phase: prefill, decode or "
+        "all.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
 GpusPerNodeOption = Annotated[
-    int, typer.Option(min=1, help="Expert-parallel ranks on each node.")
+    int, typer.Option(min=1, help="Number of expert-parallel ranks (GPUs) on each node.")
 ]
 NodesOption = Annotated[int, typer.Option(min=1, help="Number of nodes.")]
 SizedByOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Checkpoint whose config sizes the experts."),
+    typer.Option(
+        metavar="DIR", help="Checkpoint whose config.json gives the sizes of the experts."
+    ),
 ]
 HiddenSizeOption = Annotated[
-    int | None, typer.Option(help="Width of the hidden state, without --model.")
+    int | None, typer.Option(help="Width of the hidden state, if --model is not given.")
 ]
 ExpertSizeOption = Annotated[
-    int | None, typer.Option(help="Width of an expert, without --model.")
+    int | None,
+    typer.Option(help="Intermediate width of an expert, if --model is not given."),
 ]
 WeightBytesOption = Annotated[
     float | None,
     typer.Option(
         help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.",
-        show_default="by the config of --model, else as --engine dispatches",
+        show_default="from --model, else what --engine dispatches",
     ),
 ]
 
@@ -69,16 +75,16 @@ TokensPerRankOption = Annotated[
     typer.Option(
         metavar="LIST",
         show_default="64,256,4096",
-        help="Tokens that each rank brings to a forward pass: sizes below 1024 are batches "
-        "of decode, others of prefill.",
+        help="Tokens per rank in one forward pass. Sizes below 1024 are decode batches, "
+        "others are prefill batches.",
     ),
 ]
 BatchingOption = Annotated[
     str | None,
     typer.Option(
         metavar="decode|prefill",
-        help="Draw all batches like this: decode (one token of each sequence in turn) or "
-        "prefill (each rank its sequences one after another).",
+        help="How to draw all batches: decode takes one token of each sequence in turn, "
+        "prefill takes whole sequences one after another.",
     ),
 ]
 

@@ -19,49 +19,68 @@ def record(
     out: OutOption,
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="Text or .jsonl file, directory, or - (stdin)."),
+        typer.Option(
+            metavar="PATH",
+            help="Text to record on: a text or .jsonl file, a directory, or - for stdin. "
+            "Repeatable.",
+        ),
     ] = None,
     domain: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="The same, with the name of its domain."),
+        typer.Option(
+            metavar="NAME=PATH", help="Like --corpus, with a domain name. Repeatable."
+        ),
     ] = None,
     field: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Field of .jsonl lines: a text or a chat."),
+        typer.Option(
+            metavar="NAME", help="Field of .jsonl lines that holds a text or a chat."
+        ),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Sequences of one forward pass.")] = 16,
+    sequence_length: Annotated[
+        int, typer.Option(help="Limit on the tokens of a sequence.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 16,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens per corpus; documents are then drawn.")
+        int | None,
+        typer.Option(
+            help="Limit on the tokens per corpus. Documents are then drawn at random."
+        ),
     ] = None,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens of a chunk file.")] = 65_536,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens in one chunk file.")] = 65_536,
     weights: Annotated[
-        bool, typer.Option("--weights/--no-weights", help="Keep the router weights too.")
+        bool, typer.Option("--weights/--no-weights", help="Also record the router weights.")
     ] = True,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, as torch names it.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Torch device to run on, such as cpu or cuda:0.")
+    ] = "cpu",
     device_map: Annotated[
         str | None,
-        typer.Option(help="Spread the model over devices (accelerate): auto, balanced."),
+        typer.Option(
+            help="Spread the model over several devices (accelerate): auto or balanced."
+        ),
     ] = None,
     generate: Annotated[
-        int, typer.Option(help="Generate so many tokens after each sequence: decode.")
+        int,
+        typer.Option(
+            help="Generate this many tokens after each sequence. They are recorded as "
+            "decode."
+        ),
     ] = 0,
     temperature: Annotated[
-        float, typer.Option(help="Of generated tokens; 0 takes the likeliest.")
+        float, typer.Option(help="Sampling temperature of generated tokens. 0: greedy.")
     ] = 0.0,
-    seed: Annotated[
-        int, typer.Option(help="Order of documents under --max-tokens, and of draws.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the draws.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Run a transformers MoE model over text and write which experts its routers chose.
 
-    Killed and started again with the same options, it goes on where it was. On several
-    GPUs, a whole model on each: torchrun --nproc-per-node N --no-python placer record ...
-    --device cuda.
+    If it was killed, run it again with the same options and it goes on. To use several
+    GPUs, each with the whole model: torchrun --nproc-per-node N --no-python placer record
+    ... --device cuda.
     """
     from contextlib import nullcontext
 

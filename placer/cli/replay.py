@@ -24,41 +24,47 @@ def replay(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The original model.")],
     trace: Annotated[
-        Path, typer.Option("--trace", metavar="TRACE", help="Whose tokens to run.")
+        Path,
+        typer.Option("--trace", metavar="TRACE", help="The trace whose tokens are run."),
     ],
     table: Annotated[
         Path | None,
-        typer.Option("--table", help="The plan's table (placer tables): placer-shuffle."),
+        typer.Option(
+            "--table", help="The plan's table (placer tables). Needed by placer-shuffle."
+        ),
     ] = None,
     exchange: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="all_to_all (transformers' own), padded (DeepSpeed-MoE's), placer-dedup, "
-            "placer-per-node, placer-shuffle or placer-follow; repeatable. Default: all "
-            "that fit the plan.",
+            help="Exchange to run: all_to_all (transformers' own), padded "
+            "(DeepSpeed-MoE's), placer-dedup, placer-per-node, placer-shuffle or "
+            "placer-follow. Repeatable. Default: all that fit the plan.",
         ),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
     sequences_per_rank: Annotated[
-        int, typer.Option(help="Sequences of a rank in a forward pass.")
+        int, typer.Option(help="Sequences per rank in one forward pass.")
     ] = 2,
     passes: Annotated[int, typer.Option(help="Forward passes.")] = 4,
-    repeats: Annotated[int, typer.Option(help="How often they are timed; 0: never.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(help="How many times each pass is timed. 0: no timing.")
+    ] = 3,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL).")] = "cpu",
     hardware: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The links that it runs on (placer calibrate)."),
+        typer.Option(
+            metavar="FILE", help="The links that this run uses (placer calibrate)."
+        ),
     ] = None,
     elsewhere: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Predict the time of a pass with these links instead of --hardware; "
-            "repeatable.",
+            help="Predict the time of a pass on these links too. Repeatable.",
         ),
     ] = None,
     fold: FoldOption = None,
@@ -66,12 +72,13 @@ def replay(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Run a model expert-parallel, contiguous and as planned; count every byte it sends.
+    """Run a model expert-parallel, contiguous and as planned. Count every byte sent.
 
-    One process per rank, started here on this machine, or by torchrun on several:
-    torchrun --nnodes N --nproc-per-node M --no-python placer replay ... Hidden states that
-    leave a rank must be those that a simulation of the same routing predicts, byte for
-    byte, and outputs those of the model run by itself; exit 5 if not.
+    One process per rank. On one machine placer starts them. On several, use torchrun:
+    torchrun --nnodes N --nproc-per-node M --no-python placer replay ...
+
+    The bytes that leave each rank must be those that a simulation of the same routing
+    predicts. The outputs must be those of the model run on one rank. Otherwise exit 5.
     """
     from placer.model import require_same_model
     from placer.placement import Plan

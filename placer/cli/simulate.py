@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def simulate(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     trace: Annotated[
-        Path, typer.Argument(metavar="TRACE", help="The tokens to serve from it.")
+        Path, typer.Argument(metavar="TRACE", help="The trace to judge the plan on.")
     ],
     table: Annotated[
         Path | None,
@@ -43,32 +43,33 @@ def simulate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Placement to compare with (docs/baselines.md); repeatable: contiguous, "
-            "balanced, random, eplb, exflow, moetuner, grace, occult, sem-moe, "
-            "kernighan-lin, metis or mt-kahypar. Default: contiguous, balanced, eplb.",
+            help="Placement to compare with (docs/baselines.md): contiguous, balanced, "
+            "random, eplb, exflow, moetuner, grace, occult, sem-moe, kernighan-lin, "
+            "metis or mt-kahypar. Repeatable. Default: contiguous, balanced, eplb.",
         ),
     ] = None,
     engine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Serve as this engine does (docs/engines.md), or as all of a family: "
-            "vllm, sglang, trtllm. Default: the engine that the plan was solved for.",
+            help="The engine that serves (docs/engines.md), or a family: vllm, sglang, "
+            "trtllm. Default: the engine that the plan was solved for.",
         ),
     ] = None,
     replica_choice: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Which copy of a redundant expert serves: local-first, sglang-static, "
-            "hash or cover. Default: the engine's, else what the plan was solved for.",
+            help="Which copy of a redundant expert serves a token: local-first, "
+            "sglang-static, hash or cover. Default: the engine's, else the plan's.",
         ),
     ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Predict the time of a layer: h100, h200, b200, a100, or a .toml file.",
+            help="Predict the time of a layer on h100, h200, b200, a100, or on the "
+            "hardware of a .toml file (placer calibrate).",
         ),
     ] = None,
     model: SizedByOption = None,
@@ -80,13 +81,15 @@ def simulate(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what a plan is worth on a trace, in batches of decode and of prefill.
+    """Measure a plan on a trace, in decode batches and in prefill batches.
 
-    Policies: fixed (the sequence's data-parallel rank), follow (the rank that served most
-    of the previous layer), oracle (the best home of every layer), and with --table token,
-    token_equal (equal slices of every batch) and request (one home per sequence), and by
-    its combined rule token_combined and token_equal_combined. Judge on sequences that the
-    plan was not solved on: --fold or --not-fold.
+    A row of the table is a policy: how a token's home rank is chosen. fixed: the sequence's
+    data-parallel rank. follow: the rank that served most of the previous layer. oracle: the
+    best home of every layer, an upper limit. With --table also token, token_equal (equal
+    slices of every batch), request (one home per sequence), and token_combined and
+    token_equal_combined (the table's combined rule).
+
+    Judge a plan on sequences that it was not solved on: use --fold or --not-fold.
     """
     from placer.placement import Plan
     from placer.planning.judge import (

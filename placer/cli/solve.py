@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 def solve(
     source: Annotated[
-        Path, typer.Argument(metavar="TRACE|AFFINITY", help="What to profile on.")
+        Path,
+        typer.Argument(
+            metavar="TRACE|AFFINITY", help="The trace or the counts to solve on."
+        ),
     ],
     out: OutOption,
     gpus_per_node: GpusPerNodeOption,
@@ -45,16 +48,17 @@ def solve(
     objective: Annotated[
         str,
         typer.Option(
-            help="traffic, under the load cap; balance alone; or time, predicted for "
-            "--hardware."
+            help="What to minimise: traffic (under the load cap), balance (the busiest "
+            "rank only) or time (predicted for --hardware)."
         ),
     ] = "traffic",
     hardware: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Predict time on h100, h200, b200, a100, or a .toml file: for --objective "
-            "time, and to choose the load cap where --max-imbalance is not given.",
+            help="Predict time on h100, h200, b200, a100, or on the hardware of a .toml "
+            "file (placer calibrate). Used by --objective time, and to choose the "
+            "load cap when --max-imbalance is not given.",
         ),
     ] = None,
     model: SizedByOption = None,
@@ -62,25 +66,32 @@ def solve(
     expert_size: ExpertSizeOption = None,
     weight_bytes: WeightBytesOption = None,
     policy: Annotated[
-        str, typer.Option(help="Home policy: fixed, follow, token or request.")
+        str,
+        typer.Option(
+            help="How a token's home rank is chosen: fixed, follow, token or request "
+            "(docs/concepts.md)."
+        ),
     ] = "fixed",
     engine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Solve for what this engine sends (docs/engines.md): sets --exchange and "
-            "--replica-choice, and balances where placement cannot change the traffic.",
+            help="The engine to solve for (docs/engines.md). Sets --exchange and "
+            "--replica-choice. If placement cannot change what the engine sends, the "
+            "solver only balances.",
         ),
     ] = None,
     exchange: Annotated[
         str | None,
-        typer.Option(help="Exchange: per-rank or per-node.", show_default="per-rank"),
+        typer.Option(
+            help="How copies are counted: per-rank or per-node.", show_default="per-rank"
+        ),
     ] = None,
     max_imbalance: Annotated[
         float | None,
         typer.Option(
-            help="Cap on max/mean rank load in every layer; refused where it is out of "
-            "reach.",
+            help="Cap on the load of the busiest rank over the mean, in every layer. If "
+            "no placement can meet it, the command fails (exit 3).",
             show_default="1.10, or the best reachable",
         ),
     ] = None,
@@ -88,29 +99,34 @@ def solve(
         float | None,
         typer.Option(
             metavar="X",
-            help="With --policy follow or token: cap on max/mean tokens per home rank.",
+            help="With --policy follow or token: cap on the tokens of the fullest home "
+            "rank over the mean.",
         ),
     ] = None,
     max_received_copies: Annotated[
         float | None,
         typer.Option(
             metavar="X",
-            help="With --policy fixed or follow: cap on the ranks times the copies that "
-            "one of them receives per token, in every layer; compare "
-            "bottleneck_rank_copies_per_token.",
+            help="With --policy fixed or follow: cap on what the busiest receiver gets in "
+            "every layer, in copies per token times the number of ranks (the unit of "
+            "bottleneck_rank_copies_per_token).",
         ),
     ] = None,
     frontier: Annotated[
         str | None,
         typer.Option(
             metavar="CAPS",
-            help="Solve under each of these load caps, such as 1.02,1.05,1.1, in place of "
-            "--max-imbalance: --out is a directory of plans and frontier.csv.",
+            help="Solve once for each of these load caps, such as 1.02,1.05,1.1. Replaces "
+            "--max-imbalance. --out is then a directory with one plan per cap and "
+            "frontier.csv.",
         ),
     ] = None,
     relax_cap: Annotated[
         bool,
-        typer.Option("--relax-cap", help="Where a cap is out of reach, take the best."),
+        typer.Option(
+            "--relax-cap",
+            help="If a layer cannot meet a cap, use the lowest value that it can reach.",
+        ),
     ] = False,
     inter_cost: Annotated[
         int | None, typer.Option(help="Cost of a copy between nodes.", show_default="8")
@@ -122,8 +138,8 @@ def solve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Cost of a copy between every two ranks, in place of both: R rows of R "
-            "whole numbers, JSON or .csv.",
+            help="Cost of a copy between each pair of ranks: R rows of R whole numbers, "
+            "JSON or .csv. Replaces --inter-cost and --intra-cost.",
         ),
     ] = None,
     ep_size: Annotated[
@@ -131,35 +147,39 @@ def solve(
         typer.Option(
             min=1,
             metavar="R",
-            help="Ranks of an expert-parallel group, where all GPUs of --nodes are not one "
-            "group.",
+            help="Ranks of one expert-parallel group, if the GPUs of --nodes form several "
+            "groups.",
         ),
     ] = None,
     tensor_parallel_size: Annotated[
         int,
-        typer.Option(min=1, help="With --ep-size: neighbouring ranks that share tokens."),
+        typer.Option(
+            min=1,
+            help="With --ep-size: number of neighbouring ranks that share their tokens.",
+        ),
     ] = 1,
     ep_groups: Annotated[
         str,
         typer.Option(
-            help="With --ep-size: consecutive data parallel ranks make a group "
-            "(DeepSpeed's default), or strided (its use_data_before_expert_parallelism)."
+            help="With --ep-size: which data parallel ranks form a group. consecutive is "
+            "DeepSpeed's default, strided is its use_data_before_expert_parallelism."
         ),
     ] = "consecutive",
     redundant_experts: Annotated[
         str,
         typer.Option(
             metavar="X|auto",
-            help="Slots per layer beyond one for each expert. auto climbs 0, R, 2R, 4R, "
-            "... for R ranks while quick plans say that the next step saves "
-            "--redundant-gain of the objective, within --redundant-memory.",
+            help="Slots per layer beyond one for each expert. auto tries 0, R, 2R, 4R, "
+            "... for R ranks. It goes on while the next step saves --redundant-gain "
+            "of the objective and fits --redundant-memory.",
         ),
     ] = "0",
     redundant_gain: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="With --redundant-experts auto: what a step must save of the objective.",
+            help="With --redundant-experts auto: share of the objective that a step must "
+            "save.",
             show_default="0.05",
         ),
     ] = None,
@@ -167,24 +187,25 @@ def solve(
         float | None,
         typer.Option(
             metavar="GIB",
-            help="With --redundant-experts auto: most memory per rank, all layers; needs "
-            "--model, or --hidden-size and --expert-size.",
+            help="With --redundant-experts auto: limit on the memory of redundant experts "
+            "per rank, over all layers. Needs --model, or --hidden-size and "
+            "--expert-size.",
         ),
     ] = None,
     replica_choice: Annotated[
         str | None,
         typer.Option(
-            help="Which copy serves: local-first, sglang-static or hash.",
-            show_default="the engine's; without --engine it must be given for redundant "
-            "experts of a trace",
+            help="Which copy of a redundant expert serves a token: local-first, "
+            "sglang-static or hash.",
+            show_default="the engine's; needed for redundant experts without --engine",
         ),
     ] = None,
     robust: Annotated[
         str,
         typer.Option(
-            help="Also keep unseen sequences under --max-imbalance: bootstrap (resampled "
-            "loads) or domains (loads per domain). Cap and price are tuned on two halves "
-            "of the profile."
+            help="Also keep unseen sequences under --max-imbalance: bootstrap uses "
+            "resampled loads, domains the loads per domain. Cap and penalty are "
+            "tuned on two halves of the profile."
         ),
     ] = "none",
     overflow_price: Annotated[
@@ -192,7 +213,7 @@ def solve(
         typer.Option(
             help="With --robust: penalty, in copies, for each (token, expert) pair "
             "above the load cap.",
-            show_default="10, or up to 40 as the cap takes",
+            show_default="10 to 40, tuned",
         ),
     ] = None,
     receive_price: Annotated[
@@ -203,65 +224,77 @@ def solve(
     ] = 0.0,
     start: Annotated[
         Path | None,
-        typer.Option(metavar="PLAN", help="Improve this plan, which is served now."),
+        typer.Option(metavar="PLAN", help="Start from this plan, which is in service now."),
     ] = None,
     migration_cost: Annotated[
         float,
         typer.Option(
-            help="With --start: copies of the profile that a move is worth; where load is "
-            "balanced, pairs of the busiest rank."
+            help="With --start: what moving one expert to another rank costs, in copies "
+            "of the profile. When only load is balanced: in (token, expert) pairs of "
+            "the busiest rank."
         ),
     ] = 0.0,
     pin: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LAYER:EXPERT=RANK", help="Keep an expert on a rank; repeatable."
+            metavar="LAYER:EXPERT=RANK", help="Fix an expert to a rank. Repeatable."
         ),
     ] = None,
     preserve_groups: Annotated[
         bool,
         typer.Option(
             "--preserve-groups",
-            help="Keep router groups whole, as a permuted checkpoint must.",
+            help="Keep the experts of a router group together. A permuted checkpoint "
+            "needs this.",
         ),
     ] = False,
     ignore_groups: Annotated[
         bool,
         typer.Option(
             "--ignore-groups",
-            help="Where load is balanced: split router groups over nodes, which may send a "
-            "token to more of them.",
+            help="When only load is balanced: allow router groups to be split over nodes. "
+            "Tokens may then visit more nodes.",
         ),
     ] = False,
     proof: Annotated[
-        str, typer.Option(help="Work that goes into the bound: none, quick or full.")
+        str, typer.Option(help="Effort spent on the lower bound: none, quick or full.")
     ] = "quick",
     num_sweeps: Annotated[
-        int, typer.Option(min=0, help="Sweeps over the copies; 0: pairs alone.")
+        int,
+        typer.Option(
+            min=0,
+            help="Passes of the search over the exact number of copies. 0 uses only the "
+            "cost of expert pairs.",
+        ),
     ] = 16,
-    num_rounds: Annotated[int, typer.Option(min=0, help="Shakes of the search.")] = 30,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    num_rounds: Annotated[
+        int, typer.Option(min=0, help="Restarts of the search from a perturbed placement.")
+    ] = 30,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     time_limit: Annotated[
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="Take the best after so long: a plan that this cut cannot be reproduced. "
-            "Each choice by quick plans has at most half of what is left; proofs count, "
-            "the plans of --frontier share it. Ctrl-C stops too.",
+            help="Stop after this time and write the best plan so far. Such a plan cannot "
+            "be reproduced. The limit covers the whole command: proofs and all plans "
+            "of --frontier too. Ctrl-C also stops and writes.",
         ),
     ] = None,
     require_optimal: Annotated[
-        bool, typer.Option("--require-optimal", help="Fail (exit 4) without a proof.")
+        bool,
+        typer.Option(
+            "--require-optimal", help="Fail (exit 4) unless the plan is proved optimal."
+        ),
     ] = False,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Place experts on ranks: least traffic, equal slots, load under the cap.
+    """Place experts on ranks: least traffic with equal slots and load under a cap.
 
-    Profiles on the sequences of --fold and judges on all others. Deterministic: the same
-    input and seed give the same plan.
+    Solves on the sequences of --fold and judges the plan on all others. The same input and
+    seed give the same plan.
     """
     began = time.monotonic()  # the limit on time counts what is imported below
     from placer.placement.pins import Pin

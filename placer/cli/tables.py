@@ -34,44 +34,46 @@ def tables(
     lookback: Annotated[
         int | None,
         typer.Option(
-            help="Past majority ranks that index the history table.",
-            show_default="at most 4, as the number of ranks allows",
+            help="Number of past majority ranks that index the history table.",
+            show_default="up to 4, fewer for many ranks",
         ),
     ] = None,
     shrinkage: Annotated[
-        float, typer.Option(help="Tokens of the layer's average added to every token id.")
+        float, typer.Option(help="Weight of the layer's average in each row, in tokens.")
     ] = 4.0,
     token_score: Annotated[
         bool,
-        typer.Option("--token-score", help="Also hold the second choices of tokens."),
+        typer.Option(
+            "--token-score", help="Also store each token's second choice of rank."
+        ),
     ] = False,
     combined: Annotated[
         bool,
         typer.Option(
             "--combined",
-            help="Also hold the combined rule, from the token and the experts before, and "
-            "the second choices.",
+            help="Also store the combined rule, which uses the token and its experts in "
+            "earlier layers, and second choices.",
         ),
     ] = False,
     embeddings: Annotated[
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint: its embedding gives ids never seen a row, hash-routed layers "
-            "get exact rows.",
+            help="Checkpoint whose embedding gives rows to token ids that the trace does "
+            "not contain. Hash-routed layers get exact rows.",
         ),
     ] = None,
     unseen: Annotated[
         UnseenChoice,
         typer.Option(
-            help="What the embedding gives: rates predicted by regression, or the row of "
-            "the nearest neighbour."
+            help="How rows of unseen ids are made: rates predicted by regression, or the "
+            "row of the nearest neighbour."
         ),
     ] = UnseenChoice.REGRESSION,
     max_home_imbalance: Annotated[
         float | None,
         typer.Option(
-            help="Even out the homes: cap on the tokens of the fullest rank over the mean.",
+            help="Cap on the tokens of the fullest home rank over the mean.",
             show_default="none",
         ),
     ] = None,
@@ -80,16 +82,17 @@ def tables(
     phase: Annotated[
         str | None,
         typer.Option(
-            help="Only tokens of this phase: prefill, decode or all.",
+            help="Use only tokens that the trace records for this phase: prefill, decode "
+            "or all.",
             show_default="the plan's",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the table that names, by token id and by past ranks, a token's home.
+    """Write the token-shuffle table: a token's home rank by token id and past ranks.
 
-    Built from the tokens that the plan was solved on, unless --fold or --phase says
-    otherwise, and tried on all other sequences.
+    The table is built from the tokens that the plan was solved on (--fold and --phase
+    select others) and tested on all other sequences.
     """
     from placer.planning.tables import (
         TableOptions,

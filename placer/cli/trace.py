@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from placer.trace.header import TraceHeader
 
 trace_app = typer.Typer(
-    help="Work on traces: check, cut, join, clean, and see what they can tell.",
+    help="Work on traces: check, cut, join, clean and measure.",
     no_args_is_help=True,
 )
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")]
@@ -32,7 +32,7 @@ TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace di
 
 @trace_app.command("validate")
 def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
-    """Check every hash, tensor and id; a damaged chunk is named (exit 1)."""
+    """Check every hash, tensor and id. Name damaged chunks (exit 1)."""
     from placer.trace import Trace
     from placer.trace.rewrite import validate_trace
 
@@ -43,11 +43,11 @@ def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
 def split(
     trace: TraceArgument,
     out: OutOption,
-    domain: Annotated[str | None, typer.Option(help="Only this domain.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Use only this domain.")] = None,
     period: Annotated[
         str | None,
         typer.Option(
-            metavar="K/N", help="Only part K of N (from 0) in the order of recording."
+            metavar="K/N", help="Use only part K of N (from 0), in recording order."
         ),
     ] = None,
     fold: FoldOption = None,
@@ -69,7 +69,7 @@ def sample(
     trace: TraceArgument,
     out: OutOption,
     sequences: Annotated[int, typer.Option(help="How many sequences to draw.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the draw.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write some sequences, drawn at random without replacement."""
@@ -85,7 +85,7 @@ def merge(
     out: OutOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Write traces of one model as one; sequences are renumbered."""
+    """Write several traces of one model as one. Sequences get new numbers."""
     from placer.trace import Trace
     from placer.trace.rewrite import merge_traces
 
@@ -97,11 +97,13 @@ def dedup(
     trace: TraceArgument,
     out: OutOption,
     prefixes: Annotated[
-        bool, typer.Option(help="Remove prefixes that began a sequence before.")
+        bool, typer.Option(help="Remove prefixes that an earlier sequence began with.")
     ] = True,
     rows: Annotated[
         bool,
-        typer.Option(help="Remove tokens that repeat another's experts in all layers."),
+        typer.Option(
+            help="Remove tokens with the same experts as another token in all layers."
+        ),
     ] = True,
     warm_up: Annotated[
         bool,
@@ -114,10 +116,10 @@ def dedup(
     not_fold: NotFoldOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a trace without repeated prefixes, rows and warm-up; shares are reported.
+    """Write a trace without repeated prefixes, repeated rows and warm-up tokens.
 
-    With a fold, the fold stays whole and the rest loses what the fold holds: profile on
-    the fold, judge on the rest.
+    With a fold, the fold stays whole, and all other sequences lose what the fold contains.
+    Then solve on the fold and judge on the rest.
     """
     from placer.trace import Trace
     from placer.trace.dedup import (

@@ -18,22 +18,28 @@ def verify(
     exported: Annotated[
         Path, typer.Argument(metavar="EXPORTED", help="Its export: checkpoint or map.")
     ],
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan exported.")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="The plan that was exported.")
+    ],
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="Text to run both on; the default ships."),
+        typer.Option(
+            metavar="PATH",
+            help="Text to run both models on. Default: a text that comes with placer.",
+        ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=0, help="Most tokens to run; 0 compares tensors only.")
+        int,
+        typer.Option(min=0, help="Limit on the tokens to run. 0 compares tensors only."),
     ] = 2048,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every tensor, then logits and routing on real text; exit 5 if any differs.
+    """Compare every tensor, then logits and routing on real text. Exit 5 on any difference.
 
-    Tensors are compared bit for bit under the plan's permutation; logits in float32 to
-    1e-4 of the largest logit, because experts are summed in another order. A runtime map is
-    checked by the rules of its runtime, then slot by slot against the plan; an export by
-    ranks, tensor by tensor.
+    Tensors are compared bit for bit under the plan's permutation. Logits are compared in
+    float32, to 1e-4 of the largest logit, because experts are summed in another order. A
+    runtime map is checked by the rules of its runtime, then slot by slot against the plan.
+    An export by ranks is checked tensor by tensor.
     """
     if exported.is_file():
         _verify_map(original, exported, plan, as_json)
