@@ -37,7 +37,7 @@ from placer.trace import (
 
 ChunkSource = Callable[[], Iterable[Chunk]]
 
-# So many tokens at a time, the keys of all pairs stay in the processor's cache.
+# This many tokens at a time, the keys of all pairs stay in the processor's cache.
 _BLOCK_TOKENS = 8192
 
 

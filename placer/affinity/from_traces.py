@@ -27,7 +27,7 @@ from placer.trace import (
     Trace,
 )
 
-# Starting a process costs about as much as counting so many tokens.
+# Starting a process costs about as much as counting this many tokens.
 _WORTH_A_WORKER = 250_000
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from placer.arrays import IntArray
 from placer.errors import PlacerError
 
-# The index of so many rows takes a GiB.
+# The index of this many rows takes a GiB.
 _MOST_ROWS = 1 << 27
 
 
@@ -80,7 +80,7 @@ class SparseCounts:
         Raises
         ------
         PlacerError
-            If there would be so many rows that their index alone takes more than a GiB.
+            If there would be this many rows that their index alone takes more than a GiB.
         """
         if num_rows > _MOST_ROWS:
             raise PlacerError(

@@ -23,7 +23,7 @@ def mtkahypar(problem: BaselineProblem) -> Placement:
     """Partition each layer's hypergraph, whose edges are what tokens use, for least km1.
 
     km1 adds up, over tokens, the groups beyond the first that serve a token: under the
-    policy ``fixed`` the copies themselves, but for a constant. Gottesbueren, Heuer, Maas,
+    policy ``fixed`` the copies themselves, up to a constant. Gottesbueren, Heuer, Maas,
     Sanders and Schlag, "Scalable high-quality hypergraph partitioning", ACM Trans.
     Algorithms 20 (2024); preset ``deterministic_quality``, one thread, epsilon 0.
 

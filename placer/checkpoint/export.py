@@ -157,7 +157,7 @@ class ExportJob:
         options
             How to write it.
         progress
-            Told how far it is.
+            Called with how far it is.
 
         Raises
         ------

@@ -259,7 +259,7 @@ def written_shards(
     options
         How to write.
     progress
-        Told how far it is.
+        Called with how far it is.
 
     Raises
     ------

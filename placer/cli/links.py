@@ -72,7 +72,7 @@ def _show(found: "Links") -> None:
 
 def _show_reach(found: "Links") -> None:
     print_table(
-        ("layers apart", "top-1", "corrected", "likeliest expert is right"),
+        ("layers apart", "top-1", "corrected", "most likely expert is right"),
         [tuple(asdict(row).values()) for row in found.reach],
         title="how far links reach",
     )

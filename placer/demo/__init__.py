@@ -1,1 +1,1 @@
-"""The demo: text that every Python carries, and the whole road over it."""
+"""The demo: text that comes with Python, and every step run on it."""

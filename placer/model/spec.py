@@ -249,7 +249,7 @@ class Architecture:
         hidden states, ids and weights.
     scores_module
         Module path of a router whose first output is a ``[T, E]`` matrix of weights, zero
-        but for the chosen experts, where the experts are not called with ids.
+        except for the chosen experts, where the experts are not called with ids.
     router_module
         Module path of the router, which returns ids, or else scores first.
     layout

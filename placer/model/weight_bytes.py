@@ -160,7 +160,7 @@ def _quantised(config: Mapping[str, Any], directory: Path) -> ExpertWeights:
 
 
 def _weights(config: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], bool]]:
-    """Yield what may say the bits of the experts' weights, the surest first.
+    """Yield what may say the bits of the experts' weights, the most certain first.
 
     With each, whether it says that nothing else is quantised; AWQ and GPTQ need not.
     """

@@ -47,7 +47,7 @@ class WorldLayout:
     tensor_parallel_size
         Ranks that share their tokens.
     ep_groups
-        Of the ranks that are alike but for their data, groups are ``consecutive`` ones
+        Of the ranks that are alike except for their data, groups are ``consecutive`` ones
         (DeepSpeed's default), or ``strided`` (its ``use_data_before_expert_parallelism``).
 
     Raises

@@ -81,7 +81,7 @@ def choose_cap(
     question
         Engine, hardware and size of an expert.
     progress
-        Told each plan.
+        Called with each plan.
     deadline
         Each quick plan has half of its time; one of ``options.time_limit`` by default.
 

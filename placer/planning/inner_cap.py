@@ -61,7 +61,7 @@ def choose_inner_cap(
     options
         What to solve for, ``load_cap`` being the mean imbalance to keep to.
     progress
-        Told each cap.
+        Called with each cap.
     deadline
         No further cap is tried after it; one of ``options.time_limit`` by default.
 
@@ -98,8 +98,8 @@ def choose_inner_cap(
     found = loosest_that_holds(options.load_cap, trials)
     if found.holds or options.overflow_price is not None or deadline.passed():
         return found
-    dearer = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
-    return cheapest_that_holds(options.load_cap, trials, dearer)
+    costlier = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
+    return cheapest_that_holds(options.load_cap, trials, costlier)
 
 
 def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
@@ -134,7 +134,7 @@ def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> Inne
 
 
 def cheapest_that_holds(
-    max_imbalance: float, trials: Sequence[CapTrial], dearer: Sequence[CapTrial]
+    max_imbalance: float, trials: Sequence[CapTrial], costlier: Sequence[CapTrial]
 ) -> InnerCap:
     """Choose between prices under the tightest cap, by a line over their logarithms.
 
@@ -144,17 +144,17 @@ def cheapest_that_holds(
         What other sequences should keep to.
     trials
         The caps tried; the last is the tightest.
-    dearer
+    costlier
         Trials of that cap at ascending prices.
     """
     tightest = trials[-1]
     line = _Line.through(
         [
             (math.log2(one.overflow_price), one.predicted_imbalance)
-            for one in (tightest, *dearer)
+            for one in (tightest, *costlier)
         ]
     )
-    chosen = dearer[-1].overflow_price if line.slope < 0 else tightest.overflow_price
+    chosen = costlier[-1].overflow_price if line.slope < 0 else tightest.overflow_price
     if line.at(math.log2(chosen)) < max_imbalance and line.slope < 0:
         crossing = math.ceil(round(2 ** line.reaches(max_imbalance), 6))
         chosen = max(tightest.overflow_price, float(crossing))
@@ -164,7 +164,7 @@ def cheapest_that_holds(
         overflow_price=chosen,
         predicted_imbalance=round(predicted, 6),
         holds=predicted <= max_imbalance,
-        trials=(*trials, *dearer),
+        trials=(*trials, *costlier),
     )
 
 

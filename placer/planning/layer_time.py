@@ -144,7 +144,7 @@ def choose_by_time(
     question
         Engine, hardware and size of an expert.
     progress
-        Told each candidate.
+        Called with each candidate.
     deadline
         No further candidate is tried after it; one of ``options.time_limit`` by default.
 

@@ -153,7 +153,7 @@ def choose_redundant_experts(
     least_gain
         Share of the objective, above 0 and below 1.
     progress
-        Told each step.
+        Called with each step.
     deadline
         No further step is tried after it; one of ``options.time_limit`` by default.
 

@@ -28,7 +28,7 @@ class SolveRequest:
     selection
         The tokens to profile.
     options
-        What to solve for, but for what the other fields decide.
+        What to solve for, except for what the other fields decide.
     objective
         ``traffic``, ``balance`` or ``time``.
     engine

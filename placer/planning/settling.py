@@ -93,9 +93,9 @@ def settle(
     request
         What is asked.
     note, warn
-        Told what to know of it, one sentence each.
+        Called with what to know of it, one sentence each.
     progress
-        Told each quick plan.
+        Called with each quick plan.
     deadline
         Of the choice of a number of redundant experts.
 
@@ -230,7 +230,7 @@ def _even_choice(request: SolveRequest) -> str | None:
 
 
 def _command(request: SolveRequest) -> str:
-    """Return the request as a command, but for what a hint about copies leaves out."""
+    """Return the request as a command, except for what a hint about copies leaves out."""
     topology, number = request.options.topology, request.redundant_experts
     words = ["placer", "solve", str(request.source)]
     words += ["--nodes", str(topology.num_nodes)]

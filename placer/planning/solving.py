@@ -81,9 +81,9 @@ def solve_request(
     request
         What is asked.
     note, warn
-        Told what to know of it, one sentence each.
+        Called with what to know of it, one sentence each.
     progress
-        Told each step of a search.
+        Called with each step of a search.
     deadline
         When to stop; by default, the options' ``time_limit`` from now.
 

@@ -46,7 +46,8 @@ from placer.trace.capture import by_descending_weight
 Tensor = torch.Tensor
 
 _CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm")
-#: Told of each MoE layer: its number, places [n] of tokens, logical ids and weights [n, k].
+#: Called for each MoE layer with its number, places [n] of tokens, logical ids and
+#: weights [n, k].
 Watch = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -85,9 +86,9 @@ class FollowRun:
     group
         The ranks.
     counter
-        Told which part of which layer is sent, or ``None``.
+        Called with which part of which layer is sent, or ``None``.
     watch
-        Told what the routers chose.
+        Called with what the routers chose.
 
     Raises
     ------

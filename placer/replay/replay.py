@@ -183,7 +183,7 @@ def replay(
     table_path
         The plan's token-shuffle table, for ``placer-shuffle``.
     say
-        Told what runs, on the first rank.
+        Called with what runs, on the first rank.
 
     Returns
     -------

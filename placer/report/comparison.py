@@ -192,7 +192,7 @@ def _guard_line(plan: Plan) -> Iterator[str]:
     if caps is None:
         return
     values = sorted({f"{min(caps):.2f}", f"{max(caps):.2f}"})
-    kept = f", but for {len(above)} MoE layers" if above else ""
+    kept = f", except for {len(above)} MoE layers" if above else ""
     # Time is predicted for tokens, and without a table.
     is_open = plan.metrics["profile"] is not None and "cap_by_time" not in plan.provenance
     timed = is_open and plan.policy == plan.policy_without_table

@@ -31,7 +31,7 @@ from placer.trace import (
     Trace,
 )
 
-# Controls shuffle inside a block of so many tokens, which bounds memory.
+# Controls shuffle inside a block of this many tokens, which bounds memory.
 _BLOCK_TOKENS = 500_000
 DEFAULT_DISTANCES = (1, 2, 3, 4, 8, 16)
 
@@ -73,7 +73,7 @@ class Reach:
     top1, top1_corrected
         Mutual information in bits, plug-in and Miller-Madow.
     best_next
-        Mean probability that the likeliest expert of the later layer is the token's:
+        Mean probability that the most likely expert of the later layer is the token's:
         ExFlow's conditional probability (arXiv 2401.08383, section III), each expert of
         the earlier layer weighted by its tokens.
     """

@@ -55,12 +55,12 @@ class Deadline:
         return max(0.0, self.seconds - self.needed - self.kept - spent)
 
     def reserve(self, seconds: float) -> None:
-        """Stop so many seconds earlier, beside all else that is needed afterwards."""
+        """Stop this many seconds earlier, beside all else that is needed afterwards."""
         if self.seconds is not None:
             self.seconds -= seconds
 
     def needs(self, seconds: float) -> None:
-        """Stop at least so many seconds before the end: something takes them afterwards."""
+        """Keep at least this many seconds for what follows."""
         self.needed = max(self.needed, seconds)
 
     @contextmanager

@@ -19,7 +19,7 @@ from placer.errors import (
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A task whose worker was lost is run again so many times.
+# A task whose worker was lost is run again this many times.
 _MAX_RETRIES = 3
 
 

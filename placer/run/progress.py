@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: Told one line per step of a search.
+#: Called with one line per step of a search.
 Progress = Callable[[str], None]
 
 

@@ -46,7 +46,7 @@ class BatchShape:
             )
 
     def tokens(self, num_ranks: int) -> int:
-        """Return the tokens of a forward pass of so many ranks."""
+        """Return the tokens of a forward pass of this many ranks."""
         return self.tokens_per_rank * num_ranks
 
 

@@ -9,7 +9,7 @@ link. A layer's time is their sum::
 with hidden size H, expert width I (gate, up and down projection: 3 H I weights of w bytes,
 two operations each per pair), and copies the more of sent and received. Both link classes
 work at the same time; the latency is that of the slowest link in use. Where a link was
-measured, its times for so many bytes are taken instead of the two figures
+measured, its times for this many bytes are taken instead of the two figures
 (:class:`~placer.target.hardware.Link`).
 
 Left out: attention, the router, shared experts (they run on every rank alike), kernels that

@@ -50,8 +50,8 @@ def solve(
     options
         What to solve for.
     progress
-        Told one line per step of the search. Interrupted by Ctrl-C, the search gives the
-        best so far; the report then says that it is not reproducible.
+        Called with one line per step. Interrupted by Ctrl-C, the search gives the best so
+        far; the report then says that it is not reproducible.
     tokens
         The profile itself: the copies that it causes are minimised. Without it pairs of
         experts are all that is known.

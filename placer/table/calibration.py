@@ -4,7 +4,7 @@ The surer of two estimates is more often the one that errs upwards, so a table p
 somewhat more than its homes serve. Tables of either half of the profile's sequences are
 tried on the other half, and one line, the same for all rows and layers, is fitted from
 promise to service (linear recalibration: Cox 1958). One rising line for T and A changes no
-choice, but for differences that float16 rounds away.
+choice, except for differences that float16 rounds away.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ def _line(
 def calibrated(
     table: Table, calibration: Calibration, exact_layers: tuple[int, ...]
 ) -> Table:
-    """Correct the confidences and token scores of a table, but for its exact layers."""
+    """Correct the confidences and token scores of a table, except for its exact layers."""
 
     def corrected(rates: npt.NDArray[Any]) -> npt.NDArray[Any]:
         found = calibration.of(rates)

@@ -117,7 +117,7 @@ def equal_homes(
 ) -> RankArray:
     """Give every rank the same number of tokens of each batch.
 
-    The surest tokens get their home first (equally sure ones in the order of the batch).
+    The most certain tokens get their home first; ties keep the order of the batch.
     The others take, those with the best score first, the rank with a free slot that
     their ``token_score`` prefers; without scores, free slots in the order of the ranks.
 

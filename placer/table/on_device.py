@@ -130,10 +130,10 @@ class DeviceChoice:
         num_tokens = len(self.home)
         ranks = torch.arange(self.num_ranks, device=self.home.device)
         slots = num_tokens // self.num_ranks + (ranks < num_tokens % self.num_ranks)
-        surest = torch.argsort(self.confidence, descending=True, stable=True)
-        wanted = self.home[surest]
+        most_certain = torch.argsort(self.confidence, descending=True, stable=True)
+        wanted = self.home[most_certain]
         granted = torch.empty_like(wanted, dtype=torch.bool)
-        granted[surest] = _turn(wanted, ranks) <= slots[wanted]
+        granted[most_certain] = _turn(wanted, ranks) <= slots[wanted]
         free = slots - ((self.home[:, None] == ranks) & granted[:, None]).sum(dim=0)
         if self.scores is None:
             second = _slots_in_order(free, ~granted)

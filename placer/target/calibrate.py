@@ -234,7 +234,7 @@ def calibrate(
     worker
         Which of the ranks this process is.
     progress
-        Told what is being measured.
+        Called with what is being measured.
 
     Raises
     ------
@@ -423,7 +423,7 @@ class _Bench:
         return lambda: dist.all_to_all_single(received, sent, by, to, group=group)
 
     def _all_gather(self, each: int) -> Callable[[], object]:
-        """Return what gives so many bytes of each rank to every other."""
+        """Return what gives this many bytes of each rank to every other."""
         import torch.distributed as dist
 
         number = self.options.num_ranks

@@ -157,7 +157,7 @@ class RouterCapture:
         def keep(module: object, inputs: object, output: Any) -> None:
             if self._nudging:
                 return
-            # Zero but for the chosen experts, so the largest k are the chosen ones.
+            # Zero except for the chosen experts, so the largest k are the chosen ones.
             weights, ids = _rows(output[0]).topk(self._top_k, dim=-1)
             self._chosen[position].append((ids, weights))
 

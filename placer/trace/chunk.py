@@ -226,7 +226,7 @@ class Chunk:
                 )
 
     def first_sequences(self, num_tokens: int) -> "Chunk":
-        """Return the first whole sequences: at least so many tokens where there are."""
+        """Return the first whole sequences: at least this many tokens where there are."""
         if self.num_tokens <= num_tokens:
             return self
         return self.select(self.sequence_ids <= self.sequence_ids[num_tokens])

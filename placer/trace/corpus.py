@@ -213,7 +213,7 @@ def token_sequences(
     sequence_length
         Most tokens of a sequence; a rest of a single token is dropped.
     max_tokens
-        Stop after so many tokens; documents are then drawn in an order that ``seed``
+        Stop after this many tokens; documents are then drawn in an order that ``seed``
         gives, so that the cut is no matter of file names.
     """
     left = max_tokens

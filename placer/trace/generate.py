@@ -26,7 +26,7 @@ class Decoding:
     num_tokens
         Most tokens to generate after each prompt.
     temperature
-        0 takes the likeliest token; above it tokens are drawn.
+        0 takes the most likely token; above it tokens are drawn.
     end_ids
         Tokens that end a sequence; they are neither routed nor recorded.
     """
@@ -112,7 +112,7 @@ def _routed(capture: RouterCapture, num_prompts: int) -> list[tuple[Any, ...]]:
 def _next_tokens(
     logits: "torch.Tensor", decoding: Decoding, draws: Sequence["torch.Generator"]
 ) -> IntArray:
-    """Return ``[B]``: the likeliest tokens, or tokens drawn at the temperature."""
+    """Return ``[B]``: the most likely tokens, or tokens drawn at the temperature."""
     import torch
 
     if decoding.temperature == 0:

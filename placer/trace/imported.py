@@ -47,7 +47,7 @@ Array = npt.NDArray[Any]
 _CHUNK_TOKENS = 65_536
 # What the provenance calls rows that were listed in another order than by weight.
 REORDERED = "reordered_rows"
-# So many rows alike are no chance.
+# This many rows alike are no chance.
 _TELLING_TOKENS = 64
 _INTEGERS = (
     "experts",

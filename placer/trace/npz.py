@@ -26,7 +26,7 @@ _ARRAYS = (
     "weights",
     "domain_of_sequence",
 )
-# ExFlow's rows have no sequences; blocks of so many rows make folds possible.
+# ExFlow's rows have no sequences; blocks of this many rows make folds possible.
 _EXFLOW_SEQUENCE = 256
 
 

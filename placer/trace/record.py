@@ -90,7 +90,7 @@ class RecordOptions:
     generate
         Most tokens to generate after each sequence, recorded as phase decode.
     temperature
-        0 generates the likeliest token; above it tokens are drawn.
+        0 generates the most likely token; above it tokens are drawn.
     device_map
         How to spread a model over devices, as accelerate names it; or ``None``.
     seed
@@ -176,7 +176,7 @@ def record(
     options
         How to run the model.
     progress
-        Told the number of tokens recorded so far, after every chunk.
+        Called with the number of tokens recorded so far, after every chunk.
     worker
         Which of several processes this is (``Worker.of_environment``).
 

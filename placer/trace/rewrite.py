@@ -159,7 +159,7 @@ def _period(trace: Trace, text: str) -> Iterator[Chunk]:
 
 
 def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> TraceHeader:
-    """Write so many sequences, drawn at random without replacement; ids are kept.
+    """Write this many sequences, drawn at random without replacement; ids are kept.
 
     Raises
     ------

@@ -149,4 +149,4 @@ def test_layers_that_such_a_cap_does_not_hold_in_are_told() -> None:
         provenance={"max_received_copies": None},
     )
     (line,) = plan_notes(plan)
-    assert "with as many slots, but for 1 MoE layers: 1.02 of the mean load" in line
+    assert "with as many slots, except for 1 MoE layers: 1.02 of the mean load" in line

@@ -33,7 +33,7 @@ OPTIONS = SolveOptions(topology=FOUR).guarded()
 
 
 def partners(num_tokens: int = 6400) -> Chunk:
-    """Experts e and e + 4 are used together; used as often, but for a twentieth.
+    """Experts e and e + 4 are used together; used as often, except for a twentieth.
 
     EPLB parts them, for a slightly evener load.
     """

@@ -130,12 +130,12 @@ def test_the_cheapest_price_on_the_line_is_taken(
     values: tuple[float, ...], asked: float, price: float, expected: float, holds: bool
 ) -> None:
     caps = trials(1.14, 1.13, values[0])
-    dearer = trials(*values[1:], caps=(1.02, 1.02), prices=(20.0, 40.0))
-    found = cheapest_that_holds(asked, caps, dearer)
+    costlier = trials(*values[1:], caps=(1.02, 1.02), prices=(20.0, 40.0))
+    found = cheapest_that_holds(asked, caps, costlier)
     assert (found.max_imbalance, found.overflow_price) == (1.02, price)
     assert found.predicted_imbalance == pytest.approx(expected, abs=6e-4)
     assert found.holds is holds
-    assert found.trials == (*caps, *dearer)
+    assert found.trials == (*caps, *costlier)
 
 
 def test_prices_are_tried_where_no_cap_holds_and_none_is_asked_for(

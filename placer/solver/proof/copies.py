@@ -142,7 +142,7 @@ class CopiesCertificate:
         first_steps
             Of the relaxation, before the first round.
         goes_on
-            Told the number of layers done after each, and asked whether to go on.
+            Called with the number of layers done after each, and asked whether to go on.
         """
         for done, layer in enumerate(self._layers, start=1):
             layer.improve(num_rounds, first_steps)

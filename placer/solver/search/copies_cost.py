@@ -24,7 +24,7 @@ from placer.placement.topology import Topology
 from placer.serving.layer_serving import majority_rank
 from placer.trace import Chunk
 
-# Shares are not whole numbers of copies, so a cap met exactly is met but for rounding.
+# Shares are not whole numbers of copies, so a cap met exactly is met except for rounding.
 _ROUNDING = 1e-9
 
 

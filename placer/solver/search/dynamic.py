@@ -331,7 +331,7 @@ class _Path:
         self._value = value
 
     def _step(self, layer: int, ends: IntArray) -> tuple[FloatArray, IntArray]:
-        """Return ``[B]`` twice: least cost up to ``layer`` and of the step, and whence."""
+        """Return ``[B]`` twice: the least cost up to ``layer``, and from where."""
         states, cost = self._layers[layer], self._cost
         so_far = self._value[states.class_of]
         if not cost.num_features(layer):

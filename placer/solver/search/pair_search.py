@@ -259,7 +259,7 @@ class _SwapWalk:
             feasible = self._overflow() == 0
             if feasible and cost < best_cost:
                 best_cost, best = cost, self.ranks.copy()
-            # Strategic oscillation: dearer overload while over the cap, cheaper below it.
+            # Strategic oscillation: costlier overload while over the cap, cheaper below it.
             price = price / 1.3 if feasible else price * 1.3
         return best
 

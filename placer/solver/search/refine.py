@@ -70,14 +70,14 @@ class RefineLimits:
         Visits of every layer while the temperature falls; 0 leaves the descent alone out
         as well.
     num_visited_tokens
-        Most tokens that all proposals together may look at, but for those that repair.
+        Most tokens that all proposals together may look at, except for those that repair.
     num_tokens
         Most tokens to judge by; of longer profiles whole sequences are sampled.
     num_starts
         Under ``fixed``, where no layer's price depends on another's: most times to anneal
         from the start, each layer keeping its best; fewer where ``num_visited_tokens``
         would not let each of them try all moves. With replicas, which give many more
-        moves to choose from, one annealing with so many times the sweeps, and tokens.
+        moves to choose from, one annealing with this many times the sweeps, and tokens.
     """
 
     num_sweeps: int = 16

@@ -400,7 +400,7 @@ def test_a_rank_that_only_copies_relieve_is_relieved(policy: str, rule: str) -> 
 def test_few_experts_with_copies_are_not_called_optimal(
     make_chunk: Callable[..., Chunk],
 ) -> None:
-    """Eight experts on four ranks are solved exactly, but for their copies."""
+    """Eight experts on four ranks are solved exactly, except for their copies."""
     chunk = make_chunk(num_tokens=600, num_experts=(8, 8), top_k=2)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
