@@ -121,16 +121,13 @@ def advise(
     shapes = batch_shapes(parse_tokens_per_rank(tokens_per_rank), batching)
     usual = usual_engines(nodes) if trace is not None else (None,)
     engines = usual if engine is None else engines_named(engine)
-    expert = find_expert_shape(
-        model, width, expert_size, weight_bytes, [one for one in engines if one is not None]
-    )
     questions = [
         Question(
             topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
             policy=policy,
             engine=one,
             hardware=named,
-            expert=expert,
+            expert=find_expert_shape(model, width, expert_size, weight_bytes, one),
             shapes=shapes,
             least_gain=least_gain,
             phase=parse_phase(phase),

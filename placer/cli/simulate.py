@@ -26,6 +26,7 @@ from placer.cli.output import (
 
 if TYPE_CHECKING:
     from placer.planning.judge import Judgement
+    from placer.target.engine import Engine
 
 
 def simulate(
@@ -96,6 +97,10 @@ def simulate(
         Serving,
         judge_plan,
     )
+    from placer.planning.served import (
+        architectures_of,
+        servable,
+    )
     from placer.planning.verdict import verdict_lines
     from placer.report.batches import summary_table
     from placer.serving.homes import (
@@ -121,14 +126,13 @@ def simulate(
             weight_bytes,
             "--hardware",
         )
-    engines = [solved.engine] if engine is None else engines_named(engine)
-    expert = find_expert_shape(
-        model,
-        hidden_size or read.model.hidden_size,
-        expert_size,
-        weight_bytes,
-        [one for one in engines if one is not None],
-    )
+    engines: list[Engine | None] = [solved.engine]
+    left_out: list[str] = []
+    if engine is not None:
+        kept, left_out = servable(engines_named(engine), solved, architectures_of(model))
+        engines = [*kept]
+    for line in left_out:
+        warn(line)
     named = None if hardware is None else Hardware.named(hardware)
     command = shlex.join(["placer", "simulate", str(plan), str(trace)])
     judgements = judge_plan(
@@ -143,7 +147,13 @@ def simulate(
                 engine=one,
                 replica_choice=solved.choose_replicas(one, replica_choice, command),
                 hardware=named,
-                expert=expert,
+                expert=find_expert_shape(
+                    model,
+                    hidden_size or read.model.hidden_size,
+                    expert_size,
+                    weight_bytes,
+                    one,
+                ),
                 hidden_size=hidden_size,
             )
             for one in engines

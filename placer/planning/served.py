@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import gcd
+from pathlib import Path
 
-from placer.errors import UsageError
+from placer.checkpoint.permutation import require_whole_groups
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
+from placer.placement import Plan
 from placer.placement.topology import Topology
+from placer.run.files import read_json
 from placer.runtime_map.engine_family import known_families, without_copies
 from placer.target.engine import (
     Engine,
@@ -149,18 +153,20 @@ def require_loadable(
     Raises
     ------
     UsageError
-        If there are more nodes than the engine takes; or for an engine that loads no map of
+        If the engine does not run on these nodes; or for an engine that loads no map of
         this model, redundant experts, or experts that only those would spread evenly: a
         permuted checkpoint holds none.
     """
-    num_nodes, num_ranks = topology.num_nodes, topology.num_ranks
-    if num_nodes > 1 and engine.single_node:
-        others = [o.name for o in engines_named(engine.family) if not o.single_node]
+    num_ranks = topology.num_ranks
+    ranks = topology.num_nodes, topology.gpus_per_node
+    if (misfit := engine.misfit(*ranks)) is not None:
+        family = engines_named(engine.family)
+        others = [one.name for one in family if one.misfit(*ranks) is None]
         nearest = get_close_matches(engine.name, others, n=1, cutoff=0)[0]
         raise UsageError(
-            f"--engine {engine.name} runs on one node, --nodes is {num_nodes}",
-            f"placer solve TRACE --engine {nearest} --nodes {num_nodes} --gpus-per-node M "
-            "--out PLAN",
+            f"--engine {engine.name} {misfit}",
+            f"placer solve TRACE --engine {nearest} --nodes {ranks[0]} --gpus-per-node "
+            f"{ranks[1]} --out PLAN",
         )
     reason = _no_map_reason(engine, model, architectures)
     if reason is None:
@@ -186,6 +192,54 @@ def require_loadable(
         engine.map_format != "checkpoint" or engine.group_rule == "router-groups"
     )
     return Loading(keeps_groups=keeps_groups, notes=tuple(notes))
+
+
+def architectures_of(model: Path | None) -> Sequence[str]:
+    """Return what a checkpoint's config names itself; nothing without one."""
+    if model is None:
+        return ()
+    return read_json(model / "config.json", "model config").get("architectures") or ()
+
+
+def servable(
+    engines: Sequence[Engine], plan: Plan, architectures: Sequence[str] = ()
+) -> tuple[list[Engine], list[str]]:
+    """Leave out the engines that could not load a plan.
+
+    The engine that it was solved for can. The second value says which engines are left out,
+    and why.
+
+    Raises
+    ------
+    UsageError
+        If no engine is left.
+    """
+    kept, refused = [], []
+    for engine in engines:
+        try:
+            if engine != plan.engine:
+                _require_servable(engine, plan, architectures)
+            kept.append(engine)
+        except PlacerError as error:
+            refused.append((engine, error))
+    if not kept:
+        raise UsageError(refused[0][1].message, refused[0][1].hint)
+    return kept, [f"{engine.name} is left out: {error}" for engine, error in refused]
+
+
+def _require_servable(engine: Engine, plan: Plan, architectures: Sequence[str]) -> None:
+    placed = plan.placement
+    topology = Topology(num_nodes=placed.num_nodes, gpus_per_node=placed.ranks_per_node)
+    loading = require_loadable(
+        engine,
+        plan.model,
+        architectures,
+        has_replicas=placed.has_replicas,
+        topology=topology,
+    )
+    if loading.keeps_groups:
+        layers = range(plan.model.num_layers)
+        require_whole_groups(plan.model, [placed.permutation(layer) for layer in layers])
 
 
 def _no_map_reason(

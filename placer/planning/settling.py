@@ -40,11 +40,11 @@ from placer.planning.request import (
 from placer.planning.served import (
     Loading,
     Served,
+    architectures_of,
     require_loadable,
     solved_for,
 )
 from placer.run.deadline import Deadline
-from placer.run.files import read_json
 from placer.run.progress import Progress
 from placer.simulation.cost import (
     ExpertShape,
@@ -197,13 +197,10 @@ def _loading(request: SolveRequest) -> Loading:
     """Refuse what the engine could not load; return how it loads the plan."""
     if request.engine is None:
         return Loading()
-    config: Mapping[str, Any] = {}
-    if request.model is not None:
-        config = read_json(request.model / "config.json", "model config")
     return require_loadable(
         Engine.named(request.engine),
         _model_of(request),
-        config.get("architectures") or (),
+        architectures_of(request.model),
         has_replicas=request.has_replicas,
         topology=request.options.topology,
     )
@@ -294,7 +291,7 @@ def _expert_shape(request: SolveRequest) -> ExpertShape | None:
         request.hidden_size or _model_of(request).hidden_size,
         request.expert_size,
         request.weight_bytes,
-        () if request.engine is None else (Engine.named(request.engine),),
+        None if request.engine is None else Engine.named(request.engine),
     )
 
 

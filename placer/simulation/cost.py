@@ -17,7 +17,7 @@ pad to tiles, and overlap. ``overlapped`` says what is left where two half batch
 turns, so that one computes while the other communicates: the longer of the two.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -50,8 +50,6 @@ from placer.target.hardware import (
 
 #: Bytes per weight in each element, scales included.
 WEIGHT_BYTES: Mapping[Element, float] = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}
-# Of several engines, those that dispatch hidden states in fewer bits tell more of a model.
-_ASSUMED: tuple[Element, ...] = ("fp8", "nvfp4")
 _MATRICES, _OPERATIONS = 3, 2
 
 
@@ -105,12 +103,12 @@ def find_expert_shape(
     hidden_size: int | None,
     intermediate_size: int | None,
     weight_bytes: float | None,
-    engines: Sequence[Engine] = (),
+    engine: Engine | None = None,
 ) -> ExpertShape | None:
     """Return the size of an expert from a checkpoint's config, else from the sizes given.
 
     ``None`` where neither says it. ``weight_bytes`` is what is given, else what the config
-    says, else taken from the element that the engines dispatch, else bf16.
+    says, else taken from the element that the engine dispatches, else bf16.
 
     Raises
     ------
@@ -128,10 +126,9 @@ def find_expert_shape(
         return None
     assumption = None
     if weight_bytes is None:
-        found = [one for e in _ASSUMED for one in engines if one.dispatch.element == e]
-        element: Element = found[0].dispatch.element if found else "bf16"
+        element: Element = "bf16" if engine is None else engine.dispatch.element
         weight_bytes = WEIGHT_BYTES[element]
-        said_by = f", as {found[0].name} dispatches" if found else ""
+        said_by = "" if engine is None else f", as {engine.name} dispatches"
         assumption = (
             f"an expert's weights are taken as {element} (bytes each: {weight_bytes:g})"
             f"{said_by}; give --weight-bytes, or --model DIR"

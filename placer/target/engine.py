@@ -92,8 +92,11 @@ class Engine:
         What leads there, in words.
     flags, environment
         The engine's own options and variables that do, as typed; each may be empty.
-    single_node
-        Whether the engine refuses to start it on more than one node.
+    within
+        What all ranks must be inside of: a ``node``, or an ``NVLink domain``; empty where
+        any ranks will do.
+    topologies
+        The pairs of nodes and ranks per node that it runs on; empty where all are taken.
     source
         Public documentation.
     read_in
@@ -115,7 +118,8 @@ class Engine:
     replica_choice: ReplicaChoice | None = None
     flags: str = ""
     environment: str = ""
-    single_node: bool = False
+    within: Literal["", "node", "NVLink domain"] = ""
+    topologies: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,6 +128,23 @@ class Engine:
         if self.replica_choice is not None:
             _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
         _require_known("group_rule", self.group_rule, get_args(GroupRule))
+
+    def misfit(self, num_nodes: int, ranks_per_node: int) -> str | None:
+        """Return why it cannot run on these ranks, ``None`` where it can."""
+        if num_nodes > 1 and self.within == "node":
+            return f"runs on one node, --nodes is {num_nodes}"
+        if num_nodes > 1 and self.within:
+            return (
+                f"runs inside one {self.within}, --nodes is {num_nodes} (all hosts of a "
+                "domain are one node: an NVL72 rack is --nodes 1 --gpus-per-node 72)"
+            )
+        if self.topologies and (num_nodes, ranks_per_node) not in self.topologies:
+            known = ", ".join(f"{nodes} x {ranks}" for nodes, ranks in self.topologies)
+            return (
+                f"runs on {known} (nodes x GPUs of each), not on "
+                f"{num_nodes} x {ranks_per_node}"
+            )
+        return None
 
     def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:
         """Return whether a placement can change what this engine sends."""
@@ -170,10 +191,12 @@ def engines_named(name: str) -> tuple[Engine, ...]:
         return found
     families = dict.fromkeys(one.family for one in engines.values())
     nearest = get_close_matches(name.lower(), (*engines, *families), n=1)
+    members = [one for one in families if one not in engines]
     raise UsageError(
-        f"--engine {name} is not known",
+        f"--engine {name} is not known" if name.strip() else "--engine names no engine",
         (f"did you mean {nearest[0]}? " if nearest else "")
-        + f"the names are {', '.join(engines)}",
+        + f"the names are {', '.join(engines)}; those of families (of advise and simulate) "
+        f"are {', '.join(members)}",
     )
 
 
@@ -328,7 +351,7 @@ def _per_expert_effect(
 
 
 def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
-    read = ("dispatch", "combine", "phases", "notes")
+    read = ("dispatch", "combine", "phases", "notes", "topologies")
     rest = {key: value[key] for key in value if key not in read}
     return Engine(
         name=name,
@@ -336,6 +359,7 @@ def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
         combine=Transfer(**value["combine"]),
         phases=tuple(value["phases"]),
         notes=tuple(value["notes"]),
+        topologies=tuple((nodes, ranks) for nodes, ranks in value.get("topologies", ())),
         **rest,
     )
 

@@ -320,7 +320,7 @@ def test_engines_that_cannot_be_started_are_left_out_of_a_family(tmp_path: Path)
     two = replace(QUESTION, topology=Topology(num_nodes=2, gpus_per_node=2))
     every = engines_named("sglang")
     advice = advise_on_trace(trace, [replace(two, engine=one) for one in every])
-    alone = [one.name for one in every if one.single_node]
+    alone = [one.name for one in every if one.within]
     assert alone and not {one.engine for one in advice.answers} & set(alone)
     told = [text for text in advice.warnings if text.startswith("left out: ")]
     assert [name for name in alone if any(name in text for text in told)] == alone

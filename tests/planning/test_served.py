@@ -132,15 +132,44 @@ def test_the_architectures_of_a_checkpoint_decide_whether_a_map_is_read() -> Non
 
 
 @pytest.mark.parametrize("name", known_engines())
-def test_an_engine_of_one_node_names_one_of_several(name: str) -> None:
+def test_an_engine_names_one_that_runs_on_these_nodes(name: str) -> None:
+    """2 x 2 ranks: neither one node, nor one NVLink domain, nor nodes of 8."""
     engine, model = Engine.named(name), of_type("deepseek_v3")
-    if not engine.single_node:
+    if not (engine.within or engine.topologies):
         require_loadable(engine, model, has_replicas=False, topology=TWO_NODES)
         return
-    with pytest.raises(UsageError, match="runs on one node, --nodes is 2") as error:
+    reason = f"--engine {name} runs (on|inside) .* 2"
+    with pytest.raises(UsageError, match=reason) as error:
         require_loadable(engine, model, has_replicas=False, topology=TWO_NODES)
     other = Engine.named(error.value.hint.partition("--engine ")[2].split()[0])
-    assert not other.single_node and other.family == engine.family
+    assert other.family == engine.family
+    require_loadable(other, model, has_replicas=False, topology=TWO_NODES)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "runs"),
+    [
+        (1, 2, 1),
+        (1, 4, 1),
+        (1, 8, 1),
+        (1, 3, 0),
+        (2, 4, 0),
+        (2, 8, 1),
+        (3, 8, 0),
+        (4, 8, 1),
+    ],
+)
+def test_deepep_of_tensorrt_llm_runs_where_its_source_says(
+    nodes: int, ranks: int, runs: int
+) -> None:
+    """``_is_deepep_feasible``: one node of 2, 4 or 8 ranks, or 2, 4, 8, 16 nodes of 8."""
+    assert (Engine.named("trtllm-deepep").misfit(nodes, ranks) is None) == runs
+
+
+def test_one_nvlink_domain_is_one_node() -> None:
+    engine = Engine.named("trtllm-onesided")
+    assert engine.misfit(1, 72) is None
+    assert "--nodes 1 --gpus-per-node 72" in str(engine.misfit(18, 4))
 
 
 @pytest.mark.parametrize(

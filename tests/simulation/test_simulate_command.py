@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from placer.baseline import BASELINES
+from placer.cli.main import app as main_app
 from placer.cli.main import main
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
@@ -20,6 +21,7 @@ from placer.errors import (
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.table import Table
+from placer.target.engine import engines_named
 
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
 
@@ -192,11 +194,59 @@ def test_copies_of_a_plan_that_does_not_say_which_serves_ask_for_a_choice(copies
         found = json.loads(call(*words, "--json").stdout)
         assert words[-2:] == ["--replica-choice", found["replica_choice"]]
     found = json.loads(
-        call("simulate", plan, trace, "--engine", "vllm-agrs", "--json").stdout
+        call("simulate", plan, trace, "--engine", "trtllm-onesided", "--json").stdout
     )
     assert found["replica_choice"] == "hash"
-    with pytest.raises(UsageError, match="deepspeed serves no redundant experts"):
-        call("simulate", plan, trace, "--engine", "deepspeed")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-deepep-ht", "deepspeed", "transformers"])
+def test_copies_that_an_engine_cannot_load_are_refused_as_solve_does(copies, engine):
+    plan, trace = copies
+    solve = ["solve", str(trace), "--gpus-per-node", "4", "--redundant-experts", "4"]
+    refused = []
+    for words in (["simulate", str(plan), str(trace)], [*solve, "--out", "p"]):
+        name = engines_named(engine)[0].name if words[0] == "solve" else engine
+        with pytest.raises(UsageError) as error:
+            CliRunner().invoke(main_app, [*words, "--engine", name], catch_exceptions=False)
+        refused.append(error.value)
+    assert "loads no map" in refused[0].message
+    assert refused[0].message == refused[1].message
+    assert refused[0].hint == refused[1].hint
+
+
+def test_of_a_family_those_are_left_out_that_do_not_run_on_the_nodes(copies):
+    """2 nodes of 2 ranks: NVLink kernels and DeepEP of TensorRT-LLM do not run there."""
+    plan, trace = copies
+    value = json.loads(plan.read_text()) | {"num_nodes": 2}
+    plan.write_text(json.dumps(value))
+    result = call("simulate", plan, trace, "--engine", "trtllm", "--json")
+    assert [*json.loads(result.stdout)["engines"]] == [
+        "trtllm-deepep-ll",
+        "trtllm-allgather",
+    ]
+    for name in ("onesided", "twosided", "deepep"):
+        assert f"trtllm-{name} is left out: --engine trtllm-{name} runs" in result.stderr
+
+
+def test_a_permuted_checkpoint_that_splits_router_groups_is_not_simulated(files):
+    plan, trace, _ = files
+    value = json.loads(plan.read_text())
+    value["model"] |= {"n_group": 4, "topk_group": 2}
+    value["physical_to_logical_map"][1] = [0, 2, 1, 3, 4, 5, 6, 7]
+    plan.write_text(json.dumps(value))
+    with pytest.raises(UsageError, match="MoE layer 1: the plan mixes router groups"):
+        call("simulate", plan, trace, "--engine", "vllm-agrs")
+    assert call("simulate", plan, trace, "--engine", "sglang-none").exit_code == 0
+
+
+def test_each_engine_of_a_family_weighs_experts_as_if_asked_alone(files):
+    plan, trace, _ = files
+    words = ["simulate", plan, trace, "--fold", "1/2", "--hardware", "h100", "--json"]
+    words += ["--hidden-size", "128", "--expert-size", "64", "--tokens-per-rank", "64"]
+    found = json.loads(call(*words, "--engine", "sglang").stdout)["engines"]
+    for name in ("sglang-none", "sglang-deepep-ll"):
+        alone = json.loads(call(*words, "--engine", name).stdout)
+        assert found[name]["batches"] == alone["batches"]
 
 
 def test_a_plan_without_copies_needs_no_choice(files):

@@ -73,7 +73,11 @@ def test_with_deepep_v2_placement_changes_what_decode_sends(name, one_node, phas
 def test_an_unknown_engine_lists_those_that_are_known():
     with pytest.raises(UsageError, match="--engine nobody is not known") as error:
         Engine.named("nobody")
-    assert "sglang-deepep-ll" in error.value.hint
+    names = error.value.hint.replace(",", " ").split()
+    assert {"sglang-deepep-ll", "vllm", "sglang", "trtllm", "transformers"} <= set(names)
+    for empty in ("", " "):
+        with pytest.raises(UsageError, match="--engine names no engine"):
+            engines_named(empty)
 
 
 def test_a_family_is_all_its_engines_and_an_exact_name_is_one():
