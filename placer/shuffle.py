@@ -237,6 +237,8 @@ class ShuffleTable:
 
     @classmethod
     def _read(cls, path: Path | str) -> Self:
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is not a file")
         with safe_open(path, "np") as opened:
             header = json.loads((opened.metadata() or {}).get("placer", "{}"))
             kind, version = header.get("kind"), header.get("schema_version")

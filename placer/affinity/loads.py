@@ -17,6 +17,7 @@ from placer.errors import PlacerError
 from placer.run.files import (
     read_json,
     require_absent,
+    require_file,
     sha256_file,
 )
 from placer.trace.csv_rows import (
@@ -211,6 +212,7 @@ def _slot_counts(directory: Path) -> dict[int, IntArray]:
         raise PlacerError("it holds no rank*.safetensors")
     total: dict[int, IntArray] = {}
     for file in files:
+        require_file(file, "statistic")
         try:
             with safe_open(file, "np") as opened:
                 counted = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

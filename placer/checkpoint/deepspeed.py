@@ -31,6 +31,8 @@ from placer.run.files import (
     atomic_directory,
     canonical_json,
     read_json,
+    read_text,
+    require_file,
     require_free_space,
     sha256_file,
 )
@@ -336,6 +338,7 @@ def _prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
 def _load(path: Path) -> dict[str, Any]:
     import torch
 
+    require_file(path, "file")
     try:
         value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
@@ -407,7 +410,7 @@ def _tag_folder(directory: Path) -> Path:
     latest = directory / "latest"
     if not latest.is_file():
         return directory
-    tag = latest.read_text(encoding="utf-8").strip()
+    tag = read_text(latest).strip()
     if not tag or Path(tag).name != tag or tag == "..":
         raise PlacerError(
             f"{latest} names {tag!r}, which is no folder beside it", "name the tag's folder"

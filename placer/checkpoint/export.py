@@ -54,6 +54,7 @@ from placer.model import (
 )
 from placer.placement import Plan
 from placer.run.files import (
+    read_bytes,
     read_json,
     sha256_file,
 )
@@ -257,7 +258,7 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
         header_sha256=_hashes(
             {s.name: s.header for s in source.shards},
             None if source.index_text is None else source.index_text.encode(),
-            {name: (directory / name).read_bytes() for name in configs},
+            {name: read_bytes(directory / name) for name in configs},
         ),
         source_sha256={},
     )

@@ -16,7 +16,10 @@ from typing import Any
 from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.model.tensor_layout import TensorLayout
-from placer.run.files import read_json
+from placer.run.files import (
+    read_json,
+    read_text,
+)
 
 #: Files in which quantisers keep such lists.
 CONFIG_NAMES = (
@@ -67,8 +70,7 @@ def renumbered_configs(
             for one in named
             if one not in all_or_none
         }
-        # Not read_text, which would turn CRLF into LF.
-        text = path.read_bytes().decode()
+        text = read_text(path)
         renumbered = _replaced(text, replaced, path)
         if renumbered != text:
             found[name] = renumbered.encode()

@@ -6,13 +6,14 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from placer.errors import PlacerError
-from placer.run.files import require_file
+from placer.run.files import open_regular
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -132,9 +133,8 @@ class Shard:
         PlacerError
             If the file is truncated, or its header contradicts itself or the file.
         """
-        require_file(path, "shard")
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_regular(path, "shard") as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(
                 size - _LENGTH_BYTES, _MAX_HEADER_BYTES

@@ -9,7 +9,10 @@ from typing import Self
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.torch_shard import open_torch_shard
 from placer.errors import PlacerError
-from placer.run.files import read_json
+from placer.run.files import (
+    read_json,
+    read_text,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -68,8 +71,7 @@ class CheckpointSource:
                 return cls._open_torch(directory, torch_index)
         if index_path.is_file():
             names = _shard_names(index_path, ".safetensors")
-            # Not read_text, which would turn CRLF into LF.
-            index_text = index_path.read_bytes().decode()
+            index_text = read_text(index_path, what="index")
         else:
             index_text, names = None, [SINGLE_NAME]
         if not (directory / names[0]).is_file():

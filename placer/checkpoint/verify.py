@@ -45,6 +45,7 @@ from placer.placement import (
 )
 from placer.run.files import (
     read_json,
+    require_file,
     sha256_file,
 )
 from placer.trace.capture import RouterCapture
@@ -311,6 +312,7 @@ def _torch_tensors(path: Path) -> "dict[str, torch.Tensor]":
 
 
 def _names(path: Path, refusal: type[PlacerError]) -> list[str]:
+    require_file(path, "shard")
     if path.suffix == ".bin":
         return sorted(_torch_tensors(path))
     try:

@@ -24,6 +24,7 @@ from placer.model import (
 from placer.placement import Plan
 from placer.run.files import (
     read_json,
+    require_file,
     sha256_file,
 )
 
@@ -125,6 +126,7 @@ def _tensors(folder: Path) -> dict[str, Path]:
     weight_map = read_json(folder / INDEX_NAME, "index").get("weight_map")
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        require_file(path, "shard")
         try:
             with safe_open(path, "pt") as opened:
                 found |= dict.fromkeys(opened.keys(), path)

@@ -460,7 +460,9 @@ def known_architectures() -> tuple[Architecture, ...]:
     files = sorted(
         (f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name
     )
-    return tuple(_read_architecture(tomllib.loads(f.read_text())) for f in files)
+    return tuple(
+        _read_architecture(tomllib.loads(f.read_text(encoding="utf-8"))) for f in files
+    )
 
 
 def _read_architecture(value: Mapping[str, Any]) -> Architecture:

@@ -25,7 +25,7 @@ from placer.placement.topology import (
     require_cost_matrix,
 )
 from placer.run.files import (
-    require_file,
+    read_text,
     sha256_file,
 )
 
@@ -219,10 +219,9 @@ def read_costs(path: Path) -> Costs:
     PlacerError
         If the file is missing or no such matrix.
     """
-    require_file(path, "topology")
+    text = read_text(path, what="topology")
     again = "write R rows of R whole numbers, as JSON or as .csv"
     try:
-        text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".csv":
             rows: Any = [
                 [float(cell) for cell in row]
@@ -231,7 +230,7 @@ def read_costs(path: Path) -> Costs:
             ]
         else:
             rows = json.loads(text)
-    except (UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:
         raise PlacerError(f"{path} is no matrix of costs: {error}", again) from error
     if isinstance(rows, dict):
         rows = rows.get("cost")

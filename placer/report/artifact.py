@@ -9,7 +9,11 @@ from placer.errors import PlacerError
 from placer.placement import Plan
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
-from placer.run.files import read_json
+from placer.run.files import (
+    open_regular,
+    read_bytes,
+    read_json,
+)
 from placer.table import Table
 from placer.trace import Trace
 
@@ -71,7 +75,7 @@ def _open_file(path: Path) -> Artifact:
 
 
 def _open_json(path: Path) -> Artifact:
-    if not path.read_bytes().lstrip().startswith(b"{"):
+    if not read_bytes(path).lstrip().startswith(b"{"):
         raise PlacerError(f"{path} is no file that placer knows", _EXPECTED)
     value = read_json(path, "file")
     if "physical_to_logical_map" in value:
@@ -86,7 +90,7 @@ def _open_json(path: Path) -> Artifact:
 
 def _safetensors_header(path: Path) -> dict[str, Any] | None:
     """Return the header of a safetensors file, or ``None`` if it is none."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         if length > path.stat().st_size - _LENGTH_BYTES:
             return None

@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from placer.errors import PlacerError
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _READ_BYTES = 1 << 20
+#: Most bytes of a document, such as a plan or a config, that are read at once.
+MAX_DOCUMENT_BYTES = 1 << 28
 
 
 def write_tensors(
@@ -134,6 +138,100 @@ def require_file(path: Path, what: str) -> None:
         )
 
 
+def open_regular(path: Path, what: str = "file") -> BinaryIO:
+    """Open a regular file for reading, never a pipe or device, which may block for ever.
+
+    Parameters
+    ----------
+    path
+        The file; links are followed.
+    what
+        What the file is, for the error.
+
+    Raises
+    ------
+    PlacerError
+        If it does not exist, or is no regular file.
+    """
+    require_file(path, what)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    stream = os.fdopen(os.open(path, flags), "rb")
+    # It may have been replaced since it was looked at.
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise PlacerError(f"{what} {path} is not a file")
+    return stream
+
+
+def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") -> bytes:
+    """Read a whole regular file of at most ``limit`` bytes.
+
+    Raises
+    ------
+    PlacerError
+        If it is no regular file, or longer.
+    """
+    with open_regular(path, what) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        # What has no size, as in /proc, is measured by reading it.
+        value = b"" if size > limit else stream.read(limit + 1)
+    if max(size, len(value)) > limit:
+        raise PlacerError(
+            f"{what} {path} has {max(size, len(value)):,} bytes, more than the {limit:,} "
+            "that placer reads",
+            "check that the path is the file that you mean",
+        )
+    return value
+
+
+def read_text(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") -> str:
+    """Read a whole regular UTF-8 file, whatever the locale; line ends stay as they are.
+
+    Raises
+    ------
+    PlacerError
+        If it is no regular file, longer than ``limit`` bytes, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise PlacerError(
+            f"{what} {path} is not UTF-8: byte {error.start} is {byte:#04x}",
+            f"convert it: iconv -f ENCODING -t UTF-8 {path}",
+        ) from error
+
+
+def require_fitting_archive(path: Path) -> None:
+    """Refuse a zip archive that would unpack to more than this machine's memory.
+
+    ``zipfile`` never unpacks more of a member than the directory of the archive says.
+
+    Raises
+    ------
+    PlacerError
+        If it does; a file that is no zip archive passes.
+    """
+    with open_regular(path) as stream:
+        if not zipfile.is_zipfile(stream):
+            return
+        stream.seek(0)
+        with zipfile.ZipFile(stream) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    memory = memory_bytes()
+    if size > memory:
+        raise PlacerError(
+            f"{path} unpacks to {size:,} bytes, but this machine has {memory:,} bytes of "
+            "memory",
+            "split it into smaller files",
+        )
+
+
+def memory_bytes() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def require_free_space(path: Path, num_bytes: int) -> None:
     """Refuse to start writing ``num_bytes`` at ``path`` where they cannot fit."""
     place = path.absolute()
@@ -150,7 +248,7 @@ def require_free_space(path: Path, num_bytes: int) -> None:
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
@@ -174,9 +272,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     PlacerError
         If the file is missing, is not JSON or holds no object.
     """
-    require_file(path, what)
+    text = read_text(path, what=what)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PlacerError(
             f"{what} {path} is not JSON: {error}", "write the file again"

@@ -13,6 +13,8 @@ import numpy as np
 from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.run.files import (
+    require_file,
+    require_fitting_archive,
     unreadable_reason,
     write_tensors,
 )
@@ -81,9 +83,11 @@ def _load(path: Path, suffix: str) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    require_file(path, "map")
     try:
         if suffix != ".npz":
             return load_file(path)
+        require_fitting_archive(path)
         with np.load(path, allow_pickle=False) as opened:
             return {name: opened[name] for name in opened.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:

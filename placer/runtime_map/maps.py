@@ -13,6 +13,7 @@ from placer.errors import (
 )
 from placer.run.files import (
     atomic_file,
+    read_text,
     require_file,
 )
 from placer.runtime_map import (
@@ -227,7 +228,7 @@ def _format_of(path: Path) -> str:
     if path.suffix != ".json":
         return fitting[0]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, what="map"))
     except (ValueError, RecursionError) as error:
         raise VerificationError(
             f"map {path} is not JSON: {error}", "export it again"

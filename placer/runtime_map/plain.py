@@ -1,11 +1,15 @@
 """Plain maps, for programs of one's own: one CSV row per slot, or one JSON object."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
 from placer.errors import PlacerError
-from placer.run.files import read_json
+from placer.run.files import (
+    read_json,
+    read_text,
+)
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,
@@ -35,8 +39,8 @@ def _write_csv(source: MapSource, path: Path, _suffix: str) -> None:
 
 def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            header, *lines = [tuple(line) for line in csv.reader(stream)]
+        stream = io.StringIO(read_text(path, what="map"), newline="")
+        header, *lines = [tuple(line) for line in csv.reader(stream)]
     except (ValueError, csv.Error) as error:
         raise PlacerError(f"it is no CSV with a header: {error}") from error
     if header != _COLUMNS:

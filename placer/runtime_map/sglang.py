@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
-from placer.run.files import read_json
+from placer.run.files import (
+    read_json,
+    require_file,
+)
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,
@@ -74,6 +77,7 @@ def _load_pt(path: Path) -> dict[str, Any]:
 
     import torch
 
+    require_file(path, "map")
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

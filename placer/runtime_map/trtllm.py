@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from placer.errors import PlacerError
+from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,
@@ -80,7 +81,7 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
     scalars: dict[str, int] = {}
     assignments: dict[int, list[int]] = {}
     inside = False
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, what="map").splitlines(), 1):
         if line == _ASSIGNMENTS:
             inside = True
         elif (found := _SCALAR.fullmatch(line)) and found[1] not in scalars:

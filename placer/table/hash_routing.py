@@ -18,7 +18,10 @@ from placer.model import (
     ModelSpec,
 )
 from placer.model.tensor_layout import TensorKind
-from placer.run.files import read_json
+from placer.run.files import (
+    read_json,
+    require_file,
+)
 from placer.table.checkpoint_tensors import tensor_files
 from placer.trace import Chunk
 
@@ -62,6 +65,7 @@ def read_token_experts(directory: Path, model: ModelSpec) -> TokenExperts:
             continue
         if place.layer not in model.layer_ids:
             continue
+        require_file(path, "shard")
         try:
             with safe_open(path, "np") as opened:
                 table: Array = opened.get_tensor(name)

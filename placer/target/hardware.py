@@ -24,7 +24,7 @@ from placer.errors import (
 )
 from placer.run.files import (
     atomic_file,
-    require_file,
+    read_text,
 )
 
 _FIGURES = ("bf16_flops", "fp8_flops", "memory_bandwidth")
@@ -240,11 +240,9 @@ class Hardware:
                 f"--hardware {name} is not known",
                 f"choose among {', '.join(known)}, or name a .toml file",
             )
-        require_file(path, "hardware file")
+        text = read_text(path, what="hardware file")
         try:
-            return _read_hardware(
-                path.stem, tomllib.loads(path.read_text(encoding="utf-8"))
-            )
+            return _read_hardware(path.stem, tomllib.loads(text))
         except UsageError as error:
             raise UsageError(f"hardware file {path}: {error}", error.hint) from error
         except (KeyError, TypeError, ValueError) as error:

@@ -14,7 +14,12 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
-from placer.run.files import sha256_file
+from placer.run.files import (
+    memory_bytes,
+    open_regular,
+    read_bytes,
+    sha256_file,
+)
 from placer.trace.header import MAX_DOMAINS
 
 #: A text, or the messages of a chat, each with its role and content.
@@ -51,9 +56,10 @@ class Corpus:
     content: str | None = None
 
     def __post_init__(self) -> None:
-        if self.content is None and not self.path.exists():
+        if self.content is None and not (self.path.is_file() or self.path.is_dir()):
             raise PlacerError(
-                f"corpus {self.path} does not exist",
+                f"corpus {self.path} "
+                + ("is no text file" if self.path.exists() else "does not exist"),
                 f"check the path: ls {self.path.parent}",
             )
         if not self.domain or not self.domain.isprintable():
@@ -124,7 +130,7 @@ class Corpus:
     def _read(self, place: "_Place") -> Document | None:
         if place.offset is None:
             return _read_text(place.path)
-        with place.path.open("rb") as stream:
+        with open_regular(place.path) as stream:
             stream.seek(place.offset)
             line = stream.readline()
         where = f"{place.path}, line at byte {place.offset}"
@@ -242,7 +248,7 @@ def _places(path: Path) -> Iterator[_Place]:
         yield _Place(path, None)
         return
     offset = 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         for line in stream:
             if line.strip():
                 yield _Place(path, offset)
@@ -262,6 +268,6 @@ def _hidden(relative: Path) -> bool:
 def _read_text(path: Path) -> str | None:
     """Return the text of a file, ``None`` if it is no UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, memory_bytes(), "corpus").decode("utf-8")
     except UnicodeDecodeError:
         return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placer.errors import PlacerError
+from placer.run.files import open_regular
 from placer.trace.imported import (
     UNREADABLE,
     BoundModel,
@@ -53,7 +54,8 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        table = pd.read_csv(file)
+        with open_regular(file) as stream:
+            table = pd.read_csv(stream)
     except UNREADABLE as error:
         raise PlacerError(f"it is no CSV file: {error}", layout) from error
     # Of longer rows pandas silently makes the first values an index.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from placer.errors import PlacerError
+from placer.run.files import open_regular
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -95,7 +96,7 @@ def weights_sample_sha256(directory: Path) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(os.fsencode(path.name) + b"\0" + str(size).encode() + b"\0")
-        with path.open("rb") as opened:
+        with open_regular(path) as opened:
             for sample in range(_SAMPLES):
                 opened.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(opened.read(_SAMPLE_BYTES))

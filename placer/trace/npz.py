@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.run.files import unreadable_reason
+from placer.run.files import (
+    require_fitting_archive,
+    unreadable_reason,
+)
 from placer.trace.imported import (
     UNREADABLE,
     BoundModel,
@@ -40,6 +43,7 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
     """
     remedy = "save it with numpy.savez(FILE, experts=..., sequence_ids=...)"
     try:
+        require_fitting_archive(file)
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in _ARRAYS if name in archive.files}
             has_names = "domain_names" in archive.files
@@ -73,6 +77,7 @@ def read_exflow(file: Path, model: BoundModel | None) -> ImportedTokens:
         If it is no array of two axes.
     """
     try:
+        require_fitting_archive(file)
         experts = np.load(file, allow_pickle=False)
     except UNREADABLE as error:
         raise PlacerError(

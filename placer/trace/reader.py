@@ -9,7 +9,11 @@ from safetensors.numpy import load
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.files import sha256_file
+from placer.run.files import (
+    memory_bytes,
+    read_bytes,
+    sha256_file,
+)
 from placer.trace.chunk import Chunk
 from placer.trace.header import (
     AGAIN,
@@ -98,7 +102,7 @@ class Trace:
                 f"{self.directory} lists chunk {info.file}, which does not exist",
                 AGAIN,
             )
-        data = path.read_bytes()
+        data = read_bytes(path, memory_bytes(), "chunk")
         found = hashlib.sha256(data).hexdigest()
         if found != info.sha256:
             raise PlacerError(

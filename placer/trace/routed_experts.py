@@ -18,7 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.run.files import unreadable_reason
+from placer.run.files import (
+    open_regular,
+    unreadable_reason,
+)
 from placer.trace.imported import (
     UNREADABLE,
     BoundModel,
@@ -77,7 +80,7 @@ def _read(
     file: Path, sequences_of: Callable[[Mapping[str, Any]], Iterator[_Sequence]]
 ) -> ImportedTokens:
     sequences: list[_Sequence] = []
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue

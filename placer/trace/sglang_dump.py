@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from placer.errors import PlacerError
+from placer.run.files import require_file
 from placer.trace.imported import (
     UNREADABLE,
     Array,
@@ -78,6 +79,7 @@ def load_dump(file: Path, record_again: str) -> Any:
     """
     import torch
 
+    require_file(file, "file")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -466,7 +466,7 @@ def test_other_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(PlacerError, match="is no matrix of costs"):
         read_costs(tmp_path / "links.csv")
     (tmp_path / "links.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PlacerError, match="is no matrix of costs"):
+    with pytest.raises(PlacerError, match="is not UTF-8: byte 0 is 0xff"):
         read_costs(tmp_path / "links.json")
     with pytest.raises(PlacerError, match=r"topology .* does not exist"):
         read_costs(tmp_path / "absent.json")

@@ -1,0 +1,95 @@
+"""Only regular files of a bounded size are read, as UTF-8, and nothing waits for a pipe."""
+
+import os
+import socket
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from placer.errors import PlacerError
+from placer.run import files
+from placer.run.files import (
+    open_regular,
+    read_bytes,
+    read_json,
+    read_text,
+    require_fitting_archive,
+    sha256_file,
+)
+from placer.trace.npz import read_npz
+
+
+@pytest.fixture
+def odd_files(tmp_path: Path) -> dict[str, Path]:
+    """Return paths that are no regular files, and one that is not there."""
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    return {
+        "pipe": tmp_path / "pipe",
+        "link": tmp_path / "link",
+        "socket": tmp_path / "socket",
+        "device": Path("/dev/zero"),
+        "directory": tmp_path,
+        "nothing": tmp_path / "nothing",
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["pipe", "link", "socket", "device", "directory", "nothing"]
+)
+def test_what_is_no_regular_file_is_refused_at_once(
+    odd_files: dict[str, Path], kind: str
+) -> None:
+    for read in (read_bytes, read_text, open_regular, sha256_file):
+        with pytest.raises(PlacerError, match=r"is not a file|does not exist"):
+            read(odd_files[kind])
+    with pytest.raises(PlacerError, match=r"plan .* is not a file|plan .* does not exist"):
+        read_json(odd_files[kind], "plan")
+
+
+def test_a_file_is_read_up_to_the_limit_and_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "ten"
+    path.write_bytes(b"0123456789")
+    assert read_bytes(path, 10) == b"0123456789"
+    with pytest.raises(PlacerError, match=r"has 10 bytes, more than the 9 that"):
+        read_bytes(path, 9)
+
+
+def test_a_file_that_hides_its_size_is_bounded_too() -> None:
+    path = Path("/proc/self/status")
+    assert path.stat().st_size == 0
+    assert b"Name:" in read_bytes(path)
+    with pytest.raises(PlacerError, match=r"has 9 bytes, more than the 8"):
+        read_bytes(path, 8)
+
+
+def test_text_is_utf8_and_keeps_its_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes("häuser\r\n".encode())
+    assert read_text(path) == "häuser\r\n"
+    path.write_bytes("häuser".encode("latin-1"))
+    with pytest.raises(PlacerError, match="is not UTF-8: byte 1 is 0xe4") as refused:
+        read_text(path)
+    assert "iconv" in str(refused.value.hint)
+
+
+def test_an_archive_beyond_the_memory_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(
+        path, experts=np.zeros((1000, 1, 1), dtype=np.int64), sequence_ids=np.zeros(1000)
+    )
+    with zipfile.ZipFile(path) as archive:
+        size = sum(one.file_size for one in archive.infolist())
+    assert size > 16_000 > 8 * path.stat().st_size
+    require_fitting_archive(path)
+    monkeypatch.setattr(files, "memory_bytes", lambda: size - 1)
+    with pytest.raises(
+        PlacerError, match=rf"unpacks to {size:,} bytes, .* has {size - 1:,} bytes"
+    ):
+        read_npz(path, None)
