@@ -42,7 +42,7 @@ from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
-from placer.solver.search.refine import Refinement
+from placer.solver.search.evaluator import evaluate
 from placer.solver.solve import solve
 from placer.trace import (
     Chunk,
@@ -213,8 +213,9 @@ def _prices(
         replica_choice=options.replica_choice,
         layer_ids=model.layer_ids,
     )
-    judge = Refinement(problem=problem, limits=options.refine)
-    return {name: round(judge.evaluate(one).copies, 5) for name, one in placements.items()}
+    return {
+        name: round(evaluate(problem, one).copies, 5) for name, one in placements.items()
+    }
 
 
 def _costs(topology: Topology) -> dict[str, Any]:

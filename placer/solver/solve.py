@@ -91,7 +91,7 @@ def solve(
         found, content = minimised(profile, profile.judged, options, progress, deadline)
         placement = found.placement
         max_load = tuple(float(caps[0]) for caps in found.traffic.max_load)
-        reached = found.evaluate(options) if content is None else content
+        reached = found.evaluate() if content is None else content
         may_be_above = options.redundant_experts > 0 or options.constrained
         if may_be_above or options.max_received_copies is not None:
             if may_be_above:

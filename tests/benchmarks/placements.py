@@ -42,10 +42,7 @@ from placer.solver.problem.traffic import (
     ReplicaChoice,
     TrafficProblem,
 )
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.evaluator import evaluate
 from placer.trace import (
     Chunk,
     Fold,
@@ -258,7 +255,7 @@ def _price(topology: Topology, policy: Any, placement: Placement, profile: Chunk
         max_load=tuple(one.sum(axis=1) for one in load),
         replica_choice=_REPLICA_CHOICE,
     )
-    return Refinement(problem=problem, limits=RefineLimits()).evaluate(placement).copies
+    return evaluate(problem, placement).copies
 
 
 def _imbalance(placement: Placement, layer: int, load: Any) -> float | None:

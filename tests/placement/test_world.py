@@ -31,6 +31,7 @@ from placer.placement.world import (
 )
 from placer.planning.planner import plan_from_trace
 from placer.solver.balance.replicas import with_replicas
+from placer.solver.kernels.moves import anneal
 from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
@@ -40,11 +41,10 @@ from placer.solver.proof.copies import (
     CopiesCertificate,
     token_sets,
 )
+from placer.solver.search.evaluator import Evaluator, evaluate
+from placer.solver.search.layer_state import RULES
 from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.refine import RefineLimits, refined
 from placer.solver.solve import solve
 from placer.trace import (
     EVERYTHING,
@@ -133,10 +133,10 @@ def test_a_copy_costs_what_the_matrix_says(
     chunk = make_chunk(num_tokens=20, num_experts=sizes, top_k=3)
     problem = traffic(chunk, sizes, topology, policy=policy, exchange=exchange)
     start = random(sizes, topology.num_ranks, topology.num_nodes, seed=3)
-    better = Refinement(problem=problem, limits=RefineLimits(num_sweeps=3)).run(start)
+    better = refined(start, problem, RefineLimits(num_sweeps=3))
     prices = []
     for one in (start, better):
-        found = Refinement(problem=problem, limits=RefineLimits()).evaluate(one).copies
+        found = evaluate(problem, one).copies
         plain = price_of_copies(chunk, one, policy, exchange, topology)
         assert found == pytest.approx(plain)
         prices.append(plain)
@@ -310,12 +310,15 @@ def test_copies_near_the_home_are_chosen_by_its_node_while_moves_are_tried(
     problem = traffic(chunk, SIZES, topology, replica_choice="local-first")
     loads = [load[0] for load in problem.load]
     start = with_replicas(contiguous(SIZES, 4, 2), loads, 8)
-    moved = Refinement(problem=problem, limits=RefineLimits(num_sweeps=2))
-    end = moved.run(start)
-    kept = moved.price_per_layer()
-    fresh = Refinement(problem=problem, limits=RefineLimits()).evaluate(end)
-    scale = topology.num_ranks * problem.num_tokens * problem.num_layers
-    assert kept.sum() / scale == pytest.approx(fresh.copies)
+    evaluator = Evaluator(problem, start)
+    before = evaluator.price_per_layer()
+    kind, rule = np.zeros(SIZES[0], dtype=np.int64), RULES["local-first"]
+    changes = [
+        anneal(evaluator.tokens(n), evaluator.prices[n], state, kind, rule, 40.0, 500, 1)
+        for n, state in enumerate(evaluator.states)
+    ]
+    assert any(changes)
+    assert before + changes == pytest.approx(evaluator.price_per_layer())
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,8 @@ from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.evaluator import evaluate
+from placer.solver.search.refine import RefineLimits, refined
 from placer.solver.solve import solve
 from placer.trace import (
     EVERYTHING,
@@ -176,18 +174,15 @@ def test_moves_reach_the_cap_and_keep_to_it(
 
     def refine(start: Placement, cap: float | None) -> Placement:
         problem = capped_problem(chunk, policy, topology, cap, exchange=exchange)
-        return Refinement(problem=problem, limits=limits).run(start)
+        return refined(start, problem, limits)
 
     free, capped = refine(start, None), refine(start, cap)
     assert busiest(counted(chunk, free, policy), 600) > cap
     assert busiest(counted(chunk, capped, policy), 600) <= cap + 1e-6
     again = refine(capped, cap)
     assert busiest(counted(chunk, again, policy), 600) <= cap + 1e-6
-    price = Refinement(
-        problem=capped_problem(chunk, policy, topology, cap, exchange=exchange),
-        limits=limits,
-    )
-    assert price.evaluate(again).price <= price.evaluate(capped).price + 1e-9
+    problem = capped_problem(chunk, policy, topology, cap, exchange=exchange)
+    assert evaluate(problem, again).price <= evaluate(problem, capped).price + 1e-9
 
 
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
@@ -202,10 +197,9 @@ def test_with_replicas_the_cap_is_met_as_they_are_served(
     problem = capped_problem(chunk, policy, ONE_NODE, 2.0, replica_choice=replica_choice)
     loads = [one[0] for one in problem.load]
     start = with_replicas(random((16,) * 3, 4, 1, seed=2), loads, 8)
-    search = Refinement(problem=problem, limits=RefineLimits(num_sweeps=4))
-    before = search.evaluate(start)
-    found = search.run(start)
-    reached = search.evaluate(found)
+    before = evaluate(problem, start)
+    found = refined(start, problem, RefineLimits(num_sweeps=4))
+    reached = evaluate(problem, found)
     assert before.missed_receive_cap()
     assert not reached.missed_receive_cap()
     counts = received_of_replicas(chunk, found, policy, replica_choice)

@@ -49,7 +49,7 @@ def place_requests(
 
 
 @njit(cache=True, nogil=True)
-def _place(counts, length, order, to_experts, capacity, likeness):  # type: ignore[no-untyped-def]
+def _place(counts, length, order, to_experts, capacity, likeness):
     """Return ``[N]`` int64: each request's rank, most alike of those with room.
 
     ``to_experts`` ``[N, R]``: the share of a request's pairs that each rank serves.

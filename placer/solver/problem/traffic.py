@@ -13,7 +13,7 @@ import numpy.typing as npt
 from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.topology import Topology
-from placer.solver.search import kernels
+from placer.solver.kernels.layer import Prices
 from placer.trace import Chunk
 
 ReplicaChoice = Literal["local-first", "sglang-static", "hash"]
@@ -106,7 +106,7 @@ class TrafficProblem:
         """Whether copies are counted for draws that nobody knows before all are placed."""
         return self.replica_choice == "sglang-static" and self.caution is not None
 
-    def layer_prices(self, layer: int) -> kernels.Prices:
+    def layer_prices(self, layer: int) -> Prices:
         """Return what things cost in one layer, scaled by R."""
         num_ranks = self.topology.num_ranks
         to_rank, to_node = copy_prices(self.topology, self.exchange)
@@ -118,7 +118,7 @@ class TrafficProblem:
         if self.max_home_imbalance is not None and layer + 1 < self.num_layers:
             max_homes = self.max_home_imbalance * self.num_tokens / num_ranks
             crowd = HOME_PRICE * num_ranks
-        return kernels.Prices(
+        return Prices(
             to_rank=to_rank,
             to_node=to_node,
             follow=self.policy == "follow",

@@ -36,10 +36,12 @@ from placer.solver.search.evaluation import (
     Evaluation,
     Rated,
 )
+from placer.solver.search.evaluator import evaluate
 from placer.solver.search.refine import (
     SHARE_OF_REPAIR,
     RefineLimits,
-    Refinement,
+    refined,
+    repaired,
 )
 from placer.table.build import build_table
 from placer.table.homes import TableHomes
@@ -160,8 +162,7 @@ class Alternation:
         for number in range(NUM_ROUNDS):
             if deadline.passed():
                 return
-            refined = self._refined(best, caution.share, number, deadline)
-            found = self.rated(refined)
+            found = self.rated(self._refined(best, caution.share, number, deadline))
             caution = caution.adapted(found.cost)
             mixed = self._mixed(best, found)
             if mixed.cost.is_better(best.cost):
@@ -191,15 +192,17 @@ class Alternation:
         if not found.placement.has_replicas:
             return found
 
-        def repaired(found: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+        def nearer(found: Rated, layers: BoolArray, share: float, number: int) -> Rated:
             problem = self._given(found.homes)
             problem = replace(problem, caution=np.full(len(layers), share))
-            refinement = Refinement(problem=problem, limits=self.limits, seed=number)
-            after = self.rated(refinement.repair(found.placement, layers, deadline))
+            placement, limits = found.placement, self.limits
+            after = self.rated(
+                repaired(placement, problem, limits, layers, seed=number, deadline=deadline)
+            )
             is_mixed = (found.cost.better_layers(after.cost) & layers).any()
             return self._mixed(found, after) if is_mixed else after
 
-        return kept_under_cap(found, repaired, deadline)
+        return kept_under_cap(found, nearer, deadline)
 
     def rated(self, placement: Placement) -> Rated:
         """Return what a placement costs from the homes of its own tables."""
@@ -215,7 +218,7 @@ class Alternation:
     def _evaluate(self, placement: Placement, homes: Homes) -> Evaluation:
         """Return what a placement costs from these homes."""
         given = self._with_served_pairs(self._given(homes), homes)
-        return Refinement(problem=given, limits=self.limits).evaluate(placement)
+        return evaluate(given, placement)
 
     def table_homes(self, placement: Placement) -> Homes:
         """Return L arrays ``[T]``: homes by the tables of other sequences."""
@@ -275,15 +278,17 @@ class Alternation:
         if self.policy == "request":
             homes = request_clusters(found.placement, self.tokens)
         sweeps = -(-self.limits.num_sweeps // NUM_ROUNDS)
-        return Refinement(
-            problem=replace(self._given(homes), caution=caution),
-            limits=replace(
+        return refined(
+            found.placement,
+            replace(self._given(homes), caution=caution),
+            replace(
                 self.limits,
                 num_sweeps=sweeps,
                 num_visited_tokens=self.limits.num_visited_tokens // NUM_ROUNDS,
             ),
             seed=self.seed + number,
-        ).run(found.placement, deadline=deadline)
+            deadline=deadline,
+        )
 
     def _given(self, homes: Homes) -> TrafficProblem:
         return replace(self.traffic, policy="given", homes=homes)

@@ -43,17 +43,20 @@ from placer.solver.search.caution import (
     is_above,
     kept_under_cap,
 )
+from placer.solver.search.drawn import best_as_drawn
 from placer.solver.search.evaluation import (
     Evaluation,
     Rated,
 )
+from placer.solver.search.evaluator import evaluate
 from placer.solver.search.first_placement import (
     Profile,
     first_placement,
 )
 from placer.solver.search.refine import (
     SHARE_OF_REPAIR,
-    Refinement,
+    refined,
+    repaired,
 )
 from placer.trace import Chunk
 
@@ -87,10 +90,9 @@ class Found:
     traffic: TrafficProblem
     line: GapLine
 
-    def evaluate(self, options: SolveOptions) -> Evaluation:
+    def evaluate(self) -> Evaluation:
         """Return what the placement costs on the tokens that it was judged by."""
-        problem = Refinement(problem=self.traffic, limits=options.refine)
-        return problem.evaluate(self.placement)
+        return evaluate(self.traffic, self.placement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -240,21 +242,24 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     with deadline.keeping(SHARE_OF_REPAIR):
         found = _minimised_carefully(search, policy)
         tried = _tried_for_draws(search, found)
-    exact = Refinement(problem=found.traffic, limits=options.refine, seed=options.seed)
     with deadline.interruptible():
-        tried.append(exact.best_as_drawn(tried))
+        tried.append(best_as_drawn(found.traffic, tried))
 
     def rated(placement: Placement) -> Rated:
-        return Rated(placement=placement, cost=exact.evaluate(placement))
+        return Rated(placement=placement, cost=evaluate(found.traffic, placement))
 
-    def repaired(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
+    def nearer(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
         caution = np.full(len(layers), share) if share else None  # without: as drawn
         problem = replace(found.traffic, caution=caution)
-        refinement = Refinement(problem=problem, limits=options.refine, seed=number)
-        return rated(refinement.repair(best.placement, layers, deadline))
+        limits = options.refine
+        return rated(
+            repaired(
+                best.placement, problem, limits, layers, seed=number, deadline=deadline
+            )
+        )
 
     best = _best_of([rated(placement) for placement in tried])
-    return replace(found, placement=kept_under_cap(best, repaired, deadline).placement)
+    return replace(found, placement=kept_under_cap(best, nearer, deadline).placement)
 
 
 def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
@@ -356,8 +361,7 @@ def _capped_by(
     options: SolveOptions,
 ) -> TrafficProblem:
     """Return the problem with the lower or higher of its caps and a placement's loads."""
-    refinement = Refinement(problem=traffic, limits=options.refine)
-    served = refinement.evaluate(placement).imbalance
+    served = evaluate(traffic, placement).imbalance
     num_ranks = options.topology.num_ranks
     caps = [
         take(cap, imbalance * load[0].sum() / num_ranks)
@@ -384,13 +388,15 @@ def _refine(
     line: GapLine,
     deadline: Deadline,
 ) -> Placement:
-    refinement = Refinement(problem=traffic, limits=options.refine, seed=options.seed)
-    return refinement.run(
+    return refined(
         placement,
-        None
+        traffic,
+        options.refine,
+        seed=options.seed,
+        progress=None
         if line.tell is None
         else lambda sweep, copies: line(f"copies, sweep {sweep}", copies),
-        deadline,
+        deadline=deadline,
     )
 
 

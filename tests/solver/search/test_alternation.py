@@ -37,10 +37,8 @@ from placer.solver.search.alternation import (
     sequence_parts,
     vocabulary_of,
 )
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.evaluator import Evaluator
+from placer.solver.search.refine import RefineLimits, refined
 from placer.solver.solve import solve
 from placer.table.build import DEFAULT_SHRINKAGE
 from placer.trace import (
@@ -307,14 +305,10 @@ def test_follow_pays_for_every_token_above_the_cap_on_homes(
 
     prices = []
     for problem in (plain, capped):
-        refinement = Refinement(problem=problem, limits=limits)
-        refinement.evaluate(start)
-        prices.append(refinement.price_per_layer())
+        prices.append(Evaluator(problem, start).price_per_layer())
     paid = (prices[1] - prices[0]) / (4 * HOME_PRICE)
     assert paid == pytest.approx(excess(start))
-    free, even = (
-        Refinement(problem=problem, limits=limits).run(start) for problem in (plain, capped)
-    )
+    free, even = (refined(start, problem, limits) for problem in (plain, capped))
     assert sum(excess(even)) < 0.5 * sum(excess(free))
 
 

@@ -33,14 +33,13 @@ from placer.solver.search.caution import (
     Caution,
     kept_under_cap,
 )
+from placer.solver.search.drawn import best_as_drawn
 from placer.solver.search.evaluation import (
     Evaluation,
     Rated,
 )
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.evaluator import evaluate
+from placer.solver.search.refine import RefineLimits
 from placer.solver.solve import solve
 from placer.trace import (
     Chunk,
@@ -171,7 +170,7 @@ def test_caution_counts_what_homes_might_ask_of_a_copy(
     expected = served + (caution or 0) * (whole - served)
     share = None if caution is None else np.array([caution])
     problem = traffic(chunk, policy="given", homes=(homes,), caution=share)
-    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    found = evaluate(problem, placement)
     assert found.imbalance[0] == pytest.approx(imbalance(expected.sum(axis=0)))
 
 
@@ -201,7 +200,7 @@ def test_caution_counts_what_draws_might_ask_of_a_copy(
         replica_choice="sglang-static",
         caution=np.array([caution]),
     )
-    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    found = evaluate(problem, placement)
     assert found.imbalance[0] == pytest.approx(imbalance(load))
 
 
@@ -236,7 +235,7 @@ def test_draws_serve_as_sglang_has_them(
         layer_ids=ids,
     )
     placement = with_copies(chunk, random_placement(SIZES, RANKS, seed=2), 2 * RANKS)
-    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    found = evaluate(problem, placement)
     by_hand = [served_by_hand(chunk, placement, n, homes[n], ids) for n in range(4)]
     assert found.copies == pytest.approx(np.mean([copies for copies, _ in by_hand]))
     assert found.imbalance == pytest.approx([imbalance(load) for _, load in by_hand])
@@ -263,7 +262,7 @@ def test_each_layer_is_of_the_placement_that_draws_serve_best(
         max_load=(np.array([cap * mean]),) * 4,
         layer_ids=layer_ids,
     )
-    found = Refinement(problem=problem, limits=RefineLimits()).best_as_drawn(tried)
+    found = best_as_drawn(problem, tried)
     rows = list(tried[0].physical_to_logical_map)
     for layer in range(4):
         judged = []
@@ -475,7 +474,8 @@ def test_hash_needs_no_caution_for_homes(make_chunk: Callable[..., Chunk]) -> No
 def test_copies_that_do_not_fit_are_refused_before_the_search(
     make_chunk: Callable[..., Chunk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Refinement, "run", lambda *_: pytest.fail("it searched"))
+    searched = "placer.solver.search.minimise.refined"
+    monkeypatch.setattr(searched, lambda *_, **__: pytest.fail("it searched"))
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
         policy="token",

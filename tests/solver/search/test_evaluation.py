@@ -7,10 +7,7 @@ from placer.placement import Placement
 from placer.placement.topology import Topology
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluation import Evaluation
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.evaluator import evaluate
 
 Layer = tuple[float, float, float]
 
@@ -74,7 +71,7 @@ def test_what_is_priced_beside_the_copies_is_counted_in_copies() -> None:
         receive_price=10.0,
     )
     placement = Placement.from_expert_rank([np.array([0, 0, 1, 1])], 2)
-    found = Refinement(problem=problem, limits=RefineLimits()).evaluate(placement)
+    found = evaluate(problem, placement)
     # Half of the homes are on the other rank: 3 tokens use rank 0 and 2 use rank 1.
     assert found.copies == pytest.approx((1.5 + 1) / 4)
     # The other loads put 6 - 5 and 6 - 4 pairs above the cap.

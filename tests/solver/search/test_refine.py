@@ -1,4 +1,4 @@
-"""Refinement against a plain count, token by token, of the copies that a plan sends."""
+"""The refinement against a plain count, token by token, of the copies that a plan sends."""
 
 import itertools
 from collections.abc import Callable
@@ -32,10 +32,8 @@ from placer.solver.problem.traffic import (
     copy_prices,
     sample_sequences,
 )
-from placer.solver.search.refine import (
-    RefineLimits,
-    Refinement,
-)
+from placer.solver.search.evaluator import Evaluator, evaluate
+from placer.solver.search.refine import RefineLimits, _Refinement, refined
 from placer.solver.solve import solve
 from placer.trace import Chunk
 
@@ -159,9 +157,9 @@ def traffic(chunk: Chunk, topology: Topology, **options: object) -> TrafficProbl
     )
 
 
-def refined(problem: TrafficProblem, start: Placement, **options: object) -> Placement:
+def searched(problem: TrafficProblem, start: Placement, **options: object) -> Placement:
     limits = RefineLimits(num_sweeps=4)
-    return Refinement(problem=problem, limits=limits, **options).run(start)
+    return refined(start, problem, limits, **options)
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
@@ -178,10 +176,10 @@ def test_the_price_is_that_of_the_copies(
     chunk = make_chunk(num_tokens=30, top_k=top_k)
     problem = traffic(chunk, topology, policy=policy, exchange=exchange)
     placement = random(SIZES, topology.num_ranks, topology.num_nodes, seed=3)
-    better = refined(problem, placement)
+    better = searched(problem, placement)
     prices = []
     for one in (placement, better):
-        found = Refinement(problem=problem, limits=RefineLimits()).evaluate(one)
+        found = evaluate(problem, one)
         assert found.copies == pytest.approx(
             price_of_copies(chunk, one, policy, exchange, topology)
         )
@@ -201,10 +199,10 @@ def test_replicas_are_priced_as_they_are_served(
     problem = traffic(chunk, topology, replica_choice=rule)
     loads = [load[0] for load in problem.load]
     start = with_replicas(contiguous(SIZES, 4, 2), loads, 8)
-    better = refined(problem, start)
+    better = searched(problem, start)
     prices = []
     for one in (start, better):
-        found = Refinement(problem=problem, limits=RefineLimits()).evaluate(one)
+        found = evaluate(problem, one)
         plain = price_of_copies(chunk, one, "fixed", "per-rank", topology, rule)
         assert found.copies == pytest.approx(plain, rel=error)
         prices.append(plain)
@@ -257,7 +255,7 @@ def test_what_moves_break_further_on_is_repaired(
     assert report.reproducible == (options is not CUT)
     found = loads_of_followed_homes(chunk, placement)
     assert max(imbalance(load) for load in found) < options.max_imbalance + 0.02
-    monkeypatch.setattr(Refinement, "_repair", lambda *_: None)
+    monkeypatch.setattr(_Refinement, "repair", lambda *_: None)
     with pytest.raises(NoSolutionError, match="was not reached") as caught:
         solved()
     assert ("the search was stopped" in str(caught.value)) == (options is CUT)
@@ -290,7 +288,7 @@ def test_tiny_problems_end_at_the_optimum(
     load = load_scenarios(chunk, (6,), "none", 0)
     problem = replace(traffic(make_chunk(), topology), experts=layer_tokens(chunk))
     problem = replace(problem, load=load, max_load=(np.array([1e9]),))
-    found = refined(problem, contiguous((6,), 3))
+    found = searched(problem, contiguous((6,), 3))
     reached = price_of_copies(chunk, found, "fixed", "per-rank", topology)
     assert reached == pytest.approx(best)
 
@@ -305,9 +303,8 @@ def test_annealing_again_only_makes_layers_cheaper(
     prices = []
     for num_starts in (1, 4):
         limits = RefineLimits(num_sweeps=1, num_starts=num_starts)
-        refinement = Refinement(problem=problem, limits=limits)
-        refinement.evaluate(refinement.run(start))
-        prices.append(refinement.price_per_layer())
+        found = refined(start, problem, limits)
+        prices.append(Evaluator(problem, found).price_per_layer())
     assert (prices[1] <= prices[0]).all()
     assert (prices[1] < prices[0]).any()
 
@@ -343,7 +340,7 @@ def test_threads_change_nothing_and_the_seed_decides(
     )
     start = contiguous((16,) * 4, 4)
     one, two, other = (
-        refined(problem, start, num_threads=n, seed=seed).to_json()
+        searched(problem, start, num_threads=n, seed=seed).to_json()
         for n, seed in ((1, 0), (2, 0), (1, 1))
     )
     assert one == two != other
