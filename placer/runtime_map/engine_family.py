@@ -11,16 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from placer.target.engine import (
     Engine,
+    Exchange,
+    ReplicaChoice,
+    engines_named,
     known_engines,
 )
 
 if TYPE_CHECKING:
     from placer.placement.plan import Plan
 
+_GPUS_OF_A_HOST = 8
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -38,6 +42,10 @@ class Deployment:
         Of the plan.
     num_copies
         Redundant experts per layer.
+    exchange
+        What the plan lowers, or ``None`` where it lowers nothing that is sent.
+    replica_choice
+        Which copy serves, by the plan; ``None`` where it does not say.
     """
 
     model: str
@@ -45,6 +53,35 @@ class Deployment:
     num_ranks: int
     num_nodes: int
     num_copies: int = 0
+    exchange: Exchange | None = None
+    replica_choice: ReplicaChoice | None = None
+
+    @classmethod
+    def of(cls, plan: "Plan", model: str, map_path: str | None) -> Self:
+        """Return what is served of a plan."""
+        placement = plan.placement
+        exchange: Any = None
+        if plan.engine is not None:
+            exchange = plan.engine.dispatch.exchange
+        elif plan.solver.most_received_copies is not None:
+            exchange = plan.exchange
+        return cls(
+            model=model,
+            map=map_path,
+            num_ranks=placement.num_ranks,
+            num_nodes=placement.num_nodes,
+            num_copies=placement.redundant_experts,
+            exchange=exchange,
+            replica_choice=plan.recorded_choice if placement.has_replicas else None,
+        )
+
+    def fits(self, engine: Engine) -> bool:
+        """Return whether the engine runs on these ranks and sends what the plan lowers."""
+        if engine.misfit(self.num_nodes, self.num_ranks // self.num_nodes) is not None:
+            return False
+        sent = {self.exchange, engine.dispatch.exchange}
+        one_node = self.num_nodes == 1 and sent == {"per-rank", "per-node"}
+        return self.exchange is None or len(sent) == 1 or one_node
 
     def meets(self, need: str, engine: Engine | None) -> bool:
         """Return whether one of the needs of the data file holds."""
@@ -53,10 +90,19 @@ class Deployment:
             "checkpoint": self.map is None,
             "copies": self.num_copies > 0,
             "nodes": self.num_nodes > 1,
+            "rack": self.num_ranks // self.num_nodes > _GPUS_OF_A_HOST,
         }
         if need in holds:
             return holds[need]
-        return engine is not None and engine.replica_choice == need
+        if engine is None:
+            return False
+        drawn = self.replica_choice if self.drawn_by(engine) else engine.replica_choice
+        return need in (engine.name, drawn)
+
+    def drawn_by(self, engine: Engine) -> bool:
+        """Return whether an option of the engine makes it draw copies as the plan does."""
+        family = engines_named(engine.family)
+        return self.replica_choice in {one.replica_choice for one in family}
 
     def fill(self, text: str) -> str:
         """Return a text of the data file with the figures of this deployment."""
@@ -160,6 +206,19 @@ class EngineFamily:
             return None
         return f"{self.title} ignores a map for {model_type}"
 
+    def configuration(self, served: Deployment, engine: Engine | None) -> Engine | None:
+        """Return the configuration to start; ``None`` of an engine that is not known.
+
+        That is ``engine``, if it is of this family; else the first, beginning with the
+        default, that fits what is served; else the default.
+        """
+        if engine is not None and engine.family == self.name:
+            return engine
+        if self.default is None:
+            return None
+        every = known_engines()[self.default], *engines_named(self.name)
+        return next((one for one in every if served.fits(one)), every[0])
+
     def start(self, served: Deployment, engine: Engine | None = None) -> Start:
         """Return how the engine is started.
 
@@ -168,10 +227,9 @@ class EngineFamily:
         served
             What it serves.
         engine
-            Its configuration; the family's default if it is another family's or ``None``.
+            What the plan was solved for, or ``None``.
         """
-        if engine is None or engine.family != self.name:
-            engine = None if self.default is None else known_engines()[self.default]
+        engine = self.configuration(served, engine)
 
         def holding(texts: Sequence[Conditional]) -> list[Any]:
             return [
@@ -198,7 +256,10 @@ class EngineFamily:
         return Start(
             engine=self.title,
             command=command,
-            conditions=tuple(served.fill(one.text) for one in holding(self.conditions)),
+            conditions=(
+                *_other_exchange(served, engine),
+                *(served.fill(one.text) for one in holding(self.conditions)),
+            ),
             stale=stale,
         )
 
@@ -225,17 +286,51 @@ def start_lines(
     model, map_path
         The checkpoint to serve, and the map where there is one.
     """
-    placement, engine = plan.placement, plan.engine
-    served = Deployment(
-        model=model,
-        map=map_path,
-        num_ranks=placement.num_ranks,
-        num_nodes=placement.num_nodes,
-        num_copies=placement.redundant_experts,
-    )
+    engine, served = plan.engine, Deployment.of(plan, model, map_path)
     fitting = [one for one in known_families().values() if target in one.targets]
     fitting.sort(key=lambda one: engine is None or one.name != engine.family)
     return [one.start(served, engine) for one in fitting]
+
+
+def _other_exchange(served: Deployment, engine: Engine | None) -> Iterator[str]:
+    """Say where what is sent is not what the plan lowers."""
+    if served.exchange is None or (engine is not None and served.fits(engine)):
+        return
+    sends = "what it sends is not known here"
+    if engine is not None:
+        ranks = served.num_nodes, served.num_ranks // served.num_nodes
+        sends = engine.misfit(*ranks) or f"this engine sends {engine.dispatch.exchange}"
+    yield f"the plan is for an engine that sends {served.exchange}, and {sends}"
+
+
+def other_choice(plan: "Plan", name: str) -> str | None:
+    """Say where a family draws other copies than the plan counts on, with the remedy."""
+    served = Deployment.of(plan, "", "")
+    engine, asked = (
+        known_families()[name].configuration(served, plan.engine),
+        served.replica_choice,
+    )
+    if engine is None or asked in (None, engine.replica_choice):
+        return None
+    then = "ranks get other loads than the plan says"
+    if served.drawn_by(engine):
+        then = "start it exactly as is told, which draws as the plan counts on"
+    return (
+        f"the plan counts on copies that are drawn as {asked}, and {engine.name} draws "
+        f"them as {engine.replica_choice}: {then}. To use the engine's own, solve again: "
+        f"{solve_again(plan, engine.name)}"
+    )
+
+
+def solve_again(plan: "Plan", engine: str) -> str:
+    """Return the command that solves for another engine what a plan was solved for."""
+    placed, told = plan.placement, plan.provenance
+    source = "AFFINITY" if told.get("affinity_sha256") else "TRACE"
+    return (
+        f"placer solve {source} --engine {engine} --nodes {placed.num_nodes} "
+        f"--gpus-per-node {placed.ranks_per_node} "
+        f"--redundant-experts {placed.redundant_experts} --out NEW"
+    )
 
 
 def _read_family(name: str, value: Mapping[str, Any]) -> EngineFamily:

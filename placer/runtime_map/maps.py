@@ -26,6 +26,7 @@ from placer.runtime_map import (
 from placer.runtime_map.engine_family import (
     Start,
     known_families,
+    other_choice,
     start_lines,
     without_copies,
 )
@@ -187,6 +188,8 @@ def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
         yield source.warning
     if runtime.family is None:
         return
+    if (drawn := other_choice(source.plan, runtime.family)) is not None:
+        yield drawn
     family = known_families()[runtime.family]
     reason = family.no_map_reason(source.model.model_type, source.architectures)
     if reason is None:

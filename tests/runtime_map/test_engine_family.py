@@ -5,22 +5,35 @@ import json
 import re
 import shlex
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from placer.cli.main import main
-from placer.runtime_map import RUNTIMES
+from placer.model import ModelSpec
+from placer.placement import (
+    Placement,
+    Plan,
+)
+from placer.runtime_map import (
+    RUNTIMES,
+    export_map,
+)
 from placer.runtime_map.engine_family import (
     Deployment,
     known_families,
+    start_lines,
 )
 from placer.target.engine import (
     EXCHANGES,
     REPLICA_CHOICES,
     known_engines,
 )
+from tests.plans import unsolved_plan
 
+PLAIN = [*range(8)]
+WITH_COPIES = [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
 FAMILIES = known_families()
 ENGINES = known_engines()
 # Read from the engines' sources.
@@ -111,10 +124,11 @@ def test_nothing_is_left_unfilled():
 @pytest.mark.parametrize(
     ("engine", "algorithm", "backend"),
     [
-        ("sglang-deepep", "static", "deepep"),
+        ("sglang-deepep", "static", "deepep --deepep-mode normal"),
+        ("sglang-deepep-ll", "static", "deepep --deepep-mode low_latency"),
         ("sglang-none", "dynamic", "none"),
         ("sglang-deepep-v2-hybrid", "static", "deepep_v2 --deepep-v2-mode hybrid"),
-        (None, "static", "deepep"),
+        (None, "static", "deepep --deepep-mode normal"),
         ("vllm-agrs", "static", "deepep"),
     ],
 )
@@ -162,13 +176,14 @@ def test_vllm_keeps_the_order_of_the_checkpoint():
 
 @pytest.mark.parametrize("target", ["trtllm", "checkpoint"])
 def test_tensorrt_llm_gets_a_file_of_options(target):
+    """On 2 nodes of 4 ranks, where its kernels of one NVLink domain do not run."""
     start = started("trtllm", target)
     written, command = start.command.split(" > options.yaml && ")
     options = shlex.split(written)[2]
     assert options.startswith("enable_attention_dp: true\n")
     assert ('load_balancer: "MAP"' in options) == (target == "trtllm")
     assert command.startswith(
-        "mpirun -n 8 --hostfile HOSTFILE -x TRTLLM_FORCE_COMM_METHOD=NVLINK_ONE_SIDED "
+        "mpirun -n 8 --hostfile HOSTFILE -x TRTLLM_FORCE_COMM_METHOD=DEEPEPLOWLATENCY "
         "trtllm-llmapi-launch trtllm-serve MODEL --tp_size 8 --ep_size 8"
     )
     map_alone = target == "trtllm"
@@ -212,7 +227,7 @@ def test_engines_choose_by_architecture_whether_they_read_a_map(
 
 
 def test_needs_are_known():
-    known = {"map", "checkpoint", "copies", "nodes", *REPLICA_CHOICES}
+    known = {"map", "checkpoint", "copies", "nodes", "rack", *REPLICA_CHOICES, *ENGINES}
     assert known.isdisjoint(EXCHANGES)
     for family in FAMILIES.values():
         for one in (*family.flags, *family.options, *family.conditions, *family.stale):
@@ -243,3 +258,88 @@ def test_export_checkpoint_tells_how_every_engine_is_started(
         start = json.loads(printed.out)["start"]
         assert f"start vLLM: {start[0]['command']}" == told[0]
         assert "--enable-eplb" in start[0]["stale"]
+
+
+def solved(model, tmp_path, *, row=PLAIN, exchange=None, **provenance):
+    """A plan on 4 ranks; with an exchange, one that lowers what is sent."""
+    placed = Placement.from_json([row] * 2, (8, 8), 4, 1)
+    plan = unsolved_plan(ModelSpec.from_checkpoint(model), placed, **provenance)
+    if exchange is not None:
+        lowered = replace(plan.solver, most_received_copies=1.0)
+        plan = replace(plan, exchange=exchange, solver=lowered)
+    plan.write(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("target", "choice", "engine", "drawn"),
+    [
+        ("sglang", "hash", None, "sglang-static"),
+        ("sglang", "hash", "sglang-none", None),
+        ("sglang", "sglang-static", None, None),
+        ("sglang", "sglang-static", "sglang-deepep", None),
+        ("sglang", "local-first", None, "sglang-static"),
+        ("sglang", "hash", "trtllm-onesided", "sglang-static"),
+        ("sglang", None, None, None),
+        ("trtllm", "sglang-static", "sglang-deepep", "hash"),
+        ("trtllm", "cover", None, "hash"),
+        ("trtllm", "hash", None, None),
+        ("json", "cover", None, None),
+    ],
+)
+def test_copies_that_are_drawn_otherwise_are_told(
+    target, choice, engine, drawn, tiny_model, tmp_path
+):
+    """With the command that solves for the engine of the start line."""
+    told = {"replica_choice": choice, "engine": engine}
+    plan = solved(tiny_model, tmp_path, row=WITH_COPIES, **told)
+    out = tmp_path / f"map{RUNTIMES[target].suffixes[0]}"
+    written = export_map(target, plan, tiny_model, out)
+    found = [one for one in written.warnings if "drawn as" in one]
+    assert bool(found) == (drawn is not None)
+    if found:
+        assert f"drawn as {choice}, and {target}-" in found[0]
+        assert f"draws them as {drawn}: " in found[0]
+        assert "--nodes 1 --gpus-per-node 4 --redundant-experts 4 --out NEW" in found[0]
+    if target == "sglang":
+        # The start line never warns against what the plan was solved for.
+        algorithm = "dynamic" if choice == "hash" else "static"
+        assert f"--ep-dispatch-algorithm {algorithm} " in written.start[0].command
+        assert f"--ep-dispatch-algorithm {algorithm}" not in written.start[0].stale
+
+
+@pytest.mark.parametrize(
+    ("exchange", "engine", "vllm", "sglang"),
+    [
+        (None, None, "allgather_reducescatter", "deepep --deepep-mode normal"),
+        ("per-rank", None, "deepep_high_throughput", "deepep --deepep-mode normal"),
+        ("per-node", None, "deepep_high_throughput", "deepep --deepep-mode normal"),
+        (
+            "per-rank",
+            "sglang-deepep",
+            "deepep_high_throughput",
+            "deepep --deepep-mode normal",
+        ),
+        (
+            None,
+            "sglang-deepep-ll",
+            "deepep_low_latency",
+            "deepep --deepep-mode low_latency",
+        ),
+        (None, "trtllm-allgather", "allgather_reducescatter", "none"),
+    ],
+)
+def test_a_checkpoint_is_served_with_the_exchange_of_the_plan(
+    exchange, engine, vllm, sglang, tiny_model, tmp_path
+):
+    plan = solved(tiny_model, tmp_path, exchange=exchange or "per-rank", engine=engine)
+    if exchange is None and engine is None:
+        plan = solved(tiny_model, tmp_path)
+    starts = {one.engine: one for one in start_lines("checkpoint", Plan.read(plan), "M")}
+    assert f"--all2all-backend {vllm}" in starts["vLLM"].command
+    assert f"--moe-a2a-backend {sglang}" in starts["SGLang"].command
+    sends = "per-rank" if engine is None else ENGINES[engine].dispatch.exchange
+    told = [text for text in starts["transformers"].conditions if "the plan is for" in text]
+    lowers = engine is not None or exchange is not None
+    assert bool(told) == (lowers and sends not in ("per-expert", "all-gather"))
+    assert not told or "this engine sends per-expert" in told[0]

@@ -41,6 +41,7 @@ def test_one_row_per_hidden_layer_and_no_other_key(
         assert sorted(row) == list(range(8))
     assert written.start[0].command.endswith(
         "--tp-size 4 --ep-size 4 --attn-dp-size 4 --moe-a2a-backend deepep "
+        "--deepep-mode normal "
         f"--init-expert-location {tmp_path / 'map.json'} --ep-dispatch-algorithm static"
     )
     assert written.warnings == ()
