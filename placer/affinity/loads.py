@@ -34,6 +34,14 @@ from placer.trace.sglang_dump import load_dump
 Assignments = Mapping[int, Sequence[int]]
 _CSV_COLUMNS = ("layer", "expert", "count")
 _CSV_LAYOUT = "the header is layer,expert,count (docs/importing.md)"
+_CSV_SLOTS = (
+    "check --model; if the ids are slots of an engine that ran with redundant experts, add "
+    "up the counts of each expert's slots first"
+)
+_NO_MAP = (
+    "ids beyond the model's experts are slots of a load balancer: give the map that it ran "
+    "with, --map FILE"
+)
 _STATISTIC = re.compile(r"rank\d+\.safetensors")
 
 
@@ -148,13 +156,13 @@ def read_sglang_stat(file: Path, model: BoundModel) -> CountedLoads:
 def read_csv_loads(file: Path, model: BoundModel) -> CountedLoads:
     """Read columns ``layer, expert, count``; layers count from 0 over MoE layers.
 
-    Rows may be in any order; those of one expert add up, and one without rows has none.
+    Rows may be in any order; an expert without a row has no tokens.
 
     Raises
     ------
     PlacerError
-        If a column is missing, a value is no whole number, or the model has no such
-        expert.
+        If a column is missing, a value is no whole number, the model has no such expert,
+        or an expert has two rows.
     """
     table = read_table(file, _CSV_LAYOUT)
     require_whole(table, _CSV_COLUMNS, _CSV_LAYOUT)
@@ -165,9 +173,16 @@ def read_csv_loads(file: Path, model: BoundModel) -> CountedLoads:
     by_layer = {}
     for number in np.unique(layer).tolist():
         of_it = layer == number
-        _require_expert(int(expert[of_it].max()), num_experts, number)
+        _require_expert(int(expert[of_it].max()), num_experts, number, _CSV_SLOTS)
+        times = np.bincount(expert[of_it])
+        if times.max() > 1:
+            raise PlacerError(
+                f"layer {number}, expert {times.argmax()} has {times.max()} rows",
+                "add them up where they count different tokens, or drop what is repeated: "
+                "one row for each layer and expert",
+            )
         rows = np.zeros(num_experts, dtype=np.int64)
-        np.add.at(rows, expert[of_it], count[of_it])
+        rows[expert[of_it]] = count[of_it]
         by_layer[number] = rows
     return CountedLoads(by_layer=by_layer, of_moe_layers=True)
 
@@ -192,6 +207,9 @@ def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
         after = [layer for layer in slots if layer >= model.num_hidden_layers]
         by_layer = {n: counts for n, counts in slots.items() if n not in after}
         if assignments is None:
+            size = max(model.spec.num_experts)
+            for layer, counts in by_layer.items():
+                _require_expert(_last_used(counts), size, layer, _NO_MAP)
             return CountedLoads(by_layer=by_layer)
         return CountedLoads(
             by_layer={
@@ -242,7 +260,9 @@ def _of_slots(
             "give the map that the engine ran with: --map FILE",
         )
     # Not bincount, whose weights are floats: exact up to 2^53 only.
-    _require_expert(max(slots, default=0), num_experts, layer)
+    _require_expert(
+        max(slots, default=0), num_experts, layer, "check --model and --map: they disagree"
+    )
     total = np.zeros(num_experts, dtype=np.int64)
     np.add.at(total, np.asarray(slots, dtype=np.int64), counts)
     return total
@@ -278,15 +298,20 @@ def _of_model(counted: CountedLoads, model: BoundModel) -> tuple[IntArray, ...]:
 
 
 def _of_layer(counts: IntArray, num_experts: int, layer: int) -> IntArray:
-    used = int(counts.nonzero()[0].max()) + 1
+    used = _last_used(counts) + 1
     _require_expert(used - 1, num_experts, layer)
     return np.pad(counts[:used], (0, num_experts - used))
 
 
-def _require_expert(expert: int, num_experts: int, layer: int) -> None:
+def _last_used(counts: IntArray) -> int:
+    return int(counts.nonzero()[0].max(initial=0))
+
+
+def _require_expert(
+    expert: int, num_experts: int, layer: int, hint: str = "check --model"
+) -> None:
     if expert >= num_experts:
         raise PlacerError(
             f"layer {layer} counts experts up to {expert}, the model has {num_experts}",
-            "ids beyond the model's experts are slots of an engine that ran with redundant "
-            "experts: give the map that it ran with, --map FILE",
+            hint,
         )

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from placer.errors import PlacerError
+from placer.errors import PlacerError, UsageError
 from placer.model.tensor_layout import TensorLayout
 from placer.run.files import (
     read_json,
@@ -178,20 +178,20 @@ def require_same_model(
 
     Raises
     ------
-    PlacerError
+    UsageError
         If fingerprints or shapes differ.
     """
     for field in ("num_experts", "top_k"):
         left, right = getattr(one, field), getattr(other, field)
         if left != right:
-            raise PlacerError(
+            raise UsageError(
                 f"{one_name} and {other_name} are of different models: "
                 f"{field} {_brief(left)} against {_brief(right)}",
                 f"look at both: placer inspect {one_name}; placer inspect {other_name}",
             )
     if one.bound and other.bound:
         if one.fingerprint != other.fingerprint:
-            raise PlacerError(
+            raise UsageError(
                 f"{one_name} and {other_name} are of different models: fingerprint "
                 f"{str(one.fingerprint)[:12]} against {str(other.fingerprint)[:12]}",
                 f"look at both: placer inspect {one_name}; placer inspect {other_name}",

@@ -35,21 +35,24 @@ def doubts(trace: Trace, selection: Selection = EVERYTHING) -> Iterator[str]:
 
 
 def _unused_routers(trace: Trace, selection: Selection) -> Iterator[str]:
-    """Tell layers of a top-1 model that send every token to expert 0."""
-    used = np.zeros(trace.model.num_layers, dtype=np.bool_)
+    """Tell layers of a top-1 model that send every token to one expert."""
+    seen: list[set[int]] = [set() for _ in trace.model.num_experts]
     for chunk in trace.chunks(selection):
-        used |= np.array([ids.any() for ids in chunk.experts])
-    unused = [
-        str(layer)
-        for layer, size in enumerate(trace.model.num_experts)
-        if size > 1 and not used[layer]
-    ]
-    if unused:
-        yield (
-            f"every token goes to expert 0 in MoE layers {', '.join(unused)}: as in dense "
-            "layers, and in those that were not captured. If they are dense, import the "
-            "file again with --model DIR (a folder with its config.json is enough)"
-        )
+        for layer, ids in enumerate(chunk.experts):
+            seen[layer].update(np.unique(ids).tolist())
+    layers: dict[int, list[str]] = {}
+    for layer, (size, used) in enumerate(zip(trace.model.num_experts, seen, strict=True)):
+        if size > 1 and len(used) == 1:
+            layers.setdefault(used.pop(), []).append(str(layer))
+    for expert, alike in sorted(layers.items()):
+        why = "the router is stuck, or the layers were not captured"
+        if expert == 0:
+            why = (
+                "as in dense layers, and in those that were not captured. If they are "
+                "dense, import the file again with --model DIR (a folder with its "
+                "config.json is enough)"
+            )
+        yield f"every token goes to expert {expert} in MoE layers {', '.join(alike)}: {why}"
 
 
 def doubtful_follow(trace: Trace, policy: str) -> Iterator[str]:

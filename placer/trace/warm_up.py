@@ -19,12 +19,12 @@ from placer.trace.selection import (
 )
 
 # Real tokens next to each other hardly ever have the same experts in all layers: no two do
-# in traces of gpt-oss-20b and DeepSeek-V2-Lite.
-_LONG_RUN = 64
+# in traces of gpt-oss-20b and DeepSeek-V2-Lite. Where a row holds few choices, some do.
+_FEWEST_CHOICES = 16
+_LONG_RUN, _LONG_RUN_OF_FEW_CHOICES = 16, 64
 # Padding stands between real tokens, one at a time. The commonest real row is that of the
 # first token of every sequence. Where a row holds few choices, common tokens share one.
 _COMMON_SHARE = 0.05
-_FEWEST_CHOICES = 16
 
 
 def warm_up_tokens(
@@ -44,14 +44,16 @@ def warm_up_tokens(
     Returns
     -------
     numpy.ndarray
-        The tokens of runs of 64 or more equal rows, and all tokens of a row that more than
-        5 % of the tokens have (first tokens of sequences not counted; only of 16 choices
-        or more). The first token of each row is none of them.
+        The tokens of runs of 16 or more equal rows (64 of fewer than 16 choices), and all
+        tokens of a row that more than 5 % of the tokens have (first tokens of sequences not
+        counted; only of 16 choices or more). The first token of each row is none of them.
     """
     starts = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
     lengths = np.diff(starts, append=len(rows))
-    found: npt.NDArray[np.bool_] = np.repeat(lengths >= _LONG_RUN, lengths)
-    if num_choices >= _FEWEST_CHOICES:
+    many = num_choices >= _FEWEST_CHOICES
+    long = _LONG_RUN if many else _LONG_RUN_OF_FEW_CHOICES
+    found: npt.NDArray[np.bool_] = np.repeat(lengths >= long, lengths)
+    if many:
         inside = rows[1:][sequence_ids[1:] == sequence_ids[:-1]]
         every, number = np.unique(inside, return_counts=True)
         common = number > max(_LONG_RUN, _COMMON_SHARE * len(rows))

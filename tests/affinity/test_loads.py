@@ -153,9 +153,8 @@ def test_meta_info_that_lies_is_found(tmp_path: Path, model: Path) -> None:
         loads(trtllm_statistic_reader(None), path, model)
 
 
-def test_csv_rows_add_up_in_any_order(tmp_path: Path, model: Path) -> None:
+def test_csv_rows_stand_in_any_order(tmp_path: Path, model: Path) -> None:
     rows = [(n, e, c) for n, row in enumerate(COUNTS) for e, c in enumerate(row)]
-    rows[3:4] = [(0, 3, 3), (0, 3, 1)]
     rng = np.random.default_rng(0)
     text = "\n".join(",".join(map(str, rows[n])) for n in rng.permutation(len(rows)))
     (tmp_path / "l.csv").write_text(f"layer,expert,count\n{text}\n")
@@ -172,7 +171,8 @@ def test_csv_rows_add_up_in_any_order(tmp_path: Path, model: Path) -> None:
         ("layer,expert,count\n0,9,0,3\n", "more values than its header"),
         ("layer,expert,count\n0,999999999999999,1\n", "up to 999999999999999, the model"),
         ("layer,expert,count\n0,0,18446744073709551615\n", "beyond int64"),
-        (f"layer,expert,count\n0,0,{2**62}\n0,0,{2**62}\n", "add up to more"),
+        (f"layer,expert,count\n0,0,{2**62}\n0,1,{2**62}\n", "add up to more"),
+        ("layer,expert,count\n0,1,2\n1,1,2\n0,1,2\n", "layer 0, expert 1 has 2 rows"),
     ],
 )
 def test_csv_that_is_wrong_is_told(
@@ -181,6 +181,16 @@ def test_csv_that_is_wrong_is_told(
     (tmp_path / "l.csv").write_text(text)
     with pytest.raises(PlacerError, match=match):
         loads(read_csv_loads, tmp_path / "l.csv", model)
+
+
+def test_no_hint_names_an_option_of_another_format(tmp_path: Path, model: Path) -> None:
+    """--map is of trtllm-statistic alone: import refuses it for the others."""
+    (tmp_path / "l.csv").write_text("layer,expert,count\n0,9,1\n")
+    path = stat(tmp_path / "s.pt", [[1, 2, 3, 4, 5]] * 2)
+    for reader, file in ((read_csv_loads, tmp_path / "l.csv"), (read_sglang_stat, path)):
+        with pytest.raises(PlacerError, match="counts experts up to") as caught:
+            loads(reader, file, model)
+        assert "--map" not in caught.value.hint
 
 
 def test_loads_and_links_do_not_add_up(tmp_path: Path, model: Path) -> None:

@@ -76,7 +76,7 @@ def test_long_runs_are_found_as_by_counting(runs: list[tuple[int, int]]) -> None
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("where", ["head", "tail", "alternating", "padding"])
+@pytest.mark.parametrize("where", ["head", "tail", "short", "alternating", "padding"])
 def test_dummy_tokens_are_told_and_the_remedy_removes_them(
     experts: np.ndarray, tmp_path: Path, where: str
 ) -> None:
@@ -84,6 +84,7 @@ def test_dummy_tokens_are_told_and_the_remedy_removes_them(
     with_dummies = {
         "head": lambda: np.concatenate([np.repeat(one, 900, 0), experts]),
         "tail": lambda: np.concatenate([experts, np.repeat(one, 70, 0)]),
+        "short": lambda: np.concatenate([experts[:98], np.repeat(one, 40, 0)]),
         "alternating": lambda: np.concatenate([np.tile(one, (200, 1, 1)), experts]),
         "padding": lambda: experts,
     }[where]()
@@ -191,13 +192,15 @@ def test_layers_of_zeros_of_a_top_1_model_are_refused(
     assert not (tmp_path / "in").exists()
 
 
-def test_a_router_that_uses_one_expert_is_told(make_chunk, tmp_path: Path) -> None:
+@pytest.mark.parametrize("expert", [0, 5])
+def test_a_router_that_uses_one_expert_is_told(make_chunk, tmp_path, expert) -> None:
     """As in traces of before such layers were refused, and of bound models."""
     chunk = make_chunk(num_experts=(8, 8), top_k=1, num_tokens=60)
-    dense = np.stack([np.zeros_like(chunk.experts[0]), chunk.experts[1]], axis=1)
+    dense = np.stack([np.full_like(chunk.experts[0], expert), chunk.experts[1]], axis=1)
     trace = imported(tmp_path, experts=dense)
     (told,) = doubts(trace, Selection())
-    assert "every token goes to expert 0 in MoE layers 0:" in told
+    assert f"every token goes to expert {expert} in MoE layers 0:" in told
+    assert ("import the file again with --model" in told) == (expert == 0)
 
 
 def test_phases_of_an_archive_are_kept(experts: np.ndarray, tmp_path: Path) -> None:
