@@ -14,8 +14,8 @@ from placer import __version__
 from placer.affinity.affinity import Affinity
 from placer.arrays import IntArray
 from placer.errors import PlacerError
+from placer.run.documents import read_json
 from placer.run.files import (
-    read_json,
     require_absent,
     require_file,
     sha256_file,

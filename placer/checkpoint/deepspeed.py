@@ -27,10 +27,10 @@ from placer.errors import (
     VerificationError,
 )
 from placer.placement import Plan
+from placer.run.documents import read_json
 from placer.run.files import (
     atomic_directory,
     canonical_json,
-    read_json,
     read_text,
     require_file,
     require_free_space,

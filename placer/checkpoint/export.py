@@ -53,9 +53,9 @@ from placer.model import (
     require_same_model,
 )
 from placer.placement import Plan
+from placer.run.documents import read_json
 from placer.run.files import (
     read_bytes,
-    read_json,
     sha256_file,
 )
 

@@ -16,10 +16,8 @@ from typing import Any
 from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.model.tensor_layout import TensorLayout
-from placer.run.files import (
-    read_json,
-    read_text,
-)
+from placer.run.documents import read_json
+from placer.run.files import read_text
 
 #: Files in which quantisers keep such lists.
 CONFIG_NAMES = (

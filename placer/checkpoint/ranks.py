@@ -43,9 +43,9 @@ from placer.model import (
 )
 from placer.model.tensor_layout import TensorKind
 from placer.placement import Plan
+from placer.run.documents import read_json
 from placer.run.files import (
     canonical_json,
-    read_json,
     sha256_file,
 )
 

@@ -12,10 +12,8 @@ from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.files import (
-    canonical_json,
-    read_json,
-)
+from placer.run.documents import read_json
+from placer.run.files import canonical_json
 
 SCHEMA_VERSION = 1
 

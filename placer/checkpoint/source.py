@@ -9,10 +9,8 @@ from typing import Self
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.torch_shard import open_torch_shard
 from placer.errors import PlacerError
-from placer.run.files import (
-    read_json,
-    read_text,
-)
+from placer.run.documents import read_json
+from placer.run.files import read_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

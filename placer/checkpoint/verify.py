@@ -43,8 +43,8 @@ from placer.placement import (
     Placement,
     Plan,
 )
+from placer.run.documents import read_json
 from placer.run.files import (
-    read_json,
     require_file,
     sha256_file,
 )

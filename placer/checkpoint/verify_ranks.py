@@ -22,8 +22,8 @@ from placer.model import (
     require_same_model,
 )
 from placer.placement import Plan
+from placer.run.documents import read_json
 from placer.run.files import (
-    read_json,
     require_file,
     sha256_file,
 )

@@ -1,6 +1,7 @@
 """The entry point: all commands, and one place where errors become exit codes."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     drifted from the plan (only ``check``). ``PLACER_DEBUG=1`` shows
     the traceback of a failure.
     """
+    _prepare_streams()
     try:
         _run(argv)
     except PlacerError as error:
@@ -96,6 +98,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(*_explain(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", None, 130)
+    except Exception as error:
+        if os.environ.get("PLACER_DEBUG"):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        sys.stderr.write(
+            f"placer failed: {type(error).__name__}: {reason}; "
+            "run again with PLACER_DEBUG=1 for the traceback\n"
+        )
+        sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    """Let both output streams take any text, even one that is closed or knows ASCII."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -13,10 +13,8 @@ from typing import Any, Literal, Self
 
 from placer.errors import PlacerError, UsageError
 from placer.model.tensor_layout import TensorLayout
-from placer.run.files import (
-    read_json,
-    sha256_json,
-)
+from placer.run.documents import read_json
+from placer.run.files import sha256_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

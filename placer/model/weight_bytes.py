@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
-from placer.run.files import read_json
+from placer.run.documents import read_json
 
 # Scales count: one byte for 32 elements of mxfp4, one for 16 of nvfp4. Those of fp8 blocks
 # (4 bytes for 128 x 128 elements) are next to nothing.

@@ -9,9 +9,9 @@ from typing import Any, Literal, Self, get_args
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
+from placer.run.documents import read_json
 from placer.run.files import (
     atomic_file,
-    read_json,
     sha256_file,
 )
 from placer.target.engine import (

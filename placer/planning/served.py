@@ -11,7 +11,7 @@ from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.topology import Topology
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.runtime_map.engine_family import known_families, without_copies
 from placer.target.engine import (
     Engine,

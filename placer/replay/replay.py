@@ -41,7 +41,7 @@ from placer.replay.predict import (
     predict_seconds,
 )
 from placer.replay.traffic import Collective
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.run.worker import (
     Worker,
     together,

@@ -9,10 +9,10 @@ from placer.errors import PlacerError
 from placer.placement import Plan
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
+from placer.run.documents import read_json
 from placer.run.files import (
     open_regular,
     read_bytes,
-    read_json,
 )
 from placer.table import Table
 from placer.trace import Trace

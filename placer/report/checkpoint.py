@@ -18,7 +18,7 @@ from placer.model.tensor_layout import (
     TensorKind,
     TensorLayout,
 )
-from placer.run.files import read_json
+from placer.run.documents import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

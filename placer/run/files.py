@@ -264,29 +264,6 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises
-    ------
-    PlacerError
-        If the file is missing, is not JSON or holds no object.
-    """
-    text = read_text(path, what=what)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlacerError(
-            f"{what} {path} is not JSON: {error}", "write the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise PlacerError(
-            f"{what} {path} holds {type(value).__name__}, not a JSON object",
-            "check that the file is what you mean: placer inspect " + str(path),
-        )
-    return value
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 from placer.errors import PlacerError
-from placer.run.files import (
-    read_json,
-    read_text,
-)
+from placer.run.documents import read_json
+from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,

@@ -16,7 +16,7 @@ from placer.placement import (
     Placement,
     Plan,
 )
-from placer.run.files import read_json
+from placer.run.documents import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
-from placer.run.files import (
-    read_json,
-    require_file,
-)
+from placer.run.documents import read_json
+from placer.run.files import require_file
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,

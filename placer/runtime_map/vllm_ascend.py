@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,

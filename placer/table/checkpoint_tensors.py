@@ -5,7 +5,7 @@ from pathlib import Path
 
 from placer.checkpoint.shard import Shard
 from placer.errors import PlacerError
-from placer.run.files import read_json
+from placer.run.documents import read_json
 
 _INDEX_NAME = "model.safetensors.index.json"
 

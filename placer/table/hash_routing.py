@@ -18,10 +18,8 @@ from placer.model import (
     ModelSpec,
 )
 from placer.model.tensor_layout import TensorKind
-from placer.run.files import (
-    read_json,
-    require_file,
-)
+from placer.run.documents import read_json
+from placer.run.files import require_file
 from placer.table.checkpoint_tensors import tensor_files
 from placer.trace import Chunk
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.files import read_json
+from placer.run.documents import read_json
 
 SCHEMA_VERSION = 1
 HEADER_NAME = "trace.json"

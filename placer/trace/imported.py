@@ -22,8 +22,8 @@ from placer.model import (
     Architecture,
     ModelSpec,
 )
+from placer.run.documents import read_json
 from placer.run.files import (
-    read_json,
     require_absent,
     require_file,
     sha256_file,

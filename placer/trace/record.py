@@ -19,10 +19,10 @@ from placer.model import (
     Architecture,
     ModelSpec,
 )
+from placer.run.documents import read_json
 from placer.run.files import (
     canonical_json,
     partial_path,
-    read_json,
     require_absent,
     sha256_file,
 )

@@ -11,11 +11,11 @@ import numpy as np
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
+from placer.run.documents import read_json
 from placer.run.files import (
     atomic_file,
     canonical_json,
     partial_path,
-    read_json,
     require_absent,
     sha256_file,
     write_tensors,

@@ -13,7 +13,7 @@ from placer.model import (
     Architecture,
     ModelSpec,
 )
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model
 

@@ -22,7 +22,7 @@ from placer.model import (
     ModelSpec,
 )
 from placer.placement import Placement
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.trace.capture import RouterCapture
 from tests.families import build, legal_rows, randomise
 

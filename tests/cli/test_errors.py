@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -206,6 +207,65 @@ def test_a_plan_edited_by_hand_is_refused(world: dict[str, Path], refused: Refus
     ):
         world["plan"].write_text(json.dumps(value | change))
         assert match in refused(1, "simulate", world["plan"], world["trace"])
+
+
+def test_the_unforeseen_is_one_sentence_and_a_traceback_on_demand(
+    world: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("first line\nsecond line")
+
+    monkeypatch.setattr("placer.placement.Plan.read", fails)
+    words = ["inspect", str(world["plan"])]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "placer failed: KeyError: 'first line\\nsecond line'; "
+        "run again with PLACER_DEBUG=1 for the traceback\n"
+    )
+    monkeypatch.setenv("PLACER_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(words)
+
+
+def test_ctrl_c_exits_130(world: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("placer.placement.Plan.read", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(world["plan"])])
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    "redirect", [">&-", ">&- 2>&-", "| true", "2>&-"], ids=["out", "both", "pipe", "err"]
+)
+def test_a_closed_stream_is_no_failure_of_ours(
+    world: dict[str, Path], redirect: str
+) -> None:
+    command = f"{sys.executable} -m placer.cli.main inspect {world['plan']} {redirect}"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert ended.returncode == 0
+    assert ended.stderr == b""
+
+
+def test_an_ascii_terminal_shows_any_text(world: dict[str, Path]) -> None:
+    value = json.loads(world["plan"].read_text())
+    value["model"]["id"] = "mod\u00e8le"
+    world["plan"].write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "placer.cli.main", "inspect", str(world["plan"])],
+        env={**os.environ, **ascii_only, "PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert b"mod\\xe8le" in ended.stdout
 
 
 @pytest.fixture

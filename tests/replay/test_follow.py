@@ -22,7 +22,7 @@ from placer.replay.sharding import (
     ExpertsModule,
     experts_modules,
 )
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from tests.families import build
 
 

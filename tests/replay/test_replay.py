@@ -37,7 +37,7 @@ from placer.replay.replay import (
     ReplayOptions,
     replay,
 )
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.run.worker import Worker
 from placer.target.hardware import Hardware
 from placer.trace import (

@@ -269,7 +269,7 @@ def test_checkpoint_with_a_missing_file_is_refused(
         ("empty", b"", "is no file that placer knows"),
         ("text", b"hello", "is no file that placer knows"),
         ("list.json", b"[1]", "is no file that placer knows"),
-        ("half.json", b'{"a": ', "is not JSON"),
+        ("half.json", b'{"a": ', "is no valid JSON"),
         ("other.json", b'{"a": 1}', "is JSON, but no plan"),
         ("trace.json", b'{"a": 1}', "is the header of a directory"),
     ],

@@ -10,10 +10,10 @@ import pytest
 
 from placer.errors import PlacerError
 from placer.run import files
+from placer.run.documents import read_json
 from placer.run.files import (
     open_regular,
     read_bytes,
-    read_json,
     read_text,
     require_fitting_archive,
     sha256_file,

@@ -17,7 +17,7 @@ from placer.model import (
     ModelSpec,
     known_architectures,
 )
-from placer.run.files import read_json
+from placer.run.documents import read_json
 from placer.trace.capture import RouterCapture
 from placer.trace.record import (
     RecordOptions,

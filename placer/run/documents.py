@@ -1,0 +1,305 @@
+"""JSON and TOML: decoded within bounds, validated by type, refused in one sentence.
+
+Every document that placer reads passes here. Placer's own are validated strictly against a
+``msgspec.Struct`` of the room that owns the file: no unknown field, no other type, no value
+out of range. Documents of others keep what placer does not know.
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from inspect import isclass
+from pathlib import Path
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import msgspec
+
+from placer.errors import PlacerError
+from placer.run.files import read_bytes
+
+#: The version of every kind of file that placer writes; version 1 is still read.
+SCHEMA_VERSION = 2
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+NumRanks = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+#: Logical experts are named by at most 15 bits in a trace.
+NumExperts = Annotated[int, msgspec.Meta(ge=1, le=2**15)]
+ExpertId = Annotated[int, msgspec.Meta(ge=0, lt=2**15)]
+#: Names of MoE layers as JSON keys: ordinals from 0.
+LayerKey = Annotated[str, msgspec.Meta(pattern="^(0|[1-9][0-9]*)$")]
+
+# Real documents nest less than ten levels, and hold no number of 128 bits.
+_MOST_LEVELS = 64
+_MOST_BITS = 128
+_SHOWN = 60
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+_T = TypeVar("_T")
+_Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file of placer's own, or an object in one, holds: no field but these."""
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Decode JSON; ``where`` names it in the error.
+
+    Raises
+    ------
+    PlacerError
+        If it is not UTF-8 or no JSON, has a key twice in one object, nests too deep, or
+        holds a number that is not finite or has more than 128 bits.
+    """
+    return _parsed(
+        lambda decoded: json.loads(decoded, object_pairs_hook=_no_duplicates),
+        text,
+        where,
+        "JSON",
+    )
+
+
+def parse_toml(text: str | bytes, where: str) -> dict[str, Any]:
+    """Decode TOML, as :func:`parse_json` decodes JSON.
+
+    Raises
+    ------
+    PlacerError
+        As that function does.
+    """
+    value: dict[str, Any] = _parsed(tomllib.loads, text, where, "TOML")
+    return value
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises
+    ------
+    PlacerError
+        If there is no such file, it is too long, holds no object, or :func:`parse_json`
+        refuses it.
+    """
+    where = f"{what} {path}"
+    return require_object(parse_json(read_bytes(path, what=what), where), where)
+
+
+def require_object(value: Any, where: str) -> dict[str, Any]:
+    """Refuse decoded JSON that is no object.
+
+    Raises
+    ------
+    PlacerError
+        With what it is.
+    """
+    if not isinstance(value, dict):
+        raise PlacerError(
+            f"{where} is {_shown(value)}, not a JSON object",
+            "check that the path is the file that you mean",
+        )
+    return value
+
+
+def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
+    """Return what a document of placer's own holds, as its type.
+
+    Parameters
+    ----------
+    value
+        The decoded document.
+    kind
+        Its type.
+    where, again
+        What names it in the error, and the remedy.
+
+    Raises
+    ------
+    PlacerError
+        With the first field that is unknown, missing, or not what it must be.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        raise PlacerError(f"{where}: {_fault(value, kind)}", again) from None
+    except PlacerError as error:
+        raise PlacerError(f"{where}: {error}", error.hint or again) from error
+
+
+def of_this_version(
+    value: dict[str, Any], where: str, again: str, upgrade: _Upgrade = dict
+) -> dict[str, Any]:
+    """Return a document of the current schema version, upgraded from version 1.
+
+    Parameters
+    ----------
+    value, where, again
+        As :func:`validated` takes them.
+    upgrade
+        Makes fields of version 2 from those of version 1; by default they are the same.
+
+    Raises
+    ------
+    PlacerError
+        If a newer placer wrote it, or the version is none.
+    """
+    version = value.get("schema_version")
+    if version == SCHEMA_VERSION and type(version) is int:
+        return value
+    if version == 1 and type(version) is int:
+        try:
+            return upgrade(value) | {"schema_version": SCHEMA_VERSION}
+        except (KeyError, TypeError, AttributeError):
+            # A field that the upgrade needs is missing or of another type.
+            return value | {"schema_version": SCHEMA_VERSION}
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise PlacerError(
+            f"{where} was written by a newer placer: it has schema_version {version}, "
+            f"this one reads 1 and {SCHEMA_VERSION}",
+            "install that placer: pip install --upgrade placer",
+        )
+    raise PlacerError(
+        f"{where}: schema_version is {_shown(version)}, allowed are 1 and {SCHEMA_VERSION}",
+        again,
+    )
+
+
+def _parsed(
+    decode: Callable[[str], Any], text: str | bytes, where: str, language: str
+) -> Any:
+    try:
+        value = decode(text if isinstance(text, str) else text.decode("utf-8"))
+        _require_bounds(value)
+    except RecursionError:
+        reason = f"it nests deeper than {_MOST_LEVELS} levels"
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        reason = f"byte {error.start} is {byte:#04x}, which is not UTF-8"
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return value
+    raise PlacerError(f"{where} is no valid {language}: {reason}", "write the file again")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {_shown(name)} stands twice in one object")
+        found[name] = value
+    return found
+
+
+def _require_bounds(value: Any) -> None:
+    """Refuse what nests too deep, and numbers and texts that later code cannot take."""
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += one
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+            elif isinstance(one, str):
+                # Half of a surrogate pair, which JSON can spell, is no character.
+                if not one.isascii() and re.search("[\ud800-\udfff]", one):
+                    raise ValueError(f"{ascii(one)[:_SHOWN]} is no text")
+            elif isinstance(one, float) and not math.isfinite(one):
+                raise ValueError(f"it holds {one}, which is no finite number")
+            elif isinstance(one, int) and one.bit_length() > _MOST_BITS:
+                raise ValueError(f"it holds a number of more than {_MOST_BITS} bits")
+        level = inner
+        if not level:
+            return
+    raise RecursionError
+
+
+def _fault(value: Any, kind: Any, name: str = "") -> str:
+    """Say what is wrong with a value, or with the innermost value in it that is."""
+    for step, child, child_kind in _children(value, kind):
+        if _refusal(child, child_kind) is not None:
+            return _fault(child, child_kind, f"{name}{step}")
+    message = (_refusal(value, kind) or "").partition(" - at ")[0]
+    place = f"{name.removeprefix('.')} " if name else ""
+    if (found := re.fullmatch(r"Object (.*) field `(.*)`", message)) is not None:
+        how = "lacks" if "missing" in found[1] else "has the unknown field"
+        return f"{place or 'it '}{how} {found[2]}"
+    allowed = _literals(kind)
+    if allowed and not (None in allowed and isinstance(value, dict | list)):
+        names = ", ".join("null" if one is None else str(one) for one in allowed)
+        return f"{place}is {_shown(value)}, allowed are {names}"
+    expected = re.sub(
+        "`(.*?)`",
+        lambda names: " or ".join(_WORDS.get(n, n) for n in names[1].split(" | ")),
+        message.removeprefix("Expected ").partition(", got ")[0],
+    )
+    return f"{place}is {_shown(value)}, expected {expected}"
+
+
+def _refusal(value: Any, kind: Any) -> str | None:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    except PlacerError:  # of several fields together, which are reported as such
+        return None
+    return None
+
+
+def _children(value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield where the values in an object or list are, they, and their types."""
+    for one in _options(kind):
+        origin, items = get_origin(one), get_args(one)
+        if isinstance(value, list) and origin in (list, tuple):
+            for place, child in enumerate(value):
+                yield f"[{place}]", child, items[0]
+        elif isinstance(value, dict) and isclass(origin) and issubclass(origin, Mapping):
+            for key, child in value.items():
+                yield f".{key}", child, items[1]
+        elif isinstance(value, dict) and isclass(one) and issubclass(one, msgspec.Struct):
+            for key, child_kind in get_type_hints(one, include_extras=True).items():
+                if key in value:
+                    yield f".{key}", value[key], child_kind
+
+
+def _options(kind: Any) -> Iterator[Any]:
+    """Yield the types of a union, or the one type, bare of its limits."""
+    if get_origin(kind) in (Union, UnionType):
+        for one in get_args(kind):
+            yield from _options(one)
+    else:
+        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    """Return the values that a type lists, empty where it lists none."""
+    found = [v for o in _options(kind) if get_origin(o) is Literal for v in get_args(o)]
+    if found and type(None) in _options(kind):
+        found.append(None)
+    return tuple(found)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
