@@ -1,5 +1,6 @@
 """``placer solve``: experts to ranks."""
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -297,6 +298,9 @@ def solve(
     seed give the same plan.
     """
     began = time.monotonic()  # the limit on time counts what is imported below
+    # Matrices are small here: more threads of NumPy's BLAS mostly wait for each other. It
+    # reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from placer.placement.pins import Pin
     from placer.placement.world import (
         group_topology,

@@ -196,11 +196,6 @@ class SolverReport:
     predicted_imbalance: float | None = None
     imbalance_without_groups: float | None = None
 
-    @property
-    def meets_caps(self) -> bool:
-        """Whether no cap was relaxed."""
-        return not self.relaxed_layers and not self.relaxed_receive_layers
-
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Read what ``dataclasses.asdict`` wrote."""

@@ -24,7 +24,7 @@ from placer.planning.inner_cap import (
     inner_halves,
 )
 from placer.planning.question import Question
-from placer.planning.redundant import Worth
+from placer.planning.redundant import Worth, excess
 from placer.planning.trace_advice import (
     MOST_JUDGED_TOKENS,
     QUICK,
@@ -200,14 +200,14 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
     inner, heldout = judged_halves(profile)
     affinity = count_affinity([inner], model, {})
 
-    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, bool]:
+    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, float]:
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
         placement, report = solve_to_choose(affinity, quick, inner, deadline)
         made = (placement, _balanced(affinity, options, deadline))
         figures = [_figures(model, one, heldout, options, question) for one in made]
         seconds = min(sum(one.total for one in times(every)) for every in figures)
-        return seconds, _OBJECTIVE, report.meets_caps
+        return seconds, _OBJECTIVE, excess(report, options)
 
     return worth
 

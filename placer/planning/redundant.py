@@ -14,6 +14,7 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.errors import UsageError
+from placer.placement.plan import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.simulation.cost import ExpertShape
@@ -38,8 +39,9 @@ class Step:
         Slots per layer beyond one for each expert.
     value
         The objective of a quick plan, to be minimised.
-    meets_cap
-        Whether that plan is under the caps on load and on received copies.
+    excess
+        How far that plan is above the caps on load and on received copies: by what share
+        of the cap a layer exceeds it, summed over the layers. 0 where all caps are met.
     bytes_per_rank
         Memory that they take on each rank, all layers, or ``None`` where the size of an
         expert is not known.
@@ -47,7 +49,7 @@ class Step:
 
     redundant_experts: int
     value: float
-    meets_cap: bool
+    excess: float
     bytes_per_rank: int | None
 
 
@@ -63,6 +65,8 @@ class RedundantChoice:
         What the ladder's values count.
     least_gain
         Share of the value that the next step must save to be taken.
+    stopped_because
+        Why no larger number was tried or taken.
     ladder
         The steps tried, ascending.
     """
@@ -70,6 +74,7 @@ class RedundantChoice:
     redundant_experts: int
     objective_name: str
     least_gain: float
+    stopped_because: str
     ladder: tuple[Step, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -122,9 +127,9 @@ class Memory:
         return slots_per_rank * num_layers * self.expert_bytes
 
 
-#: Solves for options until a deadline; tells the objective, its name, and whether all caps
-#: are met.
-Worth = Callable[[SolveOptions, Deadline], tuple[float, str, bool]]
+#: Solves for options until a deadline; tells the objective, its name, and how far the plan
+#: is above the caps.
+Worth = Callable[[SolveOptions, Deadline], tuple[float, str, float]]
 
 
 def choose_redundant_experts(
@@ -135,10 +140,12 @@ def choose_redundant_experts(
     least_gain: float = LEAST_GAIN,
     progress: Progress | None = None,
     deadline: Deadline | None = None,
+    num_blocks: int = 1,
 ) -> RedundantChoice:
-    """Climb the ladder while the next step saves ``least_gain`` of the objective.
+    """Climb the ladder while the next step saves ``least_gain`` of what counts.
 
-    Steps whose quick plan misses a cap are passed over, unless ``relax_cap`` is asked for.
+    Unless ``relax_cap`` is asked for, what counts first is how far a plan is above the
+    caps; below them, the objective.
 
     Parameters
     ----------
@@ -153,9 +160,11 @@ def choose_redundant_experts(
     least_gain
         Share of the objective, above 0 and below 1.
     progress
-        Called with each step.
+        Told each step.
     deadline
         No further step is tried after it; one of ``options.time_limit`` by default.
+    num_blocks
+        Blocks of ranks that share out the experts, where router groups stay whole.
 
     Raises
     ------
@@ -174,67 +183,109 @@ def choose_redundant_experts(
             f"for example --redundant-gain {LEAST_GAIN:g}",
         )
     num_ranks = options.topology.num_ranks
-    if next(redundant_experts_that_fit(num_experts, num_ranks), None) is None:
-        require_room(num_experts, num_ranks, 0)
     steps: list[Step] = []
     chosen, name = None, ""
     deadline = deadline or Deadline(seconds=options.time_limit)
-    for number in ladder(num_experts, num_ranks, memory):
-        if steps and deadline.passed():
+    numbers, because = ladder(num_experts, num_ranks, memory, num_blocks)
+    for number in numbers:
+        if chosen is not None and deadline.passed():
+            because = f"the time limit left no time to try {number}"
             break
         if progress is not None:
             progress(f"{number} redundant experts, quick plan")
-        value, name, meets_cap = worth(replace(options, redundant_experts=number), deadline)
-        per_rank = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
+        value, name, excess = worth(replace(options, redundant_experts=number), deadline)
         step = Step(
             redundant_experts=number,
             value=round(value, 9),
-            meets_cap=meets_cap,
-            bytes_per_rank=per_rank,
+            excess=round(excess, 9),
+            bytes_per_rank=memory.bytes_per_rank(-(-number // num_ranks), len(num_experts)),
         )
         steps.append(step)
-        if not meets_cap and not options.relax_cap:
-            continue
-        if chosen is not None and step.value > (1 - least_gain) * chosen.value:
+        little = None
+        if chosen is not None:
+            counts_caps = not options.relax_cap
+            little = _too_little(chosen, step, least_gain, counts_caps=counts_caps)
+        if little is not None:
+            because = little
             break
         chosen = step
     return RedundantChoice(
-        # Where no step meets the cap, the largest is the nearest to it.
         redundant_experts=(chosen or steps[-1]).redundant_experts,
         objective_name=name,
         least_gain=least_gain,
+        stopped_because=because,
         ladder=tuple(steps),
     )
 
 
-def ladder(num_experts: Sequence[int], num_ranks: int, memory: Memory) -> list[int]:
+def _too_little(
+    before: Step, step: Step, least_gain: float, *, counts_caps: bool
+) -> str | None:
+    """Say why a step is not worth taking; ``None`` where it is."""
+    kept, number = 1 - least_gain, step.redundant_experts
+    if counts_caps and before.excess:
+        if step.excess <= kept * before.excess:
+            return None
+        return f"with {number} the caps are missed by almost as much, or more"
+    if counts_caps and step.excess:
+        return f"with {number} a quick plan misses a cap"
+    if step.value <= kept * before.value:
+        return None
+    saved = max(0.0, 1 - step.value / before.value) if before.value else 0.0
+    return f"{number} save {saved:.1%}, less than the {least_gain:.0%} of --redundant-gain"
+
+
+def ladder(
+    num_experts: Sequence[int], num_ranks: int, memory: Memory, num_blocks: int = 1
+) -> tuple[list[int], str]:
     """Return the fewest that fill the ranks, then R, 2R, 4R, ... more, as far as allowed.
 
     The fewest are 0 where the experts divide over the ranks. No rank may hold two copies
     of an expert, and more than one further copy of each, on average, is not tried, nor
-    more than memory allows.
+    more than memory allows. The second value says what ends the ladder.
+
+    Raises
+    ------
+    UsageError
+        If no number of redundant experts fills the ranks.
     """
-    fitting = list(redundant_experts_that_fit(num_experts, num_ranks))
+    fitting = list(redundant_experts_that_fit(num_experts, num_ranks, num_blocks))
+    if not fitting:
+        require_room(num_experts, num_ranks, 0, num_blocks)
     found = fitting[:1]
     step = num_ranks
-    while (number := fitting[0] + step) in fitting and number <= min(num_experts):
+    while (number := fitting[0] + step) in fitting:
+        if number > min(num_experts):
+            return found, f"{number} would be more than one further copy of each expert"
         needed = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
-        if (needed or 0) > (np.inf if memory.most_bytes is None else memory.most_bytes):
-            break
+        if memory.most_bytes is not None and (needed or 0) > memory.most_bytes:
+            return found, f"{number} take more than --redundant-memory"
         found.append(number)
         step *= 2
-    return found
+    where = "the ranks of its router groups" if num_blocks > 1 else "the ranks"
+    return found, f"{number} do not fit: {where} would hold two copies of an expert"
 
 
 def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
     """Return what judges a step by the objective on the profile itself."""
 
-    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, bool]:
+    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, float]:
         quick = replace(options.quick(), relax_cap=True)
         _, report = solve_to_choose(affinity, quick, profile, deadline)
-        return report.objective, report.objective_name, report.meets_caps
+        return report.objective, report.objective_name, excess(report, options)
 
     return worth
+
+
+def excess(report: SolverReport, options: SolveOptions) -> float:
+    """Return by what share of the cap layers exceed it, summed over the layers and caps."""
+    total = sum(value / options.load_cap - 1 for value in report.relaxed_layers.values())
+    if options.max_received_copies is not None:
+        total += sum(
+            value / options.max_received_copies - 1
+            for value in report.relaxed_receive_layers.values()
+        )
+    return total
 
 
 def ladder_line(choice: RedundantChoice) -> str:
@@ -244,9 +295,8 @@ def ladder_line(choice: RedundantChoice) -> str:
         words = f"{step.redundant_experts}: {step.value:.6g}"
         if step.bytes_per_rank:
             words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
-        steps.append(words if step.meets_cap else f"{words} above a cap")
+        steps.append(f"{words} (misses a cap)" if step.excess else words)
     return (
-        f"{choice.redundant_experts} redundant experts, no next step that is allowed and "
-        f"was tried saves {choice.least_gain:.0%}; {choice.objective_name}, quick plans: "
-        + "; ".join(steps)
+        f"{choice.redundant_experts} redundant experts, because {choice.stopped_because}; "
+        f"{choice.objective_name}, quick plans: " + "; ".join(steps)
     )

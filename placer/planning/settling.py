@@ -50,6 +50,7 @@ from placer.simulation.cost import (
     ExpertShape,
     find_expert_shape,
 )
+from placer.solver.balance.router_groups import blocks_of_groups
 from placer.solver.options import SolveOptions
 from placer.target.engine import Engine
 from placer.target.hardware import Hardware
@@ -322,5 +323,14 @@ def _choose_redundant(
     else:
         worth = worth_on_profile(affinity, profile)
     gain = LEAST_GAIN if request.redundant_gain is None else request.redundant_gain
-    sizes = affinity.model.num_experts
-    return choose_redundant_experts(sizes, options, worth, memory, gain, progress, deadline)
+    model = affinity.model
+    return choose_redundant_experts(
+        model.num_experts,
+        options,
+        worth,
+        memory,
+        gain,
+        progress,
+        deadline,
+        blocks_of_groups(model, options) if options.preserve_groups else 1,
+    )

@@ -144,17 +144,21 @@ def _ridge(
     ``times`` and ``total``: tokens with each history, and the sum of what homes serve.
     """
     num_columns = _columns(met[:1], lookback, num_ranks)[1]
-    squares = np.zeros((num_columns, num_columns))
+    counted = np.zeros(num_columns**2)
     products = np.zeros((num_columns, num_ranks))
     count = np.zeros(num_columns)
+    # Few columns are 1 in a row: they are counted, dense products would be mostly zeros.
     for begin in range(0, len(met), _ROWS):
         part = slice(begin, begin + _ROWS)
         columns, _ = _columns(met[part], lookback, num_ranks)
-        features = np.zeros((len(columns), num_columns))
-        np.put_along_axis(features, columns, 1.0, axis=1)
-        squares += features.T @ (times[part, None] * features)
-        products += features.T @ total[part]
-        count += times[part] @ features
+        width = columns.shape[1]
+        pairs = (columns[:, :, None] * num_columns + columns[:, None, :]).ravel()
+        counted += np.bincount(pairs, np.repeat(times[part], width**2), len(counted))
+        ones = columns.ravel()
+        count += np.bincount(ones, np.repeat(times[part], width), num_columns)
+        served = np.repeat(total[part], width, axis=0)
+        products += sums(ones, served, np.ones(len(ones)), num_columns)
+    squares = counted.reshape(num_columns, num_columns)
     mean_served = total.sum(axis=0) / times.sum()
     squares -= np.outer(count, count) / times.sum()
     squares[np.diag_indices(num_columns)] += _PENALTY

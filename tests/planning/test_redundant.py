@@ -43,7 +43,7 @@ def chosen(
     values: dict[int, float],
     options: SolveOptions = FOUR,
     least_gain: float = 0.05,
-    capped: tuple[int, ...] = (),
+    excess: dict[int, float] | None = None,
 ) -> tuple[int, list[int]]:
     """Return what is taken of given values, and the steps that were tried."""
     found = choose_redundant_experts(
@@ -52,7 +52,7 @@ def chosen(
         lambda one, deadline: (
             values[one.redundant_experts],
             "a value",
-            one.redundant_experts not in capped,
+            (excess or {}).get(one.redundant_experts, 0.0),
         ),
         NO_LIMIT,
         least_gain,
@@ -79,7 +79,7 @@ def chosen(
 def test_steps_fill_the_ranks_up_to_two_copies_of_each(
     num_experts: tuple[int, ...], num_ranks: int, expected: list[int]
 ) -> None:
-    assert ladder(num_experts, num_ranks, NO_LIMIT) == expected
+    assert ladder(num_experts, num_ranks, NO_LIMIT)[0] == expected
 
 
 def test_memory_ends_the_ladder() -> None:
@@ -89,9 +89,23 @@ def test_memory_ends_the_ladder() -> None:
     assert memory.expert_bytes == 3 * 64 * 32 * 2
     # 0.5 MiB are 524,288 bytes: 42 experts, or 21 slots in each of two layers.
     assert memory.bytes_per_rank(21, 2) == 516_096
-    assert ladder((128, 128), 4, memory) == [0, 4, 8, 16, 32, 64]  # 16 slots per rank
-    assert ladder((128, 128), 4, Memory.of(expert, 0.1 / 2**10)) == [0, 4, 8, 16]
-    assert ladder((128, 128), 4, Memory.of(expert, 0.0)) == [0]
+    steps, because = ladder((128, 128), 4, memory)
+    assert steps == [0, 4, 8, 16, 32, 64]  # 16 slots per rank
+    assert because == "128 take more than --redundant-memory"
+    assert ladder((128, 128), 4, Memory.of(expert, 0.1 / 2**10))[0] == [0, 4, 8, 16]
+    assert ladder((128, 128), 4, Memory.of(expert, 0.0))[0] == [0]
+
+
+def test_whole_router_groups_hold_fewer_copies() -> None:
+    """4 groups on 8 ranks: the 2 ranks of a group of 4 experts hold 4 copies more."""
+    assert ladder((16,), 8, NO_LIMIT)[0] == [0, 8, 16]
+    steps, because = ladder((16,), 8, NO_LIMIT, 4)
+    assert steps == [0, 8, 16]
+    steps, because = ladder((32,), 32, NO_LIMIT, 8)
+    assert steps == [0, 32]
+    steps, because = ladder((16,), 16, NO_LIMIT, 16)
+    assert steps == [0]
+    assert "two copies of an expert" in because
 
 
 @pytest.mark.parametrize(
@@ -109,12 +123,19 @@ def test_the_smallest_beyond_which_little_is_gained(
     assert chosen(values) == (expected, tried)
 
 
-def test_steps_above_the_cap_are_passed_over_unless_it_may_be_relaxed() -> None:
+def test_above_the_caps_a_step_must_come_nearer_to_them() -> None:
+    """What is saved does not count there, unless caps may be relaxed."""
     values = {0: 100.0, 4: 99.0, 8: 98.0, 16: 97.0}
     strict = replace(FOUR, relax_cap=False)
-    assert chosen(values, strict, capped=(0, 4)) == (8, [0, 4, 8, 16])
-    assert chosen(values, FOUR, capped=(0, 4)) == (0, [0, 4])
-    assert chosen(values, strict, capped=(0, 4, 8, 16)) == (16, [0, 4, 8, 16])
+    nearer = {0: 0.4, 4: 0.1}
+    assert chosen(values, strict, excess=nearer) == (8, [0, 4, 8, 16])
+    assert chosen(values, FOUR, excess=nearer) == (0, [0, 4])
+    # 0.39 is not 5 % less than 0.4: the larger numbers are not tried.
+    out_of_reach = {0: 0.4, 4: 0.39, 8: 0.3, 16: 0.1}
+    assert chosen(values, strict, excess=out_of_reach) == (0, [0, 4])
+    ever_nearer = {0: 0.4, 4: 0.3, 8: 0.2, 16: 0.1}
+    assert chosen(values, strict, excess=ever_nearer) == (16, [0, 4, 8, 16])
+    assert chosen(values, strict, excess={4: 0.1}) == (0, [0, 4])
 
 
 @pytest.mark.parametrize("least_gain", [0.0, 1.0, -0.1])
@@ -162,7 +183,7 @@ def test_the_command_records_its_ladder(
     written = json.loads(plan.read_text())
     choice = written["provenance"]["redundant_experts"]
     number = choice["redundant_experts"]
-    assert f"{number} redundant experts, no next step" in told
+    assert f"{number} redundant experts, because" in told
     assert [len(row) for row in written["physical_to_logical_map"]] == [8 + number] * 2
     steps = [step["redundant_experts"] for step in choice["ladder"]]
     assert steps == [0, 4, 8][: len(steps)]
