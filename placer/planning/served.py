@@ -88,15 +88,22 @@ def solved_for(
     found = Engine.named(engine)
     notes = []
     effect = found.effect(policy, has_replicas=has_replicas)
+    sent = found.dispatch.exchange
     if objective == "traffic" and not effect.changes_traffic:
         objective = "balance"
         notes.append(f"{engine}: {effect.reason}; so the load is balanced")
-    sent = found.dispatch.exchange
+    elif objective == "traffic" and sent == "per-expert" and policy == "fixed":
+        objective = "balance"
+        notes.append(
+            f"{engine}: {effect.reason}; so the load is balanced, and copies go to the "
+            "experts with the most load, as EPLB's do"
+        )
     nearest = sent if sent in _SOLVED_EXCHANGES else "per-rank"
     if objective == "traffic" and nearest != sent:
         notes.append(
-            f"{engine} sends {sent}; solved for {nearest}, which lowers that too, and "
-            f"simulated as it is sent by: placer simulate PLAN TRACE --engine {engine}"
+            f"{engine} sends {sent}, which is not solved for: solved for {nearest}, which "
+            "may send more pairs; compare with EPLB by: placer simulate PLAN TRACE "
+            f"--engine {engine}"
         )
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)

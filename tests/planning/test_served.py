@@ -45,6 +45,17 @@ def test_an_engine_decides_exchange_and_objective(
     assert bool(served.notes) != plain, "what is not solved for as it is, is said"
 
 
+@pytest.mark.parametrize("engine", ["sglang-deepep-ll", "sglang-megamoe"])
+def test_copies_balance_an_engine_that_sends_pairs(engine: str) -> None:
+    """Fewer ranks per token save nothing there: a pair is sent wherever its copy is."""
+    served = solved_for(engine, "fixed", has_replicas=True)
+    assert (served.objective, served.replica_choice) == ("balance", "sglang-static")
+    (note,) = served.notes
+    assert "which experts have copies counts, where they live does not" in note
+    (note,) = solved_for(engine, "follow", has_replicas=True).notes
+    assert "may send more pairs" in note
+
+
 @pytest.mark.parametrize(
     ("objective", "has_replicas", "choice"),
     [
