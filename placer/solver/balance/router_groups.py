@@ -12,23 +12,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from placer.affinity import Affinity
-from placer.arrays import IntArray
+from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
 from placer.placement.plan import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
-from placer.solver.balance.load_caps import greedy_balance
+from placer.solver.balance.load_caps import balance_layer
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import (
     PlacementProblem,
     placement_problem,
 )
-from placer.solver.search.pair_search import (
-    Search,
-    SearchLimits,
-)
+from placer.solver.search.pair_search import Search
 
 
 def group_kinds(num_experts: Sequence[int], n_group: int) -> tuple[IntArray, ...]:
@@ -79,37 +76,42 @@ def blocks_of_groups(model: ModelSpec, options: SolveOptions) -> int:
 
 
 def place_groups(
-    affinity: Affinity,
-    policy: Policy,
-    topology: Topology,
-    limits: SearchLimits,
-    seed: int,
-    deadline: Deadline | None = None,
+    affinity: Affinity, options: SolveOptions, deadline: Deadline | None = None
 ) -> Placement:
-    """Place whole router groups by the pairs between them.
+    """Place whole router groups by the pairs between them, under the load cap.
 
-    Inside the ranks of a group its experts are balanced; who sits where is left to the
-    refinement, among experts of a group. The search stops at the ``deadline``.
+    Where the cap is out of reach, no rank is busier than whole groups must make one. Inside
+    the ranks of a group its experts are balanced; who sits where is left to the refinement,
+    among experts of a group. The search stops at the ``deadline``.
 
     Raises
     ------
     UsageError
         If the model has no groups, or groups and ranks do not divide each other.
     """
-    n_group, num_ranks = affinity.model.n_group, topology.num_ranks
+    n_group, topology = affinity.model.n_group, options.topology
+    num_ranks = topology.num_ranks
     _require_groups(n_group, num_ranks)
-    problem = _between_groups(affinity, policy, topology)
-    start = [np.arange(n_group) * problem.num_ranks // n_group for _ in affinity.load]
+    blocks = min(n_group, num_ranks)
+    deadline = deadline or Deadline()
+    caps, start = [], []
+    for counts in affinity.load:
+        load = counts.reshape(n_group, -1).sum(axis=1).astype(np.float64)
+        cap = options.load_cap * load.sum() / blocks
+        found = balance_layer(load, blocks, cap, deadline)
+        caps.append(max(cap, found.max_load))
+        start.append(found.expert_rank)
+    policy = options.start_policies(affinity.model.top_k)[0]
     search = Search(
-        problem=problem,
+        problem=_between_groups(affinity, policy, topology, caps),
         expert_rank=start,
-        rng=np.random.default_rng(seed),
-        limits=limits,
+        rng=np.random.default_rng(options.seed),
+        limits=options.limits,
     )
     search.run(deadline=deadline)
-    width = num_ranks // problem.num_ranks
+    width = num_ranks // blocks
     ranks = [
-        _inside(block, counts.astype(np.float64), n_group, width)
+        _inside(block, counts.astype(np.float64), n_group, width, deadline)
         for block, counts in zip(search.expert_rank, affinity.load, strict=True)
     ]
     return Placement.from_expert_rank(ranks, num_ranks, topology.num_nodes)
@@ -132,7 +134,7 @@ def _require_groups(n_group: int, num_ranks: int) -> None:
 
 
 def _between_groups(
-    affinity: Affinity, policy: Policy, topology: Topology
+    affinity: Affinity, policy: Policy, topology: Topology, caps: list[float]
 ) -> PlacementProblem:
     """Return the problem of groups in blocks of ranks, as if groups were experts."""
     n_group = affinity.model.n_group
@@ -161,8 +163,7 @@ def _between_groups(
         sequence_expert=None,
         provenance={},
     )
-    no_cap = [float(counts.sum()) for counts in affinity.load]
-    return placement_problem(grouped_affinity, policy, between_blocks, no_cap)
+    return placement_problem(grouped_affinity, policy, between_blocks, caps)
 
 
 def _between_blocks(topology: Topology, blocks: int) -> tuple[tuple[int, ...], ...] | None:
@@ -180,10 +181,12 @@ def _by_group(counts: IntArray, n_group: int) -> IntArray:
     return summed
 
 
-def _inside(block: IntArray, load: np.ndarray, n_group: int, width: int) -> IntArray:
+def _inside(
+    block: IntArray, load: FloatArray, n_group: int, width: int, deadline: Deadline
+) -> IntArray:
     """Return ``[E]``: the rank of every expert, from the block of its group."""
     by_group = load.reshape(n_group, -1)
-    places = [greedy_balance(one, width) for one in by_group]
+    places = [balance_layer(one, width, 0.0, deadline).expert_rank for one in by_group]
     return np.concatenate(
         [first * width + place for first, place in zip(block, places, strict=True)]
     )

@@ -77,9 +77,10 @@ class Profile:
     balanced
         L arrays ``[E]`` int64: ranks of the experts, a start under these caps; empty where
         the experts do not divide over the ranks.
-    eplb
-        EPLB's placement by the same loads with the same slots, where copies may have to
-        relieve a rank, or no rank may be busier; else ``None``.
+    by_load
+        A placement by the same loads with the same slots, where copies may have to relieve
+        a rank, or no rank may be busier; else ``None``. It is EPLB's, or where router
+        groups stay whole, their evenest one.
     """
 
     affinity: Affinity
@@ -87,7 +88,7 @@ class Profile:
     judged: Chunk | None
     max_load: list[float]
     balanced: list[IntArray]
-    eplb: Placement | None = None
+    by_load: Placement | None = None
 
     def imbalance(self, max_load: Sequence[float], num_ranks: int) -> tuple[float, ...]:
         """Return ``[L]``: max/mean of a rank that has the load of these caps."""
@@ -120,12 +121,16 @@ def profiled(
     """
     loads = [counts.astype(np.float64) for counts in affinity.load]
     topology, redundant_experts = options.topology, options.redundant_experts
-    eplb, at_most = None, None
+    by_load, at_most = None, None
     if options.below_eplb or redundant_experts:
         require_room(affinity.model.num_experts, topology.num_ranks, redundant_experts)
-        eplb = pack_loads(loads, topology, redundant_experts)
+        by_load = (
+            _balanced_copies(affinity, options, deadline)
+            if options.preserve_groups
+            else pack_loads(loads, topology, redundant_experts)
+        )
         if not redundant_experts:
-            ranks = map(eplb.expert_rank, range(eplb.num_layers))
+            ranks = map(by_load.expert_rank, range(by_load.num_layers))
             at_most = list(map(imbalance, ranks, loads, repeat(topology.num_ranks)))
     max_load, balanced, relaxed = load_caps(
         loads,
@@ -149,8 +154,7 @@ def profiled(
         judged=judged,
         max_load=max_load,
         balanced=balanced,
-        # It may split router groups.
-        eplb=None if options.preserve_groups else eplb,
+        by_load=by_load,
     )
     return profile, relaxed
 
@@ -181,14 +185,12 @@ def first_placement(
             options.redundant_experts,
         )
         return with_pins(options.start, options.pins), False
-    if options.redundant_experts and (options.preserve_groups or profile.is_uneven):
-        return with_pins(_balanced_copies(profile, options, deadline), options.pins), False
     if options.preserve_groups:
-        affinity = profile.affinity
-        policy = options.start_policies(affinity.model.top_k)[0]
-        limits, seed = options.limits, options.seed
-        placed = place_groups(affinity, policy, topology, limits, seed, deadline)
+        placed = profile.by_load or place_groups(profile.affinity, options, deadline)
         return placed, False
+    if options.redundant_experts and profile.is_uneven:
+        copied = _balanced_copies(profile.affinity, options, deadline)
+        return with_pins(copied, options.pins), False
     placement, optimal = _place_pairs(profile, problem, options, progress, deadline)
     if options.redundant_experts:
         loads = [counts.astype(np.float64) for counts in profile.affinity.load]
@@ -197,16 +199,18 @@ def first_placement(
 
 
 def _balanced_copies(
-    profile: Profile, options: SolveOptions, deadline: Deadline
+    affinity: Affinity, options: SolveOptions, deadline: Deadline
 ) -> Placement:
     """Return a balanced start, where copies cannot be added to a placement without them."""
-    affinity, topology = profile.affinity, options.topology
+    topology = options.topology
     blocks = blocks_of_groups(affinity.model, options) if options.preserve_groups else 1
     asked = Balancing(
         num_ranks=topology.num_ranks,
         num_nodes=topology.num_nodes,
         redundant_experts=options.redundant_experts,
         max_imbalance=options.load_cap,
+        replica_choice=options.replica_choice or "hash",
+        layer_ids=affinity.model.layer_ids,
         n_group=affinity.model.n_group if blocks > 1 else 1,
         num_blocks=blocks,
     )

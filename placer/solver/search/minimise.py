@@ -166,8 +166,8 @@ def _minimised_for_tables(
         # What is best for the first homes may be worse for those of a table.
         ends.append(alternation.rated(with_pins(options.start, options.pins)))
     above = is_above(end.cost).any() and options.redundant_experts
-    if above and search.profile.eplb is not None:
-        given = alternation.rated(with_pins(search.profile.eplb, options.pins))
+    if above and search.profile.by_load is not None:
+        given = alternation.rated(with_pins(search.profile.by_load, options.pins))
         ends[0] = alternation.mixture(ends[0], given, deadline)
     for policy in others:
         if not deadline.passed():
@@ -276,8 +276,8 @@ def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
         tried.append(_refine(tried[-1], problem, once, found.line, deadline))
     if options.start is not None:
         tried.append(with_pins(options.start, options.pins))
-    if search.profile.eplb is not None:
-        tried.append(with_pins(search.profile.eplb, options.pins))
+    if search.profile.by_load is not None:
+        tried.append(with_pins(search.profile.by_load, options.pins))
     return tried
 
 
@@ -349,9 +349,9 @@ def _traffic_problem(
         else None,
         max_received_copies=options.max_received_copies,
     )
-    if profile.eplb is None or not options.below_eplb or not options.redundant_experts:
+    if profile.by_load is None or not options.below_eplb or not options.redundant_experts:
         return traffic
-    return _capped_by(profile.eplb, np.minimum, traffic, options)
+    return _capped_by(profile.by_load, np.minimum, traffic, options)
 
 
 def _capped_by(
