@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from placer.cli.export import MAPS
 from placer.cli.output import (
     JsonOption,
     OutOption,
@@ -17,6 +18,8 @@ from placer.errors import UsageError
 
 _FORMATS = ("npz", "exflow", "csv", "sglang-routed", "sglang-dump", "vllm-routed")
 _LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads")
+_MAP = "-map"
+_MAP_FORMATS = tuple(f"{name}{_MAP}" for name in MAPS)
 
 
 def import_(
@@ -24,7 +27,8 @@ def import_(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help=f"Tokens: {', '.join(_FORMATS)}. Loads: {', '.join(_LOAD_FORMATS)}.",
+            help=f"Tokens: {', '.join(_FORMATS)}. Loads: {', '.join(_LOAD_FORMATS)}. "
+            f"Maps: {', '.join(_MAP_FORMATS)}.",
         ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to read.")],
@@ -46,6 +50,12 @@ def import_(
             "placer wrote it.",
         ),
     ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Maps: number of nodes.", show_default="1")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Maps: expert-parallel ranks per node.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn an engine's records into a trace, or its loads into an affinity file.
@@ -58,18 +68,31 @@ def import_(
     Loads without tokens are enough to balance. sglang-stat: the .pt file of the recorder's
     mode stat. trtllm-statistic: the directory EXPERT_STATISTIC_PATH. csv-loads: columns
     layer, expert, count. Loads need --model.
+
+    Maps that placer export writes, or an engine runs with, become plans: they need
+    --gpus-per-node, and --model where the map does not say which layers are MoE layers.
     """
-    if format_ in _LOAD_FORMATS:
+    what = "trace"
+    if format_ in _MAP_FORMATS:
+        what = "plan"
+        _require_no_map(format_, map_)
+        facts = _import_map(format_, file, out, model, nodes or 1, gpus_per_node)
+    elif nodes is not None or gpus_per_node is not None:
+        raise UsageError(
+            "--nodes and --gpus-per-node are for maps: a trace has no ranks",
+            f"drop them, or choose a format among {', '.join(_MAP_FORMATS)}",
+        )
+    elif format_ in _LOAD_FORMATS:
+        what = "affinity"
         facts = _import_loads(format_, file, out, model, map_)
     elif format_ in _FORMATS:
         facts = _import_tokens(format_, file, out, model, map_)
     else:
-        known = ", ".join((*_FORMATS, *_LOAD_FORMATS))
+        known = ", ".join((*_FORMATS, *_LOAD_FORMATS, *_MAP_FORMATS))
         raise UsageError(f"format {format_!r} is not known", f"known formats: {known}")
     if as_json:
         print_json(facts)
     else:
-        what = "affinity" if format_ in _LOAD_FORMATS else "trace"
         print_table((what, ""), [(name, str(value)) for name, value in facts.items()])
 
 
@@ -96,8 +119,7 @@ def _import_tokens(
     )
     from placer.trace.sglang_dump import read_sglang_dump
 
-    if map_ is not None:
-        raise UsageError(f"--map is for trtllm-statistic, not for {format_}", "drop --map")
+    _require_no_map(format_, map_)
     readers = (
         read_npz,
         read_exflow,
@@ -154,8 +176,8 @@ def _import_loads(
             f"{format_} does not say which experts its layers have",
             "name the model: --model DIR",
         )
-    if map_ is not None and format_ != "trtllm-statistic":
-        raise UsageError(f"--map is for trtllm-statistic, not for {format_}", "drop --map")
+    if format_ != "trtllm-statistic":
+        _require_no_map(format_, map_)
     slots = None if map_ is None else parse_assignments(map_)[1]
     readers = (read_sglang_stat, trtllm_statistic_reader(slots), read_csv_loads)
     reader = dict(zip(_LOAD_FORMATS, readers, strict=True))[format_]
@@ -168,3 +190,46 @@ def _import_loads(
         "top_k": affinity.model.top_k,
         "loads_alone": True,
     }
+
+
+def _import_map(
+    format_: str,
+    file: Path,
+    out: Path,
+    model: Path | None,
+    nodes: int,
+    gpus_per_node: int | None,
+) -> dict[str, object]:
+    from placer.placement.topology import Topology
+    from placer.runtime_map.imported import import_map
+
+    if gpus_per_node is None:
+        raise UsageError(
+            f"{format_} needs the ranks that the map is for",
+            f"placer import {format_} {file} --nodes {nodes} --gpus-per-node M --out {out}",
+        )
+    topology = Topology(num_nodes=nodes, gpus_per_node=gpus_per_node)
+    plan, warning = import_map(format_.removesuffix(_MAP), file, topology, model, out)
+    if warning is not None:
+        warn(warning)
+    if not plan.model.top_k:
+        warn(
+            "the map names no model: files match it by shape alone, and each of its rows "
+            "is taken for a MoE layer. Name the model with --model DIR (a folder with its "
+            "config.json is enough)"
+        )
+    placed = plan.placement
+    return {
+        "out": str(out),
+        "num_layers": placed.num_layers,
+        "num_experts": list(placed.num_experts),
+        "num_ranks": placed.num_ranks,
+        "num_nodes": placed.num_nodes,
+        "redundant_experts": placed.redundant_experts,
+        "replica_choice": plan.recorded_choice,
+    }
+
+
+def _require_no_map(format_: str, map_: Path | None) -> None:
+    if map_ is not None:
+        raise UsageError(f"--map is for trtllm-statistic, not for {format_}", "drop --map")

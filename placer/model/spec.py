@@ -35,7 +35,8 @@ class ModelSpec:
     num_experts
         ``[L]``: logical experts per MoE layer.
     top_k
-        Experts per token that the router chooses.
+        Experts per token that the router chooses; 0 where an engine's map is all that is
+        known of the model.
     hidden_size, vocab_size
         Widths of the hidden state and of the vocabulary, or ``None``.
     n_group, topk_group
@@ -56,7 +57,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.num_experts or min(self.num_experts) < 1:
             raise PlacerError(f"num_experts must be positive, got {self.num_experts}")
-        if not 1 <= self.top_k <= min(self.num_experts):
+        if not (1 if self.bound else 0) <= self.top_k <= min(self.num_experts):
             raise PlacerError(
                 f"top_k must be in 1..{min(self.num_experts)} "
                 f"(the experts of the smallest layer), got {self.top_k}"
@@ -181,7 +182,7 @@ def require_same_model(
     """
     for field in ("num_experts", "top_k"):
         left, right = getattr(one, field), getattr(other, field)
-        if left != right:
+        if left != right and left and right:
             raise UsageError(
                 f"{one_name} and {other_name} are of different models: "
                 f"{field} {_brief(left)} against {_brief(right)}",

@@ -132,7 +132,7 @@ class SolverReport:
     Attributes
     ----------
     status
-        ``optimal`` (the bound is reached) or ``feasible``.
+        ``optimal`` (the bound is reached), ``feasible``, or ``imported``: not solved.
     objective_name
         What ``objective`` counts.
     objective
@@ -177,7 +177,7 @@ class SolverReport:
         whole; else ``None``.
     """
 
-    status: Literal["optimal", "feasible"]
+    status: Literal["optimal", "feasible", "imported"]
     objective_name: str
     objective: float
     bound: float | None

@@ -251,7 +251,18 @@ def _require_tolerance(tolerance: float) -> None:
         )
 
 
+def _require_solved(plan: Plan) -> None:
+    """Refuse an engine's map, which records no figures to compare with."""
+    if plan.solver.status == "imported":
+        raise UsageError(
+            "the plan was imported from a map, so it records no figures that today's could "
+            "be compared with",
+            "judge it on today's traffic: placer simulate PLAN TRACE",
+        )
+
+
 def _recorded_imbalance(plan: Plan) -> float:
+    _require_solved(plan)
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     if own is not None:
         return float(own[plan.policy_without_table]["load_imbalance_mean"])
@@ -265,6 +276,7 @@ def _recorded_imbalance(plan: Plan) -> float:
 
 
 def _recorded(plan: Plan) -> tuple[float, float]:
+    _require_solved(plan)
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     base = plan.metrics["baselines"].get("contiguous")
     if own is None or base is None:

@@ -373,7 +373,7 @@ class _Judge:
             num_tokens=tokens.num_tokens,
             num_sequences=len(np.unique(tokens.sequence_ids)),
             num_layers=plan.model.num_layers,
-            top_k=plan.model.top_k,
+            top_k=self.trace.model.top_k,
             num_ranks=plan.placement.num_ranks,
             hidden_size=self.trace.model.hidden_size
             or plan.model.hidden_size

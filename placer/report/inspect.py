@@ -346,7 +346,7 @@ def _model_facts(model: ModelSpec) -> dict[str, Any]:
         "fingerprint": model.fingerprint,
         "num_layers": model.num_layers,
         "num_experts": _one_or_list(model.num_experts),
-        "top_k": model.top_k,
+        "top_k": model.top_k or None,
     }
 
 

@@ -173,8 +173,10 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") 
     """
     with open_regular(path, what) as stream:
         size = os.fstat(stream.fileno()).st_size
-        # What has no size, as in /proc, is measured by reading it.
-        value = b"" if size > limit else stream.read(limit + 1)
+        # A read of ``limit`` bytes would take that much memory, whatever the file holds.
+        value = b"" if size > limit else stream.read(size + 1)
+        if len(value) > size:  # it has no size, as in /proc, or it grew
+            value += stream.read(limit + 1 - len(value))
     if max(size, len(value)) > limit:
         raise PlacerError(
             f"{what} {path} has {max(size, len(value)):,} bytes, more than the {limit:,} "

@@ -5,6 +5,7 @@ in ascending order, padded with -1 up to X, the most copies that any has; ``logc
 how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from placer.arrays import IntArray
 from placer.errors import PlacerError
+from placer.model import ModelSpec
 from placer.run.files import (
     require_file,
     require_fitting_archive,
@@ -20,6 +22,7 @@ from placer.run.files import (
 )
 from placer.runtime_map.runtime import (
     MapSource,
+    ParsedMap,
     Runtime,
 )
 
@@ -77,6 +80,32 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
     return rows
 
 
+def _parse(path: Path, suffix: str) -> ParsedMap:
+    found = _load(path, suffix)
+    if not {"phy2log", "logcnt"} <= set(found):
+        raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)}")
+    phy2log, logcnt = found["phy2log"], found["logcnt"]
+    if phy2log.ndim != 2 or logcnt.ndim != 2 or phy2log.dtype != np.int64:
+        raise PlacerError("phy2log or logcnt is no matrix of int64")
+    sizes = (logcnt.shape[1],) * len(phy2log)
+    model = None if suffix == ".npz" else _header_model(path)
+    return ParsedMap(rows=phy2log.tolist(), num_experts=sizes, model=model)
+
+
+def _header_model(path: Path) -> ModelSpec | None:
+    """Return the model that placer wrote beside the arrays."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as opened:
+        text = (opened.metadata() or {}).get("placer")
+    if text is None:
+        return None
+    try:
+        return ModelSpec.from_json(json.loads(text)["model"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlacerError(f"its header is damaged: {error}") from error
+
+
 def _load(path: Path, suffix: str) -> dict[str, Any]:
     import zipfile
 
@@ -99,4 +128,5 @@ EPLB = Runtime(
     needs_model=False,
     write=_write,
     read=_read,
+    parse=_parse,
 )

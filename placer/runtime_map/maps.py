@@ -132,7 +132,7 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
     source = MapSource.read(plan_path, directory)
     with atomic_file(out) as temporary:
         runtime.write(source, temporary, out.suffix)
-        _require_plan(runtime.read(source, temporary, out.suffix), source)
+        require_plan(runtime.read(source, temporary, out.suffix), source)
     rows = source.placement.physical_to_logical_map
     return WrittenMap(
         runtime=name,
@@ -166,7 +166,7 @@ def verify_map(path: Path, plan_path: Path, directory: Path) -> MapReport:
     again = f"placer export {name} {plan_path} {directory} --out NEW{path.suffix}"
     try:
         rows = RUNTIMES[name].read(source, path, path.suffix)
-        _require_plan(rows, source)
+        require_plan(rows, source)
     except PlacerError as error:
         raise VerificationError(
             f"{path} is no valid {name} map of {plan_path}: {error.message}",
@@ -201,7 +201,7 @@ def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
     yield f"{reason}: {way_out}"
 
 
-def _require_plan(rows: Any, source: MapSource) -> None:
+def require_plan(rows: Any, source: MapSource) -> None:
     """Refuse rows that are no placement, or not that of the plan."""
     placed = source.placement
     found = require_valid_rows(rows, placed.num_experts, placed.num_ranks).to_json()

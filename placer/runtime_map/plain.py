@@ -10,8 +10,10 @@ from placer.run.documents import read_json
 from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
+    ParsedMap,
     Runtime,
     require_integers,
+    require_rows,
 )
 
 SCHEMA_VERSION = 1
@@ -35,7 +37,7 @@ def _write_csv(source: MapSource, path: Path, _suffix: str) -> None:
         csv.writer(stream, lineterminator="\n").writerows((_COLUMNS, *_csv_rows(source)))
 
 
-def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
+def _csv_lines(path: Path) -> list[tuple[str, ...]]:
     try:
         stream = io.StringIO(read_text(path, what="map"), newline="")
         header, *lines = [tuple(line) for line in csv.reader(stream)]
@@ -43,6 +45,32 @@ def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
         raise PlacerError(f"it is no CSV with a header: {error}") from error
     if header != _COLUMNS:
         raise PlacerError(f"its columns are {header}, not {_COLUMNS}")
+    return lines
+
+
+def _parse_csv(path: Path, _suffix: str) -> ParsedMap:
+    rows: list[list[int]] = []
+    layer_ids = []
+    for number, line in enumerate(_csv_lines(path), 2):
+        try:
+            layer, layer_id, expert = int(line[0]), line[1], int(line[4])
+        except (ValueError, IndexError) as error:
+            raise PlacerError(f"line {number}: {error}") from error
+        if layer == len(rows):
+            rows.append([])
+            layer_ids.append(layer_id)
+        if layer != len(rows) - 1:
+            raise PlacerError(f"line {number}: layer {layer} stands in the wrong place")
+        rows[layer].append(expert)
+    if not rows:
+        raise PlacerError("it has no slots")
+    if not all(one.isdecimal() for one in layer_ids):
+        return ParsedMap(rows=rows)
+    return ParsedMap(rows=rows, layer_ids=tuple(int(one) for one in layer_ids))
+
+
+def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
+    lines = _csv_lines(path)
     rows: list[list[int]] = [[] for _ in source.placement.num_experts]
     for number, line in enumerate(lines, 2):
         try:
@@ -87,15 +115,29 @@ def _read_json(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     return [require_integers(row, f"row {n}") for n, row in enumerate(rows)]
 
 
+def _parse_json(path: Path, _suffix: str) -> ParsedMap:
+    value = read_json(path, "map")
+    try:
+        rows = require_rows(value["physical_to_logical_map"], "physical_to_logical_map")
+        sizes = require_integers(value["num_experts"], "num_experts")
+        ids = value["layer_ids"]
+    except KeyError as error:
+        raise PlacerError(f"it lacks the field {error}") from error
+    layer_ids = None if ids is None else tuple(require_integers(ids, "layer_ids"))
+    return ParsedMap(rows=rows, layer_ids=layer_ids, num_experts=tuple(sizes))
+
+
 CSV = Runtime(
     suffixes=(".csv",),
     needs_model=False,
     write=_write_csv,
     read=_read_csv,
+    parse=_parse_csv,
 )
 JSON = Runtime(
     suffixes=(".json",),
     needs_model=False,
     write=_write_json,
     read=_read_json,
+    parse=_parse_json,
 )

@@ -58,7 +58,17 @@ class MapSource:
         PlacerError
             If one of them cannot be read, or they are of different models.
         """
-        plan = Plan.read(plan_path)
+        return cls.of(plan_path, Plan.read(plan_path), directory)
+
+    @classmethod
+    def of(cls, plan_path: Path, plan: Plan, directory: Path | None) -> Self:
+        """Return a plan that was read, and its model.
+
+        Raises
+        ------
+        PlacerError
+            If the config cannot be read, or is of another model.
+        """
         if directory is None:
             return cls(
                 plan_path=plan_path,
@@ -120,6 +130,52 @@ class MapSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedMap:
+    """What a map says by itself.
+
+    Attributes
+    ----------
+    rows
+        Experts in the slots of each layer.
+    layer_ids
+        The model's own number of the layer of each row; ``None`` where it does not say.
+    of_hidden_layers
+        Whether there is a row for every hidden layer, dense ones included.
+    num_experts
+        Experts of each layer, or ``None``.
+    model
+        The model, or ``None``.
+    """
+
+    rows: Sequence[Sequence[int]]
+    layer_ids: tuple[int, ...] | None = None
+    of_hidden_layers: bool = False
+    num_experts: tuple[int, ...] | None = None
+    model: ModelSpec | None = None
+
+    def placed_layers(self, model: ModelSpec) -> Sequence[int]:
+        """Return the rows of the model's MoE layers.
+
+        Raises
+        ------
+        PlacerError
+            If one is missing.
+        """
+        ids = model.layer_ids or ()
+        rows: Sequence[int] = range(len(self.rows))
+        if self.of_hidden_layers:
+            rows = ids
+        elif self.layer_ids is not None:
+            place = {layer: row for row, layer in enumerate(self.layer_ids)}
+            rows = [place.get(layer, len(self.rows)) for layer in ids]
+        if len(rows) != len(ids) or max(rows, default=0) >= len(self.rows):
+            raise PlacerError(
+                f"it has {len(self.rows)} layers, and the model's MoE layers are {[*ids]}"
+            )
+        return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
     """One format of maps.
 
@@ -134,6 +190,8 @@ class Runtime:
     read
         Reads a map and checks it by the runtime's own rules; returns one row of slots per
         MoE layer. Raises :class:`PlacerError` where a rule is broken.
+    parse
+        Reads what a map says by itself, from a path in the format of a suffix.
     family
         Name of the engine's family, ``None`` where the format belongs to no engine.
     """
@@ -142,6 +200,7 @@ class Runtime:
     needs_model: bool
     write: Callable[[MapSource, Path, str], None]
     read: Callable[[MapSource, Path, str], Sequence[Sequence[int]]]
+    parse: Callable[[Path, str], ParsedMap]
     family: str | None = None
 
 
@@ -164,6 +223,13 @@ def require_integers(values: Any, what: str) -> list[int]:
     if not isinstance(values, list) or not all(type(one) is int for one in values):
         raise PlacerError(f"{what} is no list of whole numbers")
     return values
+
+
+def require_rows(values: Any, what: str) -> list[list[int]]:
+    """Return lists of integers that a file holds, or refuse them as ``what``."""
+    if not isinstance(values, list) or not values:
+        raise PlacerError(f"{what} is no list of layers")
+    return [require_integers(row, f"{what}, row {n}") for n, row in enumerate(values)]
 
 
 def require_same_width(rows: Sequence[Sequence[int]], num_slots: int, what: str) -> None:

@@ -20,8 +20,10 @@ from placer.run.documents import read_json
 from placer.run.files import require_file
 from placer.runtime_map.runtime import (
     MapSource,
+    ParsedMap,
     Runtime,
     require_integers,
+    require_rows,
     require_same_width,
     require_valid_rows,
 )
@@ -51,13 +53,22 @@ def _rows(source: MapSource) -> list[list[int]]:
     return [placed.get(layer, filler) for layer in range(source.num_hidden_layers)]
 
 
-def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
+def _parse(path: Path, suffix: str) -> ParsedMap:
+    rows = require_rows(_value(path, suffix), _KEY)
+    return ParsedMap(rows=rows, of_hidden_layers=True)
+
+
+def _value(path: Path, suffix: str) -> Any:
     value = _load_pt(path) if suffix == ".pt" else read_json(path, "map")
     if set(value) != {_KEY}:
         raise PlacerError(
             f"SGLang passes every key on as an argument: {sorted(value)}, not [{_KEY!r}]"
         )
-    rows = value[_KEY]
+    return value[_KEY]
+
+
+def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
+    rows = _value(path, suffix)
     if not isinstance(rows, list) or len(rows) != source.num_hidden_layers:
         raise PlacerError(
             f"{_KEY} has {len(rows) if isinstance(rows, list) else 'no'} rows, the model "
@@ -92,5 +103,10 @@ def _load_pt(path: Path) -> dict[str, Any]:
 
 
 SGLANG = Runtime(
-    suffixes=(".json", ".pt"), needs_model=True, write=_write, read=_read, family="sglang"
+    suffixes=(".json", ".pt"),
+    needs_model=True,
+    write=_write,
+    read=_read,
+    parse=_parse,
+    family="sglang",
 )

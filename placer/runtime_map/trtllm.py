@@ -18,6 +18,7 @@ from placer.errors import PlacerError
 from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
+    ParsedMap,
     Runtime,
     require_same_width,
     require_valid_rows,
@@ -70,6 +71,14 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     return rows[: source.model.num_layers]
 
 
+def _parse(path: Path, _suffix: str) -> ParsedMap:
+    _, assignments = parse_assignments(path)
+    layers = sorted(assignments)
+    if not layers:
+        raise PlacerError("it assigns no layer")
+    return ParsedMap(rows=[assignments[n] for n in layers], layer_ids=tuple(layers))
+
+
 def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]:
     """Return the numbers of a map and the experts in the slots of each layer.
 
@@ -107,5 +116,10 @@ def _numbers(text: str, line: int) -> list[int]:
 
 
 TRTLLM = Runtime(
-    suffixes=(".yaml", ".yml"), needs_model=True, write=_write, read=_read, family="trtllm"
+    suffixes=(".yaml", ".yml"),
+    needs_model=True,
+    write=_write,
+    read=_read,
+    parse=_parse,
+    family="trtllm",
 )

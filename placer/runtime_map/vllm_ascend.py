@@ -14,8 +14,10 @@ from placer.errors import PlacerError
 from placer.run.documents import read_json
 from placer.runtime_map.runtime import (
     MapSource,
+    ParsedMap,
     Runtime,
     require_integers,
+    require_rows,
     require_same_width,
 )
 
@@ -53,6 +55,19 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     return rows
 
 
+def _parse(path: Path, _suffix: str) -> ParsedMap:
+    try:
+        devices = [one["device_list"] for one in read_json(path, "map")["layer_list"]]
+        held = [[one["device_expert"] for one in layer] for layer in devices]
+    except (KeyError, TypeError) as error:
+        raise PlacerError(f"it lacks a field: {error}") from error
+    rows = [
+        [expert for experts in require_rows(layer, f"layer {n}") for expert in experts]
+        for n, layer in enumerate(held)
+    ]
+    return ParsedMap(rows=rows)
+
+
 def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
     """Return the slots of a layer, device after device."""
     devices = value["device_list"]
@@ -79,5 +94,6 @@ VLLM_ASCEND = Runtime(
     needs_model=True,
     write=_write,
     read=_read,
+    parse=_parse,
     family="vllm-ascend",
 )

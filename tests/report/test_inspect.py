@@ -308,7 +308,7 @@ def test_load_goes_with_a_plan_only(
     output = refused(capsys, trace, "--load", trace, exit_code=2)
     assert "hint: placer inspect PLAN --load TRACE" in output
     narrow = make_trace("narrow", num_experts=(4, 4, 4)).directory
-    output = refused(capsys, plan, "--load", narrow)
+    output = refused(capsys, plan, "--load", narrow, exit_code=2)
     assert (
         "are of different models: num_experts 8 x 3 layers against 4 x 3 layers" in output
     )

@@ -1,0 +1,182 @@
+"""A map of an engine becomes a plan: whatever was exported comes back, byte for byte."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from placer.cli.main import main
+from placer.errors import PlacerError
+from placer.model import ModelSpec
+from placer.placement import Placement, Plan
+from placer.placement.topology import Topology
+from placer.runtime_map import RUNTIMES, export_map
+from placer.runtime_map.imported import import_map
+from tests.plans import unsolved_plan
+
+# Dense layer 0, MoE layers 1 and 2, one MTP layer behind them.
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "hidden_size": 16,
+    "vocab_size": 32,
+}
+TWO_NODES = Topology(num_nodes=2, gpus_per_node=2)
+FORMATS = [(name, suffix) for name, one in RUNTIMES.items() for suffix in one.suffixes]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(word) for word in words])
+    return int(done.value.code or 0)
+
+
+@pytest.mark.parametrize(("name", "suffix"), FORMATS)
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(seed=st.integers(0, 2**32 - 1), copies=st.sampled_from([0, 4]))
+def test_what_is_exported_comes_back(
+    name: str, suffix: str, seed: int, copies: int, model: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(seed)
+    # Of twelve slots on four ranks the copies are on the ranks after those of the firsts.
+    order = [rng.permutation(8).reshape(4, 2) for _ in range(2)]
+    rows = [
+        np.concatenate([row, np.roll(row[:, :1], 1, axis=0)], axis=1) if copies else row
+        for row in order
+    ]
+    spec = ModelSpec.from_checkpoint(model)
+    placed = Placement.from_json([row.ravel().tolist() for row in rows], (8, 8), 4, 2)
+    unsolved_plan(spec, placed).write(tmp_path / "plan")
+    needed = [model] if RUNTIMES[name].needs_model else [model, None]
+    for directory in needed:
+        first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
+        export_map(name, tmp_path / "plan", directory, first)
+        (tmp_path / "again").unlink(missing_ok=True)
+        plan, _ = import_map(name, first, TWO_NODES, directory, tmp_path / "again")
+        assert plan.placement.to_json() == placed.to_json()
+        found = Plan.read(tmp_path / "again")
+        assert (found.solver.status, found.policy, found.solver.bound) == (
+            "imported",
+            "fixed",
+            None,
+        )
+        second.unlink(missing_ok=True)
+        export_map(name, tmp_path / "again", directory, second)
+        assert first.read_bytes() == second.read_bytes()
+
+
+def damaged(value: Any, rng: np.random.Generator) -> Any:
+    """Return JSON with one number changed, or one item missing or doubled."""
+    if isinstance(value, dict) and value:
+        key = list(value)[rng.integers(len(value))]
+        return value | {key: damaged(value[key], rng)}
+    if isinstance(value, list) and value:
+        place = int(rng.integers(len(value)))
+        if rng.random() < 0.3:
+            return value[:place] + value[place + 1 :]
+        return [*value[:place], damaged(value[place], rng), *value[place + 1 :]]
+    return [value + 1, -1, None, "x", 1.5, {}][rng.integers(6)] if value == value else value
+
+
+@pytest.mark.parametrize("name", ["sglang", "vllm-ascend", "json"])
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_maps_are_refused_in_one_sentence(
+    name: str, seed: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = ModelSpec.from_checkpoint(model)
+    placed = Placement.from_json([[*range(8)]] * 2, (8, 8), 4, 2)
+    unsolved_plan(spec, placed).write(tmp_path / "plan")
+    export_map(name, tmp_path / "plan", model, tmp_path / "map.json")
+    value = json.loads((tmp_path / "map.json").read_text())
+    if name == "json":  # what is not placed does not say where experts are
+        value = {**value, "physical_to_logical_map": value["physical_to_logical_map"][:1]}
+    else:
+        try:
+            value = damaged(value, np.random.default_rng(seed))
+        except TypeError:
+            value = []
+    (tmp_path / "map.json").write_text(json.dumps(value))
+    words = ("--nodes", 2, "--gpus-per-node", 2, "--model", model)
+    code = run("import", f"{name}-map", tmp_path / "map.json", *words, "--out", "never")
+    told = capsys.readouterr().err
+    assert code in (1, 2)
+    assert "Traceback" not in told
+    assert len(told.splitlines()) == 2 and "hint: " in told
+    assert not Path("never").exists()
+
+
+def test_a_damaged_array_is_refused(model: Path, tmp_path: Path) -> None:
+    spec = ModelSpec.from_checkpoint(model)
+    placed = Placement.from_json([[*range(8)]] * 2, (8, 8), 4, 2)
+    unsolved_plan(spec, placed).write(tmp_path / "plan")
+    export_map("eplb", tmp_path / "plan", None, tmp_path / "map.safetensors")
+    arrays = load_file(tmp_path / "map.safetensors")
+    arrays["phy2log"][0, :2] = arrays["phy2log"][0, 1::-1]
+    np.savez(tmp_path / "map.npz", **arrays)
+    with pytest.raises(PlacerError, match="log2phy is not what phy2log implies"):
+        import_map("eplb", tmp_path / "map.npz", TWO_NODES, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+MAPS_OF_ENGINES = {
+    "vllm-ascend": (
+        ".json",
+        '{"moe_layer_count":1,"layer_list":[{"layer_id":0,"device_count":2,"device_list":['
+        '{"device_id":0,"device_expert":[7,2,0,3,5]},'
+        '{"device_id":1,"device_expert":[6,1,4,7,2]}]}]}',
+    ),
+    "sglang": (".json", '{"physical_to_logical_map":[[7,2,0,3,5,6,1,4,7,2]]}'),
+    "trtllm": (
+        ".yaml",
+        "num_slots: 10\nlayer_updates_per_iter: 0\ninitial_global_assignments:\n"
+        "  0: [7, 2, 0, 3, 5, 6, 1, 4, 7, 2]\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAPS_OF_ENGINES)
+def test_every_command_takes_what_an_engine_runs_now(
+    name: str, make_trace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a model: 8 experts on 2 ranks, two of them twice."""
+    trace = make_trace(num_experts=(8,), num_sequences=60, num_tokens=1200).directory
+    suffix, text = MAPS_OF_ENGINES[name]
+    (tmp_path / f"map{suffix}").write_text(text)
+    plan, new = tmp_path / "plan", tmp_path / "new"
+    words = ("--gpus-per-node", 2, "--out", plan)
+    assert run("import", f"{name}-map", tmp_path / f"map{suffix}", *words) == 0
+    assert "names no model" in capsys.readouterr().err
+    held = [[7, 2, 0, 3, 5, 6, 1, 4, 7, 2]]
+    assert Plan.read(plan).placement.to_json() == held
+    assert run("inspect", plan) == 0
+    assert run("simulate", plan, trace, "--replica-choice", "hash") == 0
+    quick = ("--num-rounds", 0, "--num-sweeps", 1, "--proof", "none", "--start", plan)
+    copies = ("--gpus-per-node", 2, "--redundant-experts", 2, "--replica-choice", "hash")
+    assert run("solve", trace, *copies, *quick, "--out", new) == 0
+    assert run("export", "csv", plan, "--out", tmp_path / "x.csv") == 0
+    capsys.readouterr()
+    assert run("check", plan, trace) == 2
+    told = capsys.readouterr().err
+    assert "placer simulate PLAN TRACE" in told
