@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from placer.errors import UsageError
+import numpy as np
+
+from placer.errors import NoSolutionError, UsageError
 from placer.placement import Plan
 from placer.planning.planner import plan_from_trace
+from placer.planning.request import Tell
 from placer.run.deadline import Deadline
 from placer.run.files import atomic_directory
 from placer.run.progress import Progress
@@ -41,7 +44,7 @@ class FrontierPoint:
         What the engine sends and the placement changes.
     sent_per_token
         How much of it, held out where sequences were, else of the profile; so are the next
-        two.
+        two. ``None`` where there was no time to measure.
     ratio
         The same over that of the contiguous placement.
     load_imbalance_mean
@@ -55,9 +58,9 @@ class FrontierPoint:
     max_imbalance: float
     file: str
     sent: Sent
-    sent_per_token: float
-    ratio: float
-    load_imbalance_mean: float
+    sent_per_token: float | None
+    ratio: float | None
+    load_imbalance_mean: float | None
     objective: float
     bound: float | None
     reproducible: bool
@@ -100,34 +103,45 @@ def write_frontier(
     progress: Progress | None = None,
     provenance: Mapping[str, Any] | None = None,
     deadline: Deadline | None = None,
+    warn: Tell | None = None,
 ) -> list[FrontierPoint]:
     """Solve under every cap; write a directory of plans and ``frontier.csv``.
 
-    Load caps that are out of reach are relaxed. ``provenance`` is what every plan should
-    say beside its own. Plans share what is left until the ``deadline`` (by default one of
-    ``options.time_limit``), each as much as those after it; after Ctrl-C the one that is
-    searched for is the last.
+    ``provenance`` is what every plan should say beside its own, and ``warn`` is told of
+    load caps that are relaxed. Plans share what is left until the ``deadline`` (by default
+    one of ``options.time_limit``), each as much as those after it. A cap whose search was
+    stopped at the plan of the cap before has no plan of its own; after Ctrl-C the one that
+    is searched for is the last.
 
     Raises
     ------
     PlacerError
         If ``out`` exists, or a plan cannot be solved.
     NoSolutionError
-        If a plan misses the cap on received copies, which ``options`` do not relax.
+        If a plan misses a cap, which ``options`` do not relax.
     """
     points: list[FrontierPoint] = []
+    placed: list[Any] = []
     deadline = deadline or Deadline(seconds=options.time_limit)
     with atomic_directory(out) as directory:
-        for cap in caps:
+        for number, cap in enumerate(caps):
             asked = replace(options, max_imbalance=cap, relax_cap=True)
-            share = deadline.part(1 / (len(caps) - len(points)))
+            share = deadline.part(1 / (len(caps) - number))
             plan = plan_from_trace(trace, asked, selection, progress, share)
+            if plan.solver.relaxed_layers:
+                missed = _relaxed(plan, options, stopped=share.stopped)
+                if warn is not None:
+                    warn(missed)
             require_receive_cap(
                 plan.solver.relaxed_receive_layers.values(),
                 replace(asked, relax_cap=options.relax_cap),
                 plan.placement.num_layers,
                 stopped=share.stopped,
             )
+            rows = plan.placement.to_json()
+            if not plan.solver.reproducible and rows in placed:
+                continue
+            placed.append(rows)
             plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
             # All digits, so that no two caps share a file.
             name = f"plan-{str(cap).removesuffix('.0')}.json"
@@ -142,18 +156,41 @@ def write_frontier(
     return points
 
 
+def _relaxed(plan: Plan, options: SolveOptions, *, stopped: bool) -> str:
+    """Tell by how much a plan misses its load cap; refuse it unless caps may be relaxed."""
+    relaxed = plan.solver.relaxed_layers
+    worst = max(relaxed.values())
+    missed = (
+        f"--frontier {plan.max_imbalance:g} is out of reach in {len(relaxed)} of "
+        f"{plan.placement.num_layers} MoE layers"
+        + (" in the time given" if stopped else "")
+        + f": the best reached is {worst:.4f} at most"
+    )
+    if not options.relax_cap:
+        raise NoSolutionError(
+            missed,
+            "take the best reached with --relax-cap, or leave out caps below "
+            f"{np.ceil(worst * 1000) / 1000:g}",
+        )
+    return missed
+
+
 def _point(plan: Plan, cap: float, name: str) -> FrontierPoint:
-    own = (plan.metrics["heldout"] or plan.metrics["profile"])[plan.policy]
-    base = plan.metrics["baselines"]["contiguous"][plan.policy]
+    figures = plan.metrics["heldout"] or plan.metrics["profile"]
+    own = {} if figures is None else figures[plan.policy]
+    base = plan.metrics["baselines"].get("contiguous", {}).get(plan.policy, {})
     sent = Wire.of(plan, plan.engine).compared(plan.policy) or RANK_COPIES
-    key = sent.metric
+    mine, theirs = own.get(sent.metric), base.get(sent.metric)
+    ratio = None
+    if mine is not None and theirs is not None:
+        ratio = round(mine / theirs, 5) if theirs else 1.0
     return FrontierPoint(
         max_imbalance=cap,
         file=name,
         sent=sent,
-        sent_per_token=own[key],
-        ratio=round(own[key] / base[key], 5) if base[key] else 1.0,
-        load_imbalance_mean=own["load_imbalance_mean"],
+        sent_per_token=mine,
+        ratio=ratio,
+        load_imbalance_mean=own.get("load_imbalance_mean"),
         objective=plan.solver.objective,
         bound=plan.solver.bound,
         reproducible=plan.solver.reproducible,

@@ -10,7 +10,7 @@ from placer.placement.reference import (
     Load,
     contiguous,
 )
-from placer.run.deadline import Deadline
+from placer.run.deadline import Deadline, OutOfTimeError
 from placer.simulation.simulate import simulate
 from placer.solver.balance.eplb import pack_loads
 from placer.solver.balance.load_caps import balanced
@@ -69,14 +69,14 @@ class Judging:
     def measure(
         self, placements: dict[str, Placement], deadline: Deadline
     ) -> dict[str, Figures]:
-        """Return the figures of placements on the judged tokens, the first always.
+        """Return the figures of placements on the judged tokens.
 
-        Takes from the ``deadline`` what those of a plan are going to take. Where each needs
-        a table, those that leave no time for this are left out.
+        Takes from the ``deadline`` what those of a plan are going to take. Placements that
+        leave no time for this are left out.
         """
         found: dict[str, Figures] = {}
         known: dict[str, Figures] = {}
-        needs_table = self.options.content_policy is not None
+        rating = 0.0 if self.options.content_policy is None else _RATING
         tokens = self.profile.num_tokens + (self.heldout.num_tokens if self.heldout else 0)
         share = tokens / self.judged.num_tokens
         began, seconds = time.monotonic(), 0.0
@@ -84,22 +84,35 @@ class Judging:
             key = str(placement.to_json())
             if key not in known:
                 left = deadline.left()
-                needed = seconds * (1 + share + _RATING) if needs_table else 0.0
-                if left is not None and left < needed:
+                if left is not None and left < seconds * (1 + share + rating):
                     deadline.chosen_in_haste = True
                     continue
-                known[key] = self.figures(placement, self.judged)[0]
+                # As much again for the plan, and for the search.
+                part = deadline.part(1 / (2 + share))
+                try:
+                    known[key] = self.figures(placement, self.judged, deadline=part)[0]
+                except OutOfTimeError as error:
+                    deadline.chosen_in_haste = True
+                    deadline.needs(rating * error.seconds)
+                    return found
                 seconds = (time.monotonic() - began) / len(known)
             found[name] = known[key]
         # Pricing the plan takes about as long as its figures.
         deadline.reserve(2 * share * seconds)
-        if needs_table:
-            deadline.needs(_RATING * seconds)
+        deadline.needs(rating * seconds)
         return found
 
-    def figures(self, placement: Placement, *chunks: Chunk) -> list[Figures]:
-        """Return metrics by home policy, for each chunk of tokens."""
-        table = self._table(placement)
+    def figures(
+        self, placement: Placement, *chunks: Chunk, deadline: Deadline
+    ) -> list[Figures]:
+        """Return metrics by home policy, for each chunk of tokens.
+
+        Raises
+        ------
+        OutOfTimeError
+            If there is no time for them.
+        """
+        table = self._table(placement, deadline)
         found = []
         for tokens in chunks:
             served = simulate(
@@ -108,11 +121,12 @@ class Judging:
                 table=table,
                 replica_choice=self.options.replica_choice,
                 layer_ids=self.model.layer_ids,
+                deadline=deadline,
             )
             found.append({policy: value.to_json() for policy, value in served.items()})
         return found
 
-    def _table(self, placement: Placement) -> Table | None:
+    def _table(self, placement: Placement, deadline: Deadline) -> Table | None:
         """Return the placement's table, where the policy takes its homes from one."""
         if self.options.content_policy is None:
             return None
@@ -123,4 +137,5 @@ class Judging:
             max_home_imbalance=self.options.max_home_imbalance,
             replica_choice=self.options.replica_choice,
             layer_ids=self.model.layer_ids,
+            deadline=deadline,
         )

@@ -23,8 +23,8 @@ from placer.placement.plan import (
 )
 from placer.placement.topology import Topology
 from placer.planning.inner_cap import choose_inner_cap
-from placer.planning.judging import Judging
-from placer.run.deadline import Deadline
+from placer.planning.judging import Figures, Judging
+from placer.run.deadline import Deadline, OutOfTimeError
 from placer.run.files import (
     sha256_file,
     sha256_json,
@@ -50,6 +50,11 @@ from placer.trace import (
     Trace,
 )
 
+# What is measured in the end may take a little longer than was expected of it.
+_MORE_SECONDS = 1.0
+# Of the time that is left, for the prices of the baselines.
+_SHARE_OF_PRICES = 0.25
+
 
 def plan_from_trace(
     trace: Trace,
@@ -61,7 +66,8 @@ def plan_from_trace(
     """Profile on the tokens selected, solve, and judge on those of all other sequences.
 
     Without a fold every sequence is profiled and nothing is held out. All that is solved
-    stops at the ``deadline``, by default one of ``options.time_limit`` from now.
+    stops at the ``deadline``, by default one of ``options.time_limit`` from now. Figures
+    that there is no time for are left out.
 
     Raises
     ------
@@ -81,24 +87,40 @@ def plan_from_trace(
         )
     heldout = None if others is None else trace.read(others)
     judging = Judging(model=trace.model, options=options, profile=profile, heldout=heldout)
+    end = deadline.extended(_MORE_SECONDS)
     baselines = judging.baselines(affinity.load)
     measured = judging.measure(baselines, deadline)
     began = time.monotonic()
-    prices = _prices(trace.model, judging.judged, baselines, options)
+    prices: dict[str, float] = {}
+    try:
+        part = deadline.part(_SHARE_OF_PRICES)
+        prices = _prices(trace.model, judging.judged, baselines, options, part)
+    except OutOfTimeError:
+        deadline.chosen_in_haste = True
     deadline.reserve((time.monotonic() - began) / len(baselines))
     placement, report = _solve(trace.model, affinity, options, profile, progress, deadline)
-    prices |= _prices(trace.model, judging.judged, {"placer": placement}, options)
-    own = judging.figures(placement, profile, *([] if heldout is None else [heldout]))
+    own: list[Figures] = []
+    try:
+        chunks = [profile] if heldout is None else [profile, heldout]
+        own = judging.figures(placement, *chunks, deadline=end)
+        if prices:
+            placed = {"placer": placement}
+            prices |= _prices(trace.model, judging.judged, placed, options, end)
+    except OutOfTimeError:
+        prices = {}
+        report = replace(report, reproducible=False)
+    if own:
+        report = _as_simulated(report, own[0]["fixed"]["load_imbalance_mean"])
     return Plan(
         model=trace.model,
         placement=placement,
         policy=options.policy,
         exchange=options.exchange,
         max_imbalance=options.load_cap,
-        solver=_as_simulated(report, own[0]["fixed"]["load_imbalance_mean"]),
+        solver=report,
         metrics={
-            "profile": own[0],
-            "heldout": None if heldout is None else own[1],
+            "profile": own[0] if own else None,
+            "heldout": own[1] if len(own) > 1 else None,
             "baselines": measured,
             **({"prices": prices} if prices else {}),
         },
@@ -192,10 +214,16 @@ def _prices(
     tokens: Chunk,
     placements: Mapping[str, Placement],
     options: SolveOptions,
+    deadline: Deadline,
 ) -> dict[str, float]:
     """Return the price of each placement's copies, where links cost differently.
 
     Empty for a policy whose homes each placement's own table gives.
+
+    Raises
+    ------
+    OutOfTimeError
+        If there is no time for all of them.
     """
     topology, policy = options.topology, options.policy
     if topology.cost is None and topology.num_nodes == 1:
@@ -213,9 +241,8 @@ def _prices(
         replica_choice=options.replica_choice,
         layer_ids=model.layer_ids,
     )
-    return {
-        name: round(evaluate(problem, one).copies, 5) for name, one in placements.items()
-    }
+    paced = deadline.paced(placements.items(), len(placements))
+    return {name: round(evaluate(problem, one).copies, 5) for name, one in paced}
 
 
 def _costs(topology: Topology) -> dict[str, Any]:

@@ -211,11 +211,16 @@ def solve_frontier(
         progress,
         settled.provenance,
         deadline,
+        warn,
     )
     if not all(point.reproducible for point in points):
         warn("stopped: some plans are the best so far, see reproducible")
-    if left := caps[len(points) :]:
-        warn(f"stopped: no plan for {', '.join(f'{cap:g}' for cap in left)}")
+    solved = [point.max_imbalance for point in points]
+    if left := [f"{cap:g}" for cap in caps if cap not in solved]:
+        warn(
+            f"stopped: no plan of its own for {', '.join(left)}; give a longer "
+            "--time-limit, or fewer caps"
+        )
     return points
 
 

@@ -124,7 +124,11 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
     """Yield a sentence on each thing that limits what a plan's figures say."""
     if not plan.provenance.get("max_imbalance_given", True):
         yield from _relaxed_line(plan)
-    if plan.metrics["profile"] is None:
+    if plan.metrics["profile"] is None and "trace_sha256" in plan.provenance:
+        yield (
+            "the time limit left no time to measure the plan: placer simulate PLAN TRACE"
+        )
+    elif plan.metrics["profile"] is None:
         yield "solved from counts: no tokens are known, so no held-out figure is given"
     elif plan.metrics["heldout"] is None:
         yield "nothing was held out: the figures are those of the profile itself"
@@ -136,11 +140,11 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
             "stopped before choices, search and proof were done: this is the best so far, "
             "and cannot be reproduced"
         )
-        if plan.metrics["baselines"] and "eplb" not in plan.metrics["baselines"]:
+        measured = plan.metrics["profile"] is not None
+        if measured and "eplb" not in plan.metrics["baselines"]:
             yield (
-                "the time limit left no time for the tables of all baselines: those that "
-                "are not shown were not measured; to compare with them: placer simulate "
-                "PLAN TRACE"
+                "the time limit left no time to measure all baselines; to compare with "
+                "them: placer simulate PLAN TRACE"
             )
     yield from _overload_line(plan)
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]

@@ -1,10 +1,26 @@
 """When a search stops before it is done: after some seconds, or when it is interrupted."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
+
+Step = TypeVar("Step")
+
+
+class OutOfTimeError(Exception):
+    """What was begun would not be done by its deadline.
+
+    Attributes
+    ----------
+    seconds
+        What it would take.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"it would take {seconds:.1f} s")
+        self.seconds = seconds
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,12 +97,33 @@ class Deadline:
             chosen_in_haste=self.chosen_in_haste,
         )
 
+    def extended(self, seconds: float) -> Self:
+        """Return a deadline of its own that is so much later."""
+        later = None if self.seconds is None else self.seconds + seconds
+        return type(self)(seconds=later, began=self.began)
+
     @contextmanager
     def choosing(self, share: float = 0.5) -> Iterator[Self]:
         """Give a share of the time that is left to a choice of what to search for."""
         part = self.part(share)
         yield part
         self.chosen_in_haste = not part.reproducible
+
+    def paced(self, steps: Iterable[Step], number: int) -> Iterator[Step]:
+        """Yield so many steps of about the same work, as long as all are done in time.
+
+        Raises
+        ------
+        OutOfTimeError
+            If those that were done say that all of them take longer than is left.
+        """
+        began, left = time.monotonic(), self.left()
+        for done, step in enumerate(steps):
+            if left is not None:
+                seconds = (time.monotonic() - began) * number / max(done, 1)
+                if left == 0.0 or seconds > left:
+                    raise OutOfTimeError(seconds)
+            yield step
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from placer.errors import PlacerError
 from placer.placement.placement import Placement
+from placer.run.deadline import Deadline
 from placer.serving.homes import (
     Batches,
     fixed_homes,
@@ -48,12 +49,15 @@ class ServingOptions(TypedDict, total=False):
     layer_ids
         The model's own layer number of each MoE layer, which ``sglang-static`` depends
         on; ``None``: no layer is dense.
+    deadline
+        When all must be counted, or ``OutOfTimeError`` is raised; ``None``.
     """
 
     batch_size: int
     table: Table | None
     replica_choice: ReplicaChoice | None
     layer_ids: tuple[int, ...] | None
+    deadline: Deadline | None
 
 
 def simulate(
@@ -106,7 +110,10 @@ def count(
     )
     content = _ContentPolicies(server, fixed)
     shuffled = None if table is None else _TablePolicies(content, tokens, table)
-    for layer, serving in enumerate(server.layers()):
+    paced = (options.get("deadline") or Deadline()).paced(
+        server.layers(), placement.num_layers
+    )
+    for layer, serving in enumerate(paced):
         experts = np.ascontiguousarray(tokens.experts[layer].T)
         content.add(serving, experts)
         if shuffled is not None:

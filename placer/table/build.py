@@ -38,6 +38,7 @@ from placer.errors import (
 )
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
+from placer.run.deadline import Deadline
 from placer.serving.homes import fixed_homes
 from placer.serving.layer_serving import (
     LayerServing,
@@ -61,7 +62,7 @@ from placer.table.histories import (
 )
 from placer.table.lookup import (
     LayerTable,
-    known_ids,
+    require_ids,
 )
 from placer.table.prices import even_prices
 from placer.table.regression import EmbeddingRegression
@@ -103,6 +104,7 @@ def build_table(
     unseen: UnseenIds = "regression",
     replica_choice: ReplicaChoice | None = None,
     layer_ids: tuple[int, ...] | None = None,
+    deadline: Deadline | None = None,
 ) -> Table:
     """Build the token-shuffle table of a placement.
 
@@ -143,9 +145,13 @@ def build_table(
         Who serves in the layers before, whose majority ranks index A: as
         :func:`placer.serving.replica_choice.serving_layers` takes them. Under ``hash``
         all copies take turns.
+    deadline
+        When the table must be built; none by default.
 
     Raises
     ------
+    OutOfTimeError
+        If there is no time for all layers.
     PlacerError
         If the tokens have no ids, or an id at or past ``vocab_size``, or were routed
         otherwise than ``token_experts`` says.
@@ -156,7 +162,7 @@ def build_table(
     if lookback is None:
         lookback = default_lookback(placement.num_ranks)
     _require_options(lookback, shrinkage, max_home_imbalance, placement.num_ranks)
-    ids = _require_ids(tokens, vocab_size)
+    ids = require_ids(tokens, vocab_size)
     token_experts = token_experts or {}
     for table in token_experts.values():
         if len(table) != vocab_size:
@@ -201,7 +207,9 @@ def build_table(
     layers = []
     history: list[RankArray] = []
     served = serving_layers(placement, replica_choice, layer_ids)
-    for layer, (chosen, serving) in enumerate(zip(tokens.experts, served, strict=True)):
+    each = zip(tokens.experts, served, strict=True)
+    paced = (deadline or Deadline()).paced(each, placement.num_layers)
+    for layer, (chosen, serving) in enumerate(paced):
         experts = np.ascontiguousarray(chosen.T)
         if layer in token_experts:
             rates, rows = builder.exact_layer(layer, token_experts[layer])
@@ -477,23 +485,3 @@ def _require_options(
             f"--shrinkage must be positive, got {shrinkage}",
             f"the default is --shrinkage {DEFAULT_SHRINKAGE:g}",
         )
-
-
-def _require_ids(tokens: Chunk, vocab_size: int) -> IntArray:
-    if tokens.num_tokens == 0:
-        raise PlacerError(
-            "no token is left to build a table from",
-            "choose another --fold or --phase, or record more text",
-        )
-    if tokens.token_ids is None or tokens.token_ids.max() < 0:
-        raise PlacerError(
-            "the trace has no token ids: a table is indexed by them",
-            "record with them: placer record MODEL --corpus FILE --out TRACE",
-        )
-    highest = int(tokens.token_ids.max())
-    if highest >= vocab_size:
-        raise PlacerError(
-            f"the trace holds token id {highest}, but the vocabulary has {vocab_size} ids",
-            "check that the trace is of this model: placer inspect TRACE",
-        )
-    return known_ids(tokens.token_ids, tokens.num_tokens, vocab_size)

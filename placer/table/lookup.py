@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import IntArray
+from placer.errors import PlacerError
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import RankArray
 from placer.table.table import Table
+from placer.trace import Chunk
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -232,3 +234,30 @@ def request_homes(
         if not free.any():
             free[:] = True
     return np.repeat(chosen, lengths)
+
+
+def require_ids(tokens: Chunk, vocab_size: int) -> IntArray:
+    """Return ``[T]``: the token ids of a profile, -1 where unknown.
+
+    Raises
+    ------
+    PlacerError
+        If there is no token, no id, or one at or past ``vocab_size``.
+    """
+    if tokens.num_tokens == 0:
+        raise PlacerError(
+            "no token is left to build a table from",
+            "choose another --fold or --phase, or record more text",
+        )
+    if tokens.token_ids is None or tokens.token_ids.max() < 0:
+        raise PlacerError(
+            "the trace has no token ids: a table is indexed by them",
+            "record with them: placer record MODEL --corpus FILE --out TRACE",
+        )
+    highest = int(tokens.token_ids.max())
+    if highest >= vocab_size:
+        raise PlacerError(
+            f"the trace holds token id {highest}, but the vocabulary has {vocab_size} ids",
+            "check that the trace is of this model: placer inspect TRACE",
+        )
+    return known_ids(tokens.token_ids, tokens.num_tokens, vocab_size)

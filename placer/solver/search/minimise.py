@@ -65,7 +65,7 @@ from placer.trace import Chunk
 _CAUTIONS_OF_DRAWS = (1.0, 0.5, 0.25, 0.12, 0.0)
 _CAUTION_OF_TABLES = 0.3
 # Tokens whose homes are found by tables where there is no time for more.
-_FEW_TOKENS = 8192
+_FEW_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
