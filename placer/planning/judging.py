@@ -97,8 +97,8 @@ class Judging:
                     return found
                 seconds = (time.monotonic() - began) / len(known)
             found[name] = known[key]
-        # Pricing the plan takes about as long as its figures.
-        deadline.reserve(2 * share * seconds)
+        # Pricing the plan takes up to three times as long as its figures.
+        deadline.reserve(4 * share * seconds)
         deadline.needs(rating * seconds)
         return found
 

@@ -96,3 +96,25 @@ def test_a_directory_that_is_there_is_kept(
         main([*arguments, "--frontier", "1.1", "--out", str(tmp_path / "curve")])
     assert done.value.code == 1
     assert not list((tmp_path / "curve").iterdir())
+
+
+def test_a_cap_out_of_reach_is_refused_or_relaxed_aloud(
+    make_trace: Callable[..., Trace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As --max-imbalance is: 202 pairs do not divide over 8 ranks."""
+    trace = make_trace(num_tokens=101, num_experts=(16,) * 3)
+    out = tmp_path / "curve"
+    words = ["solve", str(trace.directory), "--gpus-per-node", "8", "--out", str(out)]
+    words += ["--frontier", "1,3", "--proof", "none", "--num-rounds", "1"]
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 3
+    assert "--frontier 1 is out of reach in 3 of 3 MoE layers" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--relax-cap"])
+    assert done.value.code == 0
+    assert "warning: --frontier 1 is out of reach" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert (out / "plan-1.json").exists()

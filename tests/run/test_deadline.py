@@ -29,7 +29,8 @@ from placer.planning.redundant import (
 )
 from placer.planning.request import SolveRequest
 from placer.planning.solving import solve_frontier
-from placer.run.deadline import Deadline
+from placer.report.comparison import plan_warnings
+from placer.run.deadline import Deadline, OutOfTimeError
 from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance
 from placer.solver.options import SolveOptions
@@ -153,6 +154,37 @@ def test_what_has_to_follow_is_kept_time_for() -> None:
     assert (free.left(), free.passed()) == (None, False)
 
 
+def test_steps_that_would_not_be_done_in_time_are_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each step takes 2 s by this clock: after one, five are known not to fit in 9 s."""
+    clock = count(step=2)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    done: list[int] = []
+    with pytest.raises(OutOfTimeError) as late:
+        done.extend(Deadline(seconds=9.0, began=0.0).paced(range(5), 5))
+    assert late.value.seconds > 5
+    assert list(Deadline(seconds=100.0, began=0.0).paced(range(5), 5)) == [0, 1, 2, 3, 4]
+    assert list(Deadline().paced(range(5), 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(OutOfTimeError):
+        list(Deadline(seconds=0.0, began=0.0).paced(range(5), 5))
+
+
+@pytest.mark.parametrize("policy", ["fixed", "token"])
+def test_without_time_nothing_is_measured_and_the_plan_says_so(
+    make_trace: Callable[..., Trace], policy: str
+) -> None:
+    trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
+    options = replace(OPTIONS, policy=policy)
+    late = Deadline(seconds=0.0, began=time.monotonic() - 1000)
+    plan = plan_from_trace(trace, options, EVERYTHING, None, late)
+    assert plan.metrics == {"profile": None, "heldout": None, "baselines": {}}
+    assert not plan.solver.reproducible
+    assert "no time to measure the plan" in " ".join(plan_warnings(plan))
+    whole = plan_from_trace(trace, options.quick(), EVERYTHING, None, Deadline(seconds=1e6))
+    assert set(whole.metrics["baselines"]) == {"contiguous", "eplb", "balanced"}
+
+
 def test_one_expert_per_token_is_placed_without_a_search(
     make_chunk: Callable[..., Chunk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +261,8 @@ def test_plans_of_a_frontier_share_the_time(
     cut = write_frontier(
         trace, replace(quick, time_limit=0.0), EVERYTHING, [1.1, 2.0], tmp_path / "cut"
     )
+    # No search, so the second cap has no plan of its own.
+    assert [point.max_imbalance for point in cut] == [1.1]
     assert not any(point.reproducible for point in cut)
     assert "reproducible" in (tmp_path / "cut" / "frontier.csv").read_text().split()[0]
 
