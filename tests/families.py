@@ -79,11 +79,24 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "ernie4_5_moe": ({"moe_layer_start_index": 1, "moe_layer_end_index": 2}, [1, 2]),
     "exaone_moe": (FULL_ATTENTION | DENSE_FIRST, [1, 2, 3]),
     "flex_olmo": ({}, [0, 1, 2, 3]),
+    "gemma4_text": (
+        {
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 2,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+            **FULL_ATTENTION,
+        },
+        [0, 1, 2, 3],
+    ),
     "glm4_moe": ({"first_k_dense_replace": 2}, [2, 3]),
     "glm4_moe_lite": (DENSE_FIRST | LATENT, [1, 2, 3]),
     "glm_moe_dsa": (DENSE_FIRST | INDEXED, [1, 2, 3]),
     "gpt_oss": ({}, [0, 1, 2, 3]),
     "granitemoe": ({}, [0, 1, 2, 3]),
+    "granitemoe_swa": ({}, [0, 1, 2, 3]),
     "granitemoehybrid": (
         {"layer_types": ["attention"] * 4, "mamba_n_heads": 4, "mamba_d_head": 16},
         [0, 1, 2, 3],
@@ -91,6 +104,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "granitemoeshared": ({}, [0, 1, 2, 3]),
     "hunyuan_v1_moe": ({}, [0, 1, 2, 3]),
     "hy_v3": (DENSE_FIRST, [1, 2, 3]),
+    "hy_v4": (DENSE_FIRST | INDEXED, [1, 2, 3]),
     "jamba": (
         {
             "attn_layer_period": 2,
@@ -116,6 +130,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "mimo_v2_flash": (FULL_ATTENTION | DENSE_FIRST, [1, 2, 3]),
     "minimax": (FULL_ATTENTION, [0, 1, 2, 3]),
     "minimax_m2": ({}, [0, 1, 2, 3]),
+    "minimax_m3_vl_text": (
+        {"dense_intermediate_size": 32, "shared_intermediate_size": 16, **DENSE_FIRST},
+        [1, 2, 3],
+    ),
     "mixtral": ({}, [0, 1, 2, 3]),
     "nemotron_h": (
         {
@@ -144,17 +162,41 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "solar_open": ({}, [0, 1, 2, 3]),
 }
 
+#: Language models that AutoModelForCausalLM does not load alone; as FAMILIES.
+LANGUAGE: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "glm4v_moe_text": ({"first_k_dense_replace": 1}, [1, 2, 3]),
+    "mistral4": (
+        {"model_type": "mistral4", "first_k_dense_replace": 1, **LATENT},
+        [1, 2, 3],
+    ),
+    "step3p5": (DENSE_FIRST, [1, 2, 3]),
+}
+
+_SMALL_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 #: Vision-language families: the family of their language model, and their vision config.
 VISION: dict[str, tuple[str, dict[str, Any]]] = {
-    "kimi_k25": (
-        "deepseek_v3",
+    "gemma4": (
+        "gemma4_text",
+        _SMALL_VISION
+        | {"head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 2}
+        | {"position_embedding_size": 16},
+    ),
+    "glm4v_moe": (
+        "glm4v_moe_text",
         {
-            "num_hidden_layers": 1,
+            "depth": 1,
             "hidden_size": 16,
             "intermediate_size": 16,
-            "num_attention_heads": 2,
+            "num_heads": 2,
+            "out_hidden_size": 32,
         },
     ),
+    "kimi_k25": ("deepseek_v3", _SMALL_VISION),
     "llama4": (
         "llama4_text",
         {
@@ -167,6 +209,8 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
             "projector_output_dim": 16,
         },
     ),
+    "minimax_m3_vl": ("minimax_m3_vl_text", _SMALL_VISION),
+    "mistral3": ("mistral4", _SMALL_VISION | {"head_dim": 8}),
     "qwen3_5_moe": (
         "qwen3_5_moe_text",
         {
@@ -188,6 +232,22 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
             "deepstack_visual_indexes": [0],
         },
     ),
+    "step3p7": ("step3p5", {"width": 16, "layers": 1, "heads": 2}),
+}
+
+
+#: Families without a class in transformers, or whose class does not load what is released:
+#: their layouts are written by hand (test_quantised_layouts, test_released_layouts).
+RELEASED = {
+    "bailing_moe",
+    "bailing_moe_v2",
+    "deepseek",
+    "kimi_k2",
+    "kimi_vl",
+    "mimo_v2",
+    "mistral4",
+    "mistral_large_3",
+    "step3p5",
 }
 
 
@@ -212,7 +272,7 @@ def build(model_type: str, **options: Any) -> Any:
 def build_vision(model_type: str) -> Any:
     """The whole model, with every number drawn."""
     language_type, vision = VISION[model_type]
-    text = SMALL | FAMILIES[language_type][0]
+    text = SMALL | (FAMILIES | LANGUAGE)[language_type][0]
     if model_type == "kimi_k25":  # has any language model, others one of their own
         text |= {"model_type": language_type}
     config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)

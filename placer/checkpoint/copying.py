@@ -92,6 +92,36 @@ def copy_blocks(
         )
 
 
+def copy_columns(
+    source: int,
+    target: int,
+    source_start: int,
+    target_start: int,
+    num_bytes: int,
+    num_rows: int,
+    order: IntArray,
+) -> None:
+    """Copy a matrix with its columns in another order, also where they end within bytes.
+
+    Parameters
+    ----------
+    source, target, source_start, target_start, num_bytes
+        As for :func:`copy_range`; the matrix, that of a router, is held in memory.
+    num_rows
+        Its rows; each is columns of equal width, the lowest bits of a byte first.
+    order
+        The old column that each new column is.
+    """
+    content = os.pread(source, num_bytes, source_start)
+    if len(content) < num_bytes:
+        raise _ended(source_start + len(content), num_bytes - len(content))
+    rows = np.frombuffer(content, np.uint8).reshape(num_rows, -1)
+    bits = np.unpackbits(rows, axis=1, bitorder="little")
+    columns = bits.reshape(num_rows, len(order), -1)[:, order].reshape(num_rows, -1)
+    permuted = np.packbits(columns, axis=1, bitorder="little")
+    write_all(target, permuted.tobytes(), target_start)
+
+
 def copy_values(
     source: int,
     target: int,
@@ -165,9 +195,12 @@ def _read_chunk(source: int, num_bytes: int, start: int) -> bytes:
     wanted = min(num_bytes, _CHUNK_BYTES)
     content = os.pread(source, wanted, start)
     if len(content) < wanted:
-        raise PlacerError(
-            f"a file ended at byte {start + len(content)} while "
-            f"{num_bytes - len(content)} more were to be read",
-            "the source changed while it was read: export again",
-        )
+        raise _ended(start + len(content), num_bytes - len(content))
     return content
+
+
+def _ended(place: int, num_bytes: int) -> PlacerError:
+    return PlacerError(
+        f"a file ended at byte {place} while {num_bytes} more were to be read",
+        "the source changed while it was read: export again",
+    )

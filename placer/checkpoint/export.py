@@ -50,10 +50,10 @@ from placer.errors import (
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
     require_same_model,
 )
 from placer.placement import Plan
-from placer.run.documents import read_json
 from placer.run.files import (
     read_bytes,
     sha256_file,
@@ -307,7 +307,7 @@ def _changes(
     source: CheckpointSource, model: ModelSpec, permutation: Sequence[IntArray]
 ) -> tuple[TensorChanges, dict[str, bytes]]:
     """Return what becomes of the tensors, and the configs that change."""
-    config = read_json(source.directory / "config.json", "model config")
+    config = read_config(source.directory)
     architecture = Architecture.of(config, source.directory)
     tensors = {
         name: info for shard in source.shards for name, info in shard.tensors.items()
@@ -339,7 +339,14 @@ def _job(
             shard=shard,
             header=shard.renamed_header(changes.names, lengths.get(shard.name)),
             pieces=tuple(
-                pieces_of(shard, by_place(shard), changes.rows, changes.tables, {})
+                pieces_of(
+                    shard,
+                    by_place(shard),
+                    changes.rows,
+                    changes.tables,
+                    num_blocks={},
+                    columns=changes.columns,
+                )
             ),
         )
         for shard in source.shards

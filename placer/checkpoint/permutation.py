@@ -20,6 +20,7 @@ from placer.model.tensor_layout import (
     NAMES_EXPERTS,
     TensorKind,
     TensorPlace,
+    has_columns,
 )
 
 
@@ -34,12 +35,15 @@ class TensorChanges:
     rows
         Per tensor that holds all experts of a layer, routers among them, the old block
         that each new block takes; blocks are E equal parts of it.
+    columns
+        Those of ``rows`` whose blocks are the columns of a matrix, with its rows.
     tables
         Per tensor whose values are numbers of experts, the new number of each old one.
     """
 
     names: Mapping[str, str]
     rows: Mapping[str, IntArray]
+    columns: Mapping[str, int]
     tables: Mapping[str, IntArray]
 
 
@@ -70,13 +74,15 @@ def tensor_changes(
         If a tensor stands among the experts or at a router and no rule of the family
         names it, or an expert or router is missing: nothing is guessed.
     """
-    found = _Changes(architecture, config, model, permutation)
+    found = _Changes(architecture, config, model, permutation, tensors)
     for name, info in tensors.items():
         place = found.place(name)
         if place is not None:
             found.add(name, info, place)
     found.held.require_complete(model)
-    return TensorChanges(names=found.names, rows=found.rows, tables=found.tables)
+    return TensorChanges(
+        names=found.names, rows=found.rows, columns=found.columns, tables=found.tables
+    )
 
 
 class _Changes:
@@ -88,14 +94,18 @@ class _Changes:
         config: Mapping[str, Any],
         model: ModelSpec,
         permutation: Sequence[IntArray],
+        tensors: Mapping[str, TensorInfo],
     ) -> None:
         self.names: dict[str, str] = {}
         self.rows: dict[str, IntArray] = {}
+        self.columns: dict[str, int] = {}
         self.tables: dict[str, IntArray] = {}
         self.held = _Held()
         self._architecture = architecture
         self._layout = architecture.require_layout()
-        self._mtp_layers = architecture.mtp_layers(config)
+        self._tensors = tensors
+        # Layers behind the last are of multi-token prediction, counted in config or not.
+        self._num_layers = architecture.num_hidden_layers(config)
         self._num_experts = model.num_experts
         self._ordinal = {layer: n for n, layer in enumerate(model.layer_ids or ())}
         self._old = permutation
@@ -105,7 +115,7 @@ class _Changes:
         """Return what a tensor is, ``None`` if no plan changes it."""
         place = self._layout.classify(name)
         if place is not None and (
-            place.kind is TensorKind.REST or place.layer in self._mtp_layers
+            place.kind is TensorKind.REST or (place.layer or 0) >= self._num_layers
         ):
             return None
         in_moe_layer = place is not None and place.layer in self._ordinal
@@ -134,7 +144,11 @@ class _Changes:
             if info.dtype not in TABLE_DTYPES:
                 raise self._unknown(name, f"{info.dtype} is no whole number")
             self.tables[name] = self._new[n]
-        elif place.kind is not TensorKind.FUSED or math.prod(info.shape) != 1:
+        elif has_columns(name, self._tensors):
+            self._require_columns(name, info, self._num_experts[n])
+            self.rows[name] = self._old[n]
+            self.columns[name] = info.shape[0]
+        elif not _is_one_number(info, place.kind):
             self._require_blocks(name, info, place.kind, self._num_experts[n])
             self.rows[name] = self._old[n]
 
@@ -151,12 +165,36 @@ class _Changes:
         if (info.stop - info.start) % size:
             raise self._unknown(name, "its rows end within a byte")
 
+    def _require_columns(self, name: str, info: TensorInfo, size: int) -> None:
+        """Check that a matrix has one column per expert, of ``qzeros`` packed into words.
+
+        GPTQ packs weights along their input, so that only zero points share a word; AWQ
+        packs experts eight to a word, in an order of its own.
+        """
+        bits = 8 * (info.stop - info.start)
+        per_column = bits // (info.shape[0] * size) if math.prod(info.shape) else 0
+        whole = per_column in (2, 4, 8, 16, 32)
+        packed = name.endswith(".qzeros") and per_column < 16
+        if (
+            len(info.shape) != 2
+            or bits != per_column * info.shape[0] * size
+            or not whole
+            or (info.shape[1] != size and not packed)
+        ):
+            reason = f"its shape is {list(info.shape)}, not [..., {size}]"
+            raise self._unknown(name, reason)
+
     def _unknown(self, name: str, reason: str) -> PlacerError:
         return PlacerError(
             f"tensor {name} cannot be classified: {reason}",
             f"name it in the data file of {self._architecture.model_types[0]} "
             "(placer/model/architectures), or report the checkpoint",
         )
+
+
+def _is_one_number(info: TensorInfo, kind: TensorKind | None) -> bool:
+    """Return whether a tensor is one number that holds for all experts."""
+    return kind in (TensorKind.FUSED, TensorKind.ROUTER) and math.prod(info.shape) == 1
 
 
 class _Held:
@@ -185,11 +223,7 @@ class _Held:
             for part in parts:
                 missing = set(range(size)) - self.experts[n, part]
                 if missing:
-                    raise PlacerError(
-                        f"layer {layer}: the checkpoint lacks {part} of expert "
-                        f"{min(missing)}",
-                        "fetch the checkpoint again",
-                    )
+                    raise self._lacking(n, layer, part, min(missing))
             has_experts = parts or n in self.fused
             if not has_experts or n not in self.routers:
                 raise PlacerError(
@@ -197,6 +231,28 @@ class _Held:
                     + ("router" if has_experts else "experts"),
                     "fetch the checkpoint again, or check its config.json",
                 )
+
+    def _lacking(self, n: int, layer: int, part: str, expert: int) -> PlacerError:
+        """Say what an expert lacks, and what it has in its place."""
+        of_all = max(
+            (held for (where, _), held in self.experts.items() if where == n), key=len
+        )
+        own = sorted(
+            other
+            for (where, other), held in self.experts.items()
+            if where == n and expert in held and held != of_all
+        )
+        if own:
+            return PlacerError(
+                f"layer {layer}: expert {expert} has {own[0]} where others have {part}: an "
+                "approximated expert (MoNE), whose number configs name too",
+                "placer permutes experts that are alike: give the checkpoint before its "
+                "experts were replaced",
+            )
+        return PlacerError(
+            f"layer {layer}: the checkpoint lacks {part} of expert {expert}",
+            "fetch the checkpoint again",
+        )
 
 
 def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> None:

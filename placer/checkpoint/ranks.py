@@ -7,7 +7,7 @@ whose rank has a copy.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -39,11 +39,11 @@ from placer.errors import PlacerError
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
     require_same_model,
 )
 from placer.model.tensor_layout import TensorKind
 from placer.placement import Plan
-from placer.run.documents import read_json
 from placer.run.files import (
     canonical_json,
     sha256_file,
@@ -259,7 +259,7 @@ class RoutedTensors:
         PlacerError
             If a tensor cannot be classified.
         """
-        config = read_json(source.directory / "config.json", "model config")
+        config = read_config(source.directory)
         architecture = Architecture.of(config, source.directory)
         tensors = {
             name: info for shard in source.shards for name, info in shard.tensors.items()
@@ -321,16 +321,20 @@ def _rank_shards(
             name=f"{rank_folder(rank)}/{shard.name}",
             shard=shard,
             header=compose_header(entries, shard.metadata),
-            pieces=tuple(pieces_of(shard, names, orders, {}, num_blocks)),
+            pieces=tuple(pieces_of(shard, names, orders, {}, num_blocks, {})),
         )
         yield work, names
 
 
 def _some_blocks(info: TensorInfo, num_taken: int, num_blocks: int) -> TensorInfo:
-    """Return what a tensor is with some of its blocks, which its first axis counts."""
+    """Return what a tensor is with some of its blocks, which one axis counts."""
     length = (info.stop - info.start) // num_blocks * num_taken
-    return replace(
-        info,
-        shape=(info.shape[0] // num_blocks * num_taken, *info.shape[1:]),
-        stop=info.start + length,
-    )
+    axis = block_axis(info.shape)
+    taken = info.shape[axis] // num_blocks * num_taken
+    shape = (*info.shape[:axis], taken, *info.shape[axis + 1 :])
+    return replace(info, shape=shape, stop=info.start + length)
+
+
+def block_axis(shape: Sequence[int]) -> int:
+    """Return the axis of a tensor's blocks: the first that is longer than 1, as [1, E]."""
+    return next((axis for axis, n in enumerate(shape) if n != 1), 0)

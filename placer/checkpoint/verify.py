@@ -33,6 +33,7 @@ from placer.errors import (
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
     require_same_model,
 )
 from placer.model.tensor_layout import (
@@ -131,7 +132,7 @@ def verify(
     _require_plan(exported, plan_path)
     for layer in range(model.num_layers):
         plan.placement.permutation(layer)
-    config = read_json(original / "config.json", "model config")
+    config = read_config(original)
     architecture = Architecture.of(config, original)
     if max_tokens:
         architecture.require_recorded(original)

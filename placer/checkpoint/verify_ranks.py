@@ -71,8 +71,6 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
     PlacerError
         If plan or original cannot be read.
     """
-    import torch
-
     plan = Plan.read(plan_path)
     model = ModelSpec.from_checkpoint(original)
     require_same_model(plan.model, str(plan_path), model, str(original))
@@ -98,9 +96,7 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
             old, new = read_tensor(where[name], name), read_tensor(found[name], name)
             if name in routed.fused:
                 layer = routed.fused[name]
-                blocks = old.reshape(model.num_experts[layer], -1, *old.shape[1:])
-                # torch indexes no float8 or other narrow types, but their bytes
-                old = blocks.view(torch.uint8)[held[layer]].flatten(0, 1).view(old.dtype)
+                old = _held_blocks(old, model.num_experts[layer], held[layer])
             if (old.dtype, old.shape) != (new.dtype, new.shape) or not _same(old, new):
                 raise _wrong(folder, f"{name} differs from that of {original}")
             num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes
@@ -110,6 +106,18 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
         num_bytes=num_bytes,
         num_experts=sum(len(row) for row in placement.physical_to_logical_map),
     )
+
+
+def _held_blocks(old: "torch.Tensor", num_experts: int, held: list[int]) -> "torch.Tensor":
+    """Return the blocks of the experts that a rank has, along the axis of all experts."""
+    import torch
+
+    axis = next((n for n, length in enumerate(old.shape) if length != 1), 0)
+    shape = list(old.shape)
+    shape[axis] = shape[axis] // num_experts * len(held)
+    # torch indexes no float8 or other narrow types, but their bytes
+    blocks = old.contiguous().reshape(-1).view(torch.uint8).reshape(num_experts, -1)
+    return blocks[held].reshape(-1).view(old.dtype).reshape(shape)
 
 
 def _require_record(folder: Path, rank: int, plan_path: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from placer.arrays import IntArray
 from placer.checkpoint.copying import (
     copy_blocks,
+    copy_columns,
     copy_range,
     copy_values,
     write_all,
@@ -80,6 +81,8 @@ class Piece:
     block_bytes, order
         Where the bytes are blocks of one size: that size, and the old block that each new
         block takes; ``None`` where they stay as they are.
+    num_rows
+        Where the bytes are a matrix whose columns are ordered so: its rows, else 0.
     dtype, new_values
         Where the bytes are whole numbers to replace: their type, and the new number of
         each old one; ``None`` where they stay as they are.
@@ -89,13 +92,14 @@ class Piece:
     stop: int
     block_bytes: int = 0
     order: IntArray | None = None
+    num_rows: int = 0
     dtype: str = ""
     new_values: IntArray | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes written."""
-        if self.order is None:
+        if self.order is None or self.num_rows:
             return self.stop - self.start
         return len(self.order) * self.block_bytes
 
@@ -164,6 +168,7 @@ def pieces_of(
     orders: Mapping[str, IntArray],
     tables: Mapping[str, IntArray],
     num_blocks: Mapping[str, int],
+    columns: Mapping[str, int],
 ) -> Iterator[Piece]:
     """Yield the data of tensors, those that touch and stay as they are as one piece.
 
@@ -179,6 +184,8 @@ def pieces_of(
         Per tensor of whole numbers, the new number of each old one.
     num_blocks
         Blocks of those tensors of which not all blocks are taken.
+    columns
+        Per tensor whose blocks are the columns of a matrix, its rows.
     """
     start = stop = 0
     for name in names:
@@ -190,7 +197,11 @@ def pieces_of(
                 yield Piece(start=start, stop=stop)
             start = first
         stop = last
-        if name in orders:
+        if name in columns:
+            rows, order = columns[name], orders[name]
+            yield Piece(start=first, stop=last, order=order, num_rows=rows)
+            start = last
+        elif name in orders:
             size = (last - first) // num_blocks.get(name, len(orders[name]))
             yield Piece(start=first, stop=last, block_bytes=size, order=orders[name])
             start = last
@@ -394,7 +405,10 @@ def _copy_shard(work: ShardWork, target: Path) -> None:
         write_all(written, work.header, 0)
         end = len(work.header)
         for piece in work.pieces:
-            if piece.order is not None:
+            if piece.order is not None and piece.num_rows:
+                places = (piece.start, end, piece.num_bytes)
+                copy_columns(source, written, *places, piece.num_rows, piece.order)
+            elif piece.order is not None:
                 copy_blocks(
                     source, written, piece.start, end, piece.block_bytes, piece.order
                 )

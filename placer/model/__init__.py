@@ -1,10 +1,13 @@
 """The model: its MoE layers, its family, and the tensors of its checkpoint."""
 
-from placer.model.spec import (
+from placer.model.architecture import (
     Architecture,
+    known_architectures,
+)
+from placer.model.config_file import read_config
+from placer.model.spec import (
     ModelSpec,
     expert_size,
-    known_architectures,
     require_same_model,
 )
 
@@ -13,5 +16,6 @@ __all__ = [
     "ModelSpec",
     "expert_size",
     "known_architectures",
+    "read_config",
     "require_same_model",
 ]

@@ -6,7 +6,7 @@ is left where it was makes another model.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -14,6 +14,23 @@ from typing import Any, Self
 
 # What names single experts or a bias of theirs; ``shared_experts`` are no routed ones.
 NAMES_EXPERTS = re.compile(r"\bexperts?(?![a-z])")
+
+# What quantisers write beside a weight of all experts; the experts come first in all of it.
+# gpt-oss (MXFP4); ModelOpt (NVFP4, FP8); transformers 5 and its fbgemm_fp8 (FP8);
+# compressed-tensors; MLX.
+_PARTS = (
+    *("bias", "biases", "blocks", "scale", "scales", "scale_inv", "input_scale"),
+    *("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
+    *("weight_global_scale", "input_global_scale"),
+)
+# The same of a router, one row per expert; qweight and qzeros of GPTQ have one column.
+_ROUTER_PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
+    *("weight_global_scale", "input_scale", "input_global_scale", "scales", "biases"),
+    *("qweight", "qzeros"),
+)
+# MLX keeps all experts below these, whatever the family (mlx_lm/models/switch_layers.py).
+_SWITCHES = ("switch_mlp.{name}", "switch_glu.{name}")
 
 
 class TensorKind(StrEnum):
@@ -90,10 +107,29 @@ class TensorLayout:
     @classmethod
     def from_toml(cls, value: Mapping[str, Any]) -> Self:
         """Read the ``tensors`` table of a family's data file."""
+        rules = {kind: tuple(value.get(kind, ())) for kind in TensorKind}
+        fused = [one.removesuffix(".weight") + "{part}" for one in rules[TensorKind.FUSED]]
+        rules[TensorKind.FUSED] = (*fused, *_SWITCHES)
+        stems = [one[:-6] for one in rules[TensorKind.ROUTER] if one.endswith("weight")]
+        rules[TensorKind.ROUTER] += tuple(stem + "{router_part}" for stem in stems)
+        rules[TensorKind.REST] += tuple(
+            stem + part for stem in stems for part in ("weight_shape", "g_idx")
+        )
         return cls(
             blocks=tuple(value["block"]),
-            rules={kind: tuple(value.get(kind, ())) for kind in TensorKind},
+            rules=rules,
             mtp=tuple(value.get("mtp", ())),
+        )
+
+    def has_router(self, layer: int, names: Container[str]) -> bool:
+        """Return whether the router of a layer is among the names of tensors."""
+        return any(
+            f"{block.format(layer=layer)}.{stem}{part}" in names
+            for block in self.blocks
+            for template in self.rules[TensorKind.ROUTER]
+            if template.endswith("weight")
+            for stem in (template.removesuffix("weight"),)
+            for part in ("weight", "weight_packed", "qweight")
         )
 
     def classify(self, name: str) -> TensorPlace | None:
@@ -130,13 +166,16 @@ class TensorLayout:
 def name_pattern(template: str) -> re.Pattern[str]:
     """Return the regular expression of a name template.
 
-    ``{layer}`` and ``{expert}`` become groups of digits, ``{name}`` the rest of the name.
+    ``{layer}`` and ``{expert}`` become groups of digits, ``{name}`` the rest of the name,
+    ``{part}`` and ``{router_part}`` what quantisers put behind a name.
     """
     escaped = re.escape(template)
     for field, expression in (
         ("layer", r"(?P<layer>\d+)"),
         ("expert", r"(?P<expert>\d+)"),
         ("name", r"(?P<name>.+)"),
+        ("part", rf"(?P<part>(?:[._](?:{'|'.join(_PARTS)}))?)"),
+        ("router_part", rf"(?P<router_part>{'|'.join(_ROUTER_PARTS)})"),
     ):
         escaped = escaped.replace(re.escape("{" + field + "}"), expression)
     return re.compile(escaped)
@@ -145,3 +184,12 @@ def name_pattern(template: str) -> re.Pattern[str]:
 def _is_plain(digits: str) -> bool:
     """Whether a number is written as Python would write it, not as ``07``."""
     return digits == str(int(digits))
+
+
+def has_columns(name: str, names: Container[str]) -> bool:
+    """Return whether GPTQ wrote this tensor of a router: a column per expert, not a row.
+
+    ``names`` are those of all tensors: ``scales`` alone may also be MLX's, which are rows.
+    """
+    stem, _, part = name.rpartition(".")
+    return part in ("qweight", "qzeros", "scales") and f"{stem}.qweight" in names

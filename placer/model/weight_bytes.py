@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
+from placer.model.config_file import read_config
 from placer.run.documents import read_json
 
 # Scales count: one byte for 32 elements of mxfp4, one for 16 of nvfp4. Those of fp8 blocks
@@ -68,7 +69,7 @@ def checkpoint_weights(directory: Path) -> ExpertWeights | None:
     PlacerError
         If there is no config, or its quantisation is not known.
     """
-    config = read_json(directory / "config.json", "model config")
+    config = read_config(directory)
     levels = [config, *(v for key in _NESTED if isinstance(v := config.get(key), dict))]
     for level in levels:
         if isinstance(element := level.get("expert_dtype"), str) and element in _DTYPES:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from placer.checkpoint.permutation import require_whole_groups
 from placer.errors import PlacerError, UsageError
-from placer.model import ModelSpec
+from placer.model import ModelSpec, read_config
 from placer.placement import Plan
 from placer.placement.topology import Topology
-from placer.run.documents import read_json
 from placer.runtime_map.engine_family import known_families, without_copies
 from placer.target.engine import (
     Engine,
@@ -205,7 +204,7 @@ def architectures_of(model: Path | None) -> Sequence[str]:
     """Return what a checkpoint's config names itself; nothing without one."""
     if model is None:
         return ()
-    return read_json(model / "config.json", "model config").get("architectures") or ()
+    return read_config(model).get("architectures") or ()
 
 
 def servable(

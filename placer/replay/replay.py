@@ -17,6 +17,7 @@ from placer.errors import (
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
     require_same_model,
 )
 from placer.placement import (
@@ -41,7 +42,6 @@ from placer.replay.predict import (
     predict_seconds,
 )
 from placer.replay.traffic import Collective
-from placer.run.documents import read_json
 from placer.run.worker import (
     Worker,
     together,
@@ -366,9 +366,7 @@ class _Runner:
         options: ReplayOptions,
         worker: Worker,
     ) -> None:
-        architecture = Architecture.of(
-            read_json(directory / "config.json", "config"), directory
-        )
+        architecture = Architecture.of(read_config(directory), directory)
         architecture.require_recorded(directory)
         model = load_causal_model(
             directory, dtype=options.dtype, device=worker.device(options.device)

@@ -13,6 +13,7 @@ from placer.checkpoint.source import (
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
 )
 from placer.model.tensor_layout import (
     TensorKind,
@@ -66,7 +67,7 @@ class Checkpoint:
             If the family is unknown, or a tensor file is missing or damaged.
         """
         model = ModelSpec.from_checkpoint(directory)
-        config = read_json(directory / "config.json", "model config")
+        config = read_config(directory)
         source = CheckpointSource.open(directory)
         record = directory / RECORD_NAME
         return cls(

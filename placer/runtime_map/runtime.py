@@ -10,13 +10,13 @@ from placer.errors import PlacerError
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
     require_same_model,
 )
 from placer.placement import (
     Placement,
     Plan,
 )
-from placer.run.documents import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class MapSource:
             )
         model = ModelSpec.from_checkpoint(directory)
         warning = require_same_model(plan.model, str(plan_path), model, str(directory))
-        config = read_json(directory / "config.json", "model config")
+        config = read_config(directory)
         architecture = Architecture.of(config, directory)
         return cls(
             plan_path=plan_path,

@@ -16,9 +16,9 @@ from placer.errors import PlacerError
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
 )
 from placer.model.tensor_layout import TensorKind
-from placer.run.documents import read_json
 from placer.run.files import require_file
 from placer.table.checkpoint_tensors import tensor_files
 from placer.trace import Chunk
@@ -51,9 +51,7 @@ def read_token_experts(directory: Path, model: ModelSpec) -> TokenExperts:
     """
     from safetensors import SafetensorError, safe_open
 
-    architecture = Architecture.of(
-        read_json(directory / "config.json", "model config"), directory
-    )
+    architecture = Architecture.of(read_config(directory), directory)
     if architecture.layout is None or model.layer_ids is None:
         return {}
     found: dict[int, Array] = {}

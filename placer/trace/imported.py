@@ -21,8 +21,8 @@ from placer.errors import PlacerError
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
 )
-from placer.run.documents import read_json
 from placer.run.files import (
     require_absent,
     require_file,
@@ -164,7 +164,7 @@ class BoundModel:
     @classmethod
     def of(cls, directory: Path) -> Self:
         """Read both from the config of a checkpoint directory."""
-        config = read_json(directory / "config.json", "model config")
+        config = read_config(directory)
         architecture = Architecture.of(config, directory)
         return cls(
             spec=ModelSpec.from_checkpoint(directory),

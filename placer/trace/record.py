@@ -18,8 +18,8 @@ from placer.errors import (
 from placer.model import (
     Architecture,
     ModelSpec,
+    read_config,
 )
-from placer.run.documents import read_json
 from placer.run.files import (
     canonical_json,
     partial_path,
@@ -437,7 +437,7 @@ def _end_ids(model: Any) -> frozenset[int]:
 
 
 def _architecture(directory: Path) -> Architecture:
-    return Architecture.of(read_json(directory / "config.json", "config"), directory)
+    return Architecture.of(read_config(directory), directory)
 
 
 def _sequences(

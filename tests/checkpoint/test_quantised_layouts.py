@@ -317,12 +317,12 @@ def test_every_tensor_is_where_its_expert_is(
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
-        ("qwen3-fp8", "model.layers.0.mlp.gate.weight_scale"),
-        ("qwen3-fp8", "model.layers.0.mlp.experts.gate_up_proj_scale"),
+        ("qwen3-fp8", "model.layers.0.mlp.gate.weight_zeros"),
+        ("qwen3-fp8", "model.layers.0.mlp.experts.gate_up_proj_offset"),
         ("gpt-oss-mxfp4", "model.layers.1.mlp.router.linear.weight"),
         ("gpt-oss-mxfp4", "model.layers.1.mlp.experts.gate_up_proj_zeros"),
         ("deepseek-v4-fp4", "layers.1.ffn.gate.other_bias"),
-        ("deepseek-v3-fp8", "model.layers.4.mlp.experts.0.up_proj.weight"),
+        ("deepseek-v3-fp8", "model.layers.0.mlp.experts.0.up_proj.weight"),
         ("qwen3.5-fused", "model.visual.blocks.0.mlp.experts.0.weight"),
     ],
 )

@@ -23,7 +23,16 @@ from placer.trace.record import (
     RecordOptions,
     record,
 )
-from tests.families import FAMILIES, SMALL, VISION, build, build_vision, oracle, randomise
+from tests.families import (
+    FAMILIES,
+    RELEASED,
+    SMALL,
+    VISION,
+    build,
+    build_vision,
+    oracle,
+    randomise,
+)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -127,7 +136,7 @@ def test_a_vision_language_checkpoint_is_recorded_as_the_whole_model_routes(
 
 def test_every_model_type_is_one_that_transformers_has() -> None:
     named = {t for a in known_architectures() for t in a.model_types}
-    assert named - set(CONFIG_MAPPING.keys()) == {"kimi_k2"}
+    assert named - set(CONFIG_MAPPING.keys()) == RELEASED - {"mistral4", "step3p5"}
 
 
 def test_families_refused_as_not_loadable_are_not_loadable() -> None:
@@ -146,15 +155,15 @@ def test_every_family_that_is_not_refused_is_tested() -> None:
     supported = {
         t for a in known_architectures() if a.unsupported is None for t in a.model_types
     }
-    # Kimi K2 has no class of its own: its layout is among the quantised ones.
-    assert supported == set(FAMILIES) | set(VISION) | {"kimi_k2"}
+    assert supported == set(FAMILIES) | set(VISION) | RELEASED
 
 
 @pytest.mark.parametrize("model_type", ["kimi_k2", "qwen3_vl_moe"])
 def test_a_family_that_placer_cannot_run_is_not_recorded(
     model_type: str, tmp_path: Path
 ) -> None:
-    config = CONFIG_MAPPING["deepseek_v3"](**SMALL).to_dict() | {"model_type": model_type}
+    config = CONFIG_MAPPING["deepseek_v3"](**SMALL, first_k_dense_replace=0).to_dict()
+    config["model_type"] = model_type
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlacerError, match=f"{model_type} cannot be run") as caught:
         record(tmp_path, [], tmp_path / "out", RecordOptions())

@@ -1,0 +1,281 @@
+"""How a family of models is laid out.
+
+Families are data: one file of ``placer/model/architectures`` each.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from placer.errors import PlacerError
+from placer.model.moe_layers import (
+    LayerRule,
+    block_types,
+    moe_layers,
+)
+from placer.model.tensor_layout import TensorLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """How one family names its config keys, modules and tensors.
+
+    Attributes
+    ----------
+    model_types
+        The ``model_type`` values of the family.
+    unsupported
+        Why the family is refused, or ``None``.
+    unrecorded
+        Why ``placer record`` refuses the family, or ``None``: its plans come from traces
+        that engines recorded.
+    config
+        Config keys, in order of preference, by what they mean; a dot goes into a nested
+        object.
+    nested_in
+        Config key of the language model's own config, read where a config has it, as
+        those of vision-language models do; or ``None``.
+    layers
+        Rule for which layers are MoE layers (see :meth:`moe_layers`).
+    grouped_if
+        Config key and value without which the router ignores groups, or ``None``.
+    experts_module
+        Module path, with ``{layer}``, of the experts, which transformers calls with
+        hidden states, ids and weights.
+    scores_module
+        Module path of a router whose first output is a ``[T, E]`` matrix of weights, zero
+        except for the chosen experts, where the experts are not called with ids.
+    router_module
+        Module path of the router, which returns ids, or else scores first.
+    layout
+        Where experts and routers are in its checkpoints, or ``None`` if placer does not
+        know.
+    """
+
+    model_types: tuple[str, ...]
+    unsupported: str | None = None
+    unrecorded: str | None = None
+    config: Mapping[str, tuple[str, ...]]
+    nested_in: str | None = None
+    layers: LayerRule
+    grouped_if: tuple[str, str] | None = None
+    experts_module: str
+    scores_module: str | None = None
+    router_module: str
+    layout: TensorLayout | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], source: Path) -> "Architecture":
+        """Return the family of a config; ``source`` names it in the error."""
+        model_type = config.get("model_type")
+        known: list[str] = []
+        for architecture in known_architectures():
+            if model_type in architecture.model_types:
+                if architecture.unsupported is None:
+                    return architecture
+                raise PlacerError(
+                    f"{source}: {model_type} is not supported: {architecture.unsupported}",
+                    "import what an engine recorded of it: placer import --help",
+                )
+            known += architecture.model_types if architecture.unsupported is None else ()
+        raise PlacerError(
+            f"{source}: model_type {model_type!r} is not a family that placer knows",
+            f"known families: {', '.join(sorted(known))}",
+        )
+
+    def require_recorded(self, source: Path) -> None:
+        """Refuse a family that placer cannot run; ``source`` names it in the error.
+
+        Raises
+        ------
+        PlacerError
+            With the reason.
+        """
+        if self.unrecorded is not None:
+            raise PlacerError(
+                f"{source}: {self.model_types[0]} cannot be run by placer: "
+                f"{self.unrecorded}",
+                "record it in its engine: placer import --help; "
+                "compare tensors only: placer verify ORIGINAL EXPORTED PLAN --max-tokens 0",
+            )
+
+    def require_layout(self) -> TensorLayout:
+        """Return the names of its tensors; refuse a family without.
+
+        Raises
+        ------
+        PlacerError
+            If its data file names no tensors.
+        """
+        if self.layout is None:
+            raise PlacerError(
+                f"placer does not know the checkpoint tensors of {self.model_types[0]}",
+                "export a runtime map, which needs none: placer export sglang PLAN MODEL "
+                "--out map.json",
+            )
+        return self.layout
+
+    def config_value(
+        self, config: Mapping[str, Any], field: str, default: int | None = None
+    ) -> int:
+        """Return the first of the family's keys for ``field`` that the config has.
+
+        Raises
+        ------
+        PlacerError
+            If it has none and there is no default, or the value is no whole number.
+        """
+        keys = self.config[field]
+        value = self._value(config, field)
+        if value is None:
+            value = default
+        if isinstance(value, list) and len(set(value)) == 1:  # one for each layer
+            value = value[0]
+        if type(value) is not int:
+            raise PlacerError(
+                f"config.json of {config.get('model_type')} gives {value!r} for "
+                f"{' or '.join(keys)}, expected a whole number",
+                "check that config.json is that of the model",
+            )
+        return value
+
+    def is_grouped(self, config: Mapping[str, Any]) -> bool:
+        """Return whether the router limits a token to some groups of experts."""
+        if self.grouped_if is None:
+            return True
+        key, value = self.grouped_if
+        return bool(self._language_config(config).get(key) == value)
+
+    def num_hidden_layers(self, config: Mapping[str, Any]) -> int:
+        """Return the number of hidden layers, dense ones included."""
+        if self.layers == "layers_block_type":
+            return len(block_types(self._language_config(config)))
+        return self.config_value(config, "num_layers")
+
+    def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
+        """Return the model's own numbers of its MoE layers, ascending.
+
+        The rules are those of :func:`placer.model.moe_layers.moe_layers`.
+        """
+        num_layers = self.num_hidden_layers(config)
+        return moe_layers(self.layers, self._language_config(config), num_layers)
+
+    def experts_per_layer(
+        self, config: Mapping[str, Any], layer_ids: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Return ``[L]``: logical experts of each MoE layer.
+
+        A list in the config is of the MoE layers, or of all layers.
+
+        Raises
+        ------
+        PlacerError
+            If the model is dense, or a list has another length.
+        """
+        keys = self.config["num_experts"]
+        value = self._value(config, "num_experts")
+        if value is None or value == 0:
+            raise PlacerError(
+                f"{config.get('model_type')} with {value!r} for {' or '.join(keys)} in its "
+                "config.json is a dense model: there are no experts to place",
+                "give a Mixture-of-Experts model",
+            )
+        if isinstance(value, list) and len(set(value)) > 1:
+            sizes = value
+            if len(value) == self.num_hidden_layers(config):
+                sizes = [value[layer] for layer in layer_ids]
+            if len(sizes) != len(layer_ids) or not all(type(n) is int for n in sizes):
+                raise PlacerError(
+                    f"config.json gives {len(value)} numbers of experts for "
+                    f"{len(layer_ids)} MoE layers",
+                    "check that config.json is that of the model",
+                )
+            return tuple(sizes)
+        return (self.config_value(config, "num_experts"),) * len(layer_ids)
+
+    def router_groups(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Return ``n_group`` and ``topk_group``; 1 and 1 where the router limits nothing.
+
+        It limits nothing with one group or none, or where a token may use all of them.
+        """
+        if not self.is_grouped(config):
+            return 1, 1
+        n_group = self.config_value(config, "n_group", 1)
+        topk_group = self.config_value(config, "topk_group", 1)
+        return (n_group, topk_group) if n_group > max(topk_group, 1) else (1, 1)
+
+    def mtp_layers(self, config: Mapping[str, Any]) -> range:
+        """Return the numbers of layers behind the last one, for multi-token prediction."""
+        first = self.num_hidden_layers(config)
+        return range(first, first + self.config_value(config, "num_mtp_layers", 0))
+
+    def _value(self, config: Mapping[str, Any], field: str) -> Any:
+        language = self._language_config(config)
+        found = (_nested(language, key) for key in self.config[field])
+        return next((value for value in found if value is not None), None)
+
+    def _language_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        nested = config.get(self.nested_in) if self.nested_in else None
+        return nested if isinstance(nested, dict) else config
+
+
+def _nested(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+# What configs call these unless a family's file says otherwise.
+_USUAL_KEYS = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "top_k": ("num_experts_per_tok",),
+    "num_layers": ("num_hidden_layers",),
+    "hidden_size": ("hidden_size",),
+    "expert_size": (
+        "moe_intermediate_size",
+        "expert_ffn_hidden_size",
+        "intermediate_size",
+    ),
+    "vocab_size": ("vocab_size",),
+    "n_group": ("n_group", "num_expert_group"),
+    "topk_group": ("topk_group",),
+    "num_mtp_layers": ("num_nextn_predict_layers", "mtp_num_hidden_layers"),
+}
+
+
+@cache
+def known_architectures() -> tuple[Architecture, ...]:
+    """Return all families, from the data files, by file name."""
+    folder = resources.files("placer.model") / "architectures"
+    files = sorted(
+        (f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name
+    )
+    return tuple(
+        _read_architecture(tomllib.loads(f.read_text(encoding="utf-8"))) for f in files
+    )
+
+
+def _read_architecture(value: Mapping[str, Any]) -> Architecture:
+    config, modules = dict(value.get("config", {})), dict(value.get("modules", {}))
+    layers = config.pop("layers", "all")
+    grouped_if = config.pop("grouped_if", None)
+    nested_in = config.pop("nested_in", None)
+    keys = _USUAL_KEYS | {field: tuple(names) for field, names in config.items()}
+    return Architecture(
+        model_types=tuple(value["model_types"]),
+        unsupported=value.get("unsupported"),
+        unrecorded=value.get("unrecorded"),
+        config=keys,
+        nested_in=nested_in,
+        layers=layers,
+        grouped_if=None if grouped_if is None else (grouped_if[0], grouped_if[1]),
+        experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),
+        scores_module=modules.get("scores"),
+        router_module=modules.get("router", "model.layers.{layer}.mlp.gate"),
+        layout=TensorLayout.from_toml(value["tensors"]) if "tensors" in value else None,
+    )

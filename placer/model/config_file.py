@@ -1,0 +1,76 @@
+"""The config beside a model's tensors, and the names of those tensors."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from placer.errors import PlacerError
+from placer.run.documents import read_json
+
+CONFIG_NAME = "config.json"
+#: Mistral's own config, of checkpoints in ``consolidated`` files.
+PARAMS_NAME = "params.json"
+#: Indexes of the files of tensors, and single files, in the order in which they are sought.
+INDEX_NAMES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
+SINGLE_NAMES = ("model.safetensors", "consolidated.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_HEADER_BYTES = 100_000_000
+# What sglang 0.5.23 calls them (srt/utils/hf_transformers/mistral_utils.py).
+_MOE_KEYS = {"route_every_n": "moe_layer_freq"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read a model's ``config.json``, or Mistral's ``params.json`` where there is none.
+
+    The keys of ``moe`` in ``params.json`` are found beside the others.
+
+    Raises
+    ------
+    PlacerError
+        If there is no such directory, or no config in it.
+    """
+    if not directory.exists() and _HUB_ID.fullmatch(str(directory)):
+        raise PlacerError(
+            f"there is no directory {directory}; a model of the Hugging Face hub must be "
+            "downloaded first",
+            f"hf download {directory} --local-dir {directory.name}, then give "
+            f"{directory.name} in its place",
+        )
+    path = directory / CONFIG_NAME
+    params = directory / PARAMS_NAME
+    if path.is_file() or not params.is_file():
+        return read_json(path, "model config")
+    config = read_json(params, "model config")
+    moe = config.get("moe")
+    if not isinstance(moe, dict):
+        raise PlacerError(
+            f"{params} has no moe, so the model is dense: there are no experts to place",
+            "give a Mixture-of-Experts model",
+        )
+    named = {_MOE_KEYS.get(str(key)) or str(key): value for key, value in moe.items()}
+    return {**config, **named, "model_type": "mistral_large_3"}
+
+
+def tensor_names(directory: Path) -> frozenset[str] | None:
+    """Return the names of the tensors beside a config, as the index or one file says.
+
+    ``None`` where neither can be read: whoever reads the tensors says why.
+    """
+    for name in INDEX_NAMES:
+        if (path := directory / name).is_file():
+            try:
+                return frozenset(json.loads(path.read_bytes())["weight_map"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return None
+    for name in SINGLE_NAMES:
+        if (path := directory / name).is_file():
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > _MAX_HEADER_BYTES:
+                    return None
+                try:
+                    return frozenset(json.loads(stream.read(length)))
+                except (ValueError, TypeError, RecursionError):
+                    return None
+    return None
