@@ -164,12 +164,33 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 #: Language models that AutoModelForCausalLM does not load alone; as FAMILIES.
 LANGUAGE: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "glm4v_moe_text": ({"first_k_dense_replace": 1}, [1, 2, 3]),
-    "mistral4": (
-        {"model_type": "mistral4", "first_k_dense_replace": 1, **LATENT},
+    "glm4v_moe_text": (
+        {
+            "first_k_dense_replace": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [1, 1, 0],
+            },
+        },
         [1, 2, 3],
     ),
-    "step3p5": (DENSE_FIRST, [1, 2, 3]),
+    "mistral4": (
+        {
+            "model_type": "mistral4",
+            "first_k_dense_replace": 1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 64,
+            },
+            **LATENT,
+        },
+        [1, 2, 3],
+    ),
 }
 
 _SMALL_VISION = {
@@ -232,7 +253,6 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
             "deepstack_visual_indexes": [0],
         },
     ),
-    "step3p7": ("step3p5", {"width": 16, "layers": 1, "heads": 2}),
 }
 
 
@@ -248,6 +268,7 @@ RELEASED = {
     "mistral4",
     "mistral_large_3",
     "step3p5",
+    "step3p7",
 }
 
 
