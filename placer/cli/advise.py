@@ -19,6 +19,7 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_table,
+    print_verdict,
     warn,
 )
 
@@ -88,7 +89,6 @@ def advise(
         usual_engines,
     )
     from placer.planning.trace_advice import advise_on_trace
-    from placer.planning.verdict import grouped
     from placer.report.batches import advice_table
     from placer.serving.homes import (
         batch_shapes,
@@ -140,12 +140,12 @@ def advise(
         advice = advise_on_trace(trace, questions)
     for line in advice.warnings:
         warn(line)
-    command = next_command(advice, source, questions)
+    command = next_command(advice, source)
     if as_json:
         print_json(advice.to_json() | {"next": command})
         return
-    for names, sentence in grouped((one.engine, one.sentence) for one in advice.answers):
-        print_line(", ".join([*names, sentence]))
+    for one in advice.answers:
+        print_verdict(one.engine, one.sentence)
     print_line("")
     print_table(*advice_table(advice))
     for reason in advice.reasons:

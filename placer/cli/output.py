@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Cells are never cut: whoever reads a path wants all of it.
 _WIDEST = 10_000
+_LINE = 100
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object in place of tables.")
@@ -166,6 +168,12 @@ def print_table(
 def print_line(text: str) -> None:
     """Print one line of data on stdout."""
     sys.stdout.write(text + "\n")
+
+
+def print_verdict(engine: str | None, text: str) -> None:
+    """Print what holds for an engine, in lines that a screen shows whole."""
+    line = text if engine is None else f"{engine}, {text}"
+    print_line(textwrap.fill(line, _LINE, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def warn(text: str) -> None:

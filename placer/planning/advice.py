@@ -1,6 +1,5 @@
 """Advice: whether placing experts is worth it for this traffic, engine and hardware."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,11 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
+from placer.planning.advised_plans import (
+    BALANCED,
+    balanced_options,
+    solve_command,
+)
 from placer.planning.question import (
     Question,
     loadable,
@@ -22,16 +26,10 @@ from placer.simulation.cost import BreakEven
 from placer.solver.balance.load_balance import predicted_imbalance
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
-from placer.target.engine import known_engines
-from placer.trace import (
-    Fold,
-    Selection,
-)
 
 Verdict = Literal["not worth it", "balance only", "worth it"]
 #: Verdicts by what there is to gain, ascending.
 RANKED: tuple[Verdict, ...] = get_args(Verdict)
-PROFILE = Fold(0, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,7 @@ class Candidate:
     Attributes
     ----------
     load_imbalance
-        Max/mean rank load, mean over layers.
+        Max/mean rank load, mean over layers; ``None`` where there are batches.
     tokens_per_rank
         The batches, or ``None`` where there are no tokens to draw.
     sent_per_token
@@ -54,7 +52,7 @@ class Candidate:
         hardware.
     """
 
-    load_imbalance: float
+    load_imbalance: float | None = None
     tokens_per_rank: int | None = None
     sent_per_token: float | None = None
     straggler: float | None = None
@@ -70,20 +68,26 @@ class Answer:
     ----------
     engine, phase
         Name and phase; ``None`` where loads alone are known.
+    best
+        Name of the candidate that gains most: what the verdict is about.
+    question, options
+        What was asked, and what the best candidate is solved for.
     verdict
         That of the size of batches, and of the way of overlapping, with the least to gain.
     sentence
         The phase, the verdict and its figures, in words.
     candidates
-        By name: ``contiguous``, ``eplb``, and ``placed`` where placement can change the
-        traffic, beside it ``placed, cap 1.10`` where it is kept at or below EPLB's load;
-        one for each size of batches.
+        By name: ``contiguous``, ``eplb`` and those of ``advised_plans``; one for each size
+        of batches.
     break_even
-        For which bandwidth the placed plan is faster than contiguous, for each size.
+        For which bandwidth the best candidate is faster than contiguous, for each size.
     """
 
     engine: str | None
     phase: Batching | None
+    best: str
+    question: Question
+    options: SolveOptions
     verdict: Verdict
     sentence: str
     candidates: Mapping[str, tuple[Candidate, ...]]
@@ -95,6 +99,7 @@ class Answer:
             "engine": self.engine,
             "phase": self.phase,
             "verdict": self.verdict,
+            "best": self.best,
             "sentence": self.sentence,
             "candidates": {n: [asdict(c) for c in f] for n, f in self.candidates.items()},
             "break_even": [one.to_json() for one in self.break_even],
@@ -161,16 +166,22 @@ def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice
             f"select when counting: placer affinity TRACE --phase {phase} --out AFFINITY",
         )
     asked, left_out = loadable(questions, affinity.model)
-    made = {one.replica_choice: _balanced(affinity, one) for one in asked}
+    plans = [(one, balanced_options(one, affinity.model)) for one in asked]
+    made = {options: solve(affinity, options)[0] for _, options in plans}
     first = asked[0]
     unknown = [
-        unknown_dense_layers(made[one.replica_choice], one.replica_choice, one.layer_ids)
-        for one in asked
+        unknown_dense_layers(made[options], one.replica_choice, one.layer_ids)
+        for one, options in plans
     ]
-    warnings = (*left_out, *unknown, "nothing was held out: tomorrow's load is less even")
+    warnings = (
+        *left_out,
+        *unknown,
+        "nothing was held out: these are the counts that the plan is made from, and "
+        "tomorrow's load is less even",
+    )
     return Advice(
         answers=tuple(
-            _loads_answer(affinity, one, made[one.replica_choice]) for one in asked
+            _loads_answer(affinity, one, options, made[options]) for one, options in plans
         ),
         reasons=("counts without tokens do not tell what placement would save in traffic",),
         redundant_experts=first.redundant_experts,
@@ -178,17 +189,9 @@ def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice
     )
 
 
-def _balanced(affinity: Affinity, question: Question) -> Placement:
-    options = SolveOptions(
-        topology=question.topology,
-        objective="balance",
-        redundant_experts=question.redundant_experts,
-        replica_choice=question.replica_choice,  # type: ignore[arg-type]  # no engine has cover
-    )
-    return solve(affinity, options)[0]
-
-
-def _loads_answer(affinity: Affinity, question: Question, even: Placement) -> Answer:
+def _loads_answer(
+    affinity: Affinity, question: Question, options: SolveOptions, even: Placement
+) -> Answer:
     topology = question.topology
     base = contiguous(
         affinity.model.num_experts,
@@ -207,38 +210,22 @@ def _loads_answer(affinity: Affinity, question: Question, even: Placement) -> An
     return Answer(
         engine=None if question.engine is None else question.engine.name,
         phase=None,
+        best=BALANCED,
+        question=question,
+        options=options,
         verdict=verdict,
-        sentence=f"{verdict}. Balancing lowers the busiest rank's load by {gain:.1%} "
-        f"({before:.3f} to {after:.3f} of the mean), on the counted traffic itself",
+        sentence=f"{verdict}: busiest rank's load {100 * (after / before - 1):+.1f} % "
+        f"({before:.3f} to {after:.3f} of the mean)",
         candidates={
             "contiguous": (Candidate(load_imbalance=before),),
-            "balanced": (Candidate(load_imbalance=after),),
+            BALANCED: (Candidate(load_imbalance=after),),
         },
     )
 
 
-def next_command(advice: Advice, source: Path, questions: Sequence[Question]) -> str | None:
-    """Return the command that does what the best answer advises, or ``None``."""
-    if advice.verdict == "not worth it":
+def next_command(advice: Advice, source: Path) -> str | None:
+    """Return the command that makes the best answer's plan, or ``None``: not worth it."""
+    best = advice.best
+    if best.verdict == "not worth it":
         return None
-    question = questions[0]
-    topology, engine = question.topology, advice.best.engine
-    parts = ["placer solve", shlex.quote(str(source))]
-    parts += [f"--gpus-per-node {topology.gpus_per_node}"]
-    if topology.num_nodes > 1:
-        parts += [f"--nodes {topology.num_nodes}"]
-    if advice.redundant_experts:
-        parts += [f"--redundant-experts {advice.redundant_experts}"]
-        if engine not in known_engines() and not source.is_file():
-            parts += ["--replica-choice hash"]
-    if advice.verdict == "balance only":
-        parts += ["--objective balance"]
-    else:
-        parts += [f"--policy {question.policy}"]
-        if topology.num_nodes > 1 and engine not in known_engines():
-            parts += ["--exchange per-node"]
-    if engine in known_engines():
-        parts += [f"--engine {engine}"]
-    if not source.is_file():
-        parts += [Selection(PROFILE, question.phase).options]
-    return " ".join([*parts, "--out plan.json"])
+    return solve_command(best.question, best.options, source)

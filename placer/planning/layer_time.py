@@ -19,16 +19,14 @@ from placer.affinity import (
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
+from placer.planning.advised_plans import QUICK
 from placer.planning.inner_cap import (
     expert_loads,
     inner_halves,
 )
 from placer.planning.question import Question
 from placer.planning.redundant import Worth, excess
-from placer.planning.trace_advice import (
-    MOST_JUDGED_TOKENS,
-    QUICK,
-)
+from placer.planning.trace_advice import MOST_JUDGED_TOKENS
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.serving.homes import BatchShape

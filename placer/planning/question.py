@@ -117,6 +117,12 @@ class Question:
         return self.engine or plain_engine("token all-to-all", "per-rank")
 
     @property
+    def known_engine(self) -> Engine | None:
+        """The engine that ``--engine`` names, or ``None``."""
+        is_known = self.engine is not None and self.engine.name in known_engines()
+        return self.engine if is_known else None
+
+    @property
     def answered(self) -> tuple[BatchShape, ...]:
         """The batches that the engine is run for."""
         return answered(self.engine, self.shapes)
@@ -184,10 +190,8 @@ def loadable(
     kept, refused = [], []
     for one in questions:
         try:
-            if one.engine is not None and one.engine.name in known_engines():
-                require_loadable(
-                    one.engine, model, has_replicas=more > 0, topology=topology
-                )
+            if (engine := one.known_engine) is not None:
+                require_loadable(engine, model, has_replicas=more > 0, topology=topology)
         except UsageError as error:
             refused.append(error)
             continue

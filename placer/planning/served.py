@@ -248,6 +248,11 @@ def _require_servable(engine: Engine, plan: Plan, architectures: Sequence[str]) 
         require_whole_groups(plan.model, [placed.permutation(layer) for layer in layers])
 
 
+def loads_map(engine: Engine, model: ModelSpec) -> bool:
+    """Return whether an engine serves copies of this model's experts from a map."""
+    return _no_map_reason(engine, model, ()) is None
+
+
 def _no_map_reason(
     engine: Engine, model: ModelSpec, architectures: Sequence[str]
 ) -> str | None:

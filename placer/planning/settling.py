@@ -128,7 +128,7 @@ def settle(
             "as under --replica-choice hash"
         )
     if request.holds_loads_alone and request.objective == "traffic":
-        note("loads alone say nothing of traffic: the load is balanced")
+        note("the source holds loads alone, so this solve balances the load only")
     if request.layout is not None:
         note(request.layout.describe())
     if not request.holds_counts:

@@ -124,8 +124,6 @@ def advice_table(advice: Advice) -> tuple[tuple[str, ...], list[list[object]]]:
         "overlapped_us": "overlapped",
     }
     known = [f for f in fields if any(getattr(one, f) is not None for one in every)]
-    if "straggler" in known:  # that of batches, which is what counts
-        known.remove("load_imbalance")
     named = any(answer.engine is not None for answer in advice.answers)
     rows = [
         (answer.engine, (name, *(_cell(one, field) for field in known)))

@@ -1,0 +1,138 @@
+"""The plans that advice weighs, and the commands that make them.
+
+Each is solved for what ``placer solve`` solves for by its command, but in a few seconds.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from placer.model import ModelSpec
+from placer.placement.topology import Topology
+from placer.planning.question import Question
+from placer.planning.served import (
+    Loading,
+    require_loadable,
+    solved_for,
+)
+from placer.solver.options import (
+    MAX_IMBALANCE,
+    SolveOptions,
+)
+from placer.solver.search.pair_search import SearchLimits
+from placer.solver.search.refine import RefineLimits
+from placer.trace import (
+    Fold,
+    Selection,
+)
+
+PROFILE = Fold(0, 2)
+# Enough to see what there is to gain; `placer solve` gets the rest.
+QUICK = SolveOptions(
+    topology=Topology(gpus_per_node=1),
+    relax_cap=True,
+    proof="none",
+    limits=SearchLimits(num_rounds=3),
+    refine=RefineLimits(num_sweeps=3, num_starts=1, num_tokens=16_384),
+)
+
+#: Plans by name: for balance alone; for traffic, no rank busier than EPLB's busiest; for
+#: traffic under the default cap.
+BALANCED = "balanced"
+GUARDED = "placed (EPLB's load)"
+CAPPED = f"placed (cap {MAX_IMBALANCE:.2f})"
+
+
+def balanced_options(question: Question, model: ModelSpec) -> SolveOptions:
+    """Return what ``placer solve --objective balance`` solves for."""
+    asked = _options(question, model, "balance")
+    return replace(asked, policy="fixed", exchange="per-rank")
+
+
+def advised_plans(question: Question, model: ModelSpec) -> dict[str, SolveOptions]:
+    """Return what each plan is solved for, by name; those for traffic where it can change.
+
+    Raises
+    ------
+    UsageError
+        If the engine could load no plan of the model.
+    """
+    plans = {BALANCED: balanced_options(question, model)}
+    if question.sent is None or question.topology.num_ranks == 1:
+        return plans
+    placed = _options(question, model, "traffic").guarded()
+    if placed.below_eplb:
+        plans[GUARDED] = placed
+        placed = replace(placed, below_eplb=False, max_imbalance=MAX_IMBALANCE)
+    plans[CAPPED] = placed
+    return plans
+
+
+def _options(question: Question, model: ModelSpec, objective: str) -> SolveOptions:
+    engine, has_replicas = question.known_engine, question.redundant_experts > 0
+    served = solved_for(
+        None if engine is None else engine.name,
+        question.policy,
+        objective,
+        _exchange(question),
+        question.replica_choice,
+        has_replicas=has_replicas,
+    )
+    loading = Loading()
+    if engine is not None:
+        loading = require_loadable(
+            engine, model, has_replicas=has_replicas, topology=question.topology
+        )
+    return replace(
+        QUICK,
+        topology=question.topology,
+        # SolveOptions refuses names that it does not know.
+        objective=served.objective,  # type: ignore[arg-type]
+        policy=question.policy,  # type: ignore[arg-type]
+        # On one node both count the same copies.
+        exchange=served.exchange if question.topology.num_nodes > 1 else "per-rank",  # type: ignore[arg-type]
+        redundant_experts=question.redundant_experts,
+        replica_choice=served.replica_choice,  # type: ignore[arg-type]
+        preserve_groups=loading.keeps_groups,
+        ignore_groups=not (loading.keeps_groups or served.groups_count),
+    )
+
+
+def _exchange(question: Question) -> str | None:
+    """Return the ``--exchange`` that ``placer solve`` takes where it is told no engine."""
+    between = question.topology.num_nodes > 1 and question.known_engine is None
+    return "per-node" if between else None
+
+
+def solve_command(
+    question: Question, options: SolveOptions, source: Path, out: str = "plan.json"
+) -> str:
+    """Return the command that solves for the options of one of :func:`advised_plans`."""
+    topology, engine = question.topology, question.known_engine
+    parts = ["placer solve", shlex.quote(str(source))]
+    parts += [f"--gpus-per-node {topology.gpus_per_node}"]
+    if topology.num_nodes > 1:
+        parts += [f"--nodes {topology.num_nodes}"]
+    parts += _goal(question, options)
+    if options.redundant_experts:
+        parts += [f"--redundant-experts {options.redundant_experts}"]
+    if engine is not None:
+        parts += [f"--engine {engine.name}"]
+    elif options.replica_choice is not None and not source.is_file():
+        parts += [f"--replica-choice {options.replica_choice}"]
+    if not source.is_file():
+        parts += [Selection(PROFILE, question.phase).options]
+    return " ".join([*parts, f"--out {shlex.quote(out)}"])
+
+
+def _goal(question: Question, options: SolveOptions) -> Sequence[str]:
+    if options.objective == "balance":
+        return ["--objective balance"]
+    parts = [f"--policy {options.policy}"]
+    if (exchange := _exchange(question)) is not None:
+        parts += [f"--exchange {exchange}"]
+    if options.max_imbalance is not None:
+        # Not a cap that the user asks for: where it is out of reach, the best will do.
+        parts += [f"--max-imbalance {options.max_imbalance:g} --relax-cap"]
+    return parts
