@@ -1,6 +1,7 @@
 """What commands print: data on stdout, progress, warnings and hints on stderr."""
 
 import json
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -142,6 +143,22 @@ def token_progress() -> Iterator[Callable[[int], None] | None]:
             bar.update(task, description=f"recorded {num_tokens:,} tokens{rate}")
 
         yield show
+
+
+def given_command(context: typer.Context, *left_out: str) -> str:
+    """Return the command that runs, with all that it was given but the options named."""
+    words = ["placer", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in left_out:
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            is_option = parameter.param_type_name == "option"
+            words += [parameter.opts[0]] if is_option else []
+            words += [] if is_option and one is True else [str(one)]
+    return shlex.join(words)
 
 
 def print_json(value: Any) -> None:

@@ -1,6 +1,5 @@
 """``placer simulate``: what a plan costs on a trace."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +16,12 @@ from placer.cli.output import (
     SizedByOption,
     TokensPerRankOption,
     WeightBytesOption,
+    given_command,
     parse_selection,
     print_json,
     print_line,
     print_table,
+    print_verdict,
     warn,
 )
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def simulate(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     trace: Annotated[
         Path, typer.Argument(metavar="TRACE", help="The trace to judge the plan on.")
@@ -134,7 +136,7 @@ def simulate(
     for line in left_out:
         warn(line)
     named = None if hardware is None else Hardware.named(hardware)
-    command = shlex.join(["placer", "simulate", str(plan), str(trace)])
+    command = given_command(context, "engine", "as_json")
     judgements = judge_plan(
         plan,
         read,
@@ -166,16 +168,17 @@ def simulate(
         many = len(engines) > 1
         print_json({"engines": {v["engine"]: v for v in values}} if many else values[0])
         return
-    for line in verdict_lines(judgements):
-        print_line(line)
+    for name, line in verdict_lines(judgements):
+        print_verdict(name, line)
     print_line("")
     if len(judgements) == 1:
         _show(judgements[0])
         return
     title, columns, rows = summary_table(judgements)
     print_table(columns, rows, title)
-    first = values[0]["engine"]
-    print_line(f"next, for all figures of one: {command} --engine {first}")
+    changed = [one for one in judgements if one.sent is not None] or judgements
+    shown = changed[0].to_json()["engine"]
+    print_line(f"next, for all figures of one engine: {command} --engine {shown}")
 
 
 def _show(judgement: "Judgement") -> None:

@@ -62,7 +62,7 @@ def baseline_placements(
     informed = [name for name in placements if name not in ("contiguous", "random")]
     if problem.selection.fold is None and informed:
         warnings.append(
-            "the plan records no profile fold: given all sequences as their profile: "
+            "the plan records no fold, so these baselines are made from all sequences: "
             f"{', '.join(informed)}"
         )
     return placements, warnings

@@ -25,6 +25,7 @@ from placer.placement import (
 from placer.placement.plan import plan_sha256
 from placer.planning.baseline_placements import baseline_placements
 from placer.planning.profile import (
+    is_of_unknown_tokens,
     layer_ids_of,
     num_seen_sequences,
     other_phase,
@@ -293,10 +294,7 @@ def _warnings(
     num_sequences = len(np.unique(tokens.sequence_ids))
     seen = num_seen_sequences(plan, trace, tokens.sequence_ids)
     return (
-        f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
-        f"the figures flatter it: {_remedy(profile_of(plan, trace))}"
-        if seen
-        else None,
+        _seen_by_plan(plan, trace, seen, num_sequences),
         _seen_by_table(table, trace, tokens, at_least=seen + 1),
         f"{num_sequences} sequences are too few for an interval or a verdict: "
         f"{FEWEST_SEQUENCES} are needed"
@@ -309,6 +307,21 @@ def _warnings(
         "the trace has no token ids: the table knows no token of it"
         if table is not None and tokens.token_ids is None
         else None,
+    )
+
+
+def _seen_by_plan(plan: Plan, trace: Trace, seen: int, num_sequences: int) -> str | None:
+    """Say how many of the sequences a plan was solved on, as far as it is known."""
+    if seen == 0:
+        return None
+    if is_of_unknown_tokens(plan):
+        return (
+            "the plan does not record which tokens it was made from: if these sequences "
+            "are among them, the figures flatter it"
+        )
+    return (
+        f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
+        f"the figures flatter it: {_remedy(profile_of(plan, trace))}"
     )
 
 

@@ -33,6 +33,7 @@ from placer.run.progress import (
     Progress,
     gap,
 )
+from placer.solver.balance.replicas import require_room
 from placer.solver.missed_caps import (
     above_load_cap,
     require_load_cap,
@@ -77,6 +78,9 @@ def plan_from_trace(
         If the load cap is out of reach, or the cap on received copies was not reached.
     """
     deadline = deadline or Deadline(seconds=options.time_limit)
+    require_room(
+        trace.model.num_experts, options.topology.num_ranks, options.redundant_experts
+    )
     affinity = count_affinity(trace.chunks(selection), trace.model, {})
     profile = trace.read(selection)
     others = None if selection.fold is None else selection.complement()

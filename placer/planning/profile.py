@@ -16,15 +16,22 @@ from placer.trace import (
 
 def made_from(made: Plan | Table, trace: Trace) -> bool:
     """Return whether this trace was the profile, or part of it, or none is recorded."""
-    if isinstance(made, Table):
-        recorded: Any = made.trace_sha256
-    else:
-        # Of counts there may be several.
-        given = made.provenance
-        recorded = given.get("trace_sha256") or given.get("traces_sha256")
+    recorded = _recorded(made)
     if isinstance(recorded, list):
         return trace.sha256 in recorded
     return recorded is None or recorded == trace.sha256
+
+
+def is_of_unknown_tokens(made: Plan | Table) -> bool:
+    """Return whether no trace is recorded: an engine's loads and maps name none."""
+    return _recorded(made) is None
+
+
+def _recorded(made: Plan | Table) -> Any:
+    if isinstance(made, Table):
+        return made.trace_sha256
+    # Of counts there may be several.
+    return made.provenance.get("trace_sha256") or made.provenance.get("traces_sha256")
 
 
 def profile_of(made: Plan | Table, trace: Trace) -> Selection | None:

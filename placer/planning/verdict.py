@@ -7,7 +7,6 @@ from placer.planning.judge import (
     PLAN,
     Judgement,
 )
-from placer.serving.homes import BatchShape
 from placer.simulation.batch_figures import (
     BatchFigures,
     times,
@@ -21,10 +20,10 @@ _WORDS = {
     (-1,): "faster than {0}",
     (0,): "as fast as {0}",
     (1,): "slower than {0}",
-    (-1, 0): "faster than or as fast as {0}",
-    (0, 1): "as fast as or slower than {0}",
+    (-1, 0): "no slower than {0}",
+    (0, 1): "no faster than {0}",
 }
-_BY_SIZE = "faster than {0} at some batch sizes and slower at others"
+_BY_SIZE = "faster than {0} at some batch sizes, slower at others"
 #: What a verdict sets a plan beside, where they were simulated.
 _REFERENCES = ("contiguous", "eplb")
 
@@ -40,22 +39,18 @@ def grouped(named: Iterable[tuple[str | None, Row]]) -> list[tuple[tuple[str, ..
     return [(tuple(names), value) for value, names in found.items()]
 
 
-def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[str]:
-    """Yield one sentence for each phase and what is sent: what the plan is worth."""
-    every = [(_name(one), text) for one in judgements for text in _verdicts(one)]
-    for names, text in grouped(every):
-        yield ", ".join([*names, text])
+def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[tuple[str | None, str]]:
+    """Yield an engine and what the plan is worth to it, for each phase."""
+    for one in judgements:
+        engine = one.serving.engine
+        for text in _verdicts(one):
+            yield None if engine is None else engine.name, text
 
 
 def references(baselines: Iterable[str]) -> list[str]:
     """Return the baselines that a verdict is about: contiguous and EPLB, else all."""
     names = list(baselines)
     return [name for name in _REFERENCES if name in names] or names
-
-
-def _name(judgement: Judgement) -> str | None:
-    engine = judgement.serving.engine
-    return None if engine is None else engine.name
 
 
 def _verdicts(judgement: Judgement) -> Iterator[str]:
@@ -66,7 +61,6 @@ def _verdicts(judgement: Judgement) -> Iterator[str]:
         figures = {
             name: [every[n] for n in places] for name, every in judgement.batches.items()
         }
-        shapes = [judgement.shapes[n] for n in places]
         plan = figures.pop(PLAN)
         others = {name: figures[name] for name in references(figures)}
         parts = [
@@ -79,13 +73,7 @@ def _verdicts(judgement: Judgement) -> Iterator[str]:
         ]
         if not times(plan):
             parts.append(_balance_words(plan, others))
-        yield f"{phase_words(shapes)}: the plan {'; '.join(parts)}"
-
-
-def phase_words(shapes: Sequence[BatchShape]) -> str:
-    """Name the phase and the batches that a verdict is about."""
-    sizes = " / ".join(f"{one.tokens_per_rank:,}" for one in shapes)
-    return f"{shapes[0].batching} ({sizes} tokens per rank)"
+        yield f"{phase}: {'; '.join(parts)}"
 
 
 def speed_words(
@@ -103,19 +91,16 @@ def speed_words(
         found.append((_WORDS.get(tuple(signs), _BY_SIZE), f"{percents} %"))
     (word, change), (overlapped_word, overlapped) = found
     if word == overlapped_word:
-        return (
-            f"is {word.format(name)} (a layer {change}, with two-batch overlap "
-            f"{overlapped})"
-        )
+        return f"{word.format(name)} (layer {change}, overlapped {overlapped})"
     return (
-        f"is {word.format(name)} without overlap (a layer {change}), and "
-        f"{overlapped_word.format('it')} with two-batch overlap ({overlapped})"
+        f"{word.format(name)} (layer {change}), with two-batch overlap "
+        f"{overlapped_word.format('it')} ({overlapped})"
     )
 
 
 def _sent_words(judgement: Judgement, others: dict[str, list[BatchFigures]]) -> list[str]:
     if judgement.sent is None:
-        return ["cannot change what is sent"]
+        return ["every placement sends the same"]
     ratios = [
         f"{judgement.ratios[name].ratio:.3f} of {name}'s"
         for name in others
@@ -123,7 +108,7 @@ def _sent_words(judgement: Judgement, others: dict[str, list[BatchFigures]]) -> 
     ]
     if not ratios:
         return []
-    told = f"has {', '.join(ratios)} {judgement.sent.words}"
+    told = f"{judgement.sent.words} {', '.join(ratios)}"
     if judgement.sent_policy != judgement.policy:
         told += f" ({judgement.sent_policy} beside {judgement.policy})"
     return [told]
@@ -135,7 +120,7 @@ def _balance_words(plan: list[BatchFigures], others: dict[str, list[BatchFigures
 
     told = ", ".join(f"{name} {straggler(figures)}" for name, figures in others.items())
     beside = f" ({told})" if told else ""
-    return f"has {straggler(plan)} of the mean load on its busiest rank{beside}"
+    return f"busiest rank {straggler(plan)} of the mean load{beside}"
 
 
 def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:

@@ -148,7 +148,8 @@ def _bytes_table(sent: dict[str, dict[str, float]], *, between_nodes: bool) -> T
     links = {"slow": ", between", "fast": ", inside"} if between_nodes else {"fast": ""}
     ways = [(way, link) for way in ("dispatch", "combine") for link in links]
     rows: list[list[object]] = [
-        [name, *(of[f"{way}_{link}"] for way, link in ways)] for name, of in sent.items()
+        [name, *(round(of[f"{way}_{link}"]) for way, link in ways)]
+        for name, of in sent.items()
     ]
     title = "bytes sent per token and layer" + (
         ", between nodes and inside them" if between_nodes else ""

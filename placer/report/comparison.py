@@ -1,6 +1,7 @@
 """The table that sets a plan beside its baselines."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from placer.placement import Plan
@@ -9,18 +10,22 @@ from placer.placement.plan import (
     InnerCap,
     SolverReport,
 )
+from placer.planning.served import loads_map
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.sent import (
     NODE_COPIES,
     RANK_COPIES,
     Wire,
 )
+from placer.solver.balance.replicas import redundant_experts_that_fit
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
 _RATIO = "of contiguous"
 # Below that, more copies are noise.
 _CLEARLY_MORE = 1.001
+# Two placements that are as even on the profile differ by about so much on other sequences.
+_CLEARLY_BUSIER = 1.02
 
 
 def comparison_table(
@@ -233,27 +238,50 @@ def _cost_line(plan: Plan) -> Iterator[str]:
 
 
 def _overload_line(plan: Plan) -> Iterator[str]:
-    """Say where the load of sequences not seen is above the cap, and what helps."""
+    """Say where sequences not seen load a rank more than they should, and what helps.
+
+    That is above a cap that was given, or clearly above what EPLB has on them.
+    """
     if plan.metrics["heldout"] is None:
         return
-    reached = plan.metrics["heldout"][plan.policy]["load_imbalance_mean"]
-    solver, num_layers = plan.solver, plan.placement.num_layers
-    asked = solver.eplb_caps or [plan.max_imbalance] * num_layers
-    missed = {**solver.relaxed_layers, **solver.above_eplb_layers}
-    caps = [missed.get(str(layer), cap) for layer, cap in enumerate(asked)]
-    cap = sum(caps) / num_layers
-    if reached <= cap:
+    imbalance = "load_imbalance_mean"
+    reached = plan.metrics["heldout"][plan.policy][imbalance]
+    kept = plan.metrics["profile"][plan.policy][imbalance]
+    eplb = plan.metrics["baselines"].get("eplb", {}).get(plan.policy, {}).get(imbalance)
+    if plan.provenance.get("max_imbalance_given", True):
+        cap = plan.max_imbalance
+        relaxed, num_layers = plan.solver.relaxed_layers, plan.placement.num_layers
+        mean = sum(relaxed.get(str(n), cap) for n in range(num_layers)) / num_layers
+        if reached <= mean:
+            return
+        beside = f"--max-imbalance is {cap:g}" + (
+            f", relaxed to {mean:.3f} on average" if relaxed else ""
+        )
+    elif eplb is None or reached <= eplb * _CLEARLY_BUSIER:
         return
-    mean = " on average" if len(set(caps)) > 1 else ""
+    else:
+        beside = f"EPLB's has {eplb:.3f}"
+    yield (
+        f"on held-out sequences the busiest rank has {reached:.3f} times the mean load, "
+        f"{beside}. On the profile it was kept to {kept:.3f}"
+        f"{_overload_remedy(plan, reached)}"
+    )
+
+
+def _overload_remedy(plan: Plan, reached: float) -> str:
+    helps = []
     solved_for = (plan.provenance["objective"], plan.provenance["robust"])
     # It keeps other sequences to the cap of the options, not to EPLB's load.
-    helps = solved_for == ("traffic", "none") and reached > plan.max_imbalance
-    remedy = "--robust bootstrap, or with " if helps else ""
-    yield (
-        f"the busiest rank has {reached:.3f} times the mean load on held-out sequences. "
-        f"The cap, {cap:.3f}{mean}, holds on the profile only. Solve with {remedy}more "
-        "redundant experts"
-    )
+    if solved_for == ("traffic", "none") and reached > plan.max_imbalance:
+        helps.append("--robust bootstrap")
+    num_ranks, placed = plan.placement.num_ranks, plan.placement
+    more = placed.redundant_experts + num_ranks
+    blocks = placed.num_nodes if plan.model.n_group > 1 else 1
+    fitting = redundant_experts_that_fit(plan.model.num_experts, num_ranks, blocks)
+    served = plan.engine is None or loads_map(plan.engine, plan.model)
+    if served and more in islice(fitting, more // num_ranks + 1):
+        helps.append(f"redundant experts (--redundant-experts {more})")
+    return f". Solve with {', or with '.join(helps)}" if helps else ""
 
 
 def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:

@@ -332,9 +332,8 @@ def _per_expert_effect(
     if not has_replicas:
         return PlacementEffect(
             changes_traffic=False,
-            reason="one copy per (token, expert) pair and homes that ignore content: "
-            "k (1 - 1/R) copies per token are sent whatever the placement, which can only "
-            "balance; redundant experts, or homes that follow content, would help",
+            reason="one copy goes out for each (token, expert) pair: k (1 - 1/R) copies "
+            "per token are sent whatever the placement, which can only balance",
         )
     if replica_choice == "hash":
         return PlacementEffect(

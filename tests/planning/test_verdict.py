@@ -25,36 +25,33 @@ BASE = PredictedTime(
 @pytest.mark.parametrize(
     ("totals", "overlapped", "told"),
     [
-        ([80], [40], "is faster than it (a layer -20.0 %, with two-batch overlap -20.0 %)"),
+        ([80], [40], "faster than it (layer -20.0 %, overlapped -20.0 %)"),
         (
             [80, 90],
             [40, 49],
-            "is faster than it (a layer -20.0 / -10.0 %, with two-batch overlap "
-            "-20.0 / -2.0 %)",
+            "faster than it (layer -20.0 / -10.0 %, overlapped -20.0 / -2.0 %)",
         ),
         (
             [110],
             [40],
-            "is slower than it without overlap (a layer +10.0 %), and faster than it with "
-            "two-batch overlap (-20.0 %)",
+            "slower than it (layer +10.0 %), with two-batch overlap faster than it "
+            "(-20.0 %)",
         ),
         (
             [95],
             [50.1],
-            "is faster than it without overlap (a layer -5.0 %), and as fast as it with "
-            "two-batch overlap (+0.2 %)",
+            "faster than it (layer -5.0 %), with two-batch overlap as fast as it (+0.2 %)",
         ),
         (
             [110, 90],
             [55, 45],
-            "is faster than it at some batch sizes and slower at others (a layer +10.0 / "
-            "-10.0 %, with two-batch overlap +10.0 / -10.0 %)",
+            "faster than it at some batch sizes, slower at others (layer +10.0 / -10.0 %, "
+            "overlapped +10.0 / -10.0 %)",
         ),
         (
             [100, 90],
             [50, 45],
-            "is faster than or as fast as it (a layer +0.0 / -10.0 %, with two-batch "
-            "overlap +0.0 / -10.0 %)",
+            "no slower than it (layer +0.0 / -10.0 %, overlapped +0.0 / -10.0 %)",
         ),
     ],
 )

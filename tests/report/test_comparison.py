@@ -53,35 +53,38 @@ def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
     assert warned(1.2) == []
     (said,) = warned(1.305)
     assert said.startswith(
-        "the busiest rank has 1.305 times the mean load on held-out sequences. The cap, "
-        "1.200 on average, holds on the profile only. Solve with "
+        "on held-out sequences the busiest rank has 1.305 times the mean load, "
+        "--max-imbalance is 1.1, relaxed to 1.200 on average. On the profile it was kept "
+        "to 1.000. Solve with --robust bootstrap, or with redundant experts "
+        "(--redundant-experts 2)"
     )
-    assert "--robust bootstrap" in said
+    (said,) = warned(1.305, engine="transformers-a2a")
+    assert said.endswith("Solve with --robust bootstrap"), "it loads no map"
     (said,) = warned(1.305, robust="bootstrap")
     assert "--robust" not in said
-    relaxed, _ = warned(1.305, max_imbalance_given=False)
+    (relaxed,) = warned(1.305, max_imbalance_given=False)
     assert "load cap 1.1 is out of reach and relaxed in 1 of 2 MoE layers" in relaxed
     assert "1.3000 (layer 1)" in relaxed
 
 
-def test_caps_of_eplb_are_what_sequences_not_seen_are_compared_with() -> None:
-    """1.02, and 1.06 where 1.04 was not reached: 1.04 on average."""
+def test_without_a_cap_that_is_given_sequences_not_seen_are_compared_with_eplb() -> None:
+    """EPLB has 1.10 on them: 1.12 is as even, whatever the profile's figure is."""
     model = ModelSpec(num_experts=(4, 4), top_k=1)
     asked = {"objective": "traffic", "robust": "none", "max_home_imbalance": None}
-    plan = unsolved_plan(model, contiguous((4, 4), 2), **asked)
-    capped = replace(plan.solver, eplb_caps=(1.02, 1.04), above_eplb_layers={"1": 1.06})
+    plan = unsolved_plan(model, contiguous((4, 4), 2), max_imbalance_given=False, **asked)
 
     def warned(imbalance: float) -> list[str]:
-        seen = {"fixed": {"load_imbalance_mean": imbalance}}
-        metrics = {"profile": seen, "heldout": seen}
-        return list(plan_warnings(replace(plan, solver=capped, metrics=metrics)))
+        metrics = {
+            "profile": {"fixed": {"load_imbalance_mean": 1.009}},
+            "heldout": {"fixed": {"load_imbalance_mean": imbalance}},
+            "baselines": {"eplb": {"fixed": {"load_imbalance_mean": 1.1}}},
+        }
+        return list(plan_warnings(replace(plan, metrics=metrics)))
 
-    assert warned(1.04) == []
-    (said,) = warned(1.05)
-    assert "The cap, 1.040 on average, holds on the profile only." in said
-    assert "--robust" not in said, "it would keep to 1.10, which is more"
-    (said,) = warned(1.2)
-    assert "--robust bootstrap" in said
+    assert warned(1.05) == []
+    assert warned(1.12) == []
+    (said,) = warned(1.13)
+    assert "1.130 times the mean load, EPLB's has 1.100. On the profile it was kept" in said
 
 
 def test_time_that_decided_is_not_advised() -> None:
