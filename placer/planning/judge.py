@@ -10,7 +10,6 @@ import numpy as np
 
 from placer.errors import (
     PlacerError,
-    UsageError,
 )
 from placer.intervals import (
     FEWEST_SEQUENCES,
@@ -24,6 +23,12 @@ from placer.placement import (
 )
 from placer.placement.plan import plan_sha256
 from placer.planning.baseline_placements import baseline_placements
+from placer.planning.phases import (
+    answered,
+    no_batch_for,
+    phase_warning,
+    sizes_warning,
+)
 from placer.planning.profile import (
     is_of_unknown_tokens,
     layer_ids_of,
@@ -99,13 +104,6 @@ class Serving:
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
     hidden_size: int | None = None
-
-
-def answered(engine: Engine | None, shapes: Sequence[BatchShape]) -> tuple[BatchShape, ...]:
-    """Return the batches that an engine is run for; without an engine, all."""
-    if engine is None:
-        return tuple(shapes)
-    return tuple(one for one in shapes if one.batching in engine.phases)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,10 +254,13 @@ def judge_plan(
     tokens = trace.read(selection)
     compared, missing = baseline_placements(plan, trace, selection, baselines)
     judge = _Judge(plan, trace, tokens, {**compared, PLAN: plan.placement}, table)
+    served = {shape for one in asked for shape in answered(one.engine, shapes)}
     warnings = (
         matched,
         *missing,
         other_phase(plan, selection),
+        phase_warning(trace, selection, [shape.batching for shape in served]),
+        sizes_warning([one.engine for one in asked], shapes),
         *doubtful_follow(trace, plan.policy),
         *_warnings(plan, trace, tokens, table),
     )
@@ -270,20 +271,6 @@ def judge_plan(
             tuple(text for text in warnings if text is not None),
         )
         for one in asked
-    )
-
-
-def no_batch_for(engines: Sequence[Engine], shapes: Sequence[BatchShape]) -> UsageError:
-    """Return the error that none of the engines is run for any of the batches."""
-    drawn = sorted({one.batching for one in shapes})
-    phases = sorted({phase for engine in engines for phase in engine.phases})
-    told = batch_shapes([one.tokens_per_rank for one in shapes]) != tuple(shapes)
-    return UsageError(
-        f"--engine {', '.join(one.name for one in engines)} is run for "
-        f"{' and '.join(phases)}, and the batches asked for are those of "
-        f"{' and '.join(drawn)}",
-        f"give --batching {phases[0]}"
-        + (f" in place of --batching {drawn[0]}" if told else ""),
     )
 
 

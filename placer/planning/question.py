@@ -8,7 +8,7 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.plan import Policy
 from placer.placement.topology import Topology
-from placer.planning.judge import answered
+from placer.planning.phases import answered
 from placer.planning.served import require_loadable
 from placer.serving.homes import (
     BatchShape,

@@ -21,6 +21,7 @@ from placer.model import (
 from placer.placement.placement import Placement
 from placer.placement.plan import Plan
 from placer.planning.layer_time import worth_by_time
+from placer.planning.phases import phase_warning
 from placer.planning.question import (
     Question,
     plain_engine,
@@ -133,7 +134,12 @@ def settle(
         note(request.layout.describe())
     if not request.holds_counts:
         trace = Trace(request.source)
-        doubtful = doubtful_follow(trace, request.options.policy)
+        doubtful = list(doubtful_follow(trace, request.options.policy))
+        if request.engine is not None:
+            phases = Engine.named(request.engine).phases
+            other = phase_warning(trace, request.selection, phases)
+            # A plan for one of an engine's phases is made from its tokens alone.
+            doubtful += [other] if other is not None and len(phases) == 1 else []
         for line in (*doubts(trace, request.selection), *doubtful):
             warn(line)
     options = _options(request, served, _served_now(request, warn))

@@ -32,7 +32,11 @@ from placer.planning.advised_plans import (
     balanced_options,
     solve_command,
 )
-from placer.planning.judge import no_batch_for
+from placer.planning.phases import (
+    no_batch_for,
+    phase_warning,
+    sizes_warning,
+)
 from placer.planning.question import (
     Question,
     loadable,
@@ -105,6 +109,7 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     number = len(np.unique(heldout.sequence_ids))
     few = f"{number} held-out sequences are too few to trust: {FEWEST_SEQUENCES} are needed"
     shapes = dict.fromkeys(shape for one in asked for shape in one.answered)
+    batchings = [shape.batching for shape in shapes]
     assumed = [one.expert.assumption for one in asked if one.expert and one.hardware]
     even = placements.references["eplb"]
     unknown = (
@@ -113,6 +118,8 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     warnings = (
         *left_out,
         *unknown,
+        phase_warning(trace, Selection(phase=first.phase), batchings),
+        sizes_warning([one.engine for one in asked], first.shapes),
         *doubts(trace, Selection(phase=first.phase)),
         *doubtful_follow(trace, first.policy),
         few if number < FEWEST_SEQUENCES else None,
