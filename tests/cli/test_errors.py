@@ -103,7 +103,7 @@ CASES = [
     (1, "does not exist", "solve nowhere --gpus-per-node 2 --out out"),
     (1, "is damaged: SHA-256", "solve truncated --gpus-per-node 2 --out out"),
     (1, "affinity .* cannot be read", "solve blob --gpus-per-node 2 --out out"),
-    (2, "8 slots do not divide over 3", "solve trace --gpus-per-node 3 --out out"),
+    (2, "8 experts do not divide over 3", "solve trace --gpus-per-node 3 --out out"),
     (2, "cannot be solved for", "solve trace --gpus-per-node 2 --policy oracle --out out"),
     (2, "--objective cost", "solve trace --gpus-per-node 2 --objective cost --out out"),
     (2, "at least 1", "solve trace --gpus-per-node 2 --max-imbalance 0.5 --out out"),
@@ -201,7 +201,7 @@ def test_a_plan_edited_by_hand_is_refused(world: dict[str, Path], refused: Refus
     value = json.loads(world["plan"].read_text())
     for change, match in (
         ({"physical_to_logical_map": [[0] * 8, [1] * 8]}, "expert 1 has no slot"),
-        ({"num_ranks": 3}, "8 slots do not divide over 3 ranks"),
+        ({"num_ranks": 3}, "8 experts do not divide over 3 ranks"),
         ({"solver": {}}, "is damaged"),
         ({"schema_version": 9}, "schema_version 9"),
     ):
