@@ -125,6 +125,8 @@ def write_frontier(
     deadline = deadline or Deadline(seconds=options.time_limit)
     with atomic_directory(out) as directory:
         for number, cap in enumerate(caps):
+            if points and deadline.passed():
+                break
             asked = replace(options, max_imbalance=cap, relax_cap=True)
             share = deadline.part(1 / (len(caps) - number))
             plan = plan_from_trace(trace, asked, selection, progress, share)
