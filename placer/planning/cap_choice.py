@@ -45,7 +45,7 @@ class CapChoice:
         if self.options.below_eplb:
             return (
                 "the busiest rank is kept at or below EPLB's: with two-batch overlap "
-                f"{cap} is predicted to save no time ({change} slower)"
+                f"{cap} is predicted to take {change} more time"
             )
         return (
             f"{cap} is taken, though it lets a rank be busier than EPLB's busiest: with "

@@ -188,8 +188,10 @@ def _relaxed_line(plan: Plan) -> Iterator[str]:
     relaxed = plan.solver.relaxed_layers
     if relaxed:
         worst = max(relaxed, key=lambda n: relaxed[n])
+        given = plan.provenance.get("max_imbalance_given", True)
+        name = "--max-imbalance" if given else "the default load cap"
         yield (
-            f"load cap {plan.max_imbalance:g} is out of reach and relaxed in "
+            f"{name} {plan.max_imbalance:g} is out of reach and relaxed in "
             f"{len(relaxed)} of {plan.placement.num_layers} MoE layers, at most to "
             f"{relaxed[worst]:.4f} (layer {worst})"
         )
@@ -206,7 +208,7 @@ def _guard_line(plan: Plan) -> Iterator[str]:
     is_open = plan.metrics["profile"] is not None and "cap_by_time" not in plan.provenance
     timed = is_open and plan.policy == plan.policy_without_table
     yield (
-        "on the profile the busiest rank is kept at or below EPLB's with as many slots"
+        "the cap on the profile is the busiest rank of EPLB with as many slots"
         f"{kept}: {' to '.join(values)} of the mean load by layer; give --max-imbalance to "
         f"set the cap yourself{', or --hardware to let predicted time decide' * timed}"
     )

@@ -201,7 +201,7 @@ def test_a_plan_edited_by_hand_is_refused(world: dict[str, Path], refused: Refus
     value = json.loads(world["plan"].read_text())
     for change, match in (
         ({"physical_to_logical_map": [[0] * 8, [1] * 8]}, "expert 1 has no slot"),
-        ({"num_ranks": 3}, "8 experts do not divide over 3 ranks"),
+        ({"num_ranks": 3}, "8 slots do not divide over 3 ranks"),
         ({"solver": {}}, "is damaged"),
         ({"schema_version": 9}, "schema_version 9"),
     ):

@@ -193,7 +193,7 @@ def test_a_cap_that_is_given_is_kept_and_the_default_is_relaxed(
     code, said = told()
     assert code == 0
     assert said.count("load cap 1.1 is out of reach and relaxed in 2 of 2 MoE layers") == 1
-    assert "warning: load cap" in said
+    assert "warning: the default load cap" in said
     plan = Plan.read(out)
     assert plan.provenance["max_imbalance_given"] is False
     busiest = [np.bincount(ids.ravel()).max() for ids in trace.read().experts]
