@@ -138,7 +138,7 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
         runtime=name,
         num_layers=len(rows),
         num_slots=sum(len(row) for row in rows),
-        start=tuple(start_lines(name, source.plan, str(directory), str(out))),
+        start=tuple(start_lines(name, source.plan, str(directory or "MODEL"), str(out))),
         warnings=tuple(_warnings(runtime, source)),
     )
 

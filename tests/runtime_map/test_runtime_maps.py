@@ -395,7 +395,7 @@ def test_formats_without_an_engine_need_no_model(plan: Path, tmp_path: Path) -> 
                 export_map(name, plan, None, out)
             assert "MODEL" in caught.value.hint
             continue
-        assert export_map(name, plan, None, out).start == ()
+        assert bool(export_map(name, plan, None, out).start) == (one.family is not None)
         assert READERS[name](out) == [held(row) for row in ROWS]
 
 

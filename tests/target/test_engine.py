@@ -6,6 +6,7 @@ import tomllib
 import numpy as np
 import pytest
 
+from placer.cli.export import MAPS
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.placement.reference import random
@@ -33,7 +34,7 @@ def test_every_engine_says_where_its_facts_come_from(name):
     assert engine.source.startswith("https://")
     assert engine.read_in
     assert engine.notes
-    assert engine.map_format in ("checkpoint", "sglang", "trtllm")
+    assert engine.map_format in ("checkpoint", *MAPS)
 
 
 def test_the_engines_that_users_name_are_there():
