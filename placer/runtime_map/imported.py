@@ -108,8 +108,11 @@ def _imported(
             model=replace(model, layer_ids=ids),
             num_hidden_layers=ids[-1] + 1,
         )
-    if runtime.needs_model or directory is None or model.layer_ids == parsed.layer_ids:
-        require_plan(runtime.read(source, path, path.suffix), source)
+    elif not runtime.needs_model:
+        # Such a map may have been written for a plan that knew no layer numbers.
+        named = replace(model, fingerprint=None, layer_ids=parsed.layer_ids)
+        source = replace(source, model=named)
+    require_plan(runtime.read(source, path, path.suffix), source)
     plan.write(out)
     return plan, warning
 

@@ -135,8 +135,9 @@ def test_a_damaged_array_is_refused(model: Path, tmp_path: Path) -> None:
     arrays = load_file(tmp_path / "map.safetensors")
     arrays["phy2log"][0, :2] = arrays["phy2log"][0, 1::-1]
     np.savez(tmp_path / "map.npz", **arrays)
-    with pytest.raises(PlacerError, match="log2phy is not what phy2log implies"):
-        import_map("eplb", tmp_path / "map.npz", TWO_NODES, None, tmp_path / "out")
+    for folder in (None, model):
+        with pytest.raises(PlacerError, match="log2phy is not what phy2log implies"):
+            import_map("eplb", tmp_path / "map.npz", TWO_NODES, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
