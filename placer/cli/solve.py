@@ -417,7 +417,12 @@ def _show(solved: "Solved", start: Path | None) -> None:
     if (priced := price_line(plan)) is not None:
         print_line(priced)
     if start is not None:
-        print_line(f"{plan.provenance['moved_experts']} experts moved from {start}")
+        moved, slots = plan.provenance["moved_experts"], plan.placement.to_json()
+        free = moved and not plan.provenance["migration_cost"]
+        print_line(
+            f"{moved} of {sum(map(len, slots))} experts in slots moved from {start}"
+            + ("; to move fewer, charge for each: --migration-cost" if free else "")
+        )
     for line in certificate_lines(plan.solver):
         print_line(line)
     if choice is not None:

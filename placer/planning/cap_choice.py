@@ -20,6 +20,9 @@ from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk
 
+# Figures of quick plans are those of a whole search within a hundredth or two.
+_MARGIN = 0.02
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapChoice:
@@ -43,9 +46,11 @@ class CapChoice:
         change = f"{abs(1 - self.relative_time):.1%}"
         cap = f"a load cap of {self.options.load_cap:g}"
         if self.options.below_eplb:
+            predicted = f"{change} {'less' if self.relative_time < 1 else 'more'} time"
             return (
                 "the busiest rank is kept at or below EPLB's: with two-batch overlap "
-                f"{cap} is predicted to take {change} more time"
+                f"{cap} is predicted to take {predicted}, and must save {_MARGIN:.0%}, "
+                "by which quick plans may be wrong"
             )
         return (
             f"{cap} is taken, though it lets a rank be busier than EPLB's busiest: with "
@@ -68,7 +73,7 @@ def choose_cap(
     progress: Progress | None = None,
     deadline: Deadline | None = None,
 ) -> CapChoice:
-    """Return the options under EPLB's load, or under the default cap where that is faster.
+    """Return the options under EPLB's load, or the default cap where that is faster.
 
     Parameters
     ----------
@@ -105,5 +110,5 @@ def choose_cap(
     ratios = [free / even for even, free in zip(*overlapped, strict=True)]
     relative = round(sum(ratios) / len(ratios), 6)
     return CapChoice(
-        options=replace(options, below_eplb=relative >= 1), relative_time=relative
+        options=replace(options, below_eplb=relative > 1 - _MARGIN), relative_time=relative
     )

@@ -119,7 +119,7 @@ def settle(
         request.exchange,
         request.replica_choice or _even_choice(request),
         has_replicas=request.has_replicas,
-        command=_command(request),
+        command=_command(request, str(request.source)),
     )
     for line in (*served.notes, *loading.notes, *_without_effect(request, served)):
         note(line)
@@ -145,6 +145,8 @@ def settle(
     options = _options(request, served, _served_now(request, warn))
     if loading.keeps_groups:
         options = _whole_groups(request, options, note)
+    if request.holds_counts and not is_balanced(request, options):
+        _require_no_tokens(request, options)
     if request.options.ignore_groups and not is_balanced(request, options):
         raise UsageError(
             "--ignore-groups is about balancing: plans for traffic split router groups "
@@ -200,6 +202,22 @@ def settle(
     return Settled(options=options, question=question, provenance=provenance)
 
 
+def started(request: SolveRequest, note: Tell) -> SolveRequest:
+    """Return the request for the engine of the plan to start from, unless one is named."""
+    if request.start is None:
+        return request
+    before = Plan.read(request.start).engine
+    if before is None or before.name == request.engine:
+        return request
+    names_wire = request.exchange is not None or request.replica_choice is not None
+    if request.engine is None and not names_wire:
+        note(f"solved for --engine {before.name}, as {request.start} was")
+        return replace(request, engine=before.name)
+    other = "no engine" if request.engine is None else f"--engine {request.engine}"
+    note(f"solved for {other}, though {request.start} was for --engine {before.name}")
+    return request
+
+
 def _loading(request: SolveRequest) -> Loading:
     """Refuse what the engine could not load; return how it loads the plan."""
     if request.engine is None:
@@ -214,17 +232,38 @@ def _loading(request: SolveRequest) -> Loading:
 
 
 def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> SolveOptions:
-    """Keep router groups whole, as a permuted checkpoint must, where that can be had."""
-    given = options.start is not None or options.pins or request.options.ignore_groups
-    from_pairs = request.holds_counts and not is_balanced(request, options)
-    if given or from_pairs:
-        note(
-            "a permuted checkpoint must keep router groups whole, and this plan may not: "
-            "the export refuses it then"
+    """Keep router groups whole, as a permuted checkpoint must.
+
+    Raises
+    ------
+    UsageError
+        If something is asked for that may split them: the export would refuse the plan.
+    """
+    splitting = {
+        "--ignore-groups": request.options.ignore_groups,
+        "--start": options.start is not None,
+        "--pin": bool(options.pins),
+    }
+    for option in (name for name, is_given in splitting.items() if is_given):
+        raise UsageError(
+            f"{option} may split router groups, and --engine {request.engine} serves a "
+            "permuted checkpoint, which keeps them whole",
+            f"drop {option}",
         )
-        return options
     note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
     return replace(options, preserve_groups=True, ignore_groups=False)
+
+
+def _require_no_tokens(request: SolveRequest, options: SolveOptions) -> None:
+    """Refuse what pairs of experts alone cannot serve; offer to balance the load."""
+    if (option := options.needs_tokens) is None:
+        return
+    engine = [] if request.engine is None else ["--engine", request.engine]
+    hint = f"solve from the trace itself: {_command(request, 'TRACE', *engine)}"
+    if replace(options, exchange="per-rank").traffic_alone is None:
+        balance = _command(request, str(request.source), *engine, "--objective", "balance")
+        hint += f"; or balance the load: {balance}"
+    raise UsageError(f"{option} needs the tokens of a trace, not counts alone", hint)
 
 
 def _even_choice(request: SolveRequest) -> str | None:
@@ -233,14 +272,22 @@ def _even_choice(request: SolveRequest) -> str | None:
     return "hash" if is_even else None
 
 
-def _command(request: SolveRequest) -> str:
-    """Return the request as a command, except for what a hint about copies leaves out."""
+def _command(request: SolveRequest, source: str, *more: str) -> str:
+    """Return the request as a command, except for what the hints are about."""
     topology, number = request.options.topology, request.redundant_experts
-    words = ["placer", "solve", str(request.source)]
+    words = ["placer", "solve", source, *more]
     words += ["--nodes", str(topology.num_nodes)]
     words += ["--gpus-per-node", str(topology.gpus_per_node)]
-    words += ["--policy", request.options.policy]
+    if request.options.policy != "fixed":
+        words += ["--policy", request.options.policy]
     words += ["--redundant-experts", "auto" if number is None else str(number)]
+    for option, value in {
+        "--max-imbalance": request.max_imbalance,
+        "--replica-choice": request.replica_choice,
+        "--start": request.start,
+    }.items():
+        words += [] if value is None else [option, str(value)]
+    words += ["--preserve-groups"] * request.options.preserve_groups
     return shlex.join([*words, "--out", "PLAN"])
 
 

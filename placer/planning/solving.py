@@ -37,6 +37,7 @@ from placer.planning.served import solved_for
 from placer.planning.settling import (
     is_balanced,
     settle,
+    started,
 )
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
@@ -103,6 +104,7 @@ def solve_request(
         If a proof of optimality is required and there is none.
     """
     deadline = deadline or Deadline(seconds=request.options.time_limit)
+    request = started(request, note)
     settled = settle(request, note, warn, progress, deadline)
     options, provenance, time = settled.options, dict(settled.provenance), None
     if settled.question is not None:
@@ -124,8 +126,7 @@ def solve_request(
             "select when counting: placer affinity TRACE "
             f"{request.selection.options} --out AFFINITY",
         )
-    if is_balanced(request, options):
-        _tell_groups(plan, request.engine, options, note, warn)
+    _tell_groups(plan, request, options, note, warn)
     report = plan.solver
     if request.require_optimal and report.status != "optimal":
         raise NotProvedError(
@@ -202,6 +203,7 @@ def solve_frontier(
     if request.objective != "traffic":
         raise _no_frontier(f"--objective {request.objective}")
     deadline = deadline or Deadline(seconds=request.options.time_limit)
+    request = started(request, note)
     loosest = replace(request, max_imbalance=caps[-1])
     settled = settle(loosest, note, warn, progress, deadline)
     if settled.options.objective != "traffic":
@@ -236,10 +238,10 @@ def _no_frontier(option: str) -> UsageError:
 
 
 def _tell_groups(
-    plan: Plan, engine: str | None, options: SolveOptions, note: Tell, warn: Tell
+    plan: Plan, request: SolveRequest, options: SolveOptions, note: Tell, warn: Tell
 ) -> None:
     """Tell what router groups on nodes cost, or what it means that they are split."""
-    model, num_nodes = plan.model, plan.placement.num_nodes
+    model, num_nodes, engine = plan.model, plan.placement.num_nodes, request.engine
     split = plan.solver.imbalance_without_groups
     if split is not None:
         whole = plan.solver.objective
@@ -251,9 +253,18 @@ def _tell_groups(
     elif num_nodes == 1 or not limits_nodes(model):
         return
     elif engine is not None and not solved_for(engine, plan.policy).groups_count:
-        sent = Engine.named(engine).dispatch.exchange
-        note(f"router groups may be split: {engine} sends {sent}, the same either way")
-    elif not are_whole(plan.placement, model.n_group, num_nodes):
+        if is_balanced(request, options):
+            sent = Engine.named(engine).dispatch.exchange
+            note(f"router groups may be split: {engine} sends {sent}, the same either way")
+    elif are_whole(plan.placement, model.n_group, num_nodes):
+        return
+    elif not is_balanced(request, options):
+        note(
+            "router groups are split over nodes where that keeps the load cap, "
+            f"{plan.max_imbalance:g}, for few copies; to keep them whole, which may make "
+            "a rank busier: --preserve-groups"
+        )
+    else:
         uneven = model.n_group % num_nodes
         warn(
             f"the {model.n_group} router groups are split over {num_nodes} nodes"

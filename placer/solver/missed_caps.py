@@ -30,6 +30,7 @@ def require_load_cap(
     num_layers: int,
     *,
     stopped: bool = False,
+    without_groups: float | None = None,
 ) -> None:
     """Refuse layers above the load cap, unless caps may be relaxed.
 
@@ -37,6 +38,8 @@ def require_load_cap(
     ----------
     reached, options, num_layers, stopped
         As in :func:`require_receive_cap`.
+    without_groups
+        What the worst layer reaches with split router groups, where they were kept whole.
 
     Raises
     ------
@@ -47,12 +50,18 @@ def require_load_cap(
         return
     worst = max(reached)
     when = ", when the search was stopped" if stopped else ""
+    groups, other = "", "ask for more --redundant-experts"
+    if options.preserve_groups or without_groups is not None:
+        groups, other = " and whole router groups", "split the groups where the engine may"
+    if without_groups is not None:
+        way = "without --preserve-groups" if options.preserve_groups else "--ignore-groups"
+        other = f"split the groups, which reaches {without_groups:.4f} ({way})"
     raise NoSolutionError(
         f"--max-imbalance {options.load_cap} was not reached in {len(reached)} of "
         f"{num_layers} MoE layers with {options.redundant_experts} redundant "
-        f"experts{when}; worst {worst:.4f}",
-        f"take the best reached with --relax-cap, ask for more --redundant-experts, or "
-        f"for --max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+        f"experts{groups}{when}; worst {worst:.4f}",
+        f"take the best reached with --relax-cap, {other}, or ask for "
+        f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
     )
 
 

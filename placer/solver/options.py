@@ -297,6 +297,14 @@ class SolveOptions:
         }
 
     @property
+    def traffic_alone(self) -> str | None:
+        """The first option that is about traffic, so not for balancing, or ``None``."""
+        asked = self.asked_of_tokens | {"--policy follow": self.policy == "follow"}
+        for option in ("--redundant-experts", "--start", "--preserve-groups"):
+            asked.pop(option)
+        return next((option for option, wanted in asked.items() if wanted), None)
+
+    @property
     def needs_tokens(self) -> str | None:
         """The first option that counts alone cannot serve, or ``None``."""
         asked = self.asked_of_tokens.items()

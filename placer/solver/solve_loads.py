@@ -44,9 +44,14 @@ def solve_loads(
     """
     began = time.monotonic()
     _require_no_traffic(options)
-    found, without_groups = _balanced(affinity, options, deadline)
+    found, split = _balanced(affinity, options, deadline)
     missed = above_load_cap(dict(enumerate(found.imbalance)), options)
-    require_load_cap(missed.values(), options, found.placement.num_layers)
+    require_load_cap(
+        missed.values(),
+        options,
+        found.placement.num_layers,
+        without_groups=None if split is None else max(split.imbalance),
+    )
     objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
     return found.placement, SolverReport(
         status=status(objective, bound * (1 + _ROUNDING)),
@@ -60,14 +65,14 @@ def solve_loads(
         reproducible=deadline.reproducible,
         relaxed_layers={str(layer): value for layer, value in missed.items()},
         predicted_imbalance=float(np.mean(found.predicted)),
-        imbalance_without_groups=without_groups,
+        imbalance_without_groups=None if split is None else float(np.mean(split.imbalance)),
     )
 
 
 def _balanced(
     affinity: Affinity, options: SolveOptions, deadline: Deadline
-) -> tuple[LoadBalance, float | None]:
-    """Balance; with groups kept, say what imbalance there is without them too."""
+) -> tuple[LoadBalance, LoadBalance | None]:
+    """Balance; with groups kept, without them too."""
     model, topology = affinity.model, options.topology
     if options.start is not None:
         require_same_shape(
@@ -97,21 +102,18 @@ def _balanced(
 
     if num_blocks == 1:
         return balanced(1, 1), None
-    without = balanced(1, 1).imbalance
-    return balanced(model.n_group, num_blocks), float(np.mean(without))
+    return balanced(model.n_group, num_blocks), balanced(1, 1)
 
 
 def _require_no_traffic(options: SolveOptions) -> None:
     """Refuse options that loads alone cannot serve."""
-    asked = options.asked_of_tokens | {"--policy follow": options.policy == "follow"}
-    for option in ("--redundant-experts", "--start", "--preserve-groups"):
-        asked.pop(option)
-    for option in (name for name, wanted in asked.items() if wanted):
-        if options.objective == "balance":
-            raise UsageError(
-                f"{option} is about traffic, --objective balance is not", f"drop {option}"
-            )
+    if (option := options.traffic_alone) is None:
+        return
+    if options.objective == "balance":
         raise UsageError(
-            f"{option} needs tokens: loads alone say nothing of traffic",
-            f"record tokens (placer record --help), or drop {option}",
+            f"{option} is about traffic, --objective balance is not", f"drop {option}"
         )
+    raise UsageError(
+        f"{option} needs tokens: loads alone say nothing of traffic",
+        f"record tokens (placer record --help), or drop {option}",
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,28 @@ def test_links_decide_whether_copies_or_load_count() -> None:
     fast = choose_cap(MODEL, partners(), OPTIONS, question(1e18))
     assert fast.options.below_eplb
     assert "at or below EPLB's" in fast.told
+
+
+@pytest.mark.parametrize(
+    ("gain", "is_below", "told"),
+    [
+        (-0.001, True, "0.1% more time"),
+        (0.001, True, "0.1% less time"),
+        (0.05, False, "5.0%"),
+    ],
+)
+def test_a_gain_within_the_error_of_quick_plans_decides_nothing(
+    monkeypatch: pytest.MonkeyPatch, gain: float, is_below: bool, told: str
+) -> None:
+    """The first plan is under EPLB's load, the second under the default cap."""
+    seconds = iter((1.0, 1.0 - gain))
+    monkeypatch.setattr(
+        "placer.planning.cap_choice.batch_times",
+        lambda *_: [SimpleNamespace(overlapped=next(seconds))],
+    )
+    found = choose_cap(MODEL, partners(800), OPTIONS, question(1e6))
+    assert found.options.below_eplb == is_below
+    assert told in found.told
 
 
 def test_a_plan_that_spends_its_time_leaves_the_other_its_own(

@@ -11,7 +11,6 @@ import pytest
 from placer.checkpoint.permutation import require_whole_groups
 from placer.errors import (
     NotProvedError,
-    PlacerError,
     UsageError,
 )
 from placer.model import ModelSpec
@@ -19,6 +18,8 @@ from placer.placement import (
     Placement,
     Plan,
 )
+from placer.placement.pins import Pin
+from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning import judging, layer_time
 from placer.planning.request import SolveRequest
@@ -79,6 +80,8 @@ def test_the_plan_is_that_of_the_options_and_judged_on_what_was_held_out(
     heldout = Trace(request.source).read(Selection(Fold(1, 2)))
     judged = simulate(plan.placement, heldout)["fixed"].to_json()
     assert plan.metrics["heldout"]["fixed"] == judged
+    simple = simulate(contiguous((8, 8), 2), heldout)["fixed"].to_json()
+    assert plan.metrics["baselines"]["contiguous"]["fixed"] == simple
 
 
 @pytest.fixture
@@ -117,22 +120,23 @@ def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
     assert "--redundant-experts 0" in error.value.hint
 
 
-def test_a_plan_for_vllm_that_may_split_groups_is_said_to(
-    grouped_request: Callable[..., SolveRequest], tmp_path: Path
+@pytest.mark.parametrize("option", ["--start", "--pin", "--ignore-groups"])
+def test_what_may_split_the_groups_of_a_permuted_checkpoint_is_refused(
+    grouped_request: Callable[..., SolveRequest], tmp_path: Path, option: str
 ) -> None:
-    """A plan to start from may have split them already: they are not placed anew."""
+    """Before the search: the export would refuse the plan after it."""
     split = Placement.from_expert_rank([np.arange(8) % 2] * 2, 2)
     unsolved_plan(GROUPED, split).write(tmp_path / "start.json")
-    told: list[str] = []
-    request = grouped_request(
-        engine="vllm-deepep-ht", start=tmp_path / "start.json", migration_cost=1e9
-    )
-    plan = solve_request(request, told.append, told.append).plan
-    assert any("this plan may not" in line for line in told)
-    assert not any("router groups are kept whole" in line for line in told)
-    assert plan.provenance["preserve_groups"] is False
-    with pytest.raises(PlacerError, match="group"):
-        require_whole_groups(GROUPED, [plan.placement.permutation(0)])
+    asked: dict[str, dict[str, object]] = {
+        "--start": {"start": tmp_path / "start.json"},
+        "--pin": {"options": replace(QUICK, pins=(Pin.parse("0:3=0"),))},
+        "--ignore-groups": {"options": replace(QUICK, ignore_groups=True)},
+    }
+    for engine in ("vllm-deepep-ht", "vllm-agrs"):
+        request = grouped_request(engine=engine, **asked[option])
+        with pytest.raises(UsageError, match=f"{option} may split") as error:
+            solve_request(request, lambda _: None, lambda _: None)
+        assert error.value.hint == f"drop {option}"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +157,21 @@ def test_splitting_groups_is_offered_where_it_can_be_had(
     solve_request(request, told.append, told.append)
     (line,) = [one for one in told if "router groups stay whole" in one]
     assert ("--ignore-groups" in line) == offered
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+def test_a_plan_for_traffic_says_why_groups_are_split(
+    grouped_request: Callable[..., SolveRequest], policy: str
+) -> None:
+    told: list[str] = []
+    options = replace(QUICK, topology=NODES, policy=policy)
+    solve_request(grouped_request(options=options), told.append, lambda _: None)
+    (line,) = [one for one in told if "router groups are split" in one]
+    assert "load cap, 1.1" in line and line.endswith("--preserve-groups")
+    told.clear()
+    whole = grouped_request(options=replace(options, preserve_groups=True))
+    solve_request(whole, told.append, lambda _: None)
+    assert not any("router groups are split" in one for one in told)
 
 
 @pytest.mark.parametrize("policy", ["token", "request"])

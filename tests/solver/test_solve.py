@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +242,22 @@ def test_a_fold_that_leaves_nothing_to_judge_on_is_refused_before_any_search(
     with pytest.raises(PlacerError, match="--not-fold 0/2: none is left") as error:
         planner.plan_from_trace(trace, options, Selection(Fold(0, 2)))
     assert error.value.hint
+
+
+@pytest.mark.parametrize("hot", [0, 40])
+def test_the_search_starts_from_contiguous_where_that_is_allowed_and_cheaper(
+    make_chunk: Callable[..., Chunk], monkeypatch: pytest.MonkeyPatch, hot: int
+) -> None:
+    """So no plan is worse, even if the search finds nothing; unless it breaks the cap.
+
+    Each token uses two neighbours of one rank; hot ones are all of the first rank.
+    """
+    monkeypatch.setattr(Search, "run", lambda *_: None)
+    first = np.concatenate([np.repeat(np.arange(0, 16, 2), 10), np.tile([0, 2], hot)])
+    experts = np.stack([first, first + 1], axis=1).astype(np.uint8)
+    chunk = make_chunk(num_tokens=len(first), num_experts=(16,))
+    model = ModelSpec(num_experts=(16,), top_k=2)
+    affinity = count_affinity([replace(chunk, experts=(experts,))], model, {})
+    options = SolveOptions(topology=Topology(gpus_per_node=4), proof="none")
+    ranks = solve(affinity, options)[0].expert_rank(0).tolist()
+    assert (ranks == [e // 4 for e in range(16)]) == (hot == 0)

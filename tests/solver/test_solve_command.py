@@ -245,6 +245,31 @@ def test_a_plan_says_what_it_started_from(
     }.items()  # fmt: skip
 
 
+def test_a_balanced_start_says_how_many_experts_move_and_how_to_move_fewer(
+    trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, out = tmp_path / "first.json", tmp_path / "plan.json"
+    assert solve(trace, first, "--max-imbalance 4", capsys)[0] == 0
+    for cost, says in ((0, True), (1e9, False)):
+        words = [
+            "solve",
+            str(trace.directory),
+            "--gpus-per-node",
+            "2",
+            "--start",
+            str(first),
+        ]
+        words += ["--objective", "balance", "--migration-cost", str(cost)]
+        with pytest.raises(SystemExit):
+            main([*words, "--out", str(out)])
+        told = capsys.readouterr().out
+        moved = Plan.read(out).provenance["moved_experts"]
+        assert f"{moved} of " in told and f"experts in slots moved from {first}" in told
+        assert ("--migration-cost" in told) == (says and moved > 0)
+        assert (moved > 0) == says
+        out.unlink()
+
+
 def test_plans_of_a_frontier_say_what_was_chosen_for_all(
     trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

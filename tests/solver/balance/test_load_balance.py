@@ -205,6 +205,23 @@ def test_router_groups_stay_on_nodes_unless_they_are_ignored() -> None:
         replace(asked, ignore_groups=True, preserve_groups=True)
 
 
+def test_a_cap_that_whole_groups_miss_names_what_split_ones_reach() -> None:
+    """More redundant experts would not help: the busiest group is too busy."""
+    affinity = replace(grouped_loads(), load=(np.repeat([9, 1, 1, 1, 1, 1, 1, 1], 4),) * 2)
+    asked = options(
+        topology=Topology(num_nodes=8, gpus_per_node=2),
+        redundant_experts=16,
+        replica_choice="hash",
+        max_imbalance=1.5,
+    )
+    _, report = solve(affinity, replace(asked, ignore_groups=True))
+    for more, way in (({}, "--ignore-groups"), ({"preserve_groups": True}, "without")):
+        with pytest.raises(NoSolutionError, match="whole router groups") as error:
+            solve(affinity, replace(asked, **more))
+        assert f"reaches {report.objective:.4f} ({way}" in error.value.hint
+        assert "--redundant-experts" not in error.value.hint
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "redundant_experts"), [(4, 0), (8, 0), (16, 0), (16, 16)]
 )
