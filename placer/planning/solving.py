@@ -46,7 +46,6 @@ from placer.solver.balance.router_groups import (
     limits_nodes,
 )
 from placer.solver.options import SolveOptions
-from placer.target.engine import Engine
 from placer.trace import (
     EVERYTHING,
     Trace,
@@ -254,8 +253,7 @@ def _tell_groups(
         return
     elif engine is not None and not solved_for(engine, plan.policy).groups_count:
         if is_balanced(request, options):
-            sent = Engine.named(engine).dispatch.exchange
-            note(f"router groups may be split: {engine} sends {sent}, the same either way")
+            note(f"router groups may be split: {engine} sends the same copies then")
     elif are_whole(plan.placement, model.n_group, num_nodes):
         return
     elif not is_balanced(request, options):
