@@ -24,7 +24,8 @@ Array = npt.NDArray[Any]
 
 #: Header that names the data-parallel rank of a request.
 RANK_HEADER = "X-Data-Parallel-Rank"
-_SCHEMA_VERSION = 1
+# Both hold the same tensors.
+_SCHEMA_VERSIONS = (1, 2)
 # Rank and confidence in one number, so that a row is one access to memory.
 _RANK_WIDTH = 16
 _RANK_BITS = (1 << _RANK_WIDTH) - 1
@@ -242,10 +243,10 @@ class ShuffleTable:
         with safe_open(path, "np") as opened:
             header = json.loads((opened.metadata() or {}).get("placer", "{}"))
             kind, version = header.get("kind"), header.get("schema_version")
-            if (kind, version) != ("table", _SCHEMA_VERSION):
+            if kind != "table" or version not in _SCHEMA_VERSIONS:
                 raise ValueError(
                     f"{path} is {kind} of schema_version {version}, expected table of "
-                    f"{_SCHEMA_VERSION}: placer tables PLAN TRACE --out {path}"
+                    f"1 or 2: placer tables PLAN TRACE --out {path}"
                 )
             names: tuple[str, ...] = (
                 "token_rank",

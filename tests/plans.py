@@ -17,6 +17,7 @@ def unsolved_plan(model: ModelSpec, placement: Placement, **provenance: object) 
         max_imbalance=1.1,
         solver=SolverReport(
             status="feasible",
+            termination="step_limit",
             objective_name="none",
             objective=0.0,
             bound=None,

@@ -1,9 +1,9 @@
 """SGLang draws for rows of dense layers too: whatever serves copies knows these rows."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from placer.cli.main import main
@@ -45,14 +45,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...] | None]:
 def bound(make_trace: Callable[..., Trace], tmp_path: Path) -> Path:
     """A trace of a model whose layers 0 and 3 are dense."""
     unbound = make_trace("unbound", num_tokens=1200, num_sequences=80)
-    model = replace(
+    model = msgspec.structs.replace(
         unbound.model,
         model_type="deepseek_v3",
         layer_ids=LAYER_IDS,
         hidden_size=64,
         vocab_size=50,
     )
-    model = replace(model, fingerprint=model.bound_fingerprint())
+    model = msgspec.structs.replace(model, fingerprint=model.bound_fingerprint())
     with TraceWriter(directory=tmp_path / "bound", model=model) as writer:
         writer.append(unbound.read())
         writer.finish()

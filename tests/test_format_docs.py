@@ -196,7 +196,7 @@ def test_documented_combined_rule_is_the_one_that_is_simulated() -> None:
 def test_every_tensor_and_metric_is_documented() -> None:
     documented = set(re.findall(r"`([a-z_.]+)(?:\.\{l\})?`", FORMATS_PAGE))
     metrics = {one.name for one in fields(PolicyMetrics)}
-    solver = {one.name for one in fields(SolverReport)}
+    solver = set(SolverReport.__struct_fields__)
     tensors = {"load", "transition", "coactivation", *TABLE_DTYPES}
     assert metrics | solver | tensors <= documented
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -86,7 +87,7 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copies = replace(plain, placement=Placement.from_json([WITH_COPIES] * 2, (8, 8), 4, 1))
     copies.write(folder / "COPIES")
     replace(copies, provenance={"replica_choice": "cover"}).write(folder / "DRAWN")
-    solver = replace(plain.solver, status="imported")
+    solver = msgspec.structs.replace(plain.solver, status="imported")
     replace(plain, solver=solver).write(folder / "IMPORTED")
     for words in (
         "affinity TRACE --out AFFINITY",

@@ -1,11 +1,10 @@
 """The affinity file: exact int64 counts that add up over traces."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -17,15 +16,32 @@ from placer.model import (
     ModelSpec,
     require_same_model,
 )
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Count,
+    Document,
+    file_header,
+    of_this_version,
+    validated,
+)
 from placer.run.files import (
     require_file,
     write_tensors,
 )
+from placer.trace.selection import ProfileFacts
 
-SCHEMA_VERSION = 1
 KIND = "affinity"
-_HEADER_FIELDS = ("kind", "schema_version", "model", "num_tokens", "provenance")
 _SPARSE = ("token_expert", "sequence_expert")
+
+
+class AffinityFile(Document, frozen=True, kw_only=True):
+    """The header of an affinity file; see ``docs/formats.md``."""
+
+    kind: Literal["affinity"]
+    schema_version: Literal[2]
+    model: ModelSpec
+    num_tokens: Count
+    provenance: ProfileFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,11 +87,6 @@ class Affinity:
             "coactivation": [(size, size) for size in sizes],
             "transition": list(itertools.pairwise(sizes)),
         }
-        # A bool would be an int too.
-        if type(self.num_tokens) is not int or self.num_tokens < 0:
-            raise PlacerError(f"num_tokens is {self.num_tokens!r}, no whole number from 0")
-        if not isinstance(self.provenance, Mapping):
-            raise PlacerError(f"provenance is {self.provenance!r}, no JSON object")
         if not (self.transition or self.coactivation):
             expected = {"load": expected["load"]}
         for name, shapes in expected.items():
@@ -168,38 +179,38 @@ class Affinity:
         again = f"count again: placer affinity TRACE --out {path}"
         try:
             with safe_open(path, "np") as opened:
-                header = json.loads((opened.metadata() or {}).get("placer", "{}"))
+                header = file_header(opened.metadata(), f"affinity {path}")
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (SafetensorError, ValueError, TypeError, KeyError) as error:
             # A dtype that NumPy does not have, such as bfloat16, is a TypeError.
             raise PlacerError(f"affinity {path} cannot be read: {error}", again) from error
-        if not isinstance(header, dict) or header.get("kind") != KIND:
+        if header.get("kind") != KIND:
             raise PlacerError(
                 f"{path} is no affinity file",
                 "write one: placer affinity TRACE --out AFFINITY",
             )
-        if header.get("schema_version") != SCHEMA_VERSION:
-            raise PlacerError(
-                f"{path} has schema_version {header.get('schema_version')}, "
-                f"this placer reads {SCHEMA_VERSION}",
-                again,
-            )
+        where = f"affinity {path}"
+        header = of_this_version(header, where, again)
+        stated = validated(header, AffinityFile, where, again)
         try:
-            read = cls._from_tensors(header, tensors)
+            read = cls._from_tensors(stated, header["provenance"], tensors)
         except (KeyError, TypeError, ValueError, AttributeError, PlacerError) as error:
-            raise PlacerError(f"affinity {path} is damaged: {error}", again) from error
-        odd = sorted({*header, *tensors} ^ {*_HEADER_FIELDS, *read.tensors()})
+            raise PlacerError(f"{where} is damaged: {error}", again) from error
+        odd = sorted(set(tensors) ^ set(read.tensors()))
         if odd:
             raise PlacerError(
-                f"affinity {path} has missing or unknown fields: {', '.join(odd)}", again
+                f"{where} has missing or unknown tensors: {', '.join(odd)}", again
             )
         return read
 
     @classmethod
     def _from_tensors(
-        cls, header: Mapping[str, Any], tensors: Mapping[str, IntArray]
+        cls,
+        stated: AffinityFile,
+        provenance: Mapping[str, Any],
+        tensors: Mapping[str, IntArray],
     ) -> Self:
-        model = ModelSpec.from_json(header["model"])
+        model = stated.model
         loads_alone = not any(name.startswith("coactivation.") for name in tensors)
 
         def layers(name: str, number: int) -> tuple[IntArray, ...]:
@@ -209,13 +220,13 @@ class Affinity:
 
         return cls(
             model=model,
-            num_tokens=header["num_tokens"],
+            num_tokens=stated.num_tokens,
             load=layers("load", model.num_layers),
             transition=layers("transition", model.num_layers - 1),
             coactivation=layers("coactivation", model.num_layers),
             token_expert=_read_rows("token_expert", tensors, model),
             sequence_expert=_read_rows("sequence_expert", tensors, model),
-            provenance=header["provenance"],
+            provenance=provenance,
         )
 
 

@@ -7,14 +7,13 @@ loads consecutive ids. Pyramid-residual models differ in experts from layer to l
 dense branch and its coefficient do not depend on the order of experts.
 """
 
-import json
 import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +26,15 @@ from placer.errors import (
     VerificationError,
 )
 from placer.placement import Plan
-from placer.run.documents import read_json
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Document,
+    ExpertId,
+    Sha256,
+    of_this_version,
+    read_json,
+    validated,
+)
 from placer.run.files import (
     atomic_directory,
     canonical_json,
@@ -37,7 +44,6 @@ from placer.run.files import (
     sha256_file,
 )
 
-SCHEMA_VERSION = 1
 KIND = "deepspeed"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MAIN_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
@@ -45,6 +51,16 @@ _EXPERT_KEY = re.compile(
     r"((?:.*\.)?deepspeed_moe)\.experts\.deepspeed_experts\.(\d+)\.(.+)"
 )
 _GATE = ".gate.wg.weight"
+
+
+class DeepspeedRecord(Document, frozen=True, kw_only=True):
+    """The JSON object of its ``placer.json``; see ``docs/formats.md``."""
+
+    schema_version: Literal[2]
+    kind: Literal["deepspeed"]
+    placer: str
+    plan_sha256: Sha256
+    permutation: list[list[ExpertId]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +279,8 @@ def _write(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         if record is not None:
-            (partial / RECORD_NAME).write_text(canonical_json(record) + "\n")
+            text = canonical_json(record) + "\n"
+            (partial / RECORD_NAME).write_text(text, encoding="utf-8")
     return DeepspeedReport(
         num_layers=len(rows),
         num_expert_files=len(source.expert_files),
@@ -387,21 +404,15 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _recorded(path: Path, num_experts: tuple[int, ...]) -> list[IntArray]:
-    value = read_json(path, "export record")
-    try:
-        rows = [np.asarray(row, dtype=np.int64) for row in value["permutation"]]
-        expected = [np.arange(size) for size in num_experts]
-        sound = len(rows) == len(expected) and all(
-            np.array_equal(np.sort(row), one)
-            for row, one in zip(rows, expected, strict=True)
-        )
-    except (KeyError, TypeError, ValueError, OverflowError):
-        sound = False
-    if not sound or (value.get("schema_version"), value.get("kind")) != (1, KIND):
+    where, again = f"export record {path}", "take it from an unchanged copy"
+    value = of_this_version(read_json(path, "export record"), where, again)
+    read = validated(value, DeepspeedRecord, where, again)
+    rows = [np.asarray(row, dtype=np.int64) for row in read.permutation]
+    if [sorted(row) for row in read.permutation] != [list(range(n)) for n in num_experts]:
         raise PlacerError(
-            f"{path} is damaged, or no record of a DeepSpeed checkpoint of "
-            f"{json.dumps(num_experts)} experts",
-            "take it from an unchanged copy",
+            f"{where}: permutation is none of a DeepSpeed checkpoint of "
+            f"{list(num_experts)} experts",
+            again,
         )
     return rows
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -44,13 +44,55 @@ from placer.model import (
 )
 from placer.model.tensor_layout import TensorKind
 from placer.placement import Plan
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Count,
+    Document,
+    ExpertId,
+    NumExperts,
+    NumRanks,
+    Sha256,
+    of_this_version,
+    read_json,
+    validated,
+)
 from placer.run.files import (
     canonical_json,
     sha256_file,
 )
 
 RANK_NAME = "placement.json"
-SCHEMA_VERSION = 1
+
+
+class RankRecord(Document, frozen=True, kw_only=True):
+    """The JSON object of ``placement.json``; see ``docs/formats.md``."""
+
+    schema_version: Literal[2]
+    kind: Literal["rank"]
+    rank: Count
+    num_ranks: NumRanks
+    num_nodes: NumRanks
+    world_ranks: list[Count]
+    plan_sha256: Sha256
+    source_fingerprint: Sha256 | None
+    layer_ids: list[Count]
+    num_experts: list[NumExperts]
+    experts: list[list[ExpertId]]
+    experts_only: bool
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read ``placement.json``.
+
+        Raises
+        ------
+        PlacerError
+            If it is none, or damaged.
+        """
+        where = f"record of a rank {path}"
+        again = "export it again: placer export ranks PLAN MODEL --out NEW"
+        value = of_this_version(read_json(path, "record of a rank"), where, again)
+        return validated(value, cls, where, again)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +147,7 @@ class RanksJob:
     source: CheckpointSource
     shards: tuple[ShardWork, ...]
     indexes: tuple[dict[str, str], ...]
-    records: tuple[dict[str, Any], ...]
+    records: tuple[RankRecord, ...]
     experts_only: bool
     warning: str | None
 
@@ -124,17 +166,21 @@ class RanksJob:
         """
         options = options or ExportOptions()
         require_outside(out, self.source.directory)
-        identity = {"ranks": self.records, "experts_only": self.experts_only}
+        identity = {
+            "ranks": [one.to_json() for one in self.records],
+            "experts_only": self.experts_only,
+        }
         with written_shards(
             out, self.shards, self._other_bytes, identity, options, progress
         ) as written:
             for record, index in zip(self.records, self.indexes, strict=True):
-                folder = written.directory / rank_folder(record["rank"])
+                folder = written.directory / rank_folder(record.rank)
                 folder.mkdir(exist_ok=True)
                 copy_files(self.source.directory, self.other_files, folder)
                 text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
                 (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
-                (folder / RANK_NAME).write_text(canonical_json(record) + "\n")
+                text = canonical_json(record.to_json()) + "\n"
+                (folder / RANK_NAME).write_text(text, encoding="utf-8")
         return RanksReport(
             num_ranks=len(self.records),
             num_shards=len(self.shards),
@@ -194,7 +240,7 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
     source = CheckpointSource.open(directory)
     routed = RoutedTensors.of(source, model)
     placement = plan.placement
-    groups = plan.provenance.get("layout", {}).get("groups", [])
+    groups = (plan.provenance.get("layout") or {}).get("groups", [])
     shards, indexes, records = [], [], []
     for rank in range(placement.num_ranks):
         held = [
@@ -207,20 +253,20 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
             {name: Path(work.name).name for work, names in works for name in names}
         )
         records.append(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "rank",
-                "rank": rank,
-                "num_ranks": placement.num_ranks,
-                "num_nodes": placement.num_nodes,
-                "world_ranks": [group[rank] for group in groups],
-                "plan_sha256": sha256_file(plan_path),
-                "source_fingerprint": model.fingerprint,
-                "layer_ids": list(model.layer_ids or ()),
-                "num_experts": list(model.num_experts),
-                "experts": held,
-                "experts_only": experts_only,
-            }
+            RankRecord(
+                schema_version=SCHEMA_VERSION,
+                kind="rank",
+                rank=rank,
+                num_ranks=placement.num_ranks,
+                num_nodes=placement.num_nodes,
+                world_ranks=[group[rank] for group in groups],
+                plan_sha256=sha256_file(plan_path),
+                source_fingerprint=model.fingerprint,
+                layer_ids=list(model.layer_ids or ()),
+                num_experts=list(model.num_experts),
+                experts=held,
+                experts_only=experts_only,
+            )
         )
     return RanksJob(
         source=source,

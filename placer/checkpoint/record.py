@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -12,10 +12,33 @@ from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.documents import read_json
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Count,
+    Document,
+    ExpertId,
+    Sha256,
+    of_this_version,
+    read_json,
+    validated,
+)
 from placer.run.files import canonical_json
 
-SCHEMA_VERSION = 1
+
+class RecordFile(Document, frozen=True, kw_only=True):
+    """The JSON object of ``placer.json``; see ``docs/formats.md``."""
+
+    schema_version: Literal[2]
+    placer: str
+    plan_sha256: Sha256
+    source_fingerprint: Sha256
+    layer_ids: tuple[Count, ...]
+    permutation: list[list[ExpertId]]
+    inverse: list[list[ExpertId]]
+    header_bytes: dict[str, Count]
+    shard_bytes: dict[str, Count]
+    header_sha256: dict[str, Sha256]
+    source_sha256: dict[str, Sha256]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,31 +111,26 @@ class ExportRecord:
             If there is none, it is of another schema version, or damaged.
         """
         path = directory / RECORD_NAME
-        value = read_json(path, "export record")
-        if value.get("schema_version") != SCHEMA_VERSION:
+        where, again = f"export record {path}", "take it from an unchanged copy"
+        value = of_this_version(read_json(path, "export record"), where, again)
+        read = validated(value, RecordFile, where, again)
+        record = cls(
+            plan_sha256=read.plan_sha256,
+            source_fingerprint=read.source_fingerprint,
+            layer_ids=read.layer_ids,
+            permutation=tuple(np.asarray(row, dtype=np.int64) for row in read.permutation),
+            header_bytes=read.header_bytes,
+            shard_bytes=read.shard_bytes,
+            header_sha256=read.header_sha256,
+            source_sha256=read.source_sha256,
+        )
+        for layer, row in enumerate(record.permutation):
+            if not np.array_equal(np.sort(row), np.arange(len(row))):
+                raise PlacerError(f"{where}: permutation[{layer}] is none", again)
+        if [row.tolist() for row in record.inverse] != read.inverse:
             raise PlacerError(
-                f"{path} has schema_version {value.get('schema_version')}, "
-                f"this placer reads {SCHEMA_VERSION}",
-                "restore with the placer that exported it",
+                f"{where}: permutation and inverse do not undo each other", again
             )
-        try:
-            record = cls(
-                plan_sha256=value["plan_sha256"],
-                source_fingerprint=value["source_fingerprint"],
-                layer_ids=tuple(value["layer_ids"]),
-                permutation=_permutations(value["permutation"]),
-                header_bytes=_mapping(value["header_bytes"], int),
-                shard_bytes=_mapping(value["shard_bytes"], int),
-                header_sha256=_mapping(value["header_sha256"], str),
-                source_sha256=_mapping(value["source_sha256"], str),
-            )
-            inverse = _permutations(value["inverse"])
-            if [row.tolist() for row in inverse] != [r.tolist() for r in record.inverse]:
-                raise ValueError("permutation and inverse do not undo each other")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise PlacerError(
-                f"{path} is damaged: {error}", "take it from an unchanged copy"
-            ) from error
         return record
 
     def require_model(self, model: ModelSpec, directory: Path) -> None:
@@ -135,18 +153,3 @@ class ExportRecord:
                 f"{str(model.fingerprint)[:12]}",
                 "restore from an unchanged copy of the export",
             )
-
-
-def _permutations(rows: Any) -> tuple[IntArray, ...]:
-    found = tuple(np.asarray(row, dtype=np.int64) for row in rows)
-    for layer, row in enumerate(found):
-        if not np.array_equal(np.sort(row), np.arange(len(row))):
-            raise ValueError(f"row {layer} is no permutation")
-    return found
-
-
-def _mapping(value: Any, kind: type) -> dict[str, Any]:
-    found = dict(value)
-    if not all(type(one) is kind for one in found.values()):
-        raise TypeError(f"a value is no {kind.__name__}")
-    return found

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from placer.checkpoint.ranks import (
     RANK_NAME,
+    RankRecord,
     RoutedTensors,
     rank_folder,
 )
@@ -122,11 +123,12 @@ def _held_blocks(old: "torch.Tensor", num_experts: int, held: list[int]) -> "tor
 
 def _require_record(folder: Path, rank: int, plan_path: Path) -> bool:
     """Check ``placement.json``; return whether the rank has experts only."""
-    record = read_json(folder / RANK_NAME, "record of a rank")
-    found = (record.get("rank"), record.get("plan_sha256"))
-    if found != (rank, sha256_file(plan_path)):
-        raise _wrong(folder, f"is of rank {found[0]} or of another plan than {plan_path}")
-    return record.get("experts_only") is True
+    record = RankRecord.read(folder / RANK_NAME)
+    if (record.rank, record.plan_sha256) != (rank, sha256_file(plan_path)):
+        raise _wrong(
+            folder, f"is of rank {record.rank} or of another plan than {plan_path}"
+        )
+    return record.experts_only
 
 
 def _tensors(folder: Path) -> dict[str, Path]:

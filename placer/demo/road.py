@@ -23,7 +23,7 @@ from placer.placement import (
     Placement,
     Plan,
 )
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace

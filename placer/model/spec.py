@@ -1,9 +1,10 @@
 """What placer must know of a Mixture-of-Experts model: the shape of its routing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import msgspec
 
 from placer.errors import PlacerError, UsageError
 from placer.model.architecture import Architecture
@@ -11,11 +12,18 @@ from placer.model.config_file import (
     read_config,
     tensor_names,
 )
+from placer.run.documents import (
+    Count,
+    Document,
+    NumExperts,
+    Sha256,
+    Size,
+    TopK,
+)
 from placer.run.files import sha256_json
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(Document, frozen=True, kw_only=True):
     """The shape of a model's routing.
 
     Attributes
@@ -42,14 +50,14 @@ class ModelSpec:
 
     id: str | None = None
     model_type: str | None = None
-    fingerprint: str | None = None
-    layer_ids: tuple[int, ...] | None = None
-    num_experts: tuple[int, ...]
-    top_k: int
-    hidden_size: int | None = None
-    vocab_size: int | None = None
-    n_group: int = 1
-    topk_group: int = 1
+    fingerprint: Sha256 | None = None
+    layer_ids: tuple[Count, ...] | None = None
+    num_experts: tuple[NumExperts, ...]
+    top_k: TopK
+    hidden_size: Size | None = None
+    vocab_size: Size | None = None
+    n_group: Size = 1
+    topk_group: Size = 1
 
     def __post_init__(self) -> None:
         if not self.num_experts or min(self.num_experts) < 1:
@@ -62,6 +70,12 @@ class ModelSpec:
         if self.layer_ids is not None and len(self.layer_ids) != self.num_layers:
             raise PlacerError(
                 f"{len(self.layer_ids)} layer_ids for {self.num_layers} MoE layers"
+            )
+        if self.bound and self.fingerprint != self.bound_fingerprint():
+            raise PlacerError(
+                f"the model's fingerprint is {str(self.fingerprint)[:12]}, but that of its "
+                f"fields is {self.bound_fingerprint()[:12]}: they were edited",
+                "take the file from an unchanged copy, or make it again",
             )
 
     @property
@@ -85,38 +99,6 @@ class ModelSpec:
                 "num_experts": list(self.num_experts),
                 "top_k": self.top_k,
             }
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {
-            "id": self.id,
-            "model_type": self.model_type,
-            "fingerprint": self.fingerprint,
-            "layer_ids": None if self.layer_ids is None else list(self.layer_ids),
-            "num_experts": list(self.num_experts),
-            "top_k": self.top_k,
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "n_group": self.n_group,
-            "topk_group": self.topk_group,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read the fields back; the inverse of :meth:`to_json`."""
-        layer_ids = value.get("layer_ids")
-        return cls(
-            id=value.get("id"),
-            model_type=value.get("model_type"),
-            fingerprint=value.get("fingerprint"),
-            layer_ids=None if layer_ids is None else tuple(layer_ids),
-            num_experts=tuple(value["num_experts"]),
-            top_k=value["top_k"],
-            hidden_size=value.get("hidden_size"),
-            vocab_size=value.get("vocab_size"),
-            n_group=value.get("n_group", 1),
-            topk_group=value.get("topk_group", 1),
         )
 
     @classmethod
@@ -153,8 +135,7 @@ class ModelSpec:
             n_group=n_group,
             topk_group=topk_group,
         )
-        fields = unbound.to_json() | {"fingerprint": unbound.bound_fingerprint()}
-        return cls.from_json(fields)
+        return msgspec.structs.replace(unbound, fingerprint=unbound.bound_fingerprint())
 
 
 def _require_layers(

@@ -2,14 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
-from placer.run.documents import read_json
+from placer.placement.plan_file import PlanFile, upgraded_plan
+from placer.placement.policy import ContentPolicy
+from placer.placement.solver_report import SolverReport
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    of_this_version,
+    read_json,
+    validated,
+)
 from placer.run.files import (
     atomic_file,
     sha256_file,
@@ -20,193 +28,6 @@ from placer.target.engine import (
     choose_replicas,
     known_engines,
 )
-
-SCHEMA_VERSION = 1
-_FIELDS = {
-    "schema_version",
-    "model",
-    "num_ranks",
-    "num_nodes",
-    "policy",
-    "exchange",
-    "max_imbalance",
-    "physical_to_logical_map",
-    "solver",
-    "metrics",
-    "provenance",
-}
-
-Policy = Literal["fixed", "follow"]
-#: Policies whose homes a token-shuffle table gives.
-ContentPolicy = Literal["token", "request"]
-HomePolicy = Policy | ContentPolicy
-Exchange = Literal["per-rank", "per-node"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """A proved bound of one objective, beside the value that the placement reaches.
-
-    Attributes
-    ----------
-    objective_name
-        What ``objective`` counts.
-    objective
-        The value reached, to be minimised.
-    bound
-        No placement under the load cap has less.
-    gap
-        ``(objective - bound) / objective``.
-    bound_method
-        How the bound was proved.
-    """
-
-    objective_name: str
-    objective: float
-    bound: float
-    gap: float
-    bound_method: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CapTrial:
-    """What a load cap is worth: quick plans of each half of the profile, their mean.
-
-    Attributes
-    ----------
-    max_imbalance
-        The cap.
-    overflow_price
-        Copies that a pair above it is worth in other loads.
-    objective
-        The solver's objective on the half solved on.
-    profile_imbalance, heldout_imbalance
-        Max/mean rank load, mean over the layers, on that half and on the other.
-    predicted_imbalance
-        The same on other sequences, of a plan that is solved on the whole profile.
-    """
-
-    max_imbalance: float
-    overflow_price: float
-    objective: float
-    profile_imbalance: float
-    heldout_imbalance: float
-    predicted_imbalance: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InnerCap:
-    """The load cap that a robust plan was solved under, and why.
-
-    Attributes
-    ----------
-    max_imbalance
-        The cap on the profile; the plan's own ``max_imbalance`` is what was asked for.
-    overflow_price
-        Copies that a pair above it is worth in other loads.
-    predicted_imbalance
-        What other sequences should see of it.
-    holds
-        Whether that is no more than what was asked for.
-    trials
-        The caps, and prices under the tightest, that it was chosen from.
-    """
-
-    max_imbalance: float
-    overflow_price: float
-    predicted_imbalance: float
-    holds: bool
-    trials: tuple[CapTrial, ...]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read what ``dataclasses.asdict`` wrote."""
-        trials = tuple(CapTrial(**one) for one in value["trials"])
-        return cls(**dict(value) | {"trials": trials})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SolverReport:
-    """How good a placement is, and what proves it.
-
-    Attributes
-    ----------
-    status
-        ``optimal`` (the bound is reached), ``feasible``, or ``imported``: not solved.
-    objective_name
-        What ``objective`` counts.
-    objective
-        The value reached, to be minimised.
-    bound
-        A proved lower bound of the objective, or ``None``.
-    gap
-        ``(objective - bound) / objective``, or ``None``.
-    bound_method
-        How the bound was proved, or the reason why there is none.
-    seconds
-        Wall-clock seconds; not written to the plan file, whose bytes depend on the
-        input and the seed alone.
-    seed
-        Seed of the search.
-    reproducible
-        Whether the same input and seed give the same plan.
-    relaxed_layers
-        MoE layers whose load cap was out of reach and relaxed, with the value reached.
-    relaxed_receive_layers
-        The same of the cap on received copies.
-    eplb_caps
-        ``[L]``: caps on max/mean rank load, where they are those of EPLB with as many slots
-        on the profile, or the load cap where that is lower; else ``None``.
-    above_eplb_layers
-        MoE layers that were not brought under such a cap, with the value reached.
-    most_received_copies
-        R x the copies that the busiest rank receives per token of the profile (or of its
-        sample, ``RefineLimits.num_tokens``), in the worst layer, homes of ``fixed`` being
-        even; ``None`` where copies are not what was minimised.
-    pairs
-        Certificate of the pair objective, which stands in for traffic; ``None`` where it
-        is the objective itself, or replicas void it.
-    inner_cap
-        With ``--robust`` the load cap that was chosen to solve under, which the bound is
-        of; else ``None``.
-    predicted_imbalance
-        The imbalance to expect of the profile where copies serve tokens whose homes are
-        drawn, mean over MoE layers; only where balance is the objective, from loads alone.
-    imbalance_without_groups
-        What the objective would be if router groups were split, where balancing keeps them
-        whole; else ``None``.
-    """
-
-    status: Literal["optimal", "feasible", "imported"]
-    objective_name: str
-    objective: float
-    bound: float | None
-    gap: float | None
-    bound_method: str
-    seconds: float | None
-    seed: int
-    reproducible: bool = True
-    relaxed_layers: Mapping[str, float] = field(default_factory=dict)
-    relaxed_receive_layers: Mapping[str, float] = field(default_factory=dict)
-    eplb_caps: tuple[float, ...] | None = None
-    above_eplb_layers: Mapping[str, float] = field(default_factory=dict)
-    most_received_copies: float | None = None
-    pairs: Certificate | None = None
-    inner_cap: InnerCap | None = None
-    predicted_imbalance: float | None = None
-    imbalance_without_groups: float | None = None
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Read what ``dataclasses.asdict`` wrote."""
-        pairs, inner_cap = value["pairs"], value.get("inner_cap")
-        eplb_caps = value.get("eplb_caps")
-        read = {
-            "eplb_caps": eplb_caps and tuple(eplb_caps),
-            "pairs": pairs and Certificate(**pairs),
-            "inner_cap": inner_cap and InnerCap.from_json(inner_cap),
-        }
-        return cls(**dict(value) | read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +136,7 @@ class Plan:
             "exchange": self.exchange,
             "max_imbalance": self.max_imbalance,
             "physical_to_logical_map": self.placement.to_json(),
-            "solver": asdict(self.solver) | {"seconds": None},
+            "solver": self.solver.to_json() | {"seconds": None},
             "metrics": dict(self.metrics),
             "provenance": dict(self.provenance),
         }
@@ -340,37 +161,58 @@ class Plan:
                 f"{path} is no plan: it has no physical_to_logical_map",
                 "write one: placer solve TRACE --gpus-per-node M --out PLAN",
             )
-        version = value.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise PlacerError(
-                f"{path} has schema_version {version}, this placer reads {SCHEMA_VERSION}",
-                "install the placer that wrote it, or solve again",
-            )
+        where = f"plan {path}"
         again = f"write it anew: placer solve TRACE --gpus-per-node M --out {path}"
-        if set(value) != _FIELDS:
-            odd = ", ".join(sorted(set(value) ^ _FIELDS))
-            raise PlacerError(f"{path} has missing or unknown fields: {odd}", again)
+        value = of_this_version(value, where, again, upgraded_plan)
+        read = validated(value, PlanFile, where, again)
         try:
-            model = ModelSpec.from_json(value["model"])
-            return cls(
-                model=model,
+            plan = cls(
+                model=read.model,
                 placement=Placement.from_json(
-                    value["physical_to_logical_map"],
-                    model.num_experts,
-                    value["num_ranks"],
-                    value["num_nodes"],
+                    read.physical_to_logical_map,
+                    read.model.num_experts,
+                    read.num_ranks,
+                    read.num_nodes,
                 ),
-                policy=value["policy"],
-                exchange=value["exchange"],
-                max_imbalance=value["max_imbalance"],
-                solver=SolverReport.from_json(value["solver"]),
+                policy=read.policy,
+                exchange=read.exchange,
+                max_imbalance=read.max_imbalance,
+                solver=read.solver,
                 metrics=value["metrics"],
                 provenance=value["provenance"],
             )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise PlacerError(f"{path} is damaged: {error}", again) from error
+            plan._require_consistent(read)
         except PlacerError as error:
-            raise PlacerError(f"{path}: {error}", error.hint or again) from error
+            raise PlacerError(f"{where}: {error}", error.hint or again) from error
+        return plan
+
+    def _require_consistent(self, read: PlanFile) -> None:
+        """Refuse fields that contradict each other."""
+        for name, figures in (
+            ("profile", read.metrics.profile),
+            ("heldout", read.metrics.heldout),
+        ):
+            if figures is not None and self.policy not in figures:
+                raise PlacerError(
+                    f"policy is {self.policy}, but metrics.{name} has figures of "
+                    f"{', '.join(figures) or 'none'}"
+                )
+        if read.metrics.heldout is not None and read.metrics.profile is None:
+            raise PlacerError("metrics has figures in heldout, but none in profile")
+        layers = self.placement.num_layers
+        for name in ("relaxed_layers", "relaxed_receive_layers", "above_eplb_layers"):
+            for layer in getattr(read.solver, name):
+                if int(layer) >= layers:
+                    raise PlacerError(
+                        f"solver.{name} has MoE layer {layer}, the plan has {layers}"
+                    )
+        layout = read.provenance.layout
+        for group in () if layout is None else layout.groups:
+            if len(group) != self.placement.num_ranks:
+                raise PlacerError(
+                    f"provenance.layout has a group of {len(group)} ranks, the plan has "
+                    f"{self.placement.num_ranks}"
+                )
 
 
 def plan_sha256(path: Path) -> str:

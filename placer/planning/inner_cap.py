@@ -18,7 +18,7 @@ from placer.arrays import FloatArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
-from placer.placement.plan import (
+from placer.placement.solver_report import (
     CapTrial,
     InnerCap,
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from placer import __version__
@@ -17,10 +18,8 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement.migration import num_moved
 from placer.placement.placement import Placement
-from placer.placement.plan import (
-    Plan,
-    SolverReport,
-)
+from placer.placement.plan import Plan
+from placer.placement.solver_report import SolverReport
 from placer.placement.topology import Topology
 from placer.planning.inner_cap import choose_inner_cap
 from placer.planning.judging import Figures, Judging
@@ -112,7 +111,7 @@ def plan_from_trace(
             prices |= _prices(trace.model, judging.judged, placed, options, end)
     except OutOfTimeError:
         prices = {}
-        report = replace(report, reproducible=False)
+        report = msgspec.structs.replace(report, reproducible=False)
     if own:
         report = _as_simulated(report, own[0]["fixed"]["load_imbalance_mean"])
     return Plan(
@@ -145,8 +144,8 @@ def _as_simulated(report: SolverReport, imbalance: float) -> SolverReport:
     if report.predicted_imbalance is None or report.bound is None:
         return report
     if imbalance == round(report.objective, 5):  # rounding proves nothing
-        return replace(report, predicted_imbalance=None)
-    return replace(
+        return msgspec.structs.replace(report, predicted_imbalance=None)
+    return msgspec.structs.replace(
         report,
         status="feasible",
         objective=imbalance,
@@ -210,7 +209,9 @@ def _solve(
         placement.num_layers,
         stopped=deadline.stopped,
     )
-    return placement, replace(report, inner_cap=inner_cap, relaxed_layers=missed)
+    return placement, msgspec.structs.replace(
+        report, inner_cap=inner_cap, relaxed_layers=missed
+    )
 
 
 def _prices(

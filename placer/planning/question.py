@@ -6,7 +6,7 @@ from typing import get_args
 
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.phases import answered
 from placer.planning.served import require_loadable

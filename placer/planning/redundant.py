@@ -14,7 +14,7 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.errors import UsageError
-from placer.placement.plan import SolverReport
+from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.simulation.cost import ExpertShape

@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Any
 
 from placer.placement import Plan
-from placer.placement.plan import (
+from placer.placement.solver_report import (
     Certificate,
     InnerCap,
     SolverReport,

@@ -4,9 +4,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 Step = TypeVar("Step")
+Termination = Literal["proved", "step_limit", "time_limit", "interrupted"]
 
 
 class OutOfTimeError(Exception):
@@ -56,6 +57,14 @@ class Deadline:
     def reproducible(self) -> bool:
         """Whether no clock and no Ctrl-C had a say."""
         return not self.stopped and not self.chosen_in_haste
+
+    def termination(self, *, proved: bool) -> Termination:
+        """Return what ended a search, which ``proved`` its result the best or not."""
+        if proved:
+            return "proved"
+        if self.interrupted:
+            return "interrupted"
+        return "step_limit" if self.reproducible else "time_limit"
 
     def passed(self) -> bool:
         """Return whether to stop now, and remember it."""

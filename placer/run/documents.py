@@ -16,6 +16,7 @@ from types import UnionType
 from typing import (
     Annotated,
     Any,
+    Final,
     Literal,
     TypeVar,
     Union,
@@ -30,13 +31,16 @@ from placer.errors import PlacerError
 from placer.run.files import read_bytes
 
 #: The version of every kind of file that placer writes; version 1 is still read.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION: Final = 2
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 NumRanks = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 #: Logical experts are named by at most 15 bits in a trace.
 NumExperts = Annotated[int, msgspec.Meta(ge=1, le=2**15)]
+#: 0 where a map does not say.
+TopK = Annotated[int, msgspec.Meta(ge=0, le=2**15)]
 ExpertId = Annotated[int, msgspec.Meta(ge=0, lt=2**15)]
 #: Names of MoE layers as JSON keys: ordinals from 0.
 LayerKey = Annotated[str, msgspec.Meta(pattern="^(0|[1-9][0-9]*)$")]
@@ -59,7 +63,15 @@ _Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file of placer's own, or an object in one, holds: no field but these."""
+    """What a file of placer's own, or an object in one, holds: these fields and no others.
+
+    A default is for code alone: in a file every field is written.
+    """
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {n: _plain(v) for n, v in values.items() if v is not msgspec.UNSET}
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -104,6 +116,18 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return require_object(parse_json(read_bytes(path, what=what), where), where)
 
 
+def file_header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
+    """Return what placer wrote in the metadata of a safetensors file, empty if nothing.
+
+    Raises
+    ------
+    PlacerError
+        If :func:`parse_json` refuses it, or it is no object.
+    """
+    text = (metadata or {}).get("placer", "{}")
+    return require_object(parse_json(text, f"the header of {where}"), where)
+
+
 def require_object(value: Any, where: str) -> dict[str, Any]:
     """Refuse decoded JSON that is no object.
 
@@ -138,11 +162,14 @@ def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
         With the first field that is unknown, missing, or not what it must be.
     """
     try:
-        return msgspec.convert(value, kind)
+        found = msgspec.convert(value, kind)
     except msgspec.ValidationError:
         raise PlacerError(f"{where}: {_fault(value, kind)}", again) from None
     except PlacerError as error:
         raise PlacerError(f"{where}: {error}", error.hint or again) from error
+    if (absent := _absent(value, _plain(found))) is not None:
+        raise PlacerError(f"{where}: {absent}", again)
+    return found
 
 
 def of_this_version(
@@ -255,6 +282,32 @@ def _fault(value: Any, kind: Any, name: str = "") -> str:
         message.removeprefix("Expected ").partition(", got ")[0],
     )
     return f"{place}is {_shown(value)}, expected {expected}"
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold."""
+    if isinstance(value, Document):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _absent(value: Any, written: Any, name: str = "") -> str | None:
+    """Say which field a document lacks, of those that would be written again."""
+    if isinstance(value, dict) and isinstance(written, dict):
+        steps = [(f".{key}", value.get(key), one) for key, one in written.items()]
+        if missing := [key for key in written if key not in value]:
+            return f"{name.removeprefix('.') or 'it'} lacks {missing[0]}"
+    elif isinstance(value, list) and isinstance(written, list):
+        pairs = enumerate(zip(value, written, strict=True))
+        steps = [(f"[{place}]", one, other) for place, (one, other) in pairs]
+    else:
+        return None
+    found = (_absent(one, other, name + step) for step, one, other in steps)
+    return next((one for one in found if one is not None), None)
 
 
 def _refusal(value: Any, kind: Any) -> str | None:

@@ -5,15 +5,15 @@ in ascending order, padded with -1 up to X, the most copies that any has; ``logc
 how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``).
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
+from placer.run.documents import Document, NumRanks, parse_json, validated
 from placer.run.files import (
     require_file,
     require_fitting_archive,
@@ -25,6 +25,16 @@ from placer.runtime_map.runtime import (
     ParsedMap,
     Runtime,
 )
+
+
+class EplbHeader(Document, frozen=True, kw_only=True):
+    """What the metadata of a map says beside the arrays; see ``docs/formats.md``."""
+
+    kind: Literal["eplb"]
+    model: ModelSpec
+    num_ranks: NumRanks
+    num_nodes: NumRanks
+
 
 _NAMES = ("phy2log", "log2phy", "logcnt")
 
@@ -50,13 +60,13 @@ def _write(source: MapSource, path: Path, suffix: str) -> None:
         with path.open("wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
         return
-    header = {
-        "kind": "eplb",
-        "model": source.model.to_json(),
-        "num_ranks": source.placement.num_ranks,
-        "num_nodes": source.placement.num_nodes,
-    }
-    write_tensors(path, arrays, header)
+    header = EplbHeader(
+        kind="eplb",
+        model=source.model,
+        num_ranks=source.placement.num_ranks,
+        num_nodes=source.placement.num_nodes,
+    )
+    write_tensors(path, arrays, header.to_json())
 
 
 def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
@@ -100,10 +110,9 @@ def _header_model(path: Path) -> ModelSpec | None:
         text = (opened.metadata() or {}).get("placer")
     if text is None:
         return None
-    try:
-        return ModelSpec.from_json(json.loads(text)["model"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlacerError(f"its header is damaged: {error}") from error
+    where, again = f"map {path}", f"placer export eplb PLAN --out {path}"
+    header = parse_json(text, f"the header of {where}")
+    return validated(header, EplbHeader, where, again).model
 
 
 def _load(path: Path, suffix: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from placer import __version__
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec, require_same_model
@@ -84,6 +86,7 @@ def _imported(
         max_imbalance=1.1,
         solver=SolverReport(
             status="imported",
+            termination=None,
             objective_name="none",
             objective=0.0,
             bound=None,
@@ -105,12 +108,12 @@ def _imported(
         ids = parsed.layer_ids or tuple(range(len(rows)))
         source = replace(
             source,
-            model=replace(model, layer_ids=ids),
+            model=msgspec.structs.replace(model, fingerprint=None, layer_ids=ids),
             num_hidden_layers=ids[-1] + 1,
         )
     elif not runtime.needs_model:
         # Such a map may have been written for a plan that knew no layer numbers.
-        named = replace(model, fingerprint=None, layer_ids=parsed.layer_ids)
+        named = msgspec.structs.replace(model, fingerprint=None, layer_ids=parsed.layer_ids)
         source = replace(source, model=named)
     require_plan(runtime.read(source, path, path.suffix), source)
     plan.write(out)

@@ -4,20 +4,40 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Literal
 
 from placer.errors import PlacerError
-from placer.run.documents import read_json
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Count,
+    Document,
+    ExpertId,
+    NumExperts,
+    NumRanks,
+    of_this_version,
+    read_json,
+    validated,
+)
 from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
     ParsedMap,
     Runtime,
-    require_integers,
-    require_rows,
 )
 
-SCHEMA_VERSION = 1
-KIND = "placement_map"
+
+class PlacementMap(Document, frozen=True, kw_only=True):
+    """The JSON object of a plain map; see ``docs/formats.md``."""
+
+    schema_version: Literal[2]
+    kind: Literal["placement_map"]
+    num_ranks: NumRanks
+    num_nodes: NumRanks
+    layer_ids: list[Count] | None
+    num_experts: list[NumExperts]
+    physical_to_logical_map: list[list[ExpertId]]
+
+
 _COLUMNS = ("moe_layer", "layer_id", "rank", "slot", "expert")
 
 
@@ -85,46 +105,45 @@ def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     return rows
 
 
-def _json_value(source: MapSource) -> dict[str, object]:
+def _map_of(source: MapSource) -> PlacementMap:
     layer_ids = source.model.layer_ids
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
-        "num_ranks": source.placement.num_ranks,
-        "num_nodes": source.placement.num_nodes,
-        "layer_ids": None if layer_ids is None else list(layer_ids),
-        "num_experts": list(source.placement.num_experts),
-        "physical_to_logical_map": source.placement.to_json(),
-    }
+    return PlacementMap(
+        schema_version=SCHEMA_VERSION,
+        kind="placement_map",
+        num_ranks=source.placement.num_ranks,
+        num_nodes=source.placement.num_nodes,
+        layer_ids=None if layer_ids is None else list(layer_ids),
+        num_experts=list(source.placement.num_experts),
+        physical_to_logical_map=source.placement.to_json(),
+    )
 
 
 def _write_json(source: MapSource, path: Path, _suffix: str) -> None:
-    path.write_text(json.dumps(_json_value(source)) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_map_of(source).to_json()) + "\n", encoding="utf-8")
 
 
 def _read_json(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
-    value, expected = read_json(path, "map"), _json_value(source)
-    if set(value) != set(expected):
-        raise PlacerError(f"it has the fields {sorted(value)}, not {sorted(expected)}")
-    for name in set(expected) - {"physical_to_logical_map"}:
-        if value[name] != expected[name]:
-            raise PlacerError(f"{name} is {value[name]}, by the plan {expected[name]}")
-    rows = value["physical_to_logical_map"]
-    if not isinstance(rows, list):
-        raise PlacerError("physical_to_logical_map is no list")
-    return [require_integers(row, f"row {n}") for n, row in enumerate(rows)]
+    found, expected = _placement_map(path), _map_of(source)
+    for name in ("num_ranks", "num_nodes", "layer_ids", "num_experts"):
+        own, planned = getattr(found, name), getattr(expected, name)
+        if own != planned:
+            raise PlacerError(f"{name} is {own}, by the plan {planned}")
+    return found.physical_to_logical_map
 
 
 def _parse_json(path: Path, _suffix: str) -> ParsedMap:
-    value = read_json(path, "map")
-    try:
-        rows = require_rows(value["physical_to_logical_map"], "physical_to_logical_map")
-        sizes = require_integers(value["num_experts"], "num_experts")
-        ids = value["layer_ids"]
-    except KeyError as error:
-        raise PlacerError(f"it lacks the field {error}") from error
-    layer_ids = None if ids is None else tuple(require_integers(ids, "layer_ids"))
-    return ParsedMap(rows=rows, layer_ids=layer_ids, num_experts=tuple(sizes))
+    found = _placement_map(path)
+    return ParsedMap(
+        rows=found.physical_to_logical_map,
+        layer_ids=None if found.layer_ids is None else tuple(found.layer_ids),
+        num_experts=tuple(found.num_experts),
+    )
+
+
+def _placement_map(path: Path) -> PlacementMap:
+    where, again = f"map {path}", f"placer export json PLAN --out {path}"
+    value = of_this_version(read_json(path, "map"), where, again)
+    return validated(value, PlacementMap, where, again)
 
 
 CSV = Runtime(

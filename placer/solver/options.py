@@ -7,7 +7,7 @@ from typing import Literal, Self, get_args
 from placer.errors import UsageError
 from placer.placement.pins import Pin
 from placer.placement.placement import Placement
-from placer.placement.plan import (
+from placer.placement.policy import (
     ContentPolicy,
     Exchange,
     HomePolicy,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.placement import Placement
-from placer.placement.plan import SolverReport
+from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.solver.balance.replicas import require_room
@@ -130,6 +130,7 @@ def solve(
             )
     return placement, SolverReport(
         **report,
+        termination=deadline.termination(proved=report["status"] == "optimal"),
         seconds=time.monotonic() - began,
         seed=options.seed,
         reproducible=deadline.reproducible,

@@ -8,7 +8,7 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.migration import require_same_shape
 from placer.placement.placement import Placement
-from placer.placement.plan import SolverReport
+from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import gap
 from placer.solver.balance.layer_balance import Balancing
@@ -53,8 +53,10 @@ def solve_loads(
         without_groups=None if split is None else max(split.imbalance),
     )
     objective, bound = float(np.mean(found.imbalance)), float(np.mean(found.bound))
+    reached = status(objective, bound * (1 + _ROUNDING))
     return found.placement, SolverReport(
-        status=status(objective, bound * (1 + _ROUNDING)),
+        status=reached,
+        termination=deadline.termination(proved=reached == "optimal"),
         objective_name=OBJECTIVE,
         objective=objective,
         bound=bound,

@@ -1,41 +1,37 @@
 """The table file: one safetensors file that NumPy alone can read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Document,
+    NumRanks,
+    Sha256,
+    file_header,
+    of_this_version,
+    validated,
+)
 from placer.run.files import (
     require_file,
     write_tensors,
 )
 from placer.serving.layer_serving import rank_dtype
 from placer.shuffle import CombinedRule
+from placer.trace.selection import ProfileFacts
 
 Array = npt.NDArray[Any]
-SCHEMA_VERSION = 1
 KIND = "table"
 ID_SPACE = "logical"
-_HEADER_FIELDS = {
-    "kind",
-    "schema_version",
-    "model",
-    "tokenizer_sha256",
-    "num_ranks",
-    "num_nodes",
-    "lookback",
-    "plan_sha256",
-    "trace_sha256",
-    "id_space",
-    "provenance",
-}
 _RANKS = ("U8", "U16")
 _DTYPES = {
     "token_rank": _RANKS,
@@ -52,12 +48,26 @@ _DTYPES = {
     "expert_score": ("F16",),
     "home_price": ("F32",),
 }
-# What uint16 ranks can name, and more digits than any table has room for.
-_MOST_RANKS = 1 << 16
-_MOST_LOOKBACK = 64
 _COMBINED = {one.name for one in fields(CombinedRule)}
 _OPTIONAL = {"token_score"} | _COMBINED
 _REMEDY = "write it again: placer tables PLAN TRACE --out {path}"
+
+
+class TableFile(Document, frozen=True, kw_only=True):
+    """The header of a table file; see ``docs/formats.md``."""
+
+    kind: Literal["table"]
+    schema_version: Literal[2]
+    model: ModelSpec
+    tokenizer_sha256: Sha256 | None
+    num_ranks: NumRanks
+    num_nodes: NumRanks
+    # More digits than any table has room for.
+    lookback: Annotated[int, msgspec.Meta(ge=0, le=64)]
+    plan_sha256: Sha256 | None
+    trace_sha256: Sha256 | None
+    id_space: Literal["logical"]
+    provenance: ProfileFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -255,51 +265,46 @@ class Table:
             rank that does not exist, or a confidence outside 0..1.
         """
         require_file(path, "table")
+        again = _REMEDY.format(path=path)
         try:
-            header, tensors = _load(path)
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
-            raise PlacerError(
-                f"table {path} cannot be read: {error}", _REMEDY.format(path=path)
-            ) from error
-        except PlacerError as error:
-            raise PlacerError(
-                f"table {path}: {error}", error.hint or _REMEDY.format(path=path)
-            ) from error
+            header, provenance, tensors = _load(path)
+        except (SafetensorError, OSError) as error:
+            raise PlacerError(f"table {path} cannot be read: {error}", again) from error
         lookback = tensors.pop("lookback")
         try:
-            if lookback.shape != () or int(lookback) != header["lookback"]:
+            if lookback.shape != () or int(lookback) != header.lookback:
                 raise PlacerError(
-                    f"lookback is {lookback.tolist()}, the header says {header['lookback']}"
+                    f"lookback is {lookback.tolist()}, the header says {header.lookback}"
                 )
             combined = {name: tensors.pop(name) for name in _COMBINED & set(tensors)}
             return cls(
-                model=ModelSpec.from_json(header["model"]),
-                **{
-                    name: header[name]
-                    for name in (
-                        "num_ranks",
-                        "num_nodes",
-                        "lookback",
-                        "plan_sha256",
-                        "trace_sha256",
-                        "tokenizer_sha256",
-                        "provenance",
-                    )
-                },
+                model=header.model,
+                num_ranks=header.num_ranks,
+                num_nodes=header.num_nodes,
+                lookback=header.lookback,
+                plan_sha256=header.plan_sha256,
+                trace_sha256=header.trace_sha256,
+                tokenizer_sha256=header.tokenizer_sha256,
+                provenance=provenance,
                 **tensors,
                 combined=CombinedRule(**combined) if combined else None,
             )
         except (KeyError, TypeError, AttributeError, PlacerError) as error:
-            raise PlacerError(
-                f"table {path} is damaged: {error}", _REMEDY.format(path=path)
-            ) from error
+            raise PlacerError(f"table {path} is damaged: {error}", again) from error
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read header and tensors, having checked names and dtypes before any is loaded."""
+def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
+    """Read header, provenance and tensors, once names and dtypes are checked."""
+    where, again = f"table {path}", _REMEDY.format(path=path)
     with safe_open(path, "np") as opened:
-        header = json.loads((opened.metadata() or {}).get("placer", "{}"))
-        _require_header(header)
+        value = file_header(opened.metadata(), where)
+        if value.get("kind") != KIND:
+            raise PlacerError(
+                f"{where}: this is no token-shuffle table",
+                "write one: placer tables PLAN TRACE --out TABLE",
+            )
+        value = of_this_version(value, where, again)
+        header = validated(value, TableFile, where, again)
         names = set(opened.keys())
         optional = _OPTIONAL - _COMBINED if names & _COMBINED else _OPTIONAL
         for what, odd in (
@@ -307,44 +312,16 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             ("missing tensors", set(_DTYPES) - optional - names),
         ):
             if odd:
-                raise PlacerError(f"{what}: {', '.join(sorted(odd))}")
+                raise PlacerError(f"{where}: {what}: {', '.join(sorted(odd))}", again)
         for name in sorted(names):
             dtype = opened.get_slice(name).get_dtype()
             if dtype not in _DTYPES[name]:
                 raise PlacerError(
-                    f"{name} is {dtype}, expected {' or '.join(_DTYPES[name])}"
+                    f"{where}: {name} is {dtype}, expected {' or '.join(_DTYPES[name])}",
+                    again,
                 )
-        return header, {name: opened.get_tensor(name) for name in sorted(names)}
-
-
-def _require_header(header: Any) -> None:
-    if not isinstance(header, dict) or header.get("kind") != KIND:
-        raise PlacerError(
-            "this is no token-shuffle table",
-            "write one: placer tables PLAN TRACE --out TABLE",
-        )
-    if header.get("schema_version") != SCHEMA_VERSION:
-        raise PlacerError(
-            f"schema_version {header.get('schema_version')}, "
-            f"this placer reads {SCHEMA_VERSION}",
-            "install the placer that wrote it, or write the table again",
-        )
-    if set(header) != _HEADER_FIELDS:
-        odd = sorted(set(header) ^ _HEADER_FIELDS)
-        raise PlacerError(f"missing or unknown header fields: {', '.join(odd)}")
-    if header["id_space"] != ID_SPACE:
-        raise PlacerError(f"id_space is {header['id_space']}, expected {ID_SPACE}")
-    for name, lowest, highest in (
-        ("num_ranks", 1, _MOST_RANKS),
-        ("num_nodes", 1, _MOST_RANKS),
-        ("lookback", 0, _MOST_LOOKBACK),
-    ):
-        if type(header[name]) is not int or not lowest <= header[name] <= highest:
-            raise PlacerError(
-                f"{name} is {header[name]!r}, expected an integer in {lowest}..{highest}"
-            )
-    if not isinstance(header["provenance"], dict):
-        raise PlacerError(f"provenance is {header['provenance']!r}, expected an object")
+        tensors = {name: opened.get_tensor(name) for name in sorted(names)}
+        return header, value["provenance"], tensors
 
 
 def expert_rank_rows(rows: list[Array], num_ranks: int) -> Array:

@@ -3,57 +3,55 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.documents import read_json
+from placer.run.documents import (
+    SCHEMA_VERSION,
+    Count,
+    Document,
+    Sha256,
+    of_this_version,
+    read_json,
+    validated,
+)
 
-SCHEMA_VERSION = 1
 HEADER_NAME = "trace.json"
 # Their index is a byte.
 MAX_DOMAINS = 256
 AGAIN = "record or import the trace again"
-_FIELDS = {
-    "schema_version",
-    "model",
-    "id_space",
-    "num_tokens",
-    "num_sequences",
-    "domains",
-    "provenance",
-    "chunks",
-}
-# Written only where it is false: a trace without it lists experts by weight.
-_BY_WEIGHT = "experts_by_weight"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkInfo:
+class ChunkInfo(Document, frozen=True, kw_only=True):
     """A chunk file as the header lists it: its name, tokens and SHA-256."""
 
     file: str
-    num_tokens: int
-    num_sequences: int
-    sha256: str
+    num_tokens: Count
+    num_sequences: Count
+    sha256: Sha256
 
-    def __post_init__(self) -> None:
-        for name in ("file", "sha256"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} of a chunk is {getattr(self, name)!r}")
-        for name in ("num_tokens", "num_sequences"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} of chunk {self.file} is {value!r}")
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {
-            "file": self.file,
-            "num_tokens": self.num_tokens,
-            "num_sequences": self.num_sequences,
-            "sha256": self.sha256,
-        }
+class TraceFile(Document, frozen=True, kw_only=True):
+    """The JSON object of ``trace.json``; see ``traces/README.md``."""
+
+    schema_version: Literal[2]
+    model: ModelSpec
+    id_space: Literal["logical"]
+    num_tokens: Count
+    num_sequences: Count
+    domains: tuple[str, ...]
+    provenance: dict[str, Any]
+    chunks: tuple[ChunkInfo, ...]
+    experts_by_weight: bool
+
+
+def upgraded_trace(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of schema version 2 from those of version 1.
+
+    Version 1 had ``experts_by_weight`` only where it is false.
+    """
+    return {"experts_by_weight": True} | value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +79,6 @@ class TraceHeader:
     experts_by_weight: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.experts_by_weight, bool):
-            raise ValueError(f"{_BY_WEIGHT} is {self.experts_by_weight!r}")
-        if not all(isinstance(name, str) for name in self.domains):
-            raise ValueError(f"a domain is no text: {list(self.domains)}")
         if len(set(self.domains)) < len(self.domains) or len(self.domains) > MAX_DOMAINS:
             raise PlacerError(
                 f"a trace has at most {MAX_DOMAINS} domains, of different names; these are "
@@ -112,7 +106,8 @@ class TraceHeader:
             "domains": list(self.domains),
             "provenance": dict(self.provenance),
             "chunks": [chunk.to_json() for chunk in self.chunks],
-        } | ({} if self.experts_by_weight else {_BY_WEIGHT: False})
+            "experts_by_weight": self.experts_by_weight,
+        }
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -128,45 +123,31 @@ class TraceHeader:
                 f"trace {directory} does not exist",
                 f"write one: placer record MODEL --corpus FILE --out {directory}",
             )
-        value = read_json(directory / HEADER_NAME, "trace header")
-        version = value.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise PlacerError(
-                f"{directory} has schema_version {version}, "
-                f"this placer reads {SCHEMA_VERSION}",
-                "install the placer that wrote it, or record again",
-            )
-        if set(value) - {_BY_WEIGHT} != _FIELDS:
-            odd = ", ".join(sorted((set(value) - {_BY_WEIGHT}) ^ _FIELDS))
-            raise PlacerError(
-                f"{directory / HEADER_NAME} has missing or unknown fields: {odd}", AGAIN
-            )
-        if value["id_space"] != "logical":
-            raise PlacerError(
-                f"{directory} holds {value['id_space']} expert ids, "
-                "placer needs logical ones"
-            )
+        path = directory / HEADER_NAME
+        where = f"trace header {path}"
+        value = of_this_version(
+            read_json(path, "trace header"), where, AGAIN, upgraded_trace
+        )
+        read = validated(value, TraceFile, where, AGAIN)
         try:
             header = cls(
-                model=ModelSpec.from_json(value["model"]),
-                domains=tuple(value["domains"]),
-                provenance=value["provenance"],
-                chunks=tuple(ChunkInfo(**chunk) for chunk in value["chunks"]),
-                experts_by_weight=value.get(_BY_WEIGHT, True),
+                model=read.model,
+                domains=read.domains,
+                provenance=read.provenance,
+                chunks=read.chunks,
+                experts_by_weight=read.experts_by_weight,
             )
-            header._require_sums(value)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlacerError(
-                f"{directory / HEADER_NAME} is damaged: {error}", AGAIN
-            ) from error
+            header._require_sums(read)
+        except PlacerError as error:
+            raise PlacerError(f"{where}: {error}", AGAIN) from error
         return header
 
-    def _require_sums(self, value: Mapping[str, Any]) -> None:
+    def _require_sums(self, read: TraceFile) -> None:
         if not self.num_tokens:
-            raise ValueError("its chunks hold no token")
+            raise PlacerError("its chunks hold no token")
         for name in ("num_tokens", "num_sequences"):
-            if value[name] != getattr(self, name):
-                raise ValueError(
-                    f"{name} is {value[name]!r}, but its chunks add up to "
+            if getattr(read, name) != getattr(self, name):
+                raise PlacerError(
+                    f"{name} is {getattr(read, name)}, but its chunks add up to "
                     f"{getattr(self, name)}"
                 )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -11,6 +12,7 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
+from placer.run.documents import Sha256
 from placer.target.engine import (
     PHASES,
     Phase,
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 
 # As a trace numbers them.
 _PHASE_NUMBERS: Mapping[Phase, int] = {"prefill": 0, "decode": 1}
+
+
+class ProfileFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the provenance of counts and tables, what says which tokens they are from."""
+
+    fold: str | None = None
+    phase: Phase | None = None
+    traces_sha256: list[Sha256] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,17 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.documents import read_json
+from placer.run.documents import of_this_version, read_json, validated
 from placer.run.files import (
     atomic_file,
     canonical_json,
@@ -24,7 +25,9 @@ from placer.trace.chunk import Chunk
 from placer.trace.header import (
     HEADER_NAME,
     ChunkInfo,
+    TraceFile,
     TraceHeader,
+    upgraded_trace,
 )
 
 _JOURNAL_NAME = "journal.json"
@@ -111,7 +114,7 @@ class TraceWriter:
         """Take a finished chunk of another trace as the next one, unread."""
         name = f"chunk-{len(self._chunks):05d}.safetensors"
         shutil.copyfile(path, self._partial / name)
-        self._chunks.append(replace(chunk, file=name))
+        self._chunks.append(msgspec.structs.replace(chunk, file=name))
 
     def finish(self) -> None:
         """Write the header and give the trace its name.
@@ -132,18 +135,16 @@ class TraceWriter:
 
     def _write_header(self, name: str) -> None:
         with atomic_file(self._partial / name) as temporary:
-            temporary.write_text(canonical_json(self._header.to_json()) + "\n")
+            temporary.write_text(
+                canonical_json(self._header.to_json()) + "\n", encoding="utf-8"
+            )
 
     def _take_up_journal(self) -> None:
-        journal = read_json(self._partial / _JOURNAL_NAME, "journal")
-        try:
-            chunks = [ChunkInfo(**chunk) for chunk in journal["chunks"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlacerError(
-                f"{self._partial / _JOURNAL_NAME} is damaged: {error!r}",
-                f"start anew: rm -r {self._partial}",
-            ) from error
-        self._chunks = chunks
+        path = self._partial / _JOURNAL_NAME
+        where, again = f"journal {path}", f"start anew: rm -r {self._partial}"
+        journal = of_this_version(read_json(path, "journal"), where, again, upgraded_trace)
+        chunks = validated(journal, TraceFile, where, again).chunks
+        self._chunks = list(chunks)
         if canonical_json(self._header.to_json()) != canonical_json(journal):
             raise PlacerError(
                 f"{self._partial} was begun with another model, corpus or options",

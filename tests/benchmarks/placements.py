@@ -26,7 +26,7 @@ from placer.baseline import (
     BaselineProblem,
 )
 from placer.placement.placement import Placement
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.run.files import atomic_file

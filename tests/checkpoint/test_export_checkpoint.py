@@ -391,15 +391,16 @@ def test_a_damaged_record_is_refused(
     good = json.loads(path.read_text())
     short = {name: good[name][:1] for name in ("permutation", "inverse")}
     for change, match in (
-        ({"schema_version": 2}, "schema_version 2"),
-        ({"source_fingerprint": "0"}, "another model"),
+        ({"schema_version": 3}, "written by a newer placer"),
+        ({"source_fingerprint": "0" * 64}, "another model"),
+        ({"source_fingerprint": "0"}, 'source_fingerprint is "0", expected'),
         (short, "another model"),
-        ({"permutation": [[0] * 8] * 2}, "row 0 is no permutation"),
+        ({"permutation": [[0] * 8] * 2}, r"permutation\[0\] is none"),
         ({"inverse": [list(range(8))] * 2}, "do not undo each other"),
-        ({"permutation": [["a"]]}, "is damaged"),
-        ({"permutation": 3}, "is damaged"),
-        ({"header_bytes": {"model.safetensors": "9"}}, "is damaged"),
-        ({"source_sha256": None}, "is damaged"),
+        ({"permutation": [["a"]]}, r'permutation\[0\]\[0\] is "a"'),
+        ({"permutation": 3}, "permutation is 3, expected a list"),
+        ({"header_bytes": {"model.safetensors": "9"}}, r'safetensors is "9"'),
+        ({"source_sha256": None}, "source_sha256 is null, expected an object"),
         ({"shard_bytes": {"model.safetensors": 9}}, "not the original: size"),
         ({"header_sha256": {}}, "not the original: SHA-256 of its header"),
     ):

@@ -202,8 +202,8 @@ def test_a_plan_edited_by_hand_is_refused(world: dict[str, Path], refused: Refus
     for change, match in (
         ({"physical_to_logical_map": [[0] * 8, [1] * 8]}, "expert 1 has no slot"),
         ({"num_ranks": 3}, "8 slots do not divide over 3 ranks"),
-        ({"solver": {}}, "is damaged"),
-        ({"schema_version": 9}, "schema_version 9"),
+        ({"solver": {}}, "solver lacks status"),
+        ({"schema_version": 9}, "has schema_version 9"),
     ):
         world["plan"].write_text(json.dumps(value | change))
         assert match in refused(1, "simulate", world["plan"], world["trace"])

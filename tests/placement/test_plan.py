@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from placer.errors import PlacerError
@@ -17,10 +18,9 @@ from placer.placement import (
 from placer.placement.plan import plan_sha256
 
 ROWS = [[3, 1, 2, 0], [0, 2, 1, 3]]
-MODEL = ModelSpec(
+UNBOUND = ModelSpec(
     id="tiny",
     model_type="qwen3_moe",
-    fingerprint="f" * 64,
     layer_ids=(1, 3),
     num_experts=(4, 4),
     top_k=2,
@@ -29,6 +29,7 @@ MODEL = ModelSpec(
     n_group=2,
     topk_group=1,
 )
+MODEL = msgspec.structs.replace(UNBOUND, fingerprint=UNBOUND.bound_fingerprint())
 WritePlan = Callable[..., Path]
 
 
@@ -51,7 +52,7 @@ def test_a_plan_comes_back_and_its_bytes_too(path: Path, tmp_path: Path) -> None
 def test_wall_clock_is_not_in_the_file(path: Path, tmp_path: Path) -> None:
     """Two solves that took different times write the same bytes."""
     plan = Plan.read(path)
-    slower = replace(plan, solver=replace(plan.solver, seconds=12.5))
+    slower = replace(plan, solver=msgspec.structs.replace(plan.solver, seconds=12.5))
     slower.write(tmp_path / "slower.json")
     assert (tmp_path / "slower.json").read_bytes() == path.read_bytes()
 
@@ -66,7 +67,7 @@ def test_every_layer_has_a_line_of_its_own(path: Path) -> None:
     "odd", ["@physical_to_logical_map@", '\n "physical_to_logical_map": null', "\u00e9\0"]
 )
 def test_no_text_in_a_plan_disturbs_its_layout(write_plan: WritePlan, odd: str) -> None:
-    model = replace(MODEL, id=odd)
+    model = msgspec.structs.replace(MODEL, id=odd)
     placement = Placement.from_json(ROWS, (4, 4), num_ranks=2, num_nodes=1)
     plan = Plan.read(write_plan(model, placement, "odd.json", physical_to_logical_map=None))
     assert plan.model == model
@@ -93,18 +94,33 @@ def test_the_documented_keys_are_there(path: Path) -> None:
     [
         ({"physical_to_logical_map": [[0] * 4, [1] * 4]}, "expert 1 has no slot"),
         ({"physical_to_logical_map": [ROWS[0]]}, "1 layers placed, 2 layers"),
-        ({"physical_to_logical_map": [[0, 1, 2, 10**30], ROWS[1]]}, "is damaged"),
-        ({"physical_to_logical_map": ["", ""]}, "is damaged"),
-        ({"physical_to_logical_map": None}, "is damaged"),
+        (
+            {"physical_to_logical_map": [[0, 1, 2, 10**30], ROWS[1]]},
+            r"map\[0\]\[3\] is 1000",
+        ),
+        ({"physical_to_logical_map": ["", ""]}, r'map\[0\] is "", expected a list'),
+        ({"physical_to_logical_map": None}, "map is null, expected a list"),
         ({"num_ranks": 3}, "4 slots do not divide over 3 ranks"),
-        ({"num_ranks": "2"}, "is damaged"),
-        ({"num_nodes": 0}, "over 0 nodes"),
-        ({"model": 3}, "is damaged"),
-        ({"model": {}}, "is damaged"),
-        ({"solver": {}}, "is damaged"),
-        ({"solver": []}, "is damaged"),
-        ({"schema_version": 2}, "has schema_version 2, this placer reads 1"),
-        ({"surplus": 1}, "unknown fields: surplus"),
+        ({"num_ranks": "2"}, 'num_ranks is "2", expected a whole number'),
+        ({"num_ranks": True}, "num_ranks is true, expected a whole number"),
+        ({"num_nodes": 0}, "num_nodes is 0, expected a whole number >= 1"),
+        ({"model": 3}, "model is 3, expected an object"),
+        ({"model": {}}, "model lacks num_experts"),
+        ({"solver": {}}, "solver lacks status"),
+        ({"solver": []}, r"solver is \[\], expected an object"),
+        ({"schema_version": 3}, "written by a newer placer: it has schema_version 3"),
+        ({"surplus": 1}, "it has the unknown field surplus"),
+        ({"policy": "bogus"}, "allowed are fixed, follow, token, request"),
+        ({"exchange": "per-expert"}, "allowed are per-rank, per-node"),
+        ({"max_imbalance": "1.1"}, 'max_imbalance is "1.1", expected a number'),
+        ({"max_imbalance": float("nan")}, "holds nan, which is no finite number"),
+        ({"max_imbalance": 0.5}, r"max_imbalance is 0\.5, expected a number >= 1"),
+        ({"metrics": []}, r"metrics is \[\], expected an object"),
+        ({"metrics": {"profile": 3, "heldout": None, "baselines": {}}}, "profile is 3"),
+        ({"provenance": 3}, "provenance is 3, expected an object"),
+        ({"provenance": {"replica_choice": "any"}}, 'replica_choice is "any", allowed are'),
+        ({"provenance": {"engine": []}}, r"engine is \[\], expected a text or null"),
+        ({"provenance": {"layout": {"groups": 3}}}, "groups is 3, expected a list"),
     ],
 )
 def test_a_damaged_plan_is_refused_with_its_name(
@@ -129,4 +145,23 @@ def test_what_is_no_plan_is_refused(path: Path, text: str) -> None:
 def test_model_and_placement_must_agree(path: Path) -> None:
     plan = Plan.read(path)
     with pytest.raises(PlacerError, match=r"\(4, 4\) experts per layer, the model"):
-        replace(plan, model=replace(MODEL, num_experts=(4, 8)))
+        replace(plan, model=msgspec.structs.replace(UNBOUND, num_experts=(4, 8)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 11}, {"layer_ids": [1, 4]}, {"model_type": "mixtral"}]
+)
+def test_a_model_that_is_not_that_of_its_fingerprint_is_refused(
+    path: Path, change: dict[str, Any]
+) -> None:
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"model": value["model"] | change}))
+    with pytest.raises(PlacerError, match=r"the model's fingerprint is .* were edited"):
+        Plan.read(path)
+
+
+def test_a_key_that_stands_twice_is_refused(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text.replace('"num_nodes"', '"num_ranks": 2, "num_nodes"'))
+    with pytest.raises(PlacerError, match='the key "num_ranks" stands twice'):
+        Plan.read(path)

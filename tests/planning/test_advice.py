@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -446,7 +447,7 @@ def test_the_draws_of_an_engine_know_which_layers_are_dense(tmp_path: Path) -> N
     question = replace(FIVE, engine=Engine.named("sglang-deepep"))
     advice = advised(trace, question)
     assert any("no file says which layers are dense" in text for text in advice.warnings)
-    numbered = replace(MODEL, layer_ids=(3, 7))
+    numbered = msgspec.structs.replace(MODEL, layer_ids=(3, 7))
     with TraceWriter(directory=tmp_path / "n", model=numbered) as writer:
         writer.append(trace.read())
         writer.finish()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,7 +146,9 @@ def test_layers_that_such_a_cap_does_not_hold_in_are_told() -> None:
     plan = unsolved_plan(ModelSpec(num_experts=(2,), top_k=1), placement)
     plan = replace(
         plan,
-        solver=replace(plan.solver, eplb_caps=(1.02,), above_eplb_layers={"0": 1.03}),
+        solver=msgspec.structs.replace(
+            plan.solver, eplb_caps=(1.02,), above_eplb_layers={"0": 1.03}
+        ),
         provenance={"max_received_copies": None},
     )
     (line,) = plan_notes(plan)

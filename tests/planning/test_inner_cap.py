@@ -16,7 +16,7 @@ from placer.errors import (
 )
 from placer.model import ModelSpec
 from placer.placement import Plan
-from placer.placement.plan import CapTrial
+from placer.placement.solver_report import CapTrial
 from placer.placement.topology import Topology
 from placer.planning.inner_cap import (
     cheapest_that_holds,

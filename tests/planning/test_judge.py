@@ -115,7 +115,7 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
     assert warnings(Fold(1, 2), fold="0/2") == ""
     assert warnings(Fold(1, 2, inverted=True), fold="not 0/2") == ""
     assert warnings(Fold(1, 2), fold="not 0/2") != ""
-    assert warnings(None, trace_sha256="of another trace") == ""
+    assert warnings(None, trace_sha256="0" * 64) == ""
 
 
 def test_a_plan_from_counts_has_seen_the_traces_that_were_counted(make_trace, tmp_path):
@@ -137,7 +137,7 @@ def test_a_plan_from_counts_has_seen_the_traces_that_were_counted(make_trace, tm
 def test_sequences_that_the_table_was_built_from_are_named(make_trace, plan_of, tmp_path):
     """The plan has not seen them, but the rates of the table are counts of them."""
     trace = make_trace(num_sequences=40)
-    plan, path = plan_of(trace, trace_sha256="of another trace"), tmp_path / "table"
+    plan, path = plan_of(trace, trace_sha256="0" * 64), tmp_path / "table"
 
     def warnings(judged_on, fold):
         make_table(plan, trace, fold=fold, options=TableOptions()).table.write(path)

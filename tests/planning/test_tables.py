@@ -1,8 +1,8 @@
 """From a plan file and a trace to a table that is bound to both."""
 
-import dataclasses
 import json
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_the_profile_is_the_plans_own_unless_a_fold_is_given(make_trace, plan_of
     plan = plan_of(trace, fold="0/2", trace_sha256=trace.sha256)
     own = make_table(plan, trace, fold=None, options=TableOptions())
     given = make_table(plan, trace, fold=Fold(1, 2), options=TableOptions())
-    elsewhere = plan_of(trace, fold="0/2", trace_sha256="of another trace")
+    elsewhere = plan_of(trace, fold="0/2", trace_sha256="0" * 64)
     every = make_table(elsewhere, trace, fold=None, options=TableOptions())
     assert own.profile == Selection(Fold(0, 2))
     assert given.profile == Selection(Fold(1, 2))
@@ -120,7 +120,7 @@ def test_a_checkpoint_gives_unseen_ids_a_row_and_the_tokenizer_a_hash(
     plain = make_trace()
     with TraceWriter(
         directory=tmp_path / "wide",
-        model=dataclasses.replace(plain.model, vocab_size=100),
+        model=msgspec.structs.replace(plain.model, vocab_size=100),
     ) as writer:
         writer.append(plain.read())
         writer.finish()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Literal
 
+import msgspec
 import pytest
 
 from placer.model import ModelSpec
@@ -38,7 +39,9 @@ def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
     asked = {"objective": "traffic", "robust": "none", "max_home_imbalance": None}
     model = ModelSpec(num_experts=(4, 4), top_k=1)
     plan = unsolved_plan(model, contiguous((4, 4), 2), **asked)
-    plan = replace(plan, solver=replace(plan.solver, relaxed_layers={"1": 1.3}))
+    plan = replace(
+        plan, solver=msgspec.structs.replace(plan.solver, relaxed_layers={"1": 1.3})
+    )
 
     def warned(imbalance: float, **provenance: object) -> list[str]:
         seen = {"fixed": {"load_imbalance_mean": 1.0}}
@@ -93,7 +96,7 @@ def test_time_that_decided_is_not_advised() -> None:
     def told(**fields: object) -> str:
         found = replace(
             plan,
-            solver=replace(plan.solver, eplb_caps=(1.02,)),
+            solver=msgspec.structs.replace(plan.solver, eplb_caps=(1.02,)),
             metrics=plan.metrics | {"profile": {"token": SENT, "fixed": SENT}},
             provenance={"max_received_copies": None, "objective": "traffic"},
         )
@@ -173,7 +176,11 @@ def test_more_copies_than_a_baseline_are_told_with_the_reason() -> None:
         metrics = {"profile": own, "heldout": None, "baselines": figures}
         asked = {"max_received_copies": None, "objective": objective}
         found = replace(plan, metrics=metrics, provenance=asked)
-        return list(plan_notes(replace(found, solver=replace(plan.solver, **solver))))
+        return list(
+            plan_notes(
+                replace(found, solver=msgspec.structs.replace(plan.solver, **solver))
+            )
+        )
 
     (said,) = told(3.0)
     assert said == (

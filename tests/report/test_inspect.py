@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from placer.placement import (
     Plan,
     SolverReport,
 )
+from placer.simulation import PolicyMetrics
 from placer.table import Table
 from placer.trace import (
     EVERYTHING,
@@ -34,7 +36,7 @@ CONFIG = {
     "hidden_size": 4,
     "vocab_size": 10,
 }
-FIGURES = {
+FIGURES = {one.name: 0.25 for one in fields(PolicyMetrics)} | {
     "local_activation_rate": 0.5,
     "remote_rank_copies_per_token": 1.5,
     "load_imbalance_mean": 1.1,
@@ -79,6 +81,7 @@ def plan_for(trace: Trace, metrics: dict[str, Any]) -> Plan:
         max_imbalance=1.1,
         solver=SolverReport(
             status="feasible",
+            termination="step_limit",
             objective_name="pairs",
             objective=10.0,
             bound=8.0,
@@ -197,7 +200,8 @@ def test_plan_beside_its_baselines(plan: Path, capsys: pytest.CaptureFixture[str
     contiguous, placer = found["tables"]["on held-out sequences"]
     assert (contiguous["placement"], placer["placement"]) == ("contiguous", "placer")
     assert placer["of contiguous"] == 0.5
-    copies = found["tables"]["profile and held out, policy fixed"][1]
+    rows = found["tables"]["profile and held out, policy fixed"]
+    (copies,) = (r for r in rows if r["metric"] == "remote_rank_copies_per_token")
     assert (copies["profile"], copies["held out"]) == (1.5, 2.0)
 
 

@@ -42,7 +42,7 @@ SOUND = {
     "schema_version": 2,
     "kind": "fixed",
     "share": 1,
-    "inner": {"width": 3},
+    "inner": {"width": 3, "name": None},
     "rows": [[0, 1], [2]],
     "named": {"a": {"width": 1, "name": "é"}},
 }
@@ -124,6 +124,7 @@ def test_what_fits_is_read() -> None:
         ({"inner": {"width": 0}}, "inner.width is 0, expected a whole number >= 1"),
         ({"inner": {"width": 10**30}}, "expected a whole number <= 8"),
         ({"inner": {}}, "inner lacks width"),
+        ({"inner": {"width": 1}}, "inner lacks name"),
         ({"inner": {"width": 1, "high": 2}}, "inner has the unknown field high"),
         ({"surplus": 1}, "it has the unknown field surplus"),
         ({"rows": [[0], [1, -1]]}, "rows[1][1] is -1, expected a whole number >= 0"),

@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from placer.cli.main import main
@@ -265,7 +266,7 @@ def solved(model, tmp_path, *, row=PLAIN, exchange=None, **provenance):
     placed = Placement.from_json([row] * 2, (8, 8), 4, 1)
     plan = unsolved_plan(ModelSpec.from_checkpoint(model), placed, **provenance)
     if exchange is not None:
-        lowered = replace(plan.solver, most_received_copies=1.0)
+        lowered = msgspec.structs.replace(plan.solver, most_received_copies=1.0)
         plan = replace(plan, exchange=exchange, solver=lowered)
     plan.write(tmp_path / "plan.json")
     return tmp_path / "plan.json"

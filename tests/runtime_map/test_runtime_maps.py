@@ -259,7 +259,7 @@ def broken(name: str, value: Any, change: str) -> None:
         ("swap", "by the plan|two copies"),
         ("twice", "two copies|has no slot"),
         ("range", "outside 0..7"),
-        ("text", "whole numbers"),
+        ("text", "whole number"),
         ("short", "slots"),
         ("key", "comment"),
     ],

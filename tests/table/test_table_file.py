@@ -131,15 +131,15 @@ def test_hostile_tensors_are_refused(table, tmp_path, message):
 
 HOSTILE_HEADERS = {
     "no token-shuffle table": {"kind": "affinity"},
-    "schema_version 2": {"schema_version": 2},
-    "missing or unknown header fields: surprise": {"surprise": 1},
-    "id_space is physical": {"id_space": "physical"},
-    "num_ranks is '4'": {"num_ranks": "4"},
-    "num_ranks is True": {"num_ranks": True},
+    "written by a newer placer": {"schema_version": 3},
+    "it has the unknown field surprise": {"surprise": 1},
+    'id_space is "physical", allowed are logical': {"id_space": "physical"},
+    'num_ranks is "4", expected a whole number': {"num_ranks": "4"},
+    "num_ranks is true": {"num_ranks": True},
     "num_ranks is 0": {"num_ranks": 0},
     "lookback is 1000000": {"lookback": 1_000_000},
     "lookback is 2, the header says 1": {"lookback": 1},
-    "is damaged": {"model": []},
+    r"model is \[\], expected an object": {"model": []},
     "num_experts": {"model": {"top_k": 2}},
     "provenance is": {"provenance": "here"},
 }

@@ -163,24 +163,27 @@ def test_a_chunk_that_breaks_the_format_is_refused(
         Trace(trace.directory).read()
 
 
-CHUNK = {"file": "c", "num_tokens": 400, "num_sequences": 8, "sha256": "0"}
+CHUNK = {"file": "c", "num_tokens": 400, "num_sequences": 8, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"schema_version": 2}, "schema_version 2, this placer reads 1"),
-        ({"surprise": 1}, "missing or unknown fields: surprise"),
-        ({"id_space": "physical"}, "holds physical expert ids"),
-        ({"chunks": [{"file": "x"}]}, "is damaged"),
-        ({"chunks": [CHUNK | {"num_tokens": "400"}]}, "num_tokens of chunk c is '400'"),
-        ({"chunks": [CHUNK | {"num_sequences": -1}]}, "num_sequences of chunk c is -1"),
-        ({"chunks": [CHUNK | {"file": 7}]}, "file of a chunk is 7"),
+        ({"schema_version": 3}, "written by a newer placer: it has schema_version 3"),
+        ({"surprise": 1}, "it has the unknown field surprise"),
+        ({"id_space": "physical"}, 'id_space is "physical", allowed are logical'),
+        ({"chunks": [{"file": "x"}]}, r"chunks\[0\] lacks num_tokens"),
+        (
+            {"chunks": [CHUNK | {"num_tokens": "400"}]},
+            r'chunks\[0\]\.num_tokens is "400", expected a whole number',
+        ),
+        ({"chunks": [CHUNK | {"num_sequences": -1}]}, r"chunks\[0\]\.num_sequences is -1"),
+        ({"chunks": [CHUNK | {"file": 7}]}, r"chunks\[0\]\.file is 7, expected a text"),
         ({"chunks": []}, "its chunks hold no token"),
         ({"num_tokens": 9}, "num_tokens is 9, but its chunks add up to 400"),
         ({"domains": ["a", "a"]}, "these are 2, 1 of them different"),
         ({"domains": [str(n) for n in range(257)]}, "at most 256 domains"),
-        ({"domains": [1]}, "a domain is no text"),
+        ({"domains": [1]}, r"domains\[0\] is 1, expected a text"),
     ],
 )
 def test_a_header_that_breaks_the_format_is_refused(
@@ -304,5 +307,5 @@ def test_a_resumed_writer_refuses_other_options_and_damage(
     with pytest.raises(PlacerError, match="cannot go on"):
         TraceWriter(**options)
     (tmp_path / "t.partial" / "journal.json").write_text('{"chunks": [{"file": "c"}]}')
-    with pytest.raises(PlacerError, match=r"journal\.json is damaged"):
+    with pytest.raises(PlacerError, match=r"journal\.json: schema_version is null"):
         TraceWriter(**options)

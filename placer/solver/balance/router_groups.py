@@ -16,7 +16,7 @@ from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.solver.balance.load_caps import balance_layer

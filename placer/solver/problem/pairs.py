@@ -22,7 +22,7 @@ from placer.arrays import (
 from placer.errors import (
     PlacerError,
 )
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 
 

@@ -24,7 +24,7 @@ from placer.arrays import (
     FloatArray,
     IntArray,
 )
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.solver.proof.certificate import stable_floor
 from placer.solver.proof.relaxation import (

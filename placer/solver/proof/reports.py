@@ -1,12 +1,11 @@
 """What a placement reaches, and the bounds that prove how far from the best it can be."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, Literal
 
 from placer.arrays import IntArray
 from placer.placement.placement import Placement
-from placer.placement.plan import Certificate
+from placer.placement.solver_report import Certificate
 from placer.run.deadline import Deadline
 from placer.run.progress import (
     GapLine,
@@ -76,7 +75,7 @@ def pair_report(
             "gap": None,
             "bound_method": "none: stopped before the pairs were proved",
         }
-    return asdict(found) | {"status": status(found.objective, found.bound)}
+    return found.to_json() | {"status": status(found.objective, found.bound)}
 
 
 def copies_report(

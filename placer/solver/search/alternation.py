@@ -22,7 +22,7 @@ from placer.arrays import (
 )
 from placer.errors import PlacerError
 from placer.placement.placement import Placement
-from placer.placement.plan import ContentPolicy
+from placer.placement.policy import ContentPolicy
 from placer.run.deadline import Deadline
 from placer.serving.homes import fixed_homes
 from placer.serving.replica_choice import serving_layers

@@ -19,7 +19,7 @@ from placer.arrays import (
     FloatArray,
     IntArray,
 )
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.serving.layer_serving import majority_rank
 from placer.trace import Chunk

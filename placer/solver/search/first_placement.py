@@ -19,7 +19,7 @@ from placer.errors import (
 from placer.placement.migration import require_same_shape
 from placer.placement.pins import with_pins
 from placer.placement.placement import Placement
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.run.progress import (

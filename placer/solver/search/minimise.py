@@ -12,7 +12,7 @@ from placer.placement.pins import (
     with_pins,
 )
 from placer.placement.placement import Placement
-from placer.placement.plan import (
+from placer.placement.policy import (
     ContentPolicy,
     Policy,
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from placer.placement.placement import Placement
-from placer.placement.plan import Policy
+from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.simulation import simulate
