@@ -299,13 +299,16 @@ def test_groups_with_copies_stay_whole_and_no_rank_gets_busier(
     model = ModelSpec(num_experts=(16, 16), top_k=2, n_group=4)
     affinity = count_affinity([chunk], model, {})
     placement, report = solve(affinity, options, None, chunk)
-    even, _ = solve(affinity, replace(options, objective="balance"))
+    even, balance = solve(affinity, replace(options, objective="balance"))
     assert are_whole(placement, 4, 4) and are_whole(even, 4, 4)
     assert set(report.relaxed_layers) == {"0", "1"}
-    # What balancing reaches for homes drawn at random, counted for even ones.
-    reached = simulate(even, chunk, replica_choice=rule)["fixed"]
-    worst = max(report.relaxed_layers.values())
-    assert worst <= reached.load_imbalance_max + 0.02
+    if rule == "hash":  # the load does not depend on the homes
+        for layer, imbalance in report.relaxed_layers.items():
+            assert imbalance <= balance.relaxed_layers[layer] + 1e-6
+    else:  # what balancing reaches for homes drawn at random, counted for even ones
+        reached = simulate(even, chunk, replica_choice=rule)["fixed"]
+        worst = max(report.relaxed_layers.values())
+        assert worst <= reached.load_imbalance_max + 0.02
 
 
 @pytest.mark.parametrize(("n_group", "num_ranks"), [(2, 4), (8, 2), (8, 4)])
