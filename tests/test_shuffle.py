@@ -18,7 +18,7 @@ from placer.planning.tables import (
     TableOptions,
     make_table,
 )
-from placer.run.files import write_tensors
+from placer.run.writing import write_tensors
 from placer.shuffle import (
     RANK_HEADER,
     CombinedRule,

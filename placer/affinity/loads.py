@@ -16,7 +16,6 @@ from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.run.documents import read_json
 from placer.run.files import (
-    require_absent,
     require_file,
     sha256_file,
 )
@@ -93,7 +92,6 @@ def import_loads(
     PlacerError
         If the file cannot be read, or counts what the model cannot have.
     """
-    require_absent(out)
     if not path.exists():
         raise PlacerError(f"{path} does not exist", f"give what {source} wrote")
     model = BoundModel.of(model_directory)

@@ -20,7 +20,6 @@ import numpy as np
 from placer import __version__
 from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
-from placer.checkpoint.writing import require_outside
 from placer.errors import (
     PlacerError,
     VerificationError,
@@ -36,12 +35,14 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import (
-    atomic_directory,
     canonical_json,
     read_text,
     require_file,
-    require_free_space,
     sha256_file,
+)
+from placer.run.writing import (
+    atomic_directory,
+    require_free_space,
 )
 
 KIND = "deepspeed"
@@ -260,7 +261,6 @@ def _write(
     out: Path,
     record: Mapping[str, Any] | None,
 ) -> DeepspeedReport:
-    require_outside(out, source.directory)
     files = (*source.expert_files.values(), *source.main_files, *source.other_files)
     require_free_space(out, sum(path.stat().st_size for path in files))
     prefixes = list(_prefixes(source))

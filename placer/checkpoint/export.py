@@ -39,7 +39,6 @@ from placer.checkpoint.writing import (
     bytes_to_write,
     copy_files,
     pieces_of,
-    require_outside,
     written_shards,
 )
 from placer.errors import (
@@ -169,7 +168,6 @@ class ExportJob:
         """
         options = options or ExportOptions()
         directory = self.source.directory
-        require_outside(out, directory)
         if options.with_hashes and any(s.positions for s in self.source.shards):
             raise UsageError(
                 f"{directory} has PyTorch files, of which no export is a copy: there is "

@@ -32,7 +32,6 @@ from placer.checkpoint.writing import (
     bytes_to_write,
     copy_files,
     pieces_of,
-    require_outside,
     written_shards,
 )
 from placer.errors import PlacerError
@@ -165,7 +164,6 @@ class RanksJob:
             If ``out`` exists, the disk is too small, or the source changes meanwhile.
         """
         options = options or ExportOptions()
-        require_outside(out, self.source.directory)
         identity = {
             "ranks": [one.to_json() for one in self.records],
             "experts_only": self.experts_only,

@@ -19,14 +19,9 @@ from placer.checkpoint.copying import (
     copy_values,
     write_all,
 )
-from placer.checkpoint.journal import (
-    Journal,
-    resumable_directory,
-)
 from placer.checkpoint.shard import Shard
 from placer.errors import UsageError
 from placer.run.files import (
-    require_free_space,
     sha256_file,
     sha256_json,
 )
@@ -34,6 +29,11 @@ from placer.run.parallel import (
     PROCESSES,
     Backend,
 )
+from placer.run.resumable import (
+    Journal,
+    resumable_directory,
+)
+from placer.run.writing import require_free_space
 
 Progress = Callable[[str], None]
 _MOST_WORKERS = 4
@@ -234,15 +234,6 @@ def copy_files(directory: Path, files: Iterable[Path], target: Path) -> None:
     for relative in files:
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(directory / relative, target / relative)
-
-
-def require_outside(out: Path, directory: Path) -> None:
-    """Refuse to write into the source."""
-    if out.resolve().is_relative_to(directory.resolve()):
-        raise UsageError(
-            f"{out} is inside {directory}, which is only read",
-            "choose an --out outside the model's directory",
-        )
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import typer
 
 from placer.cli.output import (
     FoldOption,
+    ForceOption,
     JsonOption,
     NotFoldOption,
     OutOption,
     PhaseOption,
+    claim,
     parse_selection,
     print_json,
     print_table,
@@ -19,6 +21,7 @@ from placer.errors import UsageError
 
 
 def affinity(
+    context: typer.Context,
     traces: Annotated[
         list[Path],
         typer.Argument(
@@ -62,6 +65,7 @@ def affinity(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Device to count on: cpu or cuda.")] = "cpu",
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Count expert loads, transitions between layers and co-activation.
@@ -75,14 +79,14 @@ def affinity(
         merged_affinity,
     )
     from placer.run.devices import CPU
-    from placer.run.files import require_no_directory
     from placer.run.parallel import Backend
     from placer.trace import (
         EVERYTHING,
         Trace,
     )
 
-    require_no_directory(out)
+    claim(context, out, traces, force=force)
+
     chosen = parse_selection(fold, not_fold, phase)
     if merge and chosen != EVERYTHING:
         raise UsageError(

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from placer.cli.output import (
+    ForceOption,
     JsonOption,
+    claim,
     note,
     print_json,
     print_line,
@@ -19,6 +21,7 @@ _POOR_FIT = 0.25
 
 
 def calibrate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="The .toml file to write.")],
     ranks: Annotated[
         int | None,
@@ -36,6 +39,7 @@ def calibrate(
     repetitions: Annotated[
         int, typer.Option(help="Number of timings. The median is used.")
     ] = 7,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the links and processors of this cluster for the cost model.
@@ -50,6 +54,7 @@ def calibrate(
         Worker,
         start_workers,
     )
+    from placer.run.writing import require_target
     from placer.target.calibrate import (
         CalibrationOptions,
         require_devices,
@@ -74,6 +79,7 @@ def calibrate(
         repetitions=repetitions,
     )
     if worker.alone:
+        require_target(out, directory=False, force=force)
         require_devices(options, options.num_ranks)
         words = [
             f"--{name}={value}"
@@ -85,10 +91,10 @@ def calibrate(
                 ("repetitions", repetitions),
             )
         ]
-        json_word = ["--json"] if as_json else []
-        raise typer.Exit(
-            start_workers(options.num_ranks, ["calibrate", *words, *json_word])
-        )
+        flags = [*["--json"] * as_json, *["--force"] * force]
+        raise typer.Exit(start_workers(options.num_ranks, ["calibrate", *words, *flags]))
+    if not worker.index:
+        claim(context, out, [], force=force)
     require_devices(options, worker.local_index + 1)
     if worker.index:
         measure(options, worker)

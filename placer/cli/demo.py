@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from placer.cli.output import (
+    ForceOption,
     JsonOption,
+    claim,
     note,
     print_json,
     print_line,
@@ -15,6 +17,7 @@ from placer.cli.output import (
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Directory to write to.")] = Path(
         "placer-demo"
     ),
@@ -25,6 +28,7 @@ def demo(
             help="Model to use. Default: the demo model that comes with placer.",
         ),
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run every step on the demo model, with text that comes with Python.
@@ -41,7 +45,9 @@ def demo(
     from placer.report.comparison import comparison_table
     from placer.simulation.sent import Wire
 
-    report = run_demo(model or shipped_model(), out, note)
+    model = model or shipped_model()
+    claim(context, out, [model], force=force, directory=True)
+    report = run_demo(model, out, note)
     verification = report.verification
     if as_json:
         print_json(

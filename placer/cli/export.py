@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from placer.cli.output import (
+    ForceOption,
     JsonOption,
+    claim,
     note,
     print_json,
     print_line,
@@ -38,6 +40,7 @@ _OPTIONS = {
 
 
 def export(
+    context: typer.Context,
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help=f"One of: {', '.join(TARGETS)}.")
     ],
@@ -95,6 +98,7 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List shards and bytes, write nothing.")
     ] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a permuted checkpoint, one directory per rank, or a map for a runtime.
@@ -127,6 +131,9 @@ def export(
         "--dry-run": dry_run,
     }
     _require_options(target, [name for name, value in given.items() if value])
+    if not dry_run:
+        directory = target not in MAPS
+        claim(context, _required(out), [plan, model], force=force, directory=directory)
     if target in MAPS:
         facts = _export_map(target, plan, model, _required(out))
     elif target == "deepspeed":

@@ -7,8 +7,10 @@ import typer
 
 from placer.cli.export import MAPS
 from placer.cli.output import (
+    ForceOption,
     JsonOption,
     OutOption,
+    claim,
     note,
     print_json,
     print_table,
@@ -23,6 +25,7 @@ _MAP_FORMATS = tuple(f"{name}{_MAP}" for name in MAPS)
 
 
 def import_(
+    context: typer.Context,
     format_: Annotated[
         str,
         typer.Argument(
@@ -56,6 +59,7 @@ def import_(
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="Maps: expert-parallel ranks per node.")
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn an engine's records into a trace, or its loads into an affinity file.
@@ -72,6 +76,8 @@ def import_(
     Maps that placer export writes, or an engine runs with, become plans: they need
     --gpus-per-node, and --model where the map does not say which layers are MoE layers.
     """
+    directory = format_ in _FORMATS
+    claim(context, out, [file, model, map_], force=force, directory=directory)
     what = "trace"
     if format_ in _MAP_FORMATS:
         what = "plan"

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from placer.cli.output import (
+    ForceOption,
     JsonOption,
+    claim,
     note,
     print_json,
     print_line,
@@ -15,6 +17,7 @@ from placer.cli.output import (
 
 
 def inspect(
+    context: typer.Context,
     path: Annotated[
         Path,
         typer.Argument(
@@ -35,6 +38,7 @@ def inspect(
             help="For a plan: show the load of its ranks on this trace or these counts.",
         ),
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what is in a trace, affinity file, plan, table or checkpoint."""
@@ -43,6 +47,8 @@ def inspect(
     from placer.report.inspect import summarize
     from placer.report.load import load_for
 
+    if html is not None:
+        claim(context, html, [path, load], force=force)
     artifact = open_artifact(path)
     counted = None if load is None else load_for(artifact, path, load)
     if html is not None:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -86,18 +87,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     the traceback of a failure.
     """
     _prepare_streams()
+    _end_by_exception()
     try:
         _run(argv)
     except PlacerError as error:
         if os.environ.get("PLACER_DEBUG"):
             raise
-        _fail(error.message, error.hint, error.exit_code)
+        _fail(error.message, [error.hint, *_notes(error)], error.exit_code)
     except OSError as error:
         if os.environ.get("PLACER_DEBUG"):
             raise
-        _fail(*_explain(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", None, 130)
+        message, hint = _explain(error)
+        _fail(message, [hint, *_notes(error)], 1)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", _notes(error), 130)
+    except _Ended as error:
+        _fail("ended by a signal", _notes(error), error.exit_code)
     except Exception as error:
         if os.environ.get("PLACER_DEBUG"):
             raise
@@ -105,8 +110,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.write(
             f"placer failed: {type(error).__name__}: {reason}; "
             "run again with PLACER_DEBUG=1 for the traceback\n"
+            + "".join(f"hint: {line}\n" for line in _notes(error))
         )
         sys.exit(1)
+
+
+class _Ended(BaseException):
+    """A signal asks this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def _end_by_exception() -> None:
+    """Let SIGTERM and SIGHUP end as Ctrl-C does: what is half written is then removed.
+
+    Workers of torchrun end at once, as the others wait for them; so do forked processes.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    own = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() != own:
+            os._exit(128 + number)
+        raise _Ended(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup has it ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what was kept for the next run."""
+    return getattr(error, "__notes__", [])
 
 
 def _prepare_streams() -> None:
@@ -136,9 +175,9 @@ def _explain(error: OSError) -> tuple[str, str | None]:
     return f"{place}: {error.strerror or error}", None
 
 
-def _fail(message: str, hint: str | None, exit_code: int) -> None:
+def _fail(message: str, hints: Sequence[str | None], exit_code: int) -> None:
     sys.stderr.write(f"placer: {message}\n")
-    if hint:
+    for hint in filter(None, hints):
         sys.stderr.write(f"hint: {hint}\n")
     sys.exit(exit_code)
 

@@ -47,6 +47,9 @@ PhaseOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace what an earlier run wrote there.")
+]
 GpusPerNodeOption = Annotated[
     int, typer.Option(min=1, help="Number of expert-parallel ranks (GPUs) on each node.")
 ]
@@ -90,6 +93,21 @@ BatchingOption = Annotated[
         "prefill takes whole sequences one after another.",
     ),
 ]
+
+
+def claim(
+    context: typer.Context,
+    out: Path,
+    inputs: Sequence[Path | None],
+    *,
+    force: bool,
+    directory: bool = False,
+) -> None:
+    """Claim what the command writes until it ends (:func:`placer.run.writing.claimed`)."""
+    from placer.run.writing import claimed
+
+    read = [path for path in inputs if path is not None]
+    context.with_resource(claimed(out, read, directory=directory, force=force))
 
 
 def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":

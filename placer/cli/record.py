@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from placer.cli.output import (
+    ForceOption,
     JsonOption,
     OutOption,
+    claim,
     print_json,
     print_table,
     token_progress,
@@ -15,6 +17,7 @@ from placer.cli.output import (
 
 
 def record(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face directory.")],
     out: OutOption,
     corpus: Annotated[
@@ -74,6 +77,7 @@ def record(
         float, typer.Option(help="Sampling temperature of generated tokens. 0: greedy.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed of the draws.")] = 0,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a transformers MoE model over text and write which experts its routers chose.
@@ -104,6 +108,9 @@ def record(
     )
     corpora = name_corpora(corpus or [], domain or [], field)
     worker = Worker.of_environment()
+    if not worker.index:
+        inputs = [model, *(corpus.path for corpus in corpora)]
+        claim(context, out, inputs, force=force, directory=True)
     with nullcontext() if worker.index else token_progress() as progress:
         header = record_trace(model, corpora, out, options, progress, worker)
     if worker.index:

@@ -10,6 +10,7 @@ import typer
 from placer.cli.output import (
     ExpertSizeOption,
     FoldOption,
+    ForceOption,
     GpusPerNodeOption,
     HiddenSizeOption,
     JsonOption,
@@ -19,6 +20,7 @@ from placer.cli.output import (
     PhaseOption,
     SizedByOption,
     WeightBytesOption,
+    claim,
     note,
     parse_selection,
     print_json,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 
 def solve(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(
@@ -290,6 +293,7 @@ def solve(
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Place experts on ranks: least traffic with equal slots and load under a cap.
@@ -317,11 +321,12 @@ def solve(
         plan_warnings,
     )
     from placer.run.deadline import Deadline
-    from placer.run.files import require_no_directory
     from placer.solver.options import SolveOptions
     from placer.solver.search.pair_search import SearchLimits
     from placer.solver.search.refine import RefineLimits
 
+    paths = [source, topology, model, start, Path(hardware) if hardware else None]
+    claim(context, out, paths, force=force, directory=frontier is not None)
     layout = world_layout(
         num_nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -384,7 +389,6 @@ def solve(
             points = solve_frontier(request, caps, out, note, warn, progress, deadline)
         _show_frontier(points, out, as_json)
         return
-    require_no_directory(out)
     with progress_line("solve") as progress:
         solved = solve_request(request, note, warn, progress, deadline)
     solved.plan.write(out)

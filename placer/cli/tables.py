@@ -8,9 +8,11 @@ import typer
 
 from placer.cli.output import (
     FoldOption,
+    ForceOption,
     JsonOption,
     NotFoldOption,
     OutOption,
+    claim,
     note,
     parse_fold,
     print_json,
@@ -28,6 +30,7 @@ class UnseenChoice(StrEnum):
 
 
 def tables(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace with token ids.")],
     out: OutOption,
@@ -87,6 +90,7 @@ def tables(
             show_default="the plan's",
         ),
     ] = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the token-shuffle table: a token's home rank by token id and past ranks.
@@ -98,10 +102,10 @@ def tables(
         TableOptions,
         make_table,
     )
-    from placer.run.files import require_no_directory
     from placer.trace import Trace
 
-    require_no_directory(out)
+    claim(context, out, [plan, trace, embeddings], force=force)
+
     options = TableOptions(
         lookback=lookback,
         shrinkage=shrinkage,

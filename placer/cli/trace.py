@@ -9,10 +9,12 @@ import typer
 
 from placer.cli.output import (
     FoldOption,
+    ForceOption,
     JsonOption,
     NotFoldOption,
     OutOption,
     PhaseOption,
+    claim,
     parse_fold,
     parse_selection,
     print_json,
@@ -41,6 +43,7 @@ def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
 
 @trace_app.command("split")
 def split(
+    context: typer.Context,
     trace: TraceArgument,
     out: OutOption,
     domain: Annotated[str | None, typer.Option(help="Use only this domain.")] = None,
@@ -53,11 +56,14 @@ def split(
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the tokens of a fold, a phase, a domain or a period as a trace of their own."""
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
+
+    claim(context, out, [trace], force=force, directory=True)
 
     chosen = parse_selection(fold, not_fold, phase)
     header = split_trace(Trace(trace), out, selection=chosen, domain=domain, period=period)
@@ -66,34 +72,43 @@ def split(
 
 @trace_app.command("sample")
 def sample(
+    context: typer.Context,
     trace: TraceArgument,
     out: OutOption,
     sequences: Annotated[int, typer.Option(help="How many sequences to draw.")],
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the draw.")] = 0,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write some sequences, drawn at random without replacement."""
     from placer.trace import Trace
     from placer.trace.rewrite import sample_trace
 
+    claim(context, out, [trace], force=force, directory=True)
+
     _show(out, sample_trace(Trace(trace), out, sequences, seed), as_json)
 
 
 @trace_app.command("merge")
 def merge(
+    context: typer.Context,
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces.")],
     out: OutOption,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write several traces of one model as one. Sequences get new numbers."""
     from placer.trace import Trace
     from placer.trace.rewrite import merge_traces
 
+    claim(context, out, traces, force=force, directory=True)
+
     _show(out, merge_traces([Trace(path) for path in traces], out), as_json)
 
 
 @trace_app.command("dedup")
 def dedup(
+    context: typer.Context,
     trace: TraceArgument,
     out: OutOption,
     prefixes: Annotated[
@@ -114,6 +129,7 @@ def dedup(
     ] = True,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trace without repeated prefixes, repeated rows and warm-up tokens.
@@ -126,6 +142,8 @@ def dedup(
         KINDS,
         dedup_trace,
     )
+
+    claim(context, out, [trace], force=force, directory=True)
 
     wanted = {"prefixes": prefixes, "rows": rows, "warm_up": warm_up}
     kinds = tuple(kind for kind in KINDS if wanted[kind])

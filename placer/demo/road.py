@@ -1,5 +1,6 @@
 """The whole road on the demo model: record, solve, tables, export, verify, simulate."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.report.html import write_html
 from placer.run.deadline import Deadline
-from placer.run.files import require_absent
+from placer.run.writing import claimed
 from placer.runtime_map import export_map
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import balanced
@@ -99,15 +100,23 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
     model
         A Hugging Face directory.
     out
-        The directory to write, which must not exist.
+        The directory to write.
 
     Raises
     ------
+    PlacerError
+        If ``out`` exists and is not claimed with ``force``.
     VerificationError
         If the exported checkpoint is not the same function.
     """
-    require_absent(out)
     ModelSpec.from_checkpoint(model)  # refuse before anything is written
+    with claimed(out, directory=True):
+        # What is there was claimed with --force.
+        shutil.rmtree(out, ignore_errors=True)
+        return _walk(model, out, say)
+
+
+def _walk(model: Path, out: Path, say: Say) -> DemoReport:
     traces = {split: _record(model, split, out, say) for split in ("profile", "heldout")}
     profile, heldout = traces["profile"], traces["heldout"]
     affinity = affinity_of_traces([profile], EVERYTHING)

@@ -19,9 +19,9 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import (
-    atomic_file,
     sha256_file,
 )
+from placer.run.writing import atomic_file
 from placer.target.engine import (
     Engine,
     ReplicaChoice,

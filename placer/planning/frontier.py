@@ -13,8 +13,8 @@ from placer.placement import Plan
 from placer.planning.planner import plan_from_trace
 from placer.planning.request import Tell
 from placer.run.deadline import Deadline
-from placer.run.files import atomic_directory
 from placer.run.progress import Progress
+from placer.run.writing import atomic_directory
 from placer.simulation.sent import (
     RANK_COPIES,
     Sent,

@@ -18,7 +18,7 @@ from placer.report.inspect import (
     Summary,
     summarize,
 )
-from placer.run.files import atomic_file
+from placer.run.writing import atomic_file
 
 _CONFIG = {"displaylogo": False, "responsive": True}
 _STYLE = """

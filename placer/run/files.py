@@ -1,105 +1,18 @@
-"""Outputs that are whole or absent, and hashes of files.
-
-Every output is written beside its place under the suffix ``.partial`` and renamed last,
-so a command that fails or is killed leaves nothing that looks complete.
-"""
+"""Reading: regular files of a bounded size, as UTF-8, and hashes of files."""
 
 import hashlib
 import json
 import os
-import shutil
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from placer.errors import PlacerError
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 _READ_BYTES = 1 << 20
 #: Most bytes of a document, such as a plan or a config, that are read at once.
 MAX_DOCUMENT_BYTES = 1 << 28
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, "npt.NDArray[Any]"], header: object = None
-) -> None:
-    """Write a safetensors file; the same tensors and header give the same bytes.
-
-    Parameters
-    ----------
-    path
-        Where to write.
-    tensors
-        Contiguous arrays by name.
-    header
-        Written as canonical JSON under the one metadata key ``placer``: with two keys or
-        more, safetensors orders them at random.
-
-    Raises
-    ------
-    PlacerError
-        If the file cannot be written, for example because the disk is full.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    metadata = None if header is None else {"placer": canonical_json(header)}
-    with atomic_file(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise PlacerError(
-                f"{path} cannot be written: {error}", f"is there space? df -h {path.parent}"
-            ) from error
-
-
-def partial_path(path: Path) -> Path:
-    """Return the place beside ``path`` where it is written until it is complete."""
-    return path.with_name(path.name + ".partial")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; it becomes ``path`` on success, else it is removed."""
-    require_no_directory(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        yield partial
-        # Some libraries create files that only their owner may read.
-        partial.chmod(0o666 & ~_umask())
-        _flush_to_disk(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; it becomes ``path`` on success, else it is removed.
-
-    Raises
-    ------
-    PlacerError
-        If ``path`` already exists: a directory is never overwritten.
-    """
-    require_absent(path)
-    partial = partial_path(path)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def unreadable_reason(error: Exception) -> str:
@@ -107,24 +20,6 @@ def unreadable_reason(error: Exception) -> str:
     if "pickle" in str(error):
         return "it holds no plain array, or pickled objects, which are never loaded"
     return str(error)
-
-
-def require_no_directory(path: Path) -> None:
-    """Refuse to write a file where a directory is."""
-    if path.is_dir():
-        raise PlacerError(
-            f"{path} is a directory, but a file is to be written there",
-            f"choose another --out, or remove it: rm -r {path}",
-        )
-
-
-def require_absent(path: Path) -> None:
-    """Refuse to write a directory over something that exists."""
-    if path.exists():
-        raise PlacerError(
-            f"{path} already exists and is not overwritten",
-            f"choose another --out, or remove it: rm -r {path}",
-        )
 
 
 def require_file(path: Path, what: str) -> None:
@@ -234,19 +129,6 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def require_free_space(path: Path, num_bytes: int) -> None:
-    """Refuse to start writing ``num_bytes`` at ``path`` where they cannot fit."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
-        raise PlacerError(
-            f"{path} needs {num_bytes} bytes, but {place} has {free} bytes free",
-            f"free some space or choose another --out: df -h {place}",
-        )
-
-
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
@@ -264,17 +146,3 @@ def canonical_json(value: Any) -> str:
 def sha256_json(value: Any) -> str:
     """Return the SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,8 +18,8 @@ from placer.run.files import (
     require_file,
     require_fitting_archive,
     unreadable_reason,
-    write_tensors,
 )
+from placer.run.writing import write_tensors
 from placer.runtime_map.runtime import (
     MapSource,
     ParsedMap,

@@ -12,10 +12,10 @@ from placer.errors import (
     VerificationError,
 )
 from placer.run.files import (
-    atomic_file,
     read_text,
     require_file,
 )
+from placer.run.writing import atomic_file
 from placer.runtime_map import (
     eplb,
     plain,

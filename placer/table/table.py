@@ -21,10 +21,8 @@ from placer.run.documents import (
     of_this_version,
     validated,
 )
-from placer.run.files import (
-    require_file,
-    write_tensors,
-)
+from placer.run.files import require_file
+from placer.run.writing import write_tensors
 from placer.serving.layer_serving import rank_dtype
 from placer.shuffle import CombinedRule
 from placer.trace.selection import ProfileFacts

@@ -22,10 +22,8 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
-from placer.run.files import (
-    atomic_file,
-    read_text,
-)
+from placer.run.files import read_text
+from placer.run.writing import atomic_file
 
 _FIGURES = ("bf16_flops", "fp8_flops", "memory_bandwidth")
 _WAYS = ("both_ways", "one_way")

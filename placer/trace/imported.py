@@ -24,7 +24,6 @@ from placer.model import (
     read_config,
 )
 from placer.run.files import (
-    require_absent,
     require_file,
     sha256_file,
 )
@@ -199,7 +198,6 @@ def import_file(
     PlacerError
         If the file cannot be read, or holds what the model cannot have emitted.
     """
-    require_absent(out)
     require_file(file, "file")
     model = None if model_directory is None else BoundModel.of(model_directory)
     try:

@@ -22,10 +22,9 @@ from placer.model import (
 )
 from placer.run.files import (
     canonical_json,
-    partial_path,
-    require_absent,
     sha256_file,
 )
+from placer.run.resumable import partial_path
 from placer.run.worker import (
     ALONE,
     Worker,
@@ -172,7 +171,7 @@ def record(
     corpora
         The text, one domain each.
     out
-        The trace directory to write; until it is complete, ``OUT.partial``.
+        The trace directory to write; until it is complete, ``OUT.placer-partial``.
     options
         How to run the model.
     progress
@@ -191,7 +190,6 @@ def record(
         If the model cannot be loaded or is of no known family, a corpus holds no text,
         ``out`` exists, or an unfinished recording there had other options.
     """
-    require_absent(out)
     if not worker.alone:
         _require_files(corpora)
     spec = ModelSpec.from_checkpoint(directory)
@@ -236,7 +234,7 @@ def _chunks_of_part(part: Path, provenance: Mapping[str, Any]) -> int:
     if canonical_json(found.provenance) != canonical_json(provenance):
         raise PlacerError(
             f"{part} was recorded with another model, corpus or options",
-            f"give the same ones to go on, or start anew: rm -r {part}",
+            "give the same ones to go on; to start anew, move it away",
         )
     return len(found.chunks)
 
@@ -267,7 +265,7 @@ def _record_chunks(
     if skipped:
         raise PlacerError(
             f"{partial_path(writer.directory)} holds {skipped} chunks more than the text",
-            f"start anew: rm -r {partial_path(writer.directory)}",
+            "move it away to start anew",
         )
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,34 +13,36 @@ import numpy as np
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.documents import of_this_version, read_json, validated
+from placer.run.documents import validated
 from placer.run.files import (
-    atomic_file,
     canonical_json,
-    partial_path,
-    require_absent,
     sha256_file,
+    sha256_json,
+)
+from placer.run.resumable import (
+    Journal,
+    resumable_directory,
+)
+from placer.run.writing import (
+    atomic_directory,
+    atomic_file,
     write_tensors,
 )
 from placer.trace.chunk import Chunk
 from placer.trace.header import (
     HEADER_NAME,
     ChunkInfo,
-    TraceFile,
     TraceHeader,
-    upgraded_trace,
 )
-
-_JOURNAL_NAME = "journal.json"
 
 
 @dataclass(slots=True, kw_only=True)
 class TraceWriter:
     """Writes a trace beside its place; :meth:`finish` renames it to ``directory``.
 
-    Used as a context manager, it removes what it wrote if the block raises, unless
-    ``resumable``: then the finished chunks and a journal stay in ``DIRECTORY.partial``,
-    and a writer with the same model, domains and provenance goes on after them.
+    A context manager. It removes what it wrote if the block raises, unless ``resumable``:
+    then the finished chunks stay (:mod:`placer.run.resumable`), and a writer with the same
+    model, domains and provenance goes on after them.
 
     Attributes
     ----------
@@ -59,14 +62,21 @@ class TraceWriter:
     resumable: bool = False
     _chunks: list[ChunkInfo] = field(default_factory=list, init=False)
     _finished: bool = field(default=False, init=False)
+    _partial: Path = field(init=False)
+    _journal: Journal | None = field(default=None, init=False)
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
-    def __post_init__(self) -> None:
-        require_absent(self.directory)
-        if self.resumable and (self._partial / _JOURNAL_NAME).exists():
-            self._take_up_journal()
-        else:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            if self.resumable:
+                identity = sha256_json(self._header.to_json())
+                directory = resumable_directory(self.directory, identity)
+                self._partial, self._journal = stack.enter_context(directory)
+                self._take_up(self._journal)
+            else:
+                self._partial = stack.enter_context(atomic_directory(self.directory))
+            self._stack = stack.pop_all()
+        return self
 
     @property
     def num_chunks(self) -> int:
@@ -77,10 +87,6 @@ class TraceWriter:
     def num_tokens(self) -> int:
         """Tokens in the finished chunks."""
         return sum(chunk.num_tokens for chunk in self._chunks)
-
-    @property
-    def _partial(self) -> Path:
-        return partial_path(self.directory)
 
     @property
     def _header(self) -> TraceHeader:
@@ -99,16 +105,15 @@ class TraceWriter:
         name = f"chunk-{len(self._chunks):05d}.safetensors"
         path = self._partial / name
         write_tensors(path, chunk.tensors())
-        self._chunks.append(
-            ChunkInfo(
-                file=name,
-                num_tokens=chunk.num_tokens,
-                num_sequences=len(np.unique(chunk.sequence_ids)),
-                sha256=sha256_file(path),
-            )
+        info = ChunkInfo(
+            file=name,
+            num_tokens=chunk.num_tokens,
+            num_sequences=len(np.unique(chunk.sequence_ids)),
+            sha256=sha256_file(path),
         )
-        if self.resumable:
-            self._write_header(_JOURNAL_NAME)
+        self._chunks.append(info)
+        if self._journal is not None:
+            self._journal.add(name, msgspec.structs.asdict(info))
 
     def append_file(self, path: Path, chunk: ChunkInfo) -> None:
         """Take a finished chunk of another trace as the next one, unread."""
@@ -128,38 +133,21 @@ class TraceWriter:
             raise PlacerError(
                 f"nothing to write to {self.directory}: no token was recorded"
             )
-        self._write_header(HEADER_NAME)
-        (self._partial / _JOURNAL_NAME).unlink(missing_ok=True)
-        self._partial.rename(self.directory)
+        with atomic_file(self._partial / HEADER_NAME) as temporary:
+            text = canonical_json(self._header.to_json()) + "\n"
+            temporary.write_text(text, encoding="utf-8")
         self._finished = True
+        self._stack.close()
 
-    def _write_header(self, name: str) -> None:
-        with atomic_file(self._partial / name) as temporary:
-            temporary.write_text(
-                canonical_json(self._header.to_json()) + "\n", encoding="utf-8"
-            )
-
-    def _take_up_journal(self) -> None:
-        path = self._partial / _JOURNAL_NAME
-        where, again = f"journal {path}", f"start anew: rm -r {self._partial}"
-        journal = of_this_version(read_json(path, "journal"), where, again, upgraded_trace)
-        chunks = validated(journal, TraceFile, where, again).chunks
-        self._chunks = list(chunks)
-        if canonical_json(self._header.to_json()) != canonical_json(journal):
-            raise PlacerError(
-                f"{self._partial} was begun with another model, corpus or options",
-                f"give the same ones to go on, or start anew: rm -r {self._partial}",
-            )
-        for chunk in chunks:
-            path = self._partial / chunk.file
-            if not path.is_file() or sha256_file(path) != chunk.sha256:
-                raise PlacerError(
-                    f"{path} is damaged, so the recording cannot go on",
-                    f"start anew: rm -r {self._partial}",
-                )
-
-    def __enter__(self) -> Self:
-        return self
+    def _take_up(self, journal: Journal) -> None:
+        """Go on after the chunks of an earlier run, up to the first that is damaged."""
+        for name, facts in journal.finished.items():
+            path = self._partial / name
+            if not path.is_file() or sha256_file(path) != facts.get("sha256"):
+                break
+            where = f"the journal of {self._partial}"
+            chunk = validated(facts, ChunkInfo, where, "move it away to start anew")
+            self._chunks.append(chunk)
 
     def __exit__(
         self,
@@ -167,6 +155,6 @@ class TraceWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        worth_keeping = self.resumable and self._chunks
-        if not self._finished and not worth_keeping:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        if not self._finished:
+            error = error or PlacerError(f"{self.directory} was not finished")
+            self._stack.__exit__(type(error), error, traceback)

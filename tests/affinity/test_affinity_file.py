@@ -21,7 +21,7 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
-from placer.run.files import write_tensors
+from placer.run.writing import write_tensors
 from placer.trace import (
     EVERYTHING,
     Fold,

@@ -29,7 +29,7 @@ from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
-from placer.run.files import atomic_file
+from placer.run.writing import atomic_file
 from placer.simulation.metrics import PolicyTally
 from placer.simulation.simulate import (
     DEFAULT_BATCH_SIZE,

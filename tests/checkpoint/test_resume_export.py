@@ -24,7 +24,6 @@ from placer.checkpoint.export import (
     prepare_restore,
     restore_checkpoint,
 )
-from placer.checkpoint.journal import resumable_directory
 from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
 from placer.errors import (
@@ -33,6 +32,8 @@ from placer.errors import (
 )
 from placer.model import ModelSpec
 from placer.placement import Placement
+from placer.run.resumable import resumable_directory
+from placer.run.writing import claimed
 
 NUM_EXPERTS, NUM_SHARDS = 8, 12
 CONFIG = {
@@ -174,12 +175,12 @@ def test_killed_at_any_call_it_goes_on_to_the_same_bytes(
     for moment in (*moments, *range(last - 3, last + 1)):
         shutil.rmtree(out)
         assert killer(die_at=moment)["exit"] == -signal.SIGKILL
-        assert out.exists() == (moment == last), "nothing looks complete that is not"
+        assert out.exists() == (moment >= last - 1), "nothing looks complete that is not"
         found, num_resumed = export_whole(plan, model, out)
         assert found == expected
         resumed.append(num_resumed)
         assert {path.name for path in tmp_path.iterdir()} == {plan.name, "out", "whole"}
-    assert resumed[-1] == NUM_SHARDS, "at the last call everything was finished"
+    assert resumed[-2:] == [NUM_SHARDS] * 2, "at the last calls everything was finished"
     assert len(set(resumed)) > 3
     assert hashes(model) == before
 
@@ -213,7 +214,10 @@ def test_what_another_export_left_is_not_used(
     other = write_plan(ModelSpec.from_checkpoint(model), placement, "other.json")
     out = tmp_path / "out"
     interrupt(other, model, out)
-    assert prepare_export(plan, model).write(out).num_resumed == 0
+    with pytest.raises(PlacerError, match="begun from other input or with other options"):
+        prepare_export(plan, model).write(out)
+    with claimed(out, directory=True, force=True):
+        assert prepare_export(plan, model).write(out).num_resumed == 0
     export_checkpoint(plan, model, tmp_path / "whole")
     assert hashes(out) == hashes(tmp_path / "whole")
 
@@ -223,7 +227,9 @@ def test_a_finished_shard_that_was_damaged_since_is_written_again(
 ) -> None:
     out = tmp_path / "out"
     num_finished = interrupt(plan, model, out)
-    first, second, third, *_ = sorted((tmp_path / "out.partial").glob("*.safetensors"))
+    first, second, third, *_ = sorted(
+        (tmp_path / "out.placer-partial").glob("*.safetensors")
+    )
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1])
     third.write_bytes(b"x" + third.read_bytes()[1:])
@@ -240,11 +246,11 @@ def interrupt(plan: Path, model: Path, out: Path) -> int:
         if int(text.split()[0]) >= 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(PlacerError, match="interrupted; ") as caught:
+    with pytest.raises(KeyboardInterrupt) as caught:
         prepare_export(plan, model).write(out, ExportOptions(num_workers=1), progress)
-    assert "goes on there" in caught.value.hint
+    assert "it goes on" in caught.value.__notes__[0]
     assert not out.exists()
-    return len(list(out.with_name("out.partial").glob("*.safetensors")))
+    return len(list(out.with_name("out.placer-partial").glob("*.safetensors")))
 
 
 def test_an_interrupted_inverse_goes_on(plan: Path, model: Path, tmp_path: Path) -> None:
@@ -254,7 +260,7 @@ def test_an_interrupted_inverse_goes_on(plan: Path, model: Path, tmp_path: Path)
         if int(text.split()[0]) >= 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(PlacerError, match=r"No space left on device; \d+ shards"):
+    with pytest.raises(OSError, match="No space left on device"):
         prepare_restore(tmp_path / "out").write(
             tmp_path / "back", ExportOptions(num_workers=1), progress
         )
@@ -263,31 +269,19 @@ def test_an_interrupted_inverse_goes_on(plan: Path, model: Path, tmp_path: Path)
     assert hashes(tmp_path / "back") == hashes(model)
 
 
-def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
-    with resumable_directory(tmp_path / "out", "a") as (partial, journal):
-        (partial / "file").touch()
-        journal.add("file", {})
-        with (
-            pytest.raises(PlacerError, match="another process is writing"),
-            resumable_directory(tmp_path / "out", "a"),
-        ):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_journal_that_was_cut_off_counts_whole_lines(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(PlacerError), resumable_directory(out, "a") as (_, journal):
+    with pytest.raises(KeyboardInterrupt), resumable_directory(out, "a") as (_, journal):
         journal.add("one", {"linked": False})
         journal.add("two", {"linked": True})
         raise KeyboardInterrupt
-    path = tmp_path / "out.journal"
+    path = tmp_path / ".out.placer"
     path.write_text(path.read_text()[:-4])
     with resumable_directory(out, "a") as (_, journal):
         assert journal.finished == {"one": {"linked": False}}
         journal.add("two", {"linked": True})
         lines = path.read_text().splitlines()
-        assert json.loads(lines[-1]) == {"linked": True, "shard": "two"}
+        assert json.loads(lines[-1]) == {"linked": True, "part": "two"}
     assert out.is_dir()
     assert not path.exists()
 
@@ -341,8 +335,8 @@ def test_a_full_disk_leaves_the_source_and_nothing_that_looks_complete(
     monkeypatch.setattr("placer.checkpoint.writing.require_free_space", lambda *_: None)
     fails_with(errno.ENOSPC, plan, model, out)
     left = {path.name for path in small_disk.iterdir()}
-    assert left == {"out.partial", "out.journal"}
-    assert not (small_disk / "out.partial" / "placer.json").exists()
+    assert left == {"out.placer-partial", ".out.placer"}
+    assert not (small_disk / "out.placer-partial" / "placer.json").exists()
 
 
 def test_unchanged_shards_are_linked_and_only_they(
@@ -410,4 +404,5 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(
     with pytest.raises(PlacerError, match="a file ended at byte"):
         job.write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+    with pytest.raises(PlacerError):
+        prepare_export(plan, copy)

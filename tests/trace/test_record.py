@@ -119,7 +119,7 @@ def test_killed_and_started_again_the_bytes_are_the_same(
         with pytest.raises(KilledError):
             record(tiny_model, corpora, tmp_path / "cut", options, kill_at(limit))
         assert not (tmp_path / "cut").exists()
-        assert (tmp_path / "cut.partial" / "journal.json").exists()
+        assert (tmp_path / "cut.placer-partial" / "chunk-00000.safetensors").exists()
     record(tiny_model, corpora, tmp_path / "cut", options)
     whole = sorted((tmp_path / "whole").iterdir())
     assert len(whole) > 4
@@ -139,9 +139,9 @@ def test_an_unfinished_recording_refuses_other_options(
     with pytest.raises(KeyboardInterrupt):
         record(tiny_model, corpora, tmp_path / "t", options, stop)
     other = RecordOptions(sequence_length=16, chunk_tokens=100, dtype="bfloat16")
-    with pytest.raises(PlacerError, match="begun with another") as caught:
+    with pytest.raises(PlacerError, match="begun from other input") as caught:
         record(tiny_model, corpora, tmp_path / "t", other)
-    assert "rm -r" in caught.value.hint
+    assert "--force" in caught.value.hint
 
 
 def test_an_unfinished_recording_refuses_other_weights(
@@ -163,9 +163,9 @@ def test_an_unfinished_recording_refuses_other_weights(
     size = path.stat().st_size
     save_file(tensors, path, metadata={"format": "pt"})
     assert path.stat().st_size == size
-    with pytest.raises(PlacerError, match="begun with another model") as caught:
+    with pytest.raises(PlacerError, match="begun from other input") as caught:
         record(model, corpora, tmp_path / "t", options)
-    assert "rm -r" in caught.value.hint
+    assert "--force" in caught.value.hint
 
 
 def test_max_tokens_cuts_each_corpus_in_an_order_of_the_seed(corpora: list[Corpus]) -> None:
@@ -218,7 +218,7 @@ def test_what_cannot_be_recorded_is_refused_with_the_remedy(
         RecordOptions(generate=1, temperature=float("nan"))
     with pytest.raises(PlacerError, match="cannot be moved to --device nowhere"):
         record(tiny_model, corpora, out, RecordOptions(device="nowhere"))
-    assert not list(tmp_path.glob("t*.partial"))
+    assert not list(tmp_path.glob("t*partial"))
 
 
 def test_weights_on_an_accelerator_are_ordered_without_asking_for_a_value() -> None:

@@ -18,6 +18,7 @@ from placer.errors import (
 )
 from placer.model import ModelSpec
 from placer.run.files import sha256_file
+from placer.run.writing import claimed
 from placer.trace import (
     Chunk,
     Fold,
@@ -289,23 +290,50 @@ def _umask() -> int:
 
 def test_an_existing_trace_is_not_overwritten(make_trace: Callable[..., Trace]) -> None:
     directory = make_trace().directory
-    with pytest.raises(PlacerError, match="already exists") as caught:
-        TraceWriter(directory=directory, model=MODEL)
-    assert f"rm -r {directory}" in caught.value.hint
+    with (
+        pytest.raises(PlacerError, match="already exists"),
+        TraceWriter(directory=directory, model=MODEL),
+    ):
+        pass
 
 
-def test_a_resumed_writer_refuses_other_options_and_damage(
+def test_a_writer_that_is_not_finished_leaves_nothing(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(PlacerError, match="no token was recorded"),
+        TraceWriter(directory=tmp_path / "t", model=MODEL) as writer,
+    ):
+        writer.finish()
+    with TraceWriter(directory=tmp_path / "t", model=MODEL) as writer:
+        writer.append(make_chunk())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_writer_refuses_other_options_and_drops_damage(
     make_chunk: Callable[..., Chunk], tmp_path: Path
 ) -> None:
     options = {"directory": tmp_path / "t", "model": MODEL, "resumable": True}
-    TraceWriter(**options).append(make_chunk())
-    with pytest.raises(PlacerError, match="begun with another model, corpus or options"):
-        TraceWriter(**options, domains=("other",))
-    assert TraceWriter(**options).num_tokens == 400
-    path = tmp_path / "t.partial" / "chunk-00000.safetensors"
+    with TraceWriter(**options) as writer:
+        writer.append(make_chunk())
+    assert not (tmp_path / "t").exists()
+    with (
+        pytest.raises(PlacerError, match="begun from other input or with other options"),
+        TraceWriter(**options, domains=("other",)),
+    ):
+        pass
+    with TraceWriter(**options) as writer:
+        assert writer.num_tokens == 400
+    path = tmp_path / "t.placer-partial" / "chunk-00000.safetensors"
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(PlacerError, match="cannot go on"):
-        TraceWriter(**options)
-    (tmp_path / "t.partial" / "journal.json").write_text('{"chunks": [{"file": "c"}]}')
-    with pytest.raises(PlacerError, match=r"journal\.json: schema_version is null"):
-        TraceWriter(**options)
+    with TraceWriter(**options) as writer:
+        assert writer.num_tokens == 0
+    with (
+        claimed(tmp_path / "t", directory=True, force=True),
+        TraceWriter(**options, domains=("other",)) as writer,
+    ):
+        assert writer.num_tokens == 0
+        writer.append(make_chunk())
+        writer.finish()
+    assert Trace(tmp_path / "t").header.domains == ("other",)
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]

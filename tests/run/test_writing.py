@@ -1,0 +1,270 @@
+"""Outputs are whole or absent, and nothing of somebody else's is touched."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from placer.errors import (
+    PlacerError,
+    UsageError,
+)
+from placer.run.resumable import resumable_directory
+from placer.run.writing import (
+    atomic_directory,
+    atomic_file,
+    claimed,
+    require_target,
+)
+
+HOLD = """
+import sys
+from pathlib import Path
+from placer.run.writing import claimed
+with claimed(Path(sys.argv[1]), directory=False):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_another_process_is_kept_out_until_the_first_ends(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for end in ("closed", "killed"):
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(out)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout.readline() == "claimed\n"
+            for take in (
+                lambda: claimed(out, directory=False),
+                lambda: resumable_directory(out, "a"),
+            ):
+                with pytest.raises(PlacerError, match="another process is writing"), take():
+                    pass
+            if end == "killed":
+                process.kill()
+        with claimed(out, directory=False):
+            pass
+        assert names(tmp_path) == set()
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic_file(out) as temporary:
+        temporary.write_text("new")
+        assert not out.exists()
+        assert temporary.parent == tmp_path
+    assert out.read_text() == "new"
+    assert out.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    for error in (ZeroDivisionError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_file(out) as temporary:
+            temporary.write_text("half")
+            raise error
+    assert out.read_text() == "new"
+    assert names(tmp_path) == {"out"}
+
+
+def test_temporaries_have_names_that_nobody_can_guess(tmp_path: Path) -> None:
+    """What lies at the names of before, a link out of the folder too, stays as it is."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out.partial").symlink_to(victim)
+    (tmp_path / "out.journal").write_text("precious")
+    seen = set()
+    for _ in range(2):
+        with atomic_file(tmp_path / "out") as temporary:
+            seen.add(temporary)
+    with atomic_directory(tmp_path / "folder") as temporary:
+        seen.add(temporary)
+    assert len(seen) == 3
+    assert victim.read_text() == (tmp_path / "out.journal").read_text() == "precious"
+    assert (tmp_path / "out.partial").is_symlink()
+    assert names(tmp_path) == {"victim", "out.partial", "out.journal", "out", "folder"}
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        atomic_directory(tmp_path / "a" / "b") as temporary,
+    ):
+        (temporary / "file").touch()
+        raise ZeroDivisionError
+    assert names(tmp_path) == set(), "parents that were made for it go too"
+    with atomic_directory(tmp_path / "a" / "b") as temporary:
+        (temporary / "file").touch()
+    assert names(tmp_path / "a") == {"b"}
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~_umask()
+    with (
+        pytest.raises(PlacerError, match="already exists"),
+        atomic_directory(tmp_path / "a" / "b"),
+    ):
+        pass
+
+
+def test_force_replaces_only_what_placer_wrote(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for held in ({"trace.json", "chunk-00000.safetensors"}, {"frontier.csv"}, set()):
+        for name in held:
+            (out / name).touch()
+        with (
+            claimed(out, directory=True, force=True),
+            atomic_directory(out) as temporary,
+        ):
+            (temporary / "new").touch()
+        assert names(out) == {"new"}
+        (out / "new").unlink()
+    for held in ({"notes"}, {"trace.json", "notes"}):
+        for name in held:
+            (out / name).touch()
+        with pytest.raises(PlacerError, match="holds notes, which placer did not write"):
+            require_target(out, directory=True, force=True)
+        assert names(out) == held
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_failure_leaves_what_force_would_have_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "trace.json").write_text("old")
+    with (
+        pytest.raises(ZeroDivisionError),
+        claimed(out, directory=True, force=True),
+        atomic_directory(out),
+    ):
+        raise ZeroDivisionError
+    assert (out / "trace.json").read_text() == "old"
+    assert names(tmp_path) == {"out"}
+
+
+Meeting = Callable[[Path, Path], Path]
+
+
+def _hard_link(source: Path, folder: Path) -> Path:
+    os.link(source / "config.json", folder / "hard")
+    return folder / "hard"
+
+
+def _link(source: Path, folder: Path) -> Path:
+    (folder / "link").symlink_to(source)
+    return folder / "link" / "new.json"
+
+
+@pytest.mark.parametrize(
+    ("place", "relation"),
+    [
+        (lambda source, _: source, "is the input"),
+        (lambda source, _: source / "config.json", "lies in the input"),
+        (lambda source, _: source / "deep" / "new.json", "lies in the input"),
+        (lambda source, _: source / ".." / "model" / "new.json", "lies in the input"),
+        (lambda source, _: source.parent, "holds the input"),
+        (_hard_link, "is a file in the input"),
+        (_link, "lies in the input"),
+    ],
+)
+@pytest.mark.parametrize("force", [True, False])
+def test_an_input_is_never_written(
+    place: Meeting, relation: str, force: bool, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=relation):
+        require_target(place(source, tmp_path), [source], directory=False, force=force)
+
+
+def test_what_lies_beside_an_input_is_no_input(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "plan.json").touch()
+    inputs = [tmp_path / "model", tmp_path / "plan.json", tmp_path / "nowhere"]
+    for name in ("model-2", "plan.json.2", "nowhere/plan.json"):
+        require_target(tmp_path / name, inputs, directory=False)
+
+
+@pytest.mark.parametrize("directory", [True, False])
+def test_what_is_no_file_and_no_directory_is_never_replaced(
+    tmp_path: Path, directory: bool
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    odd = ["pipe", "file" if directory else "folder"]
+    for name in odd:
+        with pytest.raises(PlacerError, match=r"but a (file|directory) is to be written"):
+            require_target(tmp_path / name, directory=directory, force=True)
+
+
+def test_a_link_is_replaced_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to("old")
+    require_target(tmp_path / "link", directory=False, force=True)
+    with atomic_file(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "old").read_text() == "old"
+    assert (tmp_path / "link").read_text() == "new"
+
+
+def test_a_directory_that_is_not_placers_is_not_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "out.placer-partial").mkdir()
+    (tmp_path / "out.placer-partial" / "precious").touch()
+    for force in (True, False):
+        with (
+            pytest.raises(PlacerError, match="no journal says that placer made it"),
+            claimed(tmp_path / "out", directory=True, force=force),
+            resumable_directory(tmp_path / "out", "a"),
+        ):
+            pass
+    assert names(tmp_path) == {"out.placer-partial"}
+    assert names(tmp_path / "out.placer-partial") == {"precious"}
+
+
+ENDED = """
+import os, signal, sys
+from pathlib import Path
+import placer.cli.main as cli
+from placer.placement import Plan
+
+def write(self, path):
+    from placer.run.writing import atomic_file
+    with atomic_file(path) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), int(sys.argv[1]))
+        signal.pause()
+
+Plan.write = write
+cli.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_removes_what_is_half_written(
+    number: signal.Signals, make_trace: Callable[..., object], tmp_path: Path
+) -> None:
+    make_trace()
+    words = ["solve", tmp_path / "trace", "--gpus-per-node", 2, "--max-imbalance", 3]
+    words += ["--num-rounds", 0, "--proof", "none", "--out", tmp_path / "plan.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", ENDED, str(int(number)), *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == {"trace"}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
