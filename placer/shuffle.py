@@ -233,7 +233,8 @@ class ShuffleTable:
             return cls._read(path)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is no table ({error}): placer tables PLAN TRACE --out {path}"
+                f"{path} is no table ({error}): placer tables PLAN TRACE --out {path} "
+                "--force"
             ) from error
 
     @classmethod
@@ -246,7 +247,7 @@ class ShuffleTable:
             if kind != "table" or version not in _SCHEMA_VERSIONS:
                 raise ValueError(
                     f"{path} is {kind} of schema_version {version}, expected table of "
-                    f"1 or 2: placer tables PLAN TRACE --out {path}"
+                    f"1 or 2: placer tables PLAN TRACE --out {path} --force"
                 )
             names: tuple[str, ...] = (
                 "token_rank",

@@ -174,7 +174,7 @@ class Affinity:
             If it is no affinity file, truncated, or of another schema version.
         """
         require_file(path, "affinity")
-        again = f"count again: placer affinity TRACE --out {path}"
+        again = f"count again: placer affinity TRACE --out {path} --force"
         try:
             with safe_open(path, "np") as opened:
                 header = file_header(opened.metadata(), f"affinity {path}")

@@ -162,7 +162,7 @@ class Plan:
                 "write one: placer solve TRACE --gpus-per-node M --out PLAN",
             )
         where = f"plan {path}"
-        again = f"write it anew: placer solve TRACE --gpus-per-node M --out {path}"
+        again = f"write it anew: placer solve TRACE --gpus-per-node M --out {path} --force"
         value = of_this_version(value, where, again, upgraded_plan)
         read = validated(value, PlanFile, where, again)
         try:

@@ -448,7 +448,7 @@ def read_table_of(table_path: Path, plan_path: Path) -> Table:
             f"table {table_path} was written for the plan with SHA-256 "
             f"{str(table.plan_sha256)[:12]}, but {plan_path} has {expected[:12]}",
             f"write the plan's own table: placer tables {plan_path} TRACE "
-            f"--out {table_path}",
+            f"--out {table_path} --force",
         )
     return table
 

@@ -110,7 +110,7 @@ def _begun(
         if not own and not empty:
             raise PlacerError(
                 f"{partial} is in the way: no journal says that placer made it",
-                "move it away, or choose another --out",
+                "move it away, or choose another path",
             )
         if own and head.get("identity") == identity:
             if not text.endswith("\n"):

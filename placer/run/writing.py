@@ -115,10 +115,10 @@ def require_target(
 ) -> None:
     """Refuse a target as :func:`claimed` does, but claim nothing."""
     if out.name in ("", ".."):
-        raise UsageError(f"{out} names no file or directory", "choose another --out")
+        raise UsageError(f"{out} names no file or directory", "choose another path")
     for source in inputs:
         if (relation := _relation(out, source)) is not None:
-            raise UsageError(f"{out} {relation} the input {source}", "choose another --out")
+            raise UsageError(f"{out} {relation} the input {source}", "choose another path")
     # What the journal is of was complete, but the run was killed before it said so.
     if not os.path.lexists(out) or journal_head(out).get("inode") == os.lstat(out).st_ino:
         return
@@ -126,13 +126,13 @@ def require_target(
     # A link is replaced, not what it leads to.
     if kind != wanted and (directory or kind != "a link"):
         raise PlacerError(
-            f"{out} is {kind}, but {wanted} is to be written there", "choose another --out"
+            f"{out} is {kind}, but {wanted} is to be written there", "choose another path"
         )
     if directory:
         _require_written_by_placer(out)
     if not force:
         raise PlacerError(
-            f"{out} already exists", "choose another --out, or replace it: --force"
+            f"{out} already exists", "choose another path, or replace it: --force"
         )
 
 
@@ -241,7 +241,7 @@ def require_free_space(path: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise PlacerError(
             f"{path} needs {num_bytes} bytes, but {place} has {free} bytes free",
-            f"free some space or choose another --out: df -h {place}",
+            f"free some space or choose another path: df -h {place}",
         )
 
 
@@ -309,7 +309,7 @@ def _require_written_by_placer(out: Path) -> None:
     if odd:
         raise PlacerError(
             f"{out} already exists and holds {odd[0]}, which placer did not write",
-            "choose another --out, or move the directory away",
+            "choose another path, or move the directory away",
         )
 
 
@@ -346,7 +346,7 @@ def _opened_lock(path: Path, out: Path) -> IO[str]:
         except OSError as error:
             raise PlacerError(
                 f"{out} cannot be written: {error.strerror} ({path})",
-                "choose another --out",
+                "choose another path",
             ) from error
         stream = os.fdopen(descriptor, "a+", encoding="utf-8")
         try:
@@ -356,7 +356,7 @@ def _opened_lock(path: Path, out: Path) -> IO[str]:
                 stream.close()
                 raise PlacerError(
                     f"another process is writing {out}",
-                    "wait for it, or choose another --out",
+                    "wait for it, or choose another path",
                 ) from error
         # The process that held the lock removes the file before it lets go.
         with suppress(FileNotFoundError):

@@ -48,7 +48,7 @@ _DTYPES = {
 }
 _COMBINED = {one.name for one in fields(CombinedRule)}
 _OPTIONAL = {"token_score"} | _COMBINED
-_REMEDY = "write it again: placer tables PLAN TRACE --out {path}"
+_REMEDY = "write it again: placer tables PLAN TRACE --out {path} --force"
 
 
 class TableFile(Document, frozen=True, kw_only=True):

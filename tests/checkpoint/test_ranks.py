@@ -189,7 +189,7 @@ def test_the_command_line_splits_verifies_and_goes_on(
         raise KeyboardInterrupt
 
     job = prepare_ranks(plan, model, experts_only=False)
-    with pytest.raises(PlacerError, match="interrupted; "):
+    with pytest.raises(KeyboardInterrupt):
         job.write(out, ExportOptions(num_workers=1), interrupt)
     words = ["ranks", str(plan), str(model)]
     for command in (

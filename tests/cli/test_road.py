@@ -105,7 +105,7 @@ def test_from_a_model_to_a_verified_checkpoint(
         ("checkpoint", tiny_model),
     ):
         html = tmp_path / "report.html"
-        shown = json.loads(run("inspect", artifact, "--html", html, "--json"))
+        shown = json.loads(run("inspect", artifact, "--html", html, "--force", "--json"))
         assert shown["kind"] == kind
         assert "<script" in html.read_text()
 

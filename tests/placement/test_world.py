@@ -508,7 +508,7 @@ def test_a_plan_says_which_links_and_which_groups(
     links, plan = tmp_path / "links.json", tmp_path / "plan.json"
     links.write_text(json.dumps(PAIRS))
     words = ["solve", str(tmp_path / "trace"), "--nodes", "2", "--gpus-per-node", "4"]
-    words += ["--proof", "none", "--relax-cap", "--out", str(plan)]
+    words += ["--proof", "none", "--relax-cap", "--out", str(plan), "--force"]
     groups = ["--ep-size", "2", "--tensor-parallel-size", "2", "--ep-groups", "strided"]
     more = ["--topology", str(links), *groups]
     told = CliRunner().invoke(app, [*words, *more], catch_exceptions=False).stderr

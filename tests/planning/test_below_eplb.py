@@ -128,7 +128,7 @@ def test_the_command_tells_which_cap_resulted(
 
     def said(out: str, *more: str) -> str:
         with pytest.raises(SystemExit) as done:
-            main([*words, *more, "--out", str(tmp_path / out)])
+            main([*words, *more, "--out", str(tmp_path / out), "--force"])
         assert done.value.code == 0
         return capsys.readouterr().err
 

@@ -123,7 +123,7 @@ def said(
     def said(*more: str) -> tuple[object, str]:
         (tmp_path / "plan.json").unlink(missing_ok=True)
         with pytest.raises(SystemExit) as done:
-            main([*words, *more, "--out", str(tmp_path / "plan.json")])
+            main([*words, *more, "--out", str(tmp_path / "plan.json"), "--force"])
         return done.value.code, capsys.readouterr().err
 
     return said

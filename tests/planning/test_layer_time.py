@@ -208,7 +208,7 @@ def test_the_command_records_the_choice_and_repeats(
     words += ["--hidden-size", "64", "--expert-size", "64", "--relax-cap"]
     for name in ("a.json", "b.json"):
         with pytest.raises(SystemExit) as done:
-            main([*words, "--hardware", "h100", "--out", str(tmp_path / name)])
+            main([*words, "--hardware", "h100", "--out", str(tmp_path / name), "--force"])
         assert done.value.code == 0
     printed = capsys.readouterr().out
     assert "least predicted time" in printed

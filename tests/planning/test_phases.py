@@ -38,7 +38,7 @@ def told(tmp_path: Path) -> Callable[..., str]:
         else:
             given.insert(1, str(tmp_path / "plan.json"))
         if command == "solve":
-            given += ["--out", str(tmp_path / "plan.json"), "--proof", "none"]
+            given += ["--out", str(tmp_path / "plan.json"), "--force", "--proof", "none"]
         return CliRunner().invoke(app, given, catch_exceptions=False).stderr
 
     return run

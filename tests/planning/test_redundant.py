@@ -175,6 +175,7 @@ def test_the_command_records_its_ladder(
         "local-first",
         "--proof",
         "none",
+        "--force",
         "--out",
         str(plan),
     ]

@@ -342,7 +342,7 @@ def test_ctrl_c_writes_a_plan_that_is_marked(
         "main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "solve", str(trace.directory)]
-    options = ["--gpus-per-node", "8", "--relax-cap", "--out", str(out)]
+    options = ["--gpus-per-node", "8", "--relax-cap", "--out", str(out), "--force"]
     with subprocess.Popen(
         # So many rounds would take hours.
         [*command, *options, "--num-rounds", "10000000", "--proof", "none"],

@@ -46,19 +46,21 @@ def files(make_trace, write_plan, tmp_path):
 
 def test_the_table_is_built_from_the_plans_own_fold(files):
     plan, trace, table = files
-    result = call("tables", plan, trace, "--out", table)
+    result = call("tables", plan, trace, "--out", table, "--force")
     assert "built from what the plan was solved on: --fold 0/2" in result.stderr
     assert "token_equal" in result.stdout
     assert Table.read(table).provenance["fold"] == "0/2"
     assert Table.read(table).vocab_size == 50
     first = table.read_bytes()
-    call("tables", plan, trace, "--out", table)
+    call("tables", plan, trace, "--out", table, "--force")
     assert table.read_bytes() == first
 
 
 def test_tables_in_json_hold_the_heldout_figures(files):
     plan, trace, table = files
-    value = json.loads(call("tables", plan, trace, "--out", table, "--json").stdout)
+    value = json.loads(
+        call("tables", plan, trace, "--out", table, "--force", "--json").stdout
+    )
     assert value["chance"] == 0.25
     assert value["fold"] == "0/2"
     heldout = value["heldout"]
@@ -69,7 +71,7 @@ def test_tables_in_json_hold_the_heldout_figures(files):
 
 def test_an_inverted_fold_of_all_sequences_but_one_part(files):
     plan, trace, table = files
-    result = call("tables", plan, trace, "--out", table, "--not-fold", "0/3")
+    result = call("tables", plan, trace, "--out", table, "--force", "--not-fold", "0/3")
     assert "built from what" not in result.stderr
     assert "are those the plan was solved on" in result.stderr  # with the fold 0/2
     assert Table.read(table).provenance["fold"] == "not 0/3"
@@ -109,13 +111,13 @@ def test_folds_that_cannot_be_meant_are_wrong_usage(files, words):
 def test_a_refused_table_leaves_no_file(files):
     plan, trace, table = files
     with pytest.raises(UsageError, match="--lookback 99"):
-        call("tables", plan, trace, "--out", table, "--lookback", "99")
+        call("tables", plan, trace, "--out", table, "--force", "--lookback", "99")
     assert not list(table.parent.glob("table*"))
 
 
 def test_a_table_file_in_place_of_the_plan_is_refused(files):
     plan, trace, table = files
-    call("tables", plan, trace, "--out", table)
+    call("tables", plan, trace, "--out", table, "--force")
     with pytest.raises(PlacerError):
         call("simulate", table, trace)
 
@@ -264,14 +266,21 @@ def test_a_table_of_copies_that_nothing_chooses_among_is_refused_at_once(copies,
     """With the command that solves anew from this plan, and records the choice."""
     plan, trace = copies
     with pytest.raises(UsageError, match="engines differ in which copy serves") as error:
-        call("tables", plan, trace, "--out", tmp_path / "table.safetensors")
+        call("tables", plan, trace, "--out", tmp_path / "table.safetensors", "--force")
     for line in error.value.hint.splitlines()[1:]:
         words = shlex.split(line, comments=True)[1:]
         paths = {"TRACE": trace, "PLAN": plan, "NEW": tmp_path / "new.json"}
         with pytest.raises(SystemExit) as done:
             main([str(paths.get(word, word)) for word in [*words, *QUICK]])
         assert done.value.code == 0
-        call("tables", paths["NEW"], trace, "--out", tmp_path / "table.safetensors")
+        call(
+            "tables",
+            paths["NEW"],
+            trace,
+            "--out",
+            tmp_path / "table.safetensors",
+            "--force",
+        )
         paths["NEW"].unlink()
 
 
@@ -327,7 +336,9 @@ def test_baselines_of_others_are_simulated_by_name(files):
 def test_a_combined_rule_is_judged_beside_the_plain_one(files):
     plan, trace, table = files
     value = json.loads(
-        call("tables", plan, trace, "--combined", "--out", table, "--json").stdout
+        call(
+            "tables", plan, trace, "--combined", "--out", table, "--force", "--json"
+        ).stdout
     )
     heldout = value["heldout"]
     assert heldout["token_combined"]["local_activation_rate"] > 0.3
@@ -337,5 +348,5 @@ def test_a_combined_rule_is_judged_beside_the_plain_one(files):
     plain = Table.read(table).provenance["calibration"]
     assert plain["combined"]["slope"] > 0
     first = table.read_bytes()
-    call("tables", plan, trace, "--combined", "--out", table)
+    call("tables", plan, trace, "--combined", "--out", table, "--force")
     assert table.read_bytes() == first

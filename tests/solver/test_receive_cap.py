@@ -322,7 +322,7 @@ def test_the_command_tells_what_became_of_the_cap(
         ("0.5", ("--relax-cap",), 0, "cap on received copies 0.5 relaxed in 2 MoE"),
     ):
         out = tmp_path / f"{cap}{len(ask)}.json"
-        asked = [*words, "--max-received-copies", cap, *ask, "--out", str(out)]
+        asked = [*words, "--max-received-copies", cap, *ask, "--out", str(out), "--force"]
         with pytest.raises(SystemExit) as ended:
             main(asked)
         assert ended.value.code == status

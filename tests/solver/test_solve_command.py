@@ -27,7 +27,15 @@ def solve(
     trace: Trace, out: Path, words: str, capsys: pytest.CaptureFixture[str]
 ) -> tuple[int, str]:
     """Run ``placer solve`` on two ranks; return its exit code and what it told."""
-    arguments = ["solve", str(trace.directory), "--gpus-per-node", "2", "--out", str(out)]
+    arguments = [
+        "solve",
+        str(trace.directory),
+        "--gpus-per-node",
+        "2",
+        "--out",
+        str(out),
+        "--force",
+    ]
     cap = () if "--frontier" in words else ("--max-imbalance", "2")
     with pytest.raises(SystemExit) as done:
         main([*arguments, *QUICK, *cap, *words.split()])
@@ -155,7 +163,7 @@ def test_redundant_experts_of_counts_share_their_load_evenly_unless_told(
     """No token is known, so none needs to be served: no option is asked for."""
     counts, out = tmp_path / "counts.safetensors", tmp_path / "plan.json"
     words = ["solve", str(counts), "--gpus-per-node", "2", "--objective", "balance"]
-    words += ["--redundant-experts", "2", "--out", str(out)]
+    words += ["--redundant-experts", "2", "--out", str(out), "--force"]
 
     def recorded(*more: str) -> tuple[object, str]:
         with pytest.raises(SystemExit) as done:
@@ -181,7 +189,15 @@ def test_a_cap_that_is_given_is_kept_and_the_default_is_relaxed(
 ) -> None:
     """Of 8 experts on 8 ranks the busiest is above 1.10 times the mean, wherever it is."""
     trace, out = make_trace(num_experts=(8, 8), num_sequences=8), tmp_path / "plan.json"
-    words = ["solve", str(trace.directory), "--gpus-per-node", "8", "--out", str(out)]
+    words = [
+        "solve",
+        str(trace.directory),
+        "--gpus-per-node",
+        "8",
+        "--out",
+        str(out),
+        "--force",
+    ]
 
     def told(*more: str) -> tuple[object, str]:
         with pytest.raises(SystemExit) as done:

@@ -191,7 +191,7 @@ def test_workers_must_be_as_many_as_the_ranks(
     from placer.cli.calibrate import calibrate as command
 
     with pytest.raises(UsageError, match="--ranks is 4, but torchrun started 2 workers"):
-        command(out=tmp_path / "h.toml", ranks=4)
+        command(context=None, out=tmp_path / "h.toml", ranks=4)
 
 
 def test_every_rank_needs_a_gpu_of_its_own() -> None:
