@@ -15,10 +15,7 @@ from typing import Any
 import numpy as np
 
 from placer.arrays import IntArray
-from placer.checkpoint.named_experts import (
-    renumbered_configs,
-    require_no_named_expert,
-)
+from placer.checkpoint.named_experts import Renumbering
 from placer.checkpoint.permutation import (
     TensorChanges,
     require_whole_groups,
@@ -27,7 +24,6 @@ from placer.checkpoint.permutation import (
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.shard import rename_keys
 from placer.checkpoint.source import (
-    INDEX_NAME,
     RECORD_NAME,
     CheckpointSource,
 )
@@ -51,6 +47,10 @@ from placer.model import (
     ModelSpec,
     read_config,
     require_same_model,
+)
+from placer.model.tensor_layout import (
+    TensorKind,
+    TensorLayout,
 )
 from placer.placement import Plan
 from placer.run.files import (
@@ -210,9 +210,10 @@ class ExportJob:
     def _write_others(self, partial: Path) -> None:
         copy_files(self.source.directory, self.other_files, partial)
         for name, content in self.configs.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         if self.index is not None:
-            (partial / INDEX_NAME).write_bytes(self.index)
+            (partial / self.source.index_name).write_bytes(self.index)
 
 
 def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
@@ -243,9 +244,7 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
     permutation = tuple(plan.placement.permutation(n) for n in range(model.num_layers))
     require_whole_groups(model, permutation)
     source = CheckpointSource.open(directory)
-    for shard in source.shards:
-        require_no_named_expert(shard.metadata, shard.path)
-    changes, configs = _changes(source, model, permutation)
+    changes = _changes(source, model, permutation)
     record = ExportRecord(
         plan_sha256=sha256_file(plan_path),
         source_fingerprint=str(model.fingerprint),
@@ -255,12 +254,13 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
         shard_bytes={s.name: s.num_bytes for s in source.shards},
         header_sha256=_hashes(
             {s.name: s.header for s in source.shards},
+            source.index_name,
             None if source.index_text is None else source.index_text.encode(),
-            {name: read_bytes(directory / name) for name in configs},
+            {name: read_bytes(directory / name) for name in changes.configs},
         ),
         source_sha256={},
     )
-    return _job(source, changes, configs, record, restoring=False, warning=warning)
+    return _job(source, changes, record, restoring=False, warning=warning)
 
 
 def prepare_restore(directory: Path) -> ExportJob:
@@ -277,10 +277,10 @@ def prepare_restore(directory: Path) -> ExportJob:
     model = ModelSpec.from_checkpoint(directory)
     record.require_model(model, directory)
     source = CheckpointSource.open(directory)
-    changes, configs = _changes(source, model, record.inverse)
-    job = _job(source, changes, configs, record, restoring=True)
+    changes = _changes(source, model, record.inverse)
+    job = _job(source, changes, record, restoring=True)
     headers = {work.name: work.header for work in job.shards}
-    hashes = _hashes(headers, job.index, configs)
+    hashes = _hashes(headers, source.index_name, job.index, changes.configs)
     _require_equal(directory, hashes, record.header_sha256, "SHA-256 of its header")
     sizes = {work.name: work.num_bytes for work in job.shards}
     _require_equal(directory, sizes, record.shard_bytes, "size")
@@ -301,49 +301,78 @@ def restore_checkpoint(
     return prepare_restore(directory).write(out, options)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Changes:
+    """What becomes of tensors, of configs, and of the metadata of each shard."""
+
+    tensors: TensorChanges
+    configs: Mapping[str, bytes]
+    metadata: Mapping[str, Mapping[str, str]]
+
+
 def _changes(
     source: CheckpointSource, model: ModelSpec, permutation: Sequence[IntArray]
-) -> tuple[TensorChanges, dict[str, bytes]]:
-    """Return what becomes of the tensors, and the configs that change."""
+) -> _Changes:
     config = read_config(source.directory)
     architecture = Architecture.of(config, source.directory)
+    layout = architecture.require_layout()
     tensors = {
         name: info for shard in source.shards for name, info in shard.tensors.items()
     }
     changes = tensor_changes(tensors, architecture, config, model, permutation)
+    _require_held(source, layout)
     new_numbers = {
         layer: np.argsort(row)
         for layer, row in zip(model.layer_ids or (), permutation, strict=True)
     }
-    for layer in architecture.mtp_layers(config):  # no plan moves their experts
-        new_numbers[layer] = np.arange(architecture.config_value(config, "num_experts"))
-    layout = architecture.require_layout()
-    return changes, renumbered_configs(source.directory, layout, new_numbers)
+    renumbering = Renumbering(layout, tensors, new_numbers)
+    return _Changes(
+        tensors=changes,
+        configs=renumbering.configs(source.directory, source.other_files),
+        metadata={
+            shard.name: renumbering.metadata(shard.metadata, shard.path)
+            for shard in source.shards
+        },
+    )
+
+
+def _require_held(source: CheckpointSource, layout: TensorLayout) -> None:
+    """Refuse an index that names tensors of experts or routers that no file holds."""
+    for name in source.unheld:
+        place = layout.classify(name)
+        if place is not None and place.kind is not TensorKind.REST:
+            raise PlacerError(
+                f"index {source.directory / source.index_name} names {name}, which no file "
+                "holds",
+                "fetch the checkpoint again",
+            )
 
 
 def _job(
     source: CheckpointSource,
-    changes: TensorChanges,
-    configs: Mapping[str, bytes],
+    changes: _Changes,
     record: ExportRecord,
     *,
     restoring: bool,
     warning: str | None = None,
 ) -> ExportJob:
     lengths = record.header_bytes if restoring else {}
+    tensors = changes.tensors
     shards = tuple(
         ShardWork(
             name=shard.name,
             shard=shard,
-            header=shard.renamed_header(changes.names, lengths.get(shard.name)),
+            header=shard.renamed_header(
+                tensors.names, lengths.get(shard.name), changes.metadata[shard.name]
+            ),
             pieces=tuple(
                 pieces_of(
                     shard,
                     by_place(shard),
-                    changes.rows,
-                    changes.tables,
+                    tensors.rows,
+                    tensors.tables,
                     num_blocks={},
-                    columns=changes.columns,
+                    columns=tensors.columns,
                 )
             ),
         )
@@ -351,15 +380,15 @@ def _job(
     )
     index = None
     if source.index_text is not None:
-        path = source.directory / INDEX_NAME
-        text = rename_keys(source.index_text, changes.names, path, "weight_map")
+        path = source.directory / source.index_name
+        text = rename_keys(source.index_text, tensors.names, path, "weight_map")
         index = text.encode()
     return ExportJob(
         source=source,
-        changes=changes,
+        changes=tensors,
         shards=shards,
         index=index,
-        configs=configs,
+        configs=changes.configs,
         record=record,
         restoring=restoring,
         warning=warning,
@@ -367,9 +396,12 @@ def _job(
 
 
 def _hashes(
-    headers: Mapping[str, bytes], index: bytes | None, configs: Mapping[str, bytes]
+    headers: Mapping[str, bytes],
+    index_name: str,
+    index: bytes | None,
+    configs: Mapping[str, bytes],
 ) -> dict[str, str]:
-    contents = {**headers, **configs} | ({} if index is None else {INDEX_NAME: index})
+    contents = {**headers, **configs} | ({} if index is None else {index_name: index})
     return {name: hashlib.sha256(one).hexdigest() for name, one in contents.items()}
 
 

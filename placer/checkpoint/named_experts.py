@@ -1,9 +1,11 @@
-"""Lists that name single experts, whose numbers an export changes.
+"""Files that name single experts, whose numbers an export changes.
 
-Quantisers write down which layers they left as they were: ``ignore`` of
-compressed-tensors, ``modules_to_not_convert`` of AWQ, GPTQ and FP8, ``dynamic`` of
-GPTQModel, ``exclude_modules`` of ModelOpt. There names are renumbered in the text of the
-file, all other bytes of which stay; what is no plain name is refused, not guessed.
+Quantisers write down which layers they left as they were, or how each is stored: ``ignore``
+of compressed-tensors, ``modules_to_not_convert`` of AWQ, GPTQ and FP8, ``dynamic`` of
+GPTQModel, ``exclude_modules`` of ModelOpt, ``extra_config`` of AutoRound, whole files of
+EXL3 and ModelSlim. Any JSON file beside the tensors may hold such a list, and so may the
+metadata of a shard. There names are renumbered in the text, all other bytes of which stay.
+A pattern stays where it picks the same experts as before, and is refused elsewhere.
 """
 
 import json
@@ -14,85 +16,192 @@ from pathlib import Path
 from typing import Any
 
 from placer.arrays import IntArray
+from placer.checkpoint.expert_patterns import (
+    ExpertModules,
+    is_pattern,
+)
+from placer.checkpoint.shard import replace_texts
 from placer.errors import PlacerError
 from placer.model.tensor_layout import TensorLayout
-from placer.run.documents import read_json
 from placer.run.files import read_text
 
-#: Files in which quantisers keep such lists.
-CONFIG_NAMES = (
-    "config.json",
-    "hf_quant_config.json",
-    "quant_config.json",
-    "quantize_config.json",
+# JSON files of tokenizers and processors, which know of no module.
+_OF_TOKENIZERS = (
+    *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "tekken"),
+    *("generation_config", "preprocessor", "processor", "chat_template", "placer.json"),
 )
-# A number behind ``experts.``, also where the dot is escaped or the number in brackets.
-_NAMED = re.compile(r"\bexperts?\\*\.[(\[]*\d")
+# A number behind ``experts``, whatever marks stand between them.
+_NAMED = re.compile(r"\bexperts?[^A-Za-z0-9]{1,8}\d")
 # GPTQModel marks names by +: and -:; a pattern may end in .*, which no number is part of.
 _PLAIN = re.compile(r"(?P<before>(?:[-+]:)?)(?P<name>[\w.]+?)(?P<after>(?:\.\*)?)")
 # A name without the number of a layer.
 _IN_ANY_LAYER = re.compile(
     r"(?P<before>(?:[A-Za-z_]+\.)*experts\.)(?P<number>\d+)(?P<after>(?:\.\w+)*)"
 )
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+# Keys that say how many, how large or how often, though they name experts.
+_MEASURES = {
+    *("num", "n", "count", "counts", "size", "sizes", "width", "dim", "per", "capacity"),
+    *("period", "offset", "interval", "freq", "step", "topk"),
+}
 
 
-def renumbered_configs(
-    directory: Path, layout: TensorLayout, new_numbers: Mapping[int, IntArray]
-) -> dict[str, bytes]:
-    """Return the configs of a checkpoint that name single experts, renumbered.
+def description_files(files: Iterable[Path]) -> list[Path]:
+    """Return those of a checkpoint's files that may name experts."""
+    return [
+        path
+        for path in files
+        if path.suffix == ".json" and not path.name.startswith(_OF_TOKENIZERS)
+    ]
+
+
+class Renumbering:
+    """What an export does to the files that name experts.
 
     Parameters
     ----------
-    directory
-        The checkpoint.
     layout
-        The names of its family.
+        The names of the family.
+    tensors
+        The tensors of the checkpoint.
     new_numbers
         By the model's own number of each MoE layer, ``[E]``: new number of each expert.
-
-    Raises
-    ------
-    PlacerError
-        If a text picks single experts otherwise than by their plain name.
+        In other layers experts keep their numbers.
     """
-    found = {}
-    for name in CONFIG_NAMES:
-        path = directory / name
-        if not path.is_file():
-            continue
-        named = [one for one in _texts(read_json(path, "config")) if _NAMED.search(one)]
-        all_or_none = _all_or_none(named, new_numbers)
-        replaced = {
-            one: _renumbered(one, path, layout, new_numbers)
-            for one in named
-            if one not in all_or_none
-        }
-        text = read_text(path)
-        renumbered = _replaced(text, replaced, path)
-        if renumbered != text:
-            found[name] = renumbered.encode()
-    return found
+
+    def __init__(
+        self,
+        layout: TensorLayout,
+        tensors: Iterable[str],
+        new_numbers: Mapping[int, IntArray],
+    ) -> None:
+        self._layout = layout
+        self._new_numbers = new_numbers
+        self._modules = ExpertModules(layout, tensors, new_numbers)
+        self._most = max(len(numbers) for numbers in new_numbers.values())
+
+    def configs(self, directory: Path, files: Iterable[Path]) -> dict[str, bytes]:
+        """Return the files, relative to the directory, that change, renumbered.
+
+        Raises
+        ------
+        PlacerError
+            If one picks single experts otherwise than by their plain name, and would pick
+            others.
+        """
+        found = {}
+        for relative in description_files(files):
+            path = directory / relative
+            text = read_text(path)
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                continue  # JSON to no reader
+            self._require_no_numbers(value, path, ())
+            renumbered = replace_texts(text, self._replaced(_texts(value), path), path)
+            if renumbered != text:
+                found[relative.as_posix()] = renumbered.encode()
+        return found
+
+    def metadata(self, metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+        """Return the texts of a shard's metadata that change, keys included.
+
+        torchao writes down the names of all tensors, and some of them as JSON in a text.
+
+        Raises
+        ------
+        PlacerError
+            As :meth:`configs` does.
+        """
+        replaced: dict[str, str] = {}
+        for text in dict.fromkeys((*metadata, *metadata.values())):
+            value = _decoded(text)
+            if value is None:
+                replaced |= self._replaced([text], path)
+            else:
+                inner = self._replaced(_texts(value), path)
+                replaced[text] = replace_texts(text, inner, path)
+        return {old: new for old, new in replaced.items() if old != new}
+
+    def _replaced(self, texts: Iterable[str], source: Path) -> dict[str, str]:
+        """Return what becomes of the texts that name experts."""
+        told = dict.fromkeys(texts)
+        named = [one for one in told if _NAMED.search(one)]
+        all_or_none = _all_or_none(named, self._most)
+        replaced = {}
+        for text in told:
+            if text in all_or_none:
+                continue
+            plain = self._renumbered(text)
+            if plain is not None:
+                replaced[text] = plain
+            elif is_pattern(text) or _NAMED.search(text):
+                # What seems to name an expert, and picks none, is not understood.
+                lost = _NAMED.search(text) and not self._modules.picks(text)
+                if lost or self._modules.picks_others(text):
+                    raise _refused(text, source)
+        return replaced
+
+    def _renumbered(self, text: str) -> str | None:
+        """Return a plain name with the new number, ``None`` if it is none of an expert."""
+        plain = _PLAIN.fullmatch(text)
+        if plain is None or "expert" not in text:
+            return None
+        # Some lists leave out the name of the model, and all that of the parameter.
+        for prefix in ("", "model."):
+            place = self._layout.classify(f"{prefix}{plain['name']}.weight")
+            if place is None:
+                continue
+            if place.kind is None:
+                return None
+            numbers = self._new_numbers.get(-1 if place.layer is None else place.layer)
+            if place.expert is None or numbers is None:
+                return text
+            if place.expert >= len(numbers):
+                return None
+            name = place.template.replace("{expert}", str(numbers[place.expert]))
+            name = name.removeprefix(prefix).removesuffix(".weight")
+            return f"{plain['before']}{name}{plain['after']}"
+        return None
+
+    def _require_no_numbers(self, value: Any, source: Path, keys: tuple[str, ...]) -> None:
+        """Refuse numbers of experts that are no part of a name, such as MoNE's."""
+        if isinstance(value, dict):
+            for key, one in value.items():
+                self._require_no_numbers(one, source, (*keys, str(key)))
+        words = {word for key in keys for word in key.lower().split("_")}
+        if not words & {"expert", "experts"} or words & _MEASURES:
+            return
+        if isinstance(value, dict):
+            numbers = [int(key) for key in value if key.isdecimal()]
+        elif isinstance(value, list):
+            numbers = [one for one in _flat(value) if type(one) is int]
+        else:
+            return
+        if numbers and len(set(numbers)) == len(numbers) and max(numbers) < self._most:
+            raise PlacerError(
+                f"{source} gives numbers of experts in {'.'.join(keys)}, and the export "
+                "would give these numbers to other experts",
+                "remove it if no engine reads it",
+            )
 
 
-def require_no_named_expert(value: Any, source: Path) -> None:
-    """Refuse texts that name single experts and cannot be renumbered.
+def _flat(value: Any) -> Iterator[Any]:
+    """Yield what lists in lists hold."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    else:
+        yield value
 
-    Parameters
-    ----------
-    value
-        A JSON value, such as the metadata of a shard.
-    source
-        The file it stands in, for the error.
 
-    Raises
-    ------
-    PlacerError
-        If any text in it, keys included, holds ``experts.`` and a number.
-    """
-    for text in _texts(value):
-        if _NAMED.search(text):
-            raise _refused(text, source)
+def _decoded(text: str) -> Any:
+    """Return the object or list that a text is in JSON, ``None`` if it is neither."""
+    if not text.startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -107,33 +216,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(one)
 
 
-def _renumbered(
-    text: str, source: Path, layout: TensorLayout, new_numbers: Mapping[int, IntArray]
-) -> str:
-    plain = _PLAIN.fullmatch(text)
-    if plain is None:
-        raise _refused(text, source)
-    # Some lists leave out the name of the model, and all that of the parameter.
-    for prefix in ("", "model."):
-        place = layout.classify(f"{prefix}{plain['name']}.weight")
-        if place is None:
-            continue
-        if place.layer is None:
-            return text
-        if place.expert is None or place.layer not in new_numbers:
-            break
-        numbers = new_numbers[place.layer]
-        if place.expert >= len(numbers):
-            break
-        name = place.template.replace("{expert}", str(numbers[place.expert]))
-        name = name.removeprefix(prefix).removesuffix(".weight")
-        return f"{plain['before']}{name}{plain['after']}"
-    raise _refused(text, source)
-
-
-def _all_or_none(
-    texts: Iterable[str], new_numbers: Mapping[int, IntArray]
-) -> frozenset[str]:
+def _all_or_none(texts: Iterable[str], num_experts: int) -> frozenset[str]:
     """Return the texts that name every expert of every layer alike.
 
     GPTQ lists what it quantised in any layer (``modules_in_block_to_quantize``), for
@@ -143,8 +226,7 @@ def _all_or_none(
     for text in texts:
         if found := _IN_ANY_LAYER.fullmatch(text):
             experts[found["before"] + "{}" + found["after"]][found["number"]] = text
-    most = max(len(numbers) for numbers in new_numbers.values())
-    wanted = {str(number) for number in range(most)}
+    wanted = {str(number) for number in range(num_experts)}
     return frozenset(
         text
         for named in experts.values()
@@ -153,23 +235,9 @@ def _all_or_none(
     )
 
 
-def _replaced(text: str, replaced: Mapping[str, str], source: Path) -> str:
-    """Replace JSON strings all at once: 3 becomes 5 where 5 becomes 3."""
-
-    def replacement(match: re.Match[str]) -> str:
-        value = json.loads(match[0], strict=False)
-        if value not in replaced:
-            return match[0]
-        if json.dumps(value) != match[0]:  # spelled with escapes that would be lost
-            raise _refused(match[0], source)
-        return json.dumps(replaced[value])
-
-    return _JSON_STRING.sub(replacement, text)
-
-
 def _refused(text: str, source: Path) -> PlacerError:
     return PlacerError(
         f"{source} names single experts: {text}",
-        "remove it if it does not matter; or, for an engine that reads a map of this "
-        "model: placer export sglang PLAN MODEL --out map.json",
+        "remove it if it does not matter, or put the plain names of the modules in its "
+        "place, one by one: those are renumbered",
     )

@@ -362,7 +362,7 @@ def _rank_shards(
                 info = _some_blocks(info, len(orders[name]), num_blocks[name])
             entries.append((name, info))
         work = ShardWork(
-            name=f"{rank_folder(rank)}/{shard.name}",
+            name=f"{rank_folder(rank)}/{Path(shard.name).name}",
             shard=shard,
             header=compose_header(entries, shard.metadata),
             pieces=tuple(pieces_of(shard, names, orders, {}, num_blocks, {})),

@@ -7,6 +7,7 @@ then the tensors' bytes (https://github.com/huggingface/safetensors#format).
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from placer.errors import PlacerError
 from placer.run.files import open_regular
 
 _LENGTH_BYTES = 8
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPE_BITS = {
     "BOOL": 8,
@@ -164,7 +166,10 @@ class Shard:
         )
 
     def renamed_header(
-        self, names: Mapping[str, str], header_bytes: int | None = None
+        self,
+        names: Mapping[str, str],
+        header_bytes: int | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> bytes:
         """Return length and header with tensors renamed and all else as it stands.
 
@@ -175,8 +180,15 @@ class Shard:
         header_bytes
             Length to pad to; by default that of the file, so that data stays where it is,
             or where that is too short the next multiple of eight.
+        metadata
+            New text by old text of the metadata, keys included.
         """
-        text = rename_keys(self.header_text, names, self.path).encode()
+        renamed = rename_keys(self.header_text, names, self.path)
+        if metadata:
+            start, end = _member(renamed, "__metadata__")
+            texts = replace_texts(renamed[start:end], metadata, self.path)
+            renamed = renamed[:start] + texts + renamed[end:]
+        text = renamed.encode()
         length = header_bytes or max(self.header_bytes, -(-len(text) // 8) * 8)
         if len(text) > length:
             raise _damaged(
@@ -245,6 +257,41 @@ def rename_keys(
         pieces += [text[done:begin], json.dumps(names[key])]
         done = end
     return "".join((*pieces, text[done:]))
+
+
+def replace_texts(text: str, replaced: Mapping[str, str], path: Path) -> str:
+    """Replace strings of a JSON text all at once: 3 becomes 5 where 5 becomes 3.
+
+    Parameters
+    ----------
+    text
+        The JSON text, all else of which stays.
+    replaced
+        New string by old string.
+    path
+        The file it stands in, for the error.
+
+    Raises
+    ------
+    PlacerError
+        If a string to be replaced is spelled with escapes that would be lost.
+    """
+
+    def replacement(match: re.Match[str]) -> str:
+        value = json.loads(match[0], strict=False)
+        if replaced.get(value, value) == value:
+            return match[0]
+        if json.dumps(value) != match[0]:
+            raise _damaged(path, f"it spells the name {value} as {match[0]}")
+        return json.dumps(replaced[value])
+
+    return _JSON_STRING.sub(replacement, text)
+
+
+def _member(text: str, member: str) -> tuple[int, int]:
+    """Return where the value of a key of a JSON object begins and ends."""
+    start = next(v for _, _, key, v in _keys(text, text.index("{")) if key == member)
+    return start, json.JSONDecoder().raw_decode(text, start)[1]
 
 
 def _keys(text: str, start: int) -> Iterator[tuple[int, int, str, int]]:

@@ -1,26 +1,27 @@
 """A checkpoint directory as it is found: shards, index and other files."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from placer.checkpoint.served_files import (
+    require_inside,
+    served_files,
+)
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.torch_shard import open_torch_shard
 from placer.errors import PlacerError
+from placer.model.config_file import INDEX_NAMES, SINGLE_NAMES
 from placer.run.documents import read_json
 from placer.run.files import read_text
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+INDEX_NAME, _MISTRAL_INDEX_NAME = INDEX_NAMES
+SINGLE_NAME, _MISTRAL_NAME = SINGLE_NAMES
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 TORCH_SINGLE_NAME = "pytorch_model.bin"
 RECORD_NAME = "placer.json"
-# Weights in formats that are not rewritten would contradict those that are.
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-# What git and the Hugging Face client keep beside a checkpoint is no part of it.
-_FOREIGN_FOLDERS = (".git", ".cache")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +34,27 @@ class CheckpointSource:
         Where it is.
     shards
         The safetensors files, by name; or PyTorch files, seen as safetensors files.
+    index_name
+        Name of the index, also where there is none.
     index_text
-        The index as it stands in its file, or ``None`` for a single file; for PyTorch
+        The index as it stands in its file, or ``None`` where there is none; for PyTorch
         files that of the safetensors files.
+    unheld
+        Tensors that the index names and no file holds.
     other_files
-        All other files, relative to the directory; those of ``.git`` and ``.cache``
-        are left out.
+        All other files that are served, relative to the directory.
+    left_out
+        Files that are not: weights of another format or a second time, and states of
+        training. ``.git`` and ``.cache`` are not even looked at.
     """
 
     directory: Path
     shards: tuple[Shard, ...]
+    index_name: str
     index_text: str | None
+    unheld: tuple[str, ...]
     other_files: tuple[Path, ...]
+    left_out: tuple[Path, ...]
 
     @property
     def shard_bytes(self) -> int:
@@ -55,60 +65,134 @@ class CheckpointSource:
     def open(cls, directory: Path) -> Self:
         """Find and check all files.
 
+        Engines load what the index names, or without one all safetensors files; tensors
+        of further files are permuted too.
+
         Raises
         ------
         PlacerError
-            If there is no checkpoint, a file is damaged, the index and the shards disagree,
-            weights of another format lie beside them, or a link leads
-            out of the checkpoint.
+            If there is no checkpoint, a file is damaged, the index and the shards
+            contradict each other, or a link leads out of the checkpoint.
         """
-        index_path = directory / INDEX_NAME
-        if not index_path.is_file() and not (directory / SINGLE_NAME).is_file():
-            torch_index = directory / TORCH_INDEX_NAME
-            if torch_index.is_file() or (directory / TORCH_SINGLE_NAME).is_file():
-                return cls._open_torch(directory, torch_index)
+        index_name = _index_name(directory)
+        if index_name == TORCH_INDEX_NAME:
+            return cls._open_torch(directory, directory / TORCH_INDEX_NAME)
+        index_path = directory / index_name
+        index_text, weight_map, names = None, {}, []
         if index_path.is_file():
-            names = _shard_names(index_path, ".safetensors")
             index_text = read_text(index_path, what="index")
-        else:
-            index_text, names = None, [SINGLE_NAME]
-        if not (directory / names[0]).is_file():
+            weight_map = _weight_map(index_path)
+            names = _shard_names(index_path, weight_map, ".safetensors")
+        shards = [_opened(directory, name) for name in names]
+        held = {name for shard in shards for name in shard.tensors}
+        for path in _further(directory, names, index_name):
+            shard = _opened(directory, path.name)
+            if index_text is None or not held.issuperset(shard.tensors):
+                shards.append(shard)
+        if not shards:
             raise PlacerError(
-                f"{directory} holds no {names[0]}",
+                f"{directory} holds no {SINGLE_NAME}",
                 "give a Hugging Face directory with safetensors weights",
             )
-        other_files = _other_files(directory, {*names, INDEX_NAME})
-        shards = tuple(Shard.open(directory / name) for name in names)
-        if index_text is not None:
-            _require_agreement(index_path, json.loads(index_text)["weight_map"], shards)
+        shards.sort(key=lambda shard: shard.name)
+        written = {*(shard.name for shard in shards), index_name}
+        other_files, left_out = served_files(directory, written)
         return cls(
             directory=directory,
-            shards=shards,
+            shards=tuple(shards),
+            index_name=index_name,
             index_text=index_text,
+            unheld=_unheld(index_path, weight_map, shards),
             other_files=other_files,
+            left_out=left_out,
         )
 
     @classmethod
     def _open_torch(cls, directory: Path, index_path: Path) -> Self:
         """See PyTorch files as the safetensors files that an export writes of them."""
         sharded = index_path.is_file()
-        names = _shard_names(index_path, ".bin") if sharded else [TORCH_SINGLE_NAME]
-        other_files = _other_files(directory, {*names, index_path.name})
-        shards = tuple(
-            open_torch_shard(directory / name, _safetensors_name(name)) for name in names
-        )
-        index_text = None
+        names, weight_map = [TORCH_SINGLE_NAME], {}
         if sharded:
-            weight_map = read_json(index_path, "index")["weight_map"]
-            weight_map = {n: _safetensors_name(file) for n, file in weight_map.items()}
-            _require_agreement(index_path, weight_map, shards)
-            index_text = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+            weight_map = _weight_map(index_path)
+            names = _shard_names(index_path, weight_map, ".bin")
+        for name in names:
+            require_inside(directory, directory / name)
+        shards = [
+            open_torch_shard(directory / name, _safetensors_name(name)) for name in names
+        ]
+        weight_map = {n: _safetensors_name(file) for n, file in weight_map.items()}
+        index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
+        other_files, left_out = served_files(directory, {*names, index_path.name})
         return cls(
             directory=directory,
-            shards=shards,
-            index_text=index_text,
+            shards=tuple(shards),
+            index_name=INDEX_NAME,
+            index_text=index if sharded else None,
+            unheld=_unheld(index_path, weight_map, shards),
             other_files=other_files,
+            left_out=left_out,
         )
+
+
+def weight_files(directory: Path) -> tuple[Path | None, list[Path]]:
+    """Return the index, if there is one, and the files that engines load."""
+    index_path = directory / _index_name(directory)
+    if index_path.is_file():
+        names = sorted(set(_weight_map(index_path).values()))
+        return index_path, [directory / name for name in names]
+    if index_path.name == TORCH_INDEX_NAME:
+        return None, [directory / TORCH_SINGLE_NAME]
+    return None, _further(directory, [], index_path.name) or [directory / SINGLE_NAME]
+
+
+def _index_name(directory: Path) -> str:
+    """Return the name of the index by which engines would load the directory.
+
+    Where there is no index it is the name that one would have.
+
+    Raises
+    ------
+    PlacerError
+        If there are several, none of them by the usual name.
+    """
+    if (directory / INDEX_NAME).is_file() or (directory / SINGLE_NAME).is_file():
+        return INDEX_NAME
+    # ModelSlim names its index after its files.
+    found = {path.name for path in directory.glob("*.safetensors.index.json")}
+    found.discard(_MISTRAL_INDEX_NAME)
+    if len(found) > 1:
+        raise PlacerError(
+            f"{directory} has several indexes: {', '.join(sorted(found))}",
+            f"keep one of them, or call it {INDEX_NAME}",
+        )
+    if found:
+        return found.pop()
+    if _further(directory, [], INDEX_NAME):
+        return INDEX_NAME
+    if (directory / TORCH_INDEX_NAME).is_file() or (
+        directory / TORCH_SINGLE_NAME
+    ).is_file():
+        return TORCH_INDEX_NAME
+    return _MISTRAL_INDEX_NAME if any(directory.glob("consolidated*")) else INDEX_NAME
+
+
+def _further(directory: Path, names: Sequence[str], index_name: str) -> list[Path]:
+    """Return safetensors files beside the config that no index names.
+
+    Mistral's ``consolidated`` files hold the same weights under other names: they are the
+    checkpoint only where nothing else is.
+    """
+    mistral = index_name == _MISTRAL_INDEX_NAME
+    return [
+        path
+        for path in sorted(directory.glob("*.safetensors"))
+        if path.name not in names and path.name.startswith("consolidated") == mistral
+    ]
+
+
+def _opened(directory: Path, name: str) -> Shard:
+    require_inside(directory, directory / name)
+    return replace(Shard.open(directory / name), name=name)
 
 
 def _safetensors_name(name: str) -> str:
@@ -116,67 +200,51 @@ def _safetensors_name(name: str) -> str:
     return name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
 
 
-def _shard_names(index_path: Path, suffix: str) -> list[str]:
-    index = read_json(index_path, "index")
-    weight_map = index.get("weight_map")
+def _weight_map(index_path: Path) -> dict[str, str]:
+    weight_map = read_json(index_path, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PlacerError(f"index {index_path} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    return {name: str(file) for name, file in weight_map.items()}
+
+
+def _shard_names(index_path: Path, weight_map: Mapping[str, str], suffix: str) -> list[str]:
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name or not name.endswith(suffix):
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name:
             raise PlacerError(
-                f"index {index_path} names the shard {name!r}, "
-                f"which is no plain name of a {suffix} file",
-                "do not use this checkpoint: its index reaches outside its directory",
+                f"index {index_path} names the shard {name!r}, which is outside its "
+                "directory",
+                "do not use this checkpoint",
+            )
+        if not name.endswith(suffix):
+            raise PlacerError(
+                f"index {index_path} names the shard {name!r}, which is no {suffix} file",
+                "fetch the checkpoint again",
             )
     return names
 
 
-def _require_agreement(
-    index_path: Path, weight_map: Mapping[str, str], shards: tuple[Shard, ...]
-) -> None:
-    held = {name: shard.name for shard in shards for name in shard.tensors}
-    for name in sorted({*held, *weight_map}):
-        if held.get(name) != weight_map.get(name):
+def _unheld(
+    index_path: Path, weight_map: Mapping[str, str], shards: Sequence[Shard]
+) -> tuple[str, ...]:
+    """Return the tensors that the index names and no shard holds; refuse contradictions.
+
+    Engines load files whole, so a tensor that the index leaves out is loaded as well.
+    """
+    held: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if (first := held.setdefault(name, shard.name)) != shard.name:
+                raise PlacerError(
+                    f"{index_path.parent}: both {first} and {shard.name} hold {name}",
+                    "move the file that is not served out of the directory",
+                )
+    for name in sorted(weight_map):
+        if name in held and held[name] != weight_map[name]:
             raise PlacerError(
-                f"index {index_path} says that {name} is in {weight_map.get(name)}, "
-                f"but it is in {held.get(name)}",
+                f"index {index_path} says that {name} is in {weight_map[name]}, "
+                f"but it is in {held[name]}",
                 "fetch the checkpoint again",
             )
-
-
-def _other_files(directory: Path, weights: set[str]) -> tuple[Path, ...]:
-    found = []
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        if relative.parts[0] in _FOREIGN_FOLDERS:
-            continue
-        _require_inside(directory, path)
-        if not path.is_file() or str(relative) in weights:
-            continue
-        if path.suffix in (*_OTHER_WEIGHTS, ".safetensors"):
-            raise PlacerError(
-                f"{path} holds weights that the index does not name; "
-                "they would not be permuted",
-                "move them out of the directory",
-            )
-        found.append(relative)
-    return tuple(found)
-
-
-def _require_inside(directory: Path, path: Path) -> None:
-    """Refuse a link out of the checkpoint, whose target would be copied as part of it.
-
-    The cache of Hugging Face is made of links too: ``snapshots/REVISION/FILE`` points to
-    ``blobs``, beside ``snapshots``.
-    """
-    if not path.is_symlink():
-        return
-    own, target = directory.resolve(), path.resolve()
-    blobs = own.parent.parent / "blobs"
-    if path.is_file() and (target.is_relative_to(own) or target.parent == blobs):
-        return
-    raise PlacerError(
-        f"{path} is a link that leads to no file of the checkpoint, but to {target}",
-        f"if that is meant, copy it with its files: cp -rL {directory} COPY",
-    )
+    return tuple(sorted(weight_map.keys() - held.keys()))

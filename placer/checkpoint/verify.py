@@ -4,27 +4,23 @@ Three checks, none of which uses the exporter's code: every tensor by name again
 permutation, logits on real text, and the routers' choices on that text.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from placer.arrays import BoolArray, IntArray
-from placer.checkpoint.named_experts import CONFIG_NAMES
+from placer.checkpoint.named_experts import description_files
 from placer.checkpoint.record import ExportRecord
-from placer.checkpoint.source import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    TORCH_INDEX_NAME,
-    TORCH_SINGLE_NAME,
+from placer.checkpoint.served_files import served_files
+from placer.checkpoint.tensor_files import (
+    read_tensor,
+    tensor_files,
 )
 from placer.errors import (
     PlacerError,
@@ -39,14 +35,14 @@ from placer.model import (
 from placer.model.tensor_layout import (
     TensorKind,
     TensorLayout,
+    has_columns,
 )
 from placer.placement import (
     Placement,
     Plan,
 )
-from placer.run.documents import read_json
 from placer.run.files import (
-    require_file,
+    read_text,
     sha256_file,
 )
 from placer.trace.capture import RouterCapture
@@ -176,17 +172,34 @@ def _compare_tensors(
     placement: Placement,
 ) -> tuple[int, int]:
     again = f"export it again: placer export checkpoint PLAN {original} --out NEW"
-    where = _tensor_files(exported, VerificationError)
+    where, unheld = tensor_files(exported, VerificationError)
+    files, unheld_before = tensor_files(original, PlacerError)
+    if unheld != unheld_before:
+        raise VerificationError(
+            f"the index of {exported} names {min(unheld ^ unheld_before)}, which no file "
+            "holds, or lacks it",
+            again,
+        )
+    rows = {
+        layer: (row, np.argsort(row).tolist())
+        for layer, row in zip(
+            model.layer_ids or (), placement.physical_to_logical_map, strict=True
+        )
+    }
     num_tensors, num_bytes = 0, 0
-    for name, path in _tensor_files(original, PlacerError).items():
-        counterpart, kind, row = _counterpart(name, layout, model, placement)
+    for name, path in files.items():
+        counterpart, kind, row = _counterpart(name, layout, rows)
         if counterpart not in where:
             raise VerificationError(
                 f"{exported} lacks {counterpart}, which is {name} of {original}", again
             )
         old = read_tensor(path, name)
         new = read_tensor(where.pop(counterpart), counterpart)
-        if difference := _difference(_expected(old, kind, row), new):
+        if row is not None and kind is TensorKind.ROUTER and has_columns(name, files):
+            expected = _ordered_columns(old, row)
+        else:
+            expected = _expected(old, kind, row)
+        if difference := _difference(expected, new):
             raise VerificationError(
                 f"{counterpart} of {exported} differs from {name} of {original}: "
                 + difference,
@@ -201,20 +214,19 @@ def _compare_tensors(
 
 
 def _counterpart(
-    name: str, layout: TensorLayout, model: ModelSpec, placement: Placement
+    name: str, layout: TensorLayout, rows: Mapping[int, tuple[IntArray, list[int]]]
 ) -> tuple[str, TensorKind | None, IntArray | None]:
-    """Return the new name of a tensor, its kind, and the map row of its layer."""
-    row_of = dict(
-        zip(model.layer_ids or (), placement.physical_to_logical_map, strict=True)
-    )
+    """Return the new name of a tensor, its kind, and the map row of its layer.
+
+    ``rows`` has, by layer, the row and the new number of each expert.
+    """
     place = layout.classify(name)
-    if place is None or place.layer not in row_of:
+    if place is None or place.layer is None or place.layer not in rows:
         return name, None, None
-    row = row_of[place.layer]
+    row, numbers = rows[place.layer]
     if place.expert is None:
         return name, place.kind, row
-    holders = np.flatnonzero(row == place.expert)
-    number = str(holders[0]) if len(holders) else "?"
+    number = str(numbers[place.expert]) if place.expert < len(numbers) else "?"
     return place.template.replace("{expert}", number), place.kind, row
 
 
@@ -228,10 +240,28 @@ def _expected(
         return old
     if kind is TensorKind.TABLE:
         return torch.from_numpy(np.argsort(row))[old.long()].to(old.dtype)
-    if kind is TensorKind.FUSED and old.numel() == 1:
+    if kind in (TensorKind.FUSED, TensorKind.ROUTER) and old.numel() == 1:
         return old
     blocks = old.contiguous().view(-1).view(torch.uint8).reshape(len(row), -1)
     return blocks[row].reshape(-1).view(old.dtype).reshape(old.shape)
+
+
+def _ordered_columns(old: "torch.Tensor", row: IntArray) -> "torch.Tensor":
+    """Return a router of GPTQ with its columns in the order of the map row.
+
+    Column e of ``qzeros`` is the e-th group of bits of a row, the lowest first.
+    """
+    import torch
+
+    if old.shape[1] == len(row):
+        return old[:, torch.from_numpy(row)]
+    width = 32 * old.shape[1] // len(row)
+    places = torch.arange(len(row)) * width
+    words = old.long() & 0xFFFFFFFF
+    fields = (words[:, places // 32] >> (places % 32)) & (2**width - 1)
+    moved = fields[:, torch.from_numpy(row)] << (places % 32)
+    packed = moved.reshape(len(old), old.shape[1], -1).sum(dim=2)
+    return torch.where(packed < 2**31, packed, packed - 2**32).to(old.dtype)
 
 
 def _compare_named_experts(
@@ -245,11 +275,12 @@ def _compare_named_experts(
     row_of = dict(
         zip(model.layer_ids or (), placement.physical_to_logical_map, strict=True)
     )
-    for name in CONFIG_NAMES:
+    served, _ = served_files(original, set())
+    for name in description_files(served):
         found = []
         for directory in (original, exported):
             path = directory / name
-            text = json.dumps(read_json(path, "config")) if path.is_file() else ""
+            text = read_text(path) if path.is_file() else ""
             experts: Counter[tuple[str, int]] = Counter()
             for word in _WITH_EXPERT.findall(text):
                 place = layout.classify(word + ".weight") or layout.classify(
@@ -258,7 +289,7 @@ def _compare_named_experts(
                 if place is None or place.expert is None or place.layer not in row_of:
                     continue
                 logical = place.expert
-                if directory == exported:
+                if directory == exported and logical < len(row_of[place.layer]):
                     logical = int(row_of[place.layer][logical])
                 experts[place.template, logical] += 1
             found.append(experts)
@@ -269,69 +300,6 @@ def _compare_named_experts(
                 f"{template.replace('{expert}', str(logical))} of the original",
                 f"export it again: placer export checkpoint PLAN {original} --out NEW",
             )
-
-
-def _tensor_files(directory: Path, refusal: type[PlacerError]) -> dict[str, Path]:
-    """Return the file of every tensor, as the files themselves have it."""
-    index_path, single = directory / INDEX_NAME, SINGLE_NAME
-    if not index_path.is_file() and not (directory / single).is_file():
-        torch_index = directory / TORCH_INDEX_NAME
-        if torch_index.is_file() or (directory / TORCH_SINGLE_NAME).is_file():
-            index_path, single = torch_index, TORCH_SINGLE_NAME
-    weight_map = None
-    files = [single]
-    if index_path.is_file():
-        weight_map = read_json(index_path, "index").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise refusal(
-                f"index {index_path} has no weight_map", "export or fetch it again"
-            )
-        files = sorted({Path(str(name)).name for name in weight_map.values()})
-    found = {name: file for file in files for name in _names(directory / file, refusal)}
-    if weight_map is not None and found != weight_map:
-        odd = min(
-            name
-            for name in {*found, *weight_map}
-            if found.get(name) != weight_map.get(name)
-        )
-        raise refusal(
-            f"index {index_path} says that {odd} is in {weight_map.get(odd)}, "
-            f"but it is in {found.get(odd)}",
-            "export or fetch it again",
-        )
-    return {name: directory / file for name, file in found.items()}
-
-
-@lru_cache(maxsize=1)
-def _torch_tensors(path: Path) -> "dict[str, torch.Tensor]":
-    import torch
-
-    found: dict[str, torch.Tensor] = torch.load(
-        path, weights_only=True, map_location="cpu", mmap=True
-    )
-    return found
-
-
-def _names(path: Path, refusal: type[PlacerError]) -> list[str]:
-    require_file(path, "shard")
-    if path.suffix == ".bin":
-        return sorted(_torch_tensors(path))
-    try:
-        with safe_open(path, "pt") as opened:
-            return sorted(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise refusal(
-            f"shard {path} cannot be read: {error}", "export or fetch it again"
-        ) from error
-
-
-def read_tensor(path: Path, name: str) -> "torch.Tensor":
-    """Read a tensor of a safetensors or PyTorch file, by the library of each."""
-    if path.suffix == ".bin":
-        return _torch_tensors(path)[name]
-    with safe_open(path, "pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
 
 
 def _difference(old: "torch.Tensor", new: "torch.Tensor") -> str | None:

@@ -16,7 +16,7 @@ from placer.checkpoint.source import (
     INDEX_NAME,
     CheckpointSource,
 )
-from placer.checkpoint.verify import read_tensor
+from placer.checkpoint.tensor_files import read_tensor
 from placer.errors import VerificationError
 from placer.model import (
     ModelSpec,

@@ -368,7 +368,7 @@ def _write_into(
 
 def _write_shard(work: ShardWork, target: Path, options: ExportOptions) -> dict[str, Any]:
     """Write a shard under its name, whole; return what the journal keeps of it."""
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     linked = options.link and work.unchanged and _link(work.shard.path, target)
     if not linked:
         _copy_shard(work, target)

@@ -250,10 +250,14 @@ def _required_model(target: str, plan: Path, model: Path | None) -> Path:
 
 
 def _write(job: "ExportJob | RanksJob", out: Path, options: "ExportOptions") -> Facts:
+    from placer.checkpoint.served_files import left_out_line
+
     with progress_line("export") as progress:
         report = job.write(out, options, progress)
     if report.warning:
         warn(report.warning)
+    if line := left_out_line(job.source.left_out):
+        note(line)
     if report.num_resumed:
         note(f"{report.num_resumed} shards were finished by an earlier run")
     return {"out": str(out)} | report.to_json()

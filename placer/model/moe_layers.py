@@ -182,6 +182,8 @@ def _says_otherwise(
     if isinstance(value, str):
         return bool(re.search(r"\d", value))
     if isinstance(value, list):
+        if words & {"num", "n"}:  # of experts, by layer
+            return 0 in value
         return bool(value) and value != found
     if type(value) is not int or value <= 0 or (value == 1 and words & _STEPS):
         return False

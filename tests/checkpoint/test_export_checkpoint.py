@@ -259,16 +259,55 @@ def test_replicas_are_refused_with_the_way_out(
     assert "placer export sglang" in error.hint
 
 
-def test_weights_that_would_stay_behind_are_refused(
+@pytest.mark.parametrize(
+    "name",
+    [
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "metal/model.bin",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "onnx/model.onnx_data",
+        "model.ckpt",
+        "weights.npz",
+        "model.data-00000-of-00001",
+        "consolidated.safetensors.index.json",
+    ],
+)
+def test_what_is_not_served_is_left_out_by_name(
+    tiny_model: Path, make_plan: MakePlan, tmp_path: Path, name: str
+) -> None:
+    """Weights in it would not be permuted; a folder of it goes as a whole."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"\0\1weights")
+    beside = (copy / name).with_name("describes.json")
+    beside.write_text("{}")
+    served = {"tokenizer.model": b"\0\1", "vision.png": b"\x89\0", "LICENSE": b"text"}
+    for other, content in served.items():
+        (copy / other).write_bytes(content)
+    job = prepare_export(make_plan(tiny_model), copy)
+    in_folder = "/" in name
+    expected = {name, *([str(beside.relative_to(copy))] if in_folder else [])}
+    assert {str(path) for path in job.source.left_out} == expected
+    job.write(tmp_path / "out")
+    assert not (tmp_path / "out" / name).exists()
+    assert (tmp_path / "out" / "describes.json").exists() != in_folder
+    assert (
+        served.items()
+        <= {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}.items()
+    )
+
+
+def test_a_second_file_of_the_same_tensors_is_refused(
     tiny_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
-    plan = make_plan(tiny_model)
-    for name in ("consolidated.safetensors", "original/model.pth", "pytorch_model.bin"):
-        copy = tmp_path / name.replace("/", "-")
-        shutil.copytree(tiny_model, copy)
-        (copy / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(tiny_model / "model.safetensors", copy / name)
-        refused(plan, copy, tmp_path / "out", name)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    shutil.copyfile(copy / "model.safetensors", copy / "other.safetensors")
+    refused(make_plan(tiny_model), copy, tmp_path / "out", "both .* hold")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "folder"])

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from placer.checkpoint.named_experts import require_no_named_expert
 from placer.checkpoint.permutation import require_whole_groups
 from placer.checkpoint.shard import (
     Shard,
@@ -136,26 +135,6 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").touch()
     with pytest.raises(PlacerError, match="does not fit its 0 bytes"):
         Shard.open(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("config", "found"),
-    [
-        ({"num_experts": 8, "names": ["model.layers.1.mlp.gate"]}, None),
-        ({"quantization_config": {"ignore": ["lm_head", "l.0.mlp.experts.5.up"]}}, "5.up"),
-        ({"a": [[{"b": "re:.*experts.12$"}]]}, "experts.12"),
-        ({"a": {"l.0.mlp.experts.7": {"bits": 4}}}, "experts.7"),
-    ],
-)
-def test_a_config_that_names_single_experts_is_refused(
-    config: dict[str, object], found: str | None
-) -> None:
-    if found is None:
-        require_no_named_expert(config, Path("config.json"))
-        return
-    with pytest.raises(PlacerError, match=found) as caught:
-        require_no_named_expert(config, Path("config.json"))
-    assert "placer export sglang" in caught.value.hint
 
 
 def test_only_whole_router_groups_may_move() -> None:
