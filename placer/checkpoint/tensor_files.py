@@ -33,7 +33,10 @@ def tensor_files(
     found: dict[str, Path] = {}
     for path in paths:
         if ".." in path.relative_to(directory).parts:
-            continue  # what it is said to hold is found elsewhere, or nowhere
+            raise refusal(
+                f"index {index_path} says that tensors are in {path}, outside its directory",
+                "export or fetch it again",
+            )
         for name in _names(path, refusal):
             if found.setdefault(name, path) != path:
                 raise refusal(
