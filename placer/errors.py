@@ -1,6 +1,9 @@
 """What placer refuses, each with the exit code that the command line documents."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+Choice = TypeVar("Choice", bound=str)
 
 
 class PlacerError(Exception):
@@ -50,6 +53,22 @@ class DriftError(PlacerError):
     """Traffic has drifted from the plan: it no longer holds."""
 
     exit_code = 6
+
+
+def one_of(
+    option: str, value: str, known: Sequence[Choice], problem: str = "is not known"
+) -> Choice:
+    """Return a value that must be among those that are known.
+
+    Raises
+    ------
+    UsageError
+        If it is not.
+    """
+    for one in known:
+        if one == value:
+            return one
+    raise UsageError(f"{option} {value} {problem}", f"choose {' or '.join(known)}")
 
 
 def require_left_out(options: Mapping[str, object], company: str) -> None:

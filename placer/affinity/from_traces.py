@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import get_args
 
 from placer import __version__
 from placer.affinity.affinity import Affinity
@@ -13,8 +12,8 @@ from placer.affinity.count import (
     ChunkSource,
     count_sources,
 )
-from placer.affinity.sums import Rows
-from placer.errors import UsageError
+from placer.affinity.sums import ROWS, Rows
+from placer.errors import UsageError, one_of
 from placer.run.devices import CPU
 from placer.run.files import sha256_file
 from placer.run.parallel import (
@@ -58,10 +57,7 @@ def affinity_of_traces(
         If one trace is given twice, several with rows per sequence, ``rows`` or ``device``
         is not known, or several processes should share a GPU.
     """
-    if rows not in get_args(Rows):
-        raise UsageError(
-            f"--rows {rows} is not known", f"choose {', '.join(get_args(Rows))}"
-        )
+    one_of("--rows", rows, ROWS)
     if device != CPU and (num_workers > 1 or backend != PROCESSES):
         raise UsageError(
             f"--device {device} is fed by one process here, not by --workers "

@@ -1,10 +1,11 @@
 """Adding up many counts in a time that grows with their size, not with its square."""
 
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import Generic, Literal, Protocol, Self, TypeVar, get_args
 
 # What experts are counted for one by one.
 Rows = Literal["none", "tokens", "sequences"]
+ROWS: tuple[Rows, ...] = get_args(Rows)
 
 
 class Addable(Protocol):

@@ -86,6 +86,7 @@ def advise(
     )
     from placer.planning.question import (
         Question,
+        predictable_policy,
         usual_engines,
     )
     from placer.planning.trace_advice import advise_on_trace
@@ -124,7 +125,7 @@ def advise(
     questions = [
         Question(
             topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
-            policy=policy,
+            policy=predictable_policy(policy),
             engine=one,
             hardware=named,
             expert=find_expert_shape(model, width, expert_size, weight_bytes, one),

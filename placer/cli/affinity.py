@@ -17,7 +17,7 @@ from placer.cli.output import (
     print_json,
     print_table,
 )
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 
 
 def affinity(
@@ -78,8 +78,9 @@ def affinity(
         affinity_of_traces,
         merged_affinity,
     )
+    from placer.affinity.sums import ROWS
     from placer.run.devices import CPU
-    from placer.run.parallel import Backend
+    from placer.run.parallel import BACKENDS, Backend
     from placer.trace import (
         EVERYTHING,
         Trace,
@@ -97,14 +98,14 @@ def affinity(
         counted = merged_affinity(traces)
     else:
         opened = [Trace(path) for path in traces]
-        where = Backend(name=backend, address=ray_address)  # type: ignore[arg-type]
+        where = Backend(name=one_of("--backend", backend, BACKENDS), address=ray_address)
         most = workers or (os.cpu_count() if device == CPU else None) or 1
         counted = affinity_of_traces(
             opened,
             chosen,
             most,
             where,
-            rows=rows,  # type: ignore[arg-type]  # names that are not known are refused
+            rows=one_of("--rows", rows, ROWS),
             device=device,
         )
     counted.write(out)

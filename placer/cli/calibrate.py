@@ -15,6 +15,7 @@ from placer.cli.output import (
     print_table,
     progress_line,
 )
+from placer.errors import one_of
 
 # Beyond it, latency and bandwidth alone do not tell how long an exchange takes.
 _POOR_FIT = 0.25
@@ -56,6 +57,7 @@ def calibrate(
     )
     from placer.run.writing import require_target
     from placer.target.calibrate import (
+        DEVICES,
         CalibrationOptions,
         require_devices,
     )
@@ -75,7 +77,7 @@ def calibrate(
     options = CalibrationOptions(
         num_ranks=worker.number if ranks is None else ranks,
         num_nodes=nodes,
-        device=device,  # type: ignore[arg-type]  # CalibrationOptions refuses other names
+        device=one_of("--device", device, DEVICES),
         repetitions=repetitions,
     )
     if worker.alone:

@@ -17,7 +17,7 @@ from placer.cli.output import (
     progress_line,
     warn,
 )
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 
 if TYPE_CHECKING:
     from placer.checkpoint.export import ExportJob
@@ -140,14 +140,17 @@ def export(
         facts = _export_deepspeed(plan, model, _required(out), inverse)
     else:
         from placer.checkpoint.writing import ExportOptions
-        from placer.run.parallel import Backend
+        from placer.run.parallel import BACKENDS, Backend
 
         options = ExportOptions(
             link=link,
             with_hashes=with_hashes,
             num_workers=workers,
             # Backend refuses other names.
-            backend=Backend(name=backend or "processes", address=ray_address),  # type: ignore[arg-type]
+            backend=Backend(
+                name=one_of("--backend", backend or "processes", BACKENDS),
+                address=ray_address,
+            ),
         )
         if target == "ranks":
             job: ExportJob | RanksJob = _prepared_ranks(plan, model, experts_only)

@@ -17,6 +17,7 @@ from placer.cli.output import (
     print_json,
     print_table,
 )
+from placer.errors import one_of
 
 
 def learning(
@@ -52,17 +53,18 @@ def learning(
     Plans are solved on parts of the sequences of --fold (default 0/2) and judged on all
     other sequences.
     """
+    from placer.placement.policy import POLICIES
     from placer.placement.topology import Topology
     from placer.planning.learning import (
         DEFAULT_TOKENS,
         learning_curve,
     )
-    from placer.solver.options import SolveOptions
+    from placer.solver.options import NOT_SOLVED, SolveOptions
     from placer.trace import Trace
 
     options = SolveOptions(
         topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
-        policy=policy,  # type: ignore[arg-type]  # SolveOptions refuses other names
+        policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
         max_imbalance=max_imbalance,
         seed=seed,
     )

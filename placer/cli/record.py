@@ -14,6 +14,7 @@ from placer.cli.output import (
     print_table,
     token_progress,
 )
+from placer.errors import one_of
 
 
 def record(
@@ -90,6 +91,7 @@ def record(
 
     from placer.run.worker import Worker
     from placer.trace.corpus import name_corpora
+    from placer.trace.loading import DTYPES
     from placer.trace.record import RecordOptions
     from placer.trace.record import record as record_trace
 
@@ -99,7 +101,7 @@ def record(
         max_tokens=max_tokens,
         chunk_tokens=chunk_tokens,
         with_weights=weights,
-        dtype=dtype,  # type: ignore[arg-type]  # RecordOptions refuses other names
+        dtype=one_of("--dtype", dtype, DTYPES),
         device=device,
         device_map=device_map,
         generate=generate,

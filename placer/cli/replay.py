@@ -18,6 +18,7 @@ from placer.cli.output import (
     print_table,
     warn,
 )
+from placer.errors import one_of
 
 
 def replay(
@@ -87,6 +88,7 @@ def replay(
         start_workers,
     )
     from placer.trace import Trace
+    from placer.trace.loading import DTYPES
 
     worker = Worker.of_environment()
     planned, read = Plan.read(plan), Trace(trace)
@@ -113,7 +115,7 @@ def replay(
             sequences_per_rank=sequences_per_rank,
             num_passes=passes,
             repeats=repeats,
-            dtype=dtype,  # type: ignore[arg-type]  # ReplayOptions refuses other names
+            dtype=one_of("--dtype", dtype, DTYPES),
             device=device,
             hardware=None if hardware is None else Hardware.named(hardware),
             elsewhere=tuple(Hardware.named(name) for name in elsewhere or ()),

@@ -29,7 +29,7 @@ from placer.cli.output import (
     progress_line,
     warn,
 )
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -306,7 +306,9 @@ def solve(
     # reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from placer.placement.pins import Pin
+    from placer.placement.policy import POLICIES
     from placer.placement.world import (
+        EP_GROUPS,
         group_topology,
         world_layout,
     )
@@ -321,7 +323,8 @@ def solve(
         plan_warnings,
     )
     from placer.run.deadline import Deadline
-    from placer.solver.options import SolveOptions
+    from placer.solver.options import NOT_SOLVED, PROOFS, SolveOptions
+    from placer.solver.problem.scenarios import ROBUST
     from placer.solver.search.pair_search import SearchLimits
     from placer.solver.search.refine import RefineLimits
 
@@ -332,7 +335,7 @@ def solve(
         gpus_per_node=gpus_per_node,
         ep_size=ep_size,
         tensor_parallel_size=tensor_parallel_size,
-        ep_groups=ep_groups,
+        ep_groups=one_of("--ep-groups", ep_groups, EP_GROUPS),
     )
     request = SolveRequest(
         source=source,
@@ -346,14 +349,13 @@ def solve(
                 layout=layout,
                 cost_file=topology,
             ),
-            # SolveOptions refuses names that it does not know.
-            policy=policy,  # type: ignore[arg-type]
+            policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
             max_home_imbalance=max_home_imbalance,
             max_received_copies=max_received_copies,
             relax_cap=relax_cap,
-            robust=robust,  # type: ignore[arg-type]
+            robust=one_of("--robust", robust, ROBUST, NOT_SOLVED),
             receive_price=receive_price,
-            proof=proof,  # type: ignore[arg-type]
+            proof=one_of("--proof", proof, PROOFS, NOT_SOLVED),
             pins=tuple(map(Pin.parse, pin or [])),
             preserve_groups=preserve_groups,
             ignore_groups=ignore_groups,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from placer.model import ModelSpec
-from placer.placement.policy import Exchange, HomePolicy
+from placer.placement.policy import HomePolicy
 from placer.placement.solver_report import SolverReport
 from placer.run.documents import (
     Count,
@@ -14,7 +14,7 @@ from placer.run.documents import (
     NumRanks,
     Sha256,
 )
-from placer.target.engine import ReplicaChoice
+from placer.target.engine import ReplicaChoice, SolvableExchange
 
 _Figure = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -100,7 +100,7 @@ class PlanFile(Document, frozen=True, kw_only=True):
     num_ranks: NumRanks
     num_nodes: NumRanks
     policy: HomePolicy
-    exchange: Exchange
+    exchange: SolvableExchange
     max_imbalance: Annotated[float, msgspec.Meta(ge=1)]
     physical_to_logical_map: list[list[ExpertId]]
     solver: SolverReport

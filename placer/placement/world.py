@@ -12,11 +12,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from placer.errors import (
     PlacerError,
     UsageError,
+    one_of,
 )
 from placer.placement.topology import (
     INTER_COST,
@@ -30,6 +31,7 @@ from placer.run.files import (
 )
 
 EpGroups = Literal["consecutive", "strided"]
+EP_GROUPS: tuple[EpGroups, ...] = get_args(EpGroups)
 Costs = tuple[tuple[int, ...], ...]
 
 
@@ -63,11 +65,7 @@ class WorldLayout:
     ep_groups: EpGroups = "consecutive"
 
     def __post_init__(self) -> None:
-        if self.ep_groups not in ("consecutive", "strided"):
-            raise UsageError(
-                f"--ep-groups {self.ep_groups} is not known",
-                "choose consecutive or strided",
-            )
+        one_of("--ep-groups", self.ep_groups, EP_GROUPS)
         alike, rest = divmod(self.world_size, self.tensor_parallel_size)
         if rest:
             raise UsageError(
@@ -182,7 +180,7 @@ def world_layout(
     gpus_per_node: int,
     ep_size: int | None,
     tensor_parallel_size: int,
-    ep_groups: str,
+    ep_groups: EpGroups,
 ) -> WorldLayout | None:
     """Return how groups lie in the world; ``None`` without ``ep_size``: it is one group.
 
@@ -197,7 +195,7 @@ def world_layout(
             gpus_per_node=gpus_per_node,
             ep_size=ep_size,
             tensor_parallel_size=tensor_parallel_size,
-            ep_groups=ep_groups,  # type: ignore[arg-type]  # it refuses other names
+            ep_groups=ep_groups,
         )
     if tensor_parallel_size != 1 or ep_groups != "consecutive":
         raise UsageError(

@@ -18,6 +18,7 @@ from placer.planning.served import (
 )
 from placer.solver.options import (
     MAX_IMBALANCE,
+    Objective,
     SolveOptions,
 )
 from placer.solver.search.pair_search import SearchLimits
@@ -69,7 +70,7 @@ def advised_plans(question: Question, model: ModelSpec) -> dict[str, SolveOption
     return plans
 
 
-def _options(question: Question, model: ModelSpec, objective: str) -> SolveOptions:
+def _options(question: Question, model: ModelSpec, objective: Objective) -> SolveOptions:
     engine, has_replicas = question.known_engine, question.redundant_experts > 0
     served = solved_for(
         None if engine is None else engine.name,
@@ -87,13 +88,12 @@ def _options(question: Question, model: ModelSpec, objective: str) -> SolveOptio
     return replace(
         QUICK,
         topology=question.topology,
-        # SolveOptions refuses names that it does not know.
-        objective=served.objective,  # type: ignore[arg-type]
-        policy=question.policy,  # type: ignore[arg-type]
+        objective=served.objective,
+        policy=question.policy,
         # On one node both count the same copies.
-        exchange=served.exchange if question.topology.num_nodes > 1 else "per-rank",  # type: ignore[arg-type]
+        exchange=served.exchange if question.topology.num_nodes > 1 else "per-rank",
         redundant_experts=question.redundant_experts,
-        replica_choice=served.replica_choice,  # type: ignore[arg-type]
+        replica_choice=served.replica_choice,
         preserve_groups=loading.keeps_groups,
         ignore_groups=not (loading.keeps_groups or served.groups_count),
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 from placer.model import ModelSpec
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
@@ -67,6 +67,17 @@ def usual_engines(num_nodes: int) -> tuple[Engine, Engine]:
     )
 
 
+def predictable_policy(policy: str) -> Policy:
+    """Return a policy of which batches can be predicted.
+
+    Raises
+    ------
+    UsageError
+        If they cannot.
+    """
+    return one_of("batches of --policy", policy, get_args(Policy), "cannot be predicted")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What is to be served, and when it is worth a change.
@@ -94,7 +105,7 @@ class Question:
     """
 
     topology: Topology
-    policy: str = "fixed"
+    policy: Policy = "fixed"
     engine: Engine | None = None
     hardware: Hardware | None = None
     expert: ExpertShape | None = None
@@ -105,11 +116,7 @@ class Question:
     layer_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in get_args(Policy):
-            raise UsageError(
-                f"batches of --policy {self.policy} cannot be predicted",
-                "choose fixed or follow",
-            )
+        predictable_policy(self.policy)
 
     @property
     def served(self) -> Engine:

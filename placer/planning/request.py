@@ -6,12 +6,12 @@ from pathlib import Path
 
 from placer.affinity import Affinity
 from placer.errors import (
-    UsageError,
+    one_of,
     require_left_out,
 )
 from placer.placement.world import WorldLayout
 from placer.simulation.cost import require_no_sizes
-from placer.solver.options import SolveOptions
+from placer.solver.options import NOT_SOLVED, SolveOptions
 from placer.trace import Selection
 
 Tell = Callable[[str], None]
@@ -92,11 +92,7 @@ class SolveRequest:
     def __post_init__(self) -> None:
         alone = self.holds_counts and not Affinity.read(self.source).has_links
         object.__setattr__(self, "holds_loads_alone", alone)
-        if self.objective not in (known := ("traffic", "balance", "time")):
-            raise UsageError(
-                f"--objective {self.objective} cannot be solved for",
-                f"choose {' or '.join(known)}",
-            )
+        one_of("--objective", self.objective, ("traffic", "balance", "time"), NOT_SOLVED)
         auto = {
             "--redundant-memory": self.redundant_memory,
             "--redundant-gain": self.redundant_gain,

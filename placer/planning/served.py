@@ -7,19 +7,22 @@ from math import gcd
 from pathlib import Path
 
 from placer.checkpoint.permutation import require_whole_groups
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError, UsageError, one_of
 from placer.model import ModelSpec, read_config
 from placer.placement import Plan
 from placer.placement.topology import Topology
 from placer.runtime_map.engine_family import known_families, without_copies
+from placer.solver.options import NOT_SOLVED, Objective
 from placer.target.engine import (
+    SOLVABLE_EXCHANGES,
     Engine,
+    SolvableExchange,
+    SolvableReplicaChoice,
     choose_replicas,
     engines_named,
     known_engines,
+    solvable_choice,
 )
-
-_SOLVED_EXCHANGES = ("per-rank", "per-node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +39,9 @@ class Served:
         What the user should know, one sentence each.
     """
 
-    objective: str
-    exchange: str
-    replica_choice: str | None
+    objective: Objective
+    exchange: SolvableExchange
+    replica_choice: SolvableReplicaChoice | None
     groups_count: bool = True
     notes: tuple[str, ...] = ()
 
@@ -46,7 +49,7 @@ class Served:
 def solved_for(
     engine: str | None,
     policy: str,
-    objective: str = "traffic",
+    objective: Objective = "traffic",
     exchange: str | None = None,
     replica_choice: str | None = None,
     *,
@@ -79,9 +82,13 @@ def solved_for(
     if engine is None:
         return Served(
             objective=objective,
-            exchange=exchange or "per-rank",
-            replica_choice=choose_replicas(
-                None, replica_choice, has_replicas=has_replicas, command=command
+            exchange=one_of(
+                "--exchange", exchange or "per-rank", SOLVABLE_EXCHANGES, NOT_SOLVED
+            ),
+            replica_choice=solvable_choice(
+                choose_replicas(
+                    None, replica_choice, has_replicas=has_replicas, command=command
+                )
             ),
         )
     found = Engine.named(engine)
@@ -97,7 +104,9 @@ def solved_for(
             f"{engine}: {effect.reason}; so the load is balanced, and copies go to the "
             "experts with the most load, as EPLB's do"
         )
-    nearest = sent if sent in _SOLVED_EXCHANGES else "per-rank"
+    nearest: SolvableExchange = next(
+        (one for one in SOLVABLE_EXCHANGES if one == sent), "per-rank"
+    )
     if objective == "traffic" and nearest != sent:
         notes.append(
             f"{engine} sends {sent}, which is not solved for: solved for {nearest}, which "
@@ -111,8 +120,8 @@ def solved_for(
         objective=objective,
         # Of what is sent, balancing asks nothing.
         exchange="per-rank" if objective == "balance" else nearest,
-        replica_choice=choice if has_replicas else None,
-        groups_count=sent in _SOLVED_EXCHANGES,
+        replica_choice=solvable_choice(choice) if has_replicas else None,
+        groups_count=sent in SOLVABLE_EXCHANGES,
         notes=tuple(notes),
     )
 

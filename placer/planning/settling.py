@@ -25,6 +25,7 @@ from placer.planning.phases import phase_warning
 from placer.planning.question import (
     Question,
     plain_engine,
+    predictable_policy,
 )
 from placer.planning.redundant import (
     LEAST_GAIN,
@@ -52,7 +53,7 @@ from placer.simulation.cost import (
     find_expert_shape,
 )
 from placer.solver.balance.router_groups import blocks_of_groups
-from placer.solver.options import SolveOptions
+from placer.solver.options import Objective, SolveOptions
 from placer.target.engine import Engine
 from placer.target.hardware import Hardware
 from placer.trace import Trace
@@ -108,7 +109,7 @@ def settle(
     UsageError
         If options contradict each other or the source.
     """
-    objective = "traffic" if request.by_time else request.objective
+    objective: Objective = "balance" if request.objective == "balance" else "traffic"
     if request.holds_loads_alone and request.engine is not None and not request.by_time:
         objective = "balance"
     loading = _loading(request)
@@ -180,7 +181,7 @@ def settle(
     if by_time or chooses_cap:
         question = Question(
             topology=options.topology,
-            policy=options.policy,
+            policy=predictable_policy(options.policy),
             engine=plain_engine("token all-to-all", options.exchange)
             if request.engine is None
             else Engine.named(request.engine),
@@ -302,10 +303,9 @@ def _options(
     }
     return replace(
         request.options,
-        # SolveOptions refuses names that it does not know.
-        objective=served.objective,  # type: ignore[arg-type]
-        exchange=served.exchange,  # type: ignore[arg-type]
-        replica_choice=served.replica_choice,  # type: ignore[arg-type]
+        objective=served.objective,
+        exchange=served.exchange,
+        replica_choice=served.replica_choice,
         redundant_experts=request.redundant_experts or 0,
         ignore_groups=request.options.ignore_groups
         or not (served.groups_count or request.options.preserve_groups),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from placer.errors import (
     PlacerError,
     UsageError,
     VerificationError,
+    one_of,
 )
 from placer.model import (
     Architecture,
@@ -56,6 +57,7 @@ from placer.trace import (
     Trace,
 )
 from placer.trace.loading import (
+    DTYPES,
     Dtype,
     load_causal_model,
 )
@@ -121,11 +123,7 @@ class ReplayOptions:
             )
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {self.device} is not known", "choose cpu or cuda")
-        if self.dtype not in get_args(Dtype):
-            raise UsageError(
-                f"--dtype {self.dtype} is not known",
-                f"choose {', '.join(get_args(Dtype))}",
-            )
+        one_of("--dtype", self.dtype, DTYPES)
         self._require_prediction()
 
     def _require_prediction(self) -> None:

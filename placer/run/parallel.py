@@ -9,15 +9,18 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from placer.errors import (
     PlacerError,
     UsageError,
+    one_of,
 )
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+BackendName = Literal["processes", "ray"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 # A task whose worker was lost is run again this many times.
 _MAX_RETRIES = 3
@@ -36,14 +39,11 @@ class Backend:
         this machine.
     """
 
-    name: Literal["processes", "ray"] = "processes"
+    name: BackendName = "processes"
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ("processes", "ray"):
-            raise UsageError(
-                f"--backend {self.name} is not known", "choose processes or ray"
-            )
+        one_of("--backend", self.name, BACKENDS)
         if self.address is not None and self.name != "ray":
             raise UsageError(
                 f"--ray-address {self.address} is for Ray, not for {self.name}",

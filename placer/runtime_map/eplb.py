@@ -55,10 +55,10 @@ def _arrays(phy2log: IntArray, num_experts: int) -> dict[str, IntArray]:
 
 def _write(source: MapSource, path: Path, suffix: str) -> None:
     phy2log = np.asarray(source.uniform_rows("EPLB"), dtype=np.int64)
-    arrays = _arrays(phy2log, source.placement.num_experts[0])
+    arrays: dict[str, Any] = _arrays(phy2log, source.placement.num_experts[0])
     if suffix == ".npz":
         with path.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
+            np.savez(stream, **arrays)
         return
     header = EplbHeader(
         kind="eplb",

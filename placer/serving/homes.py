@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import IntArray
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 from placer.serving.layer_serving import (
     RankArray,
     rank_dtype,
@@ -62,16 +62,12 @@ def batch_shapes(
     UsageError
         If a size is not positive, or the batching is not known.
     """
-    if batching is not None and batching not in get_args(Batching):
-        raise UsageError(
-            f"--batching {batching} is not known",
-            f"choose {' or '.join(get_args(Batching))}",
-        )
+    known: tuple[Batching, ...] = get_args(Batching)
+    asked = None if batching is None else one_of("--batching", batching, known)
     return tuple(
         BatchShape(
             tokens_per_rank=size,
-            batching=batching  # type: ignore[arg-type]  # checked above
-            or ("decode" if size < _FEWEST_PREFILL_TOKENS else "prefill"),
+            batching=asked or ("decode" if size < _FEWEST_PREFILL_TOKENS else "prefill"),
         )
         for size in sorted(set(tokens_per_rank))
     )

@@ -4,23 +4,32 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, get_args
 
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 from placer.placement.pins import Pin
 from placer.placement.placement import Placement
 from placer.placement.policy import (
+    POLICIES,
     ContentPolicy,
-    Exchange,
     HomePolicy,
     Policy,
 )
 from placer.placement.topology import Topology
-from placer.solver.problem.scenarios import Robust
-from placer.solver.problem.traffic import ReplicaChoice
+from placer.solver.problem.scenarios import ROBUST, Robust
 from placer.solver.search.pair_search import SearchLimits
 from placer.solver.search.refine import RefineLimits
+from placer.target.engine import (
+    SOLVABLE_EXCHANGES,
+    SOLVABLE_REPLICA_CHOICES,
+    SolvableExchange,
+    SolvableReplicaChoice,
+)
 
 Proof = Literal["none", "quick", "full"]
 Objective = Literal["traffic", "balance"]
+PROOFS: tuple[Proof, ...] = get_args(Proof)
+
+#: What is wrong with a value that the solver does not know.
+NOT_SOLVED = "cannot be solved for"
 
 #: The cap on max/mean rank load where none is given.
 MAX_IMBALANCE = 1.10
@@ -96,14 +105,14 @@ class SolveOptions:
     topology: Topology
     objective: Objective = "traffic"
     policy: HomePolicy = "fixed"
-    exchange: Exchange = "per-rank"
+    exchange: SolvableExchange = "per-rank"
     max_imbalance: float | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
     below_eplb: bool = False
     relax_cap: bool = False
     redundant_experts: int = 0
-    replica_choice: ReplicaChoice | None = None
+    replica_choice: SolvableReplicaChoice | None = None
     robust: Robust = "none"
     overflow_price: float | None = None
     receive_price: float = 0.0
@@ -119,19 +128,16 @@ class SolveOptions:
     refine: RefineLimits = field(default_factory=RefineLimits)
 
     def __post_init__(self) -> None:
-        choices = {
-            "--objective": (self.objective, ("traffic", "balance")),
-            "--policy": (self.policy, ("fixed", "follow", "token", "request")),
-            "--exchange": (self.exchange, ("per-rank", "per-node")),
-            "--replica-choice": (self.replica_choice, get_args(ReplicaChoice)),
-            "--robust": (self.robust, ("none", "bootstrap", "domains")),
-            "--proof": (self.proof, get_args(Proof)),
-        }
-        for option, (value, known) in choices.items():
-            if value is not None and value not in known:
-                raise UsageError(
-                    f"{option} {value} cannot be solved for", f"choose {' or '.join(known)}"
-                )
+        for option, value, known in (
+            ("--objective", self.objective, get_args(Objective)),
+            ("--policy", self.policy, POLICIES),
+            ("--exchange", self.exchange, SOLVABLE_EXCHANGES),
+            ("--replica-choice", self.replica_choice, SOLVABLE_REPLICA_CHOICES),
+            ("--robust", self.robust, ROBUST),
+            ("--proof", self.proof, PROOFS),
+        ):
+            if value is not None:
+                one_of(option, value, known, NOT_SOLVED)
         for option, number in {
             "--seed": self.seed,
             "--redundant-experts": self.redundant_experts,
@@ -155,7 +161,7 @@ class SolveOptions:
             raise UsageError(
                 f"which copy serves is not said for {self.redundant_experts} redundant "
                 "experts",
-                f"give --replica-choice {' or '.join(get_args(ReplicaChoice))}",
+                f"give --replica-choice {' or '.join(SOLVABLE_REPLICA_CHOICES)}",
             )
         if self.max_home_imbalance is not None:
             self._require_home_cap(self.max_home_imbalance)

@@ -22,7 +22,7 @@ while disturbs one repetition of all, and connections do not get used to one siz
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from placer.arrays import BoolArray, IntArray
 from placer.errors import (
     PlacerError,
     UsageError,
+    one_of,
 )
 from placer.run.worker import (
     Worker,
@@ -47,7 +48,9 @@ from placer.target.link_fit import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-BACKENDS: dict[str, str] = {"cpu": "gloo", "cuda": "nccl"}
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = get_args(Device)
+BACKENDS: dict[Device, str] = {"cpu": "gloo", "cuda": "nccl"}
 
 _SHORTEST = 1024
 _LONGEST = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
@@ -77,15 +80,11 @@ class CalibrationOptions:
 
     num_ranks: int
     num_nodes: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Device = "cpu"
     repetitions: int = 7
 
     def __post_init__(self) -> None:
-        if self.device not in BACKENDS:
-            raise UsageError(
-                f"--device {self.device} is not known",
-                f"choose among {', '.join(BACKENDS)}",
-            )
+        one_of("--device", self.device, DEVICES)
         if self.num_ranks < 2:
             raise UsageError(
                 f"a link has two ends, got --ranks {self.num_ranks}",

@@ -12,10 +12,13 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
 
-from placer.errors import UsageError
+from placer.errors import UsageError, one_of
 
 Exchange = Literal["per-expert", "per-rank", "per-node", "padded", "all-gather"]
 ReplicaChoice = Literal["local-first", "sglang-static", "hash", "cover"]
+# What the solver can minimise: the copies that it sends, and the choices that it follows.
+SolvableExchange = Literal["per-rank", "per-node"]
+SolvableReplicaChoice = Literal["local-first", "sglang-static", "hash"]
 Element = Literal["bf16", "fp8", "nvfp4"]
 GroupRule = Literal["any", "router-groups"]
 Phase = Literal["prefill", "decode"]
@@ -23,6 +26,10 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+SOLVABLE_EXCHANGES: tuple[SolvableExchange, ...] = get_args(SolvableExchange)
+SOLVABLE_REPLICA_CHOICES: tuple[SolvableReplicaChoice, ...] = get_args(
+    SolvableReplicaChoice
+)
 
 # Elements that share one scale, and the bytes of that scale: DeepEP's fp8 dispatch has a
 # float32 per 128 elements; NVFP4 has a float8 per 16 elements of half a byte.
@@ -54,8 +61,8 @@ class Transfer:
     element: Element
 
     def __post_init__(self) -> None:
-        _require_known("exchange", self.exchange, EXCHANGES)
-        _require_known("element", self.element, get_args(Element))
+        one_of("exchange", self.exchange, EXCHANGES)
+        one_of("element", self.element, get_args(Element))
 
     def copy_bytes(self, hidden_size: int) -> int:
         """Return the bytes of one copy of a hidden state, scales included."""
@@ -124,10 +131,10 @@ class Engine:
 
     def __post_init__(self) -> None:
         for phase in self.phases:
-            _require_known("phase", phase, PHASES)
+            one_of("phase", phase, PHASES)
         if self.replica_choice is not None:
-            _require_known("replica_choice", self.replica_choice, REPLICA_CHOICES)
-        _require_known("group_rule", self.group_rule, get_args(GroupRule))
+            one_of("replica_choice", self.replica_choice, REPLICA_CHOICES)
+        one_of("group_rule", self.group_rule, get_args(GroupRule))
 
     def misfit(self, num_nodes: int, ranks_per_node: int) -> str | None:
         """Return why it cannot run on these ranks, ``None`` where it can."""
@@ -264,6 +271,20 @@ def placement_effect(
     )
 
 
+def solvable_choice(replica_choice: str | None) -> SolvableReplicaChoice | None:
+    """Return a replica choice that the solver can follow; ``None`` stays.
+
+    Raises
+    ------
+    UsageError
+        If it cannot.
+    """
+    if replica_choice is None:
+        return None
+    known, problem = SOLVABLE_REPLICA_CHOICES, "cannot be solved for"
+    return one_of("--replica-choice", replica_choice, known, problem)
+
+
 def choose_replicas(
     engine: Engine | None, wanted: str | None, *, has_replicas: bool, command: str
 ) -> ReplicaChoice | None:
@@ -287,13 +308,7 @@ def choose_replicas(
         copy serves.
     """
     if wanted is not None:
-        for choice in REPLICA_CHOICES:
-            if choice == wanted:
-                return choice
-        raise UsageError(
-            f"--replica-choice {wanted} is not known",
-            f"choose among {', '.join(REPLICA_CHOICES)}",
-        )
+        return one_of("--replica-choice", wanted, REPLICA_CHOICES)
     if engine is not None and engine.replica_choice is not None:
         return engine.replica_choice
     if not has_replicas:
@@ -361,10 +376,3 @@ def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
         topologies=tuple((nodes, ranks) for nodes, ranks in value.get("topologies", ())),
         **rest,
     )
-
-
-def _require_known(what: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(
-            f"{what} {value} is not known", f"choose among {', '.join(choices)}"
-        )

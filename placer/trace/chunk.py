@@ -139,10 +139,11 @@ class Chunk:
         for name in weight_names if has_weights else ():
             if name not in tensors or tensors[name].dtype != np.float16:
                 raise PlacerError(f"{name} must be float16, like the weights of all layers")
+        fields: dict[str, Any] = {name: tensors.get(name) for name in _TOKEN_FIELDS}
         return cls(
             experts=tuple(tensors[name] for name in names),
             weights=tuple(tensors[name] for name in weight_names) if has_weights else None,
-            **{name: tensors.get(name) for name in _TOKEN_FIELDS},  # type: ignore[arg-type]
+            **fields,
         )
 
     def select(self, index: Array) -> "Chunk":
@@ -158,7 +159,7 @@ class Chunk:
         )
 
     def _map(self, change: Callable[[Array], Array]) -> "Chunk":
-        fields = {
+        fields: dict[str, Any] = {
             name: None if (v := getattr(self, name)) is None else change(v)
             for name in _TOKEN_FIELDS
         }
@@ -167,7 +168,7 @@ class Chunk:
             weights=None
             if self.weights is None
             else tuple(change(w) for w in self.weights),
-            **fields,  # type: ignore[arg-type]
+            **fields,
         )
 
     @classmethod
@@ -196,6 +197,9 @@ class Chunk:
             present = [v for v in values if v is not None]
             return joined(present) if len(present) == len(parts) else None
 
+        fields: dict[str, Any] = {
+            name: join([getattr(p, name) for p in parts]) for name in _TOKEN_FIELDS
+        }
         return cls(
             experts=tuple(
                 joined([p.experts[n] for p in parts]) for n in range(len(first.experts))
@@ -206,7 +210,7 @@ class Chunk:
             )
             if all(p.weights is not None for p in parts)
             else None,
-            **{name: join([getattr(p, name) for p in parts]) for name in _TOKEN_FIELDS},  # type: ignore[arg-type]
+            **fields,
         )
 
     def require_finite_weights(self) -> None:

@@ -14,6 +14,7 @@ from placer import __version__
 from placer.errors import (
     PlacerError,
     UsageError,
+    one_of,
 )
 from placer.model import (
     Architecture,
@@ -52,6 +53,7 @@ from placer.trace.generate import (
 )
 from placer.trace.header import TraceHeader
 from placer.trace.loading import (
+    DTYPES,
     Dtype,
     load_model,
     weights_sample_sha256,
@@ -136,11 +138,7 @@ class RecordOptions:
                 f"--temperature {self.temperature} draws generated tokens, but none are",
                 "say how many: --generate 128",
             )
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise UsageError(
-                f"dtype {self.dtype} is not known",
-                "choose auto, float32, bfloat16 or float16",
-            )
+        one_of("--dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True, slots=True)

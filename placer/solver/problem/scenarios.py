@@ -3,7 +3,7 @@
 Legend of the shapes: S scenarios, E logical experts, T tokens.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from placer.errors import UsageError
 from placer.trace import Chunk
 
 Robust = Literal["none", "bootstrap", "domains"]
+ROBUST: tuple[Robust, ...] = get_args(Robust)
 NUM_RESAMPLES = 64
 
 

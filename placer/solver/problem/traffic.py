@@ -14,9 +14,8 @@ from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.topology import Topology
 from placer.solver.kernels.layer import Prices
+from placer.target.engine import SolvableExchange, SolvableReplicaChoice
 from placer.trace import Chunk
-
-ReplicaChoice = Literal["local-first", "sglang-static", "hash"]
 
 #: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
 #: layers of gpt-oss-20b stay above a cap that they meet at 30.
@@ -77,7 +76,7 @@ class TrafficProblem:
     experts: tuple[npt.NDArray[np.int16], ...]
     topology: Topology
     policy: Literal["fixed", "follow", "given"]
-    exchange: Literal["per-rank", "per-node"] = "per-rank"
+    exchange: SolvableExchange = "per-rank"
     homes: tuple[IntArray, ...] | None = None
     load: tuple[FloatArray, ...]
     max_load: tuple[FloatArray, ...]
@@ -85,7 +84,7 @@ class TrafficProblem:
     receive_price: float = 0.0
     move_price: tuple[FloatArray, ...] | None = None
     kind: tuple[IntArray, ...] | None = None
-    replica_choice: ReplicaChoice | None = None
+    replica_choice: SolvableReplicaChoice | None = None
     layer_ids: tuple[int, ...] | None = None
     max_home_imbalance: float | None = None
     max_received_copies: float | None = None
