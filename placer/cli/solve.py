@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -264,16 +265,30 @@ def solve(
         str, typer.Option(help="Effort spent on the lower bound: none, quick or full.")
     ] = "quick",
     num_sweeps: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
             help="Passes of the search over the exact number of copies. 0 uses only the "
             "cost of expert pairs.",
+            show_default="16",
         ),
-    ] = 16,
+    ] = None,
     num_rounds: Annotated[
-        int, typer.Option(min=0, help="Restarts of the search from a perturbed placement.")
-    ] = 30,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Restarts of the search from a perturbed placement.",
+            show_default="30",
+        ),
+    ] = None,
+    params: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A TOML file of parameters of the search (docs/formats.md). --num-sweeps "
+            "and --num-rounds take precedence.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     time_limit: Annotated[
         float | None,
@@ -324,9 +339,8 @@ def solve(
     )
     from placer.run.deadline import Deadline
     from placer.solver.options import NOT_SOLVED, PROOFS, SolveOptions
+    from placer.solver.params import SolverParams
     from placer.solver.problem.scenarios import ROBUST
-    from placer.solver.search.pair_search import SearchLimits
-    from placer.solver.search.refine import RefineLimits
 
     paths = [source, topology, model, start, Path(hardware) if hardware else None]
     claim(context, out, paths, force=force, directory=frontier is not None)
@@ -337,6 +351,11 @@ def solve(
         tensor_parallel_size=tensor_parallel_size,
         ep_groups=one_of("--ep-groups", ep_groups, EP_GROUPS),
     )
+    effort = SolverParams() if params is None else SolverParams.read(params)
+    if num_sweeps is not None:
+        effort = replace(effort, num_sweeps=num_sweeps)
+    if num_rounds is not None:
+        effort = replace(effort, num_rounds=num_rounds)
     request = SolveRequest(
         source=source,
         selection=parse_selection(fold, not_fold, phase),
@@ -350,10 +369,12 @@ def solve(
                 cost_file=topology,
             ),
             policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
+            max_imbalance=max_imbalance,
             max_home_imbalance=max_home_imbalance,
             max_received_copies=max_received_copies,
             relax_cap=relax_cap,
             robust=one_of("--robust", robust, ROBUST, NOT_SOLVED),
+            overflow_price=overflow_price,
             receive_price=receive_price,
             proof=one_of("--proof", proof, PROOFS, NOT_SOLVED),
             pins=tuple(map(Pin.parse, pin or [])),
@@ -361,15 +382,12 @@ def solve(
             ignore_groups=ignore_groups,
             seed=seed,
             time_limit=time_limit,
-            limits=SearchLimits(num_rounds=num_rounds),
-            refine=RefineLimits(num_sweeps=num_sweeps),
+            params=effort,
         ),
         objective=objective,
         engine=engine,
         exchange=exchange,
         replica_choice=replica_choice,
-        max_imbalance=max_imbalance,
-        overflow_price=overflow_price,
         redundant_experts=_number_or_auto(redundant_experts),
         redundant_gain=redundant_gain,
         redundant_memory=redundant_memory,

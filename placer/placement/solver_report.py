@@ -125,7 +125,7 @@ class SolverReport(Document, frozen=True, kw_only=True):
         MoE layers that were not brought under such a cap, with the value reached.
     most_received_copies
         R x the copies that the busiest rank receives per token of the profile (or of its
-        sample, ``RefineLimits.num_tokens``), in the worst layer, homes of ``fixed`` being
+        sample, ``SolverParams.num_tokens``), in the worst layer, homes of ``fixed`` being
         even; ``None`` where copies are not what was minimised.
     pairs
         Certificate of the pair objective, which stands in for traffic; ``None`` where it

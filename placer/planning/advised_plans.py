@@ -21,8 +21,7 @@ from placer.solver.options import (
     Objective,
     SolveOptions,
 )
-from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import RefineLimits
+from placer.solver.params import SolverParams
 from placer.trace import (
     Fold,
     Selection,
@@ -34,8 +33,7 @@ QUICK = SolveOptions(
     topology=Topology(gpus_per_node=1),
     relax_cap=True,
     proof="none",
-    limits=SearchLimits(num_rounds=3),
-    refine=RefineLimits(num_sweeps=3, num_starts=1, num_tokens=16_384),
+    params=SolverParams(num_rounds=3, num_sweeps=3, num_starts=1, num_tokens=16_384),
 )
 
 #: Plans by name: for balance alone; for traffic, no rank busier than EPLB's busiest; for

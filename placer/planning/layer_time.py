@@ -173,9 +173,7 @@ def choose_by_time(
             break
         if progress is not None:
             progress(f"quick plan, {name}")
-        quick = replace(
-            one, relax_cap=True, proof="none", limits=QUICK.limits, refine=QUICK.refine
-        )
+        quick = replace(one, relax_cap=True, proof="none", params=QUICK.params)
         placement, _ = solve_to_choose(affinity, quick, inner, deadline)
         figures[name] = _figures(model, placement, heldout, options, question)
     name = choose(figures)

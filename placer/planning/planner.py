@@ -269,21 +269,28 @@ def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
         "migration_cost": options.migration_cost,
         "moved_experts": num_moved(start, placement),
     }
-    return {
-        "placer": __version__,
-        **_costs(options.topology),
-        "num_rounds": options.limits.num_rounds,
-        "num_sweeps": options.refine.num_sweeps,
-        "robust": options.robust,
-        "overflow_price": options.overflow_price,
-        "receive_price": options.receive_price,
-        "replica_choice": options.replica_choice,
-        "relax_cap": options.relax_cap,
-        "max_imbalance_given": options.max_imbalance is not None,
-        "objective": options.objective,
-        "pins": [str(pin) for pin in options.pins],
-        "preserve_groups": options.preserve_groups,
-        "ignore_groups": options.ignore_groups,
-        "max_home_imbalance": options.max_home_imbalance,
-        "max_received_copies": options.max_received_copies,
-    } | (from_start or {})
+    params = options.params.changed()
+    for recorded in ("num_rounds", "num_sweeps"):
+        params.pop(recorded, None)
+    return (
+        {
+            "placer": __version__,
+            **_costs(options.topology),
+            "num_rounds": options.params.num_rounds,
+            "num_sweeps": options.params.num_sweeps,
+            "robust": options.robust,
+            "overflow_price": options.overflow_price,
+            "receive_price": options.receive_price,
+            "replica_choice": options.replica_choice,
+            "relax_cap": options.relax_cap,
+            "max_imbalance_given": options.max_imbalance is not None,
+            "objective": options.objective,
+            "pins": [str(pin) for pin in options.pins],
+            "preserve_groups": options.preserve_groups,
+            "ignore_groups": options.ignore_groups,
+            "max_home_imbalance": options.max_home_imbalance,
+            "max_received_copies": options.max_received_copies,
+        }
+        | ({"params": params} if params else {})
+        | (from_start or {})
+    )

@@ -36,8 +36,6 @@ class SolveRequest:
     exchange, replica_choice
         As in ``SolveOptions``. From counts, without an engine, copies share their load
         evenly, as ``hash`` has it.
-    max_imbalance, overflow_price
-        As in ``SolveOptions``.
     redundant_experts
         Slots per layer beyond one for each expert; ``None`` to choose their number.
     redundant_gain, redundant_memory
@@ -72,8 +70,6 @@ class SolveRequest:
     engine: str | None = None
     exchange: str | None = None
     replica_choice: str | None = None
-    max_imbalance: float | None = None
-    overflow_price: float | None = None
     redundant_experts: int | None = 0
     redundant_gain: float | None = None
     redundant_memory: float | None = None
@@ -105,7 +101,7 @@ class SolveRequest:
             ),
             (auto, self.redundant_experts is None, "--redundant-experts auto"),
             (
-                {"--overflow-price": self.overflow_price},
+                {"--overflow-price": self.options.overflow_price},
                 self.options.robust != "none",
                 "--robust bootstrap or domains",
             ),
@@ -143,7 +139,7 @@ class SolveRequest:
     @property
     def chooses_cap(self) -> bool:
         """Whether predicted time decides whether a rank may be busier than EPLB's."""
-        is_open = self.objective == "traffic" and self.max_imbalance is None
+        is_open = self.objective == "traffic" and self.options.max_imbalance is None
         return self.hardware is not None and is_open and not self.holds_counts
 
     @property

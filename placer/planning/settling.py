@@ -283,7 +283,7 @@ def _command(request: SolveRequest, source: str, *more: str) -> str:
         words += ["--policy", request.options.policy]
     words += ["--redundant-experts", "auto" if number is None else str(number)]
     for option, value in {
-        "--max-imbalance": request.max_imbalance,
+        "--max-imbalance": request.options.max_imbalance,
         "--replica-choice": request.replica_choice,
         "--start": request.start,
     }.items():
@@ -296,11 +296,6 @@ def _options(
     request: SolveRequest, served: Served, start: Placement | None
 ) -> SolveOptions:
     """Complete the options; those that nobody asked for keep their defaults."""
-    asked = {
-        name: value
-        for name in ("max_imbalance", "overflow_price")
-        if (value := getattr(request, name)) is not None
-    }
     return replace(
         request.options,
         objective=served.objective,
@@ -311,7 +306,6 @@ def _options(
         or not (served.groups_count or request.options.preserve_groups),
         start=start,
         migration_cost=request.migration_cost,
-        **asked,
     )
 
 

@@ -187,10 +187,9 @@ def solve_frontier(
             "--require-optimal is about one plan, --frontier writes several",
             "drop one; frontier.csv has the bound of each",
         )
-    if request.max_imbalance is not None:
+    if (cap := request.options.max_imbalance) is not None:
         raise UsageError(
-            f"--max-imbalance {request.max_imbalance:g} is one load cap, --frontier has "
-            "its own",
+            f"--max-imbalance {cap:g} is one load cap, --frontier has its own",
             "drop one of them",
         )
     if request.holds_counts:
@@ -203,7 +202,7 @@ def solve_frontier(
         raise _no_frontier(f"--objective {request.objective}")
     deadline = deadline or Deadline(seconds=request.options.time_limit)
     request = started(request, note)
-    loosest = replace(request, max_imbalance=caps[-1])
+    loosest = replace(request, options=replace(request.options, max_imbalance=caps[-1]))
     settled = settle(loosest, note, warn, progress, deadline)
     if settled.options.objective != "traffic":
         raise _no_frontier(f"--engine {request.engine}")

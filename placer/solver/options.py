@@ -14,9 +14,8 @@ from placer.placement.policy import (
     Policy,
 )
 from placer.placement.topology import Topology
+from placer.solver.params import SolverParams
 from placer.solver.problem.scenarios import ROBUST, Robust
-from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import RefineLimits
 from placer.target.engine import (
     SOLVABLE_EXCHANGES,
     SOLVABLE_REPLICA_CHOICES,
@@ -98,8 +97,8 @@ class SolveOptions:
         redundant experts a permuted checkpoint can express the plan.
     ignore_groups
         Split router groups over nodes where balancing would keep them whole.
-    limits, refine
-        How long to search over pairs, and over copies.
+    params
+        How long to search, and how.
     """
 
     topology: Topology
@@ -124,8 +123,7 @@ class SolveOptions:
     ignore_groups: bool = False
     seed: int = 0
     time_limit: float | None = None
-    limits: SearchLimits = field(default_factory=SearchLimits)
-    refine: RefineLimits = field(default_factory=RefineLimits)
+    params: SolverParams = field(default_factory=SolverParams)
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -266,13 +264,9 @@ class SolveOptions:
 
         Its copies and its imbalance are those of a whole search within a hundredth or two.
         """
-        num_sweeps = min(1, self.refine.num_sweeps)
-        return replace(
-            self,
-            proof="none",
-            limits=SearchLimits(num_rounds=0),
-            refine=replace(self.refine, num_sweeps=num_sweeps, num_starts=1),
-        )
+        num_sweeps = min(1, self.params.num_sweeps)
+        params = replace(self.params, num_rounds=0, num_sweeps=num_sweeps, num_starts=1)
+        return replace(self, proof="none", params=params)
 
     @property
     def constrained(self) -> bool:

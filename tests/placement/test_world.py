@@ -34,6 +34,7 @@ from placer.planning.planner import plan_from_trace
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.kernels.moves import anneal
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
@@ -44,8 +45,7 @@ from placer.solver.proof.copies import (
 )
 from placer.solver.search.evaluator import Evaluator, evaluate
 from placer.solver.search.layer_state import RULES
-from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import RefineLimits, refined
+from placer.solver.search.refine import refined
 from placer.solver.solve import solve
 from placer.trace import (
     EVERYTHING,
@@ -134,7 +134,7 @@ def test_a_copy_costs_what_the_matrix_says(
     chunk = make_chunk(num_tokens=20, num_experts=sizes, top_k=3)
     problem = traffic(chunk, sizes, topology, policy=policy, exchange=exchange)
     start = random(sizes, topology.num_ranks, topology.num_nodes, seed=3)
-    better = refined(start, problem, RefineLimits(num_sweeps=3))
+    better = refined(start, problem, SolverParams(num_sweeps=3))
     prices = []
     for one in (start, better):
         found = evaluate(problem, one).copies
@@ -232,8 +232,7 @@ def test_a_matrix_of_two_classes_gives_the_plan_of_two_classes(
     for topology in (classes, matrix):
         options = SolveOptions(
             topology=topology,
-            limits=SearchLimits(num_rounds=3),
-            refine=RefineLimits(num_sweeps=3),
+            params=SolverParams(num_rounds=3, num_sweeps=3),
             **({"relax_cap": True} | changes),
         )
         placement, report = solve(affinity, options, None, chunk)

@@ -27,8 +27,7 @@ from placer.planning.inner_cap import (
 )
 from placer.planning.planner import plan_from_trace
 from placer.solver.options import SolveOptions
-from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import RefineLimits
+from placer.solver.params import SolverParams
 from placer.solver.solve import solve
 from placer.trace import (
     EVERYTHING,
@@ -46,7 +45,7 @@ ROBUST = SolveOptions(
     max_imbalance=1.2,
     relax_cap=True,
     proof="none",
-    refine=RefineLimits(num_sweeps=2),
+    params=SolverParams(num_sweeps=2),
 )
 
 
@@ -169,8 +168,7 @@ def test_trials_are_plans_of_one_half_judged_on_the_other(
     quick = replace(
         ROBUST,
         max_imbalance=trial.max_imbalance,
-        limits=SearchLimits(num_rounds=0),
-        refine=RefineLimits(num_sweeps=1, num_starts=1),
+        params=SolverParams(num_rounds=0, num_sweeps=1, num_starts=1),
     )
     even = np.unique(chunk.sequence_ids, return_inverse=True)[1] % 2 == 0
     halves = [chunk.select(even), chunk.select(~even)]
@@ -229,7 +227,7 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
     ("changes", "options", "error", "match"),
     [
         ({"num_sequences": 1}, {}, UsageError, "which has only one"),
-        ({}, {"refine": RefineLimits(num_sweeps=0)}, UsageError, "--num-sweeps is 0"),
+        ({}, {"params": SolverParams(num_sweeps=0)}, UsageError, "--num-sweeps is 0"),
         ({}, {"robust": "domains"}, UsageError, "the trace has no domains"),
         (
             {"num_tokens": 51},

@@ -16,9 +16,9 @@ from placer.planning.learning import (
     moved_share,
 )
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.search.pair_search import (
     Search,
-    SearchLimits,
 )
 from placer.trace import (
     Fold,
@@ -30,7 +30,7 @@ OPTIONS = SolveOptions(
     topology=Topology(gpus_per_node=2),
     policy="follow",
     max_imbalance=2.0,
-    limits=SearchLimits(num_rounds=2),
+    params=SolverParams(num_rounds=2),
 )
 
 

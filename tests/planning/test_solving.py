@@ -34,7 +34,7 @@ from placer.simulation.batch_figures import (
 )
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
-from placer.solver.search import alternation, minimise
+from placer.solver.search import alternation
 from placer.table.build import build_table
 from placer.table.table import Table
 from placer.trace import (
@@ -51,6 +51,14 @@ NODES = Topology(num_nodes=2, gpus_per_node=2)
 GROUPED = ModelSpec(num_experts=(8, 8), top_k=2, n_group=4, topk_group=2)
 
 
+def with_options(asked: dict[str, Any]) -> dict[str, Any]:
+    """Move what ``SolveOptions`` holds of what is asked into its options."""
+    names = {"max_imbalance", "overflow_price"} & asked.keys()
+    options = replace(asked.get("options", QUICK), **{n: asked[n] for n in names})
+    rest = {name: value for name, value in asked.items() if name not in names}
+    return rest | {"options": options}
+
+
 @pytest.fixture
 def request_of(make_trace: Callable[..., Trace]) -> Callable[..., SolveRequest]:
     """Return a builder of requests for one trace on two ranks."""
@@ -62,7 +70,7 @@ def request_of(make_trace: Callable[..., Trace]) -> Callable[..., SolveRequest]:
             "selection": Selection(Fold(0, 2)),
             "options": QUICK,
         }
-        return SolveRequest(**(fields | asked))
+        return SolveRequest(**(fields | with_options(asked)))
 
     return build
 
@@ -96,7 +104,7 @@ def grouped_request(
 
     def build(**asked: object) -> SolveRequest:
         fields = {"source": path, "selection": Selection(), "options": QUICK}
-        return SolveRequest(**(fields | asked))
+        return SolveRequest(**(fields | with_options(asked)))
 
     return build
 
@@ -287,7 +295,6 @@ def test_tables_that_time_did_not_allow_are_told(
     policy: str,
 ) -> None:
     """No baseline is measured, and the plan is rated on a sample."""
-    monkeypatch.setattr(minimise, "_FEW_TOKENS", 60)
     monkeypatch.setattr(planner, "_MORE_SECONDS", 1e3)  # for the figures of the plan
     built = []
 
@@ -304,7 +311,8 @@ def test_tables_that_time_did_not_allow_are_told(
     assert "sample" not in whole.solver.objective_name
     assert not any("baselines" in line for line in plan_warnings(whole))
     built.clear()
-    hasty = replace(options, time_limit=0.0)
+    params = replace(options.params, num_hurried_tokens=60)
+    hasty = replace(options, time_limit=0.0, params=params)
     plan = solve_request(request_of(options=hasty), lambda _: None, nobody).plan
     profile = Trace(request_of().source).read(Selection(Fold(0, 2))).num_tokens
     assert [one for one in built if one > 120] == [profile], "of the plan"

@@ -34,9 +34,9 @@ from placer.run.deadline import Deadline, OutOfTimeError
 from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.search.pair_search import (
     Search,
-    SearchLimits,
 )
 from placer.solver.solve import solve
 from placer.trace import (
@@ -275,7 +275,7 @@ def test_ctrl_c_ends_a_frontier_with_the_plan_that_it_stopped(
 
     trace = make_trace(num_tokens=200, num_experts=(16, 16), top_k=2)
     monkeypatch.setattr(Search, "_round", interrupt)
-    options = replace(OPTIONS.quick(), limits=SearchLimits(num_rounds=1))
+    options = replace(OPTIONS.quick(), params=SolverParams(num_rounds=1))
     said: list[str] = []
     points = solve_frontier(
         SolveRequest(source=trace.directory, selection=EVERYTHING, options=options),

@@ -17,13 +17,12 @@ from placer.planning.planner import plan_from_trace
 from placer.report.comparison import plan_warnings
 from placer.run.progress import GapLine
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.proof.reports import (
     early_copies_bound,
     early_pair_bound,
 )
-from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import RefineLimits
 from placer.solver.solve import solve
 from placer.trace import (
     EVERYTHING,
@@ -37,8 +36,7 @@ SIZES = (16,) * 3
 OPTIONS = SolveOptions(
     topology=Topology(gpus_per_node=4),
     relax_cap=True,
-    limits=SearchLimits(num_rounds=3),
-    refine=RefineLimits(num_sweeps=2),
+    params=SolverParams(num_rounds=3, num_sweeps=2),
 )
 LINE = re.compile(
     r"(?P<what>.+): objective (?P<objective>[\d.]+), bound (?P<bound>[\d.]+), "

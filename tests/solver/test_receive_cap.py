@@ -25,11 +25,12 @@ from placer.planning.planner import plan_from_trace
 from placer.simulation import simulate
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluator import evaluate
-from placer.solver.search.refine import RefineLimits, refined
+from placer.solver.search.refine import refined
 from placer.solver.solve import solve
 from placer.trace import (
     EVERYTHING,
@@ -170,7 +171,7 @@ def test_moves_reach_the_cap_and_keep_to_it(
     start = random((16,) * 3, 4, topology.num_nodes, seed=1)
     cap = 2.18
     assert busiest(counted(chunk, start, policy), 600) > cap
-    limits = RefineLimits(num_sweeps=3)
+    limits = SolverParams(num_sweeps=3)
 
     def refine(start: Placement, cap: float | None) -> Placement:
         problem = capped_problem(chunk, policy, topology, cap, exchange=exchange)
@@ -198,7 +199,7 @@ def test_with_replicas_the_cap_is_met_as_they_are_served(
     loads = [one[0] for one in problem.load]
     start = with_replicas(random((16,) * 3, 4, 1, seed=2), loads, 8)
     before = evaluate(problem, start)
-    found = refined(start, problem, RefineLimits(num_sweeps=4))
+    found = refined(start, problem, SolverParams(num_sweeps=4))
     reached = evaluate(problem, found)
     assert before.missed_receive_cap()
     assert not reached.missed_receive_cap()
@@ -218,7 +219,7 @@ def test_a_cap_out_of_reach_is_refused_or_recorded(
     chunk = replace(chunk, experts=tuple(hot))
     options = SolveOptions(
         topology=ONE_NODE, max_imbalance=3.0, max_received_copies=2.0, proof="none",
-        refine=RefineLimits(num_sweeps=3),
+        params=SolverParams(num_sweeps=3),
     )  # fmt: skip
     with pytest.raises(NoSolutionError, match="in 1 of 2 MoE layers") as caught:
         solved(chunk, (16, 16), options)
@@ -240,7 +241,7 @@ def test_the_plan_tells_the_cap_and_what_was_reached(
     trace = make_trace(num_tokens=600, num_experts=(16, 16), top_k=4)
     options = SolveOptions(
         topology=ONE_NODE, policy="follow", max_imbalance=1.4, max_received_copies=2.2,
-        proof="none", refine=RefineLimits(num_sweeps=4),
+        proof="none", params=SolverParams(num_sweeps=4),
     )  # fmt: skip
     plan = plan_from_trace(trace, options, EVERYTHING)
     assert plan.provenance["max_received_copies"] == 2.2
@@ -280,7 +281,7 @@ def test_robust_plans_are_held_to_it(make_trace: Callable[..., Trace]) -> None:
     trace = make_trace(num_tokens=300, num_experts=(8, 8), top_k=2)
     options = SolveOptions(
         topology=ONE_NODE, max_imbalance=2.0, max_received_copies=1.4, proof="none",
-        robust="bootstrap", refine=RefineLimits(num_sweeps=1),
+        robust="bootstrap", params=SolverParams(num_sweeps=1),
     )  # fmt: skip
     with pytest.raises(NoSolutionError, match=r"--max-received-copies 1\.4 was"):
         plan_from_trace(trace, options, EVERYTHING)

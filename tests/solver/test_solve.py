@@ -23,11 +23,11 @@ from placer.solver.balance.load_caps import (
     greedy_balance,
 )
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.proof.bounds import heaviest_b_matching
 from placer.solver.search.pair_search import (
     Search,
-    SearchLimits,
     transport,
 )
 from placer.solver.solve import solve
@@ -165,7 +165,7 @@ def test_search_never_leaves_the_cap_and_never_loses_its_start(
         problem=problem,
         expert_rank=[ranks.copy() for ranks in start],
         rng=np.random.default_rng(0),
-        limits=SearchLimits(num_rounds=5),
+        params=SolverParams(num_rounds=5),
     )
     after = search.run()
     assert problem.is_feasible(search.expert_rank)

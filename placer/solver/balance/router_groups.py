@@ -106,7 +106,7 @@ def place_groups(
         problem=_between_groups(affinity, policy, topology, caps),
         expert_rank=start,
         rng=np.random.default_rng(options.seed),
-        limits=options.limits,
+        params=options.params,
     )
     search.run(deadline=deadline)
     width = num_ranks // blocks

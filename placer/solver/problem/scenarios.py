@@ -10,20 +10,24 @@ import numpy.typing as npt
 
 from placer.arrays import FloatArray
 from placer.errors import UsageError
+from placer.solver.params import SolverParams
 from placer.trace import Chunk
 
 Robust = Literal["none", "bootstrap", "domains"]
 ROBUST: tuple[Robust, ...] = get_args(Robust)
-NUM_RESAMPLES = 64
 
 
 def load_scenarios(
-    tokens: Chunk, num_experts: tuple[int, ...], robust: Robust, seed: int
+    tokens: Chunk,
+    num_experts: tuple[int, ...],
+    robust: Robust,
+    seed: int,
+    num_resamples: int = SolverParams().num_resamples,
 ) -> tuple[FloatArray, ...]:
     """Return L arrays ``[S, E]``: pairs per expert; the first row is the profile's own.
 
-    ``bootstrap`` draws as many sequences as there are, with replacement, 64 times: what
-    differs between them is what one more day of the same traffic may differ by.
+    ``bootstrap`` draws as many sequences as there are, with replacement,
+    ``num_resamples`` times: they differ as one more day of the same traffic may.
     ``domains`` has one scenario per domain, as if all traffic were of it. Every scenario
     is scaled to the profile's number of tokens.
 
@@ -32,7 +36,7 @@ def load_scenarios(
     UsageError
         If ``domains`` is asked of tokens without domains, or the name is unknown.
     """
-    weights = _token_weights(tokens, robust, seed)
+    weights = _token_weights(tokens, robust, seed, num_resamples)
     scenarios = []
     for ids, size in zip(tokens.experts, num_experts, strict=True):
         rows = [
@@ -43,15 +47,17 @@ def load_scenarios(
     return tuple(scenarios)
 
 
-def _token_weights(tokens: Chunk, robust: Robust, seed: int) -> list[FloatArray]:
+def _token_weights(
+    tokens: Chunk, robust: Robust, seed: int, num_resamples: int
+) -> list[FloatArray]:
     own = np.ones(tokens.num_tokens)
     if robust == "none":
         return [own]
     if robust == "bootstrap":
-        rng = np.random.default_rng([seed, NUM_RESAMPLES])
+        rng = np.random.default_rng([seed, num_resamples])
         ids, index = np.unique(tokens.sequence_ids, return_inverse=True)
         even = np.full(len(ids), 1 / len(ids))
-        drawn = [rng.multinomial(len(ids), even)[index] for _ in range(NUM_RESAMPLES)]
+        drawn = [rng.multinomial(len(ids), even)[index] for _ in range(num_resamples)]
         return [own, *(_scaled(weight) for weight in drawn)]
     if robust != "domains":
         raise UsageError(

@@ -14,12 +14,9 @@ from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.topology import Topology
 from placer.solver.kernels.layer import Prices
+from placer.solver.params import SolverParams
 from placer.target.engine import SolvableExchange, SolvableReplicaChoice
 from placer.trace import Chunk
-
-#: A swap moves thousands of copies to move hundreds of homes: at 4 copies a token, most
-#: layers of gpt-oss-20b stay above a cap that they meet at 30.
-HOME_PRICE = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +47,8 @@ class TrafficProblem:
         Copies that a pair of load above the cap is worth, mean over the scenarios.
     receive_price
         Copies that a copy to the busiest receiver is worth, beyond itself.
+    home_price
+        As in ``SolverParams``.
     move_price
         L arrays ``[E, R]``: copies that an expert on a rank is worth, or ``None``.
     kind
@@ -63,7 +62,7 @@ class TrafficProblem:
         ``None``: no layer is dense.
     max_home_imbalance
         Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
-        ``None``. Every token above it costs :data:`HOME_PRICE` copies.
+        ``None``. Every token above it costs ``home_price`` copies.
     max_received_copies
         Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
         a limit that no move may break, as that of the load is.
@@ -82,6 +81,7 @@ class TrafficProblem:
     max_load: tuple[FloatArray, ...]
     overflow_price: float = 0.0
     receive_price: float = 0.0
+    home_price: float = SolverParams().home_price
     move_price: tuple[FloatArray, ...] | None = None
     kind: tuple[IntArray, ...] | None = None
     replica_choice: SolvableReplicaChoice | None = None
@@ -116,7 +116,7 @@ class TrafficProblem:
         # After the last layer a token is nowhere at home.
         if self.max_home_imbalance is not None and layer + 1 < self.num_layers:
             max_homes = self.max_home_imbalance * self.num_tokens / num_ranks
-            crowd = HOME_PRICE * num_ranks
+            crowd = self.home_price * num_ranks
         return Prices(
             to_rank=to_rank,
             to_node=to_node,

@@ -12,7 +12,6 @@ from placer.run.progress import (
     gap,
 )
 from placer.solver.options import (
-    Proof,
     SolveOptions,
 )
 from placer.solver.problem.pairs import PlacementProblem
@@ -40,12 +39,6 @@ COPIES_NAME = {
     "request": "price of the copies sent from the homes that tables of other sequences "
     "give, per token and layer",
 }
-# Steps of the pair certificate and rounds of the copies certificate.
-_PROOF_STEPS: dict[Proof, tuple[int, int]] = {
-    "none": (0, 0),
-    "quick": (40, 20),
-    "full": (300, 200),
-}
 ALIKE_METHOD = "one expert per token: every placement sends as many"
 _QUICK_EXPERTS = 4096
 # What proves a bound in under a second, before the search: arcs of b-matchings; experts and
@@ -65,7 +58,7 @@ def pair_report(
     deadline: Deadline,
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what pairs cost."""
-    found = _pair_certificate(problem, placement, options.proof, progress, deadline)
+    found = _pair_certificate(problem, placement, options, progress, deadline)
     if found is None:
         return {
             "status": "feasible",
@@ -111,7 +104,7 @@ def copies_report(
         why = "none: replicas void the bounds"
         return report | {"bound": None, "gap": None, "bound_method": why}
     problem = problem.admitting(_ranks(placement))
-    pairs = _pair_certificate(problem, placement, options.proof, line.tell, deadline)
+    pairs = _pair_certificate(problem, placement, options, line.tell, deadline)
     bound = None
 
     def told(step: str, found: float) -> bool:
@@ -119,7 +112,7 @@ def copies_report(
         line(f"proof of the copies, {step}", objective)
         return not deadline.passed()
 
-    rounds = _steps(problem, options.proof)[1]
+    rounds = _steps(problem, options)[1]
     with deadline.interruptible():
         if rounds and not deadline.passed():
             bound = _copies_bound(problem, judged, options, rounds=rounds, told=told)
@@ -181,7 +174,7 @@ def early_copies_bound(
 def _pair_certificate(
     problem: PlacementProblem,
     placement: Placement,
-    proof: Proof,
+    options: SolveOptions,
     progress: Callable[[str], None] | None,
     deadline: Deadline,
 ) -> Certificate | None:
@@ -191,7 +184,7 @@ def _pair_certificate(
     objective = problem.objective(_ranks(placement))
     certificate = PairCertificate(problem)
     line = GapLine(tell=progress, num_decimals=0, bound=certificate.bound)
-    steps = _steps(problem, proof)[0]
+    steps = _steps(problem, options)[0]
     looks = range(_STEPS_PER_LOOK, steps + 1, _STEPS_PER_LOOK)
     with deadline.interruptible():
         for done in looks:
@@ -262,10 +255,15 @@ def _has_copies_bound(options: SolveOptions) -> bool:
     return options.exchange == "per-rank" or options.policy == "fixed"
 
 
-def _steps(problem: PlacementProblem, proof: Proof) -> tuple[int, int]:
-    """Return the work of a proof; a quick one is left out where it would not be quick."""
+def _steps(problem: PlacementProblem, options: SolveOptions) -> tuple[int, ...]:
+    """Return the steps of the pair certificate, and the rounds of that of copies.
+
+    A quick proof is left out where it would not be quick.
+    """
+    if options.proof == "full":
+        return options.params.full_proof
     large = _num_experts(problem) > _QUICK_EXPERTS
-    return (0, 0) if large and proof == "quick" else _PROOF_STEPS[proof]
+    return (0, 0) if large or options.proof == "none" else options.params.quick_proof
 
 
 def status(objective: float, bound: float) -> Literal["optimal", "feasible"]:

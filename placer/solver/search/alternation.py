@@ -27,6 +27,7 @@ from placer.run.deadline import Deadline
 from placer.serving.homes import fixed_homes
 from placer.serving.replica_choice import serving_layers
 from placer.solver.balance.requests import place_requests
+from placer.solver.params import SolverParams
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.caution import (
     Caution,
@@ -38,8 +39,6 @@ from placer.solver.search.evaluation import (
 )
 from placer.solver.search.evaluator import evaluate
 from placer.solver.search.refine import (
-    SHARE_OF_REPAIR,
-    RefineLimits,
     refined,
     repaired,
 )
@@ -53,15 +52,6 @@ from placer.table.requests import request_scores
 from placer.trace import Chunk
 
 Homes = tuple[IntArray, ...]
-
-NUM_ROUNDS = 4
-#: Parts of the sequences; the table of all parts but one gives that one its homes.
-NUM_PARTS = 4
-# Copies that a pair served at home is worth when placements are compared. Moves are not
-# made for it: what that gains on the profile is lost on other sequences (docs/tables.md).
-_SERVED_PRICE = 1.0
-# Cap on a rank's share of the requests that the placement is made for.
-_REQUEST_IMBALANCE = 1.1
 
 
 def vocabulary_of(tokens: Chunk, policy: str) -> int:
@@ -96,7 +86,7 @@ class Alternation:
         ``token`` or ``request``.
     vocab_size
         Above every token id.
-    limits
+    params
         How long to refine, all rounds together.
     seed
         Seed of the parts and of the refinements.
@@ -110,7 +100,7 @@ class Alternation:
     tokens: Chunk
     policy: ContentPolicy
     vocab_size: int
-    limits: RefineLimits
+    params: SolverParams
     seed: int = 0
     max_home_imbalance: float | None = None
     caution: FloatArray | None = None
@@ -133,7 +123,7 @@ class Alternation:
         deadline.needs(2 * (time.monotonic() - began))
         rounds = self._careful_rounds if placement.has_replicas else self._rounds
         best = given
-        share = SHARE_OF_REPAIR if placement.has_replicas else 0.0
+        share = self.params.share_of_repair if placement.has_replicas else 0.0
         with deadline.interruptible(), deadline.keeping(share):
             for number, best in enumerate(rounds(given, deadline)):
                 if progress is not None:
@@ -143,7 +133,7 @@ class Alternation:
     def _rounds(self, given: Rated, deadline: Deadline) -> Iterator[Rated]:
         """Yield the best so far after each round."""
         best = found = given
-        for number in range(NUM_ROUNDS):
+        for number in range(self.params.num_alternations):
             if deadline.passed():
                 return
             found = self.rated(self._refined(found, None, number, deadline))
@@ -159,11 +149,11 @@ class Alternation:
         none = np.zeros(given.placement.num_layers)
         caution = Caution.of_share(none if self.caution is None else self.caution)
         best = given
-        for number in range(NUM_ROUNDS):
+        for number in range(self.params.num_alternations):
             if deadline.passed():
                 return
             found = self.rated(self._refined(best, caution.share, number, deadline))
-            caution = caution.adapted(found.cost)
+            caution = caution.adapted(found.cost, self.params.least_caution)
             mixed = self._mixed(best, found)
             if mixed.cost.is_better(best.cost):
                 best = mixed
@@ -195,14 +185,14 @@ class Alternation:
         def nearer(found: Rated, layers: BoolArray, share: float, number: int) -> Rated:
             problem = self._given(found.homes)
             problem = replace(problem, caution=np.full(len(layers), share))
-            placement, limits = found.placement, self.limits
+            placement, params = found.placement, self.params
             after = self.rated(
-                repaired(placement, problem, limits, layers, seed=number, deadline=deadline)
+                repaired(placement, problem, params, layers, seed=number, deadline=deadline)
             )
             is_mixed = (found.cost.better_layers(after.cost) & layers).any()
             return self._mixed(found, after) if is_mixed else after
 
-        return kept_under_cap(found, nearer, deadline)
+        return kept_under_cap(found, nearer, self.params, deadline)
 
     def rated(self, placement: Placement) -> Rated:
         """Return what a placement costs from the homes of its own tables."""
@@ -222,7 +212,7 @@ class Alternation:
 
     def table_homes(self, placement: Placement) -> Homes:
         """Return L arrays ``[T]``: homes by the tables of other sequences."""
-        part_of_token = sequence_parts(self.tokens, self.seed)
+        part_of_token = sequence_parts(self.tokens, self.params.num_parts, self.seed)
         num_parts = int(part_of_token.max()) + 1
         homes = np.zeros((placement.num_layers, self.tokens.num_tokens), dtype=np.int64)
         for part in range(num_parts):
@@ -276,15 +266,18 @@ class Alternation:
         """Improve a placement for its homes."""
         homes = found.homes
         if self.policy == "request":
-            homes = request_clusters(found.placement, self.tokens)
-        sweeps = -(-self.limits.num_sweeps // NUM_ROUNDS)
+            homes = request_clusters(
+                found.placement, self.tokens, self.params.request_imbalance
+            )
+        sweeps = -(-self.params.num_sweeps // self.params.num_alternations)
         return refined(
             found.placement,
             replace(self._given(homes), caution=caution),
             replace(
-                self.limits,
+                self.params,
                 num_sweeps=sweeps,
-                num_visited_tokens=self.limits.num_visited_tokens // NUM_ROUNDS,
+                num_visited_tokens=self.params.num_visited_tokens
+                // self.params.num_alternations,
             ),
             seed=self.seed + number,
             deadline=deadline,
@@ -297,7 +290,7 @@ class Alternation:
         """Return the problem in which an expert is worth more where it serves at home."""
         num_ranks = given.topology.num_ranks
         served = tuple(
-            -_SERVED_PRICE * pairs_of_homes(ids, home, load.shape[1], num_ranks)
+            -self.params.served_price * pairs_of_homes(ids, home, load.shape[1], num_ranks)
             for ids, home, load in zip(given.experts, homes, given.load, strict=True)
         )
         if given.move_price is not None:
@@ -318,14 +311,14 @@ def pairs_of_homes(
     return counts.reshape(num_experts, num_ranks).astype(np.float64)
 
 
-def sequence_parts(tokens: Chunk, seed: int) -> IntArray:
+def sequence_parts(tokens: Chunk, num_parts: int, seed: int) -> IntArray:
     """Return ``[T]`` int64: the part of each token's sequence, drawn at random."""
     ids, sequence = np.unique(tokens.sequence_ids, return_inverse=True)
-    part: IntArray = np.random.default_rng(seed).permutation(len(ids)) % NUM_PARTS
+    part: IntArray = np.random.default_rng(seed).permutation(len(ids)) % num_parts
     return part[sequence]
 
 
-def request_clusters(placement: Placement, tokens: Chunk) -> Homes:
+def request_clusters(placement: Placement, tokens: Chunk, max_imbalance: float) -> Homes:
     """Return L equal arrays ``[T]``: for each sequence the rank that serves most of it.
 
     What serving cannot know: it says which requests the placement should serve where.
@@ -339,5 +332,5 @@ def request_clusters(placement: Placement, tokens: Chunk) -> Homes:
         served += used @ placement.holds(layer)
         counts.append(used)
     # All requests are much alike, far more than their shares differ between ranks.
-    rank = place_requests(np.hstack(counts), served, _REQUEST_IMBALANCE, likeness=0.0)
+    rank = place_requests(np.hstack(counts), served, max_imbalance, likeness=0.0)
     return (rank[request],) * placement.num_layers

@@ -16,15 +16,12 @@ import numpy as np
 
 from placer.arrays import BoolArray, FloatArray
 from placer.run.deadline import Deadline
+from placer.solver.params import SolverParams
 from placer.solver.search.evaluation import (
     SAME_OVERFLOW,
     Evaluation,
     Rated,
 )
-
-# Of repairing, one after the other: with more of it fewer placements are under the cap.
-_SHARES = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0)
-_LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,18 +44,22 @@ class Caution:
         """Return a caution ``[L]`` to begin with, before any layer was above its cap."""
         return cls(share=share, was_above=np.zeros(len(share), dtype=np.bool_))
 
-    def adapted(self, reached: Evaluation) -> "Caution":
-        """Return twice the share where a layer is above the cap, half where none was."""
+    def adapted(self, reached: Evaluation, least: float) -> "Caution":
+        """Return twice the share, the ``least`` from none, where a layer is above the cap.
+
+        Half of it where a layer never was.
+        """
         above = is_above(reached)
         was_above = self.was_above | above
         kept = np.where(was_above, self.share, self.share / 2)
-        more = np.clip(2 * self.share, _LEAST_SHARE, 1.0)
+        more = np.clip(2 * self.share, least, 1.0)
         return Caution(share=np.where(above, more, kept), was_above=was_above)
 
 
 def kept_under_cap(
     best: Rated,
     repaired: Callable[[Rated, BoolArray, float, int], Rated],
+    params: SolverParams,
     deadline: Deadline,
 ) -> Rated:
     """Repair a placement with replicas until all layers are under caps by who serves.
@@ -69,6 +70,8 @@ def kept_under_cap(
         A placement and what it costs by what follows from it.
     repaired
         Repairs ``[L]`` layers under a share of caution, in the round of a number.
+    params
+        Which shares of caution, one after the other.
     deadline
         No round begins after it; where the search was stopped before, rounds go on as long
         as they help.
@@ -79,7 +82,7 @@ def kept_under_cap(
         The best of all rounds; above a cap where none is under it.
     """
     with deadline.interruptible():
-        for number, share in enumerate(_SHARES):
+        for number, share in enumerate(params.cautions_of_repairs):
             above = is_above(best.cost)
             if not above.any() or deadline.left() == 0.0:
                 break

@@ -58,7 +58,6 @@ from placer.solver.search.dynamic import (
 from placer.solver.search.pair_search import Search
 from placer.trace import Chunk
 
-_EXACT_OPERATIONS = 2e10
 _OPERATIONS_PER_SECOND = 2e9  # of a slow machine, where there is a time limit
 
 
@@ -140,14 +139,14 @@ def profiled(
         at_most=at_most,
         deadline=deadline,
     )
-    if options.needs_tokens is not None and not options.refine.num_sweeps:
+    if options.needs_tokens is not None and not options.params.num_sweeps:
         raise UsageError(
             f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
             "leave out --num-sweeps",
         )
     judged = None
-    if tokens is not None and options.refine.num_sweeps:
-        judged = sample_sequences(tokens, options.refine.num_tokens, options.seed)
+    if tokens is not None and options.params.num_sweeps:
+        judged = sample_sequences(tokens, options.params.num_tokens, options.seed)
     profile = Profile(
         affinity=affinity,
         tokens=tokens,
@@ -231,7 +230,7 @@ def _place_pairs(
         return _placed(profile.balanced, options.topology), True
     exact = None
     left = deadline.left()
-    most = _EXACT_OPERATIONS
+    most = options.params.exact_operations
     if left is not None:
         most = min(most, left * _OPERATIONS_PER_SECOND)
     if profile.judged is None:
@@ -244,7 +243,7 @@ def _place_pairs(
         problem=problem,
         expert_rank=_best_start(problem, profile.balanced),
         rng=np.random.default_rng(options.seed),
-        limits=options.limits,
+        params=options.params,
     )
     line = GapLine(tell=progress, num_decimals=0)
     if progress is not None:

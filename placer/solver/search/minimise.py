@@ -54,18 +54,10 @@ from placer.solver.search.first_placement import (
     first_placement,
 )
 from placer.solver.search.refine import (
-    SHARE_OF_REPAIR,
     refined,
     repaired,
 )
 from placer.trace import Chunk
-
-# How cautious placements are made for draws, one from the other: few draws bring the first
-# above a cap, few are worth as little as it, and which of them fits is known at the end.
-_CAUTIONS_OF_DRAWS = (1.0, 0.5, 0.25, 0.12, 0.0)
-_CAUTION_OF_TABLES = 0.3
-# Tokens whose homes are found by tables where there is no time for more.
-_FEW_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,7 +130,9 @@ def _minimised_for_tables(
     """Alternate homes and placement from each start; the best of all and mixed."""
     options, deadline = search.options, search.deadline
     if deadline.passed():  # a rating takes several tables
-        few = sample_sequences(search.judged, _FEW_TOKENS, options.seed)
+        few = sample_sequences(
+            search.judged, options.params.num_hurried_tokens, options.seed
+        )
         search = replace(search, judged=few)
     vocab_size = vocabulary_of(search.judged, content)
     caution = _first_caution(content, search.profile, options)
@@ -151,7 +145,7 @@ def _minimised_for_tables(
             tokens=search.judged,
             policy=content,
             vocab_size=vocab_size,
-            limits=options.refine,
+            params=options.params,
             seed=options.seed,
             max_home_imbalance=options.max_home_imbalance,
             caution=caution,
@@ -227,7 +221,7 @@ def _first_caution(
     requests, which use most experts, hardly do, and ``hash`` does not look at homes.
     """
     is_moved = content == "token" and options.replica_choice != "hash"
-    share = _CAUTION_OF_TABLES if is_moved else 0.0
+    share = options.params.caution_of_tables if is_moved else 0.0
     return np.where(_needs_relief(profile, options), 0.0, share)
 
 
@@ -239,7 +233,7 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     placements, as SGLang draws for it, and repaired where it is above a cap.
     """
     options, deadline = search.options, search.deadline
-    with deadline.keeping(SHARE_OF_REPAIR):
+    with deadline.keeping(options.params.share_of_repair):
         found = _minimised_carefully(search, policy)
         tried = _tried_for_draws(search, found)
     with deadline.interruptible():
@@ -251,24 +245,27 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     def nearer(best: Rated, layers: BoolArray, share: float, number: int) -> Rated:
         caution = np.full(len(layers), share) if share else None  # without: as drawn
         problem = replace(found.traffic, caution=caution)
-        limits = options.refine
+        params = options.params
         return rated(
             repaired(
-                best.placement, problem, limits, layers, seed=number, deadline=deadline
+                best.placement, problem, params, layers, seed=number, deadline=deadline
             )
         )
 
     best = _best_of([rated(placement) for placement in tried])
-    return replace(found, placement=kept_under_cap(best, nearer, deadline).placement)
+    return replace(
+        found, placement=kept_under_cap(best, nearer, options.params, deadline).placement
+    )
 
 
 def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
     """Return placements made under ever less caution, and those that are given."""
     options, deadline = search.options, search.deadline
-    once = replace(options, refine=replace(options.refine, num_starts=1))
+    once = replace(options, params=replace(options.params, num_starts=1))
     needs_relief = _needs_relief(search.profile, options)
     tried = [found.placement]
-    for less, more in zip(_CAUTIONS_OF_DRAWS[::-1], _CAUTIONS_OF_DRAWS, strict=True):
+    cautions = options.params.cautions_of_draws
+    for less, more in zip(cautions[::-1], cautions, strict=True):
         if deadline.passed():
             break
         caution = np.where(needs_relief, less, more)
@@ -319,7 +316,13 @@ def _traffic_problem(
 ) -> TrafficProblem:
     sizes = tuple(len(load) for load in problem.load)
     n_group = profile.affinity.model.n_group
-    load = load_scenarios(profile.tokens or judged, sizes, options.robust, options.seed)
+    load = load_scenarios(
+        profile.tokens or judged,
+        sizes,
+        options.robust,
+        options.seed,
+        options.params.num_resamples,
+    )
     caps = problem.max_load
     if options.redundant_experts:
         # Caps that are out of reach without replicas may be met with them.
@@ -336,6 +339,7 @@ def _traffic_problem(
         if options.overflow_price is None
         else options.overflow_price,
         receive_price=options.receive_price,
+        home_price=options.params.home_price,
         move_price=_move_price(judged, profile.tokens, options),
         kind=pinned_kinds(
             group_kinds(sizes, n_group) if options.preserve_groups else None,
@@ -391,7 +395,7 @@ def _refine(
     return refined(
         placement,
         traffic,
-        options.refine,
+        options.params,
         seed=options.seed,
         progress=None
         if line.tell is None

@@ -18,26 +18,11 @@ from placer.arrays import (
     IntArray,
 )
 from placer.run.deadline import Deadline
+from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import (
     PlacementProblem,
     rank_load,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchLimits:
-    """How long to search; counts of steps, never seconds, so a result is reproducible.
-
-    Attributes
-    ----------
-    num_rounds
-        Shakes after the first descent.
-    tabu_steps
-        Swaps tried in one visit of a layer.
-    """
-
-    num_rounds: int = 30
-    tabu_steps: int = 60
 
 
 def transport(cost: FloatArray, slots_per_rank: int) -> IntArray:
@@ -91,14 +76,14 @@ class Search:
         L arrays ``[E]`` int64, feasible under the load cap; changed in place.
     rng
         Source of the shakes.
-    limits
+    params
         How long to search.
     """
 
     problem: PlacementProblem
     expert_rank: list[IntArray]
     rng: np.random.Generator
-    limits: SearchLimits = field(default_factory=SearchLimits)
+    params: SolverParams = field(default_factory=SolverParams)
     _rank_cost: FloatArray = field(init=False)
     _deadline: Deadline = field(init=False, default_factory=Deadline)
 
@@ -115,7 +100,7 @@ class Search:
         best = [ranks.copy() for ranks in self.expert_rank]
         best_objective = self.problem.objective(best)
         with deadline.interruptible():
-            for number in range(self.limits.num_rounds + 1):
+            for number in range(self.params.num_rounds + 1):
                 if deadline.passed():
                     break
                 self._round(number)
@@ -208,7 +193,7 @@ class Search:
             max_load=problem.max_load[layer],
             rank_cost=self._rank_cost,
         )
-        return walk.best_feasible(self.limits.tabu_steps, self._deadline)
+        return walk.best_feasible(self.params.tabu_steps, self._deadline)
 
     def _shake(self, layer: int) -> None:
         """Swap a few random pairs of experts of different ranks, cap or no cap."""

@@ -20,52 +20,20 @@ from placer.arrays import BoolArray, FloatArray, Int16Array, IntArray
 from placer.placement.placement import Placement
 from placer.run.deadline import Deadline
 from placer.solver.kernels.moves import anneal, descend
+from placer.solver.params import SolverParams
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluation import SAME_OVERFLOW, is_better
 from placer.solver.search.evaluator import Evaluator
 from placer.solver.search.layer_state import RULES
 
-# The first temperature, as a share of a layer's price; the last is a thirtieth of it.
-_HOTTEST, _COOLING = 2e-3, 1 / 30
-#: Share of the time that is kept for repairing.
-SHARE_OF_REPAIR = 0.2
-# Visits of a layer that is above a cap.
-_MOST_REPAIRS = 8
-
 #: Told the sweep and the copies after it.
 TellSweep = Callable[[int, float], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefineLimits:
-    """How long to refine; counts, never seconds, so a result is reproducible.
-
-    Attributes
-    ----------
-    num_sweeps
-        Visits of every layer while the temperature falls; 0 leaves the descent alone out
-        as well.
-    num_visited_tokens
-        Most tokens that all proposals together may look at, except for those that repair.
-    num_tokens
-        Most tokens to judge by; of longer profiles whole sequences are sampled.
-    num_starts
-        Under ``fixed``, where no layer's price depends on another's: most times to anneal
-        from the start, each layer keeping its best; fewer where ``num_visited_tokens``
-        would not let each of them try all moves. With replicas, which give many more
-        moves to choose from, one annealing with this many times the sweeps, and tokens.
-    """
-
-    num_sweeps: int = 16
-    num_visited_tokens: int = 2_000_000_000
-    num_tokens: int = 65_536
-    num_starts: int = 4
 
 
 def refined(
     placement: Placement,
     problem: TrafficProblem,
-    limits: RefineLimits,
+    params: SolverParams,
     *,
     seed: int = 0,
     num_threads: int = 2,
@@ -84,8 +52,8 @@ def refined(
         Where to start.
     problem
         What is minimised.
-    limits
-        How long to search.
+    params
+        How long to search, and how.
     seed
         Seed of the moves.
     num_threads
@@ -101,7 +69,7 @@ def refined(
         return placement
     began = time.monotonic()
     search = _Refinement(
-        at=Evaluator(problem, placement), limits=limits, seed=seed, num_threads=num_threads
+        at=Evaluator(problem, placement), params=params, seed=seed, num_threads=num_threads
     )
     best = search.snapshot()
     deadline.needs(2 * (time.monotonic() - began))  # to be priced anew at the end
@@ -123,14 +91,14 @@ def refined(
 def repaired(
     placement: Placement,
     problem: TrafficProblem,
-    limits: RefineLimits,
+    params: SolverParams,
     layers: BoolArray,
     *,
     seed: int,
     deadline: Deadline,
 ) -> Placement:
     """Return a placement nearer to its caps in some ``[L]`` layers, the others kept."""
-    search = _Refinement(at=Evaluator(problem, placement), limits=limits, seed=seed)
+    search = _Refinement(at=Evaluator(problem, placement), params=params, seed=seed)
     search.repair(layers, deadline)
     rows = zip(
         layers, search.snapshot().slots, placement.physical_to_logical_map, strict=True
@@ -153,7 +121,7 @@ class _Refinement:
     """The optimiser: it changes the states of an evaluator."""
 
     at: Evaluator
-    limits: RefineLimits
+    params: SolverParams
     seed: int
     num_threads: int = 2
 
@@ -163,16 +131,16 @@ class _Refinement:
 
     def num_starts(self) -> int:
         """Return how often to anneal: as often as all proposals fit into the limit."""
-        limits, layers = self.limits, range(self.problem.num_layers)
-        if self.problem.policy != "fixed" or not limits.num_sweeps or self.at.has_replicas:
+        params, layers = self.params, range(self.problem.num_layers)
+        if self.problem.policy != "fixed" or not params.num_sweeps or self.at.has_replicas:
             return 1
         times = min(self._allowed_moves(n) / self._all_moves(n) for n in layers)
-        return max(1, min(limits.num_starts, int(times)))
+        return max(1, min(params.num_starts, int(times)))
 
     def share_of_repair(self) -> float:
         """Return the share of the time that repairing may need once moves are made."""
         repairs = self.problem.policy == "follow" and self.at.has_replicas
-        return SHARE_OF_REPAIR if repairs else 0.0
+        return self.params.share_of_repair if repairs else 0.0
 
     def improve(
         self,
@@ -181,15 +149,17 @@ class _Refinement:
         deadline: Deadline,
     ) -> None:
         """Anneal, then descend until no move pays; each ``start`` has seeds of its own."""
-        num_sweeps = self.limits.num_sweeps
+        params = self.params
+        num_sweeps = params.num_sweeps
         if self.problem.policy == "fixed" and self.at.has_replicas:
             # Each token stands for one home there: the best of several fits these.
-            num_sweeps *= self.limits.num_starts
+            num_sweeps *= self.params.num_starts
         first = 2 * num_sweeps * start
         for sweep in range(num_sweeps):
             if deadline.passed():
                 return
-            share = _HOTTEST * _COOLING ** (sweep / max(num_sweeps - 1, 1))
+            cooled = params.cooling ** (sweep / max(num_sweeps - 1, 1))
+            share = params.first_temperature * cooled
             self._sweep(share, first + sweep, deadline)
             if progress is not None:
                 copies = self.at.per_token(sum(self.at.price_copies()))
@@ -206,9 +176,9 @@ class _Refinement:
         repaired all the same, in the time that is kept for it: few layers are above a cap.
         """
         homes = [self.at.first_homes()]
-        first = 2 * self.limits.num_sweeps
+        first = 2 * self.params.num_sweeps
         for layer in range(self.problem.num_layers):
-            for number in range(first, first + _MOST_REPAIRS * layers[layer]):
+            for number in range(first, first + self.params.num_repairs * layers[layer]):
                 if deadline.left() == 0.0:
                     return
                 self.at.price_layer(self.at.tokens(layer, homes=homes), layer)
@@ -286,10 +256,10 @@ class _Refinement:
         return int(self.at.states[layer].slots.size ** 2 // 2)
 
     def _allowed_moves(self, layer: int) -> float:
-        limits, num_experts = self.limits, len(self.at.states[layer].holds)
+        params, num_experts = self.params, len(self.at.states[layer].holds)
         visited = 2 * self.at.profiles[layer].experts.size / num_experts
-        num_visits = self.problem.num_layers * max(2 * limits.num_sweeps, 1)
-        return limits.num_visited_tokens / (visited * num_visits)
+        num_visits = self.problem.num_layers * max(2 * params.num_sweeps, 1)
+        return params.num_visited_tokens / (visited * num_visits)
 
     def _kind(self, layer: int) -> IntArray:
         if self.problem.kind is None:

@@ -27,9 +27,9 @@ from placer.planning.tables import (
 from placer.run.deadline import Deadline
 from placer.solver.balance.requests import place_requests
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.traffic import (
-    HOME_PRICE,
     TrafficProblem,
 )
 from placer.solver.search.alternation import (
@@ -38,7 +38,7 @@ from placer.solver.search.alternation import (
     vocabulary_of,
 )
 from placer.solver.search.evaluator import Evaluator
-from placer.solver.search.refine import RefineLimits, refined
+from placer.solver.search.refine import refined
 from placer.solver.solve import solve
 from placer.table.build import DEFAULT_SHRINKAGE
 from placer.trace import (
@@ -68,7 +68,7 @@ def alternation(chunk: Chunk, num_experts: int, num_ranks: int, **options) -> Al
         ),
         tokens=chunk,
         vocab_size=vocabulary_of(chunk, "token"),
-        limits=RefineLimits(num_sweeps=8),
+        params=SolverParams(num_sweeps=8),
         **options,
     )
 
@@ -81,7 +81,7 @@ def price_by_hand(
     A single sequence is all there is: its own table gives its homes.
     The second value is less by the pairs that are served at home.
     """
-    part = sequence_parts(chunk, seed=0)
+    part = sequence_parts(chunk, 4, seed=0)
     copies, at_home = 0, 0
     for ids, rank_of in zip(chunk.experts, ranks, strict=True):
         served = np.array(rank_of)[ids]
@@ -146,7 +146,7 @@ def test_a_mixture_takes_each_layer_from_where_it_costs_less(
     for ranks in starts:
         placement = Placement.from_expert_rank([np.array(r) for r in ranks], 2, 1)
         # No sweeps: nothing moves, so this is what the start costs.
-        still = replace(found, limits=RefineLimits(num_sweeps=0))
+        still = replace(found, params=SolverParams(num_sweeps=0))
         ends.append(still.run(placement))
     mixed = found.mixture(*ends, Deadline())
     reached = tuple(tuple(mixed.placement.expert_rank(n).tolist()) for n in range(2))
@@ -160,7 +160,7 @@ def test_parts_hold_whole_sequences_of_about_the_same_number(
     make_chunk: Callable[..., Chunk],
 ) -> None:
     chunk = make_chunk(num_sequences=10)
-    part = sequence_parts(chunk, seed=5)
+    part = sequence_parts(chunk, 4, seed=5)
     pairs = set(zip(chunk.sequence_ids.tolist(), part.tolist(), strict=True))
     assert len(pairs) == 10
     assert sorted(np.bincount([p for _, p in pairs])) == [2, 2, 3, 3]
@@ -250,11 +250,11 @@ def test_a_plan_that_is_served_is_never_made_worse(
         policy="token",
         max_imbalance=2.0,
         proof="none",
-        refine=RefineLimits(num_sweeps=8),
+        params=SolverParams(num_sweeps=8),
     )
     judge = alternation(chunk, 8, 4, policy="token")
     start, _ = solve(affinity, options, None, chunk)
-    again = replace(options, start=start, refine=RefineLimits(num_sweeps=1))
+    again = replace(options, start=start, params=SolverParams(num_sweeps=1))
     end, _ = solve(affinity, again, None, chunk)
     assert judge.rated(end).cost.price <= judge.rated(start).cost.price
 
@@ -289,7 +289,7 @@ def test_follow_pays_for_every_token_above_the_cap_on_homes(
     chunk = make_chunk(num_tokens=300, seed=4)
     plain = replace(alternation(chunk, 8, 4, policy="token").traffic, policy="follow")
     capped = replace(plain, max_home_imbalance=1.1)
-    limits = RefineLimits(num_sweeps=8)
+    limits = SolverParams(num_sweeps=8)
     start = Placement.from_expert_rank([np.arange(8) // 2] * 3, 4, 1)
 
     def excess(placement: Placement) -> list[float]:
@@ -306,7 +306,7 @@ def test_follow_pays_for_every_token_above_the_cap_on_homes(
     prices = []
     for problem in (plain, capped):
         prices.append(Evaluator(problem, start).price_per_layer())
-    paid = (prices[1] - prices[0]) / (4 * HOME_PRICE)
+    paid = (prices[1] - prices[0]) / (4 * SolverParams().home_price)
     assert paid == pytest.approx(excess(start))
     free, even = (refined(start, problem, limits) for problem in (plain, capped))
     assert sum(excess(even)) < 0.5 * sum(excess(free))

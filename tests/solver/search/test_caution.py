@@ -23,6 +23,7 @@ from placer.serving.replica_choice import sglang_static_ranks
 from placer.simulation import simulate
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.alternation import (
@@ -39,7 +40,6 @@ from placer.solver.search.evaluation import (
     Rated,
 )
 from placer.solver.search.evaluator import evaluate
-from placer.solver.search.refine import RefineLimits
 from placer.solver.solve import solve
 from placer.trace import (
     Chunk,
@@ -106,7 +106,7 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
         tokens=chunk,
         policy=policy,
         vocab_size=vocabulary_of(chunk, policy),
-        limits=RefineLimits(),
+        params=SolverParams(),
     )
     for layer, homes in enumerate(table.table_homes(placement)):
         held, load = placement.holds(layer), np.zeros(RANKS)
@@ -128,7 +128,7 @@ def test_what_no_round_brings_under_the_cap_is_repaired(
         tokens=chunk,
         policy=policy,
         vocab_size=vocabulary_of(chunk, policy),
-        limits=RefineLimits(num_sweeps=0),
+        params=SolverParams(num_sweeps=0),
     )
     assert table.rated(start).cost.imbalance.max() > 1.1
     assert table.run(start).cost.imbalance.max() <= 1.06 + 1e-9
@@ -297,7 +297,7 @@ def test_caution_halves_until_a_layer_is_above_its_cap_and_doubles_then() -> Non
     caution = Caution.of_share(np.full(3, 0.3))
     shares = []
     for overflow in ((0, 5, 0), (0, 5, 0), (7, 0, 0), (0, 0, 0), (0, 9, 0)):
-        caution = caution.adapted(evaluation(*overflow))
+        caution = caution.adapted(evaluation(*overflow), 0.1)
         shares.append(caution.share.tolist())
     assert np.array(shares) == pytest.approx(
         np.array(
@@ -326,7 +326,7 @@ def test_layers_above_the_cap_are_repaired_with_more_and_more_caution(
 
     deadline = Deadline(stopped=is_late)
     start = Rated(placement=contiguous((4, 4), 2), cost=evaluation(0, 8))
-    found = kept_under_cap(start, repaired, deadline)
+    found = kept_under_cap(start, repaired, SolverParams(), deadline)
     rounds = [
         ([False, True], 0.0, [0, 8]),
         ([False, True], 0.1, [0, 7]),
@@ -336,7 +336,7 @@ def test_layers_above_the_cap_are_repaired_with_more_and_more_caution(
     assert seen == (rounds[:2] if is_late else rounds)
     assert found.cost.overflow[0].tolist() == ([0, 7] if is_late else [0, 0])
     seen.clear()
-    assert kept_under_cap(start, repaired, Deadline(seconds=0.0)) is start
+    assert kept_under_cap(start, repaired, SolverParams(), Deadline(seconds=0.0)) is start
     assert seen == [], "no time is left"
 
 
@@ -425,10 +425,10 @@ def test_a_plan_that_sglang_serves_is_never_made_worse(
         redundant_experts=RANKS,
         replica_choice="sglang-static",
         proof="none",
-        refine=RefineLimits(num_sweeps=8),
+        params=SolverParams(num_sweeps=8),
     )
     start, report = solved(chunk, options)
-    again = replace(options, start=start, refine=RefineLimits(num_sweeps=1), seed=1)
+    again = replace(options, start=start, params=SolverParams(num_sweeps=1), seed=1)
     assert solved(chunk, again)[1].objective <= report.objective
 
 

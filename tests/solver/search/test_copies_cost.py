@@ -12,6 +12,7 @@ from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.simulation import simulate
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.proof.copies import (
     CopiesCertificate,
@@ -19,8 +20,6 @@ from placer.solver.proof.copies import (
 )
 from placer.solver.search.copies_cost import CopiesCost
 from placer.solver.search.dynamic import solve_exactly
-from placer.solver.search.pair_search import SearchLimits
-from placer.solver.search.refine import RefineLimits
 from placer.trace import (
     EVERYTHING,
     Chunk,
@@ -166,8 +165,7 @@ def test_tokens_are_not_counted_in_pairs_where_layers_cannot_be_enumerated(
         policy="follow",
         max_imbalance=4.0,
         proof="none",
-        limits=SearchLimits(num_rounds=1),
-        refine=RefineLimits(num_sweeps=1),
+        params=SolverParams(num_rounds=1, num_sweeps=1),
     )
     plan = plan_from_trace(make_trace(num_experts=(16, 16)), options, EVERYTHING)
     assert plan.solver.status == "feasible"

@@ -25,6 +25,7 @@ from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.options import SolveOptions
+from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import (
@@ -33,7 +34,7 @@ from placer.solver.problem.traffic import (
     sample_sequences,
 )
 from placer.solver.search.evaluator import Evaluator, evaluate
-from placer.solver.search.refine import RefineLimits, _Refinement, refined
+from placer.solver.search.refine import _Refinement, refined
 from placer.solver.solve import solve
 from placer.trace import Chunk
 
@@ -158,7 +159,7 @@ def traffic(chunk: Chunk, topology: Topology, **options: object) -> TrafficProbl
 
 
 def searched(problem: TrafficProblem, start: Placement, **options: object) -> Placement:
-    limits = RefineLimits(num_sweeps=4)
+    limits = SolverParams(num_sweeps=4)
     return refined(start, problem, limits, **options)
 
 
@@ -302,7 +303,7 @@ def test_annealing_again_only_makes_layers_cheaper(
     start = random(SIZES, 4, 1, seed=3)
     prices = []
     for num_starts in (1, 4):
-        limits = RefineLimits(num_sweeps=1, num_starts=num_starts)
+        limits = SolverParams(num_sweeps=1, num_starts=num_starts)
         found = refined(start, problem, limits)
         prices.append(Evaluator(problem, found).price_per_layer())
     assert (prices[1] <= prices[0]).all()
