@@ -7,6 +7,7 @@ from placer.arrays import (
     IntArray,
 )
 from placer.baseline.problem import BaselineProblem
+from placer.placement.imbalance import imbalance
 from placer.placement.placement import Placement
 from placer.solver.balance.requests import place_requests
 
@@ -119,7 +120,7 @@ class _CoClustering:
         load = np.bincount(expert, self._load, minlength=len(self._clusters))
         local = use[expert, np.arange(len(expert))].sum()
         remote = 1 - local / self._load.sum()
-        return float(_THETA * (load.max() / load.mean() - 1) + (1 - _THETA) * remote)
+        return float(_THETA * (imbalance(load) - 1) + (1 - _THETA) * remote)
 
     def _place_requests(self, expert: IntArray) -> IntArray:
         """Place requests by descending length, no cluster far above its share."""

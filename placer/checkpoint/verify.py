@@ -1,7 +1,9 @@
 """Proving that an exported checkpoint computes the same function.
 
-Three checks, none of which uses the exporter's code: every tensor by name against the
-permutation, logits on real text, and the routers' choices on that text.
+Three checks: every tensor by name against the permutation, logits on real text, and the
+routers' choices on that text. With the exporter they share the rules that tell what a
+tensor is by its name (``TensorLayout``), and nothing that permutes or writes; logits and
+choices do not depend on those rules.
 """
 
 import re

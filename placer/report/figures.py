@@ -20,6 +20,7 @@ from placer.placement import Plan
 from placer.placement.placement import rank_load
 from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
+from placer.report.heatmap import Matrix, heatmap, styled
 from placer.report.statistics import (
     TraceStatistics,
     distinct_rows,
@@ -34,10 +35,6 @@ from placer.table import Table
 
 FloatArray = npt.NDArray[np.float32]
 
-_HEIGHT = 460
-_SQUARE_HEIGHT = 640
-_SLIDER_HEIGHT = 90
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 _NUM_BINS = 50
@@ -68,14 +65,6 @@ class Drawing:
     title: str
     caption: str
     figure: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Matrix:
-    """One choice of a heatmap that shows one matrix at a time."""
-
-    label: str
-    values: FloatArray
 
 
 def draw(artifact: Artifact, load: Sequence[IntArray] | None = None) -> list[Drawing]:
@@ -136,8 +125,8 @@ def _draw_load(choices: Sequence[tuple[str, Sequence[IntArray]]]) -> Drawing:
         title="Load of every expert",
         caption="Pairs of a token and an expert, over the mean of the layer: 1 is an even "
         "share. White: the layer has no such expert.",
-        figure=_heatmap(
-            [_Matrix(label=label, values=_padded(loads)) for label, loads in choices],
+        figure=heatmap(
+            [Matrix(label=label, values=_padded(loads)) for label, loads in choices],
             x_title="logical expert",
             y_title="MoE layer",
             z_title="load / mean",
@@ -160,7 +149,7 @@ def _draw_pairs(affinity: Affinity) -> list[Drawing]:
     if affinity.transition:
         drawings += [_draw_transition(affinity), _draw_information(affinity)]
     shares = [
-        _Matrix(label=f"layer {layer}", values=_rows_over(pairs, affinity.load[layer]))
+        Matrix(label=f"layer {layer}", values=_rows_over(pairs, affinity.load[layer]))
         for layer, pairs in enumerate(affinity.coactivation)
     ]
     coactivation = Drawing(
@@ -168,7 +157,7 @@ def _draw_pairs(affinity: Affinity) -> list[Drawing]:
         title="Experts that are used together",
         caption="Of the tokens that use an expert, the share that also uses another expert "
         "of the same layer. Experts of one rank share one copy of the token.",
-        figure=_heatmap(
+        figure=heatmap(
             shares,
             x_title="other logical expert",
             y_title="logical expert",
@@ -185,9 +174,9 @@ def _draw_transition(affinity: Affinity) -> Drawing:
         title="From one layer to the next",
         caption="P(next | current): of the pairs that leave an expert, the share that goes "
         "to each expert of the next MoE layer. Rows sum to 1.",
-        figure=_heatmap(
+        figure=heatmap(
             [
-                _Matrix(
+                Matrix(
                     label=f"layer {n} to {n + 1}",
                     values=_rows_over(pairs, pairs.sum(axis=1)),
                 )
@@ -220,7 +209,7 @@ def _draw_information(affinity: Affinity) -> Drawing:
         title="What an expert says about the next layer",
         caption="Mutual information of one expert of a token, drawn at random, and one "
         "of its experts in the next MoE layer: a plug-in estimate, too high on few tokens.",
-        figure=_styled(figure),
+        figure=styled(figure),
     )
 
 
@@ -271,7 +260,7 @@ def _draw_placement(plan: Plan) -> Drawing:
         name="placement",
         title="The rank of every expert",
         caption="Colour: the rank of an expert's first copy; hover for all of its copies.",
-        figure=_styled(figure),
+        figure=styled(figure),
     )
 
 
@@ -296,8 +285,8 @@ def _draw_rank_load(plan: Plan, load: Sequence[IntArray]) -> Drawing:
         title="Load of every rank",
         caption="Pairs served by a rank, over the mean of the layer. The plan was asked "
         f"for at most {plan.max_imbalance:g} on its profile.",
-        figure=_heatmap(
-            [_Matrix(label="all tokens", values=values.astype(np.float32))],
+        figure=heatmap(
+            [Matrix(label="all tokens", values=values.astype(np.float32))],
             x_title="rank",
             y_title="MoE layer",
             z_title="load / mean",
@@ -334,7 +323,7 @@ def _draw_comparison(plan: Plan, placements: dict[str, Any]) -> Drawing:
         name="comparison",
         title="Beside the baselines",
         caption=f"{words.capitalize()}; less is better. Of the table's sequences.",
-        figure=_styled(figure),
+        figure=styled(figure),
     )
 
 
@@ -375,7 +364,7 @@ def _draw_confidence(table: Table, kinds: _Confidences) -> Drawing:
         title="How sure the table is",
         caption="Every distinct token row and every history counts once per layer, however "
         "often it occurs in text.",
-        figure=_styled(figure),
+        figure=styled(figure),
     )
 
 
@@ -403,7 +392,7 @@ def _draw_confidence_by_layer(table: Table, kinds: _Confidences) -> Drawing:
         name="confidence-by-layer",
         title="How sure it is in each layer",
         caption="Medians over distinct token rows and over histories.",
-        figure=_styled(figure),
+        figure=styled(figure),
     )
 
 
@@ -427,80 +416,5 @@ def _draw_bytes(checkpoint: Checkpoint) -> Drawing:
         name="bytes",
         title="Where the bytes are",
         caption="Experts and routers move with a placement; everything else stays.",
-        figure=_styled(figure),
+        figure=styled(figure),
     )
-
-
-def _heatmap(
-    matrices: Sequence[_Matrix],
-    *,
-    x_title: str,
-    y_title: str,
-    z_title: str,
-    square: bool = False,
-    around_one: bool = False,
-) -> Any:
-    """Show one matrix at a time, the choice by a slider where there are several.
-
-    All share one colour scale, so that they can be compared; ``around_one`` tells what
-    is below 1 from what is above.
-    """
-    import plotly.graph_objects as go
-
-    place = f"{y_title} %{{y}}, {x_title} %{{x}}"
-    colours = _colour_range(matrices, around_one)
-    figure = go.Figure(
-        [
-            go.Heatmap(
-                z=matrix.values,
-                visible=number == 0,
-                **colours,
-                colorbar={"title": z_title},
-                hovertemplate=place + ": %{z:.3f}<extra></extra>",
-            )
-            for number, matrix in enumerate(matrices)
-        ]
-    )
-    figure.update_xaxes(title=x_title, constrain="domain")
-    figure.update_yaxes(title=y_title, autorange="reversed")
-    if square:
-        figure.update_yaxes(scaleanchor="x", constrain="domain")
-    if len(matrices) > 1:
-        figure.update_layout(sliders=[_slider([matrix.label for matrix in matrices])])
-    height = _SQUARE_HEIGHT if square else _HEIGHT
-    return _styled(figure, height + (_SLIDER_HEIGHT if len(matrices) > 1 else 0))
-
-
-def _colour_range(matrices: Sequence[_Matrix], around_one: bool) -> dict[str, Any]:
-    values = np.concatenate([matrix.values.ravel() for matrix in matrices])
-    if around_one:
-        reach = float(np.nanmax(np.abs(values - 1), initial=0.01))
-        return {"colorscale": "RdBu_r", "zmin": 1 - reach, "zmax": 1 + reach}
-    highest = float(np.nanmax(values, initial=0))
-    return {"colorscale": "Viridis", "zmin": 0, "zmax": highest or 1.0}
-
-
-def _slider(labels: Sequence[str]) -> dict[str, Any]:
-    return {
-        "currentvalue": {"prefix": "", "font": {"size": 14}},
-        "pad": {"t": 55},
-        "steps": [
-            {
-                "label": label,
-                "method": "update",
-                "args": [{"visible": [n == number for n in range(len(labels))]}],
-            }
-            for number, label in enumerate(labels)
-        ],
-    }
-
-
-def _styled(figure: Any, height: int = _HEIGHT) -> Any:
-    """Give all figures one look."""
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": _FONT, "size": 13, "color": "#222"},
-        height=height,
-        margin={"l": 70, "r": 30, "t": 40, "b": 60},
-    )
-    return figure

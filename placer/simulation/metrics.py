@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import FloatArray
+from placer.placement.imbalance import imbalance
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import (
     RankArray,
@@ -142,9 +143,9 @@ class PolicyTally:
     def _add_balance(self, ranks: RankArray, home: RankArray, remote: RankArray) -> None:
         cell = self.batches.batch_of_token * self.num_ranks + ranks
         load, received = self._per_batch(cell.ravel()), self._per_batch(cell[remote])
-        self._load_imbalance.append(_max_over_mean(load.sum(axis=0)))
+        self._load_imbalance.append(imbalance(load.sum(axis=0)))
         homes = np.bincount(home, minlength=self.num_ranks).astype(np.float64)
-        self._home_imbalance.append(_max_over_mean(homes))
+        self._home_imbalance.append(imbalance(homes))
         full = load[: self.batches.num_full]
         self._straggler.append(float((full.max(axis=1) / full.mean(axis=1)).mean()))
         busiest = received[: self.batches.num_full].max(axis=1)
@@ -173,7 +174,3 @@ class PolicyTally:
             bottleneck_rank_copies_per_token=float(np.mean(self._bottleneck)),
             home_imbalance_max=max(self._home_imbalance),
         )
-
-
-def _max_over_mean(counts: FloatArray) -> float:
-    return float(counts.max() / counts.mean())

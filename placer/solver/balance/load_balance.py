@@ -12,6 +12,7 @@ from placer.arrays import (
     FloatArray,
     IntArray,
 )
+from placer.placement.imbalance import imbalance
 from placer.placement.placement import (
     Placement,
     holders,
@@ -97,16 +98,16 @@ def balance_loads(
         asked.replica_choice, _placement(sizes, [one.row for one in layers], asked),
         asked.layer_ids,
     )  # fmt: skip
-    rows, imbalance, predicted = [], [], []
+    rows, reached, predicted = [], [], []
     for layer, load in zip(layers, loads, strict=True):
         row = layer.served(served)
         rows.append(row)
         shares = served.place(holders(row, len(load), asked.num_ranks))
-        imbalance.append(_imbalance(shares, load))
+        reached.append(imbalance(load @ shares))
         predicted.append(_predicted_imbalance(shares, load))
     return LoadBalance(
         placement=_placement(sizes, rows, asked),
-        imbalance=tuple(imbalance),
+        imbalance=tuple(reached),
         predicted=tuple(predicted),
         bound=tuple(layer.bound for layer in layers),
     )
@@ -136,12 +137,6 @@ def predicted_imbalance(
     )
 
 
-def _imbalance(shares: FloatArray, load: FloatArray) -> float:
-    """Return max/mean rank load where every copy serves just its share."""
-    total = load @ shares
-    return float(total.max() / total.mean()) if load.any() else 1.0
-
-
 def _predicted_imbalance(shares: FloatArray, load: FloatArray) -> float:
     """Return max/mean rank load where a copy serves each pair with its share's chance.
 
@@ -151,7 +146,7 @@ def _predicted_imbalance(shares: FloatArray, load: FloatArray) -> float:
     """
     total, variance = load @ shares, load @ (shares * (1 - shares))
     if not variance.any():
-        return _imbalance(shares, load)
+        return imbalance(load @ shares)
     one_sum = len(total) / (len(total) - 1)
     deviation = np.sqrt(np.maximum(one_sum * variance, _SAME * total.max()))
     most, reach = float(total.max()), _REACH * float(deviation.max())

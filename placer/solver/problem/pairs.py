@@ -22,6 +22,8 @@ from placer.arrays import (
 from placer.errors import (
     PlacerError,
 )
+from placer.placement.imbalance import imbalance
+from placer.placement.plan import Policy
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 
@@ -80,7 +82,7 @@ class PlacementProblem:
 
     def imbalance(self, layer: int, expert_rank: IntArray) -> float:
         """Return max/mean rank load of a layer (1.0 for a layer without load)."""
-        return imbalance(expert_rank, self.load[layer], self.num_ranks)
+        return imbalance(self.rank_load(layer, expert_rank))
 
     def objective(self, expert_rank: Sequence[IntArray]) -> float:
         """Return the cost of a placement: rank of every expert, L arrays ``[E]``."""
@@ -117,12 +119,6 @@ class PlacementProblem:
 def rank_load(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> FloatArray:
     """Return ``[R]``: load of each rank in pairs, from the rank and load of each expert."""
     return np.bincount(expert_rank, load, minlength=num_ranks).astype(np.float64)
-
-
-def imbalance(expert_rank: IntArray, load: FloatArray, num_ranks: int) -> float:
-    """Return max/mean rank load of a layer (1.0 for a layer without load)."""
-    total = rank_load(expert_rank, load, num_ranks)
-    return float(total.max() / total.mean()) if load.any() else 1.0
 
 
 def placement_problem(

@@ -18,11 +18,8 @@ from placer.arrays import FloatArray
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.proof.bounds import METHOD as MATCHING_METHOD
 from placer.solver.proof.bounds import pair_bound
-from placer.solver.proof.relaxation import (
-    Block,
-    GroupingProblem,
-    Relaxation,
-)
+from placer.solver.proof.grouping import Block, GroupingProblem
+from placer.solver.proof.relaxation import Relaxation
 from placer.solver.proof.triangles import Triangles
 
 METHOD = "semidefinite relaxation of neighbouring layers with triangle inequalities"

@@ -27,10 +27,8 @@ from placer.arrays import (
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.solver.proof.certificate import stable_floor
-from placer.solver.proof.relaxation import (
-    GroupingProblem,
-    Relaxation,
-)
+from placer.solver.proof.grouping import GroupingProblem
+from placer.solver.proof.relaxation import Relaxation
 from placer.trace import Chunk
 
 METHOD = "envelope of distinct ranks over the semidefinite relaxation of each layer"

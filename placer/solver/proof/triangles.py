@@ -18,11 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import FloatArray
-from placer.solver.proof.relaxation import (
-    Block,
-    GroupingProblem,
-    Relaxation,
-)
+from placer.solver.proof.grouping import Block, GroupingProblem
+from placer.solver.proof.relaxation import Relaxation
 
 _MOST_TRIPLES = 60_000_000  # prices of four bytes each
 # Of the mean weight, per unit of violation; two groups have more binding inequalities.

@@ -6,7 +6,6 @@ a given plan and whole router groups take their place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from placer.errors import (
     NoSolutionError,
     UsageError,
 )
+from placer.placement.imbalance import imbalance
 from placer.placement.migration import require_same_shape
 from placer.placement.pins import with_pins
 from placer.placement.placement import Placement
@@ -41,8 +41,8 @@ from placer.solver.balance.router_groups import (
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import (
     PlacementProblem,
-    imbalance,
     placement_problem,
+    rank_load,
 )
 from placer.solver.problem.traffic import sample_sequences
 from placer.solver.proof.reports import early_pair_bound
@@ -130,7 +130,10 @@ def profiled(
         )
         if not redundant_experts:
             ranks = map(by_load.expert_rank, range(by_load.num_layers))
-            at_most = list(map(imbalance, ranks, loads, repeat(topology.num_ranks)))
+            at_most = [
+                imbalance(rank_load(ranks_of_layer, load, topology.num_ranks))
+                for ranks_of_layer, load in zip(ranks, loads, strict=True)
+            ]
     max_load, balanced, relaxed = load_caps(
         loads,
         topology.num_ranks,

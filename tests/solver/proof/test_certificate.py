@@ -11,10 +11,8 @@ from placer.solver.proof.certificate import (
     PairCertificate,
     stable_floor,
 )
-from placer.solver.proof.relaxation import (
-    GroupingProblem,
-    Relaxation,
-)
+from placer.solver.proof.grouping import GroupingProblem
+from placer.solver.proof.relaxation import Relaxation
 from tests.solver.enumeration import ONE_NODE, TWO_NODES, every_placement, random_problem
 
 SHAPES = [

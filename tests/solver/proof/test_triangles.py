@@ -5,10 +5,8 @@ import pytest
 
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.proof import triangles as triangles_module
-from placer.solver.proof.relaxation import (
-    GroupingProblem,
-    Relaxation,
-)
+from placer.solver.proof.grouping import GroupingProblem
+from placer.solver.proof.relaxation import Relaxation
 from placer.solver.proof.triangles import Triangles
 from tests.solver.enumeration import ONE_NODE, every_placement, random_problem
 
