@@ -33,11 +33,13 @@ test-engines: $(INSTALLED)  ## Install DeepSpeed, run the tests in which it serv
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	@$(BIN)/python -m pytest tests/checkpoint/test_deepspeed_engine.py
 
-check: $(INSTALLED)  ## Format, lint, types, imports, words, generated documentation, notebooks
+check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated documentation, notebooks
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+	@find placer -name '*.py' -exec wc -l {} + | awk '$$1 > 500 && $$2 != "total" { \
+	    print $$2 " has " $$1 " lines, more than 500: split it by noun"; bad = 1 } END { exit bad }'
 	@$(BIN)/python docs/check_words.py
 	@$(COG) --check --diff --check-fail-msg='Write it anew: make docs' $(GENERATED)
 	@$(BIN)/nbstripout --verify $(NOTEBOOKS)

@@ -29,19 +29,6 @@ def conditional_probability(pairs: IntArray) -> FloatArray:
     return probability
 
 
-def pointwise_mutual_information(pairs: IntArray) -> FloatArray:
-    """Return ``[N, M]``: log2 P(i, j) / (P(i) P(j)), in bits.
-
-    Minus infinity where both experts are used but never met; NaN where one of them was
-    never used.
-    """
-    total = pairs.sum()
-    expected = pairs.sum(axis=1, keepdims=True) * (pairs.sum(axis=0) / max(total, 1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits: FloatArray = np.log2(pairs / expected)
-    return bits
-
-
 def mutual_information(pairs: IntArray) -> float:
     """Return the plug-in mutual information, in bits, of a table (0 without counts).
 
@@ -119,27 +106,6 @@ def top1_tables(
     UsageError
         If the model has no layers so far apart.
     """
-    return _tables(chunks, model, distance, columns=1)
-
-
-def pair_tables(
-    chunks: Iterable[Chunk], model: ModelSpec, distance: int = 1
-) -> list[IntArray]:
-    """Count all pairs tables of the layers l and l + ``distance``.
-
-    With distance 1 these are the transitions of the affinity.
-
-    Raises
-    ------
-    UsageError
-        If the model has no layers so far apart.
-    """
-    return _tables(chunks, model, distance, columns=model.top_k)
-
-
-def _tables(
-    chunks: Iterable[Chunk], model: ModelSpec, distance: int, columns: int
-) -> list[IntArray]:
     if not 1 <= distance < model.num_layers:
         raise UsageError(
             f"no MoE layers are {distance} apart: the model has {model.num_layers}",
@@ -150,9 +116,8 @@ def _tables(
     tables = [np.zeros(shape, dtype=np.int64) for shape in shapes]
     for chunk in chunks:
         for layer, (counts, shape) in enumerate(zip(tables, shapes, strict=True)):
-            first = chunk.experts[layer][:, :columns]
-            second = chunk.experts[layer + distance][:, :columns]
-            counts += count_pairs(first, second, *shape)
+            first, second = chunk.experts[layer], chunk.experts[layer + distance]
+            counts += count_pairs(first[:, :1], second[:, :1], *shape)
     return tables
 
 

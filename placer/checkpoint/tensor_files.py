@@ -34,7 +34,8 @@ def tensor_files(
     for path in paths:
         if ".." in path.relative_to(directory).parts:
             raise refusal(
-                f"index {index_path} says that tensors are in {path}, outside its directory",
+                f"index {index_path} says that tensors are in {path}, "
+                "outside its directory",
                 "export or fetch it again",
             )
         for name in _names(path, refusal):

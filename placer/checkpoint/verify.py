@@ -20,33 +20,12 @@ from placer.arrays import BoolArray, IntArray
 from placer.checkpoint.named_experts import description_files
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.served_files import served_files
-from placer.checkpoint.tensor_files import (
-    read_tensor,
-    tensor_files,
-)
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-    require_same_model,
-)
-from placer.model.tensor_layout import (
-    TensorKind,
-    TensorLayout,
-    has_columns,
-)
-from placer.placement import (
-    Placement,
-    Plan,
-)
-from placer.run.files import (
-    read_text,
-    sha256_file,
-)
+from placer.checkpoint.tensor_files import read_tensor, tensor_files
+from placer.errors import PlacerError, VerificationError
+from placer.model import Architecture, ModelSpec, read_config, require_same_model
+from placer.model.tensor_layout import TensorKind, TensorLayout, has_columns
+from placer.placement import Placement, Plan
+from placer.run.files import read_text, sha256_file
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model
 

@@ -256,7 +256,7 @@ class ShuffleExchange(DedupExchange):
         If the table is for another number of ranks, or of layers.
     """
 
-    needs_shared_batch = True
+    needs_shared_batch = True  # transformers refuses ranks with batches of their own
 
     def __init__(
         self,

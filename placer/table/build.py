@@ -32,45 +32,22 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import FloatArray, IntArray
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
 from placer.run.deadline import Deadline
 from placer.serving.homes import fixed_homes
-from placer.serving.layer_serving import (
-    LayerServing,
-    RankArray,
-    majority_rank,
-    rank_dtype,
-)
+from placer.serving.layer_serving import LayerServing, RankArray, majority_rank, rank_dtype
 from placer.serving.replica_choice import serving_layers
 from placer.table.combined import CombinedBuilder
-from placer.table.embeddings import (
-    Embeddings,
-    nearest_seen,
-)
-from placer.table.hash_routing import (
-    TokenExperts,
-    require_same_routing,
-)
-from placer.table.histories import (
-    HistoryRates,
-    sums,
-)
-from placer.table.lookup import (
-    LayerTable,
-    require_ids,
-)
+from placer.table.embeddings import Embeddings, nearest_seen
+from placer.table.hash_routing import TokenExperts, require_same_routing
+from placer.table.histories import HistoryRates, sums
+from placer.table.lookup import LayerTable, require_ids
 from placer.table.prices import even_prices
 from placer.table.regression import EmbeddingRegression
 from placer.table.requests import request_scores
-from placer.table.table import (
-    Table,
-    expert_rank_rows,
-)
+from placer.table.table import Table, expert_rank_rows
 from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
 

@@ -11,57 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from placer import __version__
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    one_of,
-)
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-)
-from placer.run.files import (
-    canonical_json,
-    sha256_file,
-)
+from placer.errors import PlacerError, UsageError, one_of
+from placer.model import Architecture, ModelSpec, read_config
+from placer.run.files import canonical_json, sha256_file
 from placer.run.resumable import partial_path
-from placer.run.worker import (
-    ALONE,
-    Worker,
-    together,
-)
-from placer.trace.capture import (
-    RouterCapture,
-    to_host,
-)
-from placer.trace.chunk import (
-    Chunk,
-    expert_dtype,
-)
-from placer.trace.corpus import (
-    STANDARD_INPUT,
-    Corpus,
-    Document,
-    Encode,
-    token_sequences,
-)
-from placer.trace.generate import (
-    DecodedBatch,
-    Decoding,
-    decode_batch,
-)
+from placer.run.worker import ALONE, Worker, together
+from placer.trace.capture import RouterCapture, to_host
+from placer.trace.chunk import Chunk, expert_dtype
+from placer.trace.corpus import STANDARD_INPUT, Corpus, Document, Encode, token_sequences
+from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
-from placer.trace.loading import (
-    DTYPES,
-    Dtype,
-    load_model,
-    weights_sample_sha256,
-)
-from placer.trace.parts import (
-    assemble,
-    part_of,
-)
+from placer.trace.loading import DTYPES, Dtype, load_model, weights_sample_sha256
+from placer.trace.parts import assemble, part_of
 from placer.trace.writer import TraceWriter
 
 Progress = Callable[[int], None]

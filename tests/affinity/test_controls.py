@@ -14,10 +14,7 @@ from placer.affinity.controls import (
     CONTROLS,
     blocks,
 )
-from placer.affinity.information import (
-    mutual_information,
-    pair_tables,
-)
+from placer.affinity.information import mutual_information
 from placer.model import ModelSpec
 from placer.trace import Chunk
 
@@ -25,7 +22,8 @@ MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 
 
 def information(chunk: Chunk) -> float:
-    return float(np.mean([mutual_information(t) for t in pair_tables([chunk], MODEL)]))
+    tables = count_affinity([chunk], MODEL, {}).transition
+    return float(np.mean([mutual_information(table) for table in tables]))
 
 
 @pytest.mark.parametrize("name", CONTROLS)

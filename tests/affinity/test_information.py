@@ -1,7 +1,7 @@
 """Probabilities and bits equal arithmetic by hand, closed forms and known truths."""
 
 from collections.abc import Callable
-from math import inf, log, log2
+from math import log, log2
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placer.affinity import count_affinity
 from placer.affinity.controls import shuffled_across_tokens
 from placer.affinity.information import (
     conditional_probability,
@@ -17,8 +16,6 @@ from placer.affinity.information import (
     jensen_shannon,
     miller_madow,
     mutual_information,
-    pair_tables,
-    pointwise_mutual_information,
     top1_tables,
 )
 from placer.errors import UsageError
@@ -43,20 +40,17 @@ def test_conditional_probability_by_hand() -> None:
     assert conditional_probability(pairs).tolist() == [[0.75, 0.25], [0, 0], [0, 1]]
 
 
-def test_pointwise_information_by_hand() -> None:
-    bits = pointwise_mutual_information(np.asarray([[3, 1, 0], [1, 3, 0]]))
-    assert bits[:, :2].tolist() == [[log2(1.5), log2(0.5)], [log2(0.5), log2(1.5)]]
-    assert np.isnan(bits[:, 2]).all(), "nothing is known of an expert never used"
-    assert pointwise_mutual_information(np.diag([1, 1]))[0, 1] == -inf
-
-
 @settings(max_examples=50, deadline=None)
 @given(cells=st.lists(st.integers(0, 20), min_size=12, max_size=12))
-def test_total_information_is_the_mean_of_the_pointwise(cells: list[int]) -> None:
+def test_information_is_what_the_margins_and_the_whole_differ_by(cells: list[int]) -> None:
     pairs = np.asarray(cells).reshape(3, 4)
-    used = pairs > 0
-    mean = (pointwise_mutual_information(pairs)[used] * pairs[used]).sum()
-    assert mutual_information(pairs) == pytest.approx(mean / max(pairs.sum(), 1))
+
+    def entropy(counts: np.ndarray) -> float:
+        shares = [count / counts.sum() for count in counts.ravel() if count]
+        return -sum(share * log2(share) for share in shares)
+
+    apart = entropy(pairs.sum(axis=0)) + entropy(pairs.sum(axis=1))
+    assert mutual_information(pairs) == pytest.approx(apart - entropy(pairs), abs=1e-12)
 
 
 def test_mutual_information_of_known_tables() -> None:
@@ -128,27 +122,14 @@ def test_tables_equal_hand_written_loops(
     sizes = (4, 6, 5, 7)
     model = ModelSpec(num_experts=sizes, top_k=3)
     chunk = make_chunk(num_tokens=50, num_experts=sizes, top_k=3)
-    tops, pairs = (f([chunk], model, distance) for f in (top1_tables, pair_tables))
-    assert len(tops) == len(pairs) == 4 - distance
+    tops = top1_tables([chunk], model, distance)
+    assert len(tops) == 4 - distance
     for layer in range(4 - distance):
         top = np.zeros((sizes[layer], sizes[layer + distance]), int)
-        pair = top.copy()
         for t in range(50):
-            first = chunk.experts[layer][t].tolist()
-            second = chunk.experts[layer + distance][t].tolist()
+            first, second = chunk.experts[layer][t], chunk.experts[layer + distance][t]
             top[first[0], second[0]] += 1
-            for i in first:
-                for j in second:
-                    pair[i, j] += 1
         assert tops[layer].tolist() == top.tolist()
-        assert pairs[layer].tolist() == pair.tolist()
-
-
-def test_pair_tables_are_the_transitions(make_chunk: Callable[..., Chunk]) -> None:
-    chunk, model = make_chunk(), ModelSpec(num_experts=(8, 8, 8), top_k=2)
-    counted = count_affinity([chunk], model, {}).transition
-    for one, other in zip(pair_tables([chunk], model), counted, strict=True):
-        assert one.tolist() == other.tolist()
 
 
 @pytest.mark.parametrize("distance", [0, 3])

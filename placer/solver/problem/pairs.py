@@ -23,7 +23,6 @@ from placer.errors import (
     PlacerError,
 )
 from placer.placement.imbalance import imbalance
-from placer.placement.plan import Policy
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 
