@@ -157,8 +157,8 @@ def _compare_tensors(
     files, unheld_before = tensor_files(original, PlacerError)
     if unheld != unheld_before:
         raise VerificationError(
-            f"the index of {exported} names {min(unheld ^ unheld_before)}, which no file "
-            "holds, or lacks it",
+            f"{exported} and {original} differ in what only the index names: "
+            f"{min(unheld ^ unheld_before)} is in none of the files",
             again,
         )
     rows = {
