@@ -30,13 +30,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     PlacerError
         If there is no such directory, or no config in it.
     """
-    if not directory.exists() and _HUB_ID.fullmatch(str(directory)):
-        raise PlacerError(
-            f"there is no directory {directory}; a model of the Hugging Face hub must be "
-            "downloaded first",
-            f"hf download {directory} --local-dir {directory.name}, then give "
-            f"{directory.name} in its place",
-        )
+    require_downloaded(directory)
     path = directory / CONFIG_NAME
     params = directory / PARAMS_NAME
     if path.is_file() or not params.is_file():
@@ -50,6 +44,24 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     named = {_MOE_KEYS.get(str(key)) or str(key): value for key, value in moe.items()}
     return {**config, **named, "model_type": "mistral_large_3"}
+
+
+def require_downloaded(directory: Path) -> None:
+    """Answer the name of a model on the Hugging Face hub with the command to download it.
+
+    Raises
+    ------
+    PlacerError
+        If it may be such a name, and no path here begins like it.
+    """
+    # A folder of the owner's name speaks for a path that was misspelled.
+    if _HUB_ID.fullmatch(str(directory)) and not directory.parent.exists():
+        raise PlacerError(
+            f"there is no directory {directory}; a model of the Hugging Face hub must be "
+            "downloaded first",
+            f"hf download {directory} --local-dir {directory.name}, then give "
+            f"{directory.name} in its place",
+        )
 
 
 def tensor_names(directory: Path) -> frozenset[str] | None:

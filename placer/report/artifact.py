@@ -6,6 +6,11 @@ from typing import Any
 
 from placer.affinity import Affinity
 from placer.errors import PlacerError
+from placer.model.config_file import (
+    CONFIG_NAME,
+    PARAMS_NAME,
+    require_downloaded,
+)
 from placer.placement import Plan
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
@@ -34,6 +39,7 @@ def open_artifact(path: Path) -> Artifact:
     PlacerError
         If ``path`` is none of them, or is damaged.
     """
+    require_downloaded(path)
     if not path.exists():
         raise PlacerError(f"{path} does not exist", f"check the path: ls -l {path.parent}")
     return _open_directory(path) if path.is_dir() else _open_file(path)
@@ -42,7 +48,7 @@ def open_artifact(path: Path) -> Artifact:
 def _open_directory(path: Path) -> Artifact:
     if (path / "trace.json").is_file():
         return TraceStatistics.of(Trace(path))
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in (CONFIG_NAME, PARAMS_NAME)):
         return Checkpoint.read(path)
     if (path / "journal.json").is_file():
         raise PlacerError(

@@ -195,16 +195,19 @@ class EngineFamily:
         """Return why a map does not serve this model, ``None`` where it does.
 
         Engines choose by the architectures of ``config.json``; where those are not known,
-        or not listed, the model type stands for them. Of an unknown model nothing is said.
+        the model type stands for them. Of an unknown model nothing is said.
         """
         if not self.reads_map or model_type is None:
             return None
         if model_type in self.unsafe_map:
             return self.unsafe_map[model_type]
-        listed = {one for types in self.reads_map.values() for one in types}
-        if model_type in listed or not self.reads_map.keys().isdisjoint(architectures):
-            return None
-        return f"{self.title} ignores a map for {model_type}"
+        if architectures:
+            reads = not self.reads_map.keys().isdisjoint(architectures)
+            name = f"{model_type} ({', '.join(architectures)})"
+        else:
+            reads = any(model_type in types for types in self.reads_map.values())
+            name = model_type
+        return None if reads else f"{self.title} ignores a map for {name}"
 
     def configuration(self, served: Deployment, engine: Engine | None) -> Engine | None:
         """Return the configuration to start; ``None`` of an engine that is not known.

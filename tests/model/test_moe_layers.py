@@ -147,3 +147,6 @@ def test_a_hub_id_is_answered_with_the_download(monkeypatch: Any, tmp_path: Path
     assert caught.value.hint.startswith(
         "hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B"
     )
+    (tmp_path / "Qwen").mkdir()
+    with pytest.raises(PlacerError, match="does not exist"):
+        read_config(Path("Qwen/Qwen3-30B-A3B"))
