@@ -44,6 +44,7 @@ from placer.run.writing import (
     atomic_directory,
     require_free_space,
 )
+from placer.trace.imported import UNREADABLE
 
 KIND = "deepspeed"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -358,7 +359,7 @@ def _load(path: Path) -> dict[str, Any]:
     require_file(path, "file")
     try:
         value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise PlacerError(
             f"{path} does not load with weights_only: {reason}",

@@ -17,6 +17,7 @@ from placer.checkpoint.shard import (
 )
 from placer.errors import PlacerError
 from placer.run.files import require_file
+from placer.trace.imported import UNREADABLE
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def _load_without_data(path: Path) -> dict[str, Any]:
     try:
         with FakeTensorMode():
             value = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise _refused(path, f"it does not load with weights_only: {reason}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

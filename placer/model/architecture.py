@@ -3,7 +3,6 @@
 Families are data: one file of ``placer/model/architectures`` each.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from placer.model.moe_layers import (
     moe_layers,
 )
 from placer.model.tensor_layout import TensorLayout
+from placer.run.documents import parse_toml
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,9 +255,7 @@ def known_architectures() -> tuple[Architecture, ...]:
     files = sorted(
         (f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name
     )
-    return tuple(
-        _read_architecture(tomllib.loads(f.read_text(encoding="utf-8"))) for f in files
-    )
+    return tuple(_read_architecture(parse_toml(f.read_bytes(), f.name)) for f in files)
 
 
 def _read_architecture(value: Mapping[str, Any]) -> Architecture:

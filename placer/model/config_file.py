@@ -1,12 +1,11 @@
 """The config beside a model's tensors, and the names of those tensors."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
-from placer.run.documents import read_json
+from placer.run.documents import parse_json, read_json
 
 CONFIG_NAME = "config.json"
 #: Mistral's own config, of checkpoints in ``consolidated`` files.
@@ -72,8 +71,8 @@ def tensor_names(directory: Path) -> frozenset[str] | None:
     for name in INDEX_NAMES:
         if (path := directory / name).is_file():
             try:
-                return frozenset(json.loads(path.read_bytes())["weight_map"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+                return frozenset(read_json(path, "index")["weight_map"])
+            except (PlacerError, KeyError, TypeError):
                 return None
     for name in SINGLE_NAMES:
         if (path := directory / name).is_file():
@@ -82,7 +81,7 @@ def tensor_names(directory: Path) -> frozenset[str] | None:
                 if length > _MAX_HEADER_BYTES:
                     return None
                 try:
-                    return frozenset(json.loads(stream.read(length)))
-                except (ValueError, TypeError, RecursionError):
+                    return frozenset(parse_json(stream.read(length), name))
+                except (PlacerError, TypeError):
                     return None
     return None

@@ -8,7 +8,6 @@ https://github.com/deepspeedai/DeepSpeed; DeepSpeed-MoE, arXiv 2201.05596, secti
 """
 
 import csv
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from placer.placement.topology import (
     Topology,
     require_cost_matrix,
 )
+from placer.run.documents import parse_json
 from placer.run.files import (
     read_text,
     sha256_file,
@@ -227,8 +227,8 @@ def read_costs(path: Path) -> Costs:
                 if row
             ]
         else:
-            rows = json.loads(text)
-    except ValueError as error:
+            rows = parse_json(text, f"topology {path}")
+    except (ValueError, csv.Error) as error:
         raise PlacerError(f"{path} is no matrix of costs: {error}", again) from error
     if isinstance(rows, dict):
         rows = rows.get("cost")

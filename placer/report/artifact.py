@@ -1,6 +1,5 @@
 """Opening whatever placer reads or writes, by its content."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from placer.model.config_file import (
 from placer.placement import Plan
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
-from placer.run.documents import read_json
+from placer.run.documents import file_header, parse_json, read_json
 from placer.run.files import (
     open_regular,
     read_bytes,
@@ -62,7 +61,7 @@ def _open_file(path: Path) -> Artifact:
     header = _safetensors_header(path)
     if header is None:
         return _open_json(path)
-    kind = _metadata(header).get("kind")
+    kind = _metadata(header, path).get("kind")
     if kind == "affinity":
         return Affinity.read(path)
     if kind == "table":
@@ -101,16 +100,14 @@ def _safetensors_header(path: Path) -> dict[str, Any] | None:
         if length > path.stat().st_size - _LENGTH_BYTES:
             return None
         try:
-            header = json.loads(stream.read(length))
-        except ValueError:
+            header = parse_json(stream.read(length), f"the header of {path}")
+        except PlacerError:
             return None
     return header if isinstance(header, dict) else None
 
 
-def _metadata(header: dict[str, Any]) -> dict[str, Any]:
+def _metadata(header: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return what the one metadata key ``placer`` says, empty if it says nothing."""
-    try:
-        value = json.loads(header["__metadata__"]["placer"])
-    except (KeyError, TypeError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    metadata = header.get("__metadata__")
+    text = metadata.get("placer") if isinstance(metadata, dict) else None
+    return file_header({"placer": text}, path.name) if isinstance(text, str) else {}

@@ -77,11 +77,14 @@ class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def parse_json(text: str | bytes, where: str) -> Any:
     """Decode JSON; ``where`` names it in the error.
 
+    Numbers that are not finite are left to :func:`validated`: real configs of others hold
+    them where placer does not look, such as ``time_step_limit`` of Mamba layers.
+
     Raises
     ------
     PlacerError
         If it is not UTF-8 or no JSON, has a key twice in one object, nests too deep, or
-        holds a number that is not finite or has more than 128 bits.
+        holds a whole number of more than 128 bits.
     """
     return _parsed(
         lambda decoded: json.loads(decoded, object_pairs_hook=_no_duplicates),
@@ -161,6 +164,7 @@ def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
     PlacerError
         With the first field that is unknown, missing, or not what it must be.
     """
+    _require_finite(value, where, again)
     try:
         found = msgspec.convert(value, kind)
     except msgspec.ValidationError:
@@ -252,14 +256,23 @@ def _require_bounds(value: Any) -> None:
                 # Half of a surrogate pair, which JSON can spell, is no character.
                 if not one.isascii() and re.search("[\ud800-\udfff]", one):
                     raise ValueError(f"{ascii(one)[:_SHOWN]} is no text")
-            elif isinstance(one, float) and not math.isfinite(one):
-                raise ValueError(f"it holds {one}, which is no finite number")
             elif isinstance(one, int) and one.bit_length() > _MOST_BITS:
                 raise ValueError(f"it holds a number of more than {_MOST_BITS} bits")
         level = inner
         if not level:
             return
     raise RecursionError
+
+
+def _require_finite(value: Any, where: str, again: str) -> None:
+    """Refuse numbers that are not finite, which configs of others may hold."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict | list):
+            left += one.values() if isinstance(one, dict) else one
+        elif isinstance(one, float) and not math.isfinite(one):
+            raise PlacerError(f"{where} holds {one}, which is no finite number", again)
 
 
 def _fault(value: Any, kind: Any, name: str = "") -> str:

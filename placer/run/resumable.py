@@ -5,7 +5,6 @@ it, ``.OUT.placer``, says what is written and which directory is placer's own. T
 one JSON line per finished part. It is the lock too, and removed last.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -19,6 +18,7 @@ from placer.errors import (
     PlacerError,
     VerificationError,
 )
+from placer.run.documents import parse_json
 from placer.run.files import canonical_json
 from placer.run.writing import (
     claimed,
@@ -147,7 +147,7 @@ def _append(stream: IO[str], value: Mapping[str, Any]) -> None:
 
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
-    except ValueError:
+        value = parse_json(line, "journal")
+    except PlacerError:
         return None
     return value if isinstance(value, dict) else None

@@ -8,7 +8,6 @@ renamed last, so a command that fails or is ended leaves nothing that looks comp
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -24,6 +23,7 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
+from placer.run.documents import parse_json
 from placer.run.files import (
     canonical_json,
     read_bytes,
@@ -262,8 +262,8 @@ def lock_path(out: Path) -> Path:
 def journal_head(out: Path) -> dict[str, Any]:
     """Return the first line of the journal beside ``out``, empty if there is none."""
     try:
-        head = json.loads(read_bytes(lock_path(out)).partition(b"\n")[0])
-    except (OSError, ValueError, PlacerError):
+        head = parse_json(read_bytes(lock_path(out)).partition(b"\n")[0], "journal")
+    except (OSError, PlacerError):
         return {}
     return head if isinstance(head, dict) else {}
 

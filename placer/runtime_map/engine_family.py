@@ -6,13 +6,13 @@ Families are data: ``placer/runtime_map/engine_families.toml``, each with where 
 import json
 import re
 import shlex
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Self
 
+from placer.run.documents import parse_toml
 from placer.target.engine import (
     Engine,
     Exchange,
@@ -272,7 +272,10 @@ def known_families() -> Mapping[str, EngineFamily]:
     """Return all families by name, in the order of the data file."""
     folder = resources.files("placer.runtime_map")
     text = (folder / "engine_families.toml").read_text(encoding="utf-8")
-    return {name: _read_family(name, value) for name, value in tomllib.loads(text).items()}
+    return {
+        name: _read_family(name, value)
+        for name, value in parse_toml(text, "engine_families.toml").items()
+    }
 
 
 def start_lines(

@@ -1,6 +1,5 @@
 """All runtime maps: written, read back by the runtime's own rules, and verified."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from placer.errors import (
     UsageError,
     VerificationError,
 )
+from placer.run.documents import parse_json
 from placer.run.files import (
     read_text,
     require_file,
@@ -231,11 +231,9 @@ def _format_of(path: Path) -> str:
     if path.suffix != ".json":
         return fitting[0]
     try:
-        value = json.loads(read_text(path, what="map"))
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(
-            f"map {path} is not JSON: {error}", "export it again"
-        ) from error
+        value = parse_json(read_text(path, what="map"), f"map {path}")
+    except PlacerError as error:
+        raise VerificationError(error.message, "export it again") from error
     keys = set(value) if isinstance(value, dict) else set()
     if "layer_list" in keys:
         return "vllm-ascend"

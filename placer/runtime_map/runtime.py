@@ -222,6 +222,8 @@ def require_integers(values: Any, what: str) -> list[int]:
     """Return a list of integers that a file holds, or refuse it as ``what``."""
     if not isinstance(values, list) or not all(type(one) is int for one in values):
         raise PlacerError(f"{what} is no list of whole numbers")
+    if any(abs(one) >= 1 << 31 for one in values):
+        raise PlacerError(f"{what} holds a whole number of more than 31 bits")
     return values
 
 

@@ -27,6 +27,7 @@ from placer.runtime_map.runtime import (
     require_same_width,
     require_valid_rows,
 )
+from placer.trace.imported import UNREADABLE
 
 _KEY = "physical_to_logical_map"
 
@@ -62,7 +63,8 @@ def _value(path: Path, suffix: str) -> Any:
     value = _load_pt(path) if suffix == ".pt" else read_json(path, "map")
     if set(value) != {_KEY}:
         raise PlacerError(
-            f"SGLang passes every key on as an argument: {sorted(value)}, not [{_KEY!r}]"
+            f"SGLang passes every key on as an argument: {sorted(map(str, value))}, "
+            f"not [{_KEY!r}]"
         )
     return value[_KEY]
 
@@ -89,7 +91,7 @@ def _load_pt(path: Path) -> dict[str, Any]:
     require_file(path, "map")
     try:
         value = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise PlacerError(f"it cannot be loaded with weights_only: {reason}") from error
     if not isinstance(value, dict):

@@ -15,11 +15,13 @@ import re
 from pathlib import Path
 
 from placer.errors import PlacerError
+from placer.run.documents import parse_json
 from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
     ParsedMap,
     Runtime,
+    require_integers,
     require_same_width,
     require_valid_rows,
 )
@@ -108,11 +110,7 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
 
 
 def _numbers(text: str, line: int) -> list[int]:
-    try:
-        values: list[int] = json.loads(text)
-    except ValueError as error:
-        raise PlacerError(f"line {line} is no list of whole numbers") from error
-    return values
+    return require_integers(parse_json(text, f"line {line}"), f"line {line}")
 
 
 TRTLLM = Runtime(

@@ -4,7 +4,6 @@ Engines are data: ``engines.toml`` beside this file, each with its source. Words
 arithmetic are those of ``docs/concepts.md``.
 """
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 from placer.errors import UsageError, one_of
+from placer.run.documents import parse_toml
 
 Exchange = Literal["per-expert", "per-rank", "per-node", "padded", "all-gather"]
 ReplicaChoice = Literal["local-first", "sglang-static", "hash", "cover"]
@@ -220,8 +220,10 @@ def _lines_by_phase(engines: Sequence[Engine]) -> Iterator[str]:
 @cache
 def known_engines() -> Mapping[str, Engine]:
     """Return all engines by name, in the order of the data file."""
-    text = (resources.files("placer.target") / "engines.toml").read_text(encoding="utf-8")
-    return {name: _read_engine(name, value) for name, value in tomllib.loads(text).items()}
+    engines = parse_toml(
+        (resources.files("placer.target") / "engines.toml").read_bytes(), "engines.toml"
+    )
+    return {name: _read_engine(name, value) for name, value in engines.items()}
 
 
 def placement_effect(

@@ -6,14 +6,14 @@ times themselves, by the bytes that were sent, and then those are taken (docs/fo
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +22,7 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
+from placer.run.documents import parse_toml, validated
 from placer.run.files import read_text
 from placer.run.writing import atomic_file
 
@@ -32,6 +33,33 @@ fp8_flops = 1979e12
 memory_bandwidth = 3.35e12
 fast = { bandwidth = 380e9, latency = 20e-6 }
 slow = { bandwidth = 44e9, latency = 25e-6 }"""
+
+_Above0 = Annotated[float, msgspec.Meta(gt=0)]
+_NotBelow0 = Annotated[float, msgspec.Meta(ge=0)]
+_Points = list[tuple[_NotBelow0, _NotBelow0]]
+
+
+class LinkFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A link class of a hardware file."""
+
+    bandwidth: _Above0
+    latency: _NotBelow0
+    both_ways: _Points | None = None
+    one_way: _Points | None = None
+
+
+class HardwareFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A hardware file, which people write too; see ``docs/formats.md``."""
+
+    bf16_flops: _Above0
+    fp8_flops: _Above0
+    memory_bandwidth: _Above0
+    processor_share: _Above0 = 1.0
+    source: str = ""
+    notes: tuple[str, ...] = ()
+    all_gather: _Points | None = None
+    fast: LinkFile
+    slow: LinkFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +268,10 @@ class Hardware:
             )
         text = read_text(path, what="hardware file")
         try:
-            return _read_hardware(path.stem, tomllib.loads(text))
+            value = parse_toml(text, f"hardware file {path}")
+            example = f"it holds, for example:\n{_EXAMPLE}"
+            validated(value, HardwareFile, f"hardware file {path}", example)
+            return _read_hardware(path.stem, value)
         except UsageError as error:
             raise UsageError(f"hardware file {path}: {error}", error.hint) from error
         except (KeyError, TypeError, ValueError) as error:
@@ -294,9 +325,10 @@ def _curve_text(name: str, curve: Curve) -> str:
 @cache
 def known_hardware() -> Mapping[str, Hardware]:
     """Return the hardware of the data file by name."""
-    text = (resources.files("placer.target") / "hardware.toml").read_text(encoding="utf-8")
+    data = (resources.files("placer.target") / "hardware.toml").read_bytes()
     return {
-        name: _read_hardware(name, value) for name, value in tomllib.loads(text).items()
+        name: _read_hardware(name, value)
+        for name, value in parse_toml(data, "hardware.toml").items()
     }
 
 

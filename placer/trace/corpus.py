@@ -1,7 +1,6 @@
 """Text to record over: files and directories, one domain each, cut into sequences."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from placer.errors import (
     PlacerError,
     UsageError,
 )
+from placer.run.documents import parse_json
 from placer.run.files import (
     memory_bytes,
     open_regular,
@@ -134,12 +134,7 @@ class Corpus:
             stream.seek(place.offset)
             line = stream.readline()
         where = f"{place.path}, line at byte {place.offset}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PlacerError(
-                f"{where}, is no JSON: {error}", "give one JSON object per line"
-            ) from error
+        value = parse_json(line, where)
         fields = [self.field] if self.field else [_TEXT_FIELD, _CHAT_FIELD]
         found = value if isinstance(value, dict) else {}
         document = next((found[name] for name in fields if name in found), None)

@@ -8,7 +8,6 @@ never run, so it has none. Both record logical ids, and zeros for dense layers.
 import base64
 import binascii
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
+from placer.run.documents import parse_json, require_object
 from placer.run.files import (
     open_regular,
     unreadable_reason,
@@ -85,7 +85,7 @@ def _read(
             if not line.strip():
                 continue
             try:
-                sequences += sequences_of(json.loads(line))
+                sequences += sequences_of(require_object(parse_json(line, "it"), "it"))
             except PlacerError as error:
                 raise PlacerError(f"line {number}: {error}", error.hint) from error
             except UNREADABLE as error:

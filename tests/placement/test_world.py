@@ -454,7 +454,7 @@ def test_costs_are_read(tmp_path: Path, text: str, name: str) -> None:
         ("[[0, true], [1, 0]]", "a cost is True"),
         ('{"links": 3}', "holds no rows of costs"),
         ("[0, 1]", "holds no rows of costs"),
-        ("{", "is no matrix of costs"),
+        ("{", "is no valid JSON"),
     ],
 )
 def test_what_is_no_matrix_is_told(tmp_path: Path, text: str, match: str) -> None:

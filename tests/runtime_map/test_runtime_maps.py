@@ -291,7 +291,7 @@ def test_verify_names_what_is_wrong_in_a_json_map(
         ("num_slots", "ep_size: 4\nnum_slots", "ep_size: 4"),
         ("  2: [0, 1", "  2: [1, 0", "slot 0 holds expert 1, by the plan 0"),
         ("  2: [0, 1", "  2: [0, 9", "outside 0..7"),
-        ("  2: [0, 1", "  2: [0,, 1", "no list of whole numbers"),
+        ("  2: [0, 1", "  2: [0,, 1", "line 4 is no valid JSON"),
     ],
 )
 def test_verify_names_what_is_wrong_in_a_trtllm_map(

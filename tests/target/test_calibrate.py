@@ -232,5 +232,5 @@ def test_hardware_of_figures_that_are_no_numbers_is_refused(
     key, _, value = line.partition(" = ")
     known[key] = value
     path.write_text("\n".join(f"{key} = {value}" for key, value in known.items()))
-    with pytest.raises(UsageError, match=r"positive"):
+    with pytest.raises(PlacerError, match="which is no finite number"):
         Hardware.named(str(path))

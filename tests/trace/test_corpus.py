@@ -50,7 +50,7 @@ def test_a_field_may_be_named_and_a_chat_stands_in_messages(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"text": "a"', "line at byte 14, is no JSON"),
+        ('{"text": "a"', "line at byte 14 is no valid JSON"),
         ('{"prompt": "a"}', "no text or chat in text or messages; it has prompt"),
         ('{"text": 3}', "no text or chat"),
         ('{"messages": [{"role": "user"}]}', "no text or chat"),

@@ -123,7 +123,7 @@ PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
         (vllm_response(choices=[{"index": 0}]), "line 1: it has no routed_experts"),
         (vllm_response(choices=[{"routed_experts": "%%"}]), "no base64"),
         (vllm_response(choices=[{"routed_experts": "AAAA"}]), "line 1 is no such response"),
-        ([1, 2], "line 1 is no such response"),
+        ([1, 2], r"line 1: it is \[1, 2\], not a JSON object"),
         (vllm_response(routed(0), usage={"prompt_tokens": "3"}), "is '3', no whole number"),
         (vllm_response(routed(0), prompt_token_ids=[5, 6, [7]]), r"is \[7\], no whole"),
         (vllm_response(routed(0), prompt_token_ids=[5, 6, 2**70]), "expected"),
