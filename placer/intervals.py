@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, FloatArray, IntArray
 
 #: Fewer sequences than this support no interval and no verdict (docs/concepts.md).
 FEWEST_SEQUENCES = 30
@@ -67,8 +66,8 @@ class CopiesRatio:
 def copies_ratio(
     plan: IntArray,
     baseline: IntArray,
-    sequence_ids: npt.NDArray[Any],
-    domain_ids: npt.NDArray[Any] | None,
+    sequence_ids: AnyArray,
+    domain_ids: AnyArray | None,
     domains: Sequence[str],
 ) -> CopiesRatio | None:
     """Compare what two placements send for the same tokens.
@@ -105,14 +104,12 @@ def copies_ratio(
     )
 
 
-def _sums(copies: IntArray, group: IntArray) -> npt.NDArray[np.float64]:
-    sums: npt.NDArray[np.float64] = np.bincount(group, weights=copies).astype(np.float64)
+def _sums(copies: IntArray, group: IntArray) -> FloatArray:
+    sums: FloatArray = np.bincount(group, weights=copies).astype(np.float64)
     return sums
 
 
-def _interval(
-    plan: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64]
-) -> tuple[float, float]:
+def _interval(plan: FloatArray, baseline: FloatArray) -> tuple[float, float]:
     """Return the 2.5th and 97.5th percentile of the ratio of sums over drawn groups."""
     number = len(plan)
     rng = np.random.default_rng(_SEED)
@@ -124,7 +121,7 @@ def _interval(
 
 
 def _worst(
-    plan: IntArray, baseline: IntArray, domain_ids: npt.NDArray[Any]
+    plan: IntArray, baseline: IntArray, domain_ids: AnyArray
 ) -> tuple[int, float] | None:
     """Return the domain with the highest ratio, among two or more that send anything."""
     own, other = (_sums(copies, domain_ids.astype(np.int64)) for copies in (plan, baseline))

@@ -20,10 +20,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from placer.trace.chunk import (
-    Array,
-    Chunk,
-)
+from placer.arrays import AnyArray
+from placer.trace.chunk import Chunk
 
 Control = Callable[[Chunk, int], Chunk]
 
@@ -35,7 +33,7 @@ def shuffled_within_sequences(chunk: Chunk, seed: int) -> Chunk:
     """Reorder each layer's tokens inside their sequence, every layer on its own."""
     rng = np.random.default_rng(seed)
 
-    def order() -> Array:
+    def order() -> AnyArray:
         # Sequence ids do not decrease, so each sequence keeps its place.
         return np.lexsort((rng.random(chunk.num_tokens), chunk.sequence_ids))
 
@@ -82,17 +80,17 @@ def blocks(chunks: Iterable[Chunk], num_tokens: int) -> Iterator[Chunk]:
         yield Chunk.concatenate(parts)
 
 
-def _reordered(chunk: Chunk, draw_order: Callable[[], Array]) -> Chunk:
+def _reordered(chunk: Chunk, draw_order: Callable[[], AnyArray]) -> Chunk:
     orders = [draw_order() for _ in chunk.experts]
 
-    def apply(layers: tuple[Array, ...]) -> tuple[Array, ...]:
+    def apply(layers: tuple[AnyArray, ...]) -> tuple[AnyArray, ...]:
         return tuple(rows[order] for rows, order in zip(layers, orders, strict=True))
 
     weights = None if chunk.weights is None else apply(chunk.weights)
     return replace(chunk, experts=apply(chunk.experts), weights=weights)
 
 
-def _traded(ids: Array, rng: np.random.Generator) -> Array:
+def _traded(ids: AnyArray, rng: np.random.Generator) -> AnyArray:
     traded = ids.copy()
     num_pairs, top_k = len(ids) // 2, ids.shape[1]
     for _ in range(_TRADE_ROUNDS):

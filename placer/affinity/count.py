@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
@@ -18,7 +17,7 @@ from placer.affinity.sums import (
     PairwiseSum,
     Rows,
 )
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.run.devices import (
@@ -157,7 +156,7 @@ def _count_chunk(
     sizes = model.num_experts
     experts = chunk.experts
 
-    def count_rows(ids: npt.NDArray[Any] | None) -> tuple[SparseCounts, ...] | None:
+    def count_rows(ids: AnyArray | None) -> tuple[SparseCounts, ...] | None:
         if ids is None:
             return None
         found = _Rows.of(ids)
@@ -186,7 +185,7 @@ def _count_chunk(
 
 
 def count_pairs(
-    first: npt.NDArray[Any], second: npt.NDArray[Any], num_first: int, num_second: int
+    first: AnyArray, second: AnyArray, num_first: int, num_second: int
 ) -> IntArray:
     """Count pairs of a column of ``first`` with one of ``second``.
 
@@ -212,7 +211,7 @@ def count_pairs(
     return counts.reshape(num_first, num_second)
 
 
-def _count_coactivation(experts: npt.NDArray[Any], size: int) -> IntArray:
+def _count_coactivation(experts: AnyArray, size: int) -> IntArray:
     """Count pairs of two columns of ``experts`` [T, k], each once, both ways round."""
     counts = np.zeros((size, size), dtype=np.int64)
     for a in range(experts.shape[1] - 1):
@@ -229,14 +228,14 @@ class _Rows:
     order: IntArray
 
     @classmethod
-    def of(cls, ids: npt.NDArray[Any]) -> Self:
+    def of(cls, ids: AnyArray) -> Self:
         """Take row ids ``[T]``; a negative one is unknown and left out."""
         known = np.flatnonzero(ids >= 0)
         order = known[np.argsort(ids[known], kind="stable")]
         present, place = np.unique(ids[order].astype(np.int64), return_inverse=True)
         return cls(present, place, order)
 
-    def count(self, experts: npt.NDArray[Any], size: int) -> SparseCounts:
+    def count(self, experts: AnyArray, size: int) -> SparseCounts:
         """Count experts ``[T, k]`` per row id."""
         # A chunk has few ids, so a dense count is cheaper than sorting all pairs; in the
         # order of the ids it goes through memory once.
@@ -250,7 +249,7 @@ class _Rows:
         )
 
 
-def expert_load(trace: Trace, selection: Selection) -> list[npt.NDArray[Any]]:
+def expert_load(trace: Trace, selection: Selection) -> list[AnyArray]:
     """Return L arrays ``[E]`` int64: pairs per expert in the tokens selected."""
     load = [np.zeros(size, dtype=np.int64) for size in trace.model.num_experts]
     for chunk in trace.chunks(selection):

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from placer.affinity.affinity import Affinity
@@ -21,6 +20,7 @@ from placer.affinity.sums import (
     PairwiseSum,
     Rows,
 )
+from placer.arrays import AnyArray, IntArray
 from placer.model import ModelSpec
 from placer.trace import Chunk
 
@@ -83,7 +83,7 @@ class DeviceCounts:
             if ids is not None and rows is not None:
                 self._add_rows(ids, experts, rows)
 
-    def _sent(self, ids: npt.NDArray[Any]) -> torch.Tensor:
+    def _sent(self, ids: AnyArray) -> torch.Tensor:
         """Return ids on the device as int64; one byte each is enough to send."""
         sent = torch.from_numpy(
             np.ascontiguousarray(ids, dtype=None if ids.dtype == np.uint8 else np.int32)
@@ -106,7 +106,7 @@ class DeviceCounts:
 
     def _add_rows(
         self,
-        ids: npt.NDArray[Any],
+        ids: AnyArray,
         experts: list[torch.Tensor],
         rows: list[PairwiseSum[SparseCounts]],
     ) -> None:
@@ -166,7 +166,7 @@ def _rows_of(num_layers: int) -> list[PairwiseSum[SparseCounts]]:
     return [PairwiseSum() for _ in range(num_layers)]
 
 
-def _to_host(counts: list[torch.Tensor]) -> tuple[npt.NDArray[np.int64], ...]:
+def _to_host(counts: list[torch.Tensor]) -> tuple[IntArray, ...]:
     return tuple(one.cpu().numpy() for one in counts)
 
 

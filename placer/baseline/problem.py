@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity import (
     Affinity,
     count_affinity,
 )
 from placer.affinity.count import expert_load
+from placer.arrays import AnyArray
 from placer.errors import UsageError
 from placer.placement.placement import require_divisible_slots
 from placer.placement.topology import Topology
@@ -94,7 +93,7 @@ class BaselineProblem:
         return self.topology.num_nodes
 
     @cached_property
-    def load(self) -> list[npt.NDArray[Any]]:
+    def load(self) -> list[AnyArray]:
         """L arrays ``[E]`` int64: pairs per expert."""
         return expert_load(self.trace, self.selection)
 

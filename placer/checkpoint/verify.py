@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import BoolArray, IntArray
+from placer.arrays import BoolArray, Float32Array, IntArray
 from placer.checkpoint.named_experts import description_files
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.served_files import served_files
@@ -32,7 +31,6 @@ from placer.trace.loading import load_model
 if TYPE_CHECKING:
     import torch
 
-FloatArray = npt.NDArray[np.float32]
 
 # Renumbered experts are summed in another order, which changes the last bits of float32
 # (2**-24 each); over all layers that stays below 1e-4 of the largest logit.
@@ -313,9 +311,9 @@ class _Output:
         (see :class:`~placer.trace.capture.RouterOutput`); empty where not asked for.
     """
 
-    logits: FloatArray
+    logits: Float32Array
     chosen: tuple[IntArray, ...]
-    shares: tuple[FloatArray, ...]
+    shares: tuple[Float32Array, ...]
 
 
 class _Runs:
@@ -428,7 +426,7 @@ class _Comparison:
         self.max_difference = max(self.max_difference, float(difference.max()))
 
 
-def _tied(shares: FloatArray, old: IntArray, new: IntArray) -> BoolArray:
+def _tied(shares: Float32Array, old: IntArray, new: IntArray) -> BoolArray:
     """Return ``[T]``: whether choosing ``new`` instead of ``old`` is a matter of rounding.
 
     By nudges of the original's own router, no expert left out must be sure to be chosen,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.arrays import (
+    BoolArray,
     FloatArray,
     IntArray,
 )
@@ -95,7 +95,7 @@ class Placement:
         """Slots beyond one for each expert, in a layer; in the first, where they differ."""
         return len(self.physical_to_logical_map[0]) - self.num_experts[0]
 
-    def holds(self, layer: int) -> npt.NDArray[np.bool_]:
+    def holds(self, layer: int) -> BoolArray:
         """Return ``[E_l, R]``: whether a rank has a copy of an expert."""
         row = self.physical_to_logical_map[layer]
         return holders(row, self.num_experts[layer], self.num_ranks)
@@ -185,7 +185,7 @@ class Placement:
         )
 
 
-def holders(row: IntArray, num_experts: int, num_ranks: int) -> npt.NDArray[np.bool_]:
+def holders(row: IntArray, num_experts: int, num_ranks: int) -> BoolArray:
     """Return ``[E, R]``: whether a rank has a copy of an expert, by a row of slots."""
     held = np.zeros((num_experts, num_ranks), dtype=np.bool_)
     held[row, np.arange(len(row)) // (len(row) // num_ranks)] = True

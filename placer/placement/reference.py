@@ -1,16 +1,15 @@
 """Placements that need no more than loads: what engines do on their own."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import AnyArray, IntArray
 from placer.placement.placement import (
     Placement,
 )
 
-Load = Sequence[npt.NDArray[Any]]
+Load = Sequence[AnyArray]
 
 
 def contiguous(
@@ -62,9 +61,7 @@ def random(
     return _placed([rng.permutation(size) for size in num_experts], num_ranks, num_nodes)
 
 
-def _placed(
-    rows: Sequence[npt.NDArray[np.int64]], num_ranks: int, num_nodes: int
-) -> Placement:
+def _placed(rows: Sequence[IntArray], num_ranks: int, num_nodes: int) -> Placement:
     return Placement(
         physical_to_logical_map=tuple(rows),
         num_experts=tuple(len(row) for row in rows),

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity import count_affinity
+from placer.arrays import IntArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
@@ -126,7 +126,7 @@ def moved_share(one: Placement, other: Placement) -> float:
 def _parts(profile: Chunk, sizes: tuple[int, ...], seed: int) -> Iterator[Chunk]:
     """Yield whole sequences of about each number of tokens, then all of them."""
     ids, lengths = np.unique(profile.sequence_ids, return_counts=True)
-    order: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(len(ids))
+    order: IntArray = np.random.default_rng(seed).permutation(len(ids))
     reached = np.cumsum(lengths[order])
     for size in sorted(set(sizes)):
         if size < reached[-1]:

@@ -40,7 +40,7 @@ def grouped(named: Iterable[tuple[str | None, Row]]) -> list[tuple[tuple[str, ..
 
 
 def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[tuple[str | None, str]]:
-    """Yield an engine and what the plan is worth to it, for each phase."""
+    """Yield an engine and what the plan saves it, for each phase."""
     for one in judgements:
         engine = one.serving.engine
         for text in _verdicts(one):

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity import (
     Affinity,
     count_affinity,
 )
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, Float32Array, IntArray
 from placer.errors import PlacerError
 from placer.placement import Plan
 from placer.placement.placement import rank_load
@@ -33,8 +32,6 @@ from placer.simulation.sent import (
 )
 from placer.table import Table
 
-FloatArray = npt.NDArray[np.float32]
-
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 _NUM_BINS = 50
@@ -42,7 +39,7 @@ _CHANCE = "chance, 1/R"
 _LEGEND = {"orientation": "h", "y": 1.12}
 
 # Per kind of row: the first layer that uses it, and the confidences of its layers.
-_Confidences = dict[str, tuple[int, npt.NDArray[Any]]]
+_Confidences = dict[str, tuple[int, AnyArray]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +131,7 @@ def _draw_load(choices: Sequence[tuple[str, Sequence[IntArray]]]) -> Drawing:
     )
 
 
-def _padded(loads: Sequence[IntArray]) -> FloatArray:
+def _padded(loads: Sequence[IntArray]) -> Float32Array:
     """Stack the load over the mean of layers ([E_l] each) to ``[L, E]``, NaN past E_l."""
     values = np.full((len(loads), max(map(len, loads))), np.nan, dtype=np.float32)
     for layer, load in enumerate(loads):
@@ -213,7 +210,7 @@ def _draw_information(affinity: Affinity) -> Drawing:
     )
 
 
-def _rows_over(pairs: IntArray, whole: IntArray) -> FloatArray:
+def _rows_over(pairs: IntArray, whole: IntArray) -> Float32Array:
     """Return ``[N, M]`` float32: each row over its whole, zero where that is zero."""
     return (pairs / np.maximum(whole, 1)[:, None]).astype(np.float32)
 

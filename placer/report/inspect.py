@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.affinity import Affinity
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, IntArray
 from placer.model import ModelSpec
 from placer.placement import (
     Placement,
@@ -380,11 +379,11 @@ def _used_rows(rows: Sequence[Any] | None) -> int | None:
     return None if rows is None else int(np.count_nonzero(np.diff(rows[0].indptr)))
 
 
-def _median(values: npt.NDArray[Any]) -> float | None:
+def _median(values: AnyArray) -> float | None:
     return float(np.median(values.astype(np.float32))) if values.size else None
 
 
-def _quantiles(values: npt.NDArray[Any]) -> tuple[float, ...]:
+def _quantiles(values: AnyArray) -> tuple[float, ...]:
     return tuple(float(q) for q in np.quantile(values.astype(np.float32), _QUANTILES))
 
 

@@ -4,21 +4,20 @@ Legend of the shapes: T tokens, L MoE layers, E logical experts of a layer, D do
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
+
+from placer.affinity.information import mutual_information as mutual_information
 
 # Named here for the reports and notebooks that show it beside the other figures.
-from placer.affinity.information import mutual_information as mutual_information
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import AnyArray, FloatArray, HashArray, IntArray
 from placer.table import Table
 from placer.trace import (
     Chunk,
     Trace,
 )
 from placer.trace.hashing import (
-    HashArray,
     sequence_hash,
     token_hash,
 )
@@ -143,7 +142,7 @@ class _Counter:
         return chunk.domain_ids.astype(np.int64)
 
 
-def skew(load: npt.NDArray[Any]) -> FloatArray:
+def skew(load: AnyArray) -> FloatArray:
     """Return ``[E]``: load of each expert of a layer over the mean (0 without load)."""
     mean = load.mean()
     ratio: FloatArray = load / mean if mean else np.zeros(len(load))

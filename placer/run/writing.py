@@ -19,6 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from placer.arrays import AnyArray
 from placer.errors import (
     PlacerError,
     UsageError,
@@ -30,7 +31,7 @@ from placer.run.files import (
 )
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    pass
 
 # What tells a directory that placer wrote, and all that such a directory may hold.
 _WRITTEN = (
@@ -200,7 +201,7 @@ def rename_directory(written: Path, out: Path, claim: Claim) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, "npt.NDArray[Any]"], header: object = None
+    path: Path, tensors: Mapping[str, "AnyArray"], header: object = None
 ) -> None:
     """Write a safetensors file; the same tensors and header give the same bytes.
 

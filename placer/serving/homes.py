@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, IntArray
 from placer.errors import UsageError, one_of
 from placer.serving.layer_serving import (
     RankArray,
@@ -91,7 +90,7 @@ def parse_tokens_per_rank(text: str | None) -> tuple[int, ...]:
     return tuple(int(one) for one in text.split(","))
 
 
-def fixed_homes(sequence_ids: npt.NDArray[Any], num_ranks: int) -> RankArray:
+def fixed_homes(sequence_ids: AnyArray, num_ranks: int) -> RankArray:
     """Return ``[T]``: the data-parallel rank of each token's sequence.
 
     It is the ordinal of the sequence among those given, modulo the ranks: chosen without
@@ -147,7 +146,7 @@ class Batches:
         return row
 
     @classmethod
-    def of(cls, sequence_ids: npt.NDArray[Any], batch_size: int) -> Self:
+    def of(cls, sequence_ids: AnyArray, batch_size: int) -> Self:
         """Cut the tokens of whole sequences into batches of decoding.
 
         A batch takes one token of each sequence in turn. It is no larger than the trace.
@@ -160,9 +159,7 @@ class Batches:
         return cls._cut(_place_in_run(sequence_ids), batch_size)
 
     @classmethod
-    def of_shape(
-        cls, shape: BatchShape, sequence_ids: npt.NDArray[Any], num_ranks: int
-    ) -> Self:
+    def of_shape(cls, shape: BatchShape, sequence_ids: AnyArray, num_ranks: int) -> Self:
         """Cut the tokens of whole sequences into batches of decoding or prefilling.
 
         In decoding a batch takes one token of each sequence in turn. In prefilling every
@@ -200,7 +197,7 @@ class Batches:
         return cls(order=order, batch_of_token=batch_of_token, size=size)
 
 
-def _place_in_run(values: npt.NDArray[Any]) -> IntArray:
+def _place_in_run(values: AnyArray) -> IntArray:
     """Return ``[T]`` int64: each token's place in its run of equal values."""
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
     lengths = np.diff(starts, append=len(values))

@@ -21,12 +21,11 @@ Without replicas there is nothing to choose.
 import random
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.arrays import (
+    AnyArray,
     BoolArray,
     IntArray,
 )
@@ -84,9 +83,7 @@ class Server:
         """Yield the tables of every layer, in order."""
         return serving_layers(self.placement, self.replica_choice, self.layer_ids)
 
-    def ranks(
-        self, serving: LayerServing, experts: npt.NDArray[Any], home: RankArray
-    ) -> RankArray:
+    def ranks(self, serving: LayerServing, experts: AnyArray, home: RankArray) -> RankArray:
         """Return ``[k, T]``: the rank that serves each pair.
 
         Parameters
@@ -263,7 +260,7 @@ def _fair_shares(copies: list[int], number: int, draw: random.Random) -> list[in
 
 
 def cover_ranks(
-    serving: LayerServing, experts: npt.NDArray[Any], home: RankArray, ranks_per_node: int
+    serving: LayerServing, experts: AnyArray, home: RankArray, ranks_per_node: int
 ) -> RankArray:
     """Return ``[k, T]``: the ranks that serve, as few of them as a greedy cover finds.
 
@@ -287,7 +284,7 @@ class _Cover:
     def __init__(
         self,
         serving: LayerServing,
-        experts: npt.NDArray[Any],
+        experts: AnyArray,
         home: RankArray,
         ranks_per_node: int,
         first_token: int,

@@ -4,12 +4,11 @@ Legend of the shapes: T tokens, k experts per token, R ranks.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.arrays import (
+    AnyArray,
     BoolArray,
     IntArray,
 )
@@ -88,7 +87,7 @@ def dispatch_messages(
     # A byte holds the ranks of a node of 256, but not their number.
     wide, wide_home = ranks.astype(np.uint16), home.astype(np.uint16)
     node = wide // ranks_per_node
-    landing: npt.NDArray[Any] = node * ranks_per_node + wide_home % ranks_per_node
+    landing: AnyArray = node * ranks_per_node + wide_home % ranks_per_node
     landing = landing.astype(ranks.dtype)
     away = first_occurrence(node) & (node != wide_home // ranks_per_node)
     # In the home's own node the landing rank is the home itself.

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, fields
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray
+from placer.arrays import FloatArray, IntArray
 from placer.placement.imbalance import imbalance
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import (
@@ -83,9 +82,9 @@ class PolicyTally:
     num_ranks: int
     ranks_per_node: int
     batches: Batches
-    pairs_of_token: npt.NDArray[np.int64] = field(init=False)
-    copies_of_token: npt.NDArray[np.int64] = field(init=False)
-    node_copies_of_token: npt.NDArray[np.int64] = field(init=False)
+    pairs_of_token: IntArray = field(init=False)
+    copies_of_token: IntArray = field(init=False)
+    node_copies_of_token: IntArray = field(init=False)
     _num_pairs: int = 0
     _num_tokens: int = 0
     _rank_copies: int = 0
@@ -151,7 +150,7 @@ class PolicyTally:
         busiest = received[: self.batches.num_full].max(axis=1)
         self._bottleneck.append(float(busiest.mean()) * self.num_ranks / self.batches.size)
 
-    def _per_batch(self, cell: npt.NDArray[np.int64]) -> FloatArray:
+    def _per_batch(self, cell: IntArray) -> FloatArray:
         """Return ``[batches, R]``: how often each (batch, rank) occurs."""
         shape = (self.batches.num_batches, self.num_ranks)
         counts = np.bincount(cell, minlength=shape[0] * shape[1])

@@ -4,9 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
+from placer.arrays import IntArray
 from placer.placement.plan import Plan
 from placer.simulation.metrics import PolicyTally
 from placer.target.engine import (
@@ -37,7 +35,7 @@ class Sent:
     heading: str
     words: str
 
-    def of_token(self, tally: PolicyTally) -> npt.NDArray[np.int64]:
+    def of_token(self, tally: PolicyTally) -> IntArray:
         """Return ``[T]``: what each token sent in all layers."""
         return {
             PAIRS: tally.pairs_of_token,

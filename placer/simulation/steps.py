@@ -8,12 +8,10 @@ Legend of the shapes: T tokens, k experts per token, B full batches, R ranks, N 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.serving.homes import (
@@ -163,16 +161,14 @@ class _Counter:
         self.num_ranks = placement.num_ranks
         self.width = placement.ranks_per_node
 
-    def per_rank(self, cell: npt.NDArray[Any], weight: float = 1.0) -> FloatArray:
+    def per_rank(self, cell: AnyArray, weight: float = 1.0) -> FloatArray:
         """Return ``[B, R]``: ``weight`` times the tokens of each batch x R + rank."""
         shape = (self.batches.num_batches, self.num_ranks)
         counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
         tokens = counts[: self.batches.num_full].astype(np.float64)
         return weight * self.batches.weight * tokens
 
-    def activated(
-        self, layer: int, ranks: RankArray, experts: npt.NDArray[Any]
-    ) -> IntArray:
+    def activated(self, layer: int, ranks: RankArray, experts: AnyArray) -> IntArray:
         """Return ``[B, R]`` int64: slots that serve at least one pair."""
         row = self.placement.physical_to_logical_map[layer]
         slot = self.placement.slot_of(layer)[ranks, experts]

@@ -26,12 +26,11 @@ it is the share of the id's experts that the home has, and A has no say.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
@@ -51,7 +50,6 @@ from placer.table.table import Table, expert_rank_rows
 from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
 
-Array = npt.NDArray[Any]
 UnseenIds = Literal["regression", "nearest"]
 
 # Longer histories than four layers predict no more, whatever they cost.
@@ -246,7 +244,7 @@ class _Builder:
     max_home_imbalance: float | None
 
     def layer(
-        self, layer: int, experts: Array, history: list[RankArray]
+        self, layer: int, experts: AnyArray, history: list[RankArray]
     ) -> tuple[FloatArray, LayerTable]:
         """Return the rates ``[V, R]`` and the rows of a layer."""
         serving = LayerServing.of(self.placement, layer)
@@ -286,7 +284,7 @@ class _Builder:
         )
 
     def exact_layer(
-        self, layer: int, token_experts: Array
+        self, layer: int, token_experts: AnyArray
     ) -> tuple[FloatArray, LayerTable]:
         """Return the rates ``[V, R]`` and the rows of a layer, its experts known by id."""
         serving = LayerServing.of(self.placement, layer)
@@ -313,7 +311,7 @@ class _Builder:
             lookback=self.lookback,
         )
 
-    def _tie_breaks(self, serving: LayerServing, experts: Array) -> FloatArray:
+    def _tie_breaks(self, serving: LayerServing, experts: AnyArray) -> FloatArray:
         """Return ``[V, R]`` in 0..1, the more the better: which of equal homes to take.
 
         That of the expert listed first; under a cap drawn, so that prices can part equals.
@@ -408,7 +406,7 @@ class _Builder:
     def _rates(
         self,
         serving: LayerServing,
-        experts: Array,
+        experts: AnyArray,
         group: IntArray,
         num_groups: int,
         prior: FloatArray,
@@ -425,7 +423,7 @@ class _Builder:
 
 def _best(
     rates: FloatArray, price: FloatArray, bonus: FloatArray | float = 0.0
-) -> tuple[RankArray, Array]:
+) -> tuple[RankArray, AnyArray]:
     """Return each row's best home at the prices (the lowest of equals) and its rate."""
     rank = (rates + bonus - price).argmax(axis=1)
     rate = np.take_along_axis(rates, rank[:, None], axis=1)[:, 0]

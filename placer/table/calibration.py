@@ -10,11 +10,10 @@ choice, except for differences that float16 rounds away.
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import AnyArray, FloatArray
 from placer.intervals import FEWEST_SEQUENCES
 from placer.placement.placement import Placement
 from placer.serving.homes import fixed_homes
@@ -38,7 +37,7 @@ class Calibration:
     offset: float
     combined: "Calibration | None" = None
 
-    def of(self, rates: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def of(self, rates: AnyArray) -> AnyArray:
         """Return corrected rates, float16 in 0..1."""
         line = self.offset + self.slope * rates.astype(np.float32)
         return line.clip(0, 1).astype(np.float16)
@@ -102,7 +101,7 @@ def calibrated(
 ) -> Table:
     """Correct the confidences and token scores of a table, except for its exact layers."""
 
-    def corrected(rates: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def corrected(rates: AnyArray) -> AnyArray:
         found = calibration.of(rates)
         found[list(exact_layers)] = rates[list(exact_layers)]
         return found
@@ -140,9 +139,7 @@ def _corrected_rule(
     return CombinedRule(**found)
 
 
-def _sums(
-    layers: Iterator[LayerServing], tokens: Chunk, table: Table
-) -> npt.NDArray[np.float64]:
+def _sums(layers: Iterator[LayerServing], tokens: Chunk, table: Table) -> FloatArray:
     """Return, over tokens and layers, the count and the sums of x, y, x x and x y.
 
     x is what a row promised, y what its home served: ``[2, 5]``, by the plain rule and,

@@ -11,12 +11,10 @@ The first layer has no past: there the plain rule stays, and this one holds zero
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.placement.placement import Placement
 from placer.serving.layer_serving import LayerServing
 from placer.shuffle import (
@@ -25,8 +23,6 @@ from placer.shuffle import (
 )
 from placer.table.prices import even_prices
 from placer.trace import Chunk
-
-Array = npt.NDArray[Any]
 
 # Tokens that the penalty weighs as much as: 10 and 100 do as well.
 _PENALTY = 40.0
@@ -64,7 +60,7 @@ class CombinedBuilder:
     token_ids: IntArray
     shrinkage: float
     max_home_imbalance: float | None
-    _layers: list[dict[str, Array]] = field(init=False, default_factory=list)
+    _layers: list[dict[str, AnyArray]] = field(init=False, default_factory=list)
 
     def add(self, rates: FloatArray, *, exact: bool) -> None:
         """Fit the next layer.
@@ -80,7 +76,7 @@ class CombinedBuilder:
         num_ranks = self.placement.num_ranks
         depth = past_layers(self.placement.num_experts)
         width = max(self.placement.num_experts)
-        found: dict[str, Array] = {
+        found: dict[str, AnyArray] = {
             "token_weight": np.zeros((), dtype=np.float32),
             "unknown_score": np.zeros(num_ranks, dtype=np.float16),
             "combined_bias": np.zeros(num_ranks, dtype=np.float32),
@@ -145,7 +141,7 @@ class CombinedBuilder:
 
 
 def _ridge(
-    rows: FloatArray, past: list[Array], width: int, served: FloatArray
+    rows: FloatArray, past: list[AnyArray], width: int, served: FloatArray
 ) -> tuple[float, FloatArray, FloatArray]:
     """Return the weight of the rows, what experts add ``[G, E, R]``, and the bias ``[R]``.
 

@@ -10,12 +10,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from placer.arrays import IntArray
+from placer.arrays import Float32Array, IntArray
 from placer.checkpoint.shard import Shard
 from placer.errors import PlacerError
 from placer.table.checkpoint_tensors import tensor_files
-
-FloatArray = npt.NDArray[np.float32]
 
 #: Memory for the rows of seen ids that are compared at a time.
 SEEN_BYTES = 1 << 30
@@ -41,7 +39,7 @@ class Embeddings(Protocol):
         """Number of token ids that have a row."""
         ...
 
-    def rows(self, start: int, stop: int) -> FloatArray:
+    def rows(self, start: int, stop: int) -> Float32Array:
         """Return the rows ``start`` to ``stop - 1``, ``[n, H]`` float32."""
         ...
 
@@ -80,7 +78,7 @@ class CheckpointEmbeddings:
         """Number of token ids that have a row."""
         return self._num_rows
 
-    def rows(self, start: int, stop: int) -> FloatArray:
+    def rows(self, start: int, stop: int) -> Float32Array:
         """Return the rows ``start`` to ``stop - 1``, ``[n, H]`` float32."""
         # Not mapped into memory: mapped pages would count as this process's own.
         stored = np.dtype(_STORED[self._dtype])
@@ -156,7 +154,7 @@ def require_rows(embeddings: Embeddings, highest: int) -> None:
         )
 
 
-def unit_rows(embeddings: Embeddings, ids: IntArray, width: int) -> FloatArray:
+def unit_rows(embeddings: Embeddings, ids: IntArray, width: int) -> Float32Array:
     """Return the rows of ascending ``ids``, scaled to length 1 (a zero row stays)."""
     scaled = np.empty((len(ids), width), dtype=np.float32)
     for start in np.unique(ids // _BLOCK) * _BLOCK:

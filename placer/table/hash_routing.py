@@ -7,11 +7,10 @@ such a token is known exactly.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import AnyArray
 from placer.errors import PlacerError
 from placer.model import (
     Architecture,
@@ -23,9 +22,8 @@ from placer.run.files import require_file
 from placer.table.checkpoint_tensors import tensor_files
 from placer.trace import Chunk
 
-Array = npt.NDArray[Any]
 #: Per hash-routed MoE layer (from 0): ``[V, k]``, the experts of every token id.
-TokenExperts = Mapping[int, Array]
+TokenExperts = Mapping[int, AnyArray]
 
 
 def read_token_experts(directory: Path, model: ModelSpec) -> TokenExperts:
@@ -54,7 +52,7 @@ def read_token_experts(directory: Path, model: ModelSpec) -> TokenExperts:
     architecture = Architecture.of(read_config(directory), directory)
     if architecture.layout is None or model.layer_ids is None:
         return {}
-    found: dict[int, Array] = {}
+    found: dict[int, AnyArray] = {}
     for name, path in tensor_files(directory).items():
         place = architecture.layout.classify(name)
         if place is None or place.kind is not TensorKind.TABLE:
@@ -64,7 +62,7 @@ def read_token_experts(directory: Path, model: ModelSpec) -> TokenExperts:
         require_file(path, "shard")
         try:
             with safe_open(path, "np") as opened:
-                table: Array = opened.get_tensor(name)
+                table: AnyArray = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise PlacerError(f"{path} cannot be read: {error}") from error
         layer = model.layer_ids.index(place.layer)
@@ -99,7 +97,7 @@ def require_same_routing(token_experts: TokenExperts, tokens: Chunk) -> None:
             )
 
 
-def _require_experts(table: Array, name: str, model: ModelSpec, layer: int) -> None:
+def _require_experts(table: AnyArray, name: str, model: ModelSpec, layer: int) -> None:
     vocab_size = len(table) if model.vocab_size is None else model.vocab_size
     expected = (vocab_size, model.top_k)
     if table.shape != expected or table.dtype.kind not in "iu":

@@ -11,16 +11,13 @@ Legend of the shapes: T tokens, N histories met, n past layers, R ranks, C colum
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.arrays import FloatArray, IntArray
 from placer.serving.layer_serving import RankArray
 from placer.table.lookup import history_index
-
-Array = npt.NDArray[Any]
 
 # Tokens that the penalty weighs as much as, and that a predicted rate does.
 _PENALTY = 40.0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from placer.arrays import Float32Array
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import (
     RankArray,
@@ -33,8 +34,8 @@ class HomeChoice:
     """
 
     home: RankArray
-    confidence: npt.NDArray[np.float32]
-    scores: npt.NDArray[np.float32] | None
+    confidence: Float32Array
+    scores: Float32Array | None
     num_ranks: int
 
     def equal(self, batches: Batches) -> RankArray:

@@ -2,20 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, Float32Array, IntArray
 from placer.errors import PlacerError
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import RankArray
 from placer.table.table import Table
 from placer.trace import Chunk
-
-Array = npt.NDArray[Any]
-FloatArray = npt.NDArray[np.float32]
 
 # A request's home is decided on this many tokens of its prompt.
 REQUEST_PREFIX = 64
@@ -36,9 +32,9 @@ class LayerTable:
     """
 
     token_rank: RankArray
-    token_confidence: Array
+    token_confidence: AnyArray
     history_rank: RankArray
-    history_confidence: Array
+    history_confidence: AnyArray
     num_ranks: int
     lookback: int
 
@@ -56,7 +52,7 @@ class LayerTable:
 
     def homes(
         self, token_ids: IntArray, history: Sequence[RankArray], fallback: RankArray
-    ) -> tuple[RankArray, FloatArray]:
+    ) -> tuple[RankArray, Float32Array]:
         """Choose the home of every token.
 
         Parameters
@@ -102,7 +98,7 @@ def history_index(history: Sequence[RankArray], num_ranks: int) -> IntArray:
     return index
 
 
-def known_ids(token_ids: Array | None, num_tokens: int, vocab_size: int) -> IntArray:
+def known_ids(token_ids: AnyArray | None, num_tokens: int, vocab_size: int) -> IntArray:
     """Return ``[T]`` int64 token ids, -1 where a table has no row for them."""
     if token_ids is None:
         return np.full(num_tokens, -1, dtype=np.int64)
@@ -112,10 +108,10 @@ def known_ids(token_ids: Array | None, num_tokens: int, vocab_size: int) -> IntA
 
 def equal_homes(
     home: RankArray,
-    confidence: FloatArray,
+    confidence: Float32Array,
     num_ranks: int,
     batches: Batches,
-    token_score: FloatArray | None = None,
+    token_score: Float32Array | None = None,
 ) -> RankArray:
     """Give every rank the same number of tokens of each batch.
 
@@ -173,7 +169,7 @@ def _slots(num_tokens: int, batches: Batches, num_ranks: int) -> IntArray:
     return sizes[:, None] // num_ranks + (rank < sizes[:, None] % num_ranks)
 
 
-def _second_choices(score: FloatArray, free: IntArray) -> IntArray:
+def _second_choices(score: Float32Array, free: IntArray) -> IntArray:
     """Give tokens, the best score first, the free rank that each prefers.
 
     A rank stays free until its last slot goes, so all choices up to that moment are made
@@ -199,7 +195,7 @@ def _second_choices(score: FloatArray, free: IntArray) -> IntArray:
 
 
 def request_homes(
-    request_score: Array, sequence_ids: Array, token_ids: IntArray, num_ranks: int
+    request_score: AnyArray, sequence_ids: AnyArray, token_ids: IntArray, num_ranks: int
 ) -> RankArray:
     """Choose one home per sequence, in order of sequence id.
 

@@ -8,12 +8,12 @@ and a run sends what was simulated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from placer.arrays import AnyArray
 from placer.table.table import Table
 
 Tensor = torch.Tensor
@@ -74,7 +74,7 @@ class DeviceTable:
     def of(cls, table: Table, device: torch.device) -> Self:
         """Copy a table to a device."""
 
-        def sent(values: npt.NDArray[Any]) -> Tensor:
+        def sent(values: AnyArray) -> Tensor:
             if np.issubdtype(values.dtype, np.integer):
                 values = values.astype(np.int32)
             return torch.from_numpy(np.ascontiguousarray(values)).to(device)

@@ -8,12 +8,10 @@ leaves a home for more evenness than was asked.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray
+from placer.arrays import AnyArray, FloatArray
 
 # Prices move by this much of a rate per unit of imbalance, less from round to round, and
 # towards a share of the cap's distance to 1, so that they reach the cap itself.
@@ -24,7 +22,7 @@ _ROUNDS = 120
 
 
 def even_prices(
-    homes: Callable[[FloatArray], npt.NDArray[Any]],
+    homes: Callable[[FloatArray], AnyArray],
     num_ranks: int,
     max_home_imbalance: float | None,
 ) -> FloatArray:

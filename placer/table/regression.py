@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import Float32Array, FloatArray, IntArray
 from placer.table.embeddings import (
     Embeddings,
     require_rows,
     unit_rows,
 )
-
-Float32Array = npt.NDArray[np.float32]
 
 #: Wider embeddings are projected to this many dimensions.
 MOST_DIMENSIONS = 512

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from placer.arrays import AnyArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.run.documents import (
@@ -27,7 +27,6 @@ from placer.serving.layer_serving import rank_dtype
 from placer.shuffle import CombinedRule
 from placer.trace.selection import ProfileFacts
 
-Array = npt.NDArray[Any]
 KIND = "table"
 ID_SPACE = "logical"
 _RANKS = ("U8", "U16")
@@ -117,13 +116,13 @@ class Table:
     num_ranks: int
     num_nodes: int
     lookback: int
-    token_rank: Array
-    token_confidence: Array
-    history_rank: Array
-    history_confidence: Array
-    request_score: Array
-    expert_rank: Array
-    token_score: Array | None = None
+    token_rank: AnyArray
+    token_confidence: AnyArray
+    history_rank: AnyArray
+    history_confidence: AnyArray
+    request_score: AnyArray
+    expert_rank: AnyArray
+    token_score: AnyArray | None = None
     combined: CombinedRule | None = None
     plan_sha256: str | None = None
     trace_sha256: str | None = None
@@ -221,7 +220,7 @@ class Table:
         """Number of token ids that have a row, V."""
         return int(self.token_rank.shape[-1])
 
-    def tensors(self) -> dict[str, Array]:
+    def tensors(self) -> dict[str, AnyArray]:
         """Return the tensors under the names of the file format."""
         named = {
             name: np.ascontiguousarray(values)
@@ -322,7 +321,7 @@ def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
         return header, value["provenance"], tensors
 
 
-def expert_rank_rows(rows: list[Array], num_ranks: int) -> Array:
+def expert_rank_rows(rows: list[AnyArray], num_ranks: int) -> AnyArray:
     """Stack the expert ranks of layers ([E_l] each), filled up with ``num_ranks``."""
     width = max(len(row) for row in rows)
     padded = any(len(row) < width for row in rows)

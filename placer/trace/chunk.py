@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import AnyArray, BoolArray, IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-
-Array = npt.NDArray[Any]
 
 _TOKEN_FIELDS: dict[str, type[np.generic]] = {
     "token_ids": np.int32,
@@ -60,14 +58,14 @@ class Chunk:
         ``[T]`` int32: the forward pass that computed the token, or ``None``.
     """
 
-    experts: tuple[Array, ...]
-    weights: tuple[Array, ...] | None = None
-    token_ids: Array | None = None
-    sequence_ids: Array
-    positions: Array
-    domain_ids: Array | None = None
-    phase: Array | None = None
-    step_ids: Array | None = None
+    experts: tuple[AnyArray, ...]
+    weights: tuple[AnyArray, ...] | None = None
+    token_ids: AnyArray | None = None
+    sequence_ids: AnyArray
+    positions: AnyArray
+    domain_ids: AnyArray | None = None
+    phase: AnyArray | None = None
+    step_ids: AnyArray | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_ids.ndim != 1 or self.experts[0].ndim != 2:
@@ -98,7 +96,7 @@ class Chunk:
         """Number of tokens, T."""
         return len(self.sequence_ids)
 
-    def tensors(self) -> dict[str, Array]:
+    def tensors(self) -> dict[str, AnyArray]:
         """Return the chunk under the tensor names of the file format."""
         named = {f"experts.{n}": ids for n, ids in enumerate(self.experts)}
         for layer, weights in enumerate(self.weights or ()):
@@ -109,7 +107,7 @@ class Chunk:
         return {name: np.ascontiguousarray(values) for name, values in named.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Array], num_layers: int) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, AnyArray], num_layers: int) -> Self:
         """Read the inverse of :meth:`tensors`.
 
         Raises
@@ -146,7 +144,7 @@ class Chunk:
             **fields,
         )
 
-    def select(self, index: Array) -> "Chunk":
+    def select(self, index: AnyArray) -> "Chunk":
         """Return the tokens at ``index`` ([T] bool or int64 positions)."""
         return self._map(lambda values: values[index])
 
@@ -158,7 +156,7 @@ class Chunk:
             **{name: getattr(self, name) for name in _TOKEN_FIELDS},
         )
 
-    def _map(self, change: Callable[[Array], Array]) -> "Chunk":
+    def _map(self, change: Callable[[AnyArray], AnyArray]) -> "Chunk":
         fields: dict[str, Any] = {
             name: None if (v := getattr(self, name)) is None else change(v)
             for name in _TOKEN_FIELDS
@@ -189,11 +187,11 @@ class Chunk:
         first = parts[0]
         order = _sequence_order([part.sequence_ids for part in parts])
 
-        def joined(values: list[Array]) -> Array:
-            every: Array = np.concatenate(values)
+        def joined(values: list[AnyArray]) -> AnyArray:
+            every: AnyArray = np.concatenate(values)
             return every if order is None else every[order]
 
-        def join(values: list[Array | None]) -> Array | None:
+        def join(values: list[AnyArray | None]) -> AnyArray | None:
             present = [v for v in values if v is not None]
             return joined(present) if len(present) == len(parts) else None
 
@@ -294,7 +292,7 @@ def require_ranges(tokens: object) -> None:
                 raise PlacerError(f"{name} holds {found}, expected {low} to {high}")
 
 
-def _sequence_order(parts: list[Array]) -> npt.NDArray[np.int64] | None:
+def _sequence_order(parts: list[AnyArray]) -> IntArray | None:
     """Return the order of the tokens by the ids of their sequences, ``None`` if as given.
 
     Raises
@@ -314,11 +312,11 @@ def _sequence_order(parts: list[Array]) -> npt.NDArray[np.int64] | None:
             "whole sequences",
             "look at them: placer trace validate TRACE; then record or import it again",
         )
-    order: npt.NDArray[np.int64] = np.argsort(ids, kind="stable")
+    order: IntArray = np.argsort(ids, kind="stable")
     return order
 
 
-def _listed_twice(ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+def _listed_twice(ids: AnyArray) -> BoolArray:
     """Return ``[T]``: whether a row of ``ids`` [T, k] holds an id more than once."""
     columns = np.ascontiguousarray(ids.T)
     twice = np.zeros(columns.shape[1], dtype=np.bool_)

@@ -15,11 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from placer.arrays import BoolArray
+from placer.arrays import BoolArray, HashArray
 from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
 from placer.trace.hashing import (
-    HashArray,
     expert_set_hash,
     prefix_hash,
 )

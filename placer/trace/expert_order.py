@@ -1,10 +1,11 @@
 """The order in which a foreign record lists the experts of a token."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+
+from placer.arrays import AnyArray
 
 if TYPE_CHECKING:
     from placer.trace.imported import ImportedTokens
@@ -37,7 +38,7 @@ def ordered_by_weight(tokens: "ImportedTokens") -> tuple["ImportedTokens", int]:
     return replace(tokens, experts=experts, weights=weights), number
 
 
-def listed_by_id(experts: npt.NDArray[Any]) -> bool:
+def listed_by_id(experts: AnyArray) -> bool:
     """Return whether rows list their experts by id, as ``topk(sorted=False)`` does.
 
     That is so where the ids of nearly all rows ascend, in most layers; in rows by weight

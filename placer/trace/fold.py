@@ -6,6 +6,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from placer.arrays import BoolArray
 from placer.errors import UsageError
 
 _INVERTED = "not "
@@ -47,9 +48,9 @@ class Fold:
         """Return the fold of all other sequences."""
         return Fold(self.part, self.parts, not self.inverted)
 
-    def keep(self, sequence_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    def keep(self, sequence_ids: npt.NDArray[np.int32]) -> BoolArray:
         """Return ``[T]``: whether each token's sequence is in the fold."""
-        mask: npt.NDArray[np.bool_] = sequence_ids % self.parts == self.part
+        mask: BoolArray = sequence_ids % self.parts == self.part
         return ~mask if self.inverted else mask
 
     def __str__(self) -> str:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import IntArray
+from placer.arrays import AnyArray, IntArray
 from placer.trace.capture import (
     RouterCapture,
     to_host,
@@ -52,8 +51,8 @@ class DecodedBatch:
 
     token_ids: IntArray
     lengths: IntArray
-    experts: tuple[npt.NDArray[Any], ...]
-    weights: tuple[npt.NDArray[Any], ...]
+    experts: tuple[AnyArray, ...]
+    weights: tuple[AnyArray, ...]
 
 
 def decode_batch(

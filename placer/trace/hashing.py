@@ -5,12 +5,9 @@ in 100,000 for 10 million tokens.
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import IntArray
+from placer.arrays import HashArray, IntArray
 from placer.trace.chunk import Chunk
-
-HashArray = npt.NDArray[np.uint64]
 
 # An odd 64-bit multiplier (Steele and Vigna, arXiv 2001.05304): arithmetic modulo 2^64.
 _MULTIPLIER = np.uint64(0xD1342543DE82EF95)

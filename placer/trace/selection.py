@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
+from placer.arrays import BoolArray
 from placer.errors import (
     PlacerError,
     UsageError,
@@ -85,7 +85,7 @@ class Selection:
             raise ValueError("without a fold no sequence is left out")
         return replace(self, fold=self.fold.complement())
 
-    def keep(self, chunk: "Chunk") -> npt.NDArray[np.bool_]:
+    def keep(self, chunk: "Chunk") -> BoolArray:
         """Return ``[T]``: whether each token is selected.
 
         Raises

@@ -8,8 +8,8 @@ all layers.
 import numpy as np
 import numpy.typing as npt
 
+from placer.arrays import BoolArray, HashArray
 from placer.trace.hashing import (
-    HashArray,
     expert_set_hash,
 )
 from placer.trace.reader import Trace
@@ -29,7 +29,7 @@ _COMMON_SHARE = 0.05
 
 def warm_up_tokens(
     rows: HashArray, sequence_ids: npt.NDArray[np.int32], num_choices: int
-) -> npt.NDArray[np.bool_]:
+) -> BoolArray:
     """Return ``[T]``: whether a token repeats another as dummy tokens do.
 
     Parameters
@@ -52,7 +52,7 @@ def warm_up_tokens(
     lengths = np.diff(starts, append=len(rows))
     many = num_choices >= _FEWEST_CHOICES
     long = _LONG_RUN if many else _LONG_RUN_OF_FEW_CHOICES
-    found: npt.NDArray[np.bool_] = np.repeat(lengths >= long, lengths)
+    found: BoolArray = np.repeat(lengths >= long, lengths)
     if many:
         inside = rows[1:][sequence_ids[1:] == sequence_ids[:-1]]
         every, number = np.unique(inside, return_counts=True)
@@ -63,7 +63,7 @@ def warm_up_tokens(
     return found
 
 
-def warm_up_mask(trace: Trace, selection: Selection = EVERYTHING) -> npt.NDArray[np.bool_]:
+def warm_up_mask(trace: Trace, selection: Selection = EVERYTHING) -> BoolArray:
     """Return ``[T]`` for the tokens selected: whether each is :func:`warm_up_tokens`'s."""
     rows, sequence_ids = [np.zeros(0, np.uint64)], [np.zeros(0, np.int32)]
     for chunk in trace.chunks(selection):

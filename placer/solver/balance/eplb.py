@@ -1,12 +1,11 @@
 """The load balancer of DeepSeek: EPLB (github.com/deepseek-ai/EPLB, its README)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.arrays import (
+    AnyArray,
     FloatArray,
     IntArray,
 )
@@ -18,7 +17,7 @@ from placer.solver.balance.packing import packed
 
 
 def pack_loads(
-    loads: Sequence[npt.NDArray[Any]],
+    loads: Sequence[AnyArray],
     topology: Topology,
     redundant_experts: int = 0,
     n_group: int = 1,

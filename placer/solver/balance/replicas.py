@@ -4,9 +4,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray
+from placer.arrays import BoolArray, FloatArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 
@@ -15,7 +14,7 @@ def with_replicas(
     placement: Placement,
     load: Sequence[FloatArray],
     redundant_experts: int,
-    is_careful: npt.NDArray[np.bool_] | None = None,
+    is_careful: BoolArray | None = None,
 ) -> Placement:
     """Give every rank further slots, filled with the experts that relieve most.
 

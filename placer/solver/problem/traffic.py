@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import FloatArray, Int16Array, IntArray
 from placer.errors import UsageError
 from placer.placement.topology import Topology
 from placer.solver.kernels.layer import Prices
@@ -72,7 +71,7 @@ class TrafficProblem:
         under ``sglang-static``; ``None``: nothing.
     """
 
-    experts: tuple[npt.NDArray[np.int16], ...]
+    experts: tuple[Int16Array, ...]
     topology: Topology
     policy: Literal["fixed", "follow", "given"]
     exchange: SolvableExchange = "per-rank"

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray
+from placer.arrays import Float32Array, FloatArray
 from placer.solver.proof.grouping import Block, GroupingProblem
 from placer.solver.proof.relaxation import Relaxation
 
@@ -51,7 +50,7 @@ class _Triples:
     layers: tuple[int, int, int]
     signs: tuple[int, int, int]
     most: int
-    price: npt.NDArray[np.float32]
+    price: Float32Array
 
     def move(self, relaxed: Relaxation, step: float) -> None:
         """Raise the prices of what is violated, lower those of what is slack."""
@@ -89,7 +88,7 @@ class _Triples:
         return self.most * float(price.sum(dtype=np.float64))
 
 
-def _held(relaxed: Relaxation, row: int, column: int) -> npt.NDArray[np.float32]:
+def _held(relaxed: Relaxation, row: int, column: int) -> Float32Array:
     block = relaxed.shared((min(row, column), max(row, column))).astype(np.float32)
     return block if row <= column else block.T
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.arrays import (
     BoolArray,
     FloatArray,
+    Int16Array,
     IntArray,
 )
 from placer.errors import PlacerError
@@ -300,8 +300,8 @@ class Alternation:
 
 
 def pairs_of_homes(
-    experts: npt.NDArray[np.int16], home: IntArray, num_experts: int, num_ranks: int
-) -> npt.NDArray[np.float64]:
+    experts: Int16Array, home: IntArray, num_experts: int, num_ranks: int
+) -> FloatArray:
     """Return ``[E, R]``: how often tokens ``[T]`` of each home use each expert.
 
     ``experts`` is ``[T, k]``.

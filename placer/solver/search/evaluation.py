@@ -6,9 +6,8 @@ Legend of the shapes: L MoE layers, T tokens, R ranks.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import BoolArray, FloatArray, IntArray
 from placer.placement.placement import Placement
 
 #: Pairs, or copies squared; sums of the shares of replicas and homes differ by rounding.
@@ -50,7 +49,7 @@ class Evaluation:
             self.overflow.sum(axis=1), self.price, other.overflow.sum(axis=1), other.price
         )
 
-    def better_layers(self, other: "Evaluation") -> npt.NDArray[np.bool_]:
+    def better_layers(self, other: "Evaluation") -> BoolArray:
         """Return ``[L]``: where this one is the better of the two, layer by layer."""
         layers = range(len(self.price_of_layer))
         return np.array(
