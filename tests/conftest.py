@@ -7,11 +7,7 @@ import numpy as np
 import pytest
 
 from placer.model import ModelSpec
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 

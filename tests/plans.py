@@ -1,11 +1,7 @@
 """Plans that were not solved: of a placement as it is given."""
 
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-    SolverReport,
-)
+from placer.placement import Placement, Plan, SolverReport
 
 
 def unsolved_plan(model: ModelSpec, placement: Placement, **provenance: object) -> Plan:

@@ -8,10 +8,7 @@ import pytest
 
 from placer.cli.main import main
 from placer.serving.replica_choice import SglangDraws
-from placer.trace import (
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Trace, TraceWriter
 
 LAYER_IDS = (1, 2, 4)
 TOPOLOGY = ("--gpus-per-node", "4", "--redundant-experts", "4")

@@ -14,20 +14,10 @@ from placer.placement import SolverReport
 from placer.shuffle import CombinedRule
 from placer.simulation import PolicyMetrics
 from placer.table import Table
-from placer.table.lookup import (
-    LayerTable,
-    known_ids,
-)
+from placer.table.lookup import LayerTable, known_ids
 from placer.table.table import _DTYPES as TABLE_DTYPES
-from placer.target.hardware import (
-    Hardware,
-    write_hardware,
-)
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.target.hardware import Hardware, write_hardware
+from placer.trace import Chunk, Trace, TraceWriter
 from placer.trace.header import TraceHeader
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,27 +14,15 @@ from typer.exceptions import TyperException
 
 import placer
 from placer.cli.export import TARGETS
-from placer.cli.main import (
-    app,
-    main,
-)
+from placer.cli.main import app, main
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
 from placer.planning.served import require_loadable
-from placer.runtime_map import (
-    RUNTIMES,
-    export_map,
-)
-from placer.target.engine import (
-    Engine,
-    engines_named,
-)
-from placer.trace import (
-    Chunk,
-    TraceWriter,
-)
+from placer.runtime_map import RUNTIMES, export_map
+from placer.target.engine import Engine, engines_named
+from placer.trace import Chunk, TraceWriter
 from tests.plans import unsolved_plan
 
 ROOT = Path(placer.__file__).parent

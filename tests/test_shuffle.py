@@ -14,21 +14,10 @@ from hypothesis import strategies as st
 
 import placer.shuffle
 from placer.placement.reference import contiguous
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
+from placer.planning.tables import TableOptions, make_table
 from placer.run.writing import write_tensors
-from placer.shuffle import (
-    RANK_HEADER,
-    CombinedRule,
-    RequestRouter,
-    ShuffleTable,
-)
-from placer.table.lookup import (
-    LayerTable,
-    known_ids,
-)
+from placer.shuffle import RANK_HEADER, CombinedRule, RequestRouter, ShuffleTable
+from placer.table.lookup import LayerTable, known_ids
 from placer.table.table import Table
 from placer.trace import Trace
 

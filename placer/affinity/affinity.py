@@ -12,10 +12,7 @@ from safetensors import SafetensorError, safe_open
 from placer.affinity.sparse import SparseCounts
 from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.model import (
-    ModelSpec,
-    require_same_model,
-)
+from placer.model import ModelSpec, require_same_model
 from placer.run.documents import (
     SCHEMA_VERSION,
     Count,

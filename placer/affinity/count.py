@@ -13,26 +13,13 @@ import numpy as np
 
 from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
-from placer.affinity.sums import (
-    PairwiseSum,
-    Rows,
-)
+from placer.affinity.sums import PairwiseSum, Rows
 from placer.arrays import AnyArray, IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.devices import (
-    CPU,
-    torch_device,
-)
-from placer.run.parallel import (
-    PROCESSES,
-    Backend,
-)
-from placer.trace import (
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.run.devices import CPU, torch_device
+from placer.run.parallel import PROCESSES, Backend
+from placer.trace import Chunk, Selection, Trace
 
 ChunkSource = Callable[[], Iterable[Chunk]]
 

@@ -16,10 +16,7 @@ import torch
 
 from placer.affinity.affinity import Affinity
 from placer.affinity.sparse import SparseCounts
-from placer.affinity.sums import (
-    PairwiseSum,
-    Rows,
-)
+from placer.affinity.sums import PairwiseSum, Rows
 from placer.arrays import AnyArray, IntArray
 from placer.model import ModelSpec
 from placer.trace import Chunk

@@ -20,10 +20,7 @@ from placer.baseline.occult import occult
 from placer.baseline.problem import BaselineProblem
 from placer.baseline.semmoe import semmoe
 from placer.placement.placement import Placement
-from placer.placement.reference import (
-    contiguous,
-    random,
-)
+from placer.placement.reference import contiguous, random
 from placer.solver.balance.load_caps import balanced
 
 __all__ = ["BASELINES", "BaselineProblem"]

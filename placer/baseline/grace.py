@@ -2,10 +2,7 @@
 
 import numpy as np
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import FloatArray, IntArray
 from placer.baseline.grouping import node_then_rank
 from placer.baseline.problem import BaselineProblem
 from placer.placement.placement import Placement

@@ -4,10 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import FloatArray, IntArray
 from placer.baseline.problem import BaselineProblem
 from placer.placement.placement import Placement
 from placer.solver.search.pair_search import transport

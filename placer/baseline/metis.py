@@ -3,10 +3,7 @@
 import numpy as np
 
 from placer.arrays import IntArray
-from placer.baseline.grouping import (
-    equal_groups,
-    node_then_rank,
-)
+from placer.baseline.grouping import equal_groups, node_then_rank
 from placer.baseline.problem import BaselineProblem
 from placer.errors import UsageError
 from placer.placement.placement import Placement

@@ -6,17 +6,11 @@ from typing import Any
 import numpy as np
 
 from placer.arrays import IntArray
-from placer.baseline.grouping import (
-    equal_groups,
-    node_then_rank,
-)
+from placer.baseline.grouping import equal_groups, node_then_rank
 from placer.baseline.problem import BaselineProblem
 from placer.errors import UsageError
 from placer.placement.placement import Placement
-from placer.solver.proof.copies import (
-    TokenSets,
-    token_sets,
-)
+from placer.solver.proof.copies import TokenSets, token_sets
 
 
 def mtkahypar(problem: BaselineProblem) -> Placement:

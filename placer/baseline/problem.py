@@ -5,21 +5,13 @@ from functools import cached_property
 
 import numpy as np
 
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-)
+from placer.affinity import Affinity, count_affinity
 from placer.affinity.count import expert_load
 from placer.arrays import AnyArray
 from placer.errors import UsageError
 from placer.placement.placement import require_divisible_slots
 from placer.placement.topology import Topology
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,10 +23,7 @@ from placer.checkpoint.permutation import (
 )
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.shard import rename_keys
-from placer.checkpoint.source import (
-    RECORD_NAME,
-    CheckpointSource,
-)
+from placer.checkpoint.source import RECORD_NAME, CheckpointSource
 from placer.checkpoint.writing import (
     ExportOptions,
     Progress,
@@ -37,26 +34,11 @@ from placer.checkpoint.writing import (
     pieces_of,
     written_shards,
 )
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    VerificationError,
-)
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-    require_same_model,
-)
-from placer.model.tensor_layout import (
-    TensorKind,
-    TensorLayout,
-)
+from placer.errors import PlacerError, UsageError, VerificationError
+from placer.model import Architecture, ModelSpec, read_config, require_same_model
+from placer.model.tensor_layout import TensorKind, TensorLayout
 from placer.placement import Plan
-from placer.run.files import (
-    read_bytes,
-    sha256_file,
-)
+from placer.run.files import read_bytes, sha256_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.arrays import IntArray
-from placer.checkpoint.expert_patterns import (
-    ExpertModules,
-    is_pattern,
-)
+from placer.checkpoint.expert_patterns import ExpertModules, is_pattern
 from placer.checkpoint.shard import replace_texts
 from placer.errors import PlacerError
 from placer.model.tensor_layout import TensorLayout

@@ -12,16 +12,8 @@ from placer.arrays import IntArray
 from placer.checkpoint.copying import TABLE_DTYPES
 from placer.checkpoint.shard import TensorInfo
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
-from placer.model.tensor_layout import (
-    NAMES_EXPERTS,
-    TensorKind,
-    TensorPlace,
-    has_columns,
-)
+from placer.model import Architecture, ModelSpec
+from placer.model.tensor_layout import NAMES_EXPERTS, TensorKind, TensorPlace, has_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

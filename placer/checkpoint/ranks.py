@@ -15,15 +15,8 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from placer.checkpoint.permutation import tensor_changes
-from placer.checkpoint.shard import (
-    TensorInfo,
-    compose_header,
-)
-from placer.checkpoint.source import (
-    INDEX_NAME,
-    RECORD_NAME,
-    CheckpointSource,
-)
+from placer.checkpoint.shard import TensorInfo, compose_header
+from placer.checkpoint.source import INDEX_NAME, RECORD_NAME, CheckpointSource
 from placer.checkpoint.writing import (
     ExportOptions,
     Progress,
@@ -35,12 +28,7 @@ from placer.checkpoint.writing import (
     written_shards,
 )
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-    require_same_model,
-)
+from placer.model import Architecture, ModelSpec, read_config, require_same_model
 from placer.model.tensor_layout import TensorKind
 from placer.placement import Plan
 from placer.run.documents import (
@@ -55,10 +43,7 @@ from placer.run.documents import (
     read_json,
     validated,
 )
-from placer.run.files import (
-    canonical_json,
-    sha256_file,
-)
+from placer.run.files import canonical_json, sha256_file
 
 RANK_NAME = "placement.json"
 

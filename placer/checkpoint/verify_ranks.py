@@ -6,28 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from placer.checkpoint.ranks import (
-    RANK_NAME,
-    RankRecord,
-    RoutedTensors,
-    rank_folder,
-)
-from placer.checkpoint.source import (
-    INDEX_NAME,
-    CheckpointSource,
-)
+from placer.checkpoint.ranks import RANK_NAME, RankRecord, RoutedTensors, rank_folder
+from placer.checkpoint.source import INDEX_NAME, CheckpointSource
 from placer.checkpoint.tensor_files import read_tensor
 from placer.errors import VerificationError
-from placer.model import (
-    ModelSpec,
-    require_same_model,
-)
+from placer.model import ModelSpec, require_same_model
 from placer.placement import Plan
 from placer.run.documents import read_json
-from placer.run.files import (
-    require_file,
-    sha256_file,
-)
+from placer.run.files import require_file, sha256_file
 
 if TYPE_CHECKING:
     import torch

@@ -21,18 +21,9 @@ from placer.checkpoint.copying import (
 )
 from placer.checkpoint.shard import Shard
 from placer.errors import UsageError
-from placer.run.files import (
-    sha256_file,
-    sha256_json,
-)
-from placer.run.parallel import (
-    PROCESSES,
-    Backend,
-)
-from placer.run.resumable import (
-    Journal,
-    resumable_directory,
-)
+from placer.run.files import sha256_file, sha256_json
+from placer.run.parallel import PROCESSES, Backend
+from placer.run.resumable import Journal, resumable_directory
 from placer.run.writing import require_free_space
 
 Progress = Callable[[str], None]

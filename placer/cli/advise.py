@@ -80,25 +80,12 @@ def advise(
     from placer.affinity import Affinity
     from placer.errors import require_left_out
     from placer.placement.topology import Topology
-    from placer.planning.advice import (
-        advise_on_loads,
-        next_command,
-    )
-    from placer.planning.question import (
-        Question,
-        predictable_policy,
-        usual_engines,
-    )
+    from placer.planning.advice import advise_on_loads, next_command
+    from placer.planning.question import Question, predictable_policy, usual_engines
     from placer.planning.trace_advice import advise_on_trace
     from placer.report.batches import advice_table
-    from placer.serving.homes import (
-        batch_shapes,
-        parse_tokens_per_rank,
-    )
-    from placer.simulation.cost import (
-        find_expert_shape,
-        require_no_sizes,
-    )
+    from placer.serving.homes import batch_shapes, parse_tokens_per_rank
+    from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.target.engine import engines_named
     from placer.target.hardware import Hardware
     from placer.trace import Trace

@@ -74,17 +74,11 @@ def affinity(
     """
     import os
 
-    from placer.affinity.from_traces import (
-        affinity_of_traces,
-        merged_affinity,
-    )
+    from placer.affinity.from_traces import affinity_of_traces, merged_affinity
     from placer.affinity.sums import ROWS
     from placer.run.devices import CPU
     from placer.run.parallel import BACKENDS, Backend
-    from placer.trace import (
-        EVERYTHING,
-        Trace,
-    )
+    from placer.trace import EVERYTHING, Trace
 
     claim(context, out, traces, force=force)
 

@@ -51,21 +51,11 @@ def calibrate(
     writes the file.
     """
     from placer.errors import UsageError
-    from placer.run.worker import (
-        Worker,
-        start_workers,
-    )
+    from placer.run.worker import Worker, start_workers
     from placer.run.writing import require_target
-    from placer.target.calibrate import (
-        DEVICES,
-        CalibrationOptions,
-        require_devices,
-    )
+    from placer.target.calibrate import DEVICES, CalibrationOptions, require_devices
     from placer.target.calibrate import calibrate as measure
-    from placer.target.hardware import (
-        require_hardware_path,
-        write_hardware,
-    )
+    from placer.target.hardware import require_hardware_path, write_hardware
 
     require_hardware_path(out)
     worker = Worker.of_environment()

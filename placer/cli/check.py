@@ -43,20 +43,10 @@ def check(
     chance explains do not count.
     """
     from placer.affinity import Affinity
-    from placer.errors import (
-        DriftError,
-        require_left_out,
-    )
+    from placer.errors import DriftError, require_left_out
     from placer.placement import Plan
-    from placer.planning.drift import (
-        check_on_loads,
-        check_plan,
-        improving_command,
-    )
-    from placer.planning.profile import (
-        layer_ids_of,
-        other_phase,
-    )
+    from placer.planning.drift import check_on_loads, check_plan, improving_command
+    from placer.planning.profile import layer_ids_of, other_phase
     from placer.serving.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 

@@ -36,12 +36,7 @@ def demo(
     Records the model's routing, solves on one half of the text, judges on the other half
     on 4 ranks, exports a permuted checkpoint and proves that it is the same function.
     """
-    from placer.demo.road import (
-        NUM_RANKS,
-        POLICIES,
-        run_demo,
-        shipped_model,
-    )
+    from placer.demo.road import NUM_RANKS, POLICIES, run_demo, shipped_model
     from placer.report.comparison import comparison_table
     from placer.simulation.sent import Wire
 

@@ -195,10 +195,7 @@ def _required(out: Path | None) -> Path:
 
 
 def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "ExportJob":
-    from placer.checkpoint.export import (
-        prepare_export,
-        prepare_restore,
-    )
+    from placer.checkpoint.export import prepare_export, prepare_restore
 
     if not inverse:
         return prepare_export(plan, _required_model("checkpoint", plan, model))
@@ -207,10 +204,7 @@ def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "Expo
 
 
 def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) -> Facts:
-    from placer.checkpoint.deepspeed import (
-        export_deepspeed,
-        restore_deepspeed,
-    )
+    from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
 
     if inverse:
         _require_alone("deepspeed", model)

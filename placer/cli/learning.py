@@ -55,10 +55,7 @@ def learning(
     """
     from placer.placement.policy import POLICIES
     from placer.placement.topology import Topology
-    from placer.planning.learning import (
-        DEFAULT_TOKENS,
-        learning_curve,
-    )
+    from placer.planning.learning import DEFAULT_TOKENS, learning_curve
     from placer.solver.options import NOT_SOLVED, SolveOptions
     from placer.trace import Trace
 

@@ -16,10 +16,7 @@ from rich.table import Table
 from placer.errors import UsageError
 
 if TYPE_CHECKING:
-    from placer.trace import (
-        Fold,
-        Selection,
-    )
+    from placer.trace import Fold, Selection
 
 # Cells are never cut: whoever reads a path wants all of it.
 _WIDEST = 10_000
@@ -123,10 +120,7 @@ def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":
 
 def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Selection":
     """Return the tokens that ``--fold``, ``--not-fold`` and ``--phase`` ask for."""
-    from placer.trace.selection import (
-        Selection,
-        parse_phase,
-    )
+    from placer.trace.selection import Selection, parse_phase
 
     return Selection(parse_fold(fold, not_fold), parse_phase(phase))
 

@@ -83,10 +83,7 @@ def replay(
     """
     from placer.model import require_same_model
     from placer.placement import Plan
-    from placer.run.worker import (
-        Worker,
-        start_workers,
-    )
+    from placer.run.worker import Worker, start_workers
     from placer.trace import Trace
     from placer.trace.loading import DTYPES
 
@@ -98,11 +95,7 @@ def replay(
         raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
     from placer.replay.replay import ReplayOptions
     from placer.replay.replay import replay as replay_plan
-    from placer.report.replay import (
-        columns,
-        facts,
-        rows,
-    )
+    from placer.report.replay import columns, facts, rows
     from placer.target.hardware import Hardware
 
     outcome = replay_plan(

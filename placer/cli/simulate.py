@@ -95,24 +95,12 @@ def simulate(
     Judge a plan on sequences that it was not solved on: use --fold or --not-fold.
     """
     from placer.placement import Plan
-    from placer.planning.judge import (
-        Serving,
-        judge_plan,
-    )
-    from placer.planning.served import (
-        architectures_of,
-        servable,
-    )
+    from placer.planning.judge import Serving, judge_plan
+    from placer.planning.served import architectures_of, servable
     from placer.planning.verdict import verdict_lines
     from placer.report.batches import summary_table
-    from placer.serving.homes import (
-        batch_shapes,
-        parse_tokens_per_rank,
-    )
-    from placer.simulation.cost import (
-        find_expert_shape,
-        require_no_sizes,
-    )
+    from placer.serving.homes import batch_shapes, parse_tokens_per_rank
+    from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.target.engine import engines_named
     from placer.target.hardware import Hardware
     from placer.trace import Trace

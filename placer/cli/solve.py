@@ -322,21 +322,11 @@ def solve(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from placer.placement.pins import Pin
     from placer.placement.policy import POLICIES
-    from placer.placement.world import (
-        EP_GROUPS,
-        group_topology,
-        world_layout,
-    )
+    from placer.placement.world import EP_GROUPS, group_topology, world_layout
     from placer.planning.frontier import parse_caps
     from placer.planning.request import SolveRequest
-    from placer.planning.solving import (
-        solve_frontier,
-        solve_request,
-    )
-    from placer.report.comparison import (
-        plan_notes,
-        plan_warnings,
-    )
+    from placer.planning.solving import solve_frontier, solve_request
+    from placer.report.comparison import plan_notes, plan_warnings
     from placer.run.deadline import Deadline
     from placer.solver.options import NOT_SOLVED, PROOFS, SolveOptions
     from placer.solver.params import SolverParams
@@ -428,11 +418,7 @@ def solve(
 
 def _show(solved: "Solved", start: Path | None) -> None:
     """Print the figures of a plan and what proves them."""
-    from placer.report.comparison import (
-        certificate_lines,
-        plan_table,
-        price_line,
-    )
+    from placer.report.comparison import certificate_lines, plan_table, price_line
 
     plan, choice = solved.plan, solved.time
     columns, rows = plan_table(plan)

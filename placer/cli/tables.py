@@ -98,10 +98,7 @@ def tables(
     The table is built from the tokens that the plan was solved on (--fold and --phase
     select others) and tested on all other sequences.
     """
-    from placer.planning.tables import (
-        TableOptions,
-        make_table,
-    )
+    from placer.planning.tables import TableOptions, make_table
     from placer.trace import Trace
 
     claim(context, out, [plan, trace, embeddings], force=force)

@@ -138,10 +138,7 @@ def dedup(
     Then solve on the fold and judge on the rest.
     """
     from placer.trace import Trace
-    from placer.trace.dedup import (
-        KINDS,
-        dedup_trace,
-    )
+    from placer.trace.dedup import KINDS, dedup_trace
 
     claim(context, out, [trace], force=force, directory=True)
 

@@ -5,12 +5,7 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import (
-    JsonOption,
-    print_json,
-    print_line,
-    print_table,
-)
+from placer.cli.output import JsonOption, print_json, print_line, print_table
 
 
 def verify(
@@ -44,10 +39,7 @@ def verify(
     if exported.is_file():
         _verify_map(original, exported, plan, as_json)
         return
-    from placer.checkpoint.deepspeed import (
-        is_deepspeed,
-        verify_deepspeed,
-    )
+    from placer.checkpoint.deepspeed import is_deepspeed, verify_deepspeed
     from placer.checkpoint.verify_ranks import is_ranks
 
     if is_deepspeed(exported):

@@ -9,21 +9,11 @@ from typing import Any
 from placer.affinity import Affinity
 from placer.affinity.from_traces import affinity_of_traces
 from placer.checkpoint.export import export_checkpoint
-from placer.checkpoint.verify import (
-    VerificationReport,
-    verify,
-)
-from placer.demo.text import (
-    DOMAINS,
-    Split,
-    documents,
-)
+from placer.checkpoint.verify import VerificationReport, verify
+from placer.demo.text import DOMAINS, Split, documents
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.policy import Policy
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
@@ -36,16 +26,9 @@ from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import balanced
 from placer.solver.options import SolveOptions
 from placer.table import build_table
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Trace
 from placer.trace.corpus import Corpus
-from placer.trace.record import (
-    RecordOptions,
-    record,
-)
+from placer.trace.record import RecordOptions, record
 
 NUM_RANKS = 4
 TOKENS_PER_DOMAIN = 16_384

@@ -1,15 +1,8 @@
 """The model: its MoE layers, its family, and the tensors of its checkpoint."""
 
-from placer.model.architecture import (
-    Architecture,
-    known_architectures,
-)
+from placer.model.architecture import Architecture, known_architectures
 from placer.model.config_file import read_config
-from placer.model.spec import (
-    ModelSpec,
-    expert_size,
-    require_same_model,
-)
+from placer.model.spec import ModelSpec, expert_size, require_same_model
 
 __all__ = [
     "Architecture",

@@ -6,15 +6,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from placer.arrays import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-)
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.arrays import BoolArray, FloatArray, IntArray
+from placer.errors import PlacerError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

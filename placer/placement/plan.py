@@ -12,22 +12,10 @@ from placer.placement.placement import Placement
 from placer.placement.plan_file import PlanFile, upgraded_plan
 from placer.placement.policy import ContentPolicy
 from placer.placement.solver_report import SolverReport
-from placer.run.documents import (
-    SCHEMA_VERSION,
-    of_this_version,
-    read_json,
-    validated,
-)
-from placer.run.files import (
-    sha256_file,
-)
+from placer.run.documents import SCHEMA_VERSION, of_this_version, read_json, validated
+from placer.run.files import sha256_file
 from placer.run.writing import atomic_file
-from placer.target.engine import (
-    Engine,
-    ReplicaChoice,
-    choose_replicas,
-    known_engines,
-)
+from placer.target.engine import Engine, ReplicaChoice, choose_replicas, known_engines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

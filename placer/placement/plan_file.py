@@ -7,13 +7,7 @@ import msgspec
 from placer.model import ModelSpec
 from placer.placement.policy import HomePolicy
 from placer.placement.solver_report import SolverReport
-from placer.run.documents import (
-    Count,
-    Document,
-    ExpertId,
-    NumRanks,
-    Sha256,
-)
+from placer.run.documents import Count, Document, ExpertId, NumRanks, Sha256
 from placer.target.engine import ReplicaChoice, SolvableExchange
 
 _Figure = Annotated[float, msgspec.Meta(ge=0)]

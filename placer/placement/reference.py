@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from placer.arrays import AnyArray, IntArray
-from placer.placement.placement import (
-    Placement,
-)
+from placer.placement.placement import Placement
 
 Load = Sequence[AnyArray]
 

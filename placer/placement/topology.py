@@ -5,12 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placer.arrays import (
-    FloatArray,
-)
-from placer.errors import (
-    UsageError,
-)
+from placer.arrays import FloatArray
+from placer.errors import UsageError
 from placer.placement.placement import require_divisible_ranks
 
 INTER_COST, INTRA_COST = 8, 1

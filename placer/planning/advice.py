@@ -11,15 +11,8 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
-from placer.planning.advised_plans import (
-    BALANCED,
-    balanced_options,
-    solve_command,
-)
-from placer.planning.question import (
-    Question,
-    loadable,
-)
+from placer.planning.advised_plans import BALANCED, balanced_options, solve_command
+from placer.planning.question import Question, loadable
 from placer.serving.homes import Batching
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.cost import BreakEven

@@ -11,21 +11,10 @@ from pathlib import Path
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
 from placer.planning.question import Question
-from placer.planning.served import (
-    Loading,
-    require_loadable,
-    solved_for,
-)
-from placer.solver.options import (
-    MAX_IMBALANCE,
-    Objective,
-    SolveOptions,
-)
+from placer.planning.served import Loading, require_loadable, solved_for
+from placer.solver.options import MAX_IMBALANCE, Objective, SolveOptions
 from placer.solver.params import SolverParams
-from placer.trace import (
-    Fold,
-    Selection,
-)
+from placer.trace import Fold, Selection
 
 PROFILE = Fold(0, 2)
 # Enough to see what there is to gain; `placer solve` gets the rest.

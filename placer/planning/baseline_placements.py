@@ -3,21 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from placer.baseline import (
-    BASELINES,
-    BaselineProblem,
-)
+from placer.baseline import BASELINES, BaselineProblem
 from placer.errors import UsageError
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.topology import Topology
 from placer.planning.profile import profile_of
-from placer.trace import (
-    Selection,
-    Trace,
-)
+from placer.trace import Selection, Trace
 
 DEFAULT_BASELINES = ("contiguous", "balanced", "eplb")
 

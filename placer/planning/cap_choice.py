@@ -9,10 +9,7 @@ from typing import Any
 
 from placer.affinity import count_affinity
 from placer.model import ModelSpec
-from placer.planning.layer_time import (
-    batch_times,
-    judged_halves,
-)
+from placer.planning.layer_time import batch_times, judged_halves
 from placer.planning.question import Question
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress

@@ -10,27 +10,16 @@ from typing import Any
 import numpy as np
 
 from placer.affinity import Affinity
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.intervals import FEWEST_SEQUENCES
 from placer.model import require_same_model
 from placer.placement import Plan
 from placer.placement.reference import contiguous
-from placer.placement.topology import (
-    INTER_COST,
-    INTRA_COST,
-)
+from placer.placement.topology import INTER_COST, INTRA_COST
 from placer.planning.profile import layer_ids_of
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_balance import predicted_imbalance
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 # Groups of sequences that are left out in turn.
 NUM_GROUPS = 8

@@ -15,17 +15,10 @@ from placer.planning.request import Tell
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.run.writing import atomic_directory
-from placer.simulation.sent import (
-    RANK_COPIES,
-    Sent,
-    Wire,
-)
+from placer.simulation.sent import RANK_COPIES, Sent, Wire
 from placer.solver.missed_caps import require_receive_cap
 from placer.solver.options import SolveOptions
-from placer.trace import (
-    Selection,
-    Trace,
-)
+from placer.trace import Selection, Trace
 
 TABLE_NAME = "frontier.csv"
 

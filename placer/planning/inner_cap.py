@@ -18,18 +18,12 @@ from placer.arrays import FloatArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
-from placer.placement.solver_report import (
-    CapTrial,
-    InnerCap,
-)
+from placer.placement.solver_report import CapTrial, InnerCap
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import load_caps
-from placer.solver.options import (
-    OVERFLOW_PRICE,
-    SolveOptions,
-)
+from placer.solver.options import OVERFLOW_PRICE, SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk
 

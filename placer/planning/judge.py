@@ -8,27 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from placer.errors import (
-    PlacerError,
-)
-from placer.intervals import (
-    FEWEST_SEQUENCES,
-    CopiesRatio,
-    copies_ratio,
-)
+from placer.errors import PlacerError
+from placer.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
 from placer.model import require_same_model
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.plan import plan_sha256
 from placer.planning.baseline_placements import baseline_placements
-from placer.planning.phases import (
-    answered,
-    no_batch_for,
-    phase_warning,
-    sizes_warning,
-)
+from placer.planning.phases import answered, no_batch_for, phase_warning, sizes_warning
 from placer.planning.profile import (
     is_of_unknown_tokens,
     layer_ids_of,
@@ -36,10 +22,7 @@ from placer.planning.profile import (
     other_phase,
     profile_of,
 )
-from placer.serving.homes import (
-    BatchShape,
-    batch_shapes,
-)
+from placer.serving.homes import BatchShape, batch_shapes
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
     BatchFigures,
@@ -48,32 +31,14 @@ from placer.simulation.batch_figures import (
     break_evens,
     filled_warning,
 )
-from placer.simulation.cost import (
-    BreakEven,
-    ExpertShape,
-    cost_model,
-)
-from placer.simulation.metrics import (
-    PolicyMetrics,
-    PolicyTally,
-)
-from placer.simulation.sent import (
-    Sent,
-    Wire,
-)
+from placer.simulation.cost import BreakEven, ExpertShape, cost_model
+from placer.simulation.metrics import PolicyMetrics, PolicyTally
+from placer.simulation.sent import Sent, Wire
 from placer.simulation.simulate import count
 from placer.table.table import Table
-from placer.target.engine import (
-    Engine,
-    ReplicaChoice,
-)
+from placer.target.engine import Engine, ReplicaChoice
 from placer.target.hardware import Hardware
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 from placer.trace.doubts import doubtful_follow
 
 PLAN = "plan"

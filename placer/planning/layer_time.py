@@ -12,34 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-)
+from placer.affinity import Affinity, count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
 from placer.planning.advised_plans import QUICK
-from placer.planning.inner_cap import (
-    expert_loads,
-    inner_halves,
-)
+from placer.planning.inner_cap import expert_loads, inner_halves
 from placer.planning.question import Question
 from placer.planning.redundant import Worth, excess
 from placer.planning.trace_advice import MOST_JUDGED_TOKENS
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.serving.homes import BatchShape
-from placer.simulation.batch_figures import (
-    BatchFigures,
-    batch_steps,
-    break_evens,
-    times,
-)
-from placer.simulation.cost import (
-    BreakEven,
-    PredictedTime,
-)
+from placer.simulation.batch_figures import BatchFigures, batch_steps, break_evens, times
+from placer.simulation.cost import BreakEven, PredictedTime
 from placer.solver.balance.load_caps import load_caps
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose

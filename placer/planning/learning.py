@@ -15,11 +15,7 @@ from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.search.pair_search import transport
 from placer.solver.solve import solve_to_choose
-from placer.trace import (
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.trace import Chunk, Selection, Trace
 
 DEFAULT_TOKENS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 

@@ -5,19 +5,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from placer.errors import UsageError
-from placer.serving.homes import (
-    BatchShape,
-    batch_shapes,
-)
-from placer.target.engine import (
-    PHASES,
-    Engine,
-    Phase,
-)
-from placer.trace import (
-    Selection,
-    Trace,
-)
+from placer.serving.homes import BatchShape, batch_shapes
+from placer.target.engine import PHASES, Engine, Phase
+from placer.trace import Selection, Trace
 
 
 def answered(engine: Engine | None, shapes: Sequence[BatchShape]) -> tuple[BatchShape, ...]:

@@ -10,10 +10,7 @@ import msgspec
 import numpy as np
 
 from placer import __version__
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-)
+from placer.affinity import Affinity, count_affinity
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement.migration import num_moved
@@ -24,31 +21,17 @@ from placer.placement.topology import Topology
 from placer.planning.inner_cap import choose_inner_cap
 from placer.planning.judging import Figures, Judging
 from placer.run.deadline import Deadline, OutOfTimeError
-from placer.run.files import (
-    sha256_file,
-    sha256_json,
-)
-from placer.run.progress import (
-    Progress,
-    gap,
-)
+from placer.run.files import sha256_file, sha256_json
+from placer.run.progress import Progress, gap
 from placer.solver.balance.replicas import require_room
-from placer.solver.missed_caps import (
-    above_load_cap,
-    require_load_cap,
-    require_receive_cap,
-)
+from placer.solver.missed_caps import above_load_cap, require_load_cap, require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluator import evaluate
 from placer.solver.solve import solve
-from placer.trace import (
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.trace import Chunk, Selection, Trace
 
 # What is measured in the end may take a little longer than was expected of it.
 _MORE_SECONDS = 1.0

@@ -8,10 +8,7 @@ import numpy.typing as npt
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.table.table import Table
-from placer.trace import (
-    Selection,
-    Trace,
-)
+from placer.trace import Selection, Trace
 
 
 def made_from(made: Plan | Table, trace: Trace) -> bool:

@@ -10,20 +10,10 @@ from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.phases import answered
 from placer.planning.served import require_loadable
-from placer.serving.homes import (
-    BatchShape,
-    batch_shapes,
-)
+from placer.serving.homes import BatchShape, batch_shapes
 from placer.simulation.batch_figures import BatchOptions
-from placer.simulation.cost import (
-    CostModel,
-    ExpertShape,
-    cost_model,
-)
-from placer.simulation.sent import (
-    Sent,
-    sent_by,
-)
+from placer.simulation.cost import CostModel, ExpertShape, cost_model
+from placer.simulation.sent import Sent, sent_by
 from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.target.engine import (
     PHASES,

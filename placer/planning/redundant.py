@@ -18,10 +18,7 @@ from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.simulation.cost import ExpertShape
-from placer.solver.balance.replicas import (
-    redundant_experts_that_fit,
-    require_room,
-)
+from placer.solver.balance.replicas import redundant_experts_that_fit, require_room
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk

@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from placer.affinity import Affinity
-from placer.errors import (
-    one_of,
-    require_left_out,
-)
+from placer.errors import one_of, require_left_out
 from placer.placement.world import WorldLayout
 from placer.simulation.cost import require_no_sizes
 from placer.solver.options import NOT_SOLVED, SolveOptions

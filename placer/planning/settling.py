@@ -9,24 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-)
+from placer.affinity import Affinity, count_affinity
 from placer.errors import UsageError
-from placer.model import (
-    ModelSpec,
-    require_same_model,
-)
+from placer.model import ModelSpec, require_same_model
 from placer.placement.placement import Placement
 from placer.placement.plan import Plan
 from placer.planning.layer_time import worth_by_time
 from placer.planning.phases import phase_warning
-from placer.planning.question import (
-    Question,
-    plain_engine,
-    predictable_policy,
-)
+from placer.planning.question import Question, plain_engine, predictable_policy
 from placer.planning.redundant import (
     LEAST_GAIN,
     Memory,
@@ -35,10 +25,7 @@ from placer.planning.redundant import (
     ladder_line,
     worth_on_profile,
 )
-from placer.planning.request import (
-    SolveRequest,
-    Tell,
-)
+from placer.planning.request import SolveRequest, Tell
 from placer.planning.served import (
     Loading,
     Served,
@@ -48,19 +35,13 @@ from placer.planning.served import (
 )
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
-from placer.simulation.cost import (
-    ExpertShape,
-    find_expert_shape,
-)
+from placer.simulation.cost import ExpertShape, find_expert_shape
 from placer.solver.balance.router_groups import blocks_of_groups
 from placer.solver.options import Objective, SolveOptions
 from placer.target.engine import Engine
 from placer.target.hardware import Hardware
 from placer.trace import Trace
-from placer.trace.doubts import (
-    doubtful_follow,
-    doubts,
-)
+from placer.trace.doubts import doubtful_follow, doubts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

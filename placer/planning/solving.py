@@ -7,49 +7,21 @@ chosen next; then it is solved.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from placer.errors import (
-    NotProvedError,
-    UsageError,
-)
+from placer.errors import NotProvedError, UsageError
 from placer.placement.plan import Plan
-from placer.planning.cap_choice import (
-    CapChoice,
-    choose_cap,
-)
-from placer.planning.frontier import (
-    FrontierPoint,
-    write_frontier,
-)
-from placer.planning.layer_time import (
-    TimeChoice,
-    choose_by_time,
-)
-from placer.planning.planner import (
-    plan_from_affinity,
-    plan_from_trace,
-)
+from placer.planning.cap_choice import CapChoice, choose_cap
+from placer.planning.frontier import FrontierPoint, write_frontier
+from placer.planning.layer_time import TimeChoice, choose_by_time
+from placer.planning.planner import plan_from_affinity, plan_from_trace
 from placer.planning.question import Question
-from placer.planning.request import (
-    SolveRequest,
-    Tell,
-)
+from placer.planning.request import SolveRequest, Tell
 from placer.planning.served import solved_for
-from placer.planning.settling import (
-    is_balanced,
-    settle,
-    started,
-)
+from placer.planning.settling import is_balanced, settle, started
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
-from placer.solver.balance.router_groups import (
-    are_whole,
-    limits_nodes,
-)
+from placer.solver.balance.router_groups import are_whole, limits_nodes
 from placer.solver.options import SolveOptions
-from placer.trace import (
-    EVERYTHING,
-    Trace,
-)
+from placer.trace import EVERYTHING, Trace
 
 # Splitting router groups for less is not worth a word: the next load differs by more.
 _LEAST_GAIN = 0.005

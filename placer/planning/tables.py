@@ -9,43 +9,20 @@ from typing import Any
 import numpy as np
 
 from placer import __version__
-from placer.model import (
-    ModelSpec,
-    require_same_model,
-)
+from placer.model import ModelSpec, require_same_model
 from placer.placement import Plan
 from placer.placement.plan import plan_sha256
-from placer.planning.profile import (
-    layer_ids_of,
-    num_seen_sequences,
-    profile_of,
-)
+from placer.planning.profile import layer_ids_of, num_seen_sequences, profile_of
 from placer.run.files import sha256_file
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import simulate
-from placer.table.build import (
-    DEFAULT_SHRINKAGE,
-    UnseenIds,
-    build_table,
-)
-from placer.table.calibration import (
-    calibrated,
-    fit_calibration,
-)
+from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
+from placer.table.calibration import calibrated, fit_calibration
 from placer.table.embeddings import CheckpointEmbeddings
-from placer.table.hash_routing import (
-    TokenExperts,
-    read_token_experts,
-)
+from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace
 from placer.trace.selection import parse_phase
 
 

@@ -18,13 +18,7 @@ from placer.baseline.eplb import eplb
 from placer.intervals import FEWEST_SEQUENCES
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
-from placer.planning.advice import (
-    RANKED,
-    Advice,
-    Answer,
-    Candidate,
-    Verdict,
-)
+from placer.planning.advice import RANKED, Advice, Answer, Candidate, Verdict
 from placer.planning.advised_plans import (
     BALANCED,
     PROFILE,
@@ -32,22 +26,12 @@ from placer.planning.advised_plans import (
     balanced_options,
     solve_command,
 )
-from placer.planning.phases import (
-    no_batch_for,
-    phase_warning,
-    sizes_warning,
-)
-from placer.planning.question import (
-    Question,
-    loadable,
-)
+from placer.planning.phases import no_batch_for, phase_warning, sizes_warning
+from placer.planning.question import Question, loadable
 from placer.planning.served import loads_map
 from placer.planning.verdict import grouped
 from placer.run.deadline import Deadline
-from placer.serving.homes import (
-    Batching,
-    BatchShape,
-)
+from placer.serving.homes import Batching, BatchShape
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
     BatchFigures,
@@ -60,15 +44,8 @@ from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.target.engine import PHASES
-from placer.trace import (
-    Chunk,
-    Selection,
-    Trace,
-)
-from placer.trace.doubts import (
-    doubtful_follow,
-    doubts,
-)
+from placer.trace import Chunk, Selection, Trace
+from placer.trace.doubts import doubtful_follow, doubts
 
 MOST_JUDGED_TOKENS = 65_536
 # Balance further from even than this is worth a word on redundant experts.

@@ -3,14 +3,8 @@
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from placer.planning.judge import (
-    PLAN,
-    Judgement,
-)
-from placer.simulation.batch_figures import (
-    BatchFigures,
-    times,
-)
+from placer.planning.judge import PLAN, Judgement
+from placer.simulation.batch_figures import BatchFigures, times
 from placer.simulation.cost import PredictedTime
 
 Row = TypeVar("Row", bound=Hashable)

@@ -24,12 +24,7 @@ from transformers.distributed.expert_parallel import (
 )
 
 from placer.errors import PlacerError
-from placer.replay.kinds import (
-    DEDUP,
-    PADDED,
-    PER_NODE,
-    SHUFFLE,
-)
+from placer.replay.kinds import DEDUP, PADDED, PER_NODE, SHUFFLE
 from placer.replay.token_shuffle import TokenShuffle
 
 Tensor = torch.Tensor

@@ -36,10 +36,7 @@ from placer.replay.exchanges import (
 )
 from placer.replay.kinds import FOLLOW
 from placer.replay.sharding import ExpertsModule
-from placer.replay.traffic import (
-    Part,
-    TrafficCounter,
-)
+from placer.replay.traffic import Part, TrafficCounter
 from placer.serving.layer_serving import majority_rank
 from placer.trace.capture import by_descending_weight
 

@@ -9,17 +9,11 @@ from placer.arrays import FloatArray, IntArray
 from placer.placement.placement import Placement
 from placer.replay.traffic import Collective
 from placer.serving.homes import Batches
-from placer.serving.layer_serving import (
-    RankArray,
-    majority_rank,
-)
+from placer.serving.layer_serving import RankArray, majority_rank
 from placer.serving.replica_choice import Server
 from placer.simulation.cost import exchange_seconds
 from placer.simulation.messages import dispatch_messages
-from placer.simulation.steps import (
-    Copies,
-    LinkCopies,
-)
+from placer.simulation.steps import Copies, LinkCopies
 from placer.table.homes import TableHomes
 from placer.table.table import Table
 from placer.target.engine import Exchange

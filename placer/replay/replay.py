@@ -9,58 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    VerificationError,
-    one_of,
-)
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-    require_same_model,
-)
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.errors import PlacerError, UsageError, VerificationError, one_of
+from placer.model import Architecture, ModelSpec, read_config, require_same_model
+from placer.placement import Placement, Plan
 from placer.placement.reference import contiguous
 from placer.planning.judge import read_table_of
-from placer.replay.kinds import (
-    EXCHANGE_KINDS,
-    FOLLOW,
-    PER_NODE,
-    SHUFFLE,
-)
-from placer.replay.outcome import (
-    ReplayedRun,
-    ReplayOutcome,
-    median_seconds,
-)
-from placer.replay.predict import (
-    predict_copies,
-    predict_seconds,
-)
+from placer.replay.kinds import EXCHANGE_KINDS, FOLLOW, PER_NODE, SHUFFLE
+from placer.replay.outcome import ReplayedRun, ReplayOutcome, median_seconds
+from placer.replay.predict import predict_copies, predict_seconds
 from placer.replay.traffic import Collective
-from placer.run.worker import (
-    Worker,
-    together,
-)
+from placer.run.worker import Worker, together
 from placer.serving.homes import fixed_homes
 from placer.table.table import Table
 from placer.target.hardware import Hardware
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Selection,
-    Trace,
-)
-from placer.trace.loading import (
-    DTYPES,
-    Dtype,
-    load_causal_model,
-)
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
+from placer.trace.loading import DTYPES, Dtype, load_causal_model
 
 if TYPE_CHECKING:
     from placer.replay.session import WorkerRun

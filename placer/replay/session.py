@@ -15,10 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation
 
 from placer.arrays import IntArray
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
+from placer.model import Architecture, ModelSpec
 from placer.placement.placement import Placement
 from placer.replay.exchanges import (
     DedupExchange,
@@ -26,10 +23,7 @@ from placer.replay.exchanges import (
     PerNodeExchange,
     ShuffleExchange,
 )
-from placer.replay.follow import (
-    FollowRun,
-    why_not_follow,
-)
+from placer.replay.follow import FollowRun, why_not_follow
 from placer.replay.kinds import (
     DEDUP,
     ENGINE,
@@ -39,23 +33,12 @@ from placer.replay.kinds import (
     PER_NODE,
     ExchangeKind,
 )
-from placer.replay.sharding import (
-    ExpertsForward,
-    ExpertsModule,
-    experts_modules,
-)
+from placer.replay.sharding import ExpertsForward, ExpertsModule, experts_modules
 from placer.replay.token_shuffle import TokenShuffle
-from placer.replay.traffic import (
-    Collective,
-    Traffic,
-    TrafficCounter,
-)
+from placer.replay.traffic import Collective, Traffic, TrafficCounter
 from placer.serving.layer_serving import LayerServing
 from placer.table.table import Table
-from placer.trace.capture import (
-    RouterCapture,
-    by_descending_weight,
-)
+from placer.trace.capture import RouterCapture, by_descending_weight
 
 Tensor = torch.Tensor
 

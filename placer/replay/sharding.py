@@ -9,10 +9,7 @@ import torch
 from torch import nn
 
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
+from placer.model import Architecture, ModelSpec
 
 Tensor = torch.Tensor
 #: What replaces the experts' forward: hidden states [n, H], logical ids and weights

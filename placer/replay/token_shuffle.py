@@ -10,10 +10,7 @@ from placer.errors import PlacerError
 from placer.placement.placement import Placement
 from placer.serving.homes import Batches
 from placer.table.homes import TableHomes
-from placer.table.on_device import (
-    DeviceHomes,
-    DeviceTable,
-)
+from placer.table.on_device import DeviceHomes, DeviceTable
 from placer.table.table import Table
 from placer.trace.capture import by_descending_weight
 

@@ -3,18 +3,9 @@
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-from placer.planning.advice import (
-    Advice,
-    Candidate,
-)
-from placer.planning.judge import (
-    PLAN,
-    Judgement,
-)
-from placer.planning.verdict import (
-    grouped,
-    references,
-)
+from placer.planning.advice import Advice, Candidate
+from placer.planning.judge import PLAN, Judgement
+from placer.planning.verdict import grouped, references
 from placer.simulation.batch_figures import BatchFigures
 
 Table = tuple[str, tuple[str, ...], list[list[object]]]

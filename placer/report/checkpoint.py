@@ -6,19 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from placer.checkpoint.source import (
-    RECORD_NAME,
-    CheckpointSource,
-)
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-)
-from placer.model.tensor_layout import (
-    TensorKind,
-    TensorLayout,
-)
+from placer.checkpoint.source import RECORD_NAME, CheckpointSource
+from placer.model import Architecture, ModelSpec, read_config
+from placer.model.tensor_layout import TensorKind, TensorLayout
 from placer.run.documents import read_json
 
 

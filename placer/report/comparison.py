@@ -5,18 +5,10 @@ from itertools import islice
 from typing import Any
 
 from placer.placement import Plan
-from placer.placement.solver_report import (
-    Certificate,
-    InnerCap,
-    SolverReport,
-)
+from placer.placement.solver_report import Certificate, InnerCap, SolverReport
 from placer.planning.served import loads_map
 from placer.serving.replica_choice import unknown_dense_layers
-from placer.simulation.sent import (
-    NODE_COPIES,
-    RANK_COPIES,
-    Wire,
-)
+from placer.simulation.sent import NODE_COPIES, RANK_COPIES, Wire
 from placer.solver.balance.replicas import redundant_experts_that_fit
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-)
+from placer.affinity import Affinity, count_affinity
 from placer.arrays import AnyArray, Float32Array, IntArray
 from placer.errors import PlacerError
 from placer.placement import Plan
@@ -26,10 +23,7 @@ from placer.report.statistics import (
     mutual_information,
     skew,
 )
-from placer.simulation.sent import (
-    Wire,
-    deployable,
-)
+from placer.simulation.sent import Wire, deployable
 from placer.table import Table
 
 # Okabe and Ito's colours, which people who see fewer colours can tell apart.

@@ -8,16 +8,8 @@ from typing import Any
 from placer import __version__
 from placer.arrays import IntArray
 from placer.report.artifact import Artifact
-from placer.report.figures import (
-    Drawing,
-    draw,
-    require_plotly,
-)
-from placer.report.inspect import (
-    Section,
-    Summary,
-    summarize,
-)
+from placer.report.figures import Drawing, draw, require_plotly
+from placer.report.inspect import Section, Summary, summarize
 from placer.run.writing import atomic_file
 
 _CONFIG = {"displaylogo": False, "responsive": True}

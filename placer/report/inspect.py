@@ -12,10 +12,7 @@ import numpy as np
 from placer.affinity import Affinity
 from placer.arrays import AnyArray, IntArray
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.placement import rank_load
 from placer.report.artifact import Artifact
 from placer.report.checkpoint import Checkpoint
@@ -26,9 +23,7 @@ from placer.report.statistics import (
     mutual_information,
     skew,
 )
-from placer.simulation.sent import (
-    Wire,
-)
+from placer.simulation.sent import Wire
 from placer.table import Table
 
 _QUANTILES = (0.1, 0.5, 0.9)

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placer.affinity.controls import (
-    CONTROLS,
-    Control,
-    blocks,
-)
+from placer.affinity.controls import CONTROLS, Control, blocks
 from placer.affinity.count import count_affinity
 from placer.affinity.information import (
     conditional_probability,
@@ -24,12 +20,7 @@ from placer.affinity.information import (
 from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 # Controls shuffle inside a block of this many tokens, which bounds memory.
 _BLOCK_TOKENS = 500_000

@@ -9,13 +9,8 @@ from placer.affinity import Affinity
 from placer.arrays import IntArray
 from placer.errors import UsageError
 from placer.model import require_same_model
-from placer.placement import (
-    Plan,
-)
-from placer.report.artifact import (
-    Artifact,
-    open_artifact,
-)
+from placer.placement import Plan
+from placer.report.artifact import Artifact, open_artifact
 from placer.report.statistics import TraceStatistics
 
 

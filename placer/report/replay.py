@@ -1,10 +1,6 @@
 """The table of a replay."""
 
-from placer.replay.outcome import (
-    ReplayedRun,
-    ReplayOutcome,
-    link_bytes,
-)
+from placer.replay.outcome import ReplayedRun, ReplayOutcome, link_bytes
 
 _COLUMNS = (
     "placement",

@@ -13,14 +13,8 @@ from placer.affinity.information import mutual_information as mutual_information
 # Named here for the reports and notebooks that show it beside the other figures.
 from placer.arrays import AnyArray, FloatArray, HashArray, IntArray
 from placer.table import Table
-from placer.trace import (
-    Chunk,
-    Trace,
-)
-from placer.trace.hashing import (
-    sequence_hash,
-    token_hash,
-)
+from placer.trace import Chunk, Trace
+from placer.trace.hashing import sequence_hash, token_hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

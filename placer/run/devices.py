@@ -3,10 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar, get_args
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    one_of,
-)
+from placer.errors import PlacerError, UsageError, one_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -14,18 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
+from placer.errors import PlacerError, VerificationError
 from placer.run.documents import parse_json
 from placer.run.files import canonical_json
-from placer.run.writing import (
-    claimed,
-    journal_head,
-    lock_path,
-    rename_directory,
-)
+from placer.run.writing import claimed, journal_head, lock_path, rename_directory
 
 
 @dataclass(slots=True, kw_only=True)

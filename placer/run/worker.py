@@ -14,10 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Self
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 
 # A worker waits for the slowest, whose last piece of work may take long.
 _TIMEOUT = datetime.timedelta(days=7)

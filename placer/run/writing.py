@@ -20,15 +20,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from placer.arrays import AnyArray
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.run.documents import parse_json
-from placer.run.files import (
-    canonical_json,
-    read_bytes,
-)
+from placer.run.files import canonical_json, read_bytes
 
 if TYPE_CHECKING:
     pass

@@ -14,17 +14,9 @@ from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.run.documents import Document, NumRanks, parse_json, validated
-from placer.run.files import (
-    require_file,
-    require_fitting_archive,
-    unreadable_reason,
-)
+from placer.run.files import require_file, require_fitting_archive, unreadable_reason
 from placer.run.writing import write_tensors
-from placer.runtime_map.runtime import (
-    MapSource,
-    ParsedMap,
-    Runtime,
-)
+from placer.runtime_map.runtime import MapSource, ParsedMap, Runtime
 
 
 class EplbHeader(Document, frozen=True, kw_only=True):

@@ -19,11 +19,7 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import read_text
-from placer.runtime_map.runtime import (
-    MapSource,
-    ParsedMap,
-    Runtime,
-)
+from placer.runtime_map.runtime import MapSource, ParsedMap, Runtime
 
 
 class PlacementMap(Document, frozen=True, kw_only=True):

@@ -8,10 +8,7 @@ import numpy as np
 
 from placer.arrays import AnyArray, IntArray
 from placer.errors import UsageError, one_of
-from placer.serving.layer_serving import (
-    RankArray,
-    rank_dtype,
-)
+from placer.serving.layer_serving import RankArray, rank_dtype
 
 Batching = Literal["decode", "prefill"]
 

@@ -24,27 +24,12 @@ from itertools import repeat
 
 import numpy as np
 
-from placer.arrays import (
-    AnyArray,
-    BoolArray,
-    IntArray,
-)
+from placer.arrays import AnyArray, BoolArray, IntArray
 from placer.errors import UsageError
-from placer.placement.placement import (
-    Placement,
-    holders,
-)
+from placer.placement.placement import Placement, holders
 from placer.serving.homes import Batches
-from placer.serving.layer_serving import (
-    Allow,
-    LayerServing,
-    RankArray,
-    local_first,
-)
-from placer.target.engine import (
-    REPLICA_CHOICES,
-    ReplicaChoice,
-)
+from placer.serving.layer_serving import Allow, LayerServing, RankArray, local_first
+from placer.target.engine import REPLICA_CHOICES, ReplicaChoice
 
 _KNUTH_MULTIPLIER, _HASH_BITS = 2654435769, 32
 _SGLANG_SEED = 42

@@ -7,25 +7,10 @@ from typing import Any
 import numpy as np
 
 from placer.placement.placement import Placement
-from placer.serving.homes import (
-    Batches,
-    BatchShape,
-)
-from placer.simulation.cost import (
-    BreakEven,
-    CostModel,
-    PredictedTime,
-    break_even,
-)
-from placer.simulation.steps import (
-    Copies,
-    LayerSteps,
-    layer_steps,
-)
-from placer.target.engine import (
-    Exchange,
-    ReplicaChoice,
-)
+from placer.serving.homes import Batches, BatchShape
+from placer.simulation.cost import BreakEven, CostModel, PredictedTime, break_even
+from placer.simulation.steps import Copies, LayerSteps, layer_steps
+from placer.target.engine import Exchange, ReplicaChoice
 from placer.trace import Chunk
 
 _DECIMALS = 5

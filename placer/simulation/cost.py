@@ -25,28 +25,12 @@ from typing import Self
 import numpy as np
 
 from placer.arrays import FloatArray
-from placer.errors import (
-    UsageError,
-    require_left_out,
-)
-from placer.model import (
-    ModelSpec,
-    expert_size,
-)
+from placer.errors import UsageError, require_left_out
+from placer.model import ModelSpec, expert_size
 from placer.model.weight_bytes import checkpoint_weights
-from placer.simulation.steps import (
-    Copies,
-    LayerSteps,
-)
-from placer.target.engine import (
-    Element,
-    Engine,
-    Transfer,
-)
-from placer.target.hardware import (
-    Hardware,
-    Link,
-)
+from placer.simulation.steps import Copies, LayerSteps
+from placer.target.engine import Element, Engine, Transfer
+from placer.target.hardware import Hardware, Link
 
 #: Bytes per weight in each element, scales included.
 WEIGHT_BYTES: Mapping[Element, float] = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5625}

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placer.arrays import (
-    AnyArray,
-    BoolArray,
-    IntArray,
-)
+from placer.arrays import AnyArray, BoolArray, IntArray
 from placer.errors import UsageError
-from placer.serving.layer_serving import (
-    RankArray,
-    first_occurrence,
-)
+from placer.serving.layer_serving import RankArray, first_occurrence
 from placer.target.engine import Exchange
 
 

@@ -7,10 +7,7 @@ import numpy as np
 from placer.arrays import FloatArray, IntArray
 from placer.placement.imbalance import imbalance
 from placer.serving.homes import Batches
-from placer.serving.layer_serving import (
-    RankArray,
-    first_occurrence,
-)
+from placer.serving.layer_serving import RankArray, first_occurrence
 
 _DECIMALS = 5
 

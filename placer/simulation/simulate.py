@@ -8,20 +8,10 @@ import numpy.typing as npt
 from placer.errors import PlacerError
 from placer.placement.placement import Placement
 from placer.run.deadline import Deadline
-from placer.serving.homes import (
-    Batches,
-    fixed_homes,
-)
-from placer.serving.layer_serving import (
-    LayerServing,
-    RankArray,
-    majority_rank,
-)
+from placer.serving.homes import Batches, fixed_homes
+from placer.serving.layer_serving import LayerServing, RankArray, majority_rank
 from placer.serving.replica_choice import Server
-from placer.simulation.metrics import (
-    PolicyMetrics,
-    PolicyTally,
-)
+from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.table.homes import TableHomes
 from placer.table.lookup import request_homes
 from placer.table.table import Table

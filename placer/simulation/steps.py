@@ -14,23 +14,11 @@ import numpy as np
 from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
-from placer.serving.homes import (
-    Batches,
-    fixed_homes,
-)
-from placer.serving.layer_serving import (
-    RankArray,
-    majority_rank,
-)
+from placer.serving.homes import Batches, fixed_homes
+from placer.serving.layer_serving import RankArray, majority_rank
 from placer.serving.replica_choice import Server
-from placer.simulation.messages import (
-    Messages,
-    dispatch_messages,
-)
-from placer.target.engine import (
-    Exchange,
-    ReplicaChoice,
-)
+from placer.simulation.messages import Messages, dispatch_messages
+from placer.target.engine import Exchange, ReplicaChoice
 from placer.trace import Chunk
 
 

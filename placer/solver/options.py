@@ -7,12 +7,7 @@ from typing import Literal, Self, get_args
 from placer.errors import UsageError, one_of
 from placer.placement.pins import Pin
 from placer.placement.placement import Placement
-from placer.placement.policy import (
-    POLICIES,
-    ContentPolicy,
-    HomePolicy,
-    Policy,
-)
+from placer.placement.policy import POLICIES, ContentPolicy, HomePolicy, Policy
 from placer.placement.topology import Topology
 from placer.solver.params import SolverParams
 from placer.solver.problem.scenarios import ROBUST, Robust

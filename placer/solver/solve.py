@@ -14,21 +14,10 @@ from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
 from placer.solver.balance.replicas import require_room
-from placer.solver.missed_caps import (
-    above_load_cap,
-    require_load_cap,
-    require_receive_cap,
-)
+from placer.solver.missed_caps import above_load_cap, require_load_cap, require_receive_cap
 from placer.solver.options import SolveOptions
-from placer.solver.proof.reports import (
-    content_report,
-    copies_report,
-    pair_report,
-)
-from placer.solver.search.first_placement import (
-    first_placement,
-    profiled,
-)
+from placer.solver.proof.reports import content_report, copies_report, pair_report
+from placer.solver.search.first_placement import first_placement, profiled
 from placer.solver.search.minimise import minimised
 from placer.solver.solve_loads import solve_loads
 from placer.trace import Chunk

@@ -12,17 +12,9 @@ from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import gap
 from placer.solver.balance.layer_balance import Balancing
-from placer.solver.balance.load_balance import (
-    METHOD,
-    OBJECTIVE,
-    LoadBalance,
-    balance_loads,
-)
+from placer.solver.balance.load_balance import METHOD, OBJECTIVE, LoadBalance, balance_loads
 from placer.solver.balance.router_groups import blocks_of_groups
-from placer.solver.missed_caps import (
-    above_load_cap,
-    require_load_cap,
-)
+from placer.solver.missed_caps import above_load_cap, require_load_cap
 from placer.solver.options import SolveOptions
 from placer.solver.proof.reports import status
 

@@ -17,10 +17,7 @@ import numpy as np
 from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.placement.placement import Placement
 from placer.serving.layer_serving import LayerServing
-from placer.shuffle import (
-    CombinedRule,
-    combined_scores,
-)
+from placer.shuffle import CombinedRule, combined_scores
 from placer.table.prices import even_prices
 from placer.trace import Chunk
 

@@ -12,11 +12,7 @@ import numpy as np
 
 from placer.arrays import AnyArray
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-)
+from placer.model import Architecture, ModelSpec, read_config
 from placer.model.tensor_layout import TensorKind
 from placer.run.files import require_file
 from placer.table.checkpoint_tensors import tensor_files

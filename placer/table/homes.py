@@ -7,15 +7,8 @@ import numpy.typing as npt
 
 from placer.arrays import Float32Array
 from placer.serving.homes import Batches
-from placer.serving.layer_serving import (
-    RankArray,
-    majority_rank,
-)
-from placer.table.lookup import (
-    LayerTable,
-    equal_homes,
-    known_ids,
-)
+from placer.serving.layer_serving import RankArray, majority_rank
+from placer.table.lookup import LayerTable, equal_homes, known_ids
 from placer.table.table import Table
 
 

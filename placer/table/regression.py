@@ -13,11 +13,7 @@ from typing import Self
 import numpy as np
 
 from placer.arrays import Float32Array, FloatArray, IntArray
-from placer.table.embeddings import (
-    Embeddings,
-    require_rows,
-    unit_rows,
-)
+from placer.table.embeddings import Embeddings, require_rows, unit_rows
 
 #: Wider embeddings are projected to this many dimensions.
 MOST_DIMENSIONS = 512

@@ -27,23 +27,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from placer.arrays import BoolArray, IntArray
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    one_of,
-)
-from placer.run.worker import (
-    Worker,
-    together,
-)
-from placer.target.hardware import (
-    Curve,
-    Hardware,
-)
-from placer.target.link_fit import (
-    LinkFit,
-    fit_link,
-)
+from placer.errors import PlacerError, UsageError, one_of
+from placer.run.worker import Worker, together
+from placer.target.hardware import Curve, Hardware
+from placer.target.link_fit import LinkFit, fit_link
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

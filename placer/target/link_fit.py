@@ -6,11 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.target.hardware import (
-    Curve,
-    Link,
-    LinkCurves,
-)
+from placer.target.hardware import Curve, Link, LinkCurves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,7 @@ experts of a layer.
 from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
 from placer.trace.reader import Trace
-from placer.trace.selection import (
-    EVERYTHING,
-    Selection,
-)
+from placer.trace.selection import EVERYTHING, Selection
 from placer.trace.writer import TraceWriter
 
 __all__ = ["EVERYTHING", "Chunk", "Fold", "Selection", "Trace", "TraceWriter"]

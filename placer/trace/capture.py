@@ -5,10 +5,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
+from placer.model import Architecture, ModelSpec
 
 if TYPE_CHECKING:
     import torch

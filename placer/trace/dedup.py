@@ -18,10 +18,7 @@ import numpy as np
 from placer.arrays import BoolArray, HashArray
 from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
-from placer.trace.hashing import (
-    expert_set_hash,
-    prefix_hash,
-)
+from placer.trace.hashing import expert_set_hash, prefix_hash
 from placer.trace.header import TraceHeader
 from placer.trace.reader import Trace
 from placer.trace.rewrite import write_derived

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from placer.trace.reader import Trace
-from placer.trace.selection import (
-    EVERYTHING,
-    Selection,
-)
+from placer.trace.selection import EVERYTHING, Selection
 from placer.trace.warm_up import warm_up_mask
 
 UNORDERED = (

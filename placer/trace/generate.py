@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placer.arrays import AnyArray, IntArray
-from placer.trace.capture import (
-    RouterCapture,
-    to_host,
-)
+from placer.trace.capture import RouterCapture, to_host
 
 if TYPE_CHECKING:
     import torch

@@ -11,15 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.run.files import (
-    require_fitting_archive,
-    unreadable_reason,
-)
-from placer.trace.imported import (
-    UNREADABLE,
-    BoundModel,
-    ImportedTokens,
-)
+from placer.run.files import require_fitting_archive, unreadable_reason
+from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 
 _ARRAYS = (
     "experts",

@@ -9,22 +9,10 @@ from safetensors.numpy import load
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.run.files import (
-    memory_bytes,
-    read_bytes,
-    sha256_file,
-)
+from placer.run.files import memory_bytes, read_bytes, sha256_file
 from placer.trace.chunk import Chunk
-from placer.trace.header import (
-    AGAIN,
-    HEADER_NAME,
-    ChunkInfo,
-    TraceHeader,
-)
-from placer.trace.selection import (
-    EVERYTHING,
-    Selection,
-)
+from placer.trace.header import AGAIN, HEADER_NAME, ChunkInfo, TraceHeader
+from placer.trace.selection import EVERYTHING, Selection
 
 
 class Trace:

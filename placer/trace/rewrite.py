@@ -9,22 +9,12 @@ import numpy as np
 
 from placer import __version__
 from placer.arrays import IntArray
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import require_same_model
 from placer.trace.chunk import Chunk
-from placer.trace.header import (
-    AGAIN,
-    MAX_DOMAINS,
-    TraceHeader,
-)
+from placer.trace.header import AGAIN, MAX_DOMAINS, TraceHeader
 from placer.trace.reader import Trace
-from placer.trace.selection import (
-    EVERYTHING,
-    Selection,
-)
+from placer.trace.selection import EVERYTHING, Selection
 from placer.trace.writer import TraceWriter
 
 _OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")

@@ -8,15 +8,9 @@ import msgspec
 import numpy as np
 
 from placer.arrays import BoolArray
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.run.documents import Sha256
-from placer.target.engine import (
-    PHASES,
-    Phase,
-)
+from placer.target.engine import PHASES, Phase
 from placer.trace.fold import Fold
 
 if TYPE_CHECKING:

@@ -14,12 +14,7 @@ import numpy as np
 
 from placer.errors import PlacerError
 from placer.run.files import require_file
-from placer.trace.imported import (
-    UNREADABLE,
-    Array,
-    BoundModel,
-    ImportedTokens,
-)
+from placer.trace.imported import UNREADABLE, Array, BoundModel, ImportedTokens
 
 _DECODE = 2  # SGLang's ForwardMode.DECODE
 _RECORD_AGAIN = "record in mode per_token: --expert-distribution-recorder-mode per_token"

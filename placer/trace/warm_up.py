@@ -9,14 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import BoolArray, HashArray
-from placer.trace.hashing import (
-    expert_set_hash,
-)
+from placer.trace.hashing import expert_set_hash
 from placer.trace.reader import Trace
-from placer.trace.selection import (
-    EVERYTHING,
-    Selection,
-)
+from placer.trace.selection import EVERYTHING, Selection
 
 # Real tokens next to each other hardly ever have the same experts in all layers: no two do
 # in traces of gpt-oss-20b and DeepSeek-V2-Lite. Where a row holds few choices, some do.

@@ -14,26 +14,11 @@ import numpy as np
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.run.documents import validated
-from placer.run.files import (
-    canonical_json,
-    sha256_file,
-    sha256_json,
-)
-from placer.run.resumable import (
-    Journal,
-    resumable_directory,
-)
-from placer.run.writing import (
-    atomic_directory,
-    atomic_file,
-    write_tensors,
-)
+from placer.run.files import canonical_json, sha256_file, sha256_json
+from placer.run.resumable import Journal, resumable_directory
+from placer.run.writing import atomic_directory, atomic_file, write_tensors
 from placer.trace.chunk import Chunk
-from placer.trace.header import (
-    HEADER_NAME,
-    ChunkInfo,
-    TraceHeader,
-)
+from placer.trace.header import HEADER_NAME, ChunkInfo, TraceHeader
 
 
 @dataclass(slots=True, kw_only=True)

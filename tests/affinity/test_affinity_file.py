@@ -9,25 +9,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from placer.affinity import (
-    Affinity,
-    SparseCounts,
-)
-from placer.affinity.from_traces import (
-    affinity_of_traces,
-    merged_affinity,
-)
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.affinity import Affinity, SparseCounts
+from placer.affinity.from_traces import affinity_of_traces, merged_affinity
+from placer.errors import PlacerError, UsageError
 from placer.run.writing import write_tensors
-from placer.trace import (
-    EVERYTHING,
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Fold, Selection, Trace
 
 
 def test_round_trip_is_exact_and_bytes_are_stable(

@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.affinity import count_affinity
-from placer.affinity.controls import (
-    CONTROLS,
-    blocks,
-)
+from placer.affinity.controls import CONTROLS, blocks
 from placer.affinity.information import mutual_information
 from placer.model import ModelSpec
 from placer.trace import Chunk

@@ -9,23 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-    from_traces,
-)
+from placer.affinity import Affinity, count_affinity, from_traces
 from placer.affinity.count import count_sources
 from placer.affinity.from_traces import affinity_of_traces
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 

@@ -20,10 +20,7 @@ from placer.affinity.information import (
 )
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.trace import (
-    Chunk,
-    Trace,
-)
+from placer.trace import Chunk, Trace
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz
 

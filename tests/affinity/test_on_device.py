@@ -11,30 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-    on_device,
-)
+from placer.affinity import Affinity, count_affinity, on_device
 from placer.affinity.count import count_sources
 from placer.affinity.from_traces import affinity_of_traces
-from placer.affinity.on_device import (
-    DeviceCounts,
-    count_on_device,
-)
+from placer.affinity.on_device import DeviceCounts, count_on_device
 from placer.affinity.sums import Rows
 from placer.cli.main import app
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.run.parallel import Backend
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Trace
 
 CPU = torch.device("cpu")
 WITH_GPU = pytest.mark.skipif(

@@ -11,11 +11,7 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
 from placer.solver.balance.packing import packed
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 
 # README of github.com/deepseek-ai/EPLB: loads of 2 layers of 12 experts in 4 groups, and
 # where 16 copies go on 2 nodes of 4 ranks.

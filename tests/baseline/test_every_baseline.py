@@ -11,20 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from placer.baseline import (
-    BASELINES,
-    BaselineProblem,
-)
+from placer.baseline import BASELINES, BaselineProblem
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 INSTALLED = {"metis": "pymetis", "mt-kahypar": "mtkahypar"}
 # Those that group experts which one token uses in one layer, and those that link layers.

@@ -16,11 +16,7 @@ from placer.affinity import count_affinity
 from placer.affinity.count import count_pairs
 from placer.affinity.sums import Rows
 from placer.model import ModelSpec
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 
 TOKENS, LAYERS, TOP_K, EXPERTS = 65_536, 26, 6, 64
 VOCABULARY = 150_000

@@ -9,10 +9,7 @@ import torch
 
 from placer.demo.road import shipped_model
 from placer.demo.text import documents
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
+from placer.model import Architecture, ModelSpec
 from placer.run.documents import read_json
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model

@@ -13,18 +13,9 @@ from placer.demo.road import shipped_model
 from placer.model import ModelSpec
 from placer.placement.reference import contiguous
 from placer.shuffle import ShuffleTable
-from placer.table import (
-    Table,
-    build_table,
-)
-from placer.table.on_device import (
-    DeviceHomes,
-    DeviceTable,
-)
-from placer.trace import (
-    Chunk,
-    Trace,
-)
+from placer.table import Table, build_table
+from placer.table.on_device import DeviceHomes, DeviceTable
+from placer.trace import Chunk, Trace
 from placer.trace.loading import load_model
 
 RANKS = 8

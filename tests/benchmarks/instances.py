@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 from placements import Baseline, Case, Solved
 
-from placer.intervals import (
-    CopiesRatio,
-    copies_ratio,
-)
+from placer.intervals import CopiesRatio, copies_ratio
 
 TRACES = ["gpt-oss-20b", "deepseek-v2-lite-intent", "deepseek-v2-lite-summary"]
 #: Nodes x GPUs per node.

@@ -17,38 +17,21 @@ from typing import Any
 import numpy as np
 
 import placer
-from placer.affinity import (
-    Affinity,
-    count_affinity,
-)
-from placer.baseline import (
-    BASELINES,
-    BaselineProblem,
-)
+from placer.affinity import Affinity, count_affinity
+from placer.baseline import BASELINES, BaselineProblem
 from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.run.writing import atomic_file
 from placer.simulation.metrics import PolicyTally
-from placer.simulation.simulate import (
-    DEFAULT_BATCH_SIZE,
-    count,
-)
+from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
-from placer.solver.problem.traffic import (
-    ReplicaChoice,
-    TrafficProblem,
-)
+from placer.solver.problem.traffic import ReplicaChoice, TrafficProblem
 from placer.solver.search.evaluator import evaluate
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.trace import Chunk, Fold, Selection, Trace
 from tests.referee import load_referee, referee_result
 
 #: Commands and reports print figures, they make none.

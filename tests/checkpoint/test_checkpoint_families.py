@@ -10,16 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    restore_checkpoint,
-)
+from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.verify import verify
 from placer.errors import PlacerError
 from placer.model import ModelSpec

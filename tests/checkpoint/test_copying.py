@@ -10,10 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from placer.checkpoint.copying import (
-    copy_blocks,
-    copy_range,
-)
+from placer.checkpoint.copying import copy_blocks, copy_range
 from placer.errors import PlacerError
 
 CONTENT = np.random.default_rng(0).bytes(5000)

@@ -18,10 +18,7 @@ from placer.checkpoint.deepspeed import (
     verify_deepspeed,
 )
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.placement import Placement
 

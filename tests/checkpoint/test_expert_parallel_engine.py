@@ -17,10 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from placer.checkpoint.export import export_checkpoint
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
+from placer.model import Architecture, ModelSpec
 from placer.placement import Placement
 from placer.run.documents import read_json
 from placer.trace.capture import RouterCapture

@@ -12,22 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    prepare_export,
-    restore_checkpoint,
-)
+from placer.checkpoint.export import export_checkpoint, prepare_export, restore_checkpoint
 from placer.checkpoint.writing import ExportOptions
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    VerificationError,
-)
+from placer.errors import PlacerError, UsageError, VerificationError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.run.parallel import Backend
 
 MakePlan = Callable[..., Path]

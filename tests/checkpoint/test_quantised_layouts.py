@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    restore_checkpoint,
-)
+from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.verify import verify
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.placement import Placement
 

@@ -13,10 +13,7 @@ from placer.checkpoint.ranks import prepare_ranks
 from placer.checkpoint.verify_ranks import verify_ranks
 from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from tests.checkpoint.test_quantised_layouts import LAYOUTS, permuting_plan, write

@@ -26,10 +26,7 @@ from placer.checkpoint.export import (
 )
 from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.run.resumable import resumable_directory

@@ -10,10 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from placer.checkpoint.permutation import require_whole_groups
-from placer.checkpoint.shard import (
-    Shard,
-    rename_keys,
-)
+from placer.checkpoint.shard import Shard, rename_keys
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 

@@ -13,10 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    restore_checkpoint,
-)
+from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.model import ModelSpec
 from placer.placement import Placement
 

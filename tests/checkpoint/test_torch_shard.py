@@ -10,20 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    restore_checkpoint,
-)
+from placer.checkpoint.export import export_checkpoint, restore_checkpoint
 from placer.checkpoint.ranks import prepare_ranks
 from placer.checkpoint.source import CheckpointSource
 from placer.checkpoint.torch_shard import open_torch_shard
 from placer.checkpoint.verify import verify
 from placer.checkpoint.verify_ranks import verify_ranks
 from placer.checkpoint.writing import ExportOptions
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.report.checkpoint import Checkpoint
 
 MakePlan = Callable[..., Path]

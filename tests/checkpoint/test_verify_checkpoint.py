@@ -12,17 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from placer.checkpoint.export import export_checkpoint
-from placer.checkpoint.verify import (
-    _Comparison,
-    _Output,
-    _tied,
-    verify,
-)
+from placer.checkpoint.verify import _Comparison, _Output, _tied, verify
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.run.files import sha256_file

@@ -14,10 +14,7 @@ import pytest
 
 from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
-from placer.trace import (
-    EVERYTHING,
-    Trace,
-)
+from placer.trace import EVERYTHING, Trace
 
 Refused = Callable[..., str]
 

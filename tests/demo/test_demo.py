@@ -11,15 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from placer.checkpoint.export import export_checkpoint
-from placer.demo.road import (
-    _solve,
-    run_demo,
-    shipped_model,
-)
-from placer.demo.text import (
-    DOMAINS,
-    documents,
-)
+from placer.demo.road import _solve, run_demo, shipped_model
+from placer.demo.text import DOMAINS, documents
 from placer.model import ModelSpec
 from placer.solver.search.pair_search import Search
 from placer.trace import Trace

@@ -5,10 +5,7 @@ import json
 import pytest
 
 from placer.errors import PlacerError
-from placer.model.weight_bytes import (
-    ExpertWeights,
-    checkpoint_weights,
-)
+from placer.model.weight_bytes import ExpertWeights, checkpoint_weights
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}

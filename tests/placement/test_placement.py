@@ -5,10 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 
 

@@ -11,10 +11,7 @@ import pytest
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.plan import plan_sha256
 
 ROWS = [[3, 1, 2, 0], [0, 2, 1, 3]]

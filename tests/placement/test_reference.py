@@ -2,10 +2,7 @@
 
 import numpy as np
 
-from placer.placement.reference import (
-    contiguous,
-    random,
-)
+from placer.placement.reference import contiguous, random
 from placer.solver.balance.load_caps import balanced
 
 

@@ -18,48 +18,18 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
-from placer.planning.advice import (
-    Advice,
-    Answer,
-    advise_on_loads,
-    next_command,
-)
-from placer.planning.advised_plans import (
-    BALANCED,
-    CAPPED,
-    GUARDED,
-)
-from placer.planning.judge import (
-    Serving,
-    judge_plan,
-)
-from placer.planning.question import (
-    Question,
-    usual_engines,
-)
-from placer.planning.trace_advice import (
-    advise_on_trace,
-    percents,
-)
+from placer.planning.advice import Advice, Answer, advise_on_loads, next_command
+from placer.planning.advised_plans import BALANCED, CAPPED, GUARDED
+from placer.planning.judge import Serving, judge_plan
+from placer.planning.question import Question, usual_engines
+from placer.planning.trace_advice import advise_on_trace, percents
 from placer.serving.homes import TOKENS_PER_RANK
-from placer.simulation.batch_figures import (
-    BatchOptions,
-    batch_steps,
-)
+from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.cost import ExpertShape
 from placer.solver.search.pair_search import Search
-from placer.target.engine import (
-    Engine,
-    engines_named,
-)
+from placer.target.engine import Engine, engines_named
 from placer.target.hardware import Hardware
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
 FOUR = Topology(gpus_per_node=4)

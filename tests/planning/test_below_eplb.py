@@ -11,20 +11,14 @@ import pytest
 from placer.affinity import count_affinity
 from placer.cli.main import main
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.reference import random
 from placer.placement.topology import Topology
 from placer.report.comparison import plan_notes
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
-from placer.trace import (
-    Chunk,
-    Trace,
-)
+from placer.trace import Chunk, Trace
 from tests.plans import unsolved_plan
 
 SIZES = (16,) * 3

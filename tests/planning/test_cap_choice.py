@@ -11,10 +11,7 @@ import pytest
 from placer.affinity import Affinity
 from placer.cli.main import main
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.cap_choice import choose_cap
@@ -23,10 +20,7 @@ from placer.run.deadline import Deadline
 from placer.simulation.cost import ExpertShape
 from placer.solver.options import SolveOptions
 from placer.target.hardware import Hardware
-from placer.trace import (
-    Chunk,
-    Trace,
-)
+from placer.trace import Chunk, Trace
 
 FOUR = Topology(gpus_per_node=4)
 MODEL = ModelSpec(num_experts=(8, 8), top_k=2)

@@ -8,33 +8,16 @@ import pytest
 
 from placer.affinity import Affinity
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
-from placer.planning.drift import (
-    NUM_GROUPS,
-    check_on_loads,
-    check_plan,
-    improving_command,
-)
-from placer.planning.planner import (
-    plan_from_affinity,
-    plan_from_trace,
-)
+from placer.planning.drift import NUM_GROUPS, check_on_loads, check_plan, improving_command
+from placer.planning.planner import plan_from_affinity, plan_from_trace
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from tests.plans import unsolved_plan
 
 MODEL = ModelSpec(num_experts=(8,), top_k=2)

@@ -10,16 +10,10 @@ from placer.cli.main import main
 from placer.errors import UsageError
 from placer.placement import Plan
 from placer.placement.topology import Topology
-from placer.planning.frontier import (
-    parse_caps,
-    write_frontier,
-)
+from placer.planning.frontier import parse_caps, write_frontier
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
-from placer.trace import (
-    EVERYTHING,
-    Trace,
-)
+from placer.trace import EVERYTHING, Trace
 
 
 def test_caps_are_read_ascending_and_once() -> None:

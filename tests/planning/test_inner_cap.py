@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
-from placer.errors import (
-    NoSolutionError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.solver_report import CapTrial
@@ -29,14 +26,7 @@ from placer.planning.planner import plan_from_trace
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.solve import solve
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 SIZES = (8, 8, 8)
 ROBUST = SolveOptions(

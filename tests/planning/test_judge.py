@@ -7,34 +7,16 @@ import pytest
 
 from placer.affinity.count import expert_load
 from placer.affinity.from_traces import affinity_of_traces
-from placer.baseline import (
-    BASELINES,
-    BaselineProblem,
-)
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.baseline import BASELINES, BaselineProblem
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
-from placer.planning.judge import (
-    Serving,
-    judge_plan,
-)
+from placer.planning.judge import Serving, judge_plan
 from placer.planning.planner import plan_from_affinity
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
-from placer.planning.verdict import (
-    fact_lines,
-    verdict_lines,
-)
-from placer.report.batches import (
-    batch_tables,
-    summary_table,
-)
+from placer.planning.tables import TableOptions, make_table
+from placer.planning.verdict import fact_lines, verdict_lines
+from placer.report.batches import batch_tables, summary_table
 from placer.report.comparison import comparison_table
 from placer.serving.homes import batch_shapes
 from placer.simulation import simulate
@@ -42,15 +24,9 @@ from placer.simulation.cost import ExpertShape
 from placer.solver.balance.load_caps import balanced
 from placer.solver.options import SolveOptions
 from placer.table import build_table
-from placer.target.engine import (
-    Engine,
-    engines_named,
-)
+from placer.target.engine import Engine, engines_named
 from placer.target.hardware import Hardware
-from placer.trace import (
-    Fold,
-    Selection,
-)
+from placer.trace import Fold, Selection
 from tests.plans import unsolved_plan
 
 EVEN = contiguous((8,) * 3, 4)

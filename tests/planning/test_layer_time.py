@@ -11,10 +11,7 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.cli.main import main
-from placer.errors import (
-    NoSolutionError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
@@ -35,20 +32,14 @@ from placer.simulation.batch_figures import (
     BatchSteps,
     batch_steps,
 )
-from placer.simulation.cost import (
-    ExpertShape,
-    PredictedTime,
-)
+from placer.simulation.cost import ExpertShape, PredictedTime
 from placer.solver.balance import exact_balance
 from placer.solver.balance.router_groups import are_whole
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.target.engine import Engine
 from placer.target.hardware import Hardware
-from placer.trace import (
-    Chunk,
-    TraceWriter,
-)
+from placer.trace import Chunk, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
 FOUR = Topology(gpus_per_node=4)

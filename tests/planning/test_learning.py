@@ -10,21 +10,11 @@ import pytest
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.placement.topology import Topology
-from placer.planning.learning import (
-    _parts,
-    learning_curve,
-    moved_share,
-)
+from placer.planning.learning import _parts, learning_curve, moved_share
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
-from placer.solver.search.pair_search import (
-    Search,
-)
-from placer.trace import (
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.solver.search.pair_search import Search
+from placer.trace import Fold, Selection, Trace
 
 OPTIONS = SolveOptions(
     topology=Topology(gpus_per_node=2),

@@ -10,10 +10,7 @@ from typer.testing import CliRunner
 from placer.cli.main import app
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.trace import (
-    Chunk,
-    TraceWriter,
-)
+from placer.trace import Chunk, TraceWriter
 
 
 @pytest.fixture

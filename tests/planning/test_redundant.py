@@ -23,10 +23,7 @@ from placer.run.deadline import Deadline
 from placer.simulation.cost import ExpertShape
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
-from placer.trace import (
-    Chunk,
-    Trace,
-)
+from placer.trace import Chunk, Trace
 
 FOUR = SolveOptions(
     topology=Topology(gpus_per_node=4), relax_cap=True, replica_choice="local-first"

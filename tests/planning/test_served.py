@@ -5,14 +5,8 @@ import pytest
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
-from placer.planning.served import (
-    require_loadable,
-    solved_for,
-)
-from placer.target.engine import (
-    Engine,
-    known_engines,
-)
+from placer.planning.served import require_loadable, solved_for
+from placer.target.engine import Engine, known_engines
 
 ONE_NODE = Topology(gpus_per_node=4)
 TWO_NODES = Topology(num_nodes=2, gpus_per_node=2)

@@ -9,41 +9,23 @@ import numpy as np
 import pytest
 
 from placer.checkpoint.permutation import require_whole_groups
-from placer.errors import (
-    NotProvedError,
-    UsageError,
-)
+from placer.errors import NotProvedError, UsageError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.pins import Pin
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning import judging, layer_time, planner
 from placer.planning.request import SolveRequest
-from placer.planning.solving import (
-    solve_frontier,
-    solve_request,
-)
+from placer.planning.solving import solve_frontier, solve_request
 from placer.report.comparison import plan_warnings
-from placer.simulation.batch_figures import (
-    BatchOptions,
-    batch_steps,
-)
+from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.search import alternation
 from placer.table.build import build_table
 from placer.table.table import Table
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from tests.plans import unsolved_plan
 
 QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()

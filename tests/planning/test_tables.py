@@ -11,19 +11,9 @@ from safetensors.torch import save_file
 from placer import __version__
 from placer.errors import PlacerError
 from placer.placement.reference import contiguous
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
+from placer.planning.tables import TableOptions, make_table
 from placer.run.files import sha256_file
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 
 @pytest.fixture

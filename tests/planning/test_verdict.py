@@ -4,11 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from placer.planning.verdict import (
-    grouped,
-    references,
-    speed_words,
-)
+from placer.planning.verdict import grouped, references, speed_words
 from placer.simulation.cost import PredictedTime
 
 BASE = PredictedTime(

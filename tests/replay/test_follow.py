@@ -9,19 +9,10 @@ import torch.distributed as dist
 from transformers import AttentionInterface
 
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
-from placer.replay.follow import (
-    FollowRun,
-    why_not_follow,
-)
+from placer.model import Architecture, ModelSpec
+from placer.replay.follow import FollowRun, why_not_follow
 from placer.replay.kinds import FOLLOW
-from placer.replay.sharding import (
-    ExpertsModule,
-    experts_modules,
-)
+from placer.replay.sharding import ExpertsModule, experts_modules
 from placer.run.documents import read_json
 from tests.families import build
 

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from placer.errors import VerificationError
-from placer.replay.outcome import (
-    ReplayedRun,
-    ReplayOutcome,
-    link_bytes,
-)
+from placer.replay.outcome import ReplayedRun, ReplayOutcome, link_bytes
 from placer.report.replay import rows
 
 SENT = np.arange(32, dtype=np.int64).reshape(2, 4, 4)

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 
 from placer.replay.predict import predict_seconds
-from placer.replay.traffic import (
-    Collective,
-    Operation,
-)
-from placer.target.hardware import (
-    Curve,
-    Hardware,
-    Link,
-)
+from placer.replay.traffic import Collective, Operation
+from placer.target.hardware import Curve, Hardware, Link
 
 HERE = Hardware(
     name="here",

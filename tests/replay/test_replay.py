@@ -17,34 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
-from placer.model import (
-    Architecture,
-    ModelSpec,
-)
-from placer.placement import (
-    Placement,
-    Plan,
-)
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
-from placer.replay.replay import (
-    ReplayOptions,
-    replay,
-)
+from placer.errors import PlacerError, UsageError
+from placer.model import Architecture, ModelSpec
+from placer.placement import Placement, Plan
+from placer.planning.tables import TableOptions, make_table
+from placer.replay.replay import ReplayOptions, replay
 from placer.run.documents import read_json
 from placer.run.worker import Worker
 from placer.target.hardware import Hardware
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_causal_model
 from tests.families import build, legal_rows, randomise

@@ -12,10 +12,7 @@ from placer.placement import Placement
 from placer.replay import token_shuffle
 from placer.replay.token_shuffle import TokenShuffle
 from placer.serving.homes import Batches
-from placer.table import (
-    Table,
-    build_table,
-)
+from placer.table import Table, build_table
 from placer.table.homes import TableHomes
 from placer.trace import Chunk
 

@@ -9,11 +9,7 @@ import pytest
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.reference import contiguous
-from placer.report.comparison import (
-    plan_notes,
-    plan_warnings,
-    price_line,
-)
+from placer.report.comparison import plan_notes, plan_warnings, price_line
 from tests.plans import unsolved_plan
 
 SENT = {"remote_rank_copies_per_token": 1.0}

@@ -15,28 +15,15 @@ import pytest
 from placer.affinity import Affinity
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.report.artifact import Artifact
-from placer.report.checkpoint import (
-    Checkpoint,
-    TensorGroup,
-)
-from placer.report.figures import (
-    Drawing,
-    draw,
-)
+from placer.report.checkpoint import Checkpoint, TensorGroup
+from placer.report.figures import Drawing, draw
 from placer.report.html import page
 from placer.report.inspect import summarize
 from placer.report.statistics import TraceStatistics
 from placer.table import Table
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 from tests.plans import unsolved_plan
 
 NAN = float("nan")

@@ -14,17 +14,10 @@ from safetensors.numpy import save_file
 
 from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
-from placer.placement import (
-    Placement,
-    Plan,
-    SolverReport,
-)
+from placer.placement import Placement, Plan, SolverReport
 from placer.simulation import PolicyMetrics
 from placer.table import Table
-from placer.trace import (
-    EVERYTHING,
-    Trace,
-)
+from placer.trace import EVERYTHING, Trace
 
 CONFIG = {
     "model_type": "qwen3_moe",

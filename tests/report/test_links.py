@@ -9,13 +9,7 @@ import pytest
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.report.links import links_of
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz
 

@@ -13,15 +13,8 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.placement import rank_load
-from placer.report.statistics import (
-    TraceStatistics,
-    skew,
-)
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.report.statistics import TraceStatistics, skew
+from placer.trace import Chunk, Trace, TraceWriter
 
 
 def write(directory: Path, chunks: list[Chunk], domains: tuple[str, ...] = ()) -> Trace:

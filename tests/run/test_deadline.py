@@ -22,11 +22,7 @@ from placer.placement.reference import random
 from placer.placement.topology import Topology
 from placer.planning.frontier import write_frontier
 from placer.planning.planner import plan_from_trace
-from placer.planning.redundant import (
-    Memory,
-    choose_redundant_experts,
-    worth_on_profile,
-)
+from placer.planning.redundant import Memory, choose_redundant_experts, worth_on_profile
 from placer.planning.request import SolveRequest
 from placer.planning.solving import solve_frontier
 from placer.report.comparison import plan_warnings
@@ -35,15 +31,9 @@ from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
-from placer.solver.search.pair_search import (
-    Search,
-)
+from placer.solver.search.pair_search import Search
 from placer.solver.solve import solve
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Trace
 
 SIZES = (16,) * 4
 OPTIONS = SolveOptions(topology=Topology(gpus_per_node=4), relax_cap=True)

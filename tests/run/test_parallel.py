@@ -12,18 +12,10 @@ import pytest
 from placer.affinity import from_traces
 from placer.affinity.count import count_sources
 from placer.affinity.from_traces import affinity_of_traces
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.run.parallel import Backend
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import EVERYTHING, Chunk, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 RAY = Backend(name="ray")

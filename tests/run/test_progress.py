@@ -8,10 +8,7 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    SolverReport,
-)
+from placer.placement import Placement, SolverReport
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.report.comparison import plan_warnings
@@ -19,16 +16,9 @@ from placer.run.progress import GapLine
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
-from placer.solver.proof.reports import (
-    early_copies_bound,
-    early_pair_bound,
-)
+from placer.solver.proof.reports import early_copies_bound, early_pair_bound
 from placer.solver.solve import solve
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Trace
 from tests.solver.enumeration import every_placement
 from tests.solver.search.test_copies_cost import follow_tokens
 

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
-from placer.run.worker import (
-    Worker,
-    start_workers,
-)
+from placer.errors import PlacerError, UsageError
+from placer.run.worker import Worker, start_workers
 
 
 def test_every_worker_runs_the_command() -> None:

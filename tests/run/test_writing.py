@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.run.resumable import resumable_directory
-from placer.run.writing import (
-    atomic_directory,
-    atomic_file,
-    claimed,
-    require_target,
-)
+from placer.run.writing import atomic_directory, atomic_file, claimed, require_target
 
 HOLD = """
 import sys

@@ -9,19 +9,10 @@ import pytest
 import torch
 
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    VerificationError,
-)
+from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
-from placer.runtime_map import (
-    export_map,
-    verify_map,
-)
+from placer.placement import Placement, Plan
+from placer.runtime_map import export_map, verify_map
 
 MakePlan = Callable[..., Path]
 

@@ -6,11 +6,7 @@ import pytest
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.serving.homes import fixed_homes
-from placer.serving.layer_serving import (
-    LayerServing,
-    first_occurrence,
-    majority_rank,
-)
+from placer.serving.layer_serving import LayerServing, first_occurrence, majority_rank
 
 
 def columns(*tokens):

@@ -13,11 +13,7 @@ from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.runtime_map import export_map
 from placer.serving.homes import Batches
-from placer.serving.replica_choice import (
-    Server,
-    hashed_row,
-    sglang_static_ranks,
-)
+from placer.serving.replica_choice import Server, hashed_row, sglang_static_ranks
 from placer.simulation import simulate
 from placer.trace import Chunk
 

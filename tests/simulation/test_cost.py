@@ -6,17 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.serving.homes import BatchShape
-from placer.simulation.batch_figures import (
-    BatchOptions,
-    batch_steps,
-)
+from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.cost import (
     CostModel,
     ExpertShape,
@@ -24,15 +18,8 @@ from placer.simulation.cost import (
     break_even,
     find_expert_shape,
 )
-from placer.target.engine import (
-    Engine,
-    Transfer,
-)
-from placer.target.hardware import (
-    Hardware,
-    Link,
-    known_hardware,
-)
+from placer.target.engine import Engine, Transfer
+from placer.target.hardware import Hardware, Link, known_hardware
 from placer.trace import Chunk
 
 SLOW_GPU = Hardware(

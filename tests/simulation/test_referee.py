@@ -10,16 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from placer.placement import Placement
-from placer.placement.reference import (
-    contiguous,
-    random,
-)
+from placer.placement.reference import contiguous, random
 from placer.simulation import simulate
 from placer.solver.balance.load_caps import balanced
-from placer.table import (
-    Table,
-    build_table,
-)
+from placer.table import Table, build_table
 from placer.trace import Chunk
 from tests.referee import load_referee, referee_result
 

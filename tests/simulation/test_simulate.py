@@ -6,10 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_oracle import plain_simulate
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.simulation import simulate

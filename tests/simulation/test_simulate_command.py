@@ -14,10 +14,7 @@ from placer.cli.main import main
 from placer.cli.simulate import simulate
 from placer.cli.tables import tables
 from placer.demo.road import shipped_model
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.table import Table

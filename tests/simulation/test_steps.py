@@ -11,12 +11,7 @@ from plain_oracle import PlainLayer, majority
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
-from placer.serving.homes import (
-    Batches,
-    BatchShape,
-    batch_shapes,
-    parse_tokens_per_rank,
-)
+from placer.serving.homes import Batches, BatchShape, batch_shapes, parse_tokens_per_rank
 from placer.simulation import simulate
 from placer.simulation.batch_figures import (
     BatchFigures,

@@ -12,26 +12,15 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.migration import num_moved
-from placer.placement.pins import (
-    Pin,
-    with_pins,
-)
+from placer.placement.pins import Pin, with_pins
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.simulation.simulate import simulate
-from placer.solver.balance.router_groups import (
-    are_whole,
-    group_kinds,
-)
+from placer.solver.balance.router_groups import are_whole, group_kinds
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.trace import Chunk, Fold, Selection, Trace
 
 TWO = Topology(gpus_per_node=2)
 FOUR = Topology(gpus_per_node=4)

@@ -9,15 +9,9 @@ import pytest
 
 from placer.affinity import count_affinity
 from placer.cli.main import main
-from placer.errors import (
-    NoSolutionError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.placement.reference import random
 from placer.placement.topology import Topology
 from placer.planning.frontier import write_frontier
@@ -32,11 +26,7 @@ from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluator import evaluate
 from placer.solver.search.refine import refined
 from placer.solver.solve import solve
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Trace
 from tests.solver.enumeration import every_placement
 from tests.solver.search.test_copies_cost import follow_tokens, problem_of
 from tests.solver.search.test_refine import next_home, server

@@ -9,34 +9,19 @@ import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
-from placer.errors import (
-    NoSolutionError,
-    PlacerError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
 from placer.planning import planner
 from placer.planning.planner import plan_from_trace
-from placer.solver.balance.load_caps import (
-    balance_layer,
-    greedy_balance,
-)
+from placer.solver.balance.load_caps import balance_layer, greedy_balance
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.proof.bounds import heaviest_b_matching
-from placer.solver.search.pair_search import (
-    Search,
-    transport,
-)
+from placer.solver.search.pair_search import Search, transport
 from placer.solver.solve import solve
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.trace import Chunk, Fold, Selection, Trace
 
 
 def balanced_assignments(num_experts: int, num_ranks: int) -> list[tuple[int, ...]]:

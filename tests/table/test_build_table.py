@@ -8,10 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.serving.replica_choice import sglang_static_ranks

@@ -7,25 +7,11 @@ import pytest
 
 from placer.model import ModelSpec
 from placer.placement.reference import contiguous
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
+from placer.planning.tables import TableOptions, make_table
 from placer.simulation import simulate
-from placer.table import (
-    Table,
-    build_table,
-)
-from placer.table.calibration import (
-    Calibration,
-    calibrated,
-    fit_calibration,
-)
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-)
+from placer.table import Table, build_table
+from placer.table.calibration import Calibration, calibrated, fit_calibration
+from placer.trace import Chunk, Fold, Selection
 
 PLACEMENT = contiguous((8,) * 3, 4)
 

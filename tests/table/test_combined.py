@@ -11,15 +11,8 @@ from placer.placement.reference import contiguous
 from placer.serving.homes import Batches
 from placer.shuffle import ShuffleTable
 from placer.simulation import simulate
-from placer.table import (
-    Table,
-    build_table,
-)
-from placer.table.calibration import (
-    Calibration,
-    calibrated,
-    fit_calibration,
-)
+from placer.table import Table, build_table
+from placer.table.calibration import Calibration, calibrated, fit_calibration
 from placer.table.combined import past_layers
 from placer.table.homes import TableHomes
 from placer.trace import Chunk

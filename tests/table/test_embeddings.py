@@ -11,10 +11,7 @@ from safetensors.torch import save_file
 from placer.errors import PlacerError
 from placer.placement.reference import contiguous
 from placer.table import build_table
-from placer.table.embeddings import (
-    CheckpointEmbeddings,
-    nearest_seen,
-)
+from placer.table.embeddings import CheckpointEmbeddings, nearest_seen
 
 
 def write_checkpoint(folder, rows, name="model.embed_tokens.weight", *, sharded=False):

@@ -13,17 +13,10 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.reference import contiguous
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
+from placer.planning.tables import TableOptions, make_table
 from placer.table import build_table
 from placer.table.hash_routing import read_token_experts
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 from tests.families import build, oracle
 
 VOCABULARY = 64

@@ -5,10 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from placer.table.histories import (
-    HistoryRates,
-    sums,
-)
+from placer.table.histories import HistoryRates, sums
 
 
 def fitted(num_tokens, num_ranks, lookback, seed=0):

@@ -6,12 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.serving.homes import Batches
-from placer.table.lookup import (
-    LayerTable,
-    equal_homes,
-    known_ids,
-    request_homes,
-)
+from placer.table.lookup import LayerTable, equal_homes, known_ids, request_homes
 
 
 def layer_table(token, history, lookback=1, num_ranks=3):

@@ -7,10 +7,7 @@ from placer.errors import PlacerError
 from placer.placement.reference import contiguous
 from placer.simulation import simulate
 from placer.table import build_table
-from placer.table.regression import (
-    _PENALTIES,
-    EmbeddingRegression,
-)
+from placer.table.regression import _PENALTIES, EmbeddingRegression
 from placer.trace import Chunk
 
 

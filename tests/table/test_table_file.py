@@ -10,10 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from placer.errors import PlacerError
 from placer.placement.reference import contiguous
-from placer.table import (
-    Table,
-    build_table,
-)
+from placer.table import Table, build_table
 
 
 @pytest.fixture

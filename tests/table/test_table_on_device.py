@@ -12,20 +12,9 @@ from hypothesis import strategies as st
 from placer.placement.reference import contiguous
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import majority_rank as numpy_majority_rank
-from placer.table import (
-    Table,
-    build_table,
-)
-from placer.table.homes import (
-    HomeChoice,
-    TableHomes,
-)
-from placer.table.on_device import (
-    DeviceChoice,
-    DeviceHomes,
-    DeviceTable,
-    majority_rank,
-)
+from placer.table import Table, build_table
+from placer.table.homes import HomeChoice, TableHomes
+from placer.table.on_device import DeviceChoice, DeviceHomes, DeviceTable, majority_rank
 from placer.trace import Chunk
 
 PLACEMENT = contiguous((8,) * 3, 4)

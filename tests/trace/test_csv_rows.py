@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from placer.errors import PlacerError
-from placer.trace import (
-    Chunk,
-    Trace,
-)
+from placer.trace import Chunk, Trace
 from placer.trace.csv_rows import read_csv
 from placer.trace.imported import import_file
 

@@ -9,17 +9,8 @@ from hypothesis import strategies as st
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
-from placer.trace.dedup import (
-    Repetition,
-    dedup_trace,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
+from placer.trace.dedup import Repetition, dedup_trace
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz
 

@@ -14,22 +14,12 @@ from typer.testing import CliRunner
 from placer.cli.main import app
 from placer.errors import PlacerError
 from placer.report.links import links_of
-from placer.trace import (
-    Chunk,
-    Selection,
-    Trace,
-)
-from placer.trace.doubts import (
-    doubtful_follow,
-    doubts,
-)
+from placer.trace import Chunk, Selection, Trace
+from placer.trace.doubts import doubtful_follow, doubts
 from placer.trace.expert_order import listed_by_id
 from placer.trace.imported import import_file
 from placer.trace.npz import read_npz
-from placer.trace.rewrite import (
-    merge_traces,
-    split_trace,
-)
+from placer.trace.rewrite import merge_traces, split_trace
 from placer.trace.warm_up import warm_up_tokens
 
 SIZES = (16, 16, 16, 16)

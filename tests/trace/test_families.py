@@ -5,24 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    known_architectures,
-)
+from placer.model import Architecture, ModelSpec, known_architectures
 from placer.run.documents import read_json
 from placer.trace.capture import RouterCapture
-from placer.trace.record import (
-    RecordOptions,
-    record,
-)
+from placer.trace.record import RecordOptions, record
 from tests.families import (
     FAMILIES,
     RELEASED,

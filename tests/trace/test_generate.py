@@ -7,16 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.trace import Trace
 from placer.trace.corpus import Corpus
-from placer.trace.record import (
-    RecordOptions,
-    record,
-)
+from placer.trace.record import RecordOptions, record
 
 
 @pytest.fixture

@@ -10,25 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.run.worker import Worker
-from placer.trace import (
-    Chunk,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Trace, TraceWriter
 from placer.trace.corpus import name_corpora
-from placer.trace.parts import (
-    part_of,
-    put_together,
-)
-from placer.trace.record import (
-    RecordOptions,
-    record,
-)
+from placer.trace.parts import part_of, put_together
+from placer.trace.record import RecordOptions, record
 
 OPTIONS = ("--sequence-length", "24", "--batch-size", "3", "--chunk-tokens", "60")
 

@@ -11,23 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.trace import Trace
 from placer.trace.capture import by_descending_weight
-from placer.trace.corpus import (
-    Corpus,
-    name_corpora,
-    token_sequences,
-)
-from placer.trace.record import (
-    RecordOptions,
-    _step_ids,
-    record,
-)
+from placer.trace.corpus import Corpus, name_corpora, token_sequences
+from placer.trace.record import RecordOptions, _step_ids, record
 
 CODE = "def add(one, two):\n    return one + two\n"
 PROSE = "The sum of two numbers. "

@@ -9,25 +9,10 @@ import numpy as np
 import pytest
 
 from placer.affinity.from_traces import affinity_of_traces
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
-from placer.trace.rewrite import (
-    merge_traces,
-    sample_trace,
-    split_trace,
-    validate_trace,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
+from placer.trace.rewrite import merge_traces, sample_trace, split_trace, validate_trace
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 

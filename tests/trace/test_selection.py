@@ -12,31 +12,16 @@ from typer.testing import CliRunner
 
 from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import app
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement.topology import Topology
 from placer.planning.drift import check_plan
 from placer.planning.judge import judge_plan
 from placer.planning.planner import plan_from_trace
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
-from placer.replay.replay import (
-    ReplayOptions,
-    _batches,
-)
+from placer.planning.tables import TableOptions, make_table
+from placer.replay.replay import ReplayOptions, _batches
 from placer.simulation import simulate
 from placer.solver.options import SolveOptions
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from placer.trace.rewrite import split_trace
 
 DECODE = Selection(phase="decode")

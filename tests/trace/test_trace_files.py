@@ -12,20 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.run.files import sha256_file
 from placer.run.writing import claimed
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 8, 8), top_k=2)
 

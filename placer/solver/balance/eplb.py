@@ -4,11 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from placer.arrays import (
-    AnyArray,
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.topology import Topology

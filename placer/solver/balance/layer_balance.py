@@ -8,31 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
-from placer.placement.placement import (
-    Placement,
-    holders,
-)
+from placer.arrays import FloatArray, IntArray
+from placer.placement.placement import Placement, holders
 from placer.run.deadline import Deadline
-from placer.solver.balance.even_out import (
-    EvenOut,
-    MoveCost,
-)
-from placer.solver.balance.exact_balance import (
-    exact_balance,
-    is_small,
-)
-from placer.solver.balance.load_caps import (
-    balance_layer,
-    least_max_load,
-)
-from placer.solver.balance.packing import (
-    num_copies,
-    packed,
-)
+from placer.solver.balance.even_out import EvenOut, MoveCost
+from placer.solver.balance.exact_balance import exact_balance, is_small
+from placer.solver.balance.load_caps import balance_layer, least_max_load
+from placer.solver.balance.packing import num_copies, packed
 from placer.solver.balance.served_load import ServedLoad
 from placer.target.engine import ReplicaChoice
 

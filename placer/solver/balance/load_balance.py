@@ -8,20 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import FloatArray, IntArray
 from placer.placement.imbalance import imbalance
-from placer.placement.placement import (
-    Placement,
-    holders,
-)
+from placer.placement.placement import Placement, holders
 from placer.run.deadline import Deadline
-from placer.solver.balance.layer_balance import (
-    Balancing,
-    LayerBalance,
-)
+from placer.solver.balance.layer_balance import Balancing, LayerBalance
 from placer.solver.balance.replicas import require_room
 from placer.solver.balance.served_load import ServedLoad
 from placer.target.engine import ReplicaChoice

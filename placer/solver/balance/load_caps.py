@@ -6,18 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
-from placer.errors import (
-    NoSolutionError,
-    UsageError,
-)
-from placer.placement.placement import (
-    Placement,
-    require_divisible_slots,
-)
+from placer.arrays import FloatArray, IntArray
+from placer.errors import NoSolutionError, UsageError
+from placer.placement.placement import Placement, require_divisible_slots
 from placer.placement.reference import Load
 from placer.run.deadline import Deadline
 from placer.solver.balance.cp_sat import repeatable_solver

@@ -8,10 +8,7 @@ algorithm 1).
 import numpy as np
 from numba import njit
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import FloatArray, IntArray
 
 
 def place_requests(

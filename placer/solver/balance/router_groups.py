@@ -21,10 +21,7 @@ from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.solver.balance.load_caps import balance_layer
 from placer.solver.options import SolveOptions
-from placer.solver.problem.pairs import (
-    PlacementProblem,
-    placement_problem,
-)
+from placer.solver.problem.pairs import PlacementProblem, placement_problem
 from placer.solver.search.pair_search import Search
 
 

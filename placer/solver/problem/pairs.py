@@ -15,13 +15,8 @@ from typing import Self
 import numpy as np
 
 from placer.affinity import Affinity
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
-from placer.errors import (
-    PlacerError,
-)
+from placer.arrays import FloatArray, IntArray
+from placer.errors import PlacerError
 from placer.placement.imbalance import imbalance
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology

@@ -20,10 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import FloatArray, IntArray
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.solver.proof.certificate import stable_floor

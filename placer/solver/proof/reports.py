@@ -7,25 +7,13 @@ from placer.arrays import IntArray
 from placer.placement.placement import Placement
 from placer.placement.solver_report import Certificate
 from placer.run.deadline import Deadline
-from placer.run.progress import (
-    GapLine,
-    gap,
-)
-from placer.solver.options import (
-    SolveOptions,
-)
+from placer.run.progress import GapLine, gap
+from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import PlacementProblem
-from placer.solver.problem.traffic import (
-    TrafficProblem,
-    copy_prices,
-)
+from placer.solver.problem.traffic import TrafficProblem, copy_prices
 from placer.solver.proof.bounds import pair_bound
 from placer.solver.proof.certificate import PairCertificate
-from placer.solver.proof.copies import (
-    FIRST_STEPS,
-    CopiesCertificate,
-    token_sets,
-)
+from placer.solver.proof.copies import FIRST_STEPS, CopiesCertificate, token_sets
 from placer.solver.proof.copies import METHOD as COPIES_METHOD
 from placer.solver.search.dynamic import METHOD as EXACT_METHOD
 from placer.solver.search.evaluation import Evaluation

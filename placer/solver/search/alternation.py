@@ -14,12 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from placer.arrays import (
-    BoolArray,
-    FloatArray,
-    Int16Array,
-    IntArray,
-)
+from placer.arrays import BoolArray, FloatArray, Int16Array, IntArray
 from placer.errors import PlacerError
 from placer.placement.placement import Placement
 from placer.placement.policy import ContentPolicy
@@ -29,25 +24,13 @@ from placer.serving.replica_choice import serving_layers
 from placer.solver.balance.requests import place_requests
 from placer.solver.params import SolverParams
 from placer.solver.problem.traffic import TrafficProblem
-from placer.solver.search.caution import (
-    Caution,
-    kept_under_cap,
-)
-from placer.solver.search.evaluation import (
-    Evaluation,
-    Rated,
-)
+from placer.solver.search.caution import Caution, kept_under_cap
+from placer.solver.search.evaluation import Evaluation, Rated
 from placer.solver.search.evaluator import evaluate
-from placer.solver.search.refine import (
-    refined,
-    repaired,
-)
+from placer.solver.search.refine import refined, repaired
 from placer.table.build import build_table
 from placer.table.homes import TableHomes
-from placer.table.lookup import (
-    known_ids,
-    request_homes,
-)
+from placer.table.lookup import known_ids, request_homes
 from placer.table.requests import request_scores
 from placer.trace import Chunk
 

@@ -17,11 +17,7 @@ import numpy as np
 from placer.arrays import BoolArray, FloatArray
 from placer.run.deadline import Deadline
 from placer.solver.params import SolverParams
-from placer.solver.search.evaluation import (
-    SAME_OVERFLOW,
-    Evaluation,
-    Rated,
-)
+from placer.solver.search.evaluation import SAME_OVERFLOW, Evaluation, Rated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,11 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from placer.arrays import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import BoolArray, FloatArray, IntArray
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.serving.layer_serving import majority_rank

@@ -19,11 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from placer.arrays import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import BoolArray, FloatArray, IntArray
 from placer.errors import NoSolutionError
 from placer.solver.problem.pairs import PlacementProblem
 

@@ -20,12 +20,7 @@ from placer.solver.kernels.price import dispatch_prices, majority_ranks, price_l
 from placer.solver.problem.layer_profile import LayerProfile
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluation import Evaluation
-from placer.solver.search.layer_state import (
-    NO_LAYER,
-    even_homes,
-    layer_state,
-    layer_tokens,
-)
+from placer.solver.search.layer_state import NO_LAYER, even_homes, layer_state, layer_tokens
 
 
 def evaluate(problem: TrafficProblem, placement: Placement) -> Evaluation:

@@ -11,10 +11,7 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.arrays import IntArray
-from placer.errors import (
-    NoSolutionError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, UsageError
 from placer.placement.imbalance import imbalance
 from placer.placement.migration import require_same_shape
 from placer.placement.pins import with_pins
@@ -22,39 +19,19 @@ from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
-from placer.run.progress import (
-    GapLine,
-    Progress,
-)
+from placer.run.progress import GapLine, Progress
 from placer.solver.balance.eplb import pack_loads
 from placer.solver.balance.layer_balance import Balancing
 from placer.solver.balance.load_balance import balance_loads
 from placer.solver.balance.load_caps import load_caps
-from placer.solver.balance.replicas import (
-    require_room,
-    with_replicas,
-)
-from placer.solver.balance.router_groups import (
-    blocks_of_groups,
-    place_groups,
-)
+from placer.solver.balance.replicas import require_room, with_replicas
+from placer.solver.balance.router_groups import blocks_of_groups, place_groups
 from placer.solver.options import SolveOptions
-from placer.solver.problem.pairs import (
-    PlacementProblem,
-    placement_problem,
-    rank_load,
-)
+from placer.solver.problem.pairs import PlacementProblem, placement_problem, rank_load
 from placer.solver.problem.traffic import sample_sequences
 from placer.solver.proof.reports import early_pair_bound
-from placer.solver.search.copies_cost import (
-    CopiesCost,
-    ReceiveLimit,
-)
-from placer.solver.search.dynamic import (
-    ExactPlacement,
-    has_few_assignments,
-    solve_exactly,
-)
+from placer.solver.search.copies_cost import CopiesCost, ReceiveLimit
+from placer.solver.search.dynamic import ExactPlacement, has_few_assignments, solve_exactly
 from placer.solver.search.pair_search import Search
 from placer.trace import Chunk
 

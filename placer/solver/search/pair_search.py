@@ -13,16 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
-from placer.arrays import (
-    FloatArray,
-    IntArray,
-)
+from placer.arrays import FloatArray, IntArray
 from placer.run.deadline import Deadline
 from placer.solver.params import SolverParams
-from placer.solver.problem.pairs import (
-    PlacementProblem,
-    rank_load,
-)
+from placer.solver.problem.pairs import PlacementProblem, rank_load
 
 
 def transport(cost: FloatArray, slots_per_rank: int) -> IntArray:

@@ -5,10 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from placer.placement.placement import holders
-from placer.solver.balance.even_out import (
-    EvenOut,
-    MoveCost,
-)
+from placer.solver.balance.even_out import EvenOut, MoveCost
 from placer.solver.balance.packing import packed
 
 

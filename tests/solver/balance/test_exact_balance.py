@@ -8,10 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from placer.run.deadline import Deadline
-from placer.solver.balance.exact_balance import (
-    exact_balance,
-    is_small,
-)
+from placer.solver.balance.exact_balance import exact_balance, is_small
 from placer.solver.balance.packing import packed
 
 

@@ -10,20 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.affinity import Affinity
-from placer.errors import (
-    NoSolutionError,
-    PlacerError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement.migration import num_moved
 from placer.placement.topology import Topology
 from placer.serving.replica_choice import serving_layers
 from placer.solver.balance.layer_balance import Balancing
-from placer.solver.balance.load_balance import (
-    LoadBalance,
-    balance_loads,
-)
+from placer.solver.balance.load_balance import LoadBalance, balance_loads
 from placer.solver.balance.packing import packed
 from placer.solver.balance.router_groups import are_whole
 from placer.solver.options import SolveOptions

@@ -10,11 +10,7 @@ from hypothesis import strategies as st
 from placer.errors import NoSolutionError
 from placer.run.deadline import Deadline
 from placer.solver.balance import load_caps as balance
-from placer.solver.balance.load_caps import (
-    balance_layer,
-    least_max_load,
-    load_caps,
-)
+from placer.solver.balance.load_caps import balance_layer, least_max_load, load_caps
 
 LOADS = st.lists(st.integers(0, 50), min_size=6, max_size=6)
 

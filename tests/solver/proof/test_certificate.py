@@ -6,11 +6,7 @@ import pytest
 from placer.placement.topology import Topology
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.proof.bounds import pair_bound
-from placer.solver.proof.certificate import (
-    METHOD,
-    PairCertificate,
-    stable_floor,
-)
+from placer.solver.proof.certificate import METHOD, PairCertificate, stable_floor
 from placer.solver.proof.grouping import GroupingProblem
 from placer.solver.proof.relaxation import Relaxation
 from tests.solver.enumeration import ONE_NODE, TWO_NODES, every_placement, random_problem

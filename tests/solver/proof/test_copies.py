@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from placer.solver.proof import copies
-from placer.solver.proof.copies import (
-    CopiesCertificate,
-    TokenSets,
-    token_sets,
-)
+from placer.solver.proof.copies import CopiesCertificate, TokenSets, token_sets
 from placer.trace import Chunk
 from tests.solver.enumeration import every_layer, least_max_load
 

@@ -10,45 +10,26 @@ import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
 from placer.planning.drift import check_plan
 from placer.planning.judge import judge_plan
 from placer.planning.planner import plan_from_trace
-from placer.planning.tables import (
-    TableOptions,
-    make_table,
-)
+from placer.planning.tables import TableOptions, make_table
 from placer.run.deadline import Deadline
 from placer.solver.balance.requests import place_requests
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
-from placer.solver.problem.traffic import (
-    TrafficProblem,
-)
-from placer.solver.search.alternation import (
-    Alternation,
-    sequence_parts,
-    vocabulary_of,
-)
+from placer.solver.problem.traffic import TrafficProblem
+from placer.solver.search.alternation import Alternation, sequence_parts, vocabulary_of
 from placer.solver.search.evaluator import Evaluator
 from placer.solver.search.refine import refined
 from placer.solver.solve import solve
 from placer.table.build import DEFAULT_SHRINKAGE
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
 
 TWO = Topology(gpus_per_node=2)
 

@@ -10,10 +10,7 @@ import pytest
 from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    SolverReport,
-)
+from placer.placement import Placement, SolverReport
 from placer.placement.reference import contiguous
 from placer.placement.reference import random as random_placement
 from placer.placement.topology import Topology
@@ -26,28 +23,13 @@ from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.traffic import TrafficProblem
-from placer.solver.search.alternation import (
-    Alternation,
-    vocabulary_of,
-)
-from placer.solver.search.caution import (
-    Caution,
-    kept_under_cap,
-)
+from placer.solver.search.alternation import Alternation, vocabulary_of
+from placer.solver.search.caution import Caution, kept_under_cap
 from placer.solver.search.drawn import best_as_drawn
-from placer.solver.search.evaluation import (
-    Evaluation,
-    Rated,
-)
+from placer.solver.search.evaluation import Evaluation, Rated
 from placer.solver.search.evaluator import evaluate
 from placer.solver.solve import solve
-from placer.trace import (
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-    TraceWriter,
-)
+from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 
 SIZES = (16,) * 4
 RANKS = 4

@@ -14,16 +14,10 @@ from placer.simulation import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import PlacementProblem
-from placer.solver.proof.copies import (
-    CopiesCertificate,
-    token_sets,
-)
+from placer.solver.proof.copies import CopiesCertificate, token_sets
 from placer.solver.search.copies_cost import CopiesCost
 from placer.solver.search.dynamic import solve_exactly
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-)
+from placer.trace import EVERYTHING, Chunk
 from tests.solver.enumeration import ONE_NODE, TWO_NODES, every_placement, least_max_load
 
 

@@ -9,10 +9,7 @@ import pytest
 from placer.errors import NoSolutionError
 from placer.placement.topology import Topology
 from placer.solver.problem.pairs import PlacementProblem
-from placer.solver.search.dynamic import (
-    num_assignments,
-    solve_exactly,
-)
+from placer.solver.search.dynamic import num_assignments, solve_exactly
 from tests.solver.enumeration import ONE_NODE, TWO_NODES, every_placement, random_problem
 
 

@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 
 from placer.affinity import count_affinity
-from placer.errors import (
-    NoSolutionError,
-    UsageError,
-)
+from placer.errors import NoSolutionError, UsageError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    SolverReport,
-)
-from placer.placement.reference import (
-    contiguous,
-    random,
-)
+from placer.placement import Placement, SolverReport
+from placer.placement.reference import contiguous, random
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.solver.balance.replicas import with_replicas
@@ -28,11 +19,7 @@ from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
-from placer.solver.problem.traffic import (
-    TrafficProblem,
-    copy_prices,
-    sample_sequences,
-)
+from placer.solver.problem.traffic import TrafficProblem, copy_prices, sample_sequences
 from placer.solver.search.evaluator import Evaluator, evaluate
 from placer.solver.search.refine import _Refinement, refined
 from placer.solver.solve import solve
