@@ -7,6 +7,8 @@ loads consecutive ids. Pyramid-residual models differ in experts from layer to l
 dense branch and its coefficient do not depend on the order of experts.
 """
 
+import argparse
+import codecs
 import pickle
 import re
 import shutil
@@ -52,6 +54,8 @@ _MAIN_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
 _EXPERT_KEY = re.compile(
     r"((?:.*\.)?deepspeed_moe)\.experts\.deepspeed_experts\.(\d+)\.(.+)"
 )
+# How torch names what it does not load, among its advice.
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _GATE = ".gate.wg.weight"
 
 
@@ -358,9 +362,11 @@ def _load(path: Path) -> dict[str, Any]:
 
     require_file(path, "file")
     try:
-        value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        with torch.serialization.safe_globals(_client_state()):
+            value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except (*UNREADABLE, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+        found = _GLOBAL.search(str(error))
+        reason = f"it holds {found[1]}" if found else str(error).partition("\n")[0]
         raise PlacerError(
             f"{path} does not load with weights_only: {reason}",
             "save it again without client state: engine.save_checkpoint(DIR)",
@@ -368,6 +374,19 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PlacerError(f"{path} holds no dict", "give a checkpoint of DeepSpeed")
     return value
+
+
+def _client_state() -> list[Any]:
+    """Return what Megatron-DeepSpeed keeps beside tensors: arguments, and random states.
+
+    Each only holds data: unpickling them runs no code of the file.
+    """
+    from numpy._core.multiarray import _reconstruct
+
+    dtypes = {type(np.dtype(name)) for name in ("uint8", "uint32", "int64", "float64")}
+    old_name = (_reconstruct, "numpy.core.multiarray._reconstruct")  # of NumPy 1
+    arrays = [_reconstruct, old_name, np.ndarray, np.dtype, codecs.encode, *dtypes]
+    return [argparse.Namespace, *arrays]
 
 
 def _save(path: Path, value: Mapping[str, Any]) -> None:

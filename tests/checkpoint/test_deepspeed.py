@@ -4,11 +4,13 @@ The files are laid out as ``DeepSpeedEngine._save_moe_checkpoint`` lays them out
 loads them rank by rank as ``load_moe_state_dict`` does, and runs the layers.
 """
 
+import argparse
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +120,22 @@ def test_the_layers_compute_the_same_on_every_model_parallel_rank(
     assert (tmp_path / "out" / "zero_to_fp32.py").exists()
 
 
+def test_arguments_and_random_states_of_megatron_come_along(
+    checkpoint: Path, plan: Path, tmp_path: Path
+) -> None:
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=True)
+    state["args"] = argparse.Namespace(num_experts=[4], lr=0.1)
+    state["rng_state"] = [{"np_rng_state": np.random.RandomState(3).get_state()}]
+    torch.save(state, path)
+    export_deepspeed(plan, checkpoint, tmp_path / "out")
+    found = torch.load(tmp_path / "out" / path.name, weights_only=False)
+    assert found["args"] == state["args"]
+    old, new = (one["rng_state"][0]["np_rng_state"] for one in (state, found))
+    assert old[0] == new[0]
+    assert np.array_equal(old[1], new[1])
+
+
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     found = {}
     for path in sorted(folder.glob("*_model_states.pt")):
@@ -208,7 +226,7 @@ def test_damaged_and_foreign_files_are_refused(
     save_main({}, {gate.replace("weight", "bias"): torch.zeros(4)})
     refused(plan, checkpoint, tmp_path, "wg.bias cannot be classified")
     save_main({"client": Path("x")}, {})
-    refused(plan, checkpoint, tmp_path, "weights_only")
+    refused(plan, checkpoint, tmp_path, "weights_only: it holds pathlib")
     save_main({}, {})
     torch.save(
         {"a.deepspeed_moe.experts.deepspeed_experts.9.w": torch.zeros(1)},
