@@ -19,6 +19,13 @@ from placer.model.moe_layers import (
 from placer.model.tensor_layout import TensorLayout
 from placer.run.documents import parse_toml
 
+# More than any model has.
+_MOST_LAYERS = 10_000
+
+
+def _all_alike(values: list[Any]) -> bool:
+    return bool(values) and values.count(values[0]) == len(values)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -133,9 +140,9 @@ class Architecture:
         value = self._value(config, field)
         if value is None:
             value = default
-        if isinstance(value, list) and len(set(value)) == 1:  # one for each layer
+        if isinstance(value, list) and _all_alike(value):  # one for each layer
             value = value[0]
-        if type(value) is not int:
+        if type(value) is not int or abs(value) >= 1 << 31:
             raise PlacerError(
                 f"config.json of {config.get('model_type')} gives {value!r} for "
                 f"{' or '.join(keys)}, expected a whole number",
@@ -154,7 +161,13 @@ class Architecture:
         """Return the number of hidden layers, dense ones included."""
         if self.layers == "layers_block_type":
             return len(block_types(self._language_config(config)))
-        return self.config_value(config, "num_layers")
+        number = self.config_value(config, "num_layers")
+        if number > _MOST_LAYERS:
+            raise PlacerError(
+                f"config.json gives {number} hidden layers, more than {_MOST_LAYERS}",
+                "check that config.json is that of the model",
+            )
+        return number
 
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Return the model's own numbers of its MoE layers, ascending.
@@ -184,7 +197,7 @@ class Architecture:
                 "config.json is a dense model: there are no experts to place",
                 "give a Mixture-of-Experts model",
             )
-        if isinstance(value, list) and len(set(value)) > 1:
+        if isinstance(value, list) and value and not _all_alike(value):
             sizes = value
             if len(value) == self.num_hidden_layers(config):
                 sizes = [value[layer] for layer in layer_ids]

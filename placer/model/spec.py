@@ -111,6 +111,23 @@ class ModelSpec(Document, frozen=True, kw_only=True):
             If the directory has no config, or its family is not known.
         """
         config = read_config(directory)
+        try:
+            return cls._from_config(config, directory)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise PlacerError(
+                f"{directory}: config.json cannot be understood: "
+                f"{type(error).__name__}: {error}",
+                "check that config.json is that of the model",
+            ) from error
+
+    @classmethod
+    def _from_config(cls, config: Mapping[str, Any], directory: Path) -> Self:
         architecture = Architecture.of(config, directory)
         layer_ids = architecture.moe_layers(config)
         num_experts = architecture.experts_per_layer(config, layer_ids)

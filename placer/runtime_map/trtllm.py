@@ -26,8 +26,8 @@ from placer.runtime_map.runtime import (
     require_valid_rows,
 )
 
-_SCALAR = re.compile(r"(num_slots|layer_updates_per_iter): (\d+)")
-_LAYER = re.compile(r"  (\d+): (\[[\d, ]*\])")
+_SCALAR = re.compile(r"(num_slots|layer_updates_per_iter): (\d{1,9})")
+_LAYER = re.compile(r"  (\d{1,9}): (\[[\d, ]*\])")
 _ASSIGNMENTS = "initial_global_assignments:"
 
 
