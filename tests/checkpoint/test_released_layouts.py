@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
 from placer.checkpoint.export import export_checkpoint, prepare_export, restore_checkpoint
@@ -312,3 +313,59 @@ def test_groups_that_limit_nothing_are_none(write_plan: WritePlan, tmp_path: Pat
             [row] * 2, spec.num_experts, num_ranks=4, num_nodes=1
         )
         assert prepare_export(write_plan(spec, placement), model).record
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "index", "odd"),
+    [
+        ("quant_model_weights-1.safetensors", "quant_model_weights" + INDEX[5:], None),
+        ("weights/model-1.safetensors", INDEX, None),
+        ("model-00001-of-00001.safetensors", None, None),
+        ("model-1.safetensors", INDEX, "unheld"),
+        ("model-1.safetensors", INDEX, "unlisted"),
+    ],
+)
+def test_files_are_found_as_engines_find_them(
+    file: str, index: str | None, odd: str | None, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """ModelSlim's names, a folder, no index, and an index that is not exact."""
+    layout = qwen3(BF16)()
+    model = write(layout, tmp_path / "model")
+    old = read(model)
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / "model.safetensors").rename(model / file)
+    listed = dict.fromkeys(old, file)
+    if odd == "unheld":
+        listed["model.layers.0.self_attn.rotary_emb.inv_freq"] = file
+    elif odd == "unlisted":
+        del listed["model.embed_tokens.weight"]
+    if index is not None:
+        (model / index).write_text(json.dumps({"weight_map": listed}))
+    rows, plan = permuting_plan(model, write_plan)
+    export_checkpoint(plan, model, tmp_path / "out")
+    found = load_names(tmp_path / "out" / file)
+    for e, source in enumerate(rows[0]):
+        name = "model.layers.0.mlp.experts.{}.up_proj.weight"
+        assert found[name.format(e)] == old[name.format(source)][2]
+    assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(old)
+    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    for path in (file, *([index] if index else [])):
+        assert (tmp_path / "back" / path).read_bytes() == (model / path).read_bytes()
+
+
+def load_names(path: Path) -> dict[str, bytes]:
+    return {name: bytes(one["data"]) for name, one in deserialize(path.read_bytes())}
+
+
+def test_an_index_that_names_experts_that_no_file_holds_is_refused(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    model = write(qwen3(BF16)(), tmp_path / "model")
+    names = [*read(model), "model.layers.0.mlp.experts.0.up_proj.weight_scale"]
+    listed = dict.fromkeys(names, "model.safetensors")
+    (model / INDEX).write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(PlacerError, match="weight_scale, which no file holds"):
+        prepare_export(permuting_plan(model, write_plan)[1], model)
