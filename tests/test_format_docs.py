@@ -192,7 +192,7 @@ def test_every_tensor_and_metric_is_documented() -> None:
 
 
 def test_the_documented_hardware_is_read_and_written_back(tmp_path: Path) -> None:
-    (text,) = blocks(FORMATS_PAGE, "toml")
+    (text,) = (t for t in blocks(FORMATS_PAGE, "toml") if "bf16_flops" in t)
     page, again = tmp_path / "mine.toml", tmp_path / "again" / "mine.toml"
     page.write_text(text)
     again.parent.mkdir()
