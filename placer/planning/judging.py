@@ -89,16 +89,19 @@ class Judging:
                     continue
                 # As much again for the plan, and for the search.
                 part = deadline.part(1 / (2 + share))
+                begun = time.monotonic()
                 try:
                     known[key] = self.figures(placement, self.judged, deadline=part)[0]
                 except OutOfTimeError as error:
                     deadline.chosen_in_haste = True
-                    deadline.needs(rating * error.seconds)
-                    return found
+                    spent = time.monotonic() - begun
+                    deadline.needs(rating * (spent + error.seconds))
+                    break
                 seconds = (time.monotonic() - began) / len(known)
             found[name] = known[key]
-        # Pricing the plan takes up to three times as long as its figures.
-        deadline.reserve(4 * share * seconds)
+        # Pricing the plan takes up to three times as long as its figures, unless tables
+        # priced it in the search.
+        deadline.reserve((1 if rating else 4) * share * seconds)
         deadline.needs(rating * seconds)
         return found
 

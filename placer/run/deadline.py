@@ -88,6 +88,11 @@ class Deadline:
         """Keep at least this many seconds for what follows."""
         self.needed = max(self.needed, seconds)
 
+    def needs_less(self, share: float) -> None:
+        """Keep a share of it: what follows was made smaller, for want of time."""
+        self.needed *= share
+        self.chosen_in_haste = True
+
     @contextmanager
     def keeping(self, share: float) -> Iterator[None]:
         """Keep a share of the time that is left for what follows the block."""

@@ -18,9 +18,10 @@ from placer.affinity import count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement import Plan
-from placer.placement.reference import random
+from placer.placement.reference import contiguous, random
 from placer.placement.topology import Topology
 from placer.planning.frontier import write_frontier
+from placer.planning.judging import Figures, Judging
 from placer.planning.planner import plan_from_trace
 from placer.planning.redundant import Memory, choose_redundant_experts, worth_on_profile
 from placer.planning.request import SolveRequest
@@ -29,6 +30,7 @@ from placer.report.comparison import plan_warnings
 from placer.run.deadline import Deadline, OutOfTimeError
 from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance
+from placer.solver.balance.eplb import pack_loads
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.search.pair_search import Search
@@ -142,6 +144,78 @@ def test_what_has_to_follow_is_kept_time_for() -> None:
     free = Deadline()
     free.needs(1e9)
     assert (free.left(), free.passed()) == (None, False)
+
+
+def test_what_follows_can_be_made_smaller() -> None:
+    short = Deadline(seconds=1000.0)
+    short.needs(2000.0)
+    assert short.left() == 0.0
+    short.needs_less(0.25)
+    assert short.left() == pytest.approx(500, abs=1)
+    assert not short.reproducible
+
+
+def test_tables_that_were_built_in_vain_say_what_the_next_would_take(
+    make_trace: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures that stop 0.1 s before their end after 2 s: a search is kept 3 x 2.1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def late(judging: Judging, *_: object, deadline: Deadline) -> list[Figures]:
+        clock[0] += 2.0
+        raise OutOfTimeError(0.1)
+
+    monkeypatch.setattr(Judging, "figures", late)
+    trace = make_trace(num_tokens=60, num_experts=SIZES, top_k=3)
+    options = replace(OPTIONS, policy="token")
+    profile = trace.read()
+    judging = Judging(model=trace.model, options=options, profile=profile, heldout=None)
+    whole = Deadline(seconds=10.0)
+    assert judging.measure({"contiguous": contiguous(SIZES, 4)}, whole) == {}
+    assert whole.needed == pytest.approx(6.3)
+
+
+def test_tokens_too_many_for_one_rating_are_searched_by_a_few(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    many = make_chunk(num_tokens=1000, num_experts=SIZES, top_k=3, num_sequences=50)
+    affinity = count_affinity([many], ModelSpec(num_experts=SIZES, top_k=3), {})
+    deadline = Deadline(seconds=1000.0)
+    deadline.needs(2000.0)
+    told: list[str] = []
+    params = replace(OPTIONS.quick().params, num_hurried_tokens=100)
+    options = replace(OPTIONS, policy="token", params=params)
+    _, report = solve(affinity, options, told.append, many, deadline)
+    assert "on a sample of" in report.objective_name
+    assert any(line.startswith("homes and placement, round 3") for line in told)
+    assert not report.reproducible
+
+
+def test_copies_without_time_for_a_mixture_are_those_of_eplb_or_better(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    """One expert in 16 has half of the load: without time, only EPLB relieves its rank."""
+    chunk = make_chunk(num_tokens=400, num_experts=(16, 16), top_k=1)
+    hot = tuple(np.where(np.arange(400)[:, None] % 2, ids, 3) for ids in chunk.experts)
+    chunk = replace(chunk, experts=hot)
+    affinity = count_affinity([chunk], ModelSpec(num_experts=(16, 16), top_k=1), {})
+    options = replace(
+        OPTIONS,
+        policy="token",
+        redundant_experts=4,
+        replica_choice="hash",
+        max_imbalance=1.0,
+        time_limit=0.0,
+    )
+    placement, _ = solve(affinity, options, None, chunk)
+    eplb = pack_loads(affinity.load, options.topology, 4)
+    for layer, load in enumerate(affinity.load):
+        busiest, allowed = (
+            (load / one.holds(layer).sum(axis=1) @ one.holds(layer)).max()
+            for one in (placement, eplb)
+        )
+        assert busiest <= allowed + 1e-9
 
 
 def test_steps_that_would_not_be_done_in_time_are_not_begun(

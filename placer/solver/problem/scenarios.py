@@ -1,14 +1,13 @@
 """Loads of tomorrow: the profile's load, and what it could have been.
 
-Legend of the shapes: S scenarios, E logical experts, T tokens.
+Legend of the shapes: S scenarios, E logical experts, T tokens, G groups of tokens.
 """
 
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from placer.arrays import FloatArray
+from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.solver.params import SolverParams
 from placer.trace import Chunk
@@ -36,43 +35,42 @@ def load_scenarios(
     UsageError
         If ``domains`` is asked of tokens without domains, or the name is unknown.
     """
-    weights = _token_weights(tokens, robust, seed, num_resamples)
+    group, times = _groups(tokens, robust, seed, num_resamples)
+    num_tokens = np.bincount(group, minlength=times.shape[1])
+    scale = tokens.num_tokens / (times @ num_tokens)
     scenarios = []
     for ids, size in zip(tokens.experts, num_experts, strict=True):
-        rows = [
-            np.bincount(ids.ravel(), np.repeat(weight, ids.shape[1]), minlength=size)
-            for weight in weights
-        ]
-        scenarios.append(np.stack(rows).astype(np.float64))
+        pair = group[:, None] * size + ids
+        counts = np.bincount(pair.ravel(), minlength=times.shape[1] * size)
+        pairs = times @ counts.reshape(-1, size)
+        scenarios.append(pairs * scale[:, None])
     return tuple(scenarios)
 
 
-def _token_weights(
+def _groups(
     tokens: Chunk, robust: Robust, seed: int, num_resamples: int
-) -> list[FloatArray]:
-    own = np.ones(tokens.num_tokens)
+) -> tuple[IntArray, IntArray]:
+    """Return the group ``[T]`` of each token, and how often each scenario has each group.
+
+    The second is ``[S, G]`` int64, of G groups; its first row is all tokens once.
+    """
     if robust == "none":
-        return [own]
+        return np.zeros(tokens.num_tokens, dtype=np.int64), np.ones((1, 1), dtype=np.int64)
     if robust == "bootstrap":
         rng = np.random.default_rng([seed, num_resamples])
-        ids, index = np.unique(tokens.sequence_ids, return_inverse=True)
+        ids, group = np.unique(tokens.sequence_ids, return_inverse=True)
         even = np.full(len(ids), 1 / len(ids))
-        drawn = [rng.multinomial(len(ids), even)[index] for _ in range(num_resamples)]
-        return [own, *(_scaled(weight) for weight in drawn)]
-    if robust != "domains":
+        times = rng.multinomial(len(ids), even, size=num_resamples)
+    elif robust != "domains":
         raise UsageError(
             f"--robust {robust} is not known", "choose none, bootstrap or domains"
         )
-    if tokens.domain_ids is None:
+    elif tokens.domain_ids is None:
         raise UsageError(
             "the trace has no domains, which --robust domains needs",
             "choose --robust bootstrap, or record with --domain NAME=PATH",
         )
-    present = np.unique(tokens.domain_ids)
-    return [own, *(_scaled(tokens.domain_ids == domain) for domain in present)]
-
-
-def _scaled(weight: npt.NDArray[np.generic]) -> FloatArray:
-    as_float = weight.astype(np.float64)
-    scaled: FloatArray = as_float * (len(as_float) / as_float.sum())
-    return scaled
+    else:
+        ids, group = np.unique(tokens.domain_ids, return_inverse=True)
+        times = np.eye(len(ids), dtype=np.int64)
+    return group, np.vstack([np.ones((1, len(ids)), dtype=np.int64), times])

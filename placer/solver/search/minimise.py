@@ -129,10 +129,11 @@ def _minimised_for_tables(
 ) -> tuple[Found, Evaluation]:
     """Alternate homes and placement from each start; the best of all and mixed."""
     options, deadline = search.options, search.deadline
-    if deadline.passed():  # a rating takes several tables
+    if deadline.left() == 0.0:  # a rating takes several tables
         few = sample_sequences(
             search.judged, options.params.num_hurried_tokens, options.seed
         )
+        deadline.needs_less(few.num_tokens / search.judged.num_tokens)
         search = replace(search, judged=few)
     vocab_size = vocabulary_of(search.judged, content)
     caution = _first_caution(content, search.profile, options)
@@ -162,7 +163,10 @@ def _minimised_for_tables(
     above = is_above(end.cost).any() and options.redundant_experts
     if above and search.profile.by_load is not None:
         given = alternation.rated(with_pins(search.profile.by_load, options.pins))
-        ends[0] = alternation.mixture(ends[0], given, deadline)
+        if deadline.passed():  # a mixture takes a rating more
+            ends.append(given)
+        else:
+            ends[0] = alternation.mixture(ends[0], given, deadline)
     for policy in others:
         if not deadline.passed():
             ends.append(alternated(policy)[2])
@@ -236,8 +240,9 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     with deadline.keeping(options.params.share_of_repair):
         found = _minimised_carefully(search, policy)
         tried = _tried_for_draws(search, found)
-    with deadline.interruptible():
-        tried.append(best_as_drawn(found.traffic, tried))
+    if deadline.left() != 0.0:
+        with deadline.interruptible():
+            tried.append(best_as_drawn(found.traffic, tried))
 
     def rated(placement: Placement) -> Rated:
         return Rated(placement=placement, cost=evaluate(found.traffic, placement))

@@ -53,3 +53,21 @@ def test_rows_that_are_not_merged_keep_the_routers_order() -> None:
 def test_experts_that_nobody_uses_have_no_rows(merged: bool) -> None:
     profile = LayerProfile.of(np.array([[5]], dtype=np.int16), NUM_EXPERTS, merged=merged)
     assert np.diff(profile.starts).tolist() == [0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k"), [(1, 1), (60, 4), (128, 8), (256, 8), (257, 8)]
+)
+def test_merged_rows_ascend_and_are_exact_up_to_any_number_of_experts(
+    num_experts: int, top_k: int
+) -> None:
+    """8 of 256 experts fill the 64 bits of a number; more are merged as rows."""
+    rng = np.random.default_rng(0)
+    few = np.sort(rng.permuted(np.tile(np.arange(num_experts), (40, 1)), axis=1)[:, :top_k])
+    few[0] = np.arange(num_experts)[-top_k:]  # the largest row
+    experts = few[rng.integers(len(few), size=300)].astype(np.int16)
+    profile = LayerProfile.of(experts, num_experts, merged=True)
+    rows, times = np.unique(experts, axis=0, return_counts=True)
+    assert profile.experts.dtype == np.int16
+    assert profile.experts.tolist() == rows.tolist()
+    assert profile.weight.tolist() == times.tolist()
