@@ -14,29 +14,24 @@ from placer import __version__
 from placer.affinity.affinity import Affinity
 from placer.arrays import IntArray
 from placer.errors import PlacerError
+from placer.model import ModelSpec
+from placer.model.spec import MAX_EXPERTS
 from placer.run.documents import read_json
 from placer.run.files import (
     require_file,
     sha256_file,
 )
-from placer.trace.csv_rows import (
-    read_table,
-    require_whole,
-)
 from placer.trace.imported import (
+    BY_ITSELF,
     UNREADABLE,
     BoundModel,
+    ImportOptions,
+    told_of_hash_layers,
 )
 from placer.trace.sglang_dump import load_dump
 
 # The experts in the slots of a layer: its own layer number -> logical experts.
 Assignments = Mapping[int, Sequence[int]]
-_CSV_COLUMNS = ("layer", "expert", "count")
-_CSV_LAYOUT = "the header is layer,expert,count (docs/importing.md)"
-_CSV_SLOTS = (
-    "check --model; if the ids are slots of an engine that ran with redundant experts, add "
-    "up the counts of each expert's slots first"
-)
 _NO_MAP = (
     "ids beyond the model's experts are slots of a load balancer: give the map that it ran "
     "with, --map FILE"
@@ -54,38 +49,44 @@ class CountedLoads:
         ``[E]`` int64 per layer, under the model's own layer number, or counted over its
         MoE layers where ``of_moe_layers``.
     of_moe_layers
-        Whether layers are counted over MoE layers alone.
+        Whether layers are counted over MoE layers alone; ``None`` where their number
+        tells.
     """
 
     by_layer: Mapping[int, IntArray]
-    of_moe_layers: bool = False
+    of_moe_layers: bool | None = False
 
 
-LoadReader = Callable[[Path, BoundModel], CountedLoads]
+LoadReader = Callable[[Path, BoundModel | None], CountedLoads]
 
 
 def import_loads(
-    read: LoadReader, source: str, path: Path, out: Path, model_directory: Path
+    read: LoadReader,
+    source: str,
+    path: Path,
+    out: Path,
+    options: ImportOptions = BY_ITSELF,
 ) -> Affinity:
     """Turn the loads that an engine counted into an affinity file without links.
 
     Parameters
     ----------
     read
-        Reader of the format, given the file or directory and the model.
+        Reader of the format, given the file or directory and the model if it is known.
     source
         Name of the format, for the provenance.
     path
         What to read.
     out
         The affinity file to write.
-    model_directory
-        The checkpoint whose experts were counted.
+    options
+        What the user says of the file.
 
     Returns
     -------
     Affinity
-        What was written. ``num_tokens`` is the pairs of the fullest layer over top-k.
+        What was written. ``num_tokens`` is the pairs of the fullest layer over top-k, or
+        those pairs where no model says top-k.
 
     Raises
     ------
@@ -94,16 +95,20 @@ def import_loads(
     """
     if not path.exists():
         raise PlacerError(f"{path} does not exist", f"give what {source} wrote")
-    model = BoundModel.of(model_directory)
+    model = options.bound_model()
     try:
-        load = _of_model(read(path, model), model)
+        counted = read(path, model)
+        if model is None:
+            spec, load = _unbound(counted, options.num_experts)
+        else:
+            spec, load = _of_model(counted, model, options)
     except PlacerError as error:
         hint = error.hint or f"check --model, and what {source} files hold"
         raise PlacerError(f"{path}: {error}", hint) from error
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     affinity = Affinity(
-        model=model.spec,
-        num_tokens=int(max(counts.sum() for counts in load)) // model.spec.top_k,
+        model=spec,
+        num_tokens=int(max(counts.sum() for counts in load)) // max(spec.top_k, 1),
         load=load,
         transition=(),
         coactivation=(),
@@ -119,7 +124,7 @@ def import_loads(
     return affinity
 
 
-def read_sglang_stat(file: Path, model: BoundModel) -> CountedLoads:
+def read_sglang_stat(file: Path, model: BoundModel | None) -> CountedLoads:
     """Read a dump of SGLang's recorder in mode ``stat`` or ``stat_approx``.
 
     ``logical_count`` is ``[L, E]`` or ``[passes, L, E]``, L all hidden layers (SGLang
@@ -135,54 +140,30 @@ def read_sglang_stat(file: Path, model: BoundModel) -> CountedLoads:
         raise PlacerError(
             "there is no logical_count in it", "a dump of tokens is format sglang-dump"
         )
-    try:
-        raw = np.asarray(dump["logical_count"])
-    except UNREADABLE as error:
-        raise PlacerError(f"logical_count is no array: {error}") from error
-    counts = _whole(raw, "logical_count")
-    if counts.ndim not in (2, 3) or not counts.size:
-        raise PlacerError(
-            f"logical_count has shape {list(counts.shape)}, expected [passes, L, E]"
-        )
-    layers = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0)
-    return CountedLoads(
-        by_layer=dict(enumerate(layers)),
-        of_moe_layers=len(layers) == model.spec.num_layers,
-    )
+    return matrix_loads(dump["logical_count"], "logical_count")
 
 
-def read_csv_loads(file: Path, model: BoundModel) -> CountedLoads:
-    """Read columns ``layer, expert, count``; layers count from 0 over MoE layers.
-
-    Rows may be in any order; an expert without a row has no tokens.
+def matrix_loads(value: Any, what: str) -> CountedLoads:
+    """Return what ``[L, E]`` or ``[passes, L, E]`` counts, L all hidden or MoE layers.
 
     Raises
     ------
     PlacerError
-        If a column is missing, a value is no whole number, the model has no such expert,
-        or an expert has two rows.
+        If it is no such array of whole numbers; ``what`` names it.
     """
-    table = read_table(file, _CSV_LAYOUT)
-    require_whole(table, _CSV_COLUMNS, _CSV_LAYOUT)
-    layer, expert, count = (
-        _whole(table[name].to_numpy(), f"column {name}") for name in _CSV_COLUMNS
-    )
-    num_experts = max(model.spec.num_experts)
-    by_layer = {}
-    for number in np.unique(layer).tolist():
-        of_it = layer == number
-        _require_expert(int(expert[of_it].max()), num_experts, number, _CSV_SLOTS)
-        times = np.bincount(expert[of_it])
-        if times.max() > 1:
-            raise PlacerError(
-                f"layer {number}, expert {times.argmax()} has {times.max()} rows",
-                "add them up where they count different tokens, or drop what is repeated: "
-                "one row for each layer and expert",
-            )
-        rows = np.zeros(num_experts, dtype=np.int64)
-        rows[expert[of_it]] = count[of_it]
-        by_layer[number] = rows
-    return CountedLoads(by_layer=by_layer, of_moe_layers=True)
+    try:
+        raw = np.asarray(value)
+    except UNREADABLE as error:
+        raise PlacerError(f"{what} is no array: {error}") from error
+    if np.issubdtype(raw.dtype, np.floating) and (raw == np.floor(raw)).all():
+        raw = raw.astype(np.int64) if np.abs(raw).max(initial=0) < 2**53 else raw
+    counts = whole_counts(raw, what)
+    if counts.ndim not in (2, 3) or not counts.size:
+        raise PlacerError(
+            f"{what} has shape {list(counts.shape)}, expected [L, E] or [passes, L, E]"
+        )
+    layers = counts.reshape(-1, *counts.shape[-2:]).sum(axis=0)
+    return CountedLoads(by_layer=dict(enumerate(layers)), of_moe_layers=None)
 
 
 def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
@@ -200,18 +181,20 @@ def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
         did.
     """
 
-    def read(directory: Path, model: BoundModel) -> CountedLoads:
-        slots = _slot_counts(directory)
-        after = [layer for layer in slots if layer >= model.num_hidden_layers]
-        by_layer = {n: counts for n, counts in slots.items() if n not in after}
+    def read(directory: Path, model: BoundModel | None) -> CountedLoads:
+        by_layer = _slot_counts(directory)
         if assignments is None:
-            size = max(model.spec.num_experts)
+            # Layers behind the last hidden one draft tokens (MTP).
+            end = max(by_layer) + 1 if model is None else model.num_hidden_layers
             for layer, counts in by_layer.items():
-                _require_expert(_last_used(counts), size, layer, _NO_MAP)
+                if layer < end:
+                    require_expert(_last_used(counts), most_experts(model), layer, _NO_MAP)
             return CountedLoads(by_layer=by_layer)
         return CountedLoads(
             by_layer={
-                layer: _of_slots(counts, layer, assignments, max(model.spec.num_experts))
+                layer: counts
+                if model is not None and layer >= model.num_hidden_layers
+                else _of_slots(counts, layer, assignments, most_experts(model))
                 for layer, counts in by_layer.items()
             }
         )
@@ -235,7 +218,7 @@ def _slot_counts(directory: Path) -> dict[int, IntArray]:
         except (SafetensorError, *UNREADABLE) as error:
             raise PlacerError(f"{file.name} cannot be read: {error}") from error
         for name, raw in counted.items():
-            counts = _whole(raw, f"{name} of {file.name}")
+            counts = whole_counts(raw, f"{name} of {file.name}")
             found = re.fullmatch(r"\d+_(\d+)", name)
             if found is None or counts.shape != (num_slots,):
                 raise PlacerError(
@@ -258,15 +241,22 @@ def _of_slots(
             "give the map that the engine ran with: --map FILE",
         )
     # Not bincount, whose weights are floats: exact up to 2^53 only.
-    _require_expert(
+    require_expert(
         max(slots, default=0), num_experts, layer, "check --model and --map: they disagree"
     )
-    total = np.zeros(num_experts, dtype=np.int64)
+    total = np.zeros(max(slots, default=0) + 1, dtype=np.int64)
     np.add.at(total, np.asarray(slots, dtype=np.int64), counts)
     return total
 
 
-def _whole(values: npt.NDArray[Any], what: str) -> IntArray:
+def whole_counts(values: npt.NDArray[Any], what: str) -> IntArray:
+    """Return counts as int64.
+
+    Raises
+    ------
+    PlacerError
+        If one is no whole number from 0, or they add up to more than int64 holds.
+    """
     if not np.issubdtype(values.dtype, np.integer) or (values < 0).any():
         raise PlacerError(f"{what} holds something that is no whole number from 0")
     if values.sum(dtype=np.float64) >= 2**63:
@@ -274,30 +264,87 @@ def _whole(values: npt.NDArray[Any], what: str) -> IntArray:
     return values.astype(np.int64)
 
 
-def _of_model(counted: CountedLoads, model: BoundModel) -> tuple[IntArray, ...]:
+def _of_model(
+    counted: CountedLoads, model: BoundModel, options: ImportOptions
+) -> tuple[ModelSpec, tuple[IntArray, ...]]:
     """Return L arrays ``[E]``, dense layers left out; refuse what the model cannot have."""
-    spec = model.spec
-    of_moe = counted.of_moe_layers
-    names = range(spec.num_layers) if of_moe else spec.layer_ids or ()
+    every = tuple(sorted({*(model.spec.layer_ids or ()), *options.skip_layers}))
     counts = {n: row for n, row in counted.by_layer.items() if row.any()}
-    odd = sorted(set(counts) - set(names))
+    named = every if counted.of_moe_layers else None
+    if counted.of_moe_layers is None:
+        named = options.columns(model, len(counted.by_layer))
+        if named is None:
+            raise PlacerError(
+                f"it has {len(counted.by_layer)} layers, the model {len(every)} MoE layers "
+                f"of {model.num_hidden_layers} hidden layers",
+                "check --model; where layers were not recorded, name them: --skip-layers "
+                "LIST",
+            )
+    if named is not None:
+        if odd := [n for n in counts if n >= len(named)]:
+            raise PlacerError(
+                f"MoE layer {odd[0]} has counts, but the model has {len(every)} MoE "
+                "layers, counted from 0",
+                "check --model; in csv-loads, name the column layer_id if it holds the "
+                "model's own numbers",
+            )
+        counts = {named[n]: row for n, row in counts.items()}
+    behind = sorted(n for n in counts if n >= model.num_hidden_layers)
+    if behind:
+        options.tell(
+            f"layer {behind[0]} is left out: it stands behind the "
+            f"{model.num_hidden_layers} hidden layers, where those of multi-token "
+            "prediction (MTP) are, and no plan moves their experts"
+        )
+    odd = sorted(set(counts) - {*every, *behind})
     if odd:
         raise PlacerError(
-            f"layer {odd[0]} has counts, but the model's MoE layers are {list(names)}",
+            f"layer {odd[0]} has counts, but the model's MoE layers are {[*every]}",
             "check --model",
         )
-    missing = sorted(set(names) - set(counts))
+    empty = [n for n in model.hash_layers if n not in counts]
+    if empty:
+        options.tell(told_of_hash_layers(empty))
+    spec = model.without(empty).spec
+    ids = spec.layer_ids or ()
+    missing = [n for n in ids if n not in counts]
     if missing:
-        raise PlacerError(f"MoE layer {missing[0]} has no counts: it was not recorded")
-    return tuple(
-        _of_layer(counts[n], size, n)
-        for n, size in zip(names, spec.num_experts, strict=True)
+        raise PlacerError(
+            f"layer {missing[0]} has no counts, but the model has experts there",
+            f"record it again, or leave it out: --skip-layers "
+            f"{','.join(map(str, missing))}",
+        )
+    return spec, tuple(
+        _of_layer(counts[n], size, n) for n, size in zip(ids, spec.num_experts, strict=True)
     )
+
+
+def _unbound(
+    counted: CountedLoads, num_experts: int | None
+) -> tuple[ModelSpec, tuple[IntArray, ...]]:
+    """Take every layer for a MoE layer, of as many experts as the widest has."""
+    layers = sorted(counted.by_layer)
+    empty = [n for n in layers if not counted.by_layer[n].any()]
+    if empty or not layers:
+        raise PlacerError(
+            f"layer {empty[0]} has no counts, as dense layers have none"
+            if empty
+            else "it has no counts",
+            "name the model, whose dense layers are then left out: --model DIR (a folder "
+            "with its config.json is enough)",
+        )
+    size = num_experts or max(len(row) for row in counted.by_layer.values())
+    spec = ModelSpec(
+        num_experts=(size,) * len(layers),
+        top_k=0,
+        layer_ids=tuple(layers) if counted.of_moe_layers is False else None,
+    )
+    return spec, tuple(_of_layer(counted.by_layer[n], size, n) for n in layers)
 
 
 def _of_layer(counts: IntArray, num_experts: int, layer: int) -> IntArray:
     used = _last_used(counts) + 1
-    _require_expert(used - 1, num_experts, layer)
+    require_expert(used - 1, num_experts, layer)
     return np.pad(counts[:used], (0, num_experts - used))
 
 
@@ -305,11 +352,29 @@ def _last_used(counts: IntArray) -> int:
     return int(counts.nonzero()[0].max(initial=0))
 
 
-def _require_expert(
-    expert: int, num_experts: int, layer: int, hint: str = "check --model"
+def most_experts(model: BoundModel | None) -> int:
+    """Return the experts of the largest layer; the most that there can be, if unknown."""
+    return MAX_EXPERTS if model is None else max(model.spec.num_experts)
+
+
+def require_expert(
+    expert: int,
+    num_experts: int,
+    layer: int,
+    hint: str = "check --model or --num-experts",
 ) -> None:
+    """Refuse the id of an expert that there is not.
+
+    Raises
+    ------
+    PlacerError
+        With the layer and both numbers.
+    """
     if expert >= num_experts:
         raise PlacerError(
-            f"layer {layer} counts experts up to {expert}, the model has {num_experts}",
+            f"layer {layer} counts experts up to {expert}, the model has {num_experts}"
+            if num_experts < MAX_EXPERTS
+            else f"layer {layer} counts experts up to {expert}; placer names at most "
+            f"{MAX_EXPERTS}",
             hint,
         )

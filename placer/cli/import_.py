@@ -1,7 +1,8 @@
 """``placer import``: traces and loads that something else recorded."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +19,22 @@ from placer.cli.output import (
 )
 from placer.errors import UsageError
 
-_FORMATS = ("npz", "exflow", "csv", "sglang-routed", "sglang-dump", "vllm-routed")
-_LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads")
+if TYPE_CHECKING:
+    from placer.trace.imported import ImportOptions
+
+_FORMATS = (
+    "npz",
+    "exflow",
+    "csv",
+    "jsonl",
+    "json-requests",
+    "sglang-routed",
+    "sglang-dump",
+    "vllm-routed",
+)
+_LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads", "load-matrix")
+# Files whose keys a user may name.
+_KEYED = ("jsonl", "json-requests")
 _MAP = "-map"
 _MAP_FORMATS = tuple(f"{name}{_MAP}" for name in MAPS)
 
@@ -40,8 +55,8 @@ def import_(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Checkpoint of the model that was recorded. Its fingerprint is stored in "
-            "the trace.",
+            help="Checkpoint of the model that was recorded, or its config.json alone. Its "
+            "fingerprint is stored in the trace.",
         ),
     ] = None,
     map_: Annotated[
@@ -49,8 +64,7 @@ def import_(
         typer.Option(
             "--map",
             metavar="FILE",
-            help="With trtllm-statistic: the load balancer's map that was in service, as "
-            "placer wrote it.",
+            help="With trtllm-statistic: the load balancer's map that was in service.",
         ),
     ] = None,
     nodes: Annotated[
@@ -59,19 +73,45 @@ def import_(
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="Maps: expert-parallel ranks per node.")
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="With jsonl or json-requests: which key of the file means what, such as "
+            "layer=layer,token=token_idx,experts=topk_ids.",
+        ),
+    ] = None,
+    num_experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Experts of every layer, where no --model says. Default: the largest id "
+            "plus 1.",
+        ),
+    ] = None,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="MoE layers that were not recorded, by the model's own numbers, such as "
+            "0,1,2. They are left out, and exports keep their experts in order.",
+        ),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Turn an engine's records into a trace, or its loads into an affinity file.
 
     Records of tokens. npz: arrays experts [T, L, k], sequence_ids [T] and others. exflow:
-    .npy [tokens, layers]. csv: one row per token and layer. sglang-routed, vllm-routed:
-    JSON lines of responses with return_routed_experts. sglang-dump: the .pt file of the
-    recorder's mode per_token.
+    .npy [tokens, layers]. csv, jsonl: one row per token and layer. json-requests: one
+    object per request, layer -> experts of its tokens. sglang-routed, vllm-routed:
+    responses with routed experts. sglang-dump: the .pt file of the recorder's mode
+    per_token.
 
     Loads without tokens are enough to balance. sglang-stat: the .pt file of the recorder's
     mode stat. trtllm-statistic: the directory EXPERT_STATISTIC_PATH. csv-loads: columns
-    layer, expert, count. Loads need --model.
+    layer, expert, count, or layer_id, expert_id, count. load-matrix: [L, E] as .npy, .pt
+    or .json.
 
     Maps that placer export writes, or an engine runs with, become plans: they need
     --gpus-per-node, and --model where the map does not say which layers are MoE layers.
@@ -79,9 +119,15 @@ def import_(
     directory = format_ in _FORMATS
     claim(context, out, [file, model, map_], force=force, directory=directory)
     what = "trace"
+    given: dict[str, object] = {
+        "--map": map_,
+        "--keys": keys,
+        "--num-experts": num_experts,
+        "--skip-layers": skip_layers,
+    }
     if format_ in _MAP_FORMATS:
         what = "plan"
-        _require_no_map(format_, map_)
+        _require_unused(format_, given)
         facts = _import_map(format_, file, out, model, nodes or 1, gpus_per_node)
     elif nodes is not None or gpus_per_node is not None:
         raise UsageError(
@@ -90,9 +136,15 @@ def import_(
         )
     elif format_ in _LOAD_FORMATS:
         what = "affinity"
-        facts = _import_loads(format_, file, out, model, map_)
+        allowed = ("--map",) if format_ == "trtllm-statistic" else ()
+        _require_unused(format_, given, *allowed, "--num-experts", "--skip-layers")
+        options = _options(model, num_experts, skip_layers)
+        facts = _import_loads(format_, file, out, options, map_)
     elif format_ in _FORMATS:
-        facts = _import_tokens(format_, file, out, model, map_)
+        allowed = ("--keys",) if format_ in _KEYED else ()
+        _require_unused(format_, given, *allowed, "--num-experts", "--skip-layers")
+        options = _options(model, num_experts, skip_layers)
+        facts = _import_tokens(format_, file, out, options, keys)
     else:
         known = ", ".join((*_FORMATS, *_LOAD_FORMATS, *_MAP_FORMATS))
         raise UsageError(f"format {format_!r} is not known", f"known formats: {known}")
@@ -102,8 +154,27 @@ def import_(
         print_table((what, ""), [(name, str(value)) for name, value in facts.items()])
 
 
+def _options(
+    model: Path | None, num_experts: int | None, skip_layers: str | None
+) -> "ImportOptions":
+    from placer.trace.imported import ImportOptions
+
+    skipped = (skip_layers or "").replace(" ", "")
+    if skip_layers is not None and not re.fullmatch(r"\d+(,\d+)*", skipped):
+        raise UsageError(
+            f"--skip-layers is {skip_layers!r}, no list of layer numbers",
+            "give the model's own numbers: --skip-layers 0,1,2",
+        )
+    return ImportOptions(
+        model_directory=model,
+        num_experts=num_experts,
+        skip_layers=tuple(int(one) for one in skipped.split(",") if one),
+        tell=warn,
+    )
+
+
 def _import_tokens(
-    format_: str, file: Path, out: Path, model: Path | None, map_: Path | None
+    format_: str, file: Path, out: Path, options: "ImportOptions", keys: str | None
 ) -> dict[str, object]:
     from placer.trace import Trace
     from placer.trace.csv_rows import read_csv
@@ -115,6 +186,11 @@ def _import_tokens(
         REORDERED,
         import_file,
     )
+    from placer.trace.json_rows import (
+        Keys,
+        jsonl_reader,
+        requests_reader,
+    )
     from placer.trace.npz import (
         read_exflow,
         read_npz,
@@ -125,22 +201,21 @@ def _import_tokens(
     )
     from placer.trace.sglang_dump import read_sglang_dump
 
-    _require_no_map(format_, map_)
+    named = Keys.parse(keys)
     readers = (
         read_npz,
         read_exflow,
         read_csv,
+        jsonl_reader(named),
+        requests_reader(named),
         read_sglang_routed,
         read_sglang_dump,
         read_vllm_routed,
     )
     reader = dict(zip(_FORMATS, readers, strict=True))[format_]
-    header = import_file(reader, format_, file, out, model)
+    header = import_file(reader, format_, file, out, options)
     if not header.model.bound:
-        warn(
-            "the trace is bound to no checkpoint: the number of experts is the largest id "
-            "+ 1; bind it with --model DIR (a folder with its config.json is enough)"
-        )
+        _tell_unbound("trace", header.model.num_experts[0], options)
     if (number := header.provenance.get(REORDERED)) is not None:
         rows = header.num_tokens * header.model.num_layers
         note(
@@ -166,34 +241,44 @@ def _import_tokens(
     }
 
 
+def _tell_unbound(what: str, num_experts: int, options: "ImportOptions") -> None:
+    """Say what is not known of a file that no model is named for."""
+    how = "the largest id + 1" if options.num_experts is None else "as given"
+    warn(
+        f"the {what} is bound to no checkpoint, and every layer has {num_experts} experts, "
+        f"{how}. Bind it: --model DIR (a config.json is enough)"
+        + ("" if options.num_experts else "; or give --num-experts N")
+    )
+
+
 def _import_loads(
-    format_: str, file: Path, out: Path, model: Path | None, map_: Path | None
+    format_: str, file: Path, out: Path, options: "ImportOptions", map_: Path | None
 ) -> dict[str, object]:
+    from placer.affinity.load_files import read_csv_loads, read_load_matrix
     from placer.affinity.loads import (
         import_loads,
-        read_csv_loads,
         read_sglang_stat,
         trtllm_statistic_reader,
     )
     from placer.runtime_map.trtllm import parse_assignments
 
-    if model is None:
-        raise UsageError(
-            f"{format_} does not say which experts its layers have",
-            "name the model: --model DIR",
-        )
-    if format_ != "trtllm-statistic":
-        _require_no_map(format_, map_)
     slots = None if map_ is None else parse_assignments(map_)[1]
-    readers = (read_sglang_stat, trtllm_statistic_reader(slots), read_csv_loads)
+    readers = (
+        read_sglang_stat,
+        trtllm_statistic_reader(slots),
+        read_csv_loads,
+        read_load_matrix,
+    )
     reader = dict(zip(_LOAD_FORMATS, readers, strict=True))[format_]
-    affinity = import_loads(reader, format_, file, out, model)
+    affinity = import_loads(reader, format_, file, out, options)
+    if not affinity.model.bound:
+        _tell_unbound("affinity file", affinity.model.num_experts[0], options)
     return {
         "out": str(out),
-        "num_tokens": affinity.num_tokens,
+        "num_tokens": affinity.num_tokens if affinity.model.top_k else None,
         "num_layers": affinity.model.num_layers,
         "num_experts": list(affinity.model.num_experts),
-        "top_k": affinity.model.top_k,
+        "top_k": affinity.model.top_k or None,
         "loads_alone": True,
     }
 
@@ -236,6 +321,11 @@ def _import_map(
     }
 
 
-def _require_no_map(format_: str, map_: Path | None) -> None:
-    if map_ is not None:
-        raise UsageError(f"--map is for trtllm-statistic, not for {format_}", "drop --map")
+def _require_unused(format_: str, given: dict[str, object], *allowed: str) -> None:
+    for name, value in given.items():
+        if value is not None and name not in allowed:
+            fitting = {
+                "--map": "trtllm-statistic",
+                "--keys": " and ".join(_KEYED),
+            }.get(name, "tokens and loads")
+            raise UsageError(f"{name} is for {fitting}, not for {format_}", f"drop {name}")

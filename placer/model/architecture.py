@@ -226,6 +226,21 @@ class Architecture:
         first = self.num_hidden_layers(config)
         return range(first, first + self.config_value(config, "num_mtp_layers", 0))
 
+    def hash_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the numbers of MoE layers that look experts up by token id.
+
+        As DeepSeek-V4 names them: ``num_hash_layers``, or ``hash_moe`` in
+        ``mlp_layer_types``.
+        """
+        language = self._language_config(config)
+        first = self.config_value(config, "num_hash_layers", 0)
+        kinds = language.get("mlp_layer_types") or ()
+        return tuple(
+            layer
+            for layer in self.moe_layers(config)
+            if layer < first or kinds[layer : layer + 1] == ["hash_moe"]
+        )
+
     def _value(self, config: Mapping[str, Any], field: str) -> Any:
         language = self._language_config(config)
         found = (_nested(language, key) for key in self.config[field])
@@ -257,6 +272,7 @@ _USUAL_KEYS = {
     "vocab_size": ("vocab_size",),
     "n_group": ("n_group", "num_expert_group"),
     "topk_group": ("topk_group",),
+    "num_hash_layers": ("num_hash_layers",),
     "num_mtp_layers": ("num_nextn_predict_layers", "mtp_num_hidden_layers"),
 }
 

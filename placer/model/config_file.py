@@ -22,6 +22,8 @@ _MOE_KEYS = {"route_every_n": "moe_layer_freq"}
 def read_config(directory: Path) -> dict[str, Any]:
     """Read a model's ``config.json``, or Mistral's ``params.json`` where there is none.
 
+    In place of the directory a ``config.json`` itself may be given.
+
     The keys of ``moe`` in ``params.json`` are found beside the others.
 
     Raises
@@ -30,6 +32,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         If there is no such directory, or no config in it.
     """
     require_downloaded(directory)
+    if directory.is_file():
+        return read_json(directory, "model config")
     path = directory / CONFIG_NAME
     params = directory / PARAMS_NAME
     if path.is_file() or not params.is_file():

@@ -1,6 +1,6 @@
 """What placer must know of a Mixture-of-Experts model: the shape of its routing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,9 @@ from placer.run.documents import (
     TopK,
 )
 from placer.run.files import sha256_json
+
+#: Logical experts are named by at most 15 bits in a trace.
+MAX_EXPERTS = 2**15
 
 
 class ModelSpec(Document, frozen=True, kw_only=True):
@@ -67,6 +70,12 @@ class ModelSpec(Document, frozen=True, kw_only=True):
                 f"top_k must be in 1..{min(self.num_experts)} "
                 f"(the experts of the smallest layer), got {self.top_k}"
             )
+        if max(self.num_experts) > MAX_EXPERTS:
+            raise PlacerError(
+                f"a layer has {max(self.num_experts)} experts; placer names at most "
+                f"{MAX_EXPERTS}",
+                "check that the file holds expert ids, and not ids of tokens",
+            )
         if self.layer_ids is not None and len(self.layer_ids) != self.num_layers:
             raise PlacerError(
                 f"{len(self.layer_ids)} layer_ids for {self.num_layers} MoE layers"
@@ -87,6 +96,30 @@ class ModelSpec(Document, frozen=True, kw_only=True):
     def bound(self) -> bool:
         """Whether a checkpoint's config stands behind this specification."""
         return self.fingerprint is not None
+
+    def without_layers(self, layers: Collection[int]) -> Self:
+        """Return the same model without some MoE layers, by their own numbers.
+
+        Raises
+        ------
+        UsageError
+            If one is no MoE layer of it, or none is left.
+        """
+        ids = self.layer_ids or ()
+        odd = sorted(set(layers) - set(ids))
+        if odd or len(set(layers)) == len(ids):
+            raise UsageError(
+                f"layer {odd[0]} is no MoE layer" if odd else "no MoE layer is left",
+                f"the model's MoE layers are {', '.join(map(str, ids))}",
+            )
+        kept = [n for n, layer in enumerate(ids) if layer not in layers]
+        part = msgspec.structs.replace(
+            self,
+            fingerprint=None,
+            layer_ids=tuple(ids[n] for n in kept),
+            num_experts=tuple(self.num_experts[n] for n in kept),
+        )
+        return msgspec.structs.replace(part, fingerprint=part.bound_fingerprint())
 
     def bound_fingerprint(self) -> str:
         """Return the fingerprint that ``traces/README.md`` defines, from the fields."""
@@ -142,7 +175,9 @@ class ModelSpec(Document, frozen=True, kw_only=True):
                 "check that config.json is that of the model",
             )
         unbound = cls(
-            id=directory.resolve().name,
+            id=(
+                directory.resolve().parent if directory.is_file() else directory.resolve()
+            ).name,
             model_type=config["model_type"],
             layer_ids=tuple(layer_ids),
             num_experts=num_experts,

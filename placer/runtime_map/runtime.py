@@ -17,6 +17,7 @@ from placer.placement import (
     Placement,
     Plan,
 )
+from placer.placement.all_layers import on_all_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,7 @@ class MapSource:
                 model=plan.model,
             )
         model = ModelSpec.from_checkpoint(directory)
+        plan = on_all_layers(plan, model)
         warning = require_same_model(plan.model, str(plan_path), model, str(directory))
         config = read_config(directory)
         architecture = Architecture.of(config, directory)

@@ -13,20 +13,28 @@ from placer.trace.imported import (
     BoundModel,
     ImportedTokens,
 )
+from placer.trace.token_rows import (
+    TokenRows,
+    phase_numbers,
+    whole_tokens,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _LAYOUT = (
-    "the header is sequence_id,position[,token_id],layer,e0,e1,... (docs/importing.md)"
+    "the header is sequence_id,position,layer,e0,e1,..., and may have token_id, phase and "
+    "w0,w1,... (docs/importing.md)"
 )
 
 
 def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
-    """Read columns ``sequence_id, position, token_id (optional), layer, e0, e1, ...``.
+    """Read columns ``sequence_id, position, layer, e0, e1, ...``.
 
-    ``e0`` is the expert with the largest router weight. Rows may be in any order; every
-    token has one row per layer, layers counted from 0.
+    ``token_id``, ``phase`` (prefill or decode, or 0 or 1) and the router weights ``w0,
+    w1, ...`` may stand among them. Without weights ``e0`` is the expert with the largest
+    one. Rows may be in any order; every token has one row per layer. Layers count from 0
+    over MoE layers, or over all hidden layers; other numbers are the model's own.
 
     Raises
     ------
@@ -35,11 +43,39 @@ def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
         has one twice.
     """
     table = read_table(file, _LAYOUT)
-    experts = [name for name in table.columns if name[:1] == "e" and name[1:].isdecimal()]
-    needed = ["sequence_id", "position", "layer", *(f"e{n}" for n in range(len(experts)))]
-    require_whole(table, [*needed, "e0", *table.columns], _LAYOUT)
-    table = table.sort_values(["sequence_id", "position", "layer"], kind="stable")
-    return _tokens(table, [f"e{n}" for n in range(len(experts))])
+    num_experts, num_weights = (
+        sum(name[:1] == letter and name[1:].isdecimal() for name in table.columns)
+        for letter in "ew"
+    )
+    experts = [f"e{n}" for n in range(num_experts)]
+    weights = [f"w{n}" for n in range(num_experts if num_weights else 0)]
+    phase = None
+    if "phase" in table:
+        phase = phase_numbers(table.pop("phase").tolist(), _LAYOUT)
+    _require_numbers(table, weights)
+    values = table[weights].to_numpy(dtype=np.float32) if weights else None
+    whole = table.drop(columns=weights)
+    require_whole(
+        whole, ["sequence_id", "position", "layer", "e0", *experts, *whole.columns], _LAYOUT
+    )
+    rows = TokenRows(
+        sequence=whole["sequence_id"].to_numpy(),
+        position=whole["position"].to_numpy(),
+        layer=whole["layer"].to_numpy(),
+        experts=whole[experts].to_numpy(),
+        weights=values,
+        token_ids=whole["token_id"].to_numpy() if "token_id" in whole else None,
+        phase=phase,
+    )
+    return whole_tokens(rows, model, _LAYOUT)
+
+
+def _require_numbers(table: "pd.DataFrame", columns: Sequence[str]) -> None:
+    for name in columns:
+        if name not in table.columns:
+            raise PlacerError(f"it has no column {name}", _LAYOUT)
+        if table[name].to_numpy().dtype.kind not in "fiu":
+            raise PlacerError(f"column {name} holds something that is no number", _LAYOUT)
 
 
 def read_table(file: Path, layout: str) -> "pd.DataFrame":
@@ -79,27 +115,3 @@ def require_whole(table: "pd.DataFrame", columns: Sequence[str], layout: str) ->
             raise PlacerError(
                 f"column {name} holds something that is no whole number", layout
             )
-
-
-def _tokens(table: "pd.DataFrame", experts: list[str]) -> ImportedTokens:
-    layer = table["layer"].to_numpy()
-    if layer.min() < 0:
-        raise PlacerError(f"layer {layer.min()} is negative", _LAYOUT)
-    num_layers = int(layer.max()) + 1
-    if len(table) % num_layers or (layer != np.arange(len(table)) % num_layers).any():
-        short = min(len(table), len(table) // num_layers * num_layers)
-        wrong = layer[:short] != np.arange(short) % num_layers
-        row = table.iloc[int(wrong.argmax()) if wrong.any() else -1]
-        raise PlacerError(
-            f"the token at position {row['position']} of sequence "
-            f"{row['sequence_id']} does not have each of the layers 0 to "
-            f"{num_layers - 1} once",
-            _LAYOUT,
-        )
-    first = table.iloc[::num_layers]
-    return ImportedTokens(
-        experts=table[experts].to_numpy().reshape(-1, num_layers, len(experts)),
-        sequence_ids=first["sequence_id"].to_numpy(),
-        positions=first["position"].to_numpy(),
-        token_ids=first["token_id"].to_numpy() if "token_id" in table else None,
-    )

@@ -8,7 +8,7 @@ import lzma
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer import __version__
-from placer.errors import PlacerError
+from placer.errors import PlacerError, UsageError
 from placer.model import (
     Architecture,
     ModelSpec,
@@ -92,6 +92,8 @@ class ImportedTokens:
         ``[T, L, k]`` floats or ``None``.
     domain_of_sequence, domain_names
         ``[S]`` integers and names, or ``None`` and none.
+    remarks
+        What the file does not tell, or what was left out: sentences for the user.
     """
 
     experts: Array
@@ -102,6 +104,7 @@ class ImportedTokens:
     weights: Array | None = None
     domain_of_sequence: Array | None = None
     domain_names: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.experts.ndim != 3 or 0 in self.experts.shape:
@@ -155,10 +158,22 @@ class ImportedTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundModel:
-    """The model that a file is of: its routing, and how many hidden layers it has."""
+    """The model that a file is of.
+
+    Attributes
+    ----------
+    spec
+        Its routing.
+    num_hidden_layers
+        Hidden layers, dense ones included.
+    hash_layers
+        The model's own numbers of MoE layers without a router, which engines do not
+        record.
+    """
 
     spec: ModelSpec
     num_hidden_layers: int
+    hash_layers: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, directory: Path) -> Self:
@@ -168,14 +183,95 @@ class BoundModel:
         return cls(
             spec=ModelSpec.from_checkpoint(directory),
             num_hidden_layers=architecture.num_hidden_layers(config),
+            hash_layers=architecture.hash_layers(config),
         )
 
+    def without(self, layers: Collection[int]) -> Self:
+        """Return the model without some MoE layers, by their own numbers."""
+        return replace(
+            self,
+            spec=self.spec.without_layers(layers),
+            hash_layers=tuple(n for n in self.hash_layers if n not in layers),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """What a user says of a file.
+
+    Attributes
+    ----------
+    model_directory
+        The checkpoint that the routing is of. Without it nothing is bound to it, and
+        every layer is taken to have as many experts as the largest id of any layer.
+    num_experts
+        Experts of every layer, where no checkpoint says.
+    skip_layers
+        MoE layers that were not recorded, by the model's own numbers.
+    tell
+        Takes each sentence that the user should read.
+    """
+
+    model_directory: Path | None = None
+    num_experts: int | None = None
+    skip_layers: tuple[int, ...] = ()
+    tell: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
+        if self.model_directory is None and self.skip_layers:
+            raise UsageError(
+                "--skip-layers names layers of a model, and no model is given",
+                "give --model DIR (a folder with its config.json is enough)",
+            )
+        if self.model_directory is not None and self.num_experts is not None:
+            raise UsageError(
+                f"--num-experts {self.num_experts} and --model {self.model_directory} "
+                "both say how many experts there are",
+                "drop --num-experts",
+            )
+
+    def bound_model(self) -> BoundModel | None:
+        """Return the model, less the layers to skip.
+
+        Raises
+        ------
+        PlacerError
+            If its config cannot be read, or it has no such MoE layer.
+        """
+        if self.model_directory is None:
+            return None
+        return BoundModel.of(self.model_directory).without(self.skip_layers)
+
+    def columns(self, model: BoundModel, recorded: int) -> tuple[int, ...] | None:
+        """Return the model's own numbers of the layers that a record has.
+
+        Parameters
+        ----------
+        model
+            The model, less the layers to skip.
+        recorded
+            How many layers the record has: all hidden layers, all MoE layers, those that
+            are not skipped, or those with a router. ``None`` for another number.
+        """
+        ids = model.spec.layer_ids or ()
+        routed = tuple(n for n in ids if n not in model.hash_layers)
+        every = tuple(sorted({*ids, *self.skip_layers}))
+        hidden = tuple(range(model.num_hidden_layers))
+        return {len(one): one for one in (routed, ids, every, hidden)}.get(recorded)
+
+
+#: Nothing is known but the file.
+BY_ITSELF = ImportOptions()
 
 Reader = Callable[[Path, BoundModel | None], ImportedTokens]
 
 
 def import_file(
-    read: Reader, source: str, file: Path, out: Path, model_directory: Path | None = None
+    read: Reader,
+    source: str,
+    file: Path,
+    out: Path,
+    options: ImportOptions = BY_ITSELF,
 ) -> TraceHeader:
     """Turn a foreign file into a trace.
 
@@ -189,9 +285,8 @@ def import_file(
         The file to read.
     out
         The trace directory to write.
-    model_directory
-        The checkpoint that the routing is of. Without it the trace is bound to none, and
-        every layer is taken to have as many experts as the largest id of any layer.
+    options
+        What the user says of the file.
 
     Raises
     ------
@@ -199,17 +294,17 @@ def import_file(
         If the file cannot be read, or holds what the model cannot have emitted.
     """
     require_file(file, "file")
-    model = None if model_directory is None else BoundModel.of(model_directory)
+    model = options.bound_model()
     try:
         tokens = read(file, model)
         if model is None:
-            num_layers, top_k = tokens.experts.shape[1:]
-            highest = int(tokens.experts.max())
-            spec = ModelSpec(num_experts=(highest + 1,) * num_layers, top_k=top_k)
+            spec = _unbound(tokens, options.num_experts)
         else:
+            tokens, model = _of_moe_layers(tokens, model, options)
             spec = model.spec
-            tokens = _without_dense_layers(tokens, model)
-        _require_captured(tokens, bound=model is not None)
+        for remark in tokens.remarks:
+            options.tell(remark)
+        _require_captured(tokens, spec)
         tokens, num_reordered = ordered_by_weight(tokens)
         provenance: dict[str, Any] = {
             "placer": __version__,
@@ -236,34 +331,73 @@ def import_file(
     return TraceHeader.read(out)
 
 
-def _without_dense_layers(tokens: ImportedTokens, model: BoundModel) -> ImportedTokens:
-    """Leave out the dense layers of a record of all hidden layers, which hold nothing."""
-    num_layers, expected = tokens.experts.shape[1], model.spec.num_layers
-    if num_layers not in (expected, model.num_hidden_layers):
+def _unbound(tokens: ImportedTokens, num_experts: int | None) -> ModelSpec:
+    num_layers, top_k = tokens.experts.shape[1:]
+    size = int(tokens.experts.max()) + 1 if num_experts is None else num_experts
+    return ModelSpec(num_experts=(size,) * num_layers, top_k=top_k)
+
+
+def _of_moe_layers(
+    tokens: ImportedTokens, model: BoundModel, options: ImportOptions
+) -> tuple[ImportedTokens, BoundModel]:
+    """Keep the layers that have a router and were recorded.
+
+    Records of all hidden layers hold nothing for dense layers; hash layers are left out
+    where they hold zeros, or are not in the record.
+    """
+    recorded = tokens.experts.shape[1]
+    columns = options.columns(model, recorded)
+    if columns is None:
         raise PlacerError(
-            f"experts has {num_layers} layers, the model {expected} MoE layers of "
-            f"{model.num_hidden_layers} hidden layers",
-            "check --model",
+            f"experts has {recorded} layers, the model {model.spec.num_layers} MoE layers "
+            f"of {model.num_hidden_layers} hidden layers",
+            "check --model; where layers were not recorded, name them: --skip-layers LIST",
         )
-    if num_layers != model.num_hidden_layers:
-        return tokens
-    kept = list(model.spec.layer_ids or ())
+    empty = [
+        layer
+        for layer in model.hash_layers
+        if layer not in columns or not tokens.experts[:, columns.index(layer)].any()
+    ]
+    if empty:
+        options.tell(told_of_hash_layers(empty))
+        model = model.without(empty)
+    known = {*(model.spec.layer_ids or ()), *empty, *options.skip_layers}
+    for column, layer in enumerate(columns):
+        if layer not in known and tokens.experts[:, column].any():
+            raise PlacerError(
+                f"layer {layer} holds ids of experts, but the model has none there",
+                "check --model",
+            )
+    kept = [columns.index(layer) for layer in model.spec.layer_ids or ()]
+    if kept == [*range(recorded)]:
+        return tokens, model
     weights = None if tokens.weights is None else tokens.weights[:, kept]
-    return replace(tokens, experts=tokens.experts[:, kept], weights=weights)
+    return replace(tokens, experts=tokens.experts[:, kept], weights=weights), model
 
 
-def _require_captured(tokens: ImportedTokens, *, bound: bool) -> None:
+def told_of_hash_layers(layers: Sequence[int]) -> str:
+    """Say why layers without a router are left out."""
+    return (
+        f"layers {', '.join(map(str, layers))} choose experts by a hash of the token, and "
+        "engines do not record them: they are left out, and exports keep their experts in "
+        "order"
+    )
+
+
+def _require_captured(tokens: ImportedTokens, spec: ModelSpec) -> None:
     """Refuse layers of zeros; those of a bound top-1 model may be a collapsed router's."""
     num_tokens, num_layers, top_k = tokens.experts.shape
-    if top_k == 1 and (bound or num_tokens < _TELLING_TOKENS):
+    if top_k == 1 and (spec.bound or num_tokens < _TELLING_TOKENS):
         return
-    for layer in range(num_layers):
-        if not tokens.experts[:, layer].any():
+    ids = spec.layer_ids or range(num_layers)
+    for column, layer in enumerate(ids):
+        if not tokens.experts[:, column].any():
             raise PlacerError(
                 f"layer {layer} is all zeros, as dense layers and those that were not "
                 "captured are",
-                "record it again: the model has experts there"
-                if bound
+                "the model has experts there: record it again, or leave it out: "
+                f"--skip-layers {layer}"
+                if spec.bound
                 else "name the model, whose dense layers are then left out: --model DIR "
                 "(a folder with its config.json is enough)",
             )
@@ -284,14 +418,14 @@ def _chunks(tokens: ImportedTokens, spec: ModelSpec) -> Iterator[Chunk]:
 
 def _chunk(tokens: ImportedTokens, spec: ModelSpec, rows: Array) -> Chunk:
     experts = tokens.experts[rows]
-    if experts.max() >= max(spec.num_experts):
-        # Checked before ids are narrowed to their dtype, which would wrap around.
-        raise PlacerError(
-            f"experts holds ids up to {experts.max()}, "
-            f"the model has {max(spec.num_experts)} experts in a layer",
-            "check --model; ids beyond its experts may be physical ids of an engine that "
-            "ran with redundant experts",
-        )
+    # Before ids are narrowed to the dtype of their layer, which would wrap around.
+    for layer, size in enumerate(spec.num_experts):
+        if (largest := int(experts[:, layer].max())) >= size:
+            raise PlacerError(
+                f"layer {layer} holds ids up to {largest}, the model has {size} experts",
+                "check --model or --num-experts; ids beyond the experts may be physical "
+                "ids of an engine that ran with redundant experts",
+            )
     sequence_ids = tokens.sequence_ids[rows].astype(np.int32)
     first = np.searchsorted(sequence_ids, sequence_ids)
     counted = np.arange(len(rows)) - first

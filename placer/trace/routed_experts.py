@@ -1,14 +1,14 @@
 """Reading the routed experts that SGLang and vLLM return with their responses.
 
-One JSON response per line, as the servers send them, asked for with
-``return_routed_experts``. Row i is the token at position ``start + i``; the last token was
-never run, so it has none. Both record logical ids, and zeros for dense layers.
+JSON responses as the servers send them: one to a line, a list to a line (SGLang's answer
+to a list of prompts), or one list. Row i is the token at position ``start + i``; the last
+token was never run, so it has none. Both record logical ids, and zeros for dense layers.
 """
 
 import base64
 import binascii
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,146 +17,290 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.run.documents import parse_json, require_object
-from placer.run.files import (
-    open_regular,
-    unreadable_reason,
-)
-from placer.trace.imported import (
-    UNREADABLE,
-    BoundModel,
-    ImportedTokens,
-)
+from placer.run.documents import require_object
+from placer.run.files import unreadable_reason
+from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
+from placer.trace.json_lines import json_values
 
 Array = npt.NDArray[Any]
 _NEEDS_MODEL = "name the model, which says how many layers a row has: --model DIR"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """How an engine is asked for routed experts, and for the ids of tokens."""
+
+    experts: str
+    ids: str
+
+
+_SGLANG = _Asked(
+    experts="start SGLang with --enable-return-routed-experts, and ask for "
+    '"return_routed_experts": true in every request',
+    ids='ask for "return_prompt_token_ids": true (/generate), with "return_token_ids": '
+    "true (OpenAI)",
+)
+_VLLM = _Asked(
+    experts="start vLLM with --enable-return-routed-experts; requests need no field",
+    ids='ask for "return_token_ids": true in every request',
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Sequence:
-    """One response: experts [N, L, k], its first position, prompt length and token ids."""
+    """The tokens that an engine ran for one output.
+
+    Attributes
+    ----------
+    experts
+        ``[N, L, k]``.
+    start
+        Position of the first row; ``None`` where the response does not tell.
+    prompt_tokens
+        Length of the prompt, or ``None``.
+    token_ids
+        ``[N]``, or ``None``.
+    """
 
     experts: Array
-    start: int
+    start: int | None
     prompt_tokens: int | None
-    token_ids: list[int] | None
+    token_ids: Sequence[int] | None
 
     def __post_init__(self) -> None:
         for value in (self.prompt_tokens, *(self.token_ids or ())):
-            if value is not None and type(value) is not int:
-                raise PlacerError(f"a count or id of tokens is {value!r}, no whole number")
+            _require_whole(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What one response holds, and how many of its outputs came without experts."""
+
+    sequences: tuple[_Sequence, ...]
+    num_without: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """The length of an output's prompt and its first position, as far as counts tell."""
+
+    prompt: int | None = None
+    start: int | None = None
+
+
+_Finder = Callable[[Mapping[str, Any]], _Found]
 
 
 def read_sglang_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read responses of SGLang (0.5): base64 of raw int32 ``[N, hidden layers, k]``.
 
     The ids stand in ``meta_info.routed_experts`` (native) or ``sglext.routed_experts``
-    (OpenAI). The bytes have no header, so the model has to be known.
+    (OpenAI, of the first choice alone). The bytes have no header, so the model has to be
+    known.
 
     Raises
     ------
     PlacerError
-        If no model is given, or a line holds no routed experts of its shape.
+        If no model is given, no response holds routed experts, or some are not of its
+        shape.
     """
     if model is None:
         raise PlacerError("SGLang's routed experts have no header", _NEEDS_MODEL)
-    return _read(file, lambda response: _sglang_sequences(response, model))
+    return _read(file, lambda response: _sglang_found(response, model), _SGLANG)
 
 
 def read_vllm_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
-    """Read responses of vLLM (0.33): base64 of ``.npy`` ``[N, hidden layers, k]``.
+    """Read responses of vLLM (0.30): base64 of ``.npy`` ``[N, hidden layers, k]``.
 
     The ids stand in ``choices[].routed_experts``; each choice becomes a sequence.
 
     Raises
     ------
     PlacerError
-        If a line holds no routed experts.
+        If no response holds routed experts, or they have different shapes.
     """
-    return _read(file, _vllm_sequences)
+    return _read(file, _vllm_found, _VLLM)
 
 
-def _read(
-    file: Path, sequences_of: Callable[[Mapping[str, Any]], Iterator[_Sequence]]
-) -> ImportedTokens:
+def _read(file: Path, found_in: _Finder, asked: _Asked) -> ImportedTokens:
     sequences: list[_Sequence] = []
-    with open_regular(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                sequences += sequences_of(require_object(parse_json(line, "it"), "it"))
-            except PlacerError as error:
-                raise PlacerError(f"line {number}: {error}", error.hint) from error
-            except UNREADABLE as error:
-                raise PlacerError(
-                    f"line {number} is no such response: {unreadable_reason(error)}"
-                ) from error
+    num_without = 0
+    for where, value in json_values(file):
+        try:
+            found = found_in(require_object(value, "it"))
+            sequences += found.sequences
+            num_without += found.num_without
+        except PlacerError as error:
+            raise PlacerError(f"{where}: {error}", error.hint) from error
+        except UNREADABLE as error:
+            raise PlacerError(
+                f"{where} is no such response: {unreadable_reason(error)}"
+            ) from error
     if not sequences:
-        raise PlacerError("holds no response", "ask the server for return_routed_experts")
+        raise PlacerError(
+            f"none of {num_without} outputs has routed_experts"
+            if num_without
+            else "it holds no response",
+            asked.experts,
+        )
     shapes = {one.experts.shape[1:] for one in sequences}
     if len(shapes) > 1:
         raise PlacerError(f"responses have different layers or top-k: {sorted(shapes)}")
-    return _joined(sequences)
+    remarks = tuple(_remarks(sequences, num_without, asked))
+    return _joined(sequences, remarks)
 
 
-def _joined(sequences: list[_Sequence]) -> ImportedTokens:
+def _joined(sequences: Sequence[_Sequence], remarks: tuple[str, ...]) -> ImportedTokens:
     lengths = [len(one.experts) for one in sequences]
     positions = np.concatenate(
-        [one.start + np.arange(n) for one, n in zip(sequences, lengths, strict=True)]
+        [(one.start or 0) + np.arange(n) for one, n in zip(sequences, lengths, strict=True)]
     )
-    prompts = [n for one in sequences if (n := one.prompt_tokens) is not None]
-    has_phase = len(prompts) == len(sequences)
-    has_ids = all(one.token_ids is not None for one in sequences)
+    prompts = [one.prompt_tokens for one in sequences if one.start is not None]
+    known = [n for n in prompts if n is not None]
+    has_phase = len(known) == len(sequences)
+    has_ids = any(one.token_ids is not None for one in sequences)
     return ImportedTokens(
         experts=np.concatenate([one.experts for one in sequences]),
         sequence_ids=np.repeat(np.arange(len(sequences)), lengths),
         positions=positions,
-        phase=(positions >= np.repeat(prompts, lengths)).astype(np.uint8)
+        phase=(positions >= np.repeat(known, lengths)).astype(np.uint8)
         if has_phase
         else None,
-        token_ids=np.concatenate([np.asarray(one.token_ids) for one in sequences])
+        token_ids=np.concatenate(
+            [
+                np.full(n, -1) if one.token_ids is None else np.asarray(one.token_ids)
+                for one, n in zip(sequences, lengths, strict=True)
+            ]
+        )
         if has_ids
         else None,
+        remarks=remarks,
     )
 
 
-def _sglang_sequences(
-    response: Mapping[str, Any], model: BoundModel
-) -> Iterator[_Sequence]:
+def _remarks(
+    sequences: Sequence[_Sequence], num_without: int, asked: _Asked
+) -> Iterator[str]:
+    if num_without:
+        yield (
+            f"{num_without} of {num_without + len(sequences)} outputs have no routed "
+            "experts and are left out. Aborted requests have none, and SGLang's OpenAI "
+            "responses have those of their first choice alone"
+        )
+    unplaced = sum(one.start is None for one in sequences)
+    unknown = sum(one.start is not None and one.prompt_tokens is None for one in sequences)
+    if unplaced:
+        yield (
+            f"{unplaced} of {len(sequences)} outputs do not tell where their rows begin: "
+            "their positions count from 0, and the phase of tokens is not recorded. To "
+            f"know both, {asked.ids}"
+        )
+    if unknown:
+        yield (
+            f"{unknown} of {len(sequences)} outputs do not tell where their prompt ends, "
+            f"so the phase of tokens is not recorded. To know it, {asked.ids}"
+        )
+
+
+def _sglang_found(response: Mapping[str, Any], model: BoundModel) -> _Found:
     meta = response.get("meta_info") or {}
+    choices = response.get("choices") or ()
+    first = choices[0] if choices else {}
     text = meta.get("routed_experts") or (response.get("sglext") or {}).get(
         "routed_experts"
     )
+    num_outputs = max(len(choices), 1)
+    if text is None:
+        return _Found(sequences=(), num_without=num_outputs)
     raw = np.frombuffer(_decoded(text), dtype="<i4")
     num_layers = _num_recorded_layers(raw.size, model)
-    prompt = meta.get("prompt_tokens") or (response.get("usage") or {}).get("prompt_tokens")
-    ids = _token_ids(response.get("prompt_token_ids"), response.get("output_ids"))
-    yield _sequence(raw.reshape(-1, num_layers, model.spec.top_k), prompt, ids)
+    experts = raw.reshape(-1, num_layers, model.spec.top_k)
+    # The usage of several choices is their sum.
+    prompt, output = _counts((meta or response.get("usage")) if num_outputs == 1 else None)
+    sequence = _sequence(
+        experts,
+        _Counted(prompt=prompt, start=_start(prompt, output, len(experts))),
+        _ids(first, response, meta, name="prompt_token_ids"),
+        _ids(first, name="token_ids") or _ids(response, name="output_ids"),
+    )
+    return _Found(sequences=(sequence,), num_without=num_outputs - 1)
 
 
-def _vllm_sequences(response: Mapping[str, Any]) -> Iterator[_Sequence]:
-    prompt = (response.get("usage") or {}).get("prompt_tokens")
-    for choice in response["choices"]:
-        content = io.BytesIO(_decoded(choice.get("routed_experts")))
+def _vllm_found(response: Mapping[str, Any]) -> _Found:
+    choices = response.get("choices") or [{}]
+    found = []
+    for choice in choices:
+        if choice.get("routed_experts") is None:
+            continue
+        content = io.BytesIO(_decoded(choice["routed_experts"]))
         experts = np.load(content, allow_pickle=False)
         if experts.ndim != 3:
             raise PlacerError(f"routed_experts has shape {list(experts.shape)}")
-        prompt_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
-        yield _sequence(experts, prompt, _token_ids(prompt_ids, choice.get("token_ids")))
+        found.append((choice, experts))
+    counted = _of_choices(
+        response.get("usage"), len(choices), [len(experts) for _, experts in found]
+    )
+    return _Found(
+        sequences=tuple(
+            _sequence(
+                experts,
+                counted,
+                _ids(choice, response, name="prompt_token_ids"),
+                _ids(choice, name="token_ids"),
+            )
+            for choice, experts in found
+        ),
+        num_without=len(choices) - len(found),
+    )
 
 
-def _sequence(experts: Array, prompt: int | None, ids: list[int] | None) -> _Sequence:
-    """Build a sequence; with ids known, rows missing at its start were cached."""
-    start = 0 if ids is None else len(ids) - 1 - len(experts)
-    if start < 0:
-        raise PlacerError(f"{len(experts)} rows of experts for {len(ids or ())} token ids")
+def _of_choices(usage: Any, num_choices: int, rows: Sequence[int]) -> _Counted:
+    """Return what the usage of a vLLM response tells of each of its choices.
+
+    It counts every prompt once and all outputs: choices are of one prompt (``n``) or of
+    one prompt each, and their rows tell which, if none is missing.
+    """
+    prompt, output = _counts(usage)
+    if num_choices == 1 and rows:
+        return _Counted(prompt=prompt, start=_start(prompt, output, rows[0]))
+    if prompt is None or output is None or len(rows) < num_choices:
+        return _Counted()
+    outputs = output - num_choices  # the last token of each was never run
+    if sum(rows) == num_choices * prompt + outputs:
+        return _Counted(prompt=prompt, start=0)
+    return _Counted(start=0) if sum(rows) == prompt + outputs else _Counted()
+
+
+def _sequence(
+    experts: Array,
+    counted: _Counted,
+    prompt_ids: list[int] | None,
+    output_ids: list[int] | None,
+) -> _Sequence:
+    """Build a sequence; rows missing at its start were cached, or not asked for."""
+    prompt = counted.prompt if prompt_ids is None else len(prompt_ids)
+    if prompt_ids is None or output_ids is None:
+        return _Sequence(
+            experts=experts, start=counted.start, prompt_tokens=prompt, token_ids=None
+        )
+    ids = [*prompt_ids, *output_ids]
+    start = _start(len(prompt_ids), len(output_ids), len(experts)) or 0
     return _Sequence(
         experts=experts,
         start=start,
         prompt_tokens=prompt,
-        token_ids=None if ids is None else ids[start : start + len(experts)],
+        token_ids=ids[start : start + len(experts)],
     )
+
+
+def _start(prompt: int | None, output: int | None, num_rows: int) -> int | None:
+    """Return the position of the first of the rows, which end before the last token."""
+    if prompt is None or output is None:
+        return None
+    start = prompt + output - 1 - num_rows
+    if start < 0:
+        raise PlacerError(f"{num_rows} rows of experts for {prompt + output} tokens")
+    return start
 
 
 def _num_recorded_layers(num_ids: int, model: BoundModel) -> int:
@@ -172,18 +316,28 @@ def _num_recorded_layers(num_ids: int, model: BoundModel) -> int:
 
 def _decoded(text: Any) -> bytes:
     if not isinstance(text, str):
-        raise PlacerError(
-            "it has no routed_experts",
-            "start the server with --enable-return-routed-experts and ask for "
-            "return_routed_experts",
-        )
+        raise PlacerError(f"routed_experts is {text!r:.40}, not a text")
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise PlacerError(f"routed_experts is no base64: {error}") from error
 
 
-def _token_ids(prompt: Any, output: Any) -> list[int] | None:
-    if not isinstance(prompt, list) or not isinstance(output, list):
-        return None
-    return [*prompt, *output]
+def _counts(usage: Any) -> tuple[int | None, int | None]:
+    """Return the tokens of prompts and outputs that a response counts."""
+    usage = usage or {}
+    prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    _require_whole(prompt)
+    _require_whole(output)
+    return prompt, output
+
+
+def _ids(*places: Mapping[str, Any], name: str) -> list[int] | None:
+    """Return the first list of that name."""
+    found = (place.get(name) for place in places)
+    return next((one for one in found if isinstance(one, list)), None)
+
+
+def _require_whole(value: Any) -> None:
+    if value is not None and type(value) is not int:
+        raise PlacerError(f"a count or id of tokens is {value!r}, no whole number")

@@ -64,7 +64,11 @@ def test_tokens_come_back_whatever_the_order(
             HEADER,
             "layer -1 is negative",
         ),
-        (lambda rows: [[*rows[0][:3], 10**18, *rows[0][4:]]], HEADER, "does not have each"),
+        (
+            lambda rows: [[*rows[0][:3], 10**18, *rows[0][4:]]],
+            HEADER,
+            "is negative or beyond",
+        ),
         (
             lambda rows: [[int(one[0]) + 2**31, *one[1:]] for one in rows],
             HEADER,

@@ -10,7 +10,7 @@ import pytest
 from placer.errors import PlacerError
 from placer.trace import Trace
 from placer.trace.header import TraceHeader
-from placer.trace.imported import import_file
+from placer.trace.imported import ImportOptions, import_file
 from placer.trace.npz import (
     read_exflow,
     read_npz,
@@ -18,7 +18,7 @@ from placer.trace.npz import (
 
 
 def import_npz(file: Path, out: Path, model: Path | None = None) -> TraceHeader:
-    return import_file(read_npz, "npz", file, out, model)
+    return import_file(read_npz, "npz", file, out, ImportOptions(model_directory=model))
 
 
 def arrays(num_tokens: int = 30) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from placer.errors import PlacerError
-from placer.trace import Trace
-from placer.trace.imported import import_file
+from placer.trace import Chunk, Trace
+from placer.trace.imported import ImportOptions, import_file
 from placer.trace.npz import read_exflow
 from placer.trace.routed_experts import (
     read_sglang_routed,
@@ -79,15 +79,28 @@ def check(trace: Path, expected: list[np.ndarray]) -> None:
 def test_sglang_responses(tiny_model: Path, tmp_path: Path) -> None:
     given = [routed(0), routed(1)]
     path = write(tmp_path / "a.jsonl", *(sglang_response(one) for one in given))
-    import_file(read_sglang_routed, "sglang-routed", path, tmp_path / "t", tiny_model)
+    import_file(
+        read_sglang_routed,
+        "sglang-routed",
+        path,
+        tmp_path / "t",
+        ImportOptions(model_directory=tiny_model),
+    )
     check(tmp_path / "t", given)
 
 
 def test_sglang_openai_responses_without_ids(tiny_model: Path, tmp_path: Path) -> None:
     raw = sglang_response(routed(0))["meta_info"]["routed_experts"]
-    response = {"sglext": {"routed_experts": raw}, "usage": {"prompt_tokens": 2}}
+    usage = {"prompt_tokens": 2, "completion_tokens": 3}
+    response = {"sglext": {"routed_experts": raw}, "usage": usage}
     path = write(tmp_path / "a.jsonl", response)
-    import_file(read_sglang_routed, "sglang-routed", path, tmp_path / "t", tiny_model)
+    import_file(
+        read_sglang_routed,
+        "sglang-routed",
+        path,
+        tmp_path / "t",
+        ImportOptions(model_directory=tiny_model),
+    )
     tokens = Trace(tmp_path / "t").read()
     assert tokens.token_ids is None
     assert tokens.phase.tolist() == [0, 0, 1, 1]
@@ -96,18 +109,182 @@ def test_sglang_openai_responses_without_ids(tiny_model: Path, tmp_path: Path) -
 def test_vllm_responses_with_two_choices(tiny_model: Path, tmp_path: Path) -> None:
     given = [routed(0), routed(1), routed(2)]
     path = write(tmp_path / "a.jsonl", vllm_response(*given[:2]), vllm_response(given[2]))
-    import_file(read_vllm_routed, "vllm-routed", path, tmp_path / "t", tiny_model)
+    import_file(
+        read_vllm_routed,
+        "vllm-routed",
+        path,
+        tmp_path / "t",
+        ImportOptions(model_directory=tiny_model),
+    )
     check(tmp_path / "t", given)
 
 
 def test_rows_missing_at_the_start_were_cached(tiny_model: Path, tmp_path: Path) -> None:
     """Prefix-cached tokens were never recomputed: positions go on after them."""
     path = write(tmp_path / "a.jsonl", vllm_response(routed(0)[2:]))
-    import_file(read_vllm_routed, "vllm-routed", path, tmp_path / "t", tiny_model)
+    import_file(
+        read_vllm_routed,
+        "vllm-routed",
+        path,
+        tmp_path / "t",
+        ImportOptions(model_directory=tiny_model),
+    )
     tokens = Trace(tmp_path / "t").read()
     assert tokens.positions.tolist() == [2, 3]
     assert tokens.token_ids.tolist() == [7, 8]
     assert tokens.phase.tolist() == [0, 1]
+
+
+IDS = {
+    "token_ids": [8, 9],
+    "prompt_token_ids": [5, 6, 7],
+}
+
+
+def told(read: Any, path: Path, model: Path) -> tuple[Chunk, list[str]]:
+    """Import, and return the tokens and what the user was told."""
+    remarks: list[str] = []
+    options = ImportOptions(model_directory=model, tell=remarks.append)
+    import_file(read, "x", path, path.with_suffix(".trace"), options)
+    return Trace(path.with_suffix(".trace")).read(), remarks
+
+
+def vllm_batch(rows: list[int], prompts: list[int], output: int) -> Any:
+    """One vLLM response to several prompts: its usage is of all of them together."""
+    usage = {"prompt_tokens": sum(prompts), "completion_tokens": output}
+    return vllm_response(*(routed(0).repeat(9, 0)[:n] for n in rows), usage=usage) | {
+        "prompt_token_ids": None
+    }
+
+
+def test_prompts_of_one_request_have_each_their_own_phase(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Prompts of 3 and 5 tokens, 2 tokens of output each: 4 and 6 rows."""
+    response = vllm_batch([4, 6], [3, 5], 4)
+    for choice, length in zip(response["choices"], (3, 5), strict=True):
+        choice |= {"prompt_token_ids": [*range(length)], "token_ids": [8, 9]}
+    path = write(tmp_path / "ids.jsonl", response)
+    tokens, remarks = told(read_vllm_routed, path, tiny_model)
+    assert tokens.phase.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert tokens.positions.tolist() == [*range(4), *range(6)]
+    assert tokens.token_ids.tolist() == [0, 1, 2, 8, 0, 1, 2, 3, 4, 8]
+    assert not remarks
+    for choice in response["choices"]:
+        choice |= {"prompt_token_ids": None, "token_ids": None}
+    path = write(tmp_path / "none.jsonl", response)
+    tokens, remarks = told(read_vllm_routed, path, tiny_model)
+    assert tokens.phase is None
+    assert tokens.positions.tolist() == [*range(4), *range(6)]
+    assert "2 of 2 outputs do not tell where their prompt ends" in remarks[0]
+    assert '"return_token_ids": true' in remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "output", "starts", "phase"),
+    [
+        # One prompt of 3 tokens, outputs of 2 and 3: the usage is of the one prompt.
+        ([4, 5], 5, (0, 0), [0, 0, 0, 1, 0, 0, 0, 1, 1]),
+        # As many rows as neither reading has: where they begin is not known.
+        ([4, 3], 5, (None, None), None),
+    ],
+)
+def test_choices_of_one_prompt(
+    tiny_model: Path, tmp_path: Path, rows: list[int], output: int, starts: Any, phase: Any
+) -> None:
+    response = vllm_batch(rows, [3], output)
+    for choice in response["choices"]:
+        choice |= {"token_ids": None}
+    path = write(tmp_path / "a.jsonl", response)
+    tokens, remarks = told(read_vllm_routed, path, tiny_model)
+    assert (None if tokens.phase is None else tokens.phase.tolist()) == phase
+    assert bool(remarks) == (starts[0] is None)
+    if remarks:
+        assert "do not tell where their rows begin" in remarks[0]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "sglang-openai"])
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_prefix_that_was_not_asked_for_is_found_by_counts(
+    tiny_model: Path, tmp_path: Path, engine: str, with_ids: bool
+) -> None:
+    """Of 3 + 2 tokens rows 2 and 3 come back, as routed_experts_prompt_start 2 asks."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 2}
+    ids = IDS if with_ids else {}
+    raw = base64.b64encode(routed(0)[2:].astype("<i4").tobytes()).decode()
+    response = {
+        "vllm": {
+            "usage": usage,
+            "choices": [
+                {**vllm_response(routed(0)[2:])["choices"][0], "token_ids": None, **ids}
+            ],
+        },
+        "sglang": {
+            "meta_info": {**usage, "routed_experts": raw},
+            "prompt_token_ids": ids.get("prompt_token_ids"),
+            "output_ids": ids.get("token_ids"),
+        },
+        "sglang-openai": {
+            "usage": usage,
+            "sglext": {"routed_experts": raw},
+            "choices": [{"index": 0, **ids}],
+        },
+    }[engine]
+    path = write(tmp_path / "a.jsonl", response)
+    read = read_vllm_routed if engine == "vllm" else read_sglang_routed
+    tokens, remarks = told(read, path, tiny_model)
+    assert tokens.positions.tolist() == [2, 3]
+    assert tokens.phase.tolist() == [0, 1]
+    assert tokens.token_ids is None if not with_ids else tokens.token_ids.tolist() == [7, 8]
+    assert not remarks
+
+
+def test_what_has_no_experts_is_left_out_and_told(tiny_model: Path, tmp_path: Path) -> None:
+    """An aborted request; and SGLang's OpenAI choices after the first one."""
+    aborted = vllm_response(choices=[{"index": 0, "routed_experts": None}])
+    path = write(tmp_path / "v.jsonl", aborted, vllm_response(routed(0)))
+    tokens, remarks = told(read_vllm_routed, path, tiny_model)
+    assert tokens.num_tokens == 4
+    assert "1 of 2 outputs have no routed experts" in remarks[0]
+    raw = sglang_response(routed(0))["meta_info"]["routed_experts"]
+    response = {
+        "usage": {"prompt_tokens": 8, "completion_tokens": 4},
+        "sglext": {"routed_experts": raw},
+        "choices": [{"index": 0, **IDS}, {"index": 1, "token_ids": [1]}],
+    }
+    path = write(tmp_path / "s.jsonl", response)
+    tokens, remarks = told(read_sglang_routed, path, tiny_model)
+    assert tokens.phase.tolist() == [0, 0, 0, 1]
+    assert tokens.token_ids.tolist() == [5, 6, 7, 8]
+    assert "1 of 2 outputs have no routed experts" in remarks[0]
+
+
+@pytest.mark.parametrize("layout", ["list in a line", "one list", "indented"])
+def test_lists_of_responses(tiny_model: Path, tmp_path: Path, layout: str) -> None:
+    responses = [sglang_response(routed(0)), sglang_response(routed(1))]
+    path = tmp_path / "a.jsonl"
+    if layout == "list in a line":
+        write(path, responses[:1], responses[1:])
+    else:
+        path.write_text(json.dumps(responses, indent=2 if layout == "indented" else None))
+    told(read_sglang_routed, path, tiny_model)
+    check(path.with_suffix(".trace"), [routed(0), routed(1)])
+
+
+@pytest.mark.parametrize(
+    ("read", "asked"),
+    [
+        (read_vllm_routed, "start vLLM with --enable-return-routed-experts; requests need"),
+        (read_sglang_routed, '"return_routed_experts": true in every request'),
+    ],
+)
+def test_the_hint_is_the_engines_own(
+    tiny_model: Path, tmp_path: Path, read: Any, asked: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", vllm_response(choices=[{"routed_experts": None}]))
+    with pytest.raises(PlacerError, match="none of 1 outputs has routed_experts") as caught:
+        told(read, path, tiny_model)
+    assert asked in caught.value.hint
 
 
 PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
@@ -119,15 +296,18 @@ PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
         (vllm_response(np.zeros((4, 4, 2))), "lists an expert twice|is all zeros"),
         (vllm_response(PHYSICAL), "ids up to 15, the model has 8 experts"),
         (vllm_response(routed(0)[:, :3]), "experts has 3 layers"),
-        (vllm_response(routed(0).repeat(2, 0)), "8 rows of experts for 5 token ids"),
-        (vllm_response(choices=[{"index": 0}]), "line 1: it has no routed_experts"),
+        (vllm_response(routed(0).repeat(2, 0)), "8 rows of experts for 5 tokens"),
+        (vllm_response(choices=[{"index": 0}]), "none of 1 outputs has routed_experts"),
+        (vllm_response(choices=[{"routed_experts": 7}]), "routed_experts is 7, not a text"),
         (vllm_response(choices=[{"routed_experts": "%%"}]), "no base64"),
         (vllm_response(choices=[{"routed_experts": "AAAA"}]), "line 1 is no such response"),
-        ([1, 2], r"line 1: it is \[1, 2\], not a JSON object"),
+        ([1, 2], "line 1: it is 1, not a JSON object"),
         (vllm_response(routed(0), usage={"prompt_tokens": "3"}), "is '3', no whole number"),
         (vllm_response(routed(0), prompt_token_ids=[5, 6, [7]]), r"is \[7\], no whole"),
         (vllm_response(routed(0), prompt_token_ids=[5, 6, 2**70]), "expected"),
-        ({}, "line 1"),
+        ({}, "none of 1 outputs has routed_experts"),
+        ([], "holds no response"),
+        ("text", 'line 1: it is "text", not a JSON object'),
     ],
 )
 def test_responses_that_lie_are_refused(
@@ -135,7 +315,13 @@ def test_responses_that_lie_are_refused(
 ) -> None:
     path = write(tmp_path / "a.jsonl", response)
     with pytest.raises(PlacerError, match=match) as caught:
-        import_file(read_vllm_routed, "vllm-routed", path, tmp_path / "t", tiny_model)
+        import_file(
+            read_vllm_routed,
+            "vllm-routed",
+            path,
+            tmp_path / "t",
+            ImportOptions(model_directory=tiny_model),
+        )
     assert caught.value.hint
     assert not (tmp_path / "t").exists()
 
@@ -151,7 +337,13 @@ def test_dense_layers_need_the_model(tmp_path: Path, tiny_model: Path) -> None:
     assert "--model DIR" in caught.value.hint
     path = write(tmp_path / "c.jsonl", sglang_response(routed(0)[:3, :3]))
     with pytest.raises(PlacerError, match="18 ids are no whole rows of 4 hidden layers"):
-        import_file(read_sglang_routed, "sglang-routed", path, tmp_path / "t", tiny_model)
+        import_file(
+            read_sglang_routed,
+            "sglang-routed",
+            path,
+            tmp_path / "t",
+            ImportOptions(model_directory=tiny_model),
+        )
 
 
 def test_pickles_inside_are_never_loaded(tiny_model: Path, tmp_path: Path) -> None:
@@ -160,7 +352,13 @@ def test_pickles_inside_are_never_loaded(tiny_model: Path, tmp_path: Path) -> No
     text = base64.b64encode(content.getvalue()).decode()
     path = write(tmp_path / "a.jsonl", vllm_response(choices=[{"routed_experts": text}]))
     with pytest.raises(PlacerError, match="pickled objects, which are never loaded"):
-        import_file(read_vllm_routed, "vllm-routed", path, tmp_path / "t", tiny_model)
+        import_file(
+            read_vllm_routed,
+            "vllm-routed",
+            path,
+            tmp_path / "t",
+            ImportOptions(model_directory=tiny_model),
+        )
 
 
 def test_exflow_arrays_become_blocks_of_top_1(tmp_path: Path) -> None:

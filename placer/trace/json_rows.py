@@ -1,0 +1,281 @@
+"""Reading routing from JSON lines of any program: its keys are named by the user."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import PlacerError, UsageError
+from placer.run.documents import require_object
+from placer.trace.imported import BoundModel, ImportedTokens
+from placer.trace.json_lines import json_values
+from placer.trace.token_rows import TokenRows, phase_numbers, whole_tokens
+
+Array = npt.NDArray[Any]
+# Keys that public logs of routing have, by what they mean.
+_USUAL: Mapping[str, tuple[str, ...]] = {
+    "layer": ("layer", "layer_id", "layer_idx"),
+    "token": ("token_idx", "token", "position", "token_index"),
+    "experts": ("topk_ids", "experts", "expert_ids", "topk_experts"),
+    "weights": ("weights", "topk_weights", "gating_probs"),
+    "sequence": ("sequence_id", "request_id", "seq_id", "req_id"),
+    "token_id": ("token_id", "input_id"),
+    "phase": ("phase",),
+}
+_NEEDED = ("layer", "token", "experts")
+# Keys of the object of layers, in the object of a request.
+_REQUEST_KEYS = ("layers", "experts", "routed_experts", "topk_ids")
+_LAYOUT = (
+    "map the keys of the file: --keys layer=KEY,token=KEY,experts=KEY, and where it has "
+    "them weights, sequence, token_id and phase (docs/importing.md)"
+)
+_REQUESTS_LAYOUT = (
+    "each line is one request: layer numbers, and under each a list of the experts of its "
+    "tokens; name the key that holds them: --keys experts=KEY (docs/importing.md)"
+)
+# Without sequences, blocks of this many tokens make folds possible.
+_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """Which key of a file means what; what is not named is sought by its usual names."""
+
+    named: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, text: str | None) -> Self:
+        """Read ``layer=layer,token=token_idx,...``.
+
+        Raises
+        ------
+        UsageError
+            If it is no such list, or gives a meaning that there is not.
+        """
+        named = {}
+        for part in text.split(",") if text else ():
+            meaning, separator, key = part.partition("=")
+            if not separator or not key or meaning not in _USUAL or meaning in named:
+                raise UsageError(
+                    f"--keys has {part!r}",
+                    f"give MEANING=KEY,... with each of {', '.join(_USUAL)} at most once",
+                )
+            named[meaning] = key
+        return cls(named=named)
+
+    def found(self, meaning: str, row: Mapping[str, Any]) -> str | None:
+        """Return the key that a row has for a meaning.
+
+        Raises
+        ------
+        PlacerError
+            If the user named a key that it has not.
+        """
+        if (key := self.named.get(meaning)) is None:
+            return next((one for one in _USUAL[meaning] if one in row), None)
+        if key not in row:
+            raise PlacerError(f"it has no key {key}; it has {', '.join(row)}", _LAYOUT)
+        return key
+
+
+Reader = Callable[[Path, BoundModel | None], ImportedTokens]
+
+
+def jsonl_reader(keys: Keys) -> Reader:
+    """Return the reader of one JSON object per token and layer.
+
+    ``experts`` is a list of ids, or one id; ``weights`` has one for each of them, or one
+    for every expert of the layer. ``sequence`` may be text. Without it the tokens are cut
+    into blocks of 256.
+    """
+
+    def read(file: Path, model: BoundModel | None) -> ImportedTokens:
+        rows = list(_objects(file))
+        names = {meaning: keys.found(meaning, rows[0]) for meaning in _USUAL}
+        if missing := [meaning for meaning in _NEEDED if names[meaning] is None]:
+            raise PlacerError(
+                f"nothing tells the {' or the '.join(missing)} of a row: its keys are "
+                f"{', '.join(rows[0])}",
+                _LAYOUT,
+            )
+        columns = {
+            meaning: _column(rows, name)
+            for meaning, name in names.items()
+            if name is not None
+        }
+        return _tokens(columns, model)
+
+    return read
+
+
+def requests_reader(keys: Keys) -> Reader:
+    """Return the reader of one JSON object per request: layer -> experts of its tokens.
+
+    The layers are the keys of the object itself, or of one object in it. Under a layer is
+    a list with a list of ids for each token; or, where a model says how many experts a
+    token has, one list of all ids.
+    """
+
+    def read(file: Path, model: BoundModel | None) -> ImportedTokens:
+        parts = [
+            _request(one, number, keys, model) for number, one in enumerate(_objects(file))
+        ]
+        widths = {part.experts.shape[1] for part in parts}
+        if len(widths) > 1:
+            raise PlacerError(
+                f"tokens have {' or '.join(map(str, sorted(widths)))} experts",
+                _REQUESTS_LAYOUT,
+            )
+        rows = TokenRows(
+            **{
+                name: np.concatenate([getattr(part, name) for part in parts])
+                for name in ("sequence", "position", "layer", "experts")
+            }
+        )
+        return whole_tokens(rows, model, _REQUESTS_LAYOUT)
+
+    return read
+
+
+def _objects(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file, one or a list of them to a line."""
+    empty = True
+    for where, value in json_values(file):
+        empty = False
+        yield require_object(value, where)
+    if empty:
+        raise PlacerError("it holds no JSON object", _LAYOUT)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    for number, row in enumerate(rows, start=1):
+        if name not in row:
+            raise PlacerError(f"row {number} has no key {name}, which others have", _LAYOUT)
+    return [row[name] for row in rows]
+
+
+def _tokens(
+    columns: Mapping[str, Sequence[Any]], model: BoundModel | None
+) -> ImportedTokens:
+    token = _whole(columns["token"], "token")
+    experts = _whole(
+        [one if isinstance(one, list) else [one] for one in columns["experts"]],
+        "experts",
+        ndim=2,
+    )
+    remarks = []
+    if "sequence" in columns:
+        sequence = _numbered(columns["sequence"])
+    else:
+        sequence = token // _BLOCK
+        remarks.append(
+            f"no key tells the sequence of a token: every {_BLOCK} tokens stand for one. "
+            "Name it where there is one: --keys sequence=KEY"
+        )
+    weights, phase = columns.get("weights"), columns.get("phase")
+    ids = columns.get("token_id")
+    rows = TokenRows(
+        sequence=sequence,
+        position=token,
+        layer=_whole(columns["layer"], "layer"),
+        experts=experts,
+        weights=None if weights is None else _weights(weights, experts),
+        token_ids=None if ids is None else _whole(ids, "token_id"),
+        phase=None if phase is None else phase_numbers(phase, _LAYOUT),
+    )
+    return whole_tokens(rows, model, _LAYOUT, remarks)
+
+
+def _numbered(names: Sequence[Any]) -> Array:
+    """Return whole numbers as they are, other names numbered as they come."""
+    if all(type(name) is int for name in names):
+        return _whole(names, "sequence")
+    numbers: dict[str, int] = {}
+    return np.asarray([numbers.setdefault(str(name), len(numbers)) for name in names])
+
+
+def _weights(values: Sequence[Any], experts: Array) -> Array:
+    """Return ``[N, k]``, of weights of the chosen experts or of all."""
+    try:
+        given = np.asarray(
+            [one if isinstance(one, list) else [one] for one in values], dtype=np.float32
+        )
+    except (ValueError, TypeError) as error:
+        raise PlacerError("weights are no rows of numbers, all of one length") from error
+    if given.shape == experts.shape:
+        return given
+    if experts.min() < 0 or experts.max() >= given.shape[1]:
+        raise PlacerError(
+            f"{given.shape[1]} weights stand beside {experts.shape[1]} experts up to "
+            f"{experts.max()}: they are of neither the chosen experts nor all",
+            _LAYOUT,
+        )
+    return np.take_along_axis(given, experts, axis=1)
+
+
+def _whole(values: Sequence[Any], what: str, ndim: int = 1) -> Array:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise PlacerError(f"{what} differ in length from row to row", _LAYOUT) from error
+    if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
+        raise PlacerError(f"{what} holds something that is no whole number", _LAYOUT)
+    return array
+
+
+def _request(
+    value: Mapping[str, Any], number: int, keys: Keys, model: BoundModel | None
+) -> TokenRows:
+    layers: Any = value
+    if not all(_layer_number(key) is not None for key in value):
+        key = keys.named.get("experts") or next(
+            (one for one in _REQUEST_KEYS if one in value), ""
+        )
+        layers = value.get(key)
+    if not isinstance(layers, dict) or not layers:
+        raise PlacerError(
+            f"request {number} has no layers; its keys are {', '.join(value)}",
+            _REQUESTS_LAYOUT,
+        )
+    parts = []
+    for key, ids in layers.items():
+        layer = _layer_number(key)
+        if layer is None:
+            raise PlacerError(f"request {number}: {key} is no layer", _REQUESTS_LAYOUT)
+        try:
+            experts = np.asarray(ids) if isinstance(ids, list) else np.zeros(0)
+        except ValueError:  # lists of different lengths
+            experts = np.zeros(0)
+        if experts.ndim == 1 and experts.size and model is not None:
+            if experts.size % model.spec.top_k:
+                raise PlacerError(
+                    f"request {number}, layer {layer}: {experts.size} ids are no whole "
+                    f"tokens of {model.spec.top_k}",
+                    "check --model",
+                )
+            experts = experts.reshape(-1, model.spec.top_k)
+        if experts.ndim != 2 or not np.issubdtype(experts.dtype, np.integer):
+            raise PlacerError(
+                f"request {number}, layer {layer} holds no list of the ids of each token",
+                "name the model, if it is one list of all ids: --model DIR (a folder with "
+                "its config.json is enough)",
+            )
+        parts.append((layer, experts))
+    if len({ids.shape[1] for _, ids in parts}) > 1:
+        raise PlacerError(f"request {number}: layers differ in experts per token")
+    return TokenRows(
+        sequence=np.full(sum(len(ids) for _, ids in parts), number),
+        position=np.concatenate([np.arange(len(ids)) for _, ids in parts]),
+        layer=np.repeat([layer for layer, _ in parts], [len(ids) for _, ids in parts]),
+        experts=np.concatenate([ids for _, ids in parts]),
+    )
+
+
+def _layer_number(key: str) -> int | None:
+    """Return the number of ``3``, ``layer_3`` or ``model.layers.3.mlp``."""
+    found = re.findall(r"\d+", key)
+    return int(found[0]) if len(found) == 1 else None
