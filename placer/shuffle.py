@@ -192,7 +192,7 @@ class ShuffleTable:
     request_score
         ``[V, R]``: what a token of a prompt says for each rank.
     expert_rank
-        ``[L, E]``: rank of each expert's first copy.
+        ``[L, E]``: rank of each expert's first replica.
     token_score
         ``[L, V, R]``: rate of every home, read for the combined rule alone.
     combined

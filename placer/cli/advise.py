@@ -75,7 +75,7 @@ def advise(
 
     A quick plan is made on half of the sequences and judged on the other half. An affinity
     file, such as the loads that an engine counted, answers for balance only. --engine then
-    says which copy of a redundant expert serves.
+    says which replica of a redundant expert serves.
     """
     from placer.affinity import Affinity
     from placer.errors import require_left_out

@@ -63,7 +63,7 @@ def simulate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Which copy of a redundant expert serves a token: local-first, "
+            help="Which replica of a redundant expert serves a token: local-first, "
             "sglang-static, hash or cover. Default: the engine's, else the plan's.",
         ),
     ] = None,

@@ -200,7 +200,7 @@ def solve(
     replica_choice: Annotated[
         str | None,
         typer.Option(
-            help="Which copy of a redundant expert serves a token: local-first, "
+            help="Which replica of a redundant expert serves a token: local-first, "
             "sglang-static or hash.",
             show_default="the engine's; needed for redundant experts without --engine",
         ),

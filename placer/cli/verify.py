@@ -97,7 +97,7 @@ def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> No
         ("format", report.runtime),
         ("slots", f"{slots} ranks, every one as in the plan"),
         ("coverage", f"every expert has a slot; {report.num_replicas} replicas"),
-        ("duplicates", "no rank holds two copies of one expert"),
+        ("duplicates", "no rank holds two replicas of one expert"),
     ]
     print_table(("check", "result"), rows)
     print_line("verified: the map is valid for its runtime and is the plan's")

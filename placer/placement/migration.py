@@ -24,7 +24,7 @@ def move_prices(start: Placement, migration_cost: float) -> tuple[FloatArray, ..
 
 
 def num_moved(start: Placement, placement: Placement) -> int:
-    """Count the copies of experts on ranks where the start has none."""
+    """Count the replicas of experts on ranks where the start has none."""
     return sum(
         int((placement.holds(layer) & ~start.holds(layer)).sum())
         for layer in range(start.num_layers)

@@ -28,7 +28,7 @@ class Placement:
     ------
     PlacerError
         If slots do not divide over the ranks, an expert has no slot or does not exist, or
-        a rank holds two copies of one expert.
+        a rank holds two replicas of one expert.
     """
 
     physical_to_logical_map: tuple[IntArray, ...]
@@ -59,7 +59,7 @@ class Placement:
         for rank, held in enumerate(row.reshape(self.num_ranks, -1)):
             if len(np.unique(held)) < len(held):
                 raise PlacerError(
-                    f"MoE layer {layer}: rank {rank} holds two copies of one expert: "
+                    f"MoE layer {layer}: rank {rank} holds two replicas of one expert: "
                     f"{held.tolist()}"
                 )
 
@@ -89,7 +89,7 @@ class Placement:
         return len(self.physical_to_logical_map[0]) - self.num_experts[0]
 
     def holds(self, layer: int) -> BoolArray:
-        """Return ``[E_l, R]``: whether a rank has a copy of an expert."""
+        """Return ``[E_l, R]``: whether a rank has a replica of an expert."""
         row = self.physical_to_logical_map[layer]
         return holders(row, self.num_experts[layer], self.num_ranks)
 
@@ -102,7 +102,7 @@ class Placement:
         return np.arange(num_slots) % self.num_experts[0]
 
     def slot_of(self, layer: int) -> IntArray:
-        """Return ``[R, E_l]``: the slot of each rank's copy of each expert, or -1."""
+        """Return ``[R, E_l]``: the slot of each rank's replica of each expert, or -1."""
         row = self.physical_to_logical_map[layer]
         slots = np.arange(len(row))
         slot_of = np.full((self.num_ranks, self.num_experts[layer]), -1, dtype=np.int64)
@@ -110,7 +110,7 @@ class Placement:
         return slot_of
 
     def expert_rank(self, layer: int) -> IntArray:
-        """Return ``[E_l]`` int64: the rank of each expert's first copy."""
+        """Return ``[E_l]`` int64: the rank of each expert's first replica."""
         first: IntArray = self.holds(layer).argmax(axis=1)
         return first
 
@@ -179,7 +179,7 @@ class Placement:
 
 
 def holders(row: IntArray, num_experts: int, num_ranks: int) -> BoolArray:
-    """Return ``[E, R]``: whether a rank has a copy of an expert, by a row of slots."""
+    """Return ``[E, R]``: whether a rank has a replica of an expert, by a row of slots."""
     held = np.zeros((num_experts, num_ranks), dtype=np.bool_)
     held[row, np.arange(len(row)) // (len(row) // num_ranks)] = True
     return held

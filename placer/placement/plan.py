@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def replica_choice(self) -> ReplicaChoice | None:
-        """Which copy serves, as the plan was solved for; ``None`` where experts have one.
+        """Which replica serves, by the plan; ``None`` where each expert has one.
 
         Raises
         ------

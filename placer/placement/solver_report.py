@@ -134,7 +134,7 @@ class SolverReport(Document, frozen=True, kw_only=True):
         With ``--robust`` the load cap that was chosen to solve under, which the bound is
         of; else ``None``.
     predicted_imbalance
-        The imbalance to expect of the profile where copies serve tokens whose homes are
+        The imbalance to expect of the profile where replicas serve tokens whose homes are
         drawn, mean over MoE layers; only where balance is the objective, from loads alone.
     imbalance_without_groups
         What the objective would be if router groups were split, where balancing keeps them

@@ -144,7 +144,7 @@ class Advice:
 def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice:
     """Advise from counts: whether balancing pays, as far as loads tell.
 
-    ``questions`` differ in the engine alone: it says which copy of an expert serves.
+    ``questions`` differ in the engine alone: it says which replica of an expert serves.
 
     Raises
     ------

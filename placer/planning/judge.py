@@ -57,7 +57,7 @@ class Serving:
         What is sent, and in which element; without one, what the plan was solved for, in
         bf16.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
+        Which replica of an expert serves; ``None`` where each has one.
     hardware, expert
         What the cost model needs; without hardware no time is predicted.
     hidden_size

@@ -126,7 +126,7 @@ class Question:
 
     @property
     def replica_choice(self) -> ReplicaChoice | None:
-        """Which copy of a redundant expert serves; ``None`` without them."""
+        """Which replica of a redundant expert serves; ``None`` without them."""
         return self.served.replica_choice if self.redundant_experts else None
 
     @property

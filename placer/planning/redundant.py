@@ -238,7 +238,7 @@ def ladder(
     """Return the fewest that fill the ranks, then R, 2R, 4R, ... more, as far as allowed.
 
     The fewest are 0 where the experts divide over the ranks. No rank may hold two copies
-    of an expert, and more than one further copy of each, on average, is not tried, nor
+    of an expert, and more than one further replica of each, on average, is not tried, nor
     more than memory allows. The second value says what ends the ladder.
 
     Raises
@@ -253,14 +253,14 @@ def ladder(
     step = num_ranks
     while (number := fitting[0] + step) in fitting:
         if number > min(num_experts):
-            return found, f"{number} would be more than one further copy of each expert"
+            return found, f"{number} would be more than one further replica of each expert"
         needed = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
         if memory.most_bytes is not None and (needed or 0) > memory.most_bytes:
             return found, f"{number} take more than --redundant-memory"
         found.append(number)
         step *= 2
     where = "the ranks of its router groups" if num_blocks > 1 else "the ranks"
-    return found, f"{number} do not fit: {where} would hold two copies of an expert"
+    return found, f"{number} do not fit: {where} would hold two replicas of an expert"
 
 
 def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:

@@ -31,7 +31,7 @@ class SolveRequest:
     engine
         Name of the engine that the plan is for.
     exchange, replica_choice
-        As in ``SolveOptions``. From counts, without an engine, copies share their load
+        As in ``SolveOptions``. From counts, without an engine, replicas share their load
         evenly, as ``hash`` has it.
     redundant_experts
         Slots per layer beyond one for each expert; ``None`` to choose their number.

@@ -77,7 +77,7 @@ def solved_for(
     ------
     UsageError
         If the engine is not known, what was asked contradicts it, or nothing says which
-        copy of a redundant expert serves.
+        replica of a redundant expert serves.
     """
     if engine is None:
         return Served(

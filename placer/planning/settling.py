@@ -107,7 +107,7 @@ def settle(
         note(line)
     if request.replica_choice is None and _even_choice(request) is not None:
         note(
-            "no engine is named: copies of an expert are taken to share its load evenly, "
+            "no engine is named: replicas of an expert are taken to share its load evenly, "
             "as under --replica-choice hash"
         )
     if request.holds_loads_alone and request.objective == "traffic":

@@ -121,7 +121,7 @@ def make_table(
         If plan and trace (or checkpoint) are of different models, the trace has no token
         ids, or an option is out of range.
     UsageError
-        If the plan has redundant experts and does not say which copy serves.
+        If the plan has redundant experts and does not say which replica serves.
     """
     plan = Plan.read(plan_path)
     choice = plan.replica_choice

@@ -250,7 +250,7 @@ def _draw_placement(plan: Plan) -> Drawing:
     return Drawing(
         name="placement",
         title="The rank of every expert",
-        caption="Colour: the rank of an expert's first copy; hover for all of its copies.",
+        caption="Colour: the rank of an expert's first replica; hover for all of them.",
         figure=styled(figure),
     )
 

@@ -45,7 +45,7 @@ class Deployment:
     exchange
         What the plan lowers, or ``None`` where it lowers nothing that is sent.
     replica_choice
-        Which copy serves, by the plan; ``None`` where it does not say.
+        Which replica serves, by the plan; ``None`` where it does not say.
     """
 
     model: str

@@ -215,7 +215,7 @@ def require_valid_rows(
     ------
     PlacerError
         If slots do not divide over the ranks, an expert has no slot or does not exist, or
-        a rank holds two copies of one expert.
+        a rank holds two replicas of one expert.
     """
     return Placement.from_json(rows, num_experts, num_ranks, 1)
 

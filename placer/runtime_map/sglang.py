@@ -7,7 +7,7 @@ p // (P / ep_size). SGLang checks none of this itself.
 
 The order of slots inside a rank is the plan's. It means nothing to SGLang's static choice
 of a replica (the copy on the same GPU, else the first on the same node where other nodes
-have copies too, else a seeded fair choice): candidates are listed by slot, hence by rank.
+have replicas too, else a seeded fair choice): candidates are listed by slot, hence by rank.
 """
 
 import io

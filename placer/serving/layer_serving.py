@@ -35,11 +35,11 @@ class LayerServing:
     Attributes
     ----------
     holds
-        ``[E, R]``: whether a rank has a copy of an expert.
+        ``[E, R]``: whether a rank has a replica of an expert.
     copy_rank
-        ``[E, C]``: the ranks of an expert's copies, ascending, the last one repeated.
+        ``[E, C]``: the ranks of an expert's replicas, ascending, the last one repeated.
     num_copies
-        ``[E]`` int64: copies of each expert; C is the largest.
+        ``[E]`` int64: replicas of each expert; C is the largest.
     choices
         ``[R, E, at most C]``: the ranks among which a pair (home, expert) takes turns,
         ascending, the last one repeated.

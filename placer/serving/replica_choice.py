@@ -1,4 +1,4 @@
-"""Which copy of an expert serves a (token, expert) pair: the engine's replica choice.
+"""Which replica of an expert serves a (token, expert) pair: the engine's replica choice.
 
 - ``local-first``: the copy at the token's home, else one on the home's node, else any.
   Copies that are equally near take turns by the token's index. No engine does so.
@@ -10,7 +10,7 @@
 - ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
   number of copies. The home does not matter. vLLM 0.32.0 chooses so
   (``model_executor/layers/fused_moe/router/base_router.py``). TensorRT-LLM's
-  ``moeComputeRouteKernel`` and SGLang without an all-to-all let the copies take turns,
+  ``moeComputeRouteKernel`` and SGLang without an all-to-all let the replicas take turns,
   which gives every copy the same share too.
 - ``cover``: a copy on a rank that the token visits anyway, else the one on the rank that
   holds most of the experts that are not served yet. It needs a patch of the engine.
@@ -45,7 +45,7 @@ class Server:
     placement
         Experts in slots.
     replica_choice
-        Which copy serves; ``None`` where each expert has one.
+        Which replica serves; ``None`` where each expert has one.
     batches
         Which tokens share a batch, for ``hash``.
     layer_ids
@@ -108,10 +108,10 @@ def unknown_dense_layers(
 def require_replica_choice(
     placement: Placement, replica_choice: ReplicaChoice | None
 ) -> None:
-    """Refuse a placement with replicas where nothing says which copy serves."""
+    """Refuse a placement with replicas where nothing says which replica serves."""
     if replica_choice is None and placement.has_replicas:
         raise UsageError(
-            "experts have several copies, and nothing says which of them serves",
+            "experts have several replicas, and nothing says which of them serves",
             f"name a replica choice: {', '.join(REPLICA_CHOICES)}",
         )
 
@@ -128,7 +128,7 @@ def serving_layers(
     placement
         Experts in slots.
     replica_choice
-        Which copy serves; ``None`` where each expert has one.
+        Which replica serves; ``None`` where each expert has one.
     layer_ids
         ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;
         ``None`` where no layer is dense, or nobody knows.
@@ -136,7 +136,7 @@ def serving_layers(
     Raises
     ------
     UsageError
-        If experts have several copies, and nothing says which serves.
+        If experts have several replicas, and nothing says which serves.
     """
     require_replica_choice(placement, replica_choice)
     static: Iterator[IntArray | None] = repeat(None)

@@ -91,7 +91,7 @@ class BatchOptions:
     exchanges
         Of dispatch and of combine.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
+        Which replica of an expert serves; ``None`` where each has one.
     layer_ids
         As in ``ServingOptions``.
     """

@@ -78,7 +78,7 @@ class Wire:
     dispatch, combine
         To the experts, and back.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
+        Which replica of an expert serves; ``None`` where each has one.
     num_nodes
         Nodes that the ranks are on.
     has_replicas

@@ -34,7 +34,7 @@ class ServingOptions(TypedDict, total=False):
         The placement's token-shuffle table, for the policies ``token``, ``token_equal``
         and ``request``; ``None``.
     replica_choice
-        Which copy of an expert serves (:mod:`placer.serving.replica_choice`);
+        Which replica of an expert serves (:mod:`placer.serving.replica_choice`);
         ``None``, which will do where each expert has one copy.
     layer_ids
         The model's own layer number of each MoE layer, which ``sglang-static`` depends

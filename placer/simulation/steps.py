@@ -110,7 +110,7 @@ def layer_steps(
     exchanges
         Of dispatch and of combine.
     replica_choice
-        Which copy of an expert serves; ``None`` where each has one.
+        Which replica of an expert serves; ``None`` where each has one.
     layer_ids
         As :func:`placer.serving.replica_choice.serving_layers` takes it.
 

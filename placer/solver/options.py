@@ -63,7 +63,7 @@ class SolveOptions:
     redundant_experts
         Slots per layer beyond one for each expert.
     replica_choice
-        Which copy serves: ``local-first``, ``sglang-static`` or ``hash``; needed where
+        Which replica serves: ``local-first``, ``sglang-static`` or ``hash``; needed where
         there are redundant experts.
     robust
         Which other loads the placement must keep under the cap (``scenarios``).
@@ -152,7 +152,7 @@ class SolveOptions:
     def _require_consistent(self) -> None:
         if self.redundant_experts and self.replica_choice is None:
             raise UsageError(
-                f"which copy serves is not said for {self.redundant_experts} redundant "
+                f"which replica serves is not said for {self.redundant_experts} redundant "
                 "experts",
                 f"give --replica-choice {' or '.join(SOLVABLE_REPLICA_CHOICES)}",
             )
@@ -270,7 +270,7 @@ class SolveOptions:
 
     @property
     def has_draws(self) -> bool:
-        """Whether draws are all that is not known of which copy serves."""
+        """Whether draws are all that is not known of which replica serves."""
         has_table = self.content_policy is not None
         is_drawn = self.replica_choice == "sglang-static"
         return self.redundant_experts > 0 and is_drawn and not has_table

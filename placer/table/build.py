@@ -119,7 +119,7 @@ def build_table(
     replica_choice, layer_ids
         Who serves in the layers before, whose majority ranks index A: as
         :func:`placer.serving.replica_choice.serving_layers` takes them. Under ``hash``
-        all copies take turns.
+        all replicas take turns.
     deadline
         When the table must be built; none by default.
 
@@ -132,7 +132,7 @@ def build_table(
         otherwise than ``token_experts`` says.
     UsageError
         If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range, or
-        nothing says which copy of an expert serves.
+        nothing says which replica of an expert serves.
     """
     if lookback is None:
         lookback = default_lookback(placement.num_ranks)

@@ -98,7 +98,7 @@ class Table:
         below the average; summed over a prompt it says where the whole request is served
         best.
     expert_rank
-        ``[L, E]``: the rank of each expert's first copy. E is that of the largest layer;
+        ``[L, E]``: the rank of each expert's first replica. E is that of the largest layer;
         places past the experts of a smaller layer hold ``num_ranks``, which is no rank.
     token_score
         ``[L, V, R]`` float16 in 0..1: expected local activation rate of every home, the

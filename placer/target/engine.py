@@ -1,4 +1,4 @@
-"""Serving engines: what a MoE layer sends over the wire, and which copy serves.
+"""Serving engines: what a MoE layer sends over the wire, and which replica serves.
 
 Engines are data: ``engines.toml`` beside this file, each with its source. Words and
 arithmetic are those of ``docs/concepts.md``.
@@ -88,7 +88,7 @@ class Engine:
     dispatch, combine
         To the experts, and back.
     replica_choice
-        Which copy serves a (token, expert) pair; ``None`` where an engine serves no
+        Which replica serves a (token, expert) pair; ``None`` where an engine serves no
         redundant experts.
     map_format
         What ``placer export`` writes for it; ``checkpoint`` where it reads no map.
@@ -242,7 +242,7 @@ def placement_effect(
     exchange
         What is sent for a token.
     replica_choice
-        Which copy serves, where there are several.
+        Which replica serves, where there are several.
     has_replicas
         Whether experts may have more than one copy.
     """
@@ -316,7 +316,7 @@ def choose_replicas(
     if not has_replicas:
         return None
     raise UsageError(
-        "redundant experts have several copies, and engines differ in which copy serves"
+        "experts have several replicas, and engines differ in which replica serves"
         if engine is None
         else f"{engine.name} serves no redundant experts",
         "name your engine with --engine, or its choice:\n"
@@ -356,13 +356,13 @@ def _per_expert_effect(
         return PlacementEffect(
             changes_traffic=False,
             reason="one copy per (token, expert) pair, and the engine picks among an "
-            "expert's copies without regard to the home: k (1 - 1/R) copies per token are "
+            "expert's replicas whatever the home is: k (1 - 1/R) copies per token are "
             "sent whatever the placement, which can only balance",
         )
     return PlacementEffect(
         changes_traffic=True,
         reason="an expert with c copies is remote for 1 - c/R of its pairs: which experts "
-        "have copies counts, where they live does not",
+        "have replicas counts, where they live does not",
     )
 
 

@@ -35,7 +35,7 @@ from placer.intervals import CopiesRatio
 
 #: A baseline is under the cap of a plan if no layer has more than this above the plan's.
 CAP_TOLERANCE = 1e-6
-#: What is said of a plan that is not under the cap of 1.10 with one copy of each expert.
+#: What is said of a plan that is not under the cap of 1.10 with one replica of each expert.
 FREEDOM = {"capped": "", "uncapped": ", no cap", "redundant": ", redundant"}
 COLUMNS = [
     "baseline",

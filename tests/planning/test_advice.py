@@ -441,7 +441,7 @@ def test_the_draws_of_an_engine_know_which_layers_are_dense(tmp_path: Path) -> N
 
 
 def test_where_there_are_copies_they_change_what_pairs_are_sent(tmp_path: Path) -> None:
-    """SGLang serves a pair at home where it can: which experts have copies counts."""
+    """SGLang serves a pair at home where it can: which experts have replicas counts."""
     trace = write(tmp_path / "t", partners())
     engine = Engine.named("sglang-deepep-ll")
     for question, changes in ((QUESTION, False), (THREE, True)):

@@ -102,7 +102,7 @@ def test_whole_router_groups_hold_fewer_copies() -> None:
     assert steps == [0, 32]
     steps, because = ladder((16,), 16, NO_LIMIT, 16)
     assert steps == [0]
-    assert "two copies of an expert" in because
+    assert "two replicas of an expert" in because
 
 
 @pytest.mark.parametrize(

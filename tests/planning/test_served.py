@@ -45,7 +45,7 @@ def test_copies_balance_an_engine_that_sends_pairs(engine: str) -> None:
     served = solved_for(engine, "fixed", has_replicas=True)
     assert (served.objective, served.replica_choice) == ("balance", "sglang-static")
     (note,) = served.notes
-    assert "which experts have copies counts, where they live does not" in note
+    assert "which experts have replicas counts, where they live does not" in note
     (note,) = solved_for(engine, "follow", has_replicas=True).notes
     assert "may send more pairs" in note
 

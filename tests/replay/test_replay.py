@@ -161,7 +161,7 @@ def prepare(folder: Path, name: str) -> None:
         )
         writer.finish()
     slots = legal_rows(spec, seed=5)
-    if name == "replicas":  # a second copy of an expert of the rank before
+    if name == "replicas":  # a second replica of an expert of the rank before
         slots = [
             [e for r in range(NUM_RANKS) for e in (*row[2 * r : 2 * r + 2], row[2 * r - 1])]
             for row in slots

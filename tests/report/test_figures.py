@@ -287,7 +287,7 @@ def test_counts_of_nothing_are_drawn_as_zeros() -> None:
 
 
 def test_placement_shows_the_first_rank_and_names_all() -> None:
-    # Expert 0 of layer 0 has copies on ranks 0 and 1; layer 1 has one expert less.
+    # Expert 0 of layer 0 has replicas on ranks 0 and 1; layer 1 has one expert less.
     found = drawn(plan_of([[2, 0, 1, 0], [1, 0]], num_ranks=2))
     assert list(found) == ["placement"], "nothing was measured, no load was given"
     (heatmap,) = found["placement"]["data"]

@@ -256,8 +256,8 @@ def broken(name: str, value: Any, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ("swap", "by the plan|two copies"),
-        ("twice", "two copies|has no slot"),
+        ("swap", "by the plan|two replicas"),
+        ("twice", "two replicas|has no slot"),
         ("range", "outside 0..7"),
         ("text", "whole number"),
         ("short", "slots"),

@@ -123,7 +123,7 @@ def static_choice(row: list[int], num_ranks: int, num_nodes: int) -> list[list[i
     """Rank that serves each (source rank, expert), by the rule of SGLang 0.5.23.
 
     The copy on the same GPU; else, where only some copies are on the source's node, the
-    first of these; else a seeded choice in which the copies take turns.
+    first of these; else a seeded choice in which the replicas take turns.
     """
     per_rank, per_node = len(row) // num_ranks, num_ranks // num_nodes
     chooser = random.Random(42)

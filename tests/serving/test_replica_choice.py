@@ -1,4 +1,4 @@
-"""Which copy serves under the replica choices of engines."""
+"""Which replica serves under the replica choices of engines."""
 
 import json
 import random
@@ -32,7 +32,7 @@ SIX_RANKS = [[0, 1, 0, 2, 3, 4, 0, 5, 6, 7, 0, 8]]
 
 
 def test_static_takes_the_copy_at_home_then_the_first_on_a_node_that_lacks_another():
-    """Three nodes of two ranks: node 0 has copies on both ranks, node 1 and 2 on one."""
+    """Three nodes of two ranks: node 0 has replicas on both ranks, node 1 and 2 on one."""
     (chosen,) = sglang_static_ranks(placement_of(SIX_RANKS, 9, 6, 3))
     assert chosen[:, 0].tolist() == [0, 1, 3, 3, 5, 5]
     assert chosen[:, 4].tolist() == [2] * 6
@@ -43,7 +43,7 @@ def test_static_shares_the_homes_evenly_where_a_node_holds_every_copy():
     (chosen,) = sglang_static_ranks(placement_of(SIX_RANKS, 9, 6))
     assert chosen[[0, 1, 3, 5], 0].tolist() == [0, 1, 3, 5]
     assert set(chosen[[2, 4], 0]) <= {0, 1, 3, 5}
-    assert len(set(chosen[[2, 4], 0])) == 2, "a copy serves one more home at most"
+    assert len(set(chosen[[2, 4], 0])) == 2, "a replica serves one more home at most"
 
 
 #: Eight ranks of three slots, two layers of twelve experts, each expert on two ranks. In
@@ -98,7 +98,7 @@ def served_by_sglang(rows, num_experts, num_ranks, num_nodes, home):
     """[H][E]: who serves one home, row by row of a whole map, dense layers included.
 
     As SGLang describes its static choice: the only copy, else that on the same GPU, else
-    the first on the same node where other nodes have copies too. For any other expert the
+    the first on the same node where other nodes have replicas too. For any other expert the
     ranks without a near copy share the copies fairly: each copy as often as the next, what
     is left over by lot, in random order. One generator with seed 42 serves all rows.
     """
@@ -258,7 +258,7 @@ def test_cover_prefers_a_rank_that_is_visited_anyway():
 
 
 def test_cover_lets_one_rank_join_for_many_pairs():
-    """Experts 0 and 1 share rank 2, and have another copy each on ranks 1 and 3."""
+    """Experts 0 and 1 share rank 2, and have another replica each on ranks 1 and 3."""
     placement = placement_of([[2, 3, 0, 4, 0, 1, 1, 5]], 6, 4)
     server = Server(placement, "cover", Batches.of(np.zeros(3), 3))
     (serving,) = server.layers()

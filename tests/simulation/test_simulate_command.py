@@ -177,7 +177,7 @@ def test_without_an_engine_copies_serve_as_the_plan_was_solved_for(files):
 
 @pytest.fixture
 def copies(make_trace, write_plan):
-    """A trace, and a plan with redundant experts that does not say which copy serves."""
+    """A trace, and a plan with redundant experts that does not say which replica serves."""
     trace = make_trace(num_sequences=60, num_tokens=2_000)
     row = np.array([0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0])
     placement = Placement(
@@ -188,7 +188,7 @@ def copies(make_trace, write_plan):
 
 def test_copies_of_a_plan_that_does_not_say_which_serves_ask_for_a_choice(copies):
     plan, trace = copies
-    with pytest.raises(UsageError, match="engines differ in which copy serves") as error:
+    with pytest.raises(UsageError, match="engines differ in which replica serves") as error:
         call("simulate", plan, trace)
     assert error.value.exit_code == 2
     commands = error.value.hint.splitlines()[1:]
@@ -262,7 +262,7 @@ def test_a_plan_without_copies_needs_no_choice(files):
 def test_a_table_of_copies_that_nothing_chooses_among_is_refused_at_once(copies, tmp_path):
     """With the command that solves anew from this plan, and records the choice."""
     plan, trace = copies
-    with pytest.raises(UsageError, match="engines differ in which copy serves") as error:
+    with pytest.raises(UsageError, match="engines differ in which replica serves") as error:
         call("tables", plan, trace, "--out", tmp_path / "table.safetensors", "--force")
     for line in error.value.hint.splitlines()[1:]:
         words = shlex.split(line, comments=True)[1:]

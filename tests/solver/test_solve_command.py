@@ -147,7 +147,7 @@ def test_redundant_experts_of_no_engine_ask_for_the_choice_of_one(
     out = tmp_path / "plan.json"
     code, told = solve(trace, out, f"--redundant-experts {number}", capsys)
     assert (code, out.exists()) == (2, False)
-    assert "engines differ in which copy serves" in told
+    assert "engines differ in which replica serves" in told
     for words in hinted(told):
         with pytest.raises(SystemExit) as done:
             main([str(out) if word == "PLAN" else word for word in [*words, *QUICK]])
@@ -175,7 +175,7 @@ def test_redundant_experts_of_counts_share_their_load_evenly_unless_told(
 
     with pytest.raises(SystemExit):
         main(["affinity", str(trace.directory), "--out", str(counts)])
-    note = "copies of an expert are taken to share its load evenly"
+    note = "replicas of an expert are taken to share its load evenly"
     choice, told = recorded()
     assert (choice, note in told) == ("hash", True)
     choice, told = recorded("--replica-choice", "local-first")

@@ -145,7 +145,9 @@ def test_the_users_replica_choice_wins_over_the_engines():
 def test_no_engine_and_no_choice_will_do_without_redundant_experts_alone():
     assert chosen(None, None, has_replicas=False) is None
     assert chosen("deepspeed", None, has_replicas=False) is None
-    with pytest.raises(UsageError, match="engines differ in which copy serves") as caught:
+    with pytest.raises(
+        UsageError, match="engines differ in which replica serves"
+    ) as caught:
         chosen(None, None)
     assert caught.value.exit_code == 2
     with pytest.raises(UsageError, match="deepspeed serves no redundant experts"):

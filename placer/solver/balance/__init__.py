@@ -1,1 +1,1 @@
-"""Balancing load alone: packing experts, copies of experts, router groups."""
+"""Balancing load alone: packing experts, replicas of experts, router groups."""

@@ -40,7 +40,7 @@ def pack_loads(
     Raises
     ------
     UsageError
-        If a rank would hold two copies of an expert.
+        If a rank would hold two replicas of an expert.
     """
     num_ranks = topology.num_ranks
     hierarchical = n_group % topology.num_nodes == 0

@@ -46,7 +46,7 @@ class EvenOut:
         R.
     served
         ``[E, R]``: the pairs that each rank serves of each expert; experts with several
-        copies then stay where they are. ``None``: copies share their expert's load evenly.
+        replicas then stay where they are. ``None``: replicas share the load evenly.
     move_cost
         What leaving a start costs, or ``None``.
     """
@@ -155,7 +155,7 @@ class EvenOut:
         return True
 
     def _copy(self) -> bool:
-        """Put a copy of one expert in the place of another's; return whether one pays."""
+        """Put one expert's replica in the place of another's; return whether one pays."""
         if self._served is not None:
             return False
         busiest = int(self._total.argmax())

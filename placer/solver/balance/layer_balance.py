@@ -43,7 +43,7 @@ class Balancing:
         What must be reached where it can be; else less than a percent above the bound is
         even enough.
     replica_choice
-        Which copy serves: ``local-first``, ``sglang-static`` or ``hash``.
+        Which replica serves: ``local-first``, ``sglang-static`` or ``hash``.
     layer_ids
         ``[L]``: the model's own layer number of each MoE layer, or ``None``.
     n_group, num_blocks
@@ -74,7 +74,7 @@ class Balancing:
 
     @property
     def splits_evenly(self) -> bool:
-        """Whether copies share their expert's load evenly."""
+        """Whether replicas share their expert's load evenly."""
         near_is_all = self.replica_choice == "local-first" and self.num_nodes == 1
         return not self.redundant_experts or near_is_all or self.replica_choice == "hash"
 
@@ -127,7 +127,7 @@ class LayerBalance:
         self.bound = self._least / self._mean if load.any() else 1.0
 
     def served(self, served: ServedLoad) -> IntArray:
-        """Return the row ``[P]`` that is best as copies serve in this layer."""
+        """Return the row ``[P]`` that is best as replicas serve in this layer."""
         best, reached = self.row, (np.inf, np.inf)
         for row in self._candidates(served):
             value = self._value(row, served)
@@ -215,7 +215,7 @@ class LayerBalance:
         served: ServedLoad,
         cost: MoveCost | None = None,
     ) -> IntArray:
-        """Return a row after the moves that pay, as copies serve, inside each block."""
+        """Return a row after the moves that pay, as replicas serve, inside each block."""
         if cost is not None:
             row = self._moved(row, experts, None, cost)
         if not self._asked.splits_evenly:

@@ -18,7 +18,7 @@ from placer.solver.balance.served_load import ServedLoad
 from placer.target.engine import ReplicaChoice
 
 OBJECTIVE = "imbalance (busiest rank's load over the mean, mean over MoE layers)"
-METHOD = "an even share, the busiest expert's copies, the busiest group, or CP-SAT"
+METHOD = "an even share, the busiest expert's replicas, the busiest group, or CP-SAT"
 # Work of CP-SAT on copies, all layers together, in its deterministic seconds.
 _DETERMINISTIC_TIME = 4.0
 _SAME = 1e-12
@@ -35,7 +35,7 @@ class LoadBalance:
     placement
         The experts in their slots.
     imbalance
-        ``[L]``: max/mean rank load, as copies serve while homes are even over the ranks.
+        ``[L]``: max/mean rank load, as replicas serve while homes are even over the ranks.
     predicted
         ``[L]``: what to expect where the homes of tokens are drawn.
     bound
@@ -56,7 +56,7 @@ def balance_loads(
     Without copies: longest first, swaps, and CP-SAT where it can gain. With copies: those
     that EPLB makes and packs, evened out; where that is not close to the bound, copies made
     by other rules, and CP-SAT where the layer is small. Copies that do not share evenly are
-    counted as they serve, and the experts with one copy swapped around them.
+    counted as they serve, and the experts with one replica swapped around them.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def balance_loads(
     Raises
     ------
     UsageError
-        If slots do not divide over the ranks, or a rank would hold two copies of an expert.
+        If slots do not divide over the ranks, or two replicas of an expert share a rank.
     """
     sizes = tuple(map(len, loads))
     require_room(sizes, asked.num_ranks, asked.redundant_experts, asked.num_blocks)
@@ -129,7 +129,7 @@ def predicted_imbalance(
 
 
 def _predicted_imbalance(shares: FloatArray, load: FloatArray) -> float:
-    """Return max/mean rank load where a copy serves each pair with its share's chance.
+    """Return max/mean rank load where a replica serves each pair with its share's chance.
 
     A rank's load is then nearly normal, with the variance of a sum of binomials. The mean
     of the largest of independent X_r is the integral of 1 - prod_r P(X_r < x); that the

@@ -2,7 +2,7 @@
 
 Its rules are those of github.com/deepseek-ai/EPLB (README): further copies go to the expert
 with the most load per copy; copies are packed by descending load, each to the least loaded
-rank with a free slot. Here no rank gets two copies of one expert, as engines need none.
+rank with a free slot. Here no rank gets two replicas of one expert, as engines need none.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from placer.arrays import BoolArray, FloatArray, IntArray
 
 
 def num_copies(load: FloatArray, num_ranks: int, num_slots: int) -> IntArray:
-    """Return ``[E]``: copies of every expert, at most one per rank, heaviest first."""
+    """Return ``[E]``: replicas of every expert, at most one per rank, heaviest first."""
     copies = np.ones(len(load), dtype=np.int64)
     for _ in range(num_slots - len(load)):
         copies[int(np.where(copies < num_ranks, load / copies, -1.0).argmax())] += 1

@@ -1,4 +1,4 @@
-"""Where replicas start: copies of the busiest experts on the least loaded ranks."""
+"""Where replicas start: replicas of the busiest experts on the least loaded ranks."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice

@@ -1,4 +1,4 @@
-"""What the copies of an expert serve of its load, homes being even over the ranks."""
+"""What the replicas of an expert serve of its load, homes being even over the ranks."""
 
 import copy
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class ServedLoad:
     Parameters
     ----------
     replica_choice
-        Which copy serves.
+        Which replica serves.
     placement
         Any placement with these ranks, nodes and slots.
     layer_ids
@@ -71,7 +71,7 @@ class ServedLoad:
     def _drawn_shares(self, holds: BoolArray, draws: SglangDraws) -> FloatArray:
         shares = holds.astype(np.float64)
         several = np.flatnonzero(holds.sum(axis=1) > 1)
-        # Nothing is drawn for an expert with one copy, wherever it is.
+        # Nothing is drawn for an expert with one replica, wherever it is.
         key = holds[several].tobytes() + several.tobytes()
         if self._drawn is None or self._drawn[0] != key:
             draws = copy.deepcopy(draws)

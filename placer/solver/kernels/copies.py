@@ -1,4 +1,4 @@
-"""Which copies of an expert serve, and how much of its load each counts.
+"""Which replicas of an expert serve, and how much of its load each counts.
 
 Legend of the shapes: see :mod:`placer.solver.kernels.layer`.
 """

@@ -1,8 +1,8 @@
 """What the compiled loops read and change: the arrays of one layer.
 
 Legend of the shapes: T tokens, E logical experts, R ranks, N nodes, k experts per token,
-C most copies of an expert, H homes told apart (1 without replicas, where the home does not
-decide which copy serves; else R), S load scenarios.
+C most replicas of an expert, H homes told apart (1 where the home does not decide which
+replica serves; else R), S load scenarios.
 """
 
 from typing import NamedTuple
@@ -62,7 +62,7 @@ class Prices(NamedTuple):
         Whether a token's home in the next layer is the rank that serves most of its
         experts; then outputs go there.
     linear
-        ``[E, R]`` int64: an expert's copy on a rank.
+        ``[E, R]`` int64: an expert's replica on a rank.
     load
         ``[S, E]`` float64: pairs of each expert in each scenario; the first is the
         profile itself.
@@ -80,7 +80,7 @@ class Prices(NamedTuple):
     crowd
         Price of a token above ``max_homes``; 0: not counted.
     ranks_per_node
-        Ranks that are near to each other where copies of an expert are chosen among.
+        Ranks that are near to each other where replicas of an expert are chosen among.
     caution
         Of what a copy might serve beyond its share, the part that is counted as if it did;
         0 where who serves is known.

@@ -168,7 +168,7 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
     """Try one move; make it if it costs no more than ``limit``. Return what it changes.
 
     With ``other`` a rank, the experts in (rank, slot) and (other, place) swap; with
-    ``other`` -1, expert ``place`` takes the slot of an expert that has another copy.
+    ``other`` -1, expert ``place`` takes the slot of an expert that has another replica.
     """
     one = state.slots[rank, slot]
     two = state.slots[other, place] if other >= 0 else place

@@ -54,7 +54,7 @@ class TrafficProblem:
         L arrays ``[E]`` int64: experts of one kind may change places, those of a negative
         one stay; ``None``: all may.
     replica_choice
-        Which copy serves: ``local-first``, ``sglang-static`` or ``hash`` (any in turn);
+        Which replica serves: ``local-first``, ``sglang-static`` or ``hash`` (any in turn);
         ``None`` where each expert has one.
     layer_ids
         ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;

@@ -106,7 +106,7 @@ def layer_tokens(
 def even_homes(num_tokens: int, num_ranks: int) -> Int16Array:
     """Return a home for each token, every rank as often: one stands for all of them.
 
-    Shuffled, since copies take turns by the token's place: a home must not go with a turn.
+    Shuffled: replicas take turns by the token's place, and a home must not go with a turn.
     """
     homes = np.arange(num_tokens) % num_ranks
     return np.random.default_rng(num_ranks).permutation(homes).astype(np.int16)

@@ -171,7 +171,7 @@ class _Refinement:
     def repair(self, layers: BoolArray, deadline: Deadline) -> None:
         """Descend in those of the ``[L]`` layers that are above a cap, in their order.
 
-        Which copies serve a layer of ``follow`` depends on those before it, and each sweep
+        Which replicas serve a layer of ``follow`` depends on earlier layers, and each sweep
         changes some of these after it has visited the layer. A search that was stopped is
         repaired all the same, in the time that is kept for it: few layers are above a cap.
         """

@@ -60,7 +60,7 @@ def test_two_ranks_are_within_a_percent_of_the_best(
     if redundant_experts == 0:
         assert found.imbalance[0] <= best * 1.01 + 1e-9, "within the stated closeness"
     if redundant_experts == 4:
-        assert found.imbalance[0] == 1, "each rank holds a copy of each expert"
+        assert found.imbalance[0] == 1, "each rank holds a replica of each expert"
     row = found.placement.physical_to_logical_map[0]
     copies = np.bincount(row, minlength=4)
     totals = (np.asarray(load) / copies)[row].reshape(2, -1).sum(axis=1)

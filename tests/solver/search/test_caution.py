@@ -102,7 +102,7 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
 def test_what_no_round_brings_under_the_cap_is_repaired(
     make_chunk: Callable[..., Chunk], policy: str
 ) -> None:
-    """Without sweeps, rounds leave the copies of the busiest experts where they are."""
+    """Without sweeps, rounds leave the replicas of the busiest experts where they are."""
     chunk = make_chunk(num_tokens=3000, num_experts=SIZES, top_k=4, num_sequences=40)
     start = with_copies(chunk, contiguous(SIZES, RANKS), RANKS)
     table = Alternation(
@@ -436,7 +436,7 @@ def test_a_search_that_has_no_time_still_repairs_what_it_has(
 
 
 def test_hash_needs_no_caution_for_homes(make_chunk: Callable[..., Chunk]) -> None:
-    """It does not look at homes: copies of the busiest experts share their load evenly."""
+    """It does not look at homes: the busiest experts' replicas share their load evenly."""
     chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
