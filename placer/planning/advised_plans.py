@@ -49,7 +49,10 @@ def advised_plans(question: Question, model: ModelSpec) -> dict[str, SolveOption
     plans = {BALANCED: balanced_options(question, model)}
     if question.sent is None or question.topology.num_ranks == 1:
         return plans
-    placed = _options(question, model, "traffic").guarded()
+    placed = _options(question, model, "traffic")
+    if placed.objective == "balance":  # as it is solved for this engine
+        return plans
+    placed = placed.guarded()
     if placed.below_eplb:
         plans[GUARDED] = placed
         placed = replace(placed, below_eplb=False, max_imbalance=MAX_IMBALANCE)

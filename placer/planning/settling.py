@@ -112,6 +112,11 @@ def settle(
         )
     if request.holds_loads_alone and request.objective == "traffic":
         note("the source holds loads alone, so this solve balances the load only")
+    if request.engine is not None:
+        nodes = request.options.topology
+        doubt = Engine.named(request.engine).doubt(nodes.num_nodes, nodes.gpus_per_node)
+        if doubt is not None:
+            warn(doubt)
     if request.layout is not None:
         note(request.layout.describe())
     if not request.holds_counts:

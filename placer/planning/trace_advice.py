@@ -309,7 +309,7 @@ def _reasons(
         for names, reason in grouped(
             (one.served.name, one.effect.reason)
             for one in asked
-            if not one.effect.changes_traffic
+            if list(advised_plans(one, placements.model)) == [BALANCED]
         )
     ]
     if asked[0].topology.num_ranks == 1:

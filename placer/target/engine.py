@@ -104,6 +104,9 @@ class Engine:
         any ranks will do.
     topologies
         The pairs of nodes and ranks per node that it runs on; empty where all are taken.
+    ranks_of_node
+        Ranks in a row that its kernels take for one node, whatever the nodes have; 0 where
+        they take those of a node.
     source
         Public documentation.
     read_in
@@ -127,6 +130,7 @@ class Engine:
     environment: str = ""
     within: Literal["", "node", "NVLink domain"] = ""
     topologies: tuple[tuple[int, int], ...] = ()
+    ranks_of_node: int = 0
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -152,6 +156,17 @@ class Engine:
                 f"{num_nodes} x {ranks_per_node}"
             )
         return None
+
+    def doubt(self, num_nodes: int, ranks_per_node: int) -> str | None:
+        """Return what its kernels take these ranks for instead; ``None`` where nothing."""
+        taken = min(self.ranks_of_node, num_nodes * ranks_per_node)
+        if taken in (0, ranks_per_node):
+            return None
+        return (
+            f"{self.name} takes every {taken} ranks in a row for one NVLink node, and the "
+            f"nodes have {ranks_per_node}: it may fail, or send other copies than counted "
+            f"({self.read_in.split('; ')[-1]})"
+        )
 
     def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:
         """Return whether a placement can change what this engine sends."""

@@ -19,7 +19,7 @@ from placer.model import ModelSpec
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.advice import Advice, Answer, advise_on_loads, next_command
-from placer.planning.advised_plans import BALANCED, CAPPED, GUARDED
+from placer.planning.advised_plans import BALANCED, CAPPED, GUARDED, advised_plans
 from placer.planning.judge import Serving, judge_plan
 from placer.planning.question import Question, usual_engines
 from placer.planning.trace_advice import advise_on_trace, percents
@@ -440,14 +440,17 @@ def test_the_draws_of_an_engine_know_which_layers_are_dense(tmp_path: Path) -> N
     assert sent(before) != sent(answer)
 
 
-def test_where_there_are_copies_they_change_what_pairs_are_sent(tmp_path: Path) -> None:
-    """SGLang serves a pair at home where it can: which experts have replicas counts."""
+def test_engines_that_send_pairs_are_advised_to_balance(tmp_path: Path) -> None:
+    """As `solve` does. SGLang serves a pair at home where it can: replicas count there."""
     trace = write(tmp_path / "t", partners())
     engine = Engine.named("sglang-deepep-ll")
-    for question, changes in ((QUESTION, False), (THREE, True)):
+    for question, reason in (
+        (QUESTION, "can only balance"),
+        (THREE, "which experts have replicas counts, where they live does not"),
+    ):
         advice = advised(trace, replace(question, engine=engine))
-        assert (CAPPED in advice.answers[0].candidates) == changes
-        assert any("can only balance" in text for text in advice.reasons) != changes
+        assert list(advice.answers[0].candidates) == ["contiguous", "eplb", BALANCED]
+        assert any(reason in text for text in advice.reasons)
 
 
 def test_from_counts_the_engine_says_which_copy_serves(tmp_path: Path) -> None:
@@ -483,3 +486,13 @@ def test_help_shows_the_sizes_of_batches_that_are_served() -> None:
     assert TokensPerRankOption.__metadata__[0].show_default == ",".join(
         map(str, TOKENS_PER_RANK)
     )
+
+
+def test_replicas_for_an_engine_that_sends_pairs_are_balanced_as_they_are_solved() -> None:
+    """Under fixed; for other homes which pairs are remote counts."""
+    pairs = replace(QUESTION, engine=Engine.named("sglang-deepep-ll"), redundant_experts=4)
+    assert pairs.sent is not None, "which experts have replicas changes what is sent"
+    assert list(advised_plans(pairs, MODEL)) == [BALANCED]
+    assert CAPPED in advised_plans(replace(pairs, policy="follow"), MODEL)
+    others = replace(pairs, engine=Engine.named("sglang-deepep"))
+    assert CAPPED in advised_plans(others, MODEL)

@@ -171,6 +171,25 @@ def test_deepep_of_tensorrt_llm_runs_where_its_source_says(
     assert (Engine.named("trtllm-deepep").misfit(nodes, ranks) is None) == runs
 
 
+@pytest.mark.parametrize("name", ["sglang-deepep", "vllm-deepep-ht"])
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "taken"),
+    [(1, 4, None), (1, 8, None), (4, 8, None), (2, 4, 8), (3, 4, 8), (2, 2, 4), (1, 16, 8)],
+)
+def test_nodes_that_deepep_takes_otherwise_are_told(
+    name: str, nodes: int, ranks: int, taken: int | None
+) -> None:
+    """Its Buffer has min(8, ranks) ranks in an NVLink node, and rank // 8 is the node."""
+    doubt = Engine.named(name).doubt(nodes, ranks)
+    if taken is None:
+        assert doubt is None
+    else:
+        assert f"every {taken} ranks in a row" in doubt
+        assert f"nodes have {ranks}:" in doubt
+        assert doubt.endswith("csrc/legacy/buffer.hpp, LEGACY_NUM_MAX_NVL_PEERS)")
+    assert Engine.named("sglang-deepep-v2-hybrid").doubt(nodes, ranks) is None
+
+
 def test_one_nvlink_domain_is_one_node() -> None:
     engine = Engine.named("trtllm-onesided")
     assert engine.misfit(1, 72) is None

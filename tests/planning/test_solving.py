@@ -235,6 +235,19 @@ def test_costs_of_links_that_balancing_ignores_are_told(
     assert "whatever links cost" in told[-1]
 
 
+def test_nodes_that_an_engine_takes_otherwise_are_warned_of(
+    request_of: Callable[..., SolveRequest],
+) -> None:
+    warned: list[str] = []
+    for nodes in (1, 2):
+        topology = Topology(num_nodes=nodes, gpus_per_node=4 // nodes)
+        asked = request_of(
+            options=replace(QUICK, topology=topology), engine="sglang-deepep"
+        )
+        solve_request(asked, nobody, warned.append)
+    assert sum("every 4 ranks in a row" in line for line in warned) == 1
+
+
 def test_a_ladder_does_not_blame_the_load_for_received_copies(
     request_of: Callable[..., SolveRequest],
 ) -> None:
