@@ -435,6 +435,36 @@ def test_a_search_that_has_no_time_still_repairs_what_it_has(
     assert not report.reproducible
 
 
+def topics(num_topics: int = 8, num_sequences: int = 30, length: int = 30) -> Chunk:
+    """Each sequence has the ten token ids of a topic, each id a taste for experts."""
+    rng = np.random.default_rng(1)
+    topic = np.repeat(rng.integers(num_topics, size=num_sequences), length)
+    ids = topic * 10 + rng.integers(10, size=len(topic))
+    taste = 1.5 * rng.gumbel(size=(3, num_topics * 10, 16))
+    order = [np.argsort(-(one[ids] + rng.gumbel(size=(len(ids), 16)))) for one in taste]
+    return Chunk(
+        experts=tuple(one[:, :4].astype(np.uint8) for one in order),
+        token_ids=ids.astype(np.int32),
+        sequence_ids=np.repeat(np.arange(num_sequences), length).astype(np.int32),
+        positions=np.tile(np.arange(length), num_sequences).astype(np.int32),
+    )
+
+
+def test_caution_from_the_first_round_meets_a_cap_that_tables_exceed_without_it() -> None:
+    """Without it, two of the three layers stay above the cap."""
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=8),
+        policy="token",
+        max_imbalance=1.1,
+        redundant_experts=8,
+        replica_choice="sglang-static",
+        proof="none",
+        params=SolverParams(num_sweeps=4),
+        relax_cap=True,
+    )
+    assert not solved(topics(), options)[1].relaxed_layers
+
+
 def test_hash_needs_no_caution_for_homes(make_chunk: Callable[..., Chunk]) -> None:
     """It does not look at homes: the busiest experts' replicas share their load evenly."""
     chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)
