@@ -497,8 +497,8 @@ def test_a_wrong_suffix_is_refused_with_the_right_one(
 def test_the_model_may_say_otherwise_than_the_plan(
     model: Path, plan: Path, tmp_path: Path
 ) -> None:
-    """A model with other layers is refused before anything is written."""
-    (model / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 7}))
+    """A model that lacks a layer of the plan is refused before anything is written."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 5}))
     with pytest.raises(PlacerError, match="different models"):
         export_map("trtllm", plan, model, tmp_path / "map.yaml")
     assert Plan.read(plan).model.layer_ids == (2, 3, 4, 5)

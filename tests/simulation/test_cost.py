@@ -200,19 +200,19 @@ def test_a_users_hardware_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bf16_flops = 1e15", "cannot be read"),
-        ("this is no TOML", "cannot be read"),
+        ("bf16_flops = 1e15", "it lacks fp8_flops"),
+        ("this is no TOML", "is no valid TOML"),
         (
             "bf16_flops = 0\nfp8_flops = 2e15\nmemory_bandwidth = 3e12\n"
             "fast = { bandwidth = 4e11, latency = 1e-5 }\n"
             "slow = { bandwidth = 5e10, latency = 2e-5 }",
-            "bf16_flops must be positive",
+            "bf16_flops is 0, expected a number > 0",
         ),
         (
             "bf16_flops = 1\nfp8_flops = 2e15\nmemory_bandwidth = 3e12\n"
             "fast = { bandwidth = -1, latency = 1e-5 }\n"
             "slow = { bandwidth = 5e10, latency = 2e-5 }",
-            "positive bandwidth",
+            "fast.bandwidth is -1, expected a number > 0",
         ),
     ],
 )
