@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -235,7 +236,8 @@ def test_groups_are_preserved_on_ranks_of_their_own(
 
 def test_copies_are_counted_as_they_serve() -> None:
     """On nodes, copies do not share evenly: what is reported is what even homes cause."""
-    affinity = replace(grouped_loads(), model=replace(GROUPED, n_group=1, topk_group=1))
+    model = msgspec.structs.replace(GROUPED, n_group=1, topk_group=1)
+    affinity = replace(grouped_loads(), model=model)
     topology = Topology(num_nodes=4, gpus_per_node=2)
     loads = [counts.astype(float) for counts in affinity.load]
     for choice in ("hash", "local-first", "sglang-static"):
