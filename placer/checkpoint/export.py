@@ -35,10 +35,10 @@ from placer.checkpoint.writing import (
     written_shards,
 )
 from placer.errors import PlacerError, UsageError, VerificationError
-from placer.model import Architecture, ModelSpec, read_config, require_same_model
+from placer.model import Architecture, ModelSpec, read_config
 from placer.model.tensor_layout import TensorKind, TensorLayout
 from placer.placement import Plan
-from placer.placement.all_layers import on_all_layers
+from placer.placement.all_layers import plan_of
 from placer.run.files import read_bytes, sha256_file
 
 
@@ -217,8 +217,7 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
     """
     plan = Plan.read(plan_path)
     model = ModelSpec.from_checkpoint(directory)
-    plan = on_all_layers(plan, model)
-    warning = require_same_model(plan.model, str(plan_path), model, str(directory))
+    plan, warning = plan_of(plan, plan_path, model, directory)
     if (directory / RECORD_NAME).exists():
         raise PlacerError(
             f"{directory} was already permuted by placer",

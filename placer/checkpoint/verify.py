@@ -24,7 +24,7 @@ from placer.errors import PlacerError, VerificationError
 from placer.model import Architecture, ModelSpec, read_config, require_same_model
 from placer.model.tensor_layout import TensorKind, TensorLayout, has_columns
 from placer.placement import Placement, Plan
-from placer.placement.all_layers import on_all_layers
+from placer.placement.all_layers import plan_of
 from placer.run.files import read_text, sha256_file
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model
@@ -101,8 +101,7 @@ def verify(
     """
     plan = Plan.read(plan_path)
     model = ModelSpec.from_checkpoint(original)
-    plan = on_all_layers(plan, model)
-    require_same_model(plan.model, str(plan_path), model, str(original))
+    plan, _ = plan_of(plan, plan_path, model, original)
     require_same_model(
         model, str(original), ModelSpec.from_checkpoint(exported), str(exported)
     )

@@ -10,9 +10,9 @@ from placer.checkpoint.ranks import RANK_NAME, RankRecord, RoutedTensors, rank_f
 from placer.checkpoint.source import INDEX_NAME, CheckpointSource
 from placer.checkpoint.tensor_files import read_tensor
 from placer.errors import VerificationError
-from placer.model import ModelSpec, require_same_model
+from placer.model import ModelSpec
 from placer.placement import Plan
-from placer.placement.all_layers import on_all_layers
+from placer.placement.all_layers import plan_of
 from placer.run.documents import read_json
 from placer.run.files import require_file, sha256_file
 
@@ -61,8 +61,7 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
     """
     plan = Plan.read(plan_path)
     model = ModelSpec.from_checkpoint(original)
-    plan = on_all_layers(plan, model)
-    require_same_model(plan.model, str(plan_path), model, str(original))
+    plan, _ = plan_of(plan, plan_path, model, original)
     source = CheckpointSource.open(original)
     where = {name: shard.path for shard in source.shards for name in shard.tensors}
     routed = RoutedTensors.of(source, model)

@@ -1,4 +1,4 @@
-"""JSON and TOML: decoded within bounds, validated by type, refused in one sentence.
+"""JSON, TOML and YAML: decoded within bounds, validated by type, refused in one sentence.
 
 Every document that placer reads passes here. Placer's own are validated strictly against a
 ``msgspec.Struct`` of the room that owns the file: no unknown field, no other type, no value
@@ -9,7 +9,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import isclass
 from pathlib import Path
 from types import UnionType
@@ -104,6 +104,17 @@ def parse_toml(text: str | bytes, where: str) -> dict[str, Any]:
     """
     value: dict[str, Any] = _parsed(tomllib.loads, text, where, "TOML")
     return value
+
+
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """Decode YAML 1.1 without running code of it, as :func:`parse_json` decodes JSON.
+
+    Raises
+    ------
+    PlacerError
+        As that function does.
+    """
+    return _parsed(_load_yaml, text, where, "YAML")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -232,8 +243,8 @@ def _parsed(
     raise PlacerError(f"{where} is no valid {language}: {reason}", "write the file again")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _no_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
     for name, value in pairs:
         if name in found:
             raise ValueError(f"the key {_shown(name)} stands twice in one object")
@@ -241,12 +252,35 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _load_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        """PyYAML's safe loader, which keeps the last of two equal keys."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            _no_duplicates([(key, None) for key in keys])
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
+
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, TypeError) as error:  # a key that is a list
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _require_bounds(value: Any) -> None:
     """Refuse what nests too deep, and numbers and texts that later code cannot take."""
     level = [value]
+    seen: set[int] = set()  # aliases of YAML: one object in many places
     for _ in range(_MOST_LEVELS):
         inner: list[Any] = []
         for one in level:
+            if isinstance(one, dict | list):
+                if id(one) in seen:
+                    continue
+                seen.add(id(one))
             if isinstance(one, dict):
                 inner += one
                 inner += one.values()

@@ -11,13 +11,12 @@ from placer.model import (
     Architecture,
     ModelSpec,
     read_config,
-    require_same_model,
 )
 from placer.placement import (
     Placement,
     Plan,
 )
-from placer.placement.all_layers import on_all_layers
+from placer.placement.all_layers import plan_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +77,7 @@ class MapSource:
                 model=plan.model,
             )
         model = ModelSpec.from_checkpoint(directory)
-        plan = on_all_layers(plan, model)
-        warning = require_same_model(plan.model, str(plan_path), model, str(directory))
+        plan, warning = plan_of(plan, plan_path, model, directory)
         config = read_config(directory)
         architecture = Architecture.of(config, directory)
         return cls(

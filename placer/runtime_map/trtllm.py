@@ -7,15 +7,14 @@ the model's own layer number, ``num_slots`` experts each, consecutive slots on o
 layer that is missing is a KeyError at start, that of multi-token prediction included
 (NVIDIA/TensorRT-LLM#13974); an unknown key is refused.
 
-The file is YAML so plain that no library is needed to write it, or to read it back.
+What placer writes is YAML so plain that no library is needed; it reads any YAML.
 """
 
 import json
-import re
 from pathlib import Path
 
 from placer.errors import PlacerError
-from placer.run.documents import parse_json
+from placer.run.documents import parse_yaml
 from placer.run.files import read_text
 from placer.runtime_map.runtime import (
     MapSource,
@@ -26,9 +25,10 @@ from placer.runtime_map.runtime import (
     require_valid_rows,
 )
 
-_SCALAR = re.compile(r"(num_slots|layer_updates_per_iter): (\d{1,9})")
-_LAYER = re.compile(r"  (\d{1,9}): (\[[\d, ]*\])")
-_ASSIGNMENTS = "initial_global_assignments:"
+_ASSIGNMENTS = "initial_global_assignments"
+_KEYS = ("num_slots", "layer_updates_per_iter", _ASSIGNMENTS)
+# Where the map may stand in a file of TensorRT-LLM's options.
+_OUTER_KEYS = ("moe_config", "load_balancer")
 
 
 def _layers(source: MapSource) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def _layers(source: MapSource) -> tuple[int, ...]:
 def _write(source: MapSource, path: Path, _suffix: str) -> None:
     rows = source.uniform_rows("TensorRT-LLM")
     rows += [source.filler()] * source.num_mtp_layers
-    lines = [f"num_slots: {len(rows[0])}", "layer_updates_per_iter: 0", _ASSIGNMENTS]
+    lines = [f"num_slots: {len(rows[0])}", "layer_updates_per_iter: 0", f"{_ASSIGNMENTS}:"]
     lines += [
         f"  {layer}: {json.dumps(row)}"
         for layer, row in zip(_layers(source), rows, strict=True)
@@ -84,33 +84,32 @@ def _parse(path: Path, _suffix: str) -> ParsedMap:
 def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]:
     """Return the numbers of a map and the experts in the slots of each layer.
 
+    The file is that of ``load_balancer``, or TensorRT-LLM's options with it inside.
+
     Raises
     ------
     PlacerError
-        If a line is none that placer writes.
+        If it is no YAML, holds another key, or a layer is no list of whole numbers.
     """
-    scalars: dict[str, int] = {}
-    assignments: dict[int, list[int]] = {}
-    inside = False
-    for number, line in enumerate(read_text(path, what="map").splitlines(), 1):
-        if line == _ASSIGNMENTS:
-            inside = True
-        elif (found := _SCALAR.fullmatch(line)) and found[1] not in scalars:
-            scalars[found[1]], inside = int(found[2]), False
-        elif inside and (found := _LAYER.fullmatch(line)):
-            if int(found[1]) in assignments:
-                raise PlacerError(f"line {number}: layer {found[1]} stands twice")
-            assignments[int(found[1])] = _numbers(found[2], number)
-        else:
-            raise PlacerError(
-                f"line {number} is none that placer writes, and TensorRT-LLM refuses "
-                f"unknown keys: {line[:60]!r}"
-            )
-    return scalars, assignments
-
-
-def _numbers(text: str, line: int) -> list[int]:
-    return require_integers(parse_json(text, f"line {line}"), f"line {line}")
+    value = parse_yaml(read_text(path, what="map"), f"map {path.name}")
+    for key in _OUTER_KEYS:
+        if isinstance(value, dict) and key in value:
+            value = value[key]
+    if not isinstance(value, dict):
+        raise PlacerError(f"it holds {type(value).__name__}, not {', '.join(_KEYS)}")
+    if odd := [key for key in value if key not in _KEYS]:
+        raise PlacerError(f"TensorRT-LLM refuses unknown keys: {odd[0]!r}")
+    assignments = value.get(_ASSIGNMENTS) or {}
+    scalars = {key: value[key] for key in _KEYS if key != _ASSIGNMENTS and key in value}
+    if not isinstance(assignments, dict) or any(
+        type(number) is not int for number in (*scalars.values(), *assignments)
+    ):
+        raise PlacerError(
+            f"{', '.join(_KEYS[:2])} and the numbers of layers are no whole numbers"
+        )
+    return scalars, {
+        layer: require_integers(row, f"layer {layer}") for layer, row in assignments.items()
+    }
 
 
 TRTLLM = Runtime(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -181,3 +182,47 @@ def test_every_command_takes_what_an_engine_runs_now(
     assert run("check", plan, trace) == 2
     told = capsys.readouterr().err
     assert "placer simulate PLAN TRACE" in told
+
+
+ROWS = {3: [7, 2, 0, 3, 5, 6, 1, 4], 4: [7, 2, 0, 3, 5, 6, 1, 4]}
+ALIKE = dict.fromkeys(ROWS, ROWS[3])  # PyYAML writes the second as an alias of the first
+FILE = {"num_slots": 8, "layer_updates_per_iter": 0, "initial_global_assignments": ALIKE}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        yaml.safe_dump(FILE),
+        yaml.safe_dump(FILE, default_flow_style=None, width=20),
+        yaml.safe_dump(FILE, default_flow_style=False, indent=4),
+        "# of last week\n" + json.dumps(FILE).replace('"3"', "3").replace('"4"', "4"),
+        yaml.safe_dump({"moe_config": {"backend": "WIDEEP", "load_balancer": FILE}}),
+    ],
+    ids=["aliases", "wrapped lists", "blocks", "comments and JSON", "inside the options"],
+)
+def test_any_yaml_of_tensorrt_llm_is_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text(text)
+    two = Topology(num_nodes=1, gpus_per_node=2)
+    plan, _ = import_map("trtllm", tmp_path / "map.yaml", two, None, tmp_path / "plan")
+    assert plan.placement.to_json() == [*ROWS.values()]
+    assert plan.model.layer_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a: [1", "is no valid YAML: while parsing a flow sequence"),
+        ("!!python/object/apply:os.system [ls]", "is no valid YAML: could not determine"),
+        ("a: &a [*a, *a]\n", "unknown keys: 'a'"),
+        ("initial_global_assignments: {3: [[1]]}", "layer 3 is no list of whole numbers"),
+        ("initial_global_assignments: {x: [1]}", "numbers of layers are no whole numbers"),
+        ("[1, 2]", "it holds list"),
+        ("? [1]\n: 2", "is no valid YAML"),
+        ("moe_config: {load_balancer: map.yaml}", "it holds str"),
+    ],
+)
+def test_yaml_that_is_no_map_is_refused(text: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(PlacerError, match=match) as caught:
+        import_map("trtllm", tmp_path / "map.yaml", TWO_NODES, None, tmp_path / "plan")
+    assert caught.value.hint

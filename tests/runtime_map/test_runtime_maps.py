@@ -287,11 +287,11 @@ def test_verify_names_what_is_wrong_in_a_json_map(
         ("num_slots: 12\n", "", "num_slots must be given"),
         ("per_iter: 0", "per_iter: 2", "layer_updates_per_iter be 0"),
         ("  6: ", "  7: ", "stops at a layer that is missing"),
-        ("  3: ", "  2: ", "layer 2 stands twice"),
-        ("num_slots", "ep_size: 4\nnum_slots", "ep_size: 4"),
+        ("  3: ", "  2: ", "the key 2 stands twice"),
+        ("num_slots", "ep_size: 4\nnum_slots", "unknown keys: 'ep_size'"),
         ("  2: [0, 1", "  2: [1, 0", "slot 0 holds expert 1, by the plan 0"),
         ("  2: [0, 1", "  2: [0, 9", "outside 0..7"),
-        ("  2: [0, 1", "  2: [0,, 1", "line 4 is no valid JSON"),
+        ("  2: [0, 1", "  2: [0,, 1", "map map.yaml is no valid YAML"),
     ],
 )
 def test_verify_names_what_is_wrong_in_a_trtllm_map(
@@ -497,8 +497,11 @@ def test_a_wrong_suffix_is_refused_with_the_right_one(
 def test_the_model_may_say_otherwise_than_the_plan(
     model: Path, plan: Path, tmp_path: Path
 ) -> None:
-    """A model that lacks a layer of the plan is refused before anything is written."""
-    (model / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 5}))
+    """Other experts are refused before anything is written; further layers are told of."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"n_routed_experts": 16}))
     with pytest.raises(PlacerError, match="different models"):
         export_map("trtllm", plan, model, tmp_path / "map.yaml")
     assert Plan.read(plan).model.layer_ids == (2, 3, 4, 5)
+    (model / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 7}))
+    written = export_map("trtllm", plan, model, tmp_path / "map.yaml")
+    assert "places no expert of layers 6, which" in written.warnings[0]

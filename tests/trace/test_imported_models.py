@@ -13,7 +13,7 @@ from placer.cli.main import main
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
-from placer.placement.all_layers import on_all_layers
+from placer.placement.all_layers import plan_of
 from placer.trace import Trace
 from placer.trace.imported import ImportOptions, import_file
 from placer.trace.npz import read_npz
@@ -117,7 +117,12 @@ def test_a_plan_of_some_layers_is_exported_for_all(tmp_path: Path, copies: int) 
         row = [6, 7, 0, 4, 5, 1, 2, 3, 4, 0, 1, 2]
     placed = Placement.from_json([row, row], (8, 8), 4, 1)
     plan = unsolved_plan(trace.model, placed)
-    whole = on_all_layers(plan, ModelSpec.from_checkpoint(directory))
+    spec = ModelSpec.from_checkpoint(directory)
+    whole, warning = plan_of(plan, tmp_path / "plan", spec, directory)
+    assert warning == (
+        f"{tmp_path / 'plan'} places no expert of layers 0, 1, which were not recorded: "
+        "their experts stay in order"
+    )
     in_order = [n % 8 for n in range(8 + copies)]
     assert whole.placement.to_json() == [in_order, in_order, row, row]
     plan.write(tmp_path / "plan")
@@ -127,7 +132,6 @@ def test_a_plan_of_some_layers_is_exported_for_all(tmp_path: Path, copies: int) 
     rows = json.loads(out.read_text())["physical_to_logical_map"]
     assert rows == whole.placement.to_json()
     other = model(tmp_path / "other", V4 | {"hidden_size": 32})
-    assert on_all_layers(plan, ModelSpec.from_checkpoint(other)) is plan
     assert run("export", "sglang", tmp_path / "plan", other, "--out", tmp_path / "x.json")
 
 
