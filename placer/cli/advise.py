@@ -83,6 +83,7 @@ def advise(
     from placer.planning.advice import advise_on_loads, next_command
     from placer.planning.question import Question, predictable_policy, usual_engines
     from placer.planning.trace_advice import advise_on_trace
+    from placer.planning.verdict import grouped
     from placer.report.batches import advice_table
     from placer.serving.homes import batch_shapes, parse_tokens_per_rank
     from placer.simulation.cost import find_expert_shape, require_no_sizes
@@ -123,7 +124,7 @@ def advise(
         for one in engines
     ]
     if trace is None:
-        advice = advise_on_loads(Affinity.read(source), questions)
+        advice = advise_on_loads(Affinity.read(source), questions, source)
     else:
         advice = advise_on_trace(trace, questions)
     for line in advice.warnings:
@@ -132,8 +133,8 @@ def advise(
     if as_json:
         print_json(advice.to_json() | {"next": command})
         return
-    for one in advice.answers:
-        print_verdict(one.engine, one.sentence)
+    for names, sentence in grouped((one.engine, one.sentence) for one in advice.answers):
+        print_verdict(", ".join(names) or None, sentence)
     print_line("")
     print_table(*advice_table(advice))
     for reason in advice.reasons:

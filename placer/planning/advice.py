@@ -1,7 +1,7 @@
 """Advice: whether placing experts is worth it for this traffic, engine and hardware."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,8 +11,15 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
-from placer.planning.advised_plans import BALANCED, balanced_options, solve_command
+from placer.planning.advised_plans import (
+    BALANCED,
+    Relief,
+    balanced_options,
+    solve_command,
+    with_more_replicas,
+)
 from placer.planning.question import Question, loadable
+from placer.planning.verdict import grouped
 from placer.serving.homes import Batching
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.cost import BreakEven
@@ -113,12 +120,15 @@ class Advice:
         What limits the figures.
     redundant_experts
         Slots per layer beyond one for each expert, where only they fill the ranks.
+    relief
+        What further redundant experts gain where nothing else does; else ``None``.
     """
 
     answers: tuple[Answer, ...]
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     redundant_experts: int = 0
+    relief: Relief | None = None
 
     @property
     def best(self) -> Answer:
@@ -141,10 +151,13 @@ class Advice:
         }
 
 
-def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice:
+def advise_on_loads(
+    affinity: Affinity, questions: Sequence[Question], source: Path
+) -> Advice:
     """Advise from counts: whether balancing pays, as far as loads tell.
 
     ``questions`` differ in the engine alone: it says which replica of an expert serves.
+    ``source`` is the file of the counts, which commands name.
 
     Raises
     ------
@@ -159,12 +172,14 @@ def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice
             f"select when counting: placer affinity TRACE --phase {phase} --out AFFINITY",
         )
     asked, left_out = loadable(questions, affinity.model)
-    plans = [(one, balanced_options(one, affinity.model)) for one in asked]
-    made = {options: solve(affinity, options)[0] for _, options in plans}
-    first = asked[0]
+    balanced = _Balanced(affinity)
+    found = [_loads_answer(balanced, one) for one in asked]
+    answers = tuple(answer for answer, _ in found)
+    relieved = [one for _, one in found if one is not None]
     unknown = [
-        unknown_dense_layers(made[options], one.replica_choice, one.layer_ids)
-        for one, options in plans
+        unknown_dense_layers(balanced.plan(one.options), choice, one.question.layer_ids)
+        for one in answers
+        if (choice := one.question.replica_choice)
     ]
     warnings = (
         *left_out,
@@ -172,52 +187,104 @@ def advise_on_loads(affinity: Affinity, questions: Sequence[Question]) -> Advice
         "nothing was held out: these are the counts that the plan is made from, and "
         "tomorrow's load is less even",
     )
-    return Advice(
-        answers=tuple(
-            _loads_answer(affinity, one, options, made[options]) for one, options in plans
+    advice = Advice(
+        answers=answers,
+        reasons=(
+            "counts without tokens do not tell what placement would save in traffic",
+            *_relief_reasons(relieved, source),
         ),
-        reasons=("counts without tokens do not tell what placement would save in traffic",),
-        redundant_experts=first.redundant_experts,
+        redundant_experts=asked[0].redundant_experts,
         warnings=tuple(dict.fromkeys(text for text in warnings if text is not None)),
     )
+    only = advice.verdict == "not worth it"
+    return replace(advice, relief=relieved[0]) if relieved and only else advice
 
 
-def _loads_answer(
-    affinity: Affinity, question: Question, options: SolveOptions, even: Placement
-) -> Answer:
-    topology = question.topology
+class _Balanced:
+    """Placements that balance some loads, each made once."""
+
+    def __init__(self, affinity: Affinity) -> None:
+        self.affinity = affinity
+        self._loads = [counts.astype(np.float64) for counts in affinity.load]
+        self._made: dict[SolveOptions, Placement] = {}
+
+    def plan(self, options: SolveOptions) -> Placement:
+        """Return the placement for some options."""
+        if options not in self._made:
+            self._made[options] = solve(self.affinity, options)[0]
+        return self._made[options]
+
+    def imbalance(self, placement: Placement, question: Question) -> float:
+        """Return the max/mean rank load to expect, mean over layers."""
+        choice, layer_ids = question.replica_choice or "hash", question.layer_ids
+        by_layer = predicted_imbalance(placement, self._loads, choice, layer_ids)
+        return float(np.mean(by_layer))
+
+
+def _relief_reasons(relieved: Sequence[Relief], source: Path) -> list[str]:
+    """Return each sentence once, with its engines and the command of the first."""
+    commands: dict[str, str] = {}
+    for one in relieved:
+        commands.setdefault(one.sentence, one.command(source))
+    told = grouped(
+        (engine.name if (engine := one.question.engine) else None, one.sentence)
+        for one in relieved
+    )
+    return [
+        f"{', '.join(names)}{': ' if names else ''}{sentence}: {commands[sentence]}"
+        for names, sentence in told
+    ]
+
+
+def _loads_answer(balanced: _Balanced, question: Question) -> tuple[Answer, Relief | None]:
+    model, topology = balanced.affinity.model, question.topology
+    options = balanced_options(question, model)
     base = contiguous(
-        affinity.model.num_experts,
+        model.num_experts,
         topology.num_ranks,
         topology.num_nodes,
         question.redundant_experts,
     )
-    loads = [counts.astype(np.float64) for counts in affinity.load]
-    choice, layer_ids = question.replica_choice or "hash", question.layer_ids
-    before, after = (
-        float(np.mean(predicted_imbalance(one, loads, choice, layer_ids)))
-        for one in (base, even)
-    )
-    gain = 1 - after / before
-    verdict: Verdict = "balance only" if gain >= question.least_gain else "not worth it"
-    return Answer(
+    before = balanced.imbalance(base, question)
+    after = balanced.imbalance(balanced.plan(options), question)
+    verdict: Verdict = "not worth it"
+    if 1 - after / before >= question.least_gain:
+        verdict = "balance only"
+    relief = _relief(balanced, question, min(before, after))
+    alone = verdict == "not worth it" and relief is not None
+    answer = Answer(
         engine=None if question.engine is None else question.engine.name,
         phase=None,
         best=BALANCED,
         question=question,
         options=options,
         verdict=verdict,
-        sentence=f"{verdict}: busiest rank's load {100 * (after / before - 1):+.1f} % "
-        f"({before:.3f} to {after:.3f} of the mean)",
+        sentence=f"{verdict}{' without redundant experts' * alone}: busiest rank's load "
+        f"{100 * (after / before - 1):+.1f} % ({before:.3f} to {after:.3f} of the mean)",
         candidates={
             "contiguous": (Candidate(load_imbalance=before),),
             BALANCED: (Candidate(load_imbalance=after),),
         },
     )
+    return answer, relief
+
+
+def _relief(balanced: _Balanced, question: Question, without: float) -> Relief | None:
+    """Return what one further slot per rank gains, where that is enough."""
+    model = balanced.affinity.model
+    asked = with_more_replicas(question, model, without)
+    if asked is None:
+        return None
+    options = balanced_options(asked, model)
+    reached = balanced.imbalance(balanced.plan(options), asked)
+    found = Relief(question=asked, options=options, imbalance=reached, without=without)
+    return found if found.is_enough else None
 
 
 def next_command(advice: Advice, source: Path) -> str | None:
     """Return the command that makes the best answer's plan, or ``None``: not worth it."""
+    if advice.relief is not None:
+        return advice.relief.command(source)
     best = advice.best
     if best.verdict == "not worth it":
         return None

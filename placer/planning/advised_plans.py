@@ -5,13 +5,15 @@ Each is solved for what ``placer solve`` solves for by its command, but in a few
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
 from placer.planning.question import Question
-from placer.planning.served import Loading, require_loadable, solved_for
+from placer.planning.served import Loading, loads_map, require_loadable, solved_for
+from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.solver.options import MAX_IMBALANCE, Objective, SolveOptions
 from placer.solver.params import SolverParams
 from placer.trace import Fold, Selection
@@ -25,6 +27,9 @@ QUICK = SolveOptions(
     params=SolverParams(num_rounds=3, num_sweeps=3, num_starts=1, num_tokens=16_384),
 )
 
+# Balance further from even than this is worth a word on redundant experts.
+_FAR_FROM_EVEN = 1.1
+
 #: Plans by name: for balance alone; for traffic, no rank busier than EPLB's busiest; for
 #: traffic under the default cap.
 BALANCED = "balanced"
@@ -36,6 +41,27 @@ def balanced_options(question: Question, model: ModelSpec) -> SolveOptions:
     """Return what ``placer solve --objective balance`` solves for."""
     asked = _options(question, model, "balance")
     return replace(asked, policy="fixed", exchange="per-rank")
+
+
+def with_more_replicas(
+    question: Question, model: ModelSpec, imbalance: float
+) -> Question | None:
+    """Return the question with one further slot per rank.
+
+    ``None`` where an imbalance is too little to be worth a word on it, the engine loads no
+    map of the model, or the slots do not fit.
+    """
+    topology, engine = question.topology, question.known_engine
+    more = question.redundant_experts + topology.num_ranks
+    if imbalance <= _FAR_FROM_EVEN:
+        return None
+    if engine is not None and not loads_map(engine, model):
+        return None
+    blocks = topology.num_nodes if model.n_group > 1 else 1
+    fitting = redundant_experts_that_fit(model.num_experts, topology.num_ranks, blocks)
+    if more not in islice(fitting, 2):
+        return None
+    return replace(question, redundant_experts=more)
 
 
 def advised_plans(question: Question, model: ModelSpec) -> dict[str, SolveOptions]:
@@ -126,3 +152,41 @@ def _goal(question: Question, options: SolveOptions) -> Sequence[str]:
         # Not a cap that the user asks for: where it is out of reach, the best will do.
         parts += [f"--max-imbalance {options.max_imbalance:g} --relax-cap"]
     return parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relief:
+    """What further redundant experts do to the busiest rank.
+
+    Attributes
+    ----------
+    question, options
+        What is asked and solved for, with them.
+    imbalance
+        Busiest rank's load over the mean, with them.
+    without
+        The least without more of them.
+    """
+
+    question: Question
+    options: SolveOptions
+    imbalance: float
+    without: float
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether they save what a change must save."""
+        return self.imbalance <= (1 - self.question.least_gain) * self.without
+
+    @property
+    def sentence(self) -> str:
+        """What they do, in words."""
+        return (
+            f"with {self.question.redundant_experts} redundant experts the busiest rank "
+            f"has {self.imbalance:.3f} of the mean load, at best {self.without:.3f} "
+            "without more of them"
+        )
+
+    def command(self, source: Path) -> str:
+        """Return the command that makes the plan."""
+        return solve_command(self.question, self.options, source)

@@ -5,10 +5,8 @@ other half, beside the contiguous placement that engines start with: for each en
 batches of each size that it is run for.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -22,13 +20,13 @@ from placer.planning.advice import RANKED, Advice, Answer, Candidate, Verdict
 from placer.planning.advised_plans import (
     BALANCED,
     PROFILE,
+    Relief,
     advised_plans,
     balanced_options,
-    solve_command,
+    with_more_replicas,
 )
 from placer.planning.phases import no_batch_for, phase_warning, sizes_warning
 from placer.planning.question import Question, loadable
-from placer.planning.served import loads_map
 from placer.planning.verdict import grouped
 from placer.run.deadline import Deadline
 from placer.serving.homes import Batching, BatchShape
@@ -40,7 +38,6 @@ from placer.simulation.batch_figures import (
     filled_warning,
 )
 from placer.simulation.sent import NODE_COPIES
-from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.target.engine import PHASES
@@ -48,8 +45,6 @@ from placer.trace import Chunk, Selection, Trace
 from placer.trace.doubts import doubtful_follow, doubts
 
 MOST_JUDGED_TOKENS = 65_536
-# Balance further from even than this is worth a word on redundant experts.
-_FAR_FROM_EVEN = 1.1
 _TIMES = ("time_us", "overlapped_us")
 
 
@@ -103,10 +98,15 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
         filled_warning(tuple(shapes), heldout.num_tokens, first.topology.num_ranks),
         *assumed,
     )
-    reasons = _reasons(asked, advice.best, trace.directory, placements, served)
+    reasons = _reasons(asked, placements)
+    relief = _relief(advice.best, placements, served)
+    if relief is not None:
+        reasons.append(f"{relief.sentence}: {relief.command(trace.directory)}")
+    only = advice.verdict == "not worth it"
     return replace(
         advice,
         reasons=tuple(reasons),
+        relief=relief if only else None,
         warnings=tuple(dict.fromkeys(text for text in warnings if text is not None)),
     )
 
@@ -297,13 +297,7 @@ def _verdict_words(
     )
 
 
-def _reasons(
-    asked: Sequence[Question],
-    advised: Answer,
-    source: Path,
-    placements: _Placements,
-    served: _Served,
-) -> list[str]:
+def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
     reasons = [
         f"{', '.join(names)}: {reason}"
         for names, reason in grouped(
@@ -319,36 +313,23 @@ def _reasons(
             "without --hardware a verdict counts what is sent and the busiest rank's load, "
             "not time"
         )
-    return [*reasons, *_redundant_reason(advised, source, placements, served)]
+    return reasons
 
 
-def _redundant_reason(
-    advised: Answer, source: Path, placements: _Placements, served: _Served
-) -> Iterator[str]:
-    """Say what one further slot per rank gains, where that is enough to be worth a word."""
+def _relief(advised: Answer, placements: _Placements, served: _Served) -> Relief | None:
+    """Return what one further slot per rank gains, where that is worth a word."""
     question, model = advised.question, placements.model
-    more = question.redundant_experts + question.topology.num_ranks
     least = min(_mean_straggler(found) for found in advised.candidates.values())
-    engine = question.known_engine
-    if engine is not None and not loads_map(engine, model):
-        return
-    topology, nodes = question.topology, question.topology.num_nodes
-    blocks = nodes if model.n_group > 1 else 1
-    fitting = redundant_experts_that_fit(model.num_experts, topology.num_ranks, blocks)
-    if least <= _FAR_FROM_EVEN or more not in islice(fitting, 2):
-        return
-    asked = replace(question, redundant_experts=more)
+    asked = with_more_replicas(question, model, least)
+    if asked is None:
+        return None
     options = balanced_options(asked, model)
     placement = placements.plan(options)
     shapes = [one for one in question.answered if one.batching == advised.phase]
     figures = [served.figures(options, placement, shape, asked) for shape in shapes]
     reached = _mean_straggler([_candidate(one, asked) for one in figures])
-    if reached <= (1 - question.least_gain) * least:
-        yield (
-            f"with {more} redundant experts the busiest rank has {reached:.3f} of the mean "
-            f"load, at best {least:.3f} without more of them: "
-            f"{solve_command(asked, options, source)}"
-        )
+    found = Relief(question=asked, options=options, imbalance=reached, without=least)
+    return found if found.is_enough else None
 
 
 def _mean_straggler(found: Sequence[Candidate]) -> float:

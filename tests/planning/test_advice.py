@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from placer.affinity import count_affinity
+from placer.affinity import Affinity, count_affinity
 from placer.cli.main import main
 from placer.cli.output import TokensPerRankOption
 from placer.errors import UsageError
@@ -295,9 +295,50 @@ def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
 def test_loads_alone_judge_balance(tmp_path: Path) -> None:
     counted = count_affinity(write(tmp_path / "h", hot()).chunks(), MODEL, {})
     alone = replace(counted, transition=(), coactivation=())
-    assert advise_on_loads(alone, [QUESTION]).verdict == "balance only"
+    assert advise_on_loads(alone, [QUESTION], tmp_path).verdict == "balance only"
     counted = count_affinity(write(tmp_path / "p", partners()).chunks(), MODEL, {})
-    assert advise_on_loads(counted, [QUESTION]).verdict == "not worth it"
+    assert advise_on_loads(counted, [QUESTION], tmp_path).verdict == "not worth it"
+
+
+@pytest.fixture
+def hot_loads(tmp_path: Path) -> Path:
+    """Eight experts on eight ranks: without replicas all placements are as uneven."""
+    loads = np.array([600, 560, 120, 120, 20, 10, 10, 10]) * 1000
+    counts = Affinity(
+        model=ModelSpec(num_experts=(8,), top_k=2), num_tokens=725_000, load=(loads,),
+        coactivation=(), transition=(), token_expert=None, sequence_expert=None,
+        provenance={},
+    )  # fmt: skip
+    counts.write(tmp_path / "hot.aff")
+    return tmp_path / "hot.aff"
+
+
+def test_loads_that_only_redundant_experts_even_out_name_them(
+    hot_loads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command reaches the printed figure; engines with one answer share a line."""
+    words = ["advise", str(hot_loads), "--gpus-per-node", "8"]
+    for engine in ([], ["--engine", "sglang"], ["--engine", "deepspeed"]):
+        capsys.readouterr()
+        assert run([*words, *engine]) == 0
+        out = capsys.readouterr().out
+        # 600 of 1,450 pairs on one of eight ranks.
+        assert out.count("(3.310 to 3.310") == 1
+        if engine == ["--engine", "deepspeed"]:
+            assert "redundant" not in out and "next:" not in out
+            continue
+        assert "not worth it without redundant experts" in " ".join(out.split())
+        first = re.search(
+            r"with 8 redundant experts the busiest rank has (\S+) of .*: (placer .*)", out
+        )
+        assert first is not None
+        assert f"next: {first[2]}\n" in out
+        plan = tmp_path / f"{len(engine)}.json"
+        command = shlex.split(first[2])[1:]
+        command[command.index("plan.json")] = str(plan)
+        assert run([*command, "--json"]) == 0
+        solver = json.loads(plan.read_text())["solver"]
+        assert f"{solver['predicted_imbalance']:.3f}" == first[1]
 
 
 def test_the_command_prints_the_verdict(
@@ -335,7 +376,7 @@ def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(
     counts.write(tmp_path / "counts")
     for number, (advice, source) in enumerate(
         (
-            (advise_on_loads(counts, asked), tmp_path / "counts"),
+            (advise_on_loads(counts, asked, tmp_path / "counts"), tmp_path / "counts"),
             (advise_on_trace(trace, asked), trace.directory),
         )
     ):
@@ -360,7 +401,7 @@ def test_no_copies_are_advised_to_an_engine_that_loads_no_map(
         advise_on_trace(trace, asked)
     assert "vLLM loads no map" in error.value.message
     with pytest.raises(UsageError) as other:
-        advise_on_loads(counts, asked)
+        advise_on_loads(counts, asked, tmp_path)
     assert str(other.value) == str(error.value)
     assert error.value.hint == (
         "choose --nodes x --gpus-per-node among 1, 2, 4, 8; or an engine that loads a map: "
@@ -459,7 +500,7 @@ def test_from_counts_the_engine_says_which_copy_serves(tmp_path: Path) -> None:
         replace(THREE, engine=Engine.named(name))
         for name in ("sglang-none", "sglang-deepep")
     ]
-    even, drawn = advise_on_loads(counts, asked).answers
+    even, drawn = advise_on_loads(counts, asked, tmp_path).answers
     assert (even.engine, drawn.engine) == ("sglang-none", "sglang-deepep")
     assert even.candidates != drawn.candidates
 
