@@ -28,8 +28,19 @@ if TYPE_CHECKING:
 Facts = dict[str, object]
 # Told on stderr, one line each.
 _TOLD = ("start", "warnings")
-MAPS = ("sglang", "trtllm", "vllm-ascend", "eplb", "csv", "json")
-TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS)
+MAPS = (
+    "sglang",
+    "trtllm",
+    "vllm-ascend",
+    "vllm-pr49572",
+    "vllm-das",
+    "eplb",
+    "csv",
+    "json",
+)
+# Written of counts, not of a plan.
+_COUNTS = "ktransformers"
+TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS, _COUNTS)
 _BACKEND = ("--backend", "--ray-address")
 # Maps take --out alone.
 _OPTIONS = {
@@ -112,7 +123,10 @@ def export(
     Maps: sglang (.json or .pt for --init-expert-location), trtllm (.yaml for
     moe_config.load_balancer), vllm-ascend (.json for expert_map_path), eplb (.safetensors
     or .npz with phy2log, log2phy, logcnt), csv (one slot per line) and json. The last
-    three need no MODEL.
+    three need no MODEL. No released engine reads vllm-pr49572 (.json, as proposed to vLLM),
+    and a vendor's plugin alone reads vllm-das (.json).
+
+    ktransformers: counts of experts (.pt) of an affinity file, in place of a plan.
     """
     if target not in TARGETS:
         raise UsageError(
@@ -132,10 +146,12 @@ def export(
     }
     _require_options(target, [name for name, value in given.items() if value])
     if not dry_run:
-        directory = target not in MAPS
+        directory = target not in (*MAPS, _COUNTS)
         claim(context, _required(out), [plan, model], force=force, directory=directory)
     if target in MAPS:
         facts = _export_map(target, plan, model, _required(out))
+    elif target == _COUNTS:
+        facts = _export_counts(plan, model, _required(out))
     elif target == "deepspeed":
         facts = _export_deepspeed(plan, model, _required(out), inverse)
     else:
@@ -293,6 +309,22 @@ def _tell_start(starts: "Sequence[Start]") -> None:
     for one in starts:
         for line in one.lines():
             note(line)
+
+
+def _export_counts(counts: Path, model: Path | None, out: Path) -> Facts:
+    from placer.runtime_map.logical_count import export_logical_count
+
+    if model is None:
+        raise UsageError(
+            f"target {_COUNTS} needs the model, which says which layers are MoE layers",
+            f"placer export {_COUNTS} AFFINITY MODEL --out counts.pt",
+        )
+    shape = export_logical_count(counts, model, out)
+    note(
+        "start KTransformers with --kt-expert-placement-strategy frequency "
+        f"--init-expert-location {out}"
+    )
+    return {"out": str(out), "shape": list(shape)}
 
 
 def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:

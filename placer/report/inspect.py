@@ -214,14 +214,37 @@ def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
 
 
 def _rank_load_section(placement: Placement, load: Sequence[IntArray]) -> Section:
-    """Return one row per MoE layer: max/mean rank load, and the busiest rank."""
+    """Return one row per MoE layer: max/mean rank load, and what makes the busiest rank so.
+
+    Experts are told with their share of that rank's load, the largest first: as many as
+    have most of it, at most five.
+    """
     rows = []
     for layer, counts in enumerate(load):
-        ratio = skew(rank_load(placement, layer, counts))
-        rows.append((layer, float(ratio.max()), float(ratio.min()), int(ratio.argmax())))
+        loads = rank_load(placement, layer, counts)
+        ratio = skew(loads)
+        busiest = int(ratio.argmax())
+        held = placement.holds(layer)
+        served = counts * held[:, busiest] / held.sum(axis=1)
+        share = served / max(float(loads[busiest]), 1.0)
+        order = np.argsort(-share, kind="stable")
+        largest = order[: min(int(np.searchsorted(share[order].cumsum(), 0.5)) + 1, 5)]
+        rows.append(
+            (
+                layer,
+                float(ratio.max()),
+                float(ratio.min()),
+                busiest,
+                " ".join(map(str, np.flatnonzero(held[:, busiest]))),
+                " ".join(f"{expert} ({share[expert]:.0%})" for expert in largest),
+            )
+        )
     return Section(
         title="rank load per MoE layer",
-        columns=("layer", "max/mean", "min/mean", "busiest rank"),
+        columns=(
+            *("layer", "max/mean", "min/mean", "busiest rank"),
+            *("experts there", "most of its load"),
+        ),
         rows=tuple(rows),
     )
 

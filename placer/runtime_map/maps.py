@@ -21,6 +21,7 @@ from placer.runtime_map import (
     plain,
     sglang,
     trtllm,
+    vllm,
     vllm_ascend,
 )
 from placer.runtime_map.engine_family import (
@@ -40,6 +41,8 @@ RUNTIMES: dict[str, Runtime] = {
     "sglang": sglang.SGLANG,
     "trtllm": trtllm.TRTLLM,
     "vllm-ascend": vllm_ascend.VLLM_ASCEND,
+    "vllm-pr49572": vllm.PROPOSED,
+    "vllm-das": vllm.DAS,
     "eplb": eplb.EPLB,
     "csv": plain.CSV,
     "json": plain.JSON,
@@ -186,6 +189,8 @@ def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
     """Yield what is wrong with a map for this very model."""
     if source.warning:
         yield source.warning
+    if runtime.status:
+        yield runtime.status
     if runtime.family is None:
         return
     if (drawn := other_choice(source.plan, runtime.family)) is not None:
@@ -220,7 +225,7 @@ def require_plan(rows: Any, source: MapSource) -> None:
 
 
 def _format_of(path: Path) -> str:
-    """Return the name of a map's format; three engines' files end in ``.json``."""
+    """Return the name of a map's format; files of many engines end in ``.json``."""
     fitting = [name for name, one in RUNTIMES.items() if path.suffix in one.suffixes]
     if not fitting:
         known = sorted({suffix for one in RUNTIMES.values() for suffix in one.suffixes})
@@ -235,6 +240,10 @@ def _format_of(path: Path) -> str:
     except PlacerError as error:
         raise VerificationError(error.message, "export it again") from error
     keys = set(value) if isinstance(value, dict) else set()
+    if isinstance(value, list):
+        return "vllm-pr49572"
     if "layer_list" in keys:
         return "vllm-ascend"
+    if "model_maps" in keys:
+        return "vllm-das"
     return "json" if "kind" in keys else "sglang"

@@ -194,6 +194,8 @@ class Runtime:
         Reads what a map says by itself, from a path in the format of a suffix.
     family
         Name of the engine's family, ``None`` where the format belongs to no engine.
+    status
+        Who reads the file, where no released engine does; else ``None``.
     """
 
     suffixes: tuple[str, ...]
@@ -202,6 +204,7 @@ class Runtime:
     read: Callable[[MapSource, Path, str], Sequence[Sequence[int]]]
     parse: Callable[[Path, str], ParsedMap]
     family: str | None = None
+    status: str | None = None
 
 
 def require_valid_rows(

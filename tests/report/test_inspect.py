@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from placer.affinity import Affinity
 from placer.affinity.from_traces import affinity_of_traces
 from placer.cli.main import main
 from placer.placement import Placement, Plan, SolverReport
@@ -218,6 +219,32 @@ def test_plan_with_the_load_of_its_ranks(
     share = np.array([(ids >= 4).mean(), (ids < 4).mean()])
     assert rows[2]["max/mean"] == pytest.approx(share.max() * 2)
     assert rows[2]["busiest rank"] == int(share.argmax())
+    assert rows[2]["experts there"] == ("4 5 6 7", "0 1 2 3")[share.argmax()]
+
+
+def test_the_busiest_rank_is_explained(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand: rank 0 has experts 4 to 7 with 60 + 25 + 10 + 5 of 120 pairs."""
+    model = Plan.read(plan).model
+    counts = np.array([5, 5, 5, 5, 10, 60, 25, 5])
+    Affinity(
+        model=model,
+        num_tokens=60,
+        load=(counts,) * model.num_layers,
+        transition=(),
+        coactivation=(),
+        token_expert=None,
+        sequence_expert=None,
+        provenance={},
+    ).write(tmp_path / "counts")
+    rows = inspected(capsys, plan, "--load", tmp_path / "counts")["tables"][
+        "rank load per MoE layer"
+    ]
+    assert rows[0]["busiest rank"] == 0
+    assert rows[0]["max/mean"] == pytest.approx(100 / 60)
+    assert rows[0]["most of its load"] == "5 (60%)"
+    assert rows[0]["experts there"] == "4 5 6 7"
 
 
 def test_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

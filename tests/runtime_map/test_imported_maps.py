@@ -23,6 +23,7 @@ from tests.plans import unsolved_plan
 # Dense layer 0, MoE layers 1 and 2, one MTP layer behind them.
 CONFIG = {
     "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
     "num_hidden_layers": 3,
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 1,

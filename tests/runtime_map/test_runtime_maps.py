@@ -41,6 +41,7 @@ NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 6, 8, 4
 # Dense layers 0 and 1, MoE layers 2 to 5, one MTP layer behind them.
 CONFIG = {
     "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
     "num_hidden_layers": NUM_LAYERS,
     "first_k_dense_replace": 2,
     "num_nextn_predict_layers": 1,
@@ -142,6 +143,24 @@ def read_vllm_ascend(path: Path) -> list[list[list[int]]]:
     return layers
 
 
+def read_vllm_proposal(path: Path) -> list[list[list[int]]]:
+    """vllm-project/vllm#49572: ``[L][P]``, every expert in every row."""
+    rows = json.loads(path.read_text())
+    assert all(set(row) == set(range(NUM_EXPERTS)) for row in rows)
+    return [held(row) for row in rows]
+
+
+def read_vllm_das(path: Path) -> list[list[list[int]]]:
+    """HYGON-AI/vllm-plugin-das: of one model class, and of its MTP class."""
+    found = json.loads(path.read_text())
+    assert found["version"] == 2
+    maps = {n: one["physical_to_logical_map"] for n, one in found["model_maps"].items()}
+    (drafted,) = maps.pop("DeepSeekMTP")
+    (rows,) = maps.values()
+    assert len(drafted) == len(rows[0])
+    return [held(row) for row in rows]
+
+
 def read_eplb(path: Path) -> list[list[list[int]]]:
     """By definition: ``log2phy`` lists the slots in which ``phy2log`` has the expert."""
     found = dict(np.load(path)) if path.suffix == ".npz" else load_file(path)
@@ -176,6 +195,8 @@ READERS = {
     "sglang": read_sglang,
     "trtllm": read_trtllm,
     "vllm-ascend": read_vllm_ascend,
+    "vllm-pr49572": read_vllm_proposal,
+    "vllm-das": read_vllm_das,
     "eplb": read_eplb,
     "csv": read_csv,
     "json": read_json,
@@ -417,7 +438,9 @@ def test_a_family_that_an_engine_ignores_is_told_with_the_way_out(
     write_plan: WritePlan,
     tmp_path: Path,
 ) -> None:
-    (model / "config.json").write_text(json.dumps(CONFIG | {"model_type": model_type}))
+    (model / "config.json").write_text(
+        json.dumps(CONFIG | {"model_type": model_type, "architectures": []})
+    )
     placement = Placement.from_json(ROWS, (NUM_EXPERTS,) * 4, NUM_RANKS, 2)
     plan = write_plan(ModelSpec.from_checkpoint(model), placement)
     written = export_map(name, plan, model, tmp_path / f"map{suffix}")
