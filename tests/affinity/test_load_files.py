@@ -1,0 +1,122 @@
+"""Bare counts, as matrices and CSV, become the loads of the right layers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from placer.affinity import Affinity
+from placer.affinity.load_files import read_csv_loads, read_load_matrix
+from placer.affinity.loads import import_loads, trtllm_statistic_reader
+from placer.errors import PlacerError
+from placer.trace.imported import ImportOptions
+from tests.affinity.test_loads import CONFIG, COUNTS, statistic
+
+DENSE = [[0, 0, 0, 0], *COUNTS]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path / "config.json"
+
+
+def loads(
+    read: Any, path: Path, model: Path | None, told: list[str] | None = None
+) -> list[list[int]]:
+    out = path.with_suffix(".counts")
+    out.unlink(missing_ok=True)
+    told = [] if told is None else told
+    import_loads(
+        read, "x", path, out, ImportOptions(model_directory=model, tell=told.append)
+    )
+    return [row.tolist() for row in Affinity.read(out).load]
+
+
+@pytest.mark.parametrize("matrix", [COUNTS, DENSE, [DENSE, DENSE]])
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".json", "logical_count.json"])
+def test_matrices(tmp_path: Path, model: Path, matrix: Any, suffix: str) -> None:
+    """MoE layers, all hidden layers, or several passes that add up."""
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".npy":
+        np.save(path, np.asarray(matrix, dtype=np.float64))
+    elif suffix == ".pt":
+        torch.save(torch.tensor(matrix), path)
+    else:
+        value = {"logical_count": matrix} if suffix != ".json" else matrix
+        path.write_text(json.dumps(value))
+    times = 2 if len(np.shape(matrix)) == 3 else 1
+    expected = (times * np.asarray(COUNTS)).tolist()
+    assert loads(read_load_matrix, path, model) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ([[1.5, 2]], "holds something that is no whole number"),
+        ([1, 2], r"has shape \[2\], expected \[L, E\]"),
+        ([[1, 2], [3]], "is no array"),
+        ({"rows": [[1]]}, "it holds rows, and none of logical_count"),
+        ([[1, 2, 3, 4]], "it has 1 layers, the model 2 MoE layers of 3 hidden layers"),
+        ([[1, 0, 0, 0], *COUNTS], "layer 0 has counts, but the model's MoE layers"),
+    ],
+)
+def test_matrices_that_are_none(
+    tmp_path: Path, model: Path, value: Any, match: str
+) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(value))
+    with pytest.raises(PlacerError, match=match) as caught:
+        loads(read_load_matrix, tmp_path / "m.json", model)
+    assert caught.value.hint
+
+
+def test_pickles_in_a_matrix_are_never_loaded(tmp_path: Path, model: Path) -> None:
+    np.save(tmp_path / "m.npy", np.asarray([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(PlacerError, match="no readable"):
+        loads(read_load_matrix, tmp_path / "m.npy", model)
+    torch.save([Path("x")], tmp_path / "m.pt")
+    with pytest.raises(PlacerError, match="without running code"):
+        loads(read_load_matrix, tmp_path / "m.pt", model)
+
+
+def test_sglangs_old_csv_has_the_models_own_layers(tmp_path: Path, model: Path) -> None:
+    """``layer_id,expert_id,count``: layers 1 and 2, which are MoE layers 0 and 1."""
+    lines = [f"{n + 1},{e},{c}" for n, row in enumerate(COUNTS) for e, c in enumerate(row)]
+    path = tmp_path / "old.csv"
+    path.write_text("\n".join(["layer_id,expert_id,count", *lines]))
+    assert loads(read_csv_loads, path, model) == COUNTS
+    assert loads(read_csv_loads, path, None) == COUNTS
+    assert Affinity.read(path.with_suffix(".counts")).model.layer_ids == (1, 2)
+
+
+def test_choices_are_counted(tmp_path: Path, model: Path) -> None:
+    """``layer,expert``, one row for each choice of a token, as llama.cpp traces them."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (n + 1, e)
+        for n, row in enumerate(COUNTS)
+        for e, c in enumerate(row)
+        for _ in range(c)
+    ]
+    text = "\n".join(f"{layer},{expert}" for layer, expert in rng.permutation(rows))
+    (tmp_path / "c.csv").write_text(f"layer,expert\n{text}\n")
+    assert loads(read_csv_loads, tmp_path / "c.csv", model) == COUNTS
+
+
+def test_counts_of_drafting_layers_are_left_out_and_told(tmp_path: Path) -> None:
+    """TensorRT-LLM counts the MTP layer under the number after the last one, here 3."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"num_nextn_predict_layers": 1})
+    )
+    ranks = [{"7_1": COUNTS[0], "7_2": COUNTS[1], "7_3": [9, 9, 9, 9]}]
+    told: list[str] = []
+    path = statistic(tmp_path / "s", ranks, 4)
+    found = loads(trtllm_statistic_reader(None), path, tmp_path / "config.json", told)
+    assert found == COUNTS
+    assert told == [
+        "layer 3 is left out: it stands behind the 3 hidden layers, where those of "
+        "multi-token prediction (MTP) are, and no plan moves their experts"
+    ]

@@ -1,0 +1,221 @@
+"""JSON of other programs becomes the tokens that it was written from, whatever its keys."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from placer.errors import PlacerError, UsageError
+from placer.trace import Chunk, Trace
+from placer.trace.csv_rows import read_csv
+from placer.trace.imported import ImportOptions, import_file
+from placer.trace.json_rows import Keys, jsonl_reader, requests_reader
+
+# Layer 0 is dense.
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_size": 16,
+    "vocab_size": 32,
+}
+RNG = np.random.default_rng(0)
+# Two requests of three and two tokens: [T, L, k], and a probability of every expert.
+EXPERTS = np.argsort(-RNG.random((5, 2, 8)), axis=2)[..., :2]
+PROBABILITIES = RNG.random((5, 2, 8)).round(3)
+REQUEST, TOKEN = [0, 0, 0, 1, 1], [0, 1, 2, 0, 1]
+
+
+def rows(names: Mapping[str, str], first_layer: int = 0) -> list[dict[str, Any]]:
+    """One row per token and layer, layer after layer, under the keys of a program."""
+    found = []
+    for layer in (1, 0):
+        for t in range(5):
+            row = {
+                "layer": layer + first_layer,
+                "token": TOKEN[t],
+                "experts": EXPERTS[t, layer].tolist(),
+                "probabilities": PROBABILITIES[t, layer].tolist(),
+                "sequence": f"req-{REQUEST[t]}",
+                "phase": "decode" if TOKEN[t] else "prefill",
+            }
+            found.append({names[key]: value for key, value in row.items() if key in names})
+    return found
+
+
+def read(reader: Any, path: Path, values: Any, **options: Any) -> tuple[Chunk, list[str]]:
+    if not isinstance(values, str):
+        values = "".join(json.dumps(one) + "\n" for one in values)
+    path.write_text(values)
+    told: list[str] = []
+    given = ImportOptions(tell=told.append, **options)
+    import_file(reader, "x", path, path.with_suffix(".trace"), given)
+    return Trace(path.with_suffix(".trace")).read(), told
+
+
+def ids(chunk: Chunk) -> list[Any]:
+    return np.stack(chunk.experts, axis=1).tolist()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        ({"layer": "layer", "token": "token_idx", "experts": "topk_ids"}, None),
+        (
+            {"layer": "layer_id", "token": "position", "experts": "experts"}
+            | {"sequence": "request_id", "phase": "phase"},
+            None,
+        ),
+        (
+            {"layer": "L", "token": "t", "experts": "e", "sequence": "r"},
+            "layer=L,token=t,experts=e,sequence=r",
+        ),
+    ],
+    ids=["no sequences", "usual names", "own names"],
+)
+def test_rows_of_any_program(tmp_path: Path, names: dict[str, str], keys: str) -> None:
+    values = rows(names)
+    if "sequence" not in names:  # token ids that go on from request to request
+        for number, row in enumerate(values):
+            row[names["token"]] = number % 5
+    chunk, told = read(jsonl_reader(Keys.parse(keys)), tmp_path / "a.jsonl", values)
+    assert ids(chunk) == EXPERTS.tolist()
+    if "sequence" not in names:
+        assert chunk.sequence_ids.tolist() == [0] * 5
+        assert "no key tells the sequence" in told[0]
+        return
+    assert chunk.sequence_ids.tolist() == REQUEST
+    assert chunk.positions.tolist() == TOKEN
+    if "phase" in names:
+        assert chunk.phase.tolist() == [0, 1, 1, 0, 1]
+
+
+def test_weights_of_all_experts_order_the_chosen_ones(tmp_path: Path) -> None:
+    names = {"layer": "layer", "token": "token", "experts": "experts"}
+    names |= {"sequence": "seq_id", "probabilities": "gating_probs"}
+    chunk, _ = read(jsonl_reader(Keys.parse(None)), tmp_path / "a.jsonl", rows(names))
+    expected = [
+        [sorted(e, key=lambda one: -p[one]) for e, p in zip(*token, strict=True)]
+        for token in zip(EXPERTS.tolist(), PROBABILITIES.tolist(), strict=True)
+    ]
+    assert ids(chunk) == expected
+
+
+def test_layers_by_the_models_own_numbers(tmp_path: Path, model: Path) -> None:
+    """Layers 1 and 2 behind a dense one; without the model they are all there are."""
+    names = {"layer": "layer", "token": "token", "experts": "experts", "sequence": "seq_id"}
+    reader = jsonl_reader(Keys.parse(None))
+    values = rows(names, first_layer=1)
+    chunk, _ = read(reader, tmp_path / "a.jsonl", values, model_directory=model)
+    assert ids(chunk) == EXPERTS.tolist()
+    chunk, told = read(reader, tmp_path / "b.jsonl", values)
+    assert ids(chunk) == EXPERTS.tolist()
+    assert "have the numbers 1 to 2: they are taken for all" in told[0]
+    with pytest.raises(PlacerError, match="it has layer 4, the model 3 hidden layers"):
+        read(
+            reader,
+            tmp_path / "c.jsonl",
+            rows(names, first_layer=3),
+            model_directory=model,
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "keys", "match"),
+    [
+        ([{"layer": 0, "token": 0}], None, "nothing tells the experts of a row"),
+        ([{"layer": 0, "token": 0, "e": [1]}], "experts=x", "has no key x; it has layer"),
+        ("", None, "holds no JSON object"),
+        ("{", None, "line 1 is no valid JSON"),
+        ([{"layer": 0, "token": 0, "experts": [1.5]}], None, "experts holds something"),
+        (
+            [
+                {"layer": 0, "token": 0, "experts": [1, 2]},
+                {"layer": 0, "token": 1, "experts": [1]},
+            ],
+            None,
+            "experts differ in length",
+        ),
+        (
+            [{"layer": n // 2, "token": 0, "experts": [n]} for n in range(4)],
+            None,
+            "does not have each of the layers 0 to 1 once",
+        ),
+        (
+            [{"layer": 0, "token": 0, "experts": [1], "phase": "both"}],
+            None,
+            "phase is 'both', expected prefill or decode",
+        ),
+    ],
+)
+def test_rows_that_are_none_are_refused(
+    tmp_path: Path, values: Any, keys: str | None, match: str
+) -> None:
+    with pytest.raises(PlacerError, match=match) as caught:
+        read(jsonl_reader(Keys.parse(keys)), tmp_path / "a.jsonl", values)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["layer", "layer=", "depth=x", "layer=a,layer=b"])
+def test_keys_that_are_no_mapping_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--keys has"):
+        Keys.parse(text)
+
+
+def by_request(flat: bool, first_layer: int = 0) -> list[dict[str, Any]]:
+    requests = []
+    for chosen in (EXPERTS[:3], EXPERTS[3:]):
+        layers = {str(n + first_layer): chosen[:, n].tolist() for n in range(2)}
+        if flat:
+            layers = {n: [e for token in one for e in token] for n, one in layers.items()}
+        requests.append(layers)
+    return requests
+
+
+def test_json_per_request(tmp_path: Path, model: Path) -> None:
+    reader = requests_reader(Keys.parse(None))
+    chunk, _ = read(reader, tmp_path / "a.jsonl", by_request(flat=False))
+    assert ids(chunk) == EXPERTS.tolist()
+    assert chunk.sequence_ids.tolist() == REQUEST
+    assert chunk.positions.tolist() == TOKEN
+    flat = by_request(flat=True, first_layer=1)
+    chunk, _ = read(reader, tmp_path / "b.jsonl", flat, model_directory=model)
+    assert ids(chunk) == EXPERTS.tolist()
+    with pytest.raises(PlacerError, match="no list of the ids of each token") as caught:
+        read(reader, tmp_path / "c.jsonl", flat)
+    assert "--model DIR" in caught.value.hint
+    inside = [{"id": "x", "moe": {f"layer_{n}": v for n, v in one.items()}} for one in flat]
+    named = requests_reader(Keys.parse("experts=moe"))
+    chunk, _ = read(named, tmp_path / "d.jsonl", inside, model_directory=model)
+    assert ids(chunk) == EXPERTS.tolist()
+    with pytest.raises(PlacerError, match="request 0 has no layers; its keys are id, moe"):
+        read(reader, tmp_path / "e.jsonl", inside)
+
+
+def test_csv_carries_phase_and_weights(tmp_path: Path) -> None:
+    text = "sequence_id,position,layer,e0,e1,w0,w1,phase\n"
+    for t in range(5):
+        for layer in (0, 1):
+            e, phase = EXPERTS[t, layer], "decode" if TOKEN[t] else "prefill"
+            text += f"{REQUEST[t]},{TOKEN[t]},{layer},{e[0]},{e[1]},0.25,0.75,{phase}\n"
+    chunk, _ = read(read_csv, tmp_path / "a.csv", text)
+    assert chunk.phase.tolist() == [0, 1, 1, 0, 1]
+    assert ids(chunk) == EXPERTS[..., ::-1].tolist(), "the heavier one stands second"
+    assert chunk.weights[0].tolist() == [[0.75, 0.25]] * 5
+    with pytest.raises(PlacerError, match="phase is 2, expected prefill"):
+        read(
+            read_csv,
+            tmp_path / "b.csv",
+            text.replace("prefill", "2").replace("decode", "1"),
+        )
