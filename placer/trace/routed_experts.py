@@ -95,8 +95,8 @@ def read_sglang_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read responses of SGLang (0.5): base64 of raw int32 ``[N, hidden layers, k]``.
 
     The ids stand in ``meta_info.routed_experts`` (native) or ``sglext.routed_experts``
-    (OpenAI, of the first choice alone). The bytes have no header, so the model has to be
-    known.
+    (OpenAI, of the first choice alone) or ``sgl_ext`` of each choice. The bytes have no
+    header, so the model has to be known.
 
     Raises
     ------
@@ -204,26 +204,41 @@ def _remarks(
 
 def _sglang_found(response: Mapping[str, Any], model: BoundModel) -> _Found:
     meta = response.get("meta_info") or {}
-    choices = response.get("choices") or ()
-    first = choices[0] if choices else {}
-    text = meta.get("routed_experts") or (response.get("sglext") or {}).get(
-        "routed_experts"
+    choices = response.get("choices") or [{}]
+    texts = [_sglang_text(choice) for choice in choices]
+    if texts[0] is None:  # of the response itself: of its first choice
+        texts[0] = meta.get("routed_experts") or _sglang_text(response)
+    num_layers, top_k = model.num_hidden_layers, model.spec.top_k
+    found = []
+    for choice, text in zip(choices, texts, strict=True):
+        if text is None:
+            continue
+        raw = np.frombuffer(_decoded(text), dtype="<i4")
+        _require_whole_rows(raw.size, model)
+        found.append((choice, raw.reshape(-1, num_layers, top_k)))
+    counted = _of_choices(
+        meta or response.get("usage"), len(choices), [len(experts) for _, experts in found]
     )
-    num_outputs = max(len(choices), 1)
-    if text is None:
-        return _Found(sequences=(), num_without=num_outputs)
-    raw = np.frombuffer(_decoded(text), dtype="<i4")
-    num_layers = _num_recorded_layers(raw.size, model)
-    experts = raw.reshape(-1, num_layers, model.spec.top_k)
-    # The usage of several choices is their sum.
-    prompt, output = _counts((meta or response.get("usage")) if num_outputs == 1 else None)
-    sequence = _sequence(
-        experts,
-        _Counted(prompt=prompt, start=_start(prompt, output, len(experts))),
-        _ids(first, response, meta, name="prompt_token_ids"),
-        _ids(first, name="token_ids") or _ids(response, name="output_ids"),
+    return _Found(
+        sequences=tuple(
+            _sequence(
+                experts,
+                counted,
+                _ids(choice, response, meta, name="prompt_token_ids"),
+                _ids(choice, name="token_ids") or _ids(response, name="output_ids"),
+            )
+            for choice, experts in found
+        ),
+        num_without=len(choices) - len(found),
     )
-    return _Found(sequences=(sequence,), num_without=num_outputs - 1)
+
+
+def _sglang_text(holder: Mapping[str, Any]) -> Any:
+    """Return the routed experts of SGLang's extension of an OpenAI response."""
+    extensions = (holder.get(name) or {} for name in ("sglext", "sgl_ext"))
+    return next(
+        (one["routed_experts"] for one in extensions if "routed_experts" in one), None
+    )
 
 
 def _vllm_found(response: Mapping[str, Any]) -> _Found:
@@ -255,7 +270,7 @@ def _vllm_found(response: Mapping[str, Any]) -> _Found:
 
 
 def _of_choices(usage: Any, num_choices: int, rows: Sequence[int]) -> _Counted:
-    """Return what the usage of a vLLM response tells of each of its choices.
+    """Return what the usage of a response tells of each of its choices.
 
     It counts every prompt once and all outputs: choices are of one prompt (``n``) or of
     one prompt each, and their rows tell which, if none is missing.
@@ -303,15 +318,14 @@ def _start(prompt: int | None, output: int | None, num_rows: int) -> int | None:
     return start
 
 
-def _num_recorded_layers(num_ids: int, model: BoundModel) -> int:
-    """Return how many layers a row has: all hidden layers of the model."""
+def _require_whole_rows(num_ids: int, model: BoundModel) -> None:
+    """Refuse ids that are no rows of all hidden layers of the model."""
     if num_ids % (model.num_hidden_layers * model.spec.top_k):
         raise PlacerError(
             f"{num_ids} ids are no whole rows of {model.num_hidden_layers} hidden layers x "
             f"top-{model.spec.top_k}",
             "check that --model is the model that was served",
         )
-    return model.num_hidden_layers
 
 
 def _decoded(text: Any) -> bytes:

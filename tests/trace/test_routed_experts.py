@@ -259,6 +259,19 @@ def test_what_has_no_experts_is_left_out_and_told(tiny_model: Path, tmp_path: Pa
     assert "1 of 2 outputs have no routed experts" in remarks[0]
 
 
+def test_sglang_choices_with_experts_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
+    """Later versions return them with each choice, under sgl_ext."""
+    choices = []
+    for n in range(2):
+        raw = sglang_response(routed(n))["meta_info"]["routed_experts"]
+        choices.append({"index": n, **IDS, "sgl_ext": {"routed_experts": raw}})
+    usage = {"prompt_tokens": 3, "completion_tokens": 4}
+    path = write(tmp_path / "a.jsonl", {"choices": choices, "usage": usage})
+    _, remarks = told(read_sglang_routed, path, tiny_model)
+    check(path.with_suffix(".trace"), [routed(0), routed(1)])
+    assert not remarks
+
+
 @pytest.mark.parametrize("layout", ["list in a line", "one list", "indented"])
 def test_lists_of_responses(tiny_model: Path, tmp_path: Path, layout: str) -> None:
     responses = [sglang_response(routed(0)), sglang_response(routed(1))]
