@@ -161,8 +161,7 @@ class RanksJob:
                 folder = written.directory / rank_folder(record.rank)
                 folder.mkdir(exist_ok=True)
                 copy_files(self.source.directory, self.other_files, folder)
-                text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
-                (folder / INDEX_NAME).write_text(text + "\n", encoding="utf-8")
+                (folder / INDEX_NAME).write_text(index_text(index), encoding="utf-8")
                 text = canonical_json(record.to_json()) + "\n"
                 (folder / RANK_NAME).write_text(text, encoding="utf-8")
         return RanksReport(
@@ -194,6 +193,11 @@ class RanksJob:
 def rank_folder(rank: int) -> str:
     """Return the name of a rank's directory."""
     return f"rank-{rank:05}"
+
+
+def index_text(index: Mapping[str, str]) -> str:
+    """Return the index that lists the file of each tensor."""
+    return json.dumps({"metadata": {}, "weight_map": index}, indent=2) + "\n"
 
 
 def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> RanksJob:

@@ -6,18 +6,29 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from placer.checkpoint.ranks import RANK_NAME, RankRecord, RoutedTensors, rank_folder
+from placer.checkpoint.ranks import (
+    RANK_NAME,
+    RankRecord,
+    RanksJob,
+    RoutedTensors,
+    index_text,
+    prepare_ranks,
+    rank_folder,
+)
+from placer.checkpoint.served_files import served_files
 from placer.checkpoint.source import INDEX_NAME, CheckpointSource
 from placer.checkpoint.tensor_files import read_tensor
 from placer.errors import VerificationError
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.all_layers import plan_of
-from placer.run.documents import read_json
-from placer.run.files import require_file, sha256_file
+from placer.run.documents import read_json, shown
+from placer.run.files import open_regular, read_text, require_file, sha256_file
 
 if TYPE_CHECKING:
     import torch
+
+_Difference = tuple[str, Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +61,13 @@ def is_ranks(path: Path) -> bool:
 
 
 def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerification:
-    """Compare every tensor of every rank with the original, bit for bit.
+    """Compare every byte of every rank with the original and the plan.
 
     Raises
     ------
     VerificationError
-        At the first tensor that is missing, too many or different.
+        At the first tensor or file that is missing, too many or different, and at the first
+        field of ``placement.json`` that is not what plan and model say.
     PlacerError
         If plan or original cannot be read.
     """
@@ -66,10 +78,12 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
     where = {name: shard.path for shard in source.shards for name in shard.tensors}
     routed = RoutedTensors.of(source, model)
     placement = plan.placement
+    experts_only = RankRecord.read(exported / rank_folder(0) / RANK_NAME).experts_only
+    job = prepare_ranks(plan_path, original, experts_only=experts_only)
     num_tensors = num_bytes = 0
     for rank in range(placement.num_ranks):
         folder = exported / rank_folder(rank)
-        experts_only = _require_record(folder, rank, plan_path)
+        _require_record(folder, job.records[rank])
         held = [
             row.reshape(placement.num_ranks, -1)[rank].tolist()
             for row in placement.physical_to_logical_map
@@ -88,6 +102,8 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
             if (old.dtype, old.shape) != (new.dtype, new.shape) or not _same(old, new):
                 raise _wrong(folder, f"{name} differs from that of {original}")
             num_tensors, num_bytes = num_tensors + 1, num_bytes + old.nbytes
+        _require_headers(exported, rank, job)
+        _require_other_files(original, folder, job)
     return RanksVerification(
         num_ranks=placement.num_ranks,
         num_tensors=num_tensors,
@@ -108,14 +124,62 @@ def _held_blocks(old: "torch.Tensor", num_experts: int, held: list[int]) -> "tor
     return blocks[held].reshape(-1).view(old.dtype).reshape(shape)
 
 
-def _require_record(folder: Path, rank: int, plan_path: Path) -> bool:
-    """Check ``placement.json``; return whether the rank has experts only."""
-    record = RankRecord.read(folder / RANK_NAME)
-    if (record.rank, record.plan_sha256) != (rank, sha256_file(plan_path)):
+def _require_record(folder: Path, expected: RankRecord) -> None:
+    """Check every field of ``placement.json``."""
+    found = RankRecord.read(folder / RANK_NAME).to_json()
+    if (odd := _first_difference(found, expected.to_json())) is not None:
+        name, value, wanted = odd
         raise _wrong(
-            folder, f"is of rank {record.rank} or of another plan than {plan_path}"
+            folder,
+            f"has {RANK_NAME} with {name} {shown(value)}, but by the plan and the model it "
+            f"is {shown(wanted)}",
         )
-    return record.experts_only
+
+
+def _first_difference(found: Any, expected: Any, name: str = "") -> _Difference | None:
+    """Return where two JSON values differ first, and the values there."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        steps = [(f"{name}{key}", found[key], expected[key]) for key in expected]
+    elif isinstance(found, list) and isinstance(expected, list):
+        if len(found) != len(expected):
+            return name, found, expected
+        pairs = enumerate(zip(found, expected, strict=True))
+        steps = [(f"{name}[{place}]", one, other) for place, (one, other) in pairs]
+    else:
+        return None if found == expected else (name, found, expected)
+    odd = (_first_difference(one, other, step) for step, one, other in steps)
+    return next((one for one in odd if one is not None), None)
+
+
+def _require_headers(exported: Path, rank: int, job: RanksJob) -> None:
+    """Check what the files of a rank hold beside the bytes of tensors."""
+    folder = exported / rank_folder(rank)
+    for work in job.shards:
+        path = exported / work.name
+        if path.parent != folder:
+            continue
+        with open_regular(path, "shard") as stream:
+            header = stream.read(len(work.header))
+        if header != work.header or path.stat().st_size != work.num_bytes:
+            raise _wrong(folder, f"has {path.name} with another header or size")
+    if read_text(folder / INDEX_NAME) != index_text(job.indexes[rank]):
+        raise _wrong(folder, f"has another {INDEX_NAME} than an export writes")
+
+
+def _require_other_files(original: Path, folder: Path, job: RanksJob) -> None:
+    """Check that the files beside the tensors are those of the original."""
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    found, _ = served_files(folder, weights | {RANK_NAME, INDEX_NAME})
+    if odd := min({*found} ^ {*job.other_files}, default=None):
+        raise _wrong(folder, f"{'lacks' if odd in job.other_files else 'has'} {odd}")
+    for name in found:
+        before, after = sha256_file(original / name), sha256_file(folder / name)
+        if before != after:
+            raise _wrong(
+                folder,
+                f"has another {name} than {original}: SHA-256 {after[:12]} against "
+                f"{before[:12]}",
+            )
 
 
 def _tensors(folder: Path) -> dict[str, Path]:

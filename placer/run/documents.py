@@ -152,7 +152,7 @@ def require_object(value: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise PlacerError(
-            f"{where} is {_shown(value)}, not a JSON object",
+            f"{where} is {shown(value)}, not a JSON object",
             "check that the path is the file that you mean",
         )
     return value
@@ -220,7 +220,7 @@ def of_this_version(
             "install that placer: pip install --upgrade placer",
         )
     raise PlacerError(
-        f"{where}: schema_version is {_shown(version)}, allowed are 1 and {SCHEMA_VERSION}",
+        f"{where}: schema_version is {shown(version)}, allowed are 1 and {SCHEMA_VERSION}",
         again,
     )
 
@@ -247,7 +247,7 @@ def _no_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the key {_shown(name)} stands twice in one object")
+            raise ValueError(f"the key {shown(name)} stands twice in one object")
         found[name] = value
     return found
 
@@ -322,13 +322,13 @@ def _fault(value: Any, kind: Any, name: str = "") -> str:
     allowed = _literals(kind)
     if allowed and not (None in allowed and isinstance(value, dict | list)):
         names = ", ".join("null" if one is None else str(one) for one in allowed)
-        return f"{place}is {_shown(value)}, allowed are {names}"
+        return f"{place}is {shown(value)}, allowed are {names}"
     expected = re.sub(
         "`(.*?)`",
         lambda names: " or ".join(_WORDS.get(n, n) for n in names[1].split(" | ")),
         message.removeprefix("Expected ").partition(", got ")[0],
     )
-    return f"{place}is {_shown(value)}, expected {expected}"
+    return f"{place}is {shown(value)}, expected {expected}"
 
 
 def _plain(value: Any) -> Any:
@@ -400,6 +400,7 @@ def _literals(kind: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as JSON for an error, cut where it is long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

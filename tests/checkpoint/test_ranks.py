@@ -1,8 +1,9 @@
 """Every rank gets its experts and the rest, bit for bit, and ``verify`` finds any lack."""
 
 import json
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -170,11 +171,85 @@ def test_verify_wants_every_rank_and_a_true_index(
         verify_ranks(model, out, plan)
     path.write_text(text)
     shutil.copytree(out / "rank-00002", out / "rank-00003", dirs_exist_ok=True)
-    with pytest.raises(VerificationError, match="is of rank 2"):
+    with pytest.raises(
+        VerificationError, match="rank 2, but by the plan and the model it is 3"
+    ):
         verify_ranks(model, out, plan)
     shutil.rmtree(out / "rank-00003")
     with pytest.raises(PlacerError, match="does not exist"):
         verify_ranks(model, out, plan)
+
+
+def edits(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Every value in a JSON document, changed alone: where, and the whole document."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            for place, changed in edits(one, f"{name}.{key}"):
+                yield place, value | {key: changed}
+    elif isinstance(value, list):
+        for n, one in enumerate(value):
+            for place, changed in edits(one, f"{name}[{n}]"):
+                yield place, [*value[:n], changed, *value[n + 1 :]]
+        yield f"{name} lacks one", value[1:]
+        yield f"{name} in another order", value[::-1]
+    elif isinstance(value, bool):
+        yield name, not value
+    elif isinstance(value, int):
+        yield name, value + 1
+    elif isinstance(value, str):
+        yield name, value[:-1] + ("0" if value[-1] != "0" else "1")
+
+
+def test_verify_finds_every_change_of_placement_json(
+    tiny_model: Path, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    placement = Placement.from_json(ROWS, (8, 8), num_ranks=4, num_nodes=2)
+    plan = write_plan(ModelSpec.from_checkpoint(tiny_model), placement)
+    out = tmp_path / "out"
+    prepare_ranks(plan, tiny_model, experts_only=False).write(out)
+    path = out / "rank-00001" / "placement.json"
+    text = path.read_text()
+    accepted, tried = [], 0
+    for place, changed in edits(json.loads(text)):
+        if changed == json.loads(text):
+            continue
+        path.write_text(json.dumps(changed))
+        tried += 1
+        try:
+            verify_ranks(tiny_model, out, plan)
+        except PlacerError:
+            continue
+        accepted.append(place)
+    assert tried > 25
+    assert accepted == []
+
+
+def test_verify_finds_every_flipped_bit_of_a_rank(
+    tiny_model: Path, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """Of weights and their headers, the index, the config and the tokenizer alike."""
+    placement = Placement.from_json(ROWS, (8, 8), num_ranks=4, num_nodes=2)
+    plan = write_plan(ModelSpec.from_checkpoint(tiny_model), placement)
+    out = tmp_path / "out"
+    prepare_ranks(plan, tiny_model, experts_only=False).write(out)
+    rng = random.Random(0)
+    accepted = []
+    for path in sorted((out / "rank-00002").iterdir()):
+        content = path.read_bytes()
+        for _ in range(12):
+            byte, bit = rng.randrange(len(content)), rng.randrange(8)
+            flipped = content[byte] ^ 1 << bit
+            path.write_bytes(content[:byte] + bytes([flipped]) + content[byte + 1 :])
+            try:
+                verify_ranks(tiny_model, out, plan)
+            except PlacerError:
+                continue
+            accepted.append((path.name, byte, bit))
+        path.write_bytes(content)
+    assert accepted == []
+    (out / "rank-00002" / "chat_template.jinja").write_text("{{ other }}")
+    with pytest.raises(VerificationError, match=r"has chat_template\.jinja"):
+        verify_ranks(tiny_model, out, plan)
 
 
 def test_the_command_line_splits_verifies_and_goes_on(
