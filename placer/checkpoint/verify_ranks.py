@@ -80,6 +80,9 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
     placement = plan.placement
     experts_only = RankRecord.read(exported / rank_folder(0) / RANK_NAME).experts_only
     job = prepare_ranks(plan_path, original, experts_only=experts_only)
+    known = {rank_folder(record.rank) for record in job.records}
+    if odd := sorted({path.name for path in exported.glob("rank-*")} - known):
+        raise _wrong(exported, f"has {odd[0]}, but the plan has {len(known)} ranks")
     num_tensors = num_bytes = 0
     for rank in range(placement.num_ranks):
         folder = exported / rank_folder(rank)

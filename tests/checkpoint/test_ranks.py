@@ -247,6 +247,10 @@ def test_verify_finds_every_flipped_bit_of_a_rank(
             accepted.append((path.name, byte, bit))
         path.write_bytes(content)
     assert accepted == []
+    shutil.copytree(out / "rank-00003", out / "rank-00004")
+    with pytest.raises(VerificationError, match="has rank-00004, but the plan has 4 ranks"):
+        verify_ranks(tiny_model, out, plan)
+    shutil.rmtree(out / "rank-00004")
     (out / "rank-00002" / "chat_template.jinja").write_text("{{ other }}")
     with pytest.raises(VerificationError, match=r"has chat_template\.jinja"):
         verify_ranks(tiny_model, out, plan)
