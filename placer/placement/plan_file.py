@@ -8,7 +8,7 @@ from placer.model import ModelSpec
 from placer.placement.policy import HomePolicy
 from placer.placement.solver_report import SolverReport
 from placer.run.documents import Count, Document, ExpertId, NumRanks, Sha256
-from placer.target.engine import ReplicaChoice, SolvableExchange
+from placer.target.engine import Exchange, ReplicaChoice
 
 _Figure = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -94,7 +94,7 @@ class PlanFile(Document, frozen=True, kw_only=True):
     num_ranks: NumRanks
     num_nodes: NumRanks
     policy: HomePolicy
-    exchange: SolvableExchange
+    exchange: Exchange
     max_imbalance: Annotated[float, msgspec.Meta(ge=1)]
     physical_to_logical_map: list[list[ExpertId]]
     solver: SolverReport

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from placer.placement import Plan
 from placer.placement.reference import contiguous
 from placer.placement.topology import INTER_COST, INTRA_COST
 from placer.planning.profile import layer_ids_of
+from placer.simulation.sent import PAIRS, Wire
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_balance import predicted_imbalance
 from placer.trace import EVERYTHING, Chunk, Selection, Trace
@@ -43,7 +44,8 @@ class Drift:
     Attributes
     ----------
     name
-        ``copies of contiguous`` or ``load imbalance``.
+        ``load imbalance``, or ``copies of contiguous``: what the engine sends, where
+        placements differ in it.
     then
         Recorded in the plan: held out, or of the profile where nothing was.
     now
@@ -124,20 +126,22 @@ def check_plan(
     layer_ids = layer_ids_of(plan, trace.model)
     now = _figures(plan, tokens, layer_ids)
     parts = np.array(
-        [_figures(plan, part, layer_ids) for part in _without_a_group(tokens, ids)]
+        [
+            list(_figures(plan, one, layer_ids).values())
+            for one in _without_a_group(tokens, ids)
+        ]
     )
     errors = np.sqrt((NUM_GROUPS - 1) * parts.var(axis=0))
-    names = ("copies of contiguous", "load imbalance")
     return DriftReport(
         figures=tuple(
             Drift(
                 name=name,
-                then=then[n],
-                now=now[n],
+                then=then[name],
+                now=now[name],
                 error=float(errors[n]),
                 allowed=max(tolerance, 2 * float(errors[n])),
             )
-            for n, name in enumerate(names)
+            for n, name in enumerate(then)
         ),
         num_tokens=tokens.num_tokens,
         num_sequences=len(ids),
@@ -264,7 +268,7 @@ def _recorded_imbalance(plan: Plan) -> float:
     return plan.solver.predicted_imbalance
 
 
-def _recorded(plan: Plan) -> tuple[float, float]:
+def _recorded(plan: Plan) -> dict[str, float]:
     _require_solved(plan)
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     base = plan.metrics["baselines"].get("contiguous")
@@ -277,26 +281,28 @@ def _recorded(plan: Plan) -> tuple[float, float]:
             else "solve from a trace: placer solve TRACE --fold 0/2 --gpus-per-node M "
             "--out PLAN",
         )
-    key = _copies_key(plan)
-    figures, contiguous_figures = (
-        own[plan.policy_without_table],
-        base[plan.policy_without_table],
-    )
-    return (
-        _ratio(figures[key], contiguous_figures[key]),
-        float(figures["load_imbalance_mean"]),
-    )
+    policy = plan.policy_without_table
+    return _compared(plan, own[policy], base[policy])
 
 
-def _copies_key(plan: Plan) -> str:
-    way = "node" if plan.exchange == "per-node" and plan.placement.num_nodes > 1 else "rank"
-    return f"remote_{way}_copies_per_token"
+def _compared(
+    plan: Plan, own: Mapping[str, float], reference: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the figures that are watched: balance, and what is sent if plans differ."""
+    sent = Wire.of(plan, plan.engine).compared(plan.policy_without_table)
+    found = {}
+    if sent is not None:
+        what = "pairs" if sent == PAIRS else "copies"
+        theirs = reference[sent.metric]
+        ratio = own[sent.metric] / theirs if theirs else 1.0
+        found[f"{what} of contiguous"] = ratio
+    return found | {"load imbalance": float(own["load_imbalance_mean"])}
 
 
 def _figures(
     plan: Plan, tokens: Chunk, layer_ids: tuple[int, ...] | None
-) -> tuple[float, float]:
-    placement, key = plan.placement, _copies_key(plan)
+) -> dict[str, float]:
+    placement = plan.placement
     base = contiguous(
         plan.model.num_experts,
         placement.num_ranks,
@@ -312,11 +318,7 @@ def _figures(
         )[plan.policy_without_table].to_json()
         for one in (placement, base)
     )
-    return _ratio(own[key], reference[key]), own["load_imbalance_mean"]
-
-
-def _ratio(copies: float, reference: float) -> float:
-    return copies / reference if reference else 1.0
+    return _compared(plan, own, reference)
 
 
 def _without_a_group(tokens: Chunk, ids: np.ndarray) -> Iterator[Chunk]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from placer.errors import NoSolutionError, UsageError
 from placer.placement import Plan
-from placer.planning.planner import plan_from_trace
+from placer.planning.planner import plan_for, plan_from_trace
 from placer.planning.request import Tell
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
@@ -137,7 +137,7 @@ def write_frontier(
             if not plan.solver.reproducible and rows in placed:
                 continue
             placed.append(rows)
-            plan = replace(plan, provenance={**plan.provenance, **(provenance or {})})
+            plan = plan_for(plan, provenance or {})
             # All digits, so that no two caps share a file.
             name = f"plan-{str(cap).removesuffix('.0')}.json"
             plan.write(directory / name)

@@ -137,6 +137,21 @@ def _as_simulated(report: SolverReport, imbalance: float) -> SolverReport:
     )
 
 
+def plan_for(plan: Plan, provenance: Mapping[str, Any]) -> Plan:
+    """Return a plan with more provenance, the engine's name among it.
+
+    A price of copies that the engine does not send is left out. A plan that was only
+    balanced names what the engine sends.
+    """
+    plan = replace(plan, provenance={**plan.provenance, **provenance})
+    if plan.engine is None or plan.engine.dispatch.exchange == plan.exchange:
+        return plan
+    metrics = {name: one for name, one in plan.metrics.items() if name != "prices"}
+    balanced = plan.provenance["objective"] == "balance"
+    sent = plan.engine.dispatch.exchange if balanced else plan.exchange
+    return replace(plan, metrics=metrics, exchange=sent)
+
+
 def plan_from_affinity(
     path: Path,
     options: SolveOptions,

@@ -302,10 +302,10 @@ def is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
 
 def _without_effect(request: SolveRequest, served: Served) -> Iterator[str]:
     if request.priced_links and served.objective == "balance":
-        yield (
-            "balancing evens out the load whatever links cost: their costs only price the "
-            "copies of the plan"
-        )
+        sends = None if request.engine is None else Engine.named(request.engine).dispatch
+        is_priced = sends is None or sends.exchange == served.exchange
+        effect = "only price the copies of the plan" if is_priced else "have no effect"
+        yield f"balancing evens out the load whatever links cost: their costs {effect}"
 
 
 def _served_now(request: SolveRequest, warn: Tell) -> Placement | None:

@@ -12,7 +12,7 @@ from placer.placement.plan import Plan
 from placer.planning.cap_choice import CapChoice, choose_cap
 from placer.planning.frontier import FrontierPoint, write_frontier
 from placer.planning.layer_time import TimeChoice, choose_by_time
-from placer.planning.planner import plan_from_affinity, plan_from_trace
+from placer.planning.planner import plan_for, plan_from_affinity, plan_from_trace
 from placer.planning.question import Question
 from placer.planning.request import SolveRequest, Tell
 from placer.planning.served import solved_for
@@ -105,9 +105,7 @@ def solve_request(
             f"bound {report.bound}, gap {report.gap}",
             "solve without --require-optimal to get the best plan found",
         )
-    return Solved(
-        plan=replace(plan, provenance={**plan.provenance, **provenance}), time=time
-    )
+    return Solved(plan=plan_for(plan, provenance), time=time)
 
 
 def _choose(
@@ -224,7 +222,7 @@ def _tell_groups(
         return
     elif engine is not None and not solved_for(engine, plan.policy).groups_count:
         if is_balanced(request, options):
-            note(f"router groups may be split: {engine} sends the same copies then")
+            note(f"router groups may be split: {engine} sends as much then")
     elif are_whole(plan.placement, model.n_group, num_nodes):
         return
     elif not is_balanced(request, options):

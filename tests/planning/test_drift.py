@@ -1,6 +1,7 @@
 """A plan holds on more of its own traffic, and not where experts meet others."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,21 @@ def test_what_cannot_be_told_is_refused(plan: Plan, tmp_path: Path) -> None:
     for tolerance in (-1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="must not be negative"):
             check_plan(plan, few, tolerance=tolerance)
+
+
+def test_only_what_the_engine_sends_and_a_placement_changes_is_watched(
+    plan: Plan, tmp_path: Path
+) -> None:
+    """Without redundant experts an engine that sends pairs sends as many whatever is placed."""
+    trace = write(tmp_path / "other", 3, 1)
+    watched = {}
+    for engine in (None, "sglang-deepep-ll"):
+        one = replace(plan, provenance={**plan.provenance, "engine": engine})
+        watched[engine] = [figure.name for figure in check_plan(one, trace).figures]
+    assert watched == {
+        None: ["copies of contiguous", "load imbalance"],
+        "sglang-deepep-ll": ["load imbalance"],
+    }
 
 
 def test_a_plan_without_figures_is_refused(tmp_path: Path) -> None:

@@ -226,6 +226,26 @@ def test_an_engine_that_sends_all_to_all_is_balanced_and_said_so(
     assert not (tmp_path / "curve").exists()
 
 
+@pytest.mark.parametrize(
+    ("engine", "sent", "is_priced"),
+    [
+        (None, "per-rank", True),
+        ("sglang-deepep", "per-node", False),
+        ("trtllm-deepep-ll", "per-expert", False),
+    ],
+)
+def test_only_copies_that_the_engine_sends_are_priced(
+    request_of: Callable[..., SolveRequest], engine: str | None, sent: str, is_priced: bool
+) -> None:
+    """A balanced plan counts copies per rank, whatever the engine sends."""
+    topology = Topology(num_nodes=2, gpus_per_node=2, inter_cost=8)
+    asked = request_of(options=replace(QUICK, topology=topology), objective="balance")
+    asked = replace(asked, engine=engine)
+    plan = solve_request(asked, lambda _: None, lambda _: None).plan
+    assert plan.exchange == sent
+    assert ("prices" in plan.metrics) == is_priced
+
+
 @pytest.mark.parametrize("asked", [{"engine": "vllm-agrs"}, {"objective": "balance"}])
 def test_costs_of_links_that_balancing_ignores_are_told(
     request_of: Callable[..., SolveRequest], asked: dict[str, object]
