@@ -154,7 +154,7 @@ def told_of(step, engine, row, checkpoint, folder):
         loading = require_loadable(
             engine,
             model,
-            has_replicas=placed.has_replicas,
+            redundant_experts=placed.redundant_experts,
             topology=Topology(gpus_per_node=4),
         )
         return " ".join(loading.notes)

@@ -62,8 +62,13 @@ def check(
         trace = Trace(source)
         model, report = trace.model, check_plan(read, trace, chosen, tolerance)
         limit = other_phase(read, chosen)
+        if read.solver.status == "imported":
+            limit = (
+                f"{plan} was imported, so it records no figures: the later half of the "
+                "sequences is compared with the earlier half"
+            )
     dense = unknown_dense_layers(
-        read.placement, read.replica_choice, layer_ids_of(read, model)
+        read.placement, read.recorded_choice, layer_ids_of(read, model)
     )
     for warning in (dense, limit):
         if warning is not None:

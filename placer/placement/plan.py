@@ -8,6 +8,7 @@ from typing import Any, Self, get_args
 
 from placer.errors import PlacerError
 from placer.model import ModelSpec
+from placer.placement.engine_map import require_no_map
 from placer.placement.placement import Placement
 from placer.placement.plan_file import PlanFile, upgraded_plan
 from placer.placement.policy import ContentPolicy
@@ -143,6 +144,7 @@ class Plan:
         PlacerError
             If it is no plan, of another schema version, or its map is invalid.
         """
+        require_no_map(path)
         value = read_json(path, "plan")
         if "physical_to_logical_map" not in value:
             raise PlacerError(

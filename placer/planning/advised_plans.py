@@ -99,7 +99,10 @@ def _options(question: Question, model: ModelSpec, objective: Objective) -> Solv
     loading = Loading()
     if engine is not None:
         loading = require_loadable(
-            engine, model, has_replicas=has_replicas, topology=question.topology
+            engine,
+            model,
+            redundant_experts=question.redundant_experts,
+            topology=question.topology,
         )
     return replace(
         QUICK,

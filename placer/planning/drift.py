@@ -20,6 +20,7 @@ from placer.planning.profile import layer_ids_of
 from placer.simulation.sent import PAIRS, Wire
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_balance import predicted_imbalance
+from placer.target.engine import ReplicaChoice
 from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 # Groups of sequences that are left out in turn.
@@ -106,6 +107,9 @@ def check_plan(
     standard errors: of the jackknife over groups of sequences (Efron, The Jackknife, the
     Bootstrap and Other Resampling Plans, 1982, chapter 2), which belong together.
 
+    An imported plan records no figures: the balance on the later half of the sequences is
+    compared with that on the earlier half.
+
     Raises
     ------
     PlacerError
@@ -114,9 +118,13 @@ def check_plan(
     """
     _require_tolerance(tolerance)
     require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
-    then = _recorded(plan)
     tokens = trace.read(selection).first_sequences(_MOST_TOKENS)
     ids = np.unique(tokens.sequence_ids)
+    before = None
+    if plan.solver.status == "imported":
+        is_early = tokens.sequence_ids < ids[len(ids) // 2]
+        before, tokens = tokens.select(is_early), tokens.select(~is_early)
+        ids = ids[len(ids) // 2 :]
     if len(ids) < FEWEST_SEQUENCES:
         raise PlacerError(
             f"{len(ids)} sequences are too few to tell drift from chance: "
@@ -124,14 +132,12 @@ def check_plan(
             "record more of today's traffic",
         )
     layer_ids = layer_ids_of(plan, trace.model)
-    now = _figures(plan, tokens, layer_ids)
-    parts = np.array(
-        [
-            list(_figures(plan, one, layer_ids).values())
-            for one in _without_a_group(tokens, ids)
-        ]
-    )
-    errors = np.sqrt((NUM_GROUPS - 1) * parts.var(axis=0))
+    now, errors = _with_errors(plan, tokens, layer_ids)
+    if before is None:
+        then = _recorded(plan)
+    else:
+        then, others = _with_errors(plan, before, layer_ids)
+        errors = np.hypot(errors, others)
     return DriftReport(
         figures=tuple(
             Drift(
@@ -178,7 +184,7 @@ def check_on_loads(
     now = predicted_imbalance(
         plan.placement,
         [counts.astype(np.float64) for counts in affinity.load],
-        plan.replica_choice or "hash",
+        _choice(plan) or "hash",
         layer_ids_of(plan, affinity.model),
     )
     figure = Drift(
@@ -199,7 +205,7 @@ def improving_command(plan: Plan, path: Path, source: Path) -> str:
     It asks for what the plan was solved for; from counts, which say nothing of traffic, for
     balance alone.
     """
-    placement, choice, engine = plan.placement, plan.replica_choice, plan.engine
+    placement, choice, engine = plan.placement, plan.recorded_choice, plan.engine
     words = ["placer", "solve", str(source)]
     words += ["--nodes", str(placement.num_nodes)]
     words += ["--gpus-per-node", str(placement.ranks_per_node)]
@@ -248,9 +254,9 @@ def _require_solved(plan: Plan) -> None:
     """Refuse an engine's map, which records no figures to compare with."""
     if plan.solver.status == "imported":
         raise UsageError(
-            "the plan was imported from a map, so it records no figures that today's could "
-            "be compared with",
-            "judge it on today's traffic: placer simulate PLAN TRACE",
+            "the plan was imported from a map, so it records no figures that today's "
+            "counts could be compared with",
+            "compare the halves of a trace: placer check PLAN TRACE",
         )
 
 
@@ -290,6 +296,8 @@ def _compared(
 ) -> dict[str, float]:
     """Return the figures that are watched: balance, and what is sent if plans differ."""
     sent = Wire.of(plan, plan.engine).compared(plan.policy_without_table)
+    if plan.solver.status == "imported":  # what its engine sends is not known
+        sent = None
     found = {}
     if sent is not None:
         what = "pairs" if sent == PAIRS else "copies"
@@ -313,7 +321,7 @@ def _figures(
         simulate(
             one,
             tokens,
-            replica_choice=plan.replica_choice,
+            replica_choice=_choice(plan),
             layer_ids=layer_ids,
         )[plan.policy_without_table].to_json()
         for one in (placement, base)
@@ -321,7 +329,26 @@ def _figures(
     return _compared(plan, own, reference)
 
 
-def _without_a_group(tokens: Chunk, ids: np.ndarray) -> Iterator[Chunk]:
+def _choice(plan: Plan) -> ReplicaChoice | None:
+    """Return which replica serves; of an imported plan that does not say, each as often."""
+    if plan.solver.status == "imported":
+        return plan.recorded_choice or "hash"
+    return plan.replica_choice
+
+
+def _with_errors(
+    plan: Plan, tokens: Chunk, layer_ids: tuple[int, ...] | None
+) -> tuple[dict[str, float], np.ndarray]:
+    """Return the figures on some tokens, and the standard error of each."""
+    parts = [
+        list(_figures(plan, one, layer_ids).values()) for one in _without_a_group(tokens)
+    ]
+    errors = np.sqrt((NUM_GROUPS - 1) * np.var(parts, axis=0))
+    return _figures(plan, tokens, layer_ids), errors
+
+
+def _without_a_group(tokens: Chunk) -> Iterator[Chunk]:
+    ids = np.unique(tokens.sequence_ids)
     for group in range(NUM_GROUPS):
         left_out = ids[np.arange(len(ids)) % NUM_GROUPS == group]
         yield tokens.select(~np.isin(tokens.sequence_ids, left_out))

@@ -188,7 +188,7 @@ def loadable(
     for one in questions:
         try:
             if (engine := one.known_engine) is not None:
-                require_loadable(engine, model, has_replicas=more > 0, topology=topology)
+                require_loadable(engine, model, redundant_experts=more, topology=topology)
         except UsageError as error:
             refused.append(error)
             continue

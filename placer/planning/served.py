@@ -147,7 +147,7 @@ def require_loadable(
     model: ModelSpec,
     architectures: Sequence[str] = (),
     *,
-    has_replicas: bool,
+    redundant_experts: int | None,
     topology: Topology,
 ) -> Loading:
     """Refuse, before any search, what the engine could not load.
@@ -160,8 +160,8 @@ def require_loadable(
         The model of the profile.
     architectures
         What its config names itself, where a checkpoint was given.
-    has_replicas
-        Whether there are redundant experts.
+    redundant_experts
+        Slots per layer beyond one for each expert; ``None`` for as many as pay.
     topology
         Ranks and nodes of the plan.
 
@@ -175,13 +175,9 @@ def require_loadable(
     num_ranks = topology.num_ranks
     ranks = topology.num_nodes, topology.gpus_per_node
     if (misfit := engine.misfit(*ranks)) is not None:
-        family = engines_named(engine.family)
-        others = [one.name for one in family if one.misfit(*ranks) is None]
-        nearest = get_close_matches(engine.name, others, n=1, cutoff=0)[0]
         raise UsageError(
             f"--engine {engine.name} {misfit}",
-            f"placer solve TRACE --engine {nearest} --nodes {ranks[0]} --gpus-per-node "
-            f"{ranks[1]} --out PLAN",
+            _fitting_ways(engine, topology, redundant_experts),
         )
     reason = _no_map_reason(engine, model, architectures)
     if reason is None:
@@ -194,7 +190,7 @@ def require_loadable(
             f"{engine.name} serves no copies that fill them: {none}",
             _even_ways(model, architectures),
         )
-    if has_replicas:
+    if redundant_experts != 0:
         raise UsageError(f"{none}, so none could be served", without_copies(engine.name))
     notes = []
     if engine.map_format != "checkpoint":
@@ -249,7 +245,7 @@ def _require_servable(engine: Engine, plan: Plan, architectures: Sequence[str]) 
         engine,
         plan.model,
         architectures,
-        has_replicas=placed.has_replicas,
+        redundant_experts=placed.redundant_experts,
         topology=topology,
     )
     if loading.keeps_groups:
@@ -271,6 +267,30 @@ def _no_map_reason(
     return family.no_map_reason(model.model_type, architectures)
 
 
+def _fitting_ways(engine: Engine, topology: Topology, redundant: int | None) -> str:
+    """Return the commands for the same ranks: as one node, and by an engine for nodes."""
+    nodes, ranks_per_node = topology.num_nodes, topology.gpus_per_node
+
+    def command(name: str, nodes: int, ranks_per_node: int) -> str:
+        number = "auto" if redundant is None else redundant
+        copies = "" if redundant == 0 else f" --redundant-experts {number}"
+        return (
+            f"placer solve TRACE --engine {name} --nodes {nodes} --gpus-per-node "
+            f"{ranks_per_node}{copies} --out PLAN"
+        )
+
+    family = engines_named(engine.family)
+    others = [one for one in family if one.misfit(nodes, ranks_per_node) is None]
+    alike = [one.name for one in others if one.phases == engine.phases]
+    names = alike or [one.name for one in others]
+    nearest = get_close_matches(engine.name, names, n=1, cutoff=0)[0]
+    other = command(nearest, nodes, ranks_per_node)
+    if engine.within != "NVLink domain":
+        return other
+    whole = command(engine.name, 1, topology.num_ranks)
+    return f"if one NVLink domain holds them all: {whole}; if not: {other}"
+
+
 def _even_ways(model: ModelSpec, architectures: Sequence[str]) -> str:
     """Say what gives every rank the same slots where an engine loads no map."""
     largest = gcd(*model.num_experts)
@@ -281,7 +301,7 @@ def _even_ways(model: ModelSpec, architectures: Sequence[str]) -> str:
         if _no_map_reason(one, model, architectures) is None
     )
     loading = f"; or an engine that loads a map: {', '.join(families)}" if families else ""
-    return f"choose --nodes x --gpus-per-node among {ranks}{loading}"
+    return f"choose a number of ranks (nodes x GPUs per node) among {ranks}{loading}"
 
 
 def _require_agreement(option: str, asked: str | None, needed: str, engine: str) -> None:

@@ -193,7 +193,13 @@ def started(request: SolveRequest, note: Tell) -> SolveRequest:
     """Return the request for the engine of the plan to start from, unless one is named."""
     if request.start is None:
         return request
-    before = Plan.read(request.start).engine
+    start = Plan.read(request.start)
+    before, choice = start.engine, start.recorded_choice
+    if before is None and request.engine is None and request.has_replicas:
+        if choice is None or request.replica_choice is not None:
+            return request
+        note(f"solved for --replica-choice {choice}, as {request.start} says")
+        return replace(request, replica_choice=choice)
     if before is None or before.name == request.engine:
         return request
     names_wire = request.exchange is not None or request.replica_choice is not None
@@ -213,7 +219,7 @@ def _loading(request: SolveRequest) -> Loading:
         Engine.named(request.engine),
         _model_of(request),
         architectures_of(request.model),
-        has_replicas=request.has_replicas,
+        redundant_experts=request.redundant_experts,
         topology=request.options.topology,
     )
 

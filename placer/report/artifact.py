@@ -11,6 +11,7 @@ from placer.model.config_file import (
     require_downloaded,
 )
 from placer.placement import Plan
+from placer.placement.engine_map import require_no_map
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
 from placer.run.documents import file_header, parse_json, read_json
@@ -41,6 +42,7 @@ def open_artifact(path: Path) -> Artifact:
     require_downloaded(path)
     if not path.exists():
         raise PlacerError(f"{path} does not exist", f"check the path: ls -l {path.parent}")
+    require_no_map(path)
     return _open_directory(path) if path.is_dir() else _open_file(path)
 
 

@@ -75,9 +75,13 @@ class Deployment:
             replica_choice=plan.recorded_choice if placement.has_replicas else None,
         )
 
+    def runs(self, engine: Engine) -> bool:
+        """Return whether the engine runs on these ranks."""
+        return engine.misfit(self.num_nodes, self.num_ranks // self.num_nodes) is None
+
     def fits(self, engine: Engine) -> bool:
         """Return whether the engine runs on these ranks and sends what the plan lowers."""
-        if engine.misfit(self.num_nodes, self.num_ranks // self.num_nodes) is not None:
+        if not self.runs(engine):
             return False
         sent = {self.exchange, engine.dispatch.exchange}
         one_node = self.num_nodes == 1 and sent == {"per-rank", "per-node"}
@@ -213,14 +217,15 @@ class EngineFamily:
         """Return the configuration to start; ``None`` of an engine that is not known.
 
         That is ``engine``, if it is of this family; else the first, beginning with the
-        default, that fits what is served; else the default.
+        default, that fits what is served; else the first that runs on its ranks.
         """
         if engine is not None and engine.family == self.name:
             return engine
         if self.default is None:
             return None
         every = known_engines()[self.default], *engines_named(self.name)
-        return next((one for one in every if served.fits(one)), every[0])
+        running = [one for one in every if served.runs(one)] or every
+        return next((one for one in running if served.fits(one)), running[0])
 
     def start(self, served: Deployment, engine: Engine | None = None) -> Start:
         """Return how the engine is started.
@@ -260,7 +265,7 @@ class EngineFamily:
             engine=self.title,
             command=command,
             conditions=(
-                *_other_exchange(served, engine),
+                *_other_exchange(served, engine, self.title),
                 *(served.fill(one.text) for one in holding(self.conditions)),
             ),
             stale=stale,
@@ -298,11 +303,11 @@ def start_lines(
     return [one.start(served, engine) for one in fitting]
 
 
-def _other_exchange(served: Deployment, engine: Engine | None) -> Iterator[str]:
+def _other_exchange(served: Deployment, engine: Engine | None, title: str) -> Iterator[str]:
     """Say where what is sent is not what the plan lowers."""
     if served.exchange is None or (engine is not None and served.fits(engine)):
         return
-    sends = "what it sends is not known here"
+    sends = f"placer does not know what {title} sends"
     if engine is not None:
         ranks = served.num_nodes, served.num_ranks // served.num_nodes
         sends = engine.misfit(*ranks) or f"this engine sends {engine.dispatch.exchange}"

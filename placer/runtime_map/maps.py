@@ -10,6 +10,7 @@ from placer.errors import (
     UsageError,
     VerificationError,
 )
+from placer.placement.engine_map import json_format
 from placer.run.documents import parse_json
 from placer.run.files import (
     read_text,
@@ -239,11 +240,4 @@ def _format_of(path: Path) -> str:
         value = parse_json(read_text(path, what="map"), f"map {path}")
     except PlacerError as error:
         raise VerificationError(error.message, "export it again") from error
-    keys = set(value) if isinstance(value, dict) else set()
-    if isinstance(value, list):
-        return "vllm-pr49572"
-    if "layer_list" in keys:
-        return "vllm-ascend"
-    if "model_maps" in keys:
-        return "vllm-das"
-    return "json" if "kind" in keys else "sglang"
+    return json_format(value) or ("vllm-pr49572" if isinstance(value, list) else "sglang")

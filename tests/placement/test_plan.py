@@ -108,7 +108,10 @@ def test_the_documented_keys_are_there(path: Path) -> None:
         ({"schema_version": 3}, "written by a newer placer: it has schema_version 3"),
         ({"surplus": 1}, "it has the unknown field surplus"),
         ({"policy": "bogus"}, "allowed are fixed, follow, token, request"),
-        ({"exchange": "per-expert"}, "allowed are per-rank, per-node"),
+        (
+            {"exchange": "per-gpu"},
+            'exchange is "per-gpu", allowed are per-expert, per-rank',
+        ),
         ({"max_imbalance": "1.1"}, 'max_imbalance is "1.1", expected a number'),
         ({"max_imbalance": float("nan")}, "holds nan, which is no finite number"),
         ({"max_imbalance": 0.5}, r"max_imbalance is 0\.5, expected a number >= 1"),

@@ -404,7 +404,8 @@ def test_no_copies_are_advised_to_an_engine_that_loads_no_map(
         advise_on_loads(counts, asked, tmp_path)
     assert str(other.value) == str(error.value)
     assert error.value.hint == (
-        "choose --nodes x --gpus-per-node among 1, 2, 4, 8; or an engine that loads a map: "
+        "choose a number of ranks (nodes x GPUs per node) among 1, 2, 4, 8; or an engine "
+        "that loads a map: "
         "sglang, trtllm"
     )
     for engine, ranks in (("vllm-agrs", 4), ("sglang-none", 3)):

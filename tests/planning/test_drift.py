@@ -98,7 +98,7 @@ def test_what_cannot_be_told_is_refused(plan: Plan, tmp_path: Path) -> None:
 def test_only_what_the_engine_sends_and_a_placement_changes_is_watched(
     plan: Plan, tmp_path: Path
 ) -> None:
-    """Without redundant experts an engine that sends pairs sends as many whatever is placed."""
+    """An engine that sends pairs sends as many, whatever is placed."""
     trace = write(tmp_path / "other", 3, 1)
     watched = {}
     for engine in (None, "sglang-deepep-ll"):

@@ -118,12 +118,12 @@ def test_redundant_experts_that_no_map_brings_are_refused(
     """What is refused is possible without redundant experts, as the hint says."""
     one, model = Engine.named(engine), of_type(model_type)
     if reason is None:
-        require_loadable(one, model, has_replicas=True, topology=ONE_NODE)
+        require_loadable(one, model, redundant_experts=4, topology=ONE_NODE)
         return
     with pytest.raises(UsageError, match=reason) as error:
-        require_loadable(one, model, has_replicas=True, topology=ONE_NODE)
+        require_loadable(one, model, redundant_experts=4, topology=ONE_NODE)
     assert f"placer solve TRACE --engine {engine} --redundant-experts 0" in error.value.hint
-    loading = require_loadable(one, model, has_replicas=False, topology=ONE_NODE)
+    loading = require_loadable(one, model, redundant_experts=0, topology=ONE_NODE)
     told = [note for note in loading.notes if "placer export checkpoint" in note]
     assert bool(told) == (one.map_format != "checkpoint")
 
@@ -131,9 +131,9 @@ def test_redundant_experts_that_no_map_brings_are_refused(
 def test_the_architectures_of_a_checkpoint_decide_whether_a_map_is_read() -> None:
     engine, model = Engine.named("sglang-deepep"), of_type("of_a_vendor")
     with pytest.raises(UsageError, match="SGLang ignores a map for of_a_vendor"):
-        require_loadable(engine, model, has_replicas=True, topology=ONE_NODE)
+        require_loadable(engine, model, redundant_experts=4, topology=ONE_NODE)
     known = ["Qwen3MoeForCausalLM"]
-    require_loadable(engine, model, known, has_replicas=True, topology=ONE_NODE)
+    require_loadable(engine, model, known, redundant_experts=4, topology=ONE_NODE)
 
 
 @pytest.mark.parametrize("name", known_engines())
@@ -141,14 +141,14 @@ def test_an_engine_names_one_that_runs_on_these_nodes(name: str) -> None:
     """2 x 2 ranks: neither one node, nor one NVLink domain, nor nodes of 8."""
     engine, model = Engine.named(name), of_type("deepseek_v3")
     if not (engine.within or engine.topologies):
-        require_loadable(engine, model, has_replicas=False, topology=TWO_NODES)
+        require_loadable(engine, model, redundant_experts=0, topology=TWO_NODES)
         return
     reason = f"--engine {name} runs (on|inside) .* 2"
     with pytest.raises(UsageError, match=reason) as error:
-        require_loadable(engine, model, has_replicas=False, topology=TWO_NODES)
-    other = Engine.named(error.value.hint.partition("--engine ")[2].split()[0])
+        require_loadable(engine, model, redundant_experts=0, topology=TWO_NODES)
+    other = Engine.named(error.value.hint.rpartition("--engine ")[2].split()[0])
     assert other.family == engine.family
-    require_loadable(other, model, has_replicas=False, topology=TWO_NODES)
+    require_loadable(other, model, redundant_experts=0, topology=TWO_NODES)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,20 @@ def test_nodes_that_deepep_takes_otherwise_are_told(
     assert Engine.named("sglang-deepep-v2-hybrid").doubt(nodes, ranks) is None
 
 
+def test_the_ranks_of_one_nvlink_domain_are_offered_as_one_node() -> None:
+    """TensorRT-LLM's own wide-EP example: 36 ranks with 288 slots for 256 experts."""
+    rack = Topology(num_nodes=9, gpus_per_node=4)
+    engine, model = Engine.named("trtllm-onesided"), of_type("deepseek_v3")
+    with pytest.raises(UsageError, match="one NVLink domain, --nodes is 9") as error:
+        require_loadable(engine, model, redundant_experts=32, topology=rack)
+    own, _, other = error.value.hint.partition("; if not: ")
+    assert own.endswith(
+        "placer solve TRACE --engine trtllm-onesided --nodes 1 --gpus-per-node 36 "
+        "--redundant-experts 32 --out PLAN"
+    )
+    assert "--nodes 9 --gpus-per-node 4 --redundant-experts 32" in other
+
+
 def test_one_nvlink_domain_is_one_node() -> None:
     engine = Engine.named("trtllm-onesided")
     assert engine.misfit(1, 72) is None
@@ -212,7 +226,7 @@ def test_a_plan_for_a_permuted_checkpoint_keeps_router_groups(
     loading = require_loadable(
         Engine.named(engine),
         of_type(model_type, n_group),
-        has_replicas=False,
+        redundant_experts=0,
         topology=ONE_NODE,
     )
     assert loading.keeps_groups == keeps
