@@ -326,7 +326,7 @@ def solve(
     from placer.planning.frontier import parse_caps
     from placer.planning.request import SolveRequest
     from placer.planning.solving import solve_frontier, solve_request
-    from placer.report.comparison import plan_notes, plan_warnings
+    from placer.report.comparison import closing_lines, plan_notes, plan_warnings
     from placer.run.deadline import Deadline
     from placer.solver.options import NOT_SOLVED, PROOFS, SolveOptions
     from placer.solver.params import SolverParams
@@ -408,22 +408,29 @@ def solve(
     for line in notes:
         note(line)
     if as_json:
-        told = {"warnings": warnings, "notes": notes}
+        told = {"warnings": [*warnings, *closing_lines(solved.plan)], "notes": notes}
         report = {"out": str(out), "seconds": solved.plan.solver.seconds}
         print_json(report | told | solved.plan.to_json())
         return
     _show(solved, start)
     print_line(f"plan written to {out}")
+    for line in closing_lines(solved.plan):
+        print_line(line)
 
 
 def _show(solved: "Solved", start: Path | None) -> None:
     """Print the figures of a plan and what proves them."""
-    from placer.report.comparison import certificate_lines, plan_table, price_line
+    from placer.report.comparison import (
+        certificate_lines,
+        plan_table,
+        plan_table_title,
+        price_line,
+    )
 
     plan, choice = solved.plan, solved.time
     columns, rows = plan_table(plan)
     if rows:
-        print_table(columns, rows)
+        print_table(columns, rows, title=plan_table_title(plan))
     if (priced := price_line(plan)) is not None:
         print_line(priced)
     if start is not None:
@@ -433,7 +440,7 @@ def _show(solved: "Solved", start: Path | None) -> None:
             f"{moved} of {sum(map(len, slots))} experts in slots moved from {start}"
             + ("; to move fewer, charge for each: --migration-cost" if free else "")
         )
-    for line in certificate_lines(plan.solver):
+    for line in certificate_lines(plan):
         print_line(line)
     if choice is not None:
         print_line(

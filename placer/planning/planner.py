@@ -22,7 +22,7 @@ from placer.planning.inner_cap import choose_inner_cap
 from placer.planning.judging import Figures, Judging
 from placer.run.deadline import Deadline, OutOfTimeError
 from placer.run.files import sha256_file, sha256_json
-from placer.run.progress import Progress, gap
+from placer.run.progress import Progress
 from placer.solver.balance.replicas import require_room
 from placer.solver.missed_caps import above_load_cap, require_load_cap, require_receive_cap
 from placer.solver.options import SolveOptions
@@ -95,8 +95,8 @@ def plan_from_trace(
     except OutOfTimeError:
         prices = {}
         report = msgspec.structs.replace(report, reproducible=False)
-    if own:
-        report = _as_simulated(report, own[0]["fixed"]["load_imbalance_mean"])
+    if own:  # homes are known: none need be drawn
+        report = msgspec.structs.replace(report, predicted_imbalance=None)
     return Plan(
         model=trace.model,
         placement=placement,
@@ -116,24 +116,6 @@ def plan_from_trace(
             **selection.to_json(),
             "profile_sequences": len(np.unique(profile.sequence_ids)),
         },
-    )
-
-
-def _as_simulated(report: SolverReport, imbalance: float) -> SolverReport:
-    """Return the report of a balanced plan with the imbalance that its tokens really have.
-
-    Copies were counted for homes drawn at random; those of the profile are known.
-    """
-    if report.predicted_imbalance is None or report.bound is None:
-        return report
-    if imbalance == round(report.objective, 5):  # rounding proves nothing
-        return msgspec.structs.replace(report, predicted_imbalance=None)
-    return msgspec.structs.replace(
-        report,
-        status="feasible",
-        objective=imbalance,
-        gap=gap(imbalance, report.bound),
-        predicted_imbalance=None,
     )
 
 

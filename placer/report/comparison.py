@@ -4,16 +4,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from placer.intervals import FEWEST_SEQUENCES
 from placer.placement import Plan
 from placer.placement.solver_report import Certificate, InnerCap, SolverReport
 from placer.planning.served import loads_map
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.sent import NODE_COPIES, RANK_COPIES, Wire
+from placer.solver.balance.load_balance import OBJECTIVE_OF_REPLICAS
 from placer.solver.balance.replicas import redundant_experts_that_fit
 
 PolicyFigures = Mapping[str, Mapping[str, Any]]
 
 _RATIO = "of contiguous"
+_IMBALANCE = "load_imbalance_mean"
 # Below that, more copies are noise.
 _CLEARLY_MORE = 1.001
 # Two placements that are as even on the profile differ by about so much on other sequences.
@@ -88,9 +91,20 @@ def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
     return comparison_table(figures, [plan.policy], Wire.of(plan, plan.engine))
 
 
-def certificate_lines(report: SolverReport) -> list[str]:
-    """Return one line for each objective: what was reached, and what is proved."""
-    lines = [_line(report.status, report)]
+def plan_table_title(plan: Plan) -> str:
+    """Return which tokens the table of a plan is about."""
+    heldout = plan.metrics["heldout"]
+    return "on the profile:" if heldout is None else "on held-out sequences:"
+
+
+def certificate_lines(plan: Plan) -> list[str]:
+    """Return one line for each objective: what the profile has, and what is proved."""
+    report, profile = plan.solver, plan.metrics["profile"]
+    judged_elsewhere = plan.metrics["heldout"] is not None
+    lines = ["on the profile, " * judged_elsewhere + _line(report.status, report)]
+    if profile is not None and report.objective_name == OBJECTIVE_OF_REPLICAS:
+        reached = profile["fixed"]["load_imbalance_mean"]
+        lines.append(f"imbalance with the homes of the profile's tokens: {reached:.4f}")
     if report.predicted_imbalance is not None:
         lines.append(
             "predicted imbalance, with homes of tokens drawn at random: "
@@ -143,6 +157,7 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
                 "the time limit left no time to measure all baselines; to compare with "
                 "them: placer simulate PLAN TRACE"
             )
+    yield from _homes_line(plan)
     yield from _overload_line(plan)
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
     if cap is not None and profile is not None:
@@ -173,7 +188,7 @@ def plan_notes(plan: Plan) -> Iterator[str]:
             f"{plan.solver.most_received_copies:.4f} in the worst layer, cap {cap:g}"
         )
     if plan.solver.inner_cap is not None:
-        yield inner_cap_line(plan.solver.inner_cap, plan.max_imbalance)
+        yield _inner_cap_line(plan, plan.solver.inner_cap)
 
 
 def _relaxed_line(plan: Plan) -> Iterator[str]:
@@ -238,10 +253,9 @@ def _overload_line(plan: Plan) -> Iterator[str]:
     """
     if plan.metrics["heldout"] is None:
         return
-    imbalance = "load_imbalance_mean"
-    reached = plan.metrics["heldout"][plan.policy][imbalance]
-    kept = plan.metrics["profile"][plan.policy][imbalance]
-    eplb = plan.metrics["baselines"].get("eplb", {}).get(plan.policy, {}).get(imbalance)
+    reached = plan.metrics["heldout"][plan.policy][_IMBALANCE]
+    kept = plan.metrics["profile"][plan.policy][_IMBALANCE]
+    eplb = _eplb_imbalance(plan)
     if plan.provenance.get("max_imbalance_given", True):
         cap = plan.max_imbalance
         relaxed, num_layers = plan.solver.relaxed_layers, plan.placement.num_layers
@@ -251,14 +265,62 @@ def _overload_line(plan: Plan) -> Iterator[str]:
         beside = f"--max-imbalance is {cap:g}" + (
             f", relaxed to {mean:.3f} on average" if relaxed else ""
         )
+        beside += "" if eplb is None else f", EPLB's has {eplb:.3f}"
+    elif plan.provenance["objective"] == "balance":
+        return  # closing_lines
     elif eplb is None or reached <= eplb * _CLEARLY_BUSIER:
         return
     else:
         beside = f"EPLB's has {eplb:.3f}"
     yield (
         f"on held-out sequences the busiest rank has {reached:.3f} times the mean load, "
-        f"{beside}. On the profile it was kept to {kept:.3f}"
-        f"{_overload_remedy(plan, reached)}"
+        f"{beside}. On the profile it has {kept:.3f}{_overload_remedy(plan, reached)}"
+    )
+
+
+def _eplb_imbalance(plan: Plan) -> float | None:
+    """Return the imbalance of EPLB's placement where the plan is judged, if it is known."""
+    figures = plan.metrics["baselines"].get("eplb", {}).get(plan.policy, {})
+    found: float | None = figures.get(_IMBALANCE)
+    return found
+
+
+def _homes_line(plan: Plan) -> Iterator[str]:
+    """Say where a cap holds for even homes, and not for those of the profile's tokens."""
+    profile, cap = plan.metrics["profile"], plan.max_imbalance
+    even = {"fixed": "even homes", "follow": "even homes in the first layer"}
+    if profile is None or not plan.placement.has_replicas or plan.policy not in even:
+        return
+    figures = profile[plan.policy]
+    allowed = max([cap, *plan.solver.relaxed_layers.values()])
+    if figures[_IMBALANCE] <= allowed:
+        return
+    is_given = plan.provenance.get("max_imbalance_given", True)
+    counted = even[plan.policy]
+    if plan.solver.objective_name == OBJECTIVE_OF_REPLICAS:
+        counted += f" ({plan.solver.objective:.3f} on average)"
+    yield (
+        f"{'--max-imbalance' if is_given else 'the default load cap'} {cap:g} holds with "
+        f"{counted}. With the homes of the profile's tokens the busiest rank has "
+        f"{figures[_IMBALANCE]:.3f} times the mean load"
+    )
+
+
+def closing_lines(plan: Plan) -> Iterator[str]:
+    """Say where EPLB balances sequences not seen better than a plan for balance alone."""
+    heldout, eplb = plan.metrics["heldout"], _eplb_imbalance(plan)
+    if heldout is None or eplb is None or plan.provenance["objective"] != "balance":
+        return
+    reached = heldout[plan.policy][_IMBALANCE]
+    if reached <= eplb * _CLEARLY_BUSIER:
+        return
+    number = plan.provenance["profile_sequences"]
+    few = number < FEWEST_SEQUENCES
+    yield (
+        f"on held-out sequences EPLB's placement is more even than this plan: {eplb:.3f} "
+        f"beside {reached:.3f}. The plan fits the loads of {number} profile sequences"
+        + (", which are too few to tell the two apart" if few else "")
+        + ": record more, or use EPLB where the engine has it, which needs no plan"
     )
 
 
@@ -274,11 +336,11 @@ def _overload_remedy(plan: Plan, reached: float) -> str:
     fitting = redundant_experts_that_fit(plan.model.num_experts, num_ranks, blocks)
     served = plan.engine is None or loads_map(plan.engine, plan.model)
     if served and more in islice(fitting, more // num_ranks + 1):
-        helps.append(f"redundant experts (--redundant-experts {more})")
-    return f". Solve with {', or with '.join(helps)}" if helps else ""
+        helps.append(f"--redundant-experts {more}")
+    return f". May help: {', or '.join(helps)}" if helps else ""
 
 
-def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
+def _inner_cap_line(plan: Plan, inner_cap: InnerCap) -> str:
     """Return the sentence on the cap that a robust plan was solved under."""
     line = (
         f"solved under a load cap of {inner_cap.max_imbalance:g} and at "
@@ -287,7 +349,11 @@ def inner_cap_line(inner_cap: InnerCap, max_imbalance: float) -> str:
     )
     if inner_cap.holds:
         return line
-    return f"{line}, above the {max_imbalance:g} asked for; it is the closest"
+    is_given = plan.provenance.get("max_imbalance_given", True)
+    cap = f"--max-imbalance {plan.max_imbalance:g}"
+    if not is_given:
+        cap = f"the default load cap {plan.max_imbalance:g}"
+    return f"{line}, above {cap}; it is the closest"
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:

@@ -12,7 +12,13 @@ from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import gap
 from placer.solver.balance.layer_balance import Balancing
-from placer.solver.balance.load_balance import METHOD, OBJECTIVE, LoadBalance, balance_loads
+from placer.solver.balance.load_balance import (
+    METHOD,
+    OBJECTIVE,
+    OBJECTIVE_OF_REPLICAS,
+    LoadBalance,
+    balance_loads,
+)
 from placer.solver.balance.router_groups import blocks_of_groups
 from placer.solver.missed_caps import above_load_cap, require_load_cap
 from placer.solver.options import SolveOptions
@@ -49,7 +55,7 @@ def solve_loads(
     return found.placement, SolverReport(
         status=reached,
         termination=deadline.termination(proved=reached == "optimal"),
-        objective_name=OBJECTIVE,
+        objective_name=OBJECTIVE_OF_REPLICAS if options.redundant_experts else OBJECTIVE,
         objective=objective,
         bound=bound,
         gap=gap(objective, bound),

@@ -7,9 +7,17 @@ import msgspec
 import pytest
 
 from placer.model import ModelSpec
-from placer.placement import Plan
+from placer.placement import Placement, Plan
 from placer.placement.reference import contiguous
-from placer.report.comparison import plan_notes, plan_warnings, price_line
+from placer.placement.solver_report import InnerCap
+from placer.report.comparison import (
+    certificate_lines,
+    closing_lines,
+    plan_notes,
+    plan_warnings,
+    price_line,
+)
+from placer.solver.balance.load_balance import OBJECTIVE_OF_REPLICAS
 from tests.plans import unsolved_plan
 
 SENT = {"remote_rank_copies_per_token": 1.0}
@@ -53,12 +61,11 @@ def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
     (said,) = warned(1.305)
     assert said.startswith(
         "on held-out sequences the busiest rank has 1.305 times the mean load, "
-        "--max-imbalance is 1.1, relaxed to 1.200 on average. On the profile it was kept "
-        "to 1.000. Solve with --robust bootstrap, or with redundant experts "
-        "(--redundant-experts 2)"
+        "--max-imbalance is 1.1, relaxed to 1.200 on average. On the profile it has "
+        "1.000. May help: --robust bootstrap, or --redundant-experts 2"
     )
     (said,) = warned(1.305, engine="transformers-a2a")
-    assert said.endswith("Solve with --robust bootstrap"), "it loads no map"
+    assert said.endswith("May help: --robust bootstrap"), "it loads no map"
     (said,) = warned(1.305, robust="bootstrap")
     assert "--robust" not in said
     (relaxed,) = warned(1.305, max_imbalance_given=False)
@@ -83,7 +90,70 @@ def test_without_a_cap_that_is_given_sequences_not_seen_are_compared_with_eplb()
     assert warned(1.05) == []
     assert warned(1.12) == []
     (said,) = warned(1.13)
-    assert "1.130 times the mean load, EPLB's has 1.100. On the profile it was kept" in said
+    assert "1.130 times the mean load, EPLB's has 1.100. On the profile it has" in said
+
+
+def test_a_cap_that_holds_for_even_homes_alone_is_told_with_both_figures() -> None:
+    """Experts 0 and 1 of three have two replicas: homes decide which serves."""
+    placed = Placement.from_json([[0, 1, 0, 2, 1, 2]], (3,), 3, 1)
+    asked = {"objective": "balance", "robust": "none", "max_home_imbalance": None}
+    plan = unsolved_plan(ModelSpec(num_experts=(3,), top_k=1), placed, **asked)
+    solver = msgspec.structs.replace(
+        plan.solver, objective_name=OBJECTIVE_OF_REPLICAS, objective=1.04
+    )
+
+    def warned(imbalance: float, **provenance: object) -> list[str]:
+        figures = {"fixed": {"load_imbalance_mean": imbalance}}
+        metrics = {"profile": figures, "heldout": None, "baselines": {}}
+        given = {**plan.provenance, **provenance}
+        told = replace(plan, solver=solver, metrics=metrics, provenance=given)
+        if imbalance > 1.1:
+            assert certificate_lines(told)[-1].endswith(f"tokens: {imbalance:.4f}")
+        return list(plan_warnings(told))
+
+    before = warned(1.1)
+    both = "1.1 holds with even homes (1.040 on average). With the homes of the profile's "
+    both += "tokens the busiest rank has 1.152 times the mean load"
+    assert [one for one in warned(1.152) if one not in before] == [
+        f"--max-imbalance {both}"
+    ]
+    assert f"the default load cap {both}" in warned(1.152, max_imbalance_given=False)
+
+
+def test_a_plan_for_balance_that_eplb_beats_held_out_says_so_last() -> None:
+    asked = {"objective": "balance", "max_imbalance_given": False, "profile_sequences": 17}
+    plan = unsolved_plan(ModelSpec(num_experts=(4,), top_k=1), contiguous((4,), 2), **asked)
+
+    def told(imbalance: float, **provenance: object) -> list[str]:
+        metrics = {
+            "profile": {"fixed": {"load_imbalance_mean": 1.009}},
+            "heldout": {"fixed": {"load_imbalance_mean": imbalance}},
+            "baselines": {"eplb": {"fixed": {"load_imbalance_mean": 1.2}}},
+        }
+        given = {**plan.provenance, **provenance}
+        return list(closing_lines(replace(plan, metrics=metrics, provenance=given)))
+
+    assert told(1.21) == told(1.25, objective="traffic") == []
+    (line,) = told(1.25)
+    assert "EPLB's placement is more even than this plan: 1.200 beside 1.250" in line
+    assert "17 profile sequences, which are too few" in line
+    assert "too few" not in told(1.25, profile_sequences=400)[0]
+
+
+def test_a_cap_that_nobody_gave_is_not_said_to_be_asked_for() -> None:
+    plan = unsolved_plan(ModelSpec(num_experts=(4,), top_k=1), contiguous((4,), 2))
+    cap = InnerCap(
+        max_imbalance=1.02,
+        overflow_price=10.0,
+        predicted_imbalance=1.3,
+        holds=False,
+        trials=(),
+    )
+    solver = msgspec.structs.replace(plan.solver, inner_cap=cap)
+    for is_given, words in ((True, "--max-imbalance 1.1"), (False, "the default load cap")):
+        given = {"max_imbalance_given": is_given, "max_received_copies": None}
+        told = list(plan_notes(replace(plan, solver=solver, provenance=given)))
+        assert f"above {words}" in told[-1]
 
 
 def test_time_that_decided_is_not_advised() -> None:

@@ -18,6 +18,10 @@ from placer.solver.balance.served_load import ServedLoad
 from placer.target.engine import ReplicaChoice
 
 OBJECTIVE = "imbalance (busiest rank's load over the mean, mean over MoE layers)"
+#: Which replica serves depends on the home of a token.
+OBJECTIVE_OF_REPLICAS = (
+    "imbalance with even homes (busiest rank's load over the mean, mean over MoE layers)"
+)
 METHOD = "an even share, the busiest expert's replicas, the busiest group, or CP-SAT"
 # Work of CP-SAT on copies, all layers together, in its deterministic seconds.
 _DETERMINISTIC_TIME = 4.0
