@@ -8,6 +8,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ENGINES := $(VENV)/.deepspeed build/engines/vllm/.installed build/engines/sglang/.installed
 GENERATED := README.md docs/cli.md docs/families.md docs/engines.md
 COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
@@ -24,14 +25,10 @@ demo: $(INSTALLED)  ## Run the whole road on the model and text that ship here
 	@$(BIN)/placer demo --out build/demo
 
 test: $(INSTALLED)  ## Run the tests
-	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks --ignore=tests/engines
 
-# DeepSpeed is built against the torch that is installed, so it comes after all else; none of
-# its CUDA operators is needed.
-test-engines: $(INSTALLED)  ## Install DeepSpeed, run the tests in which it serves an export
-	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
-	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
-	@$(BIN)/python -m pytest tests/checkpoint/test_deepspeed_engine.py
+test-engines: $(ENGINES)  ## Install real engines, run the tests in which they serve an export
+	@$(BIN)/python -m pytest tests/engines
 
 check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated documentation, notebooks
 	@$(BIN)/ruff format --check .
@@ -79,4 +76,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	    --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# DeepSpeed is built against the torch that is installed, so it comes after all else; none of
+# its CUDA operators is needed.
+$(VENV)/.deepspeed: $(INSTALLED)
+	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	@touch $@
+
+# Its file names all that it needs, and leaves out what a demo model does not.
+build/engines/vllm/.installed: tests/engines/vllm.txt
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
+	@touch $@
+
+# Unpacked only, so the Python and the machine that it was built for do not matter.
+build/engines/sglang/.installed: tests/engines/sglang.txt $(INSTALLED)
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	    --only-binary :all: --platform manylinux_2_34_x86_64 --python-version 3.12 \
+	    --requirement $<
 	@touch $@
