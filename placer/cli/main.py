@@ -17,6 +17,7 @@ from placer.cli.check import check
 from placer.cli.demo import demo
 from placer.cli.export import export
 from placer.cli.import_ import import_
+from placer.cli.inputs import InputCommand
 from placer.cli.inspect import inspect
 from placer.cli.learning import learning
 from placer.cli.links import links
@@ -59,23 +60,23 @@ def _common(
     """Decide where the experts of a Mixture-of-Experts model live."""
 
 
-app.command("record")(record)
-app.command("import")(import_)
-trace_app.command("links")(links)
-trace_app.command("learning")(learning)
+app.command("record", cls=InputCommand)(record)
+app.command("import", cls=InputCommand)(import_)
+trace_app.command("links", cls=InputCommand)(links)
+trace_app.command("learning", cls=InputCommand)(learning)
 app.add_typer(trace_app, name="trace")
-app.command("affinity")(affinity)
-app.command("advise")(advise)
-app.command("solve")(solve)
-app.command("tables")(tables)
-app.command("export")(export)
-app.command("verify")(verify)
-app.command("simulate")(simulate)
-app.command("replay")(replay)
-app.command("calibrate")(calibrate)
-app.command("check")(check)
-app.command("inspect")(inspect)
-app.command("demo")(demo)
+app.command("affinity", cls=InputCommand)(affinity)
+app.command("advise", cls=InputCommand)(advise)
+app.command("solve", cls=InputCommand)(solve)
+app.command("tables", cls=InputCommand)(tables)
+app.command("export", cls=InputCommand)(export)
+app.command("verify", cls=InputCommand)(verify)
+app.command("simulate", cls=InputCommand)(simulate)
+app.command("replay", cls=InputCommand)(replay)
+app.command("calibrate", cls=InputCommand)(calibrate)
+app.command("check", cls=InputCommand)(check)
+app.command("inspect", cls=InputCommand)(inspect)
+app.command("demo", cls=InputCommand)(demo)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from placer.cli.inputs import InputCommand
 from placer.cli.output import (
     FoldOption,
     ForceOption,
@@ -32,7 +33,7 @@ trace_app = typer.Typer(
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")]
 
 
-@trace_app.command("validate")
+@trace_app.command("validate", cls=InputCommand)
 def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
     """Check every hash, tensor and id. Name damaged chunks (exit 1)."""
     from placer.trace import Trace
@@ -41,7 +42,7 @@ def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
     _show(trace, validate_trace(Trace(trace)), as_json)
 
 
-@trace_app.command("split")
+@trace_app.command("split", cls=InputCommand)
 def split(
     context: typer.Context,
     trace: TraceArgument,
@@ -70,7 +71,7 @@ def split(
     _show(out, header, as_json)
 
 
-@trace_app.command("sample")
+@trace_app.command("sample", cls=InputCommand)
 def sample(
     context: typer.Context,
     trace: TraceArgument,
@@ -89,7 +90,7 @@ def sample(
     _show(out, sample_trace(Trace(trace), out, sequences, seed), as_json)
 
 
-@trace_app.command("merge")
+@trace_app.command("merge", cls=InputCommand)
 def merge(
     context: typer.Context,
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces.")],
@@ -106,7 +107,7 @@ def merge(
     _show(out, merge_traces([Trace(path) for path in traces], out), as_json)
 
 
-@trace_app.command("dedup")
+@trace_app.command("dedup", cls=InputCommand)
 def dedup(
     context: typer.Context,
     trace: TraceArgument,
