@@ -55,7 +55,13 @@ class Placement:
             )
         missing = np.setdiff1d(np.arange(size), row)
         if len(missing):
-            raise PlacerError(f"MoE layer {layer}: expert {missing[0]} has no slot")
+            often = np.bincount(row, minlength=size).argmax() if len(row) else 0
+            slots = np.flatnonzero(row == often).tolist()
+            told = f", but slots {slots} all hold expert {often}"
+            beside = told if len(slots) > 1 else ""
+                f", but slots {slots} all hold expert {often}" if len(slots) > 1 else ""
+            )
+            raise PlacerError(f"MoE layer {layer}: expert {missing[0]} has no slot{beside}")
         for rank, held in enumerate(row.reshape(self.num_ranks, -1)):
             if len(np.unique(held)) < len(held):
                 raise PlacerError(

@@ -212,11 +212,14 @@ def engines_named(name: str) -> tuple[Engine, ...]:
     if found:
         return found
     families = dict.fromkeys(one.family for one in engines.values())
-    nearest = get_close_matches(name.lower(), (*engines, *families), n=1)
+    sought = name.strip().lower()
+    named = (sought,) if sought in families else engines
+    holding = [one for one in named if sought and sought in one]
+    nearest = holding or get_close_matches(sought, (*engines, *families), n=1)
     members = [one for one in families if one not in engines]
     raise UsageError(
         f"--engine {name} is not known" if name.strip() else "--engine names no engine",
-        (f"did you mean {nearest[0]}? " if nearest else "")
+        (f"did you mean {' or '.join(nearest)}? " if nearest else "")
         + f"the names are {', '.join(engines)}; those of families (of advise and simulate) "
         f"are {', '.join(members)}",
     )

@@ -36,7 +36,12 @@ def test_ranks_are_numbered_node_by_node() -> None:
     [
         ([[0, 1, 2, 4]], (4,), 2, r"outside 0\.\.3"),
         ([[0, 1, 2, -1]], (4,), 2, r"outside 0\.\.3"),
-        ([[0, 1, 2, 2]], (4,), 4, "expert 3 has no slot"),
+        (
+            [[0, 1, 2, 2]],
+            (4,),
+            4,
+            r"expert 3 has no slot, but slots \[2, 3\] all hold expert 2",
+        ),
         ([[]], (4,), 2, "expert 0 has no slot"),
         ([[0, 0, 1, 1]], (2,), 2, r"rank 0 holds two replicas of one expert: \[0, 0\]"),
         ([[0, 1, 1, 0], [0, 1, 2, 1, 0, 0]], (2, 3), 2, "MoE layer 1: rank 1 holds two"),

@@ -105,7 +105,12 @@ def test_where_one_engine_is_needed_a_family_lists_its_names_by_phase(family):
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("sglang-deeppe", "sglang-deepep"), ("vlm", "vllm"), ("TRTLLM", "trtllm")],
+    [
+        ("sglang-deeppe", "sglang-deepep"),
+        ("vlm", "vllm"),
+        ("TRTLLM", "trtllm"),
+        ("megamoe", "sglang-megamoe"),
+    ],
 )
 def test_an_unknown_engine_suggests_the_nearest(typed, meant):
     with pytest.raises(UsageError, match="is not known") as error:
