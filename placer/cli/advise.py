@@ -16,11 +16,11 @@ from placer.cli.output import (
     SizedByOption,
     TokensPerRankOption,
     WeightBytesOption,
+    note,
     print_json,
     print_line,
     print_table,
     print_verdict,
-    progress_line,
     warn,
 )
 
@@ -104,7 +104,9 @@ def advise(
             "a trace: an affinity file holds counts, of which nothing is sent in batches",
         )
     if hardware is None:
-        require_no_sizes(model, hidden_size, expert_size, weight_bytes, "--hardware")
+        require_no_sizes(None, hidden_size, expert_size, weight_bytes, "--hardware")
+        if model is not None:
+            note("--model has no effect without --hardware: it sizes the experts")
     trace = None if source.is_file() else Trace(source)
     width = hidden_size or (None if trace is None else trace.model.hidden_size)
     named = None if hardware is None else Hardware.named(hardware)
@@ -124,12 +126,10 @@ def advise(
         )
         for one in engines
     ]
-    with progress_line("advise") as progress:
-        if trace is None:
-            counts = Affinity.read(source)
-            advice = advise_on_loads(counts, questions, source, progress)
-        else:
-            advice = advise_on_trace(trace, questions, progress)
+    if trace is None:
+        advice = advise_on_loads(Affinity.read(source), questions, source)
+    else:
+        advice = advise_on_trace(trace, questions)
     for line in advice.warnings:
         warn(line)
     command = next_command(advice, source)
@@ -139,7 +139,10 @@ def advise(
     for names, sentence in grouped((one.engine, one.sentence) for one in advice.answers):
         print_verdict(", ".join(names) or None, sentence)
     print_line("")
-    print_table(*advice_table(advice))
+    columns, rows, alike = advice_table(advice)
+    print_table(columns, rows)
+    for line in alike:
+        print_line(line)
     for reason in advice.reasons:
         print_line(f"- {reason}")
     if command is not None:

@@ -97,8 +97,9 @@ def simulate(
     from placer.placement import Plan
     from placer.planning.judge import Serving, judge_plan
     from placer.planning.served import architectures_of, servable
-    from placer.planning.verdict import verdict_lines
+    from placer.planning.verdict import grouped, verdict_lines
     from placer.report.batches import summary_table
+    from placer.runtime_map.engine_family import other_choices
     from placer.serving.homes import batch_shapes, parse_tokens_per_rank
     from placer.simulation.cost import find_expert_shape, require_no_sizes
     from placer.target.engine import engines_named
@@ -123,6 +124,9 @@ def simulate(
         engines = [*kept]
     for line in left_out:
         warn(line)
+    if replica_choice is None:
+        for line in other_choices(solved, engines):
+            warn(line)
     named = None if hardware is None else Hardware.named(hardware)
     command = given_command(context, "engine", "as_json")
     judgements = judge_plan(
@@ -156,14 +160,16 @@ def simulate(
         many = len(engines) > 1
         print_json({"engines": {v["engine"]: v for v in values}} if many else values[0])
         return
-    for name, line in verdict_lines(judgements):
-        print_verdict(name, line)
+    for names, line in grouped(verdict_lines(judgements)):
+        print_verdict(", ".join(names) or None, line)
     print_line("")
     if len(judgements) == 1:
         _show(judgements[0])
         return
-    title, columns, rows = summary_table(judgements)
+    (title, columns, rows), alike = summary_table(judgements)
     print_table(columns, rows, title)
+    for line in alike:
+        print_line(line)
     changed = [one for one in judgements if one.sent is not None] or judgements
     shown = changed[0].to_json()["engine"]
     print_line(f"next, for all figures of one engine: {command} --engine {shown}")

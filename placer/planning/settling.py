@@ -157,7 +157,8 @@ def settle(
         )
     elif request.chooses_cap and not chooses_cap:
         note(
-            "--hardware decides nothing here: no plan is compared with EPLB's busiest rank"
+            "--hardware has no effect here: it decides whether a rank may be busier than "
+            "under EPLB, and this solve does not use EPLB's load as its cap"
         )
     weighs = by_time or chooses_cap or request.redundant_memory is not None
     expert = _expert_shape(request) if weighs else None

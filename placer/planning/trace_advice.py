@@ -7,7 +7,6 @@ batches of each size that it is run for.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 
@@ -30,7 +29,6 @@ from placer.planning.phases import no_batch_for, phase_warning, sizes_warning
 from placer.planning.question import Question, loadable
 from placer.planning.verdict import grouped
 from placer.run.deadline import Deadline
-from placer.run.progress import Progress
 from placer.serving.homes import Batching, BatchShape
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
@@ -50,13 +48,10 @@ MOST_JUDGED_TOKENS = 65_536
 _TIMES = ("time_us", "overlapped_us")
 
 
-def advise_on_trace(
-    trace: Trace, questions: Sequence[Question], progress: Progress | None = None
-) -> Advice:
+def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     """Advise from recorded tokens.
 
-    ``questions`` differ in the engine, and the size of an expert, alone. ``progress`` is
-    told each engine and phase.
+    ``questions`` differ in the engine, and the size of an expert, alone.
 
     Raises
     ------
@@ -76,13 +71,13 @@ def advise_on_trace(
     heldout = heldout.first_sequences(MOST_JUDGED_TOKENS)
     placements = _Placements(trace, profile, first)
     served = _Served(heldout)
-    answers = []
-    for question, phase in product(asked, PHASES):
-        if any(shape.batching == phase for shape in question.answered):
-            if progress is not None:
-                progress(f"{question.served.name}, {phase}")
-            answers.append(_answer(question, phase, placements, served))
-    advice = Advice(answers=tuple(answers), redundant_experts=first.redundant_experts)
+    answers = tuple(
+        _answer(question, phase, placements, served)
+        for question in asked
+        for phase in PHASES
+        if any(shape.batching == phase for shape in question.answered)
+    )
+    advice = Advice(answers=answers, redundant_experts=first.redundant_experts)
     number = len(np.unique(heldout.sequence_ids))
     few = f"{number} held-out sequences are too few to trust: {FEWEST_SEQUENCES} are needed"
     shapes = dict.fromkeys(shape for one in asked for shape in one.answered)
@@ -216,9 +211,9 @@ class _Gains:
     question: Question
     candidates: Mapping[str, tuple[Candidate, ...]]
 
-    def of(self, name: str, field: str) -> list[float]:
+    def of(self, name: str, field: str, beside: str = "contiguous") -> list[float]:
         """Return what a candidate saves of a field, for each size of batches."""
-        both = zip(self.candidates[name], self.candidates["contiguous"], strict=True)
+        both = zip(self.candidates[name], self.candidates[beside], strict=True)
         values = ((getattr(one, field), getattr(base, field)) for one, base in both)
         return [1 - now / then if then else 0.0 for now, then in values]
 
@@ -250,14 +245,20 @@ class _Gains:
         return ("balance only" if is_even else "not worth it",)
 
     def words(self, name: str) -> str:
-        """Say what changes from contiguous to a plan."""
+        """Say what changes from contiguous to a plan, and from EPLB's placement."""
         fields = {"straggler": "busiest rank's load"}
         if self.question.hardware is not None:
             fields = {"time_us": "layer", "overlapped_us": "overlapped"}
         elif self.question.sent is not None:
             fields = {"sent_per_token": self.question.sent.words, **fields}
-        return ", ".join(
-            f"{what} {percents(self.of(name, field))}" for field, what in fields.items()
+        return "; ".join(
+            ", ".join(
+                f"{what} {percents(self.of(name, field, beside))}"
+                for field, what in fields.items()
+            )
+            + f" beside {beside}"
+            for beside in ("contiguous", "eplb")
+            if beside in self.candidates
         )
 
     def _mean(self, name: str, *fields: str) -> float:

@@ -65,10 +65,11 @@ def batch_tables(judgement: Judgement) -> list[Table]:
     return tables
 
 
-def summary_table(judgements: Sequence[Judgement]) -> Table:
+def summary_table(judgements: Sequence[Judgement]) -> tuple[Table, list[str]]:
     """Return one table of all engines: what is sent, the busiest rank, and the time.
 
-    Of the baselines, those that verdicts name.
+    Of the baselines, those that verdicts name. The lines say which engines a row stands
+    for.
     """
     timed = judgements[0].serving.hardware is not None
     columns = ("engine", "placement", "tokens/rank", "sent/token", "straggler")
@@ -90,21 +91,34 @@ def summary_table(judgements: Sequence[Judgement]) -> Table:
                 rows.append((engine, tuple(row)))
     more = ("layer us", "overlapped") if timed else ()
     title = "what each engine sends, and its busiest rank"
-    return title, (*columns, *more), _by_engine(rows)
+    return (title, (*columns, *more), _by_engine(rows)), _alike_lines(rows)
 
 
 def _by_engine(
     rows: Iterable[tuple[str | None, tuple[object, ...]]],
 ) -> list[list[object]]:
     """Return each row once, behind the first engine that has it and how many more."""
-    return [
-        [names[0] + (f" +{len(names) - 1}" if len(names) > 1 else ""), *row]
-        for names, row in grouped(rows)
-    ]
+    return [[_first_of(names), *row] for names, row in grouped(rows)]
 
 
-def advice_table(advice: Advice) -> tuple[tuple[str, ...], list[list[object]]]:
-    """Return columns and rows: the candidates of every answer, by size of batches."""
+def _first_of(names: Sequence[str]) -> str:
+    more = len(names) - 1
+    return f"{names[0]} and {more} more" if more else names[0]
+
+
+def _alike_lines(rows: Iterable[tuple[str | None, tuple[object, ...]]]) -> list[str]:
+    """Return a line for each label of a table that stands for several engines."""
+    every = dict.fromkeys(names for names, _ in grouped(rows) if len(names) > 1)
+    return [f"{_first_of(names)}: {', '.join(names)}" for names in every]
+
+
+def advice_table(
+    advice: Advice,
+) -> tuple[tuple[str, ...], list[list[object]], list[str]]:
+    """Return columns, rows and lines: the candidates of every answer, by size of batches.
+
+    The lines say which engines a row stands for.
+    """
     every = [c for a in advice.answers for found in a.candidates.values() for c in found]
     fields = {
         "tokens_per_rank": "tokens/rank",
@@ -123,7 +137,9 @@ def advice_table(advice: Advice) -> tuple[tuple[str, ...], list[list[object]]]:
         for one in found
     ]
     columns = [*(["engine"] if named else []), "placement", *(fields[f] for f in known)]
-    return tuple(columns), _by_engine(rows) if named else [list(row) for _, row in rows]
+    if not named:
+        return tuple(columns), [list(row) for _, row in rows], []
+    return tuple(columns), _by_engine(rows), _alike_lines(rows)
 
 
 def _cell(one: Candidate, field: str) -> object:

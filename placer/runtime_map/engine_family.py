@@ -333,6 +333,26 @@ def other_choice(plan: "Plan", name: str) -> str | None:
     )
 
 
+def other_choices(plan: "Plan", engines: Sequence[Engine | None]) -> Iterator[str]:
+    """Say which engines are judged by other replicas than a plan counts on."""
+    served = Deployment.of(plan, "", "")
+    asked, found = served.replica_choice, dict[tuple[str, bool], list[str]]()
+    for engine in engines:
+        own = None if engine is None else engine.replica_choice
+        if engine is not None and None not in (asked, own) and own != asked:
+            found.setdefault((str(own), served.drawn_by(engine)), []).append(engine.name)
+    for (drawn, is_startable), names in found.items():
+        yield (
+            f"the plan was solved for --replica-choice {asked}, and the figures of "
+            f"{', '.join(names)} are for the engine's own, {drawn}; "
+            + (
+                f"placer export starts it with {asked}: add --replica-choice {asked}"
+                if is_startable
+                else f"to use it, solve again: {solve_again(plan, names[0])}"
+            )
+        )
+
+
 def solve_again(plan: "Plan", engine: str) -> str:
     """Return the command that solves for another engine what a plan was solved for."""
     placed, told = plan.placement, plan.provenance

@@ -188,7 +188,7 @@ def test_a_plan_for_token_homes_is_judged_under_them_where_its_table_is_given(
     facts = list(fact_lines(judged, ["fixed", "token"]))
     assert any("under token, pairs sent: the plan" in line for line in facts)
     assert any("contiguous under fixed" in line for line in facts)
-    _, _, rows = summary_table([judged])
+    (_, _, rows), _ = summary_table([judged])
     assert {row[3] for row in rows if row[1] == "plan"} == {pairs["token"]}
 
 

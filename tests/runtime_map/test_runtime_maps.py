@@ -6,6 +6,7 @@ The rules are written down here a second time, from what each engine does with t
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from placer.runtime_map import (
     export_map,
     verify_map,
 )
+from placer.runtime_map.engine_family import other_choices
+from placer.target.engine import Engine
 
 WritePlan = Callable[..., Path]
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 6, 8, 4
@@ -515,6 +518,19 @@ def test_a_wrong_suffix_is_refused_with_the_right_one(
     (tmp_path / "map.txt").touch()
     with pytest.raises(UsageError, match="is no map"):
         verify_map(tmp_path / "map.txt", plan, model)
+
+
+def test_figures_of_other_replicas_than_the_plan_counts_on_are_told(
+    model: Path, write_plan: WritePlan
+) -> None:
+    placement = Placement.from_json(ROWS, (NUM_EXPERTS,) * 4, NUM_RANKS, 2)
+    path = write_plan(ModelSpec.from_checkpoint(model), placement)
+    plan = Plan.read(path)
+    plan = replace(plan, provenance={**plan.provenance, "replica_choice": "hash"})
+    names = ("sglang-deepep", "sglang-none", "trtllm-deepep")
+    told = list(other_choices(plan, [None, *map(Engine.named, names)]))
+    assert len(told) == 1
+    assert "sglang-static" in told[0] and "add --replica-choice hash" in told[0]
 
 
 def test_the_model_may_say_otherwise_than_the_plan(
