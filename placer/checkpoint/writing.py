@@ -265,7 +265,8 @@ def written_shards(
         "options": [options.link, options.with_hashes],
         "sources": {p: [one.st_size, one.st_mtime_ns] for p, one in stats.items()},
     }
-    with resumable_directory(out, sha256_json(whole)) as (partial, journal):
+    sources = {work.shard.path.parent for work in works}
+    with resumable_directory(out, sha256_json(whole), sources) as (partial, journal):
         done = {work.name for work in works if _is_finished(work, partial, journal)}
         for name in set(journal.finished) - done:
             del journal.finished[name]

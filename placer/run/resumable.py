@@ -8,7 +8,7 @@ one JSON line per finished part. It is the lock too, and removed last.
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,9 @@ class Journal:
 
 
 @contextmanager
-def resumable_directory(out: Path, identity: str) -> Iterator[tuple[Path, Journal]]:
+def resumable_directory(
+    out: Path, identity: str, inputs: Iterable[Path] = ()
+) -> Iterator[tuple[Path, Journal]]:
     """Yield a directory to fill and its journal; the directory becomes ``out`` at the end.
 
     A run that fails or is ended after it finished a part leaves both, and the same command
@@ -54,14 +56,18 @@ def resumable_directory(out: Path, identity: str) -> Iterator[tuple[Path, Journa
         The directory to write.
     identity
         A hash of all that decides the bytes.
+    inputs
+        Files and directories that are read.
 
     Raises
     ------
+    UsageError
+        If ``out`` is an input, or one of the two lies in the other.
     PlacerError
         If ``out`` exists, another process is writing it, or an unfinished directory there
         is not placer's, or of another identity and ``out`` is claimed without ``force``.
     """
-    with claimed(out, directory=True) as claim:
+    with claimed(out, inputs, directory=True) as claim:
         partial, stream = partial_path(out), claim.stream
         inode = journal_head(out).get("inode")
         if not partial.exists() and out.exists() and _inode(out) == inode:

@@ -17,15 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from placer.arrays import AnyArray
 from placer.errors import PlacerError, UsageError
 from placer.run.documents import parse_json
 from placer.run.files import canonical_json, read_bytes
-
-if TYPE_CHECKING:
-    pass
 
 # What tells a directory that placer wrote, and all that such a directory may hold.
 _WRITTEN = (
