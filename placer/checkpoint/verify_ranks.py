@@ -95,8 +95,8 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
             name for name in where if routed.has(name, held, experts_only=experts_only)
         }
         found = _tensors(folder)
-        if odd := min(set(found) ^ expected, default=None):
-            raise _wrong(folder, f"{'lacks' if odd in expected else 'has'} {odd}")
+        if other := min(set(found) ^ expected, default=None):
+            raise _wrong(folder, f"{'lacks' if other in expected else 'has'} {other}")
         for name in sorted(expected):
             old, new = read_tensor(where[name], name), read_tensor(found[name], name)
             if name in routed.fused:
