@@ -59,8 +59,6 @@ class Placement:
             slots = np.flatnonzero(row == often).tolist()
             told = f", but slots {slots} all hold expert {often}"
             beside = told if len(slots) > 1 else ""
-                f", but slots {slots} all hold expert {often}" if len(slots) > 1 else ""
-            )
             raise PlacerError(f"MoE layer {layer}: expert {missing[0]} has no slot{beside}")
         for rank, held in enumerate(row.reshape(self.num_ranks, -1)):
             if len(np.unique(held)) < len(held):
