@@ -328,10 +328,14 @@ def _export_counts(counts: Path, model: Path | None, out: Path) -> Facts:
 
 
 def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:
+    from placer.placement import Plan
+    from placer.planning.served import split_groups
     from placer.runtime_map import export_map
 
     written = export_map(target, plan, model, out)
-    for text in written.warnings:
+    split = split_groups(Plan.read(plan))
+    warnings = [*written.warnings, *([split] if split else [])]
+    for text in warnings:
         warn(text)
     _tell_start(written.start)
     if model is not None:
@@ -341,5 +345,5 @@ def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts
         "layers": written.num_layers,
         "slots": written.num_slots,
         "start": [one.to_json() for one in written.start],
-        "warnings": written.warnings,
+        "warnings": warnings,
     }

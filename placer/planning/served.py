@@ -12,6 +12,7 @@ from placer.model import ModelSpec, read_config
 from placer.placement import Plan
 from placer.placement.topology import Topology
 from placer.runtime_map.engine_family import known_families, without_copies
+from placer.solver.balance.router_groups import are_whole, limits_nodes, most_nodes
 from placer.solver.options import NOT_SOLVED, Objective
 from placer.target.engine import (
     SOLVABLE_EXCHANGES,
@@ -251,6 +252,29 @@ def _require_servable(engine: Engine, plan: Plan, architectures: Sequence[str]) 
     if loading.keeps_groups:
         layers = range(plan.model.num_layers)
         require_whole_groups(plan.model, [placed.permutation(layer) for layer in layers])
+
+
+def split_groups(plan: Plan) -> str | None:
+    """Say how many nodes a token can visit where router groups are split over nodes.
+
+    ``None`` where they are whole, or the engine sends the same copies then.
+    """
+    model, placed, engine = plan.model, plan.placement, plan.engine
+    if placed.num_nodes == 1 or not limits_nodes(model):
+        return None
+    if engine is not None and not solved_for(engine.name, plan.policy).groups_count:
+        return None
+    split, whole = most_nodes(placed, model), min(model.topk_group, placed.num_nodes)
+    if are_whole(placed, model.n_group, placed.num_nodes):
+        return None
+    visits = f"up to {split} nodes in place of {whole}"
+    if split <= whole:
+        visits = f"{split} nodes more often"
+    return (
+        f"the {model.n_group} router groups are split over {placed.num_nodes} nodes: a "
+        f"token can then visit {visits}. To measure what this costs: "
+        "placer simulate PLAN TRACE"
+    )
 
 
 def loads_map(engine: Engine, model: ModelSpec) -> bool:

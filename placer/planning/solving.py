@@ -15,7 +15,7 @@ from placer.planning.layer_time import TimeChoice, choose_by_time
 from placer.planning.planner import plan_for, plan_from_affinity, plan_from_trace
 from placer.planning.question import Question
 from placer.planning.request import SolveRequest, Tell
-from placer.planning.served import solved_for
+from placer.planning.served import solved_for, split_groups
 from placer.planning.settling import is_balanced, settle, started
 from placer.run.deadline import Deadline
 from placer.run.progress import Progress
@@ -232,9 +232,6 @@ def _tell_groups(
             "a rank busier: --preserve-groups"
         )
     else:
-        uneven = model.n_group % num_nodes
-        warn(
-            f"the {model.n_group} router groups are split over {num_nodes} nodes"
-            + (", which do not divide them" if uneven else "")
-            + f": a token can then visit more than {model.topk_group} nodes"
-        )
+        if (said := split_groups(plan)) is not None:
+            uneven = model.n_group % num_nodes
+            warn(said + f" ({num_nodes} nodes do not divide the groups)" * bool(uneven))

@@ -4,9 +4,12 @@ import pytest
 
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.placement import Placement
+from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
-from placer.planning.served import require_loadable, solved_for
+from placer.planning.served import require_loadable, solved_for, split_groups
 from placer.target.engine import Engine, known_engines
+from tests.plans import unsolved_plan
 
 ONE_NODE = Topology(gpus_per_node=4)
 TWO_NODES = Topology(num_nodes=2, gpus_per_node=2)
@@ -230,3 +233,21 @@ def test_a_plan_for_a_permuted_checkpoint_keeps_router_groups(
         topology=ONE_NODE,
     )
     assert loading.keeps_groups == keeps
+
+
+def test_split_router_groups_tell_how_many_nodes_a_token_can_visit() -> None:
+    """Eight experts in four groups of two, one group a node; a token has two groups."""
+    model = ModelSpec(num_experts=(8,), top_k=4, n_group=4, topk_group=2)
+    asked: dict[str, object] = {"objective": "balance"}
+    whole = contiguous((8,), 4, 4)
+    assert split_groups(unsolved_plan(model, whole, **asked)) is None
+    # Each group on two nodes: two groups on all four.
+    split = Placement.from_json([[0, 2, 1, 3, 4, 6, 5, 7]], (8,), 4, 4)
+    told = split_groups(unsolved_plan(model, split, **asked))
+    assert told is not None and "up to 4 nodes in place of 2." in told
+    # No more than the experts of a token.
+    three = ModelSpec(num_experts=(8,), top_k=3, n_group=4, topk_group=2)
+    told = split_groups(unsolved_plan(three, split, **asked))
+    assert told is not None and "up to 3 nodes in place of 2." in told
+    pairs = unsolved_plan(model, split, engine="trtllm-deepep-ll", **asked)
+    assert split_groups(pairs) is None, "it sends the same copies"

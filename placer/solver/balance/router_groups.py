@@ -45,6 +45,22 @@ def are_whole(placement: Placement, n_group: int, num_blocks: int) -> bool:
     return True
 
 
+def most_nodes(placement: Placement, model: ModelSpec) -> int:
+    """Return on how many nodes, at most, the experts of one token can be.
+
+    A token has ``top_k`` experts of ``topk_group`` groups. 1 where there is one node.
+    """
+    num_nodes = placement.num_nodes
+    kinds = group_kinds(placement.num_experts, model.n_group)
+    most = 1
+    for kind, row in zip(kinds, placement.physical_to_logical_map, strict=True):
+        node = np.arange(len(row)) * num_nodes // len(row)
+        pairs = np.unique(np.stack([kind[row], node]), axis=1)
+        spread = np.sort(np.unique(pairs[0], return_counts=True)[1])[::-1]
+        most = max(most, int(spread[: model.topk_group].sum()))
+    return min(most, num_nodes, model.top_k)
+
+
 def blocks_of_groups(model: ModelSpec, options: SolveOptions) -> int:
     """Return in how many blocks of ranks balancing keeps router groups; 1 to split them.
 
