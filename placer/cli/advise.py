@@ -21,6 +21,7 @@ from placer.cli.output import (
     print_line,
     print_table,
     print_verdict,
+    progress_line,
     warn,
 )
 
@@ -126,10 +127,12 @@ def advise(
         )
         for one in engines
     ]
-    if trace is None:
-        advice = advise_on_loads(Affinity.read(source), questions, source)
-    else:
-        advice = advise_on_trace(trace, questions)
+    with progress_line("advise") as progress:
+        if trace is None:
+            counts = Affinity.read(source)
+            advice = advise_on_loads(counts, questions, source, progress)
+        else:
+            advice = advise_on_trace(trace, questions, progress)
     for line in advice.warnings:
         warn(line)
     command = next_command(advice, source)

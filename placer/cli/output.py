@@ -4,6 +4,8 @@ import json
 import shlex
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # Cells are never cut: whoever reads a path wants all of it.
 _WIDEST = 10_000
 _LINE = 100
+# Seconds from line to line of progress where stderr is no terminal.
+_QUIET_S = 30.0
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object in place of tables.")
@@ -126,13 +130,39 @@ def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Sele
 
 
 @contextmanager
-def progress_line(title: str) -> Iterator[Callable[[str], None] | None]:
-    """Yield a function that shows one changing line on stderr; ``None`` off a terminal."""
+def progress_line(title: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that is told each step, and shows it on stderr.
+
+    A terminal has one changing line; a log gets a line with the step at hand now and then.
+    """
     if not sys.stderr.isatty():
-        yield None
+        with _told_now_and_then(title) as tell:
+            yield tell
         return
     with Console(stderr=True).status(title) as status:
         yield lambda text: status.update(f"{title}: {text}")
+
+
+@contextmanager
+def _told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
+    step, ended = "", threading.Event()
+
+    def tell(text: str) -> None:
+        nonlocal step
+        step = f": {text}"
+
+    def repeat() -> None:
+        began = time.monotonic()
+        while not ended.wait(_QUIET_S):
+            note(f"{title}, after {time.monotonic() - began:.0f} s{step}")
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield tell
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager

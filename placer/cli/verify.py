@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import JsonOption, print_json, print_line, print_table
+from placer.cli.output import (
+    JsonOption,
+    print_json,
+    print_line,
+    print_table,
+    progress_line,
+)
 
 
 def verify(
@@ -43,7 +49,8 @@ def verify(
     from placer.checkpoint.verify_ranks import is_ranks
 
     if is_deepspeed(exported):
-        num_tensors = verify_deepspeed(original, exported, plan)
+        with progress_line("verify"):
+            num_tensors = verify_deepspeed(original, exported, plan)
         if as_json:
             print_json({"num_tensors": num_tensors})
             return
@@ -61,7 +68,8 @@ def verify(
         texts = [text for text in found if isinstance(text, str)]
     else:
         texts = [one.text for one in documents("heldout")] if max_tokens else []
-    report = verify_export(original, exported, plan, texts, max_tokens)
+    with progress_line("verify"):
+        report = verify_export(original, exported, plan, texts, max_tokens)
     if as_json:
         print_json(report.to_json())
         return
@@ -106,7 +114,8 @@ def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> No
 def _verify_ranks(original: Path, exported: Path, plan: Path, as_json: bool) -> None:
     from placer.checkpoint.verify_ranks import verify_ranks
 
-    report = verify_ranks(original, exported, plan)
+    with progress_line("verify"):
+        report = verify_ranks(original, exported, plan)
     if as_json:
         print_json(report.to_json())
         return

@@ -20,6 +20,7 @@ from placer.planning.advised_plans import (
 )
 from placer.planning.question import Question, loadable
 from placer.planning.verdict import grouped
+from placer.run.progress import Progress
 from placer.serving.homes import Batching
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.cost import BreakEven
@@ -152,12 +153,16 @@ class Advice:
 
 
 def advise_on_loads(
-    affinity: Affinity, questions: Sequence[Question], source: Path
+    affinity: Affinity,
+    questions: Sequence[Question],
+    source: Path,
+    progress: Progress | None = None,
 ) -> Advice:
     """Advise from counts: whether balancing pays, as far as loads tell.
 
     ``questions`` differ in the engine alone: it says which replica of an expert serves.
-    ``source`` is the file of the counts, which commands name.
+    ``source`` is the file of the counts, which commands name. ``progress`` is told each
+    engine.
 
     Raises
     ------
@@ -173,7 +178,11 @@ def advise_on_loads(
         )
     asked, left_out = loadable(questions, affinity.model)
     balanced = _Balanced(affinity)
-    found = [_loads_answer(balanced, one) for one in asked]
+    found = []
+    for one in asked:
+        if progress is not None:
+            progress(one.served.name)
+        found.append(_loads_answer(balanced, one))
     answers = tuple(answer for answer, _ in found)
     relieved = [one for _, one in found if one is not None]
     unknown = [

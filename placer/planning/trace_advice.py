@@ -7,6 +7,7 @@ batches of each size that it is run for.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from placer.planning.phases import no_batch_for, phase_warning, sizes_warning
 from placer.planning.question import Question, loadable
 from placer.planning.verdict import grouped
 from placer.run.deadline import Deadline
+from placer.run.progress import Progress
 from placer.serving.homes import Batching, BatchShape
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
@@ -48,10 +50,13 @@ MOST_JUDGED_TOKENS = 65_536
 _TIMES = ("time_us", "overlapped_us")
 
 
-def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
+def advise_on_trace(
+    trace: Trace, questions: Sequence[Question], progress: Progress | None = None
+) -> Advice:
     """Advise from recorded tokens.
 
-    ``questions`` differ in the engine, and the size of an expert, alone.
+    ``questions`` differ in the engine, and the size of an expert, alone. ``progress`` is
+    told each engine and phase.
 
     Raises
     ------
@@ -71,13 +76,13 @@ def advise_on_trace(trace: Trace, questions: Sequence[Question]) -> Advice:
     heldout = heldout.first_sequences(MOST_JUDGED_TOKENS)
     placements = _Placements(trace, profile, first)
     served = _Served(heldout)
-    answers = tuple(
-        _answer(question, phase, placements, served)
-        for question in asked
-        for phase in PHASES
-        if any(shape.batching == phase for shape in question.answered)
-    )
-    advice = Advice(answers=answers, redundant_experts=first.redundant_experts)
+    answers = []
+    for question, phase in product(asked, PHASES):
+        if any(shape.batching == phase for shape in question.answered):
+            if progress is not None:
+                progress(f"{question.served.name}, {phase}")
+            answers.append(_answer(question, phase, placements, served))
+    advice = Advice(answers=tuple(answers), redundant_experts=first.redundant_experts)
     number = len(np.unique(heldout.sequence_ids))
     few = f"{number} held-out sequences are too few to trust: {FEWEST_SEQUENCES} are needed"
     shapes = dict.fromkeys(shape for one in asked for shape in one.answered)
