@@ -43,6 +43,10 @@ class NotProvedError(PlacerError):
     exit_code = 4
 
 
+class SourceChangedError(PlacerError):
+    """A file changed while a command read it: what it wrote so far is of no use."""
+
+
 class VerificationError(PlacerError):
     """An exported checkpoint differs from what its plan promises."""
 

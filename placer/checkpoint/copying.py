@@ -1,7 +1,9 @@
-"""Bytes from one file to another, by the kernel: nothing is decoded or held in memory."""
+"""Bytes from one file to another, where possible by the kernel, without decoding them."""
 
 import errno
+import hashlib
 import os
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -28,52 +30,70 @@ _CANNOT_COPY = frozenset(
 )
 
 
-def copy_range(
-    source: int, target: int, source_start: int, target_start: int, num_bytes: int
-) -> None:
-    """Copy a range of bytes between two open files.
+#: What a file to write holds, in order: bytes, or a range of bytes of its source.
+Contents = Iterable[bytes | range]
 
-    File systems that share blocks (XFS, Btrfs, NFS 4.2) do so where the range allows it;
-    where the kernel cannot copy at all, it is read and written in chunks.
+
+def write_contents(source: int, target: int, contents: Contents) -> str | None:
+    """Write a file, from its beginning.
+
+    The kernel copies ranges. File systems that share blocks (XFS, Btrfs, NFS 4.2) do so
+    where the range allows it; where the kernel cannot copy, a range is read and written in
+    chunks.
 
     Parameters
     ----------
     source, target
         File descriptors, for reading and for writing.
-    source_start, target_start
-        Offsets in bytes.
-    num_bytes
-        How many bytes.
+    contents
+        What to write.
+
+    Returns
+    -------
+    str or None
+        SHA-256 of what was written, ``None`` where the kernel copied some of it.
 
     Raises
     ------
     PlacerError
-        If the source ends before the range does.
+        If the source ends before a range does.
     """
-    done, by_kernel = 0, hasattr(os, "copy_file_range")
-    while done < num_bytes:
-        places = (source_start + done, target_start + done)
-        copied = 0
-        if by_kernel:
-            copied = _copy_by_kernel(source, target, num_bytes - done, *places)
-            by_kernel = copied > 0
-        done += copied or _copy_chunk(source, target, num_bytes - done, *places)
+    digest, by_kernel, end = hashlib.sha256(), False, 0
+    for one in contents:
+        left = one
+        if isinstance(one, range):
+            copied = _copy_by_kernel(source, target, one, end)
+            by_kernel, end, left = by_kernel or copied > 0, end + copied, one[copied:]
+        for chunk in _chunks(source, left):
+            write_all(target, chunk, end)
+            end += len(chunk)
+            if not by_kernel:
+                digest.update(chunk)
+    return None if by_kernel else digest.hexdigest()
 
 
-def copy_blocks(
-    source: int,
-    target: int,
-    source_start: int,
-    target_start: int,
-    block_bytes: int,
-    order: IntArray,
-) -> None:
-    """Copy blocks of one size, in another order or some of them only.
+def sha256_of_contents(source: int, contents: Contents) -> str:
+    """Return the SHA-256 of a file that holds ``contents``, in hexadecimal.
+
+    Raises
+    ------
+    PlacerError
+        As :func:`write_contents` does.
+    """
+    digest = hashlib.sha256()
+    for one in contents:
+        for chunk in _chunks(source, one):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def block_ranges(start: int, block_bytes: int, order: IntArray) -> Iterator[range]:
+    """Yield where blocks of one size are, in another order or some of them only.
 
     Parameters
     ----------
-    source, target, source_start, target_start
-        As for :func:`copy_range`.
+    start
+        First byte of the first block.
     block_bytes
         Size of a block.
     order
@@ -81,62 +101,41 @@ def copy_blocks(
     """
     # Neighbours that stay neighbours are copied in one go.
     breaks = np.flatnonzero(np.diff(order) != 1) + 1
-    for run in np.split(np.arange(len(order)), breaks):
-        first = int(run[0])
-        copy_range(
-            source,
-            target,
-            source_start + int(order[first]) * block_bytes,
-            target_start + first * block_bytes,
-            len(run) * block_bytes,
-        )
+    for run in np.split(order, breaks):
+        first = start + int(run[0]) * block_bytes
+        yield range(first, first + len(run) * block_bytes)
 
 
-def copy_columns(
-    source: int,
-    target: int,
-    source_start: int,
-    target_start: int,
-    num_bytes: int,
-    num_rows: int,
-    order: IntArray,
-) -> None:
-    """Copy a matrix with its columns in another order, also where they end within bytes.
+def permuted_columns(
+    source: int, start: int, num_bytes: int, num_rows: int, order: IntArray
+) -> bytes:
+    """Return a matrix with its columns in another order, also where they end within bytes.
 
     Parameters
     ----------
-    source, target, source_start, target_start, num_bytes
-        As for :func:`copy_range`; the matrix, that of a router, is held in memory.
+    source, start, num_bytes
+        File descriptor, first byte and size of the matrix, that of a router.
     num_rows
         Its rows; each is columns of equal width, the lowest bits of a byte first.
     order
         The old column that each new column is.
     """
-    content = os.pread(source, num_bytes, source_start)
-    if len(content) < num_bytes:
-        raise _ended(source_start + len(content), num_bytes - len(content))
+    content = b"".join(_chunks(source, range(start, start + num_bytes)))
     rows = np.frombuffer(content, np.uint8).reshape(num_rows, -1)
     bits = np.unpackbits(rows, axis=1, bitorder="little")
     columns = bits.reshape(num_rows, len(order), -1)[:, order].reshape(num_rows, -1)
-    permuted = np.packbits(columns, axis=1, bitorder="little")
-    write_all(target, permuted.tobytes(), target_start)
+    return np.packbits(columns, axis=1, bitorder="little").tobytes()
 
 
-def copy_values(
-    source: int,
-    target: int,
-    source_start: int,
-    target_start: int,
-    num_bytes: int,
-    dtype: str,
-    new_values: IntArray,
-) -> None:
-    """Copy whole numbers, each replaced by another.
+def replaced_values(
+    source: int, start: int, num_bytes: int, dtype: str, new_values: IntArray
+) -> Iterator[bytes]:
+    """Yield whole numbers, each replaced by another.
 
     Parameters
     ----------
-    source, target, source_start, target_start, num_bytes
-        As for :func:`copy_range`.
+    source, start, num_bytes
+        File descriptor, first byte and size of the numbers.
     dtype
         Their type, one of ``TABLE_DTYPES``.
     new_values
@@ -147,8 +146,7 @@ def copy_values(
     PlacerError
         If a number is not in 0..E-1.
     """
-    for done in range(0, num_bytes, _CHUNK_BYTES):
-        content = _read_chunk(source, num_bytes - done, source_start + done)
+    for content in _chunks(source, range(start, start + num_bytes)):
         values = np.frombuffer(content, dtype=TABLE_DTYPES[dtype])
         if len(values) and not 0 <= values.min() <= values.max() < len(new_values):
             raise PlacerError(
@@ -156,8 +154,7 @@ def copy_values(
                 f"but there are {len(new_values)} experts",
                 "fetch the checkpoint again",
             )
-        replaced = new_values[values].astype(values.dtype)
-        write_all(target, replaced.tobytes(), target_start + done)
+        yield new_values[values].astype(values.dtype).tobytes()
 
 
 def write_all(target: int, content: bytes, start: int) -> None:
@@ -168,35 +165,40 @@ def write_all(target: int, content: bytes, start: int) -> None:
         view, start = view[written:], start + written
 
 
-def _copy_by_kernel(
-    source: int, target: int, num_bytes: int, source_start: int, target_start: int
-) -> int:
-    """Return the bytes copied, 0 where the kernel cannot or the source has ended."""
+def _copy_by_kernel(source: int, target: int, places: range, target_start: int) -> int:
+    """Return the bytes copied; fewer where the kernel cannot or the source has ended."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    done = 0
     try:
-        return os.copy_file_range(
-            source, target, min(num_bytes, _MOST_BYTES), source_start, target_start
-        )
+        while done < len(places):
+            copied = os.copy_file_range(
+                source,
+                target,
+                min(len(places) - done, _MOST_BYTES),
+                places.start + done,
+                target_start + done,
+            )
+            if not copied:
+                break
+            done += copied
     except OSError as error:
-        if error.errno in _CANNOT_COPY:
-            return 0
-        raise
+        if error.errno not in _CANNOT_COPY:
+            raise
+    return done
 
 
-def _copy_chunk(
-    source: int, target: int, num_bytes: int, source_start: int, target_start: int
-) -> int:
-    content = _read_chunk(source, num_bytes, source_start)
-    write_all(target, content, target_start)
-    return len(content)
-
-
-def _read_chunk(source: int, num_bytes: int, start: int) -> bytes:
-    """Read a chunk, or as many bytes as are asked for."""
-    wanted = min(num_bytes, _CHUNK_BYTES)
-    content = os.pread(source, wanted, start)
-    if len(content) < wanted:
-        raise _ended(start + len(content), num_bytes - len(content))
-    return content
+def _chunks(source: int, content: bytes | range) -> Iterator[bytes]:
+    """Yield bytes as they are, and those in a range of the source in chunks."""
+    if isinstance(content, bytes):
+        yield content
+        return
+    for start in range(content.start, content.stop, _CHUNK_BYTES):
+        wanted = min(_CHUNK_BYTES, content.stop - start)
+        chunk = os.pread(source, wanted, start)
+        if len(chunk) < wanted:
+            raise _ended(start + len(chunk), content.stop - start - len(chunk))
+        yield chunk
 
 
 def _ended(place: int, num_bytes: int) -> PlacerError:

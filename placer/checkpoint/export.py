@@ -58,9 +58,9 @@ class ExportReport:
         Shards that were linked.
     num_resumed
         Shards that an earlier, interrupted run had finished.
-    contents_checked
-        Of a restored checkpoint, whether it was compared with hashes of the original's
-        contents, not of headers alone; ``None`` for an export.
+    unchecked
+        Of a restored checkpoint, the files whose contents no recorded hash vouches for, of
+        shards beyond header and size; ``None`` for an export.
     warning
         What rests on shapes alone, or ``None``.
     """
@@ -71,7 +71,7 @@ class ExportReport:
     num_permuted: int
     num_linked: int
     num_resumed: int
-    contents_checked: bool | None = None
+    unchecked: tuple[str, ...] | None = None
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -82,7 +82,8 @@ class ExportReport:
             "renamed_tensors": self.num_renamed,
             "permuted_tensors": self.num_permuted,
             "linked_shards": self.num_linked,
-            "contents_checked": self.contents_checked,
+            "contents_checked": None if self.unchecked is None else not self.unchecked,
+            "unchecked_files": None if self.unchecked is None else list(self.unchecked),
         }
 
 
@@ -157,15 +158,21 @@ class ExportJob:
                 "nothing to compare a hash with",
                 "leave out --hash; placer verify compares every tensor",
             )
+        if self.restoring:
+            _require_shards(self.source, self.record)
         identity = {"record": self.record.to_json(), "restoring": self.restoring}
         with written_shards(
-            out, self.shards, self._other_bytes, identity, options, progress
+            out, self.source, self.shards, self._other_bytes, identity, options, progress
         ) as written:
             self._write_others(written.directory)
             if self.restoring:
                 _require_restored(directory, written.directory, self.record)
             else:
-                record = replace(self.record, source_sha256=written.source_sha256)
+                record = replace(
+                    self.record,
+                    source_sha256=written.source_sha256,
+                    file_sha256={**self.record.file_sha256, **written.file_sha256},
+                )
                 record.write(written.directory)
         return ExportReport(
             num_shards=len(self.shards),
@@ -174,7 +181,7 @@ class ExportJob:
             num_permuted=len(self.changes.rows) + len(self.changes.tables),
             num_linked=written.num_linked,
             num_resumed=written.num_resumed,
-            contents_checked=bool(self.record.source_sha256) if self.restoring else None,
+            unchecked=self._unchecked() if self.restoring else None,
             warning=self.warning,
         )
 
@@ -190,8 +197,14 @@ class ExportJob:
             + sum((self.source.directory / p).stat().st_size for p in self.other_files)
         )
 
+    def _unchecked(self) -> tuple[str, ...]:
+        record = self.record
+        known = {*record.source_sha256, *record.file_sha256, *self.configs}
+        found = {*(one.name for one in self.shards), *map(Path.as_posix, self.other_files)}
+        return tuple(sorted(found - known))
+
     def _write_others(self, partial: Path) -> None:
-        copy_files(self.source.directory, self.other_files, partial)
+        copy_files(self.source, self.other_files, partial)
         for name, content in self.configs.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
@@ -242,8 +255,13 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
             {name: read_bytes(directory / name) for name in changes.configs},
         ),
         source_sha256={},
+        file_sha256={},
     )
-    return _job(source, changes, record, restoring=False, warning=warning)
+    job = _job(source, changes, record, restoring=False, warning=warning)
+    written = _hashes({}, source.index_name, job.index, job.configs)
+    return replace(
+        job, record=replace(record, file_sha256={**source.file_sha256, **written})
+    )
 
 
 def prepare_restore(directory: Path) -> ExportJob:
@@ -267,6 +285,7 @@ def prepare_restore(directory: Path) -> ExportJob:
     _require_equal(directory, hashes, record.header_sha256, "SHA-256 of its header")
     sizes = {work.name: work.num_bytes for work in job.shards}
     _require_equal(directory, sizes, record.shard_bytes, "size")
+    _require_small_files(source, record)
     return job
 
 
@@ -386,6 +405,36 @@ def _hashes(
 ) -> dict[str, str]:
     contents = {**headers, **configs} | ({} if index is None else {index_name: index})
     return {name: hashlib.sha256(one).hexdigest() for name, one in contents.items()}
+
+
+def _require_small_files(source: CheckpointSource, record: ExportRecord) -> None:
+    """Check all files that are no shards: an export always records their hashes."""
+    shards = {shard.name for shard in source.shards}
+    found = dict(source.file_sha256)
+    if source.index_text is not None:
+        found[source.index_name] = hashlib.sha256(source.index_text.encode()).hexdigest()
+    for name in sorted(record.file_sha256.keys() - shards):
+        _require_file(source.directory, name, found.get(name), record)
+
+
+def _require_shards(source: CheckpointSource, record: ExportRecord) -> None:
+    """Check the shards of an export of which only its own hash is known."""
+    for shard in source.shards:
+        if shard.name in record.file_sha256 and shard.name not in record.source_sha256:
+            _require_file(source.directory, shard.name, sha256_file(shard.path), record)
+
+
+def _require_file(
+    directory: Path, name: str, found: str | None, record: ExportRecord
+) -> None:
+    expected = record.file_sha256[name]
+    if found != expected:
+        state = "is missing" if found is None else f"has SHA-256 {found[:12]}"
+        raise VerificationError(
+            f"{directory / name} is not what was exported: it {state}, "
+            f"{RECORD_NAME} says {expected[:12]}",
+            "put the exported file back, or restore from an unchanged copy",
+        )
 
 
 def _require_restored(directory: Path, partial: Path, record: ExportRecord) -> None:

@@ -155,12 +155,12 @@ class RanksJob:
             "experts_only": self.experts_only,
         }
         with written_shards(
-            out, self.shards, self._other_bytes, identity, options, progress
+            out, self.source, self.shards, self._other_bytes, identity, options, progress
         ) as written:
             for record, index in zip(self.records, self.indexes, strict=True):
                 folder = written.directory / rank_folder(record.rank)
                 folder.mkdir(exist_ok=True)
-                copy_files(self.source.directory, self.other_files, folder)
+                copy_files(self.source, self.other_files, folder)
                 (folder / INDEX_NAME).write_text(index_text(index), encoding="utf-8")
                 text = canonical_json(record.to_json()) + "\n"
                 (folder / RANK_NAME).write_text(text, encoding="utf-8")

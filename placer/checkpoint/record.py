@@ -20,6 +20,8 @@ from placer.run.documents import (
     Sha256,
     of_this_version,
     read_json,
+    require_seal,
+    sealed,
     validated,
 )
 from placer.run.files import canonical_json
@@ -39,6 +41,8 @@ class RecordFile(Document, frozen=True, kw_only=True):
     shard_bytes: dict[str, Count]
     header_sha256: dict[str, Sha256]
     source_sha256: dict[str, Sha256]
+    file_sha256: dict[str, Sha256]
+    sha256: Sha256 | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,6 +68,9 @@ class ExportRecord:
         whole index.
     source_sha256
         SHA-256 of each original shard; empty unless it was asked for.
+    file_sha256
+        SHA-256 of the files of the export: of all but this record and shards, and of shards
+        whose bytes passed through the process that wrote them.
     """
 
     plan_sha256: str
@@ -74,6 +81,7 @@ class ExportRecord:
     shard_bytes: Mapping[str, int]
     header_sha256: Mapping[str, str]
     source_sha256: Mapping[str, str]
+    file_sha256: Mapping[str, str]
 
     @property
     def inverse(self) -> tuple[IntArray, ...]:
@@ -82,19 +90,22 @@ class ExportRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``placer.json``."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "placer": __version__,
-            "plan_sha256": self.plan_sha256,
-            "source_fingerprint": self.source_fingerprint,
-            "layer_ids": list(self.layer_ids),
-            "permutation": [row.tolist() for row in self.permutation],
-            "inverse": [row.tolist() for row in self.inverse],
-            "header_bytes": dict(self.header_bytes),
-            "shard_bytes": dict(self.shard_bytes),
-            "header_sha256": dict(self.header_sha256),
-            "source_sha256": dict(self.source_sha256),
-        }
+        return sealed(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "placer": __version__,
+                "plan_sha256": self.plan_sha256,
+                "source_fingerprint": self.source_fingerprint,
+                "layer_ids": list(self.layer_ids),
+                "permutation": [row.tolist() for row in self.permutation],
+                "inverse": [row.tolist() for row in self.inverse],
+                "header_bytes": dict(self.header_bytes),
+                "shard_bytes": dict(self.shard_bytes),
+                "header_sha256": dict(self.header_sha256),
+                "source_sha256": dict(self.source_sha256),
+                "file_sha256": dict(self.file_sha256),
+            }
+        )
 
     def write(self, directory: Path) -> None:
         """Write ``placer.json``: the same export gives the same bytes."""
@@ -112,7 +123,8 @@ class ExportRecord:
         """
         path = directory / RECORD_NAME
         where, again = f"export record {path}", "take it from an unchanged copy"
-        value = of_this_version(read_json(path, "export record"), where, again)
+        value = read_json(path, "export record")
+        value = of_this_version(value, where, again, _upgraded)
         read = validated(value, RecordFile, where, again)
         record = cls(
             plan_sha256=read.plan_sha256,
@@ -123,6 +135,7 @@ class ExportRecord:
             shard_bytes=read.shard_bytes,
             header_sha256=read.header_sha256,
             source_sha256=read.source_sha256,
+            file_sha256=read.file_sha256,
         )
         for layer, row in enumerate(record.permutation):
             if not np.array_equal(np.sort(row), np.arange(len(row))):
@@ -131,6 +144,7 @@ class ExportRecord:
             raise PlacerError(
                 f"{where}: permutation and inverse do not undo each other", again
             )
+        require_seal(value, where, again)
         return record
 
     def require_model(self, model: ModelSpec, directory: Path) -> None:
@@ -153,3 +167,8 @@ class ExportRecord:
                 f"{str(model.fingerprint)[:12]}",
                 "restore from an unchanged copy of the export",
             )
+
+
+def _upgraded(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of schema version 2: version 1 has no hashes of small files."""
+    return value | {"file_sha256": {}, "sha256": None}

@@ -12,16 +12,19 @@ from placer.checkpoint.served_files import (
 )
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.torch_shard import open_torch_shard
-from placer.errors import PlacerError
+from placer.errors import PlacerError, SourceChangedError
 from placer.model.config_file import INDEX_NAMES, SINGLE_NAMES
 from placer.run.documents import read_json
-from placer.run.files import read_text
+from placer.run.files import read_text, sha256_file
 
 INDEX_NAME, _MISTRAL_INDEX_NAME = INDEX_NAMES
 SINGLE_NAME, _MISTRAL_NAME = SINGLE_NAMES
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 TORCH_SINGLE_NAME = "pytorch_model.bin"
 RECORD_NAME = "placer.json"
+#: Size, time of the last change (ns) and inode.
+FileState = tuple[int, int, int]
+_STATE = ("size", "time of the last change", "inode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,10 @@ class CheckpointSource:
     left_out
         Files that are not: weights of another format or a second time, and states of
         training. ``.git`` and ``.cache`` are not even looked at.
+    states
+        Size, time of the last change (ns) and inode of every file that was read.
+    file_sha256
+        SHA-256 of the other files.
     """
 
     directory: Path
@@ -55,6 +62,8 @@ class CheckpointSource:
     unheld: tuple[str, ...]
     other_files: tuple[Path, ...]
     left_out: tuple[Path, ...]
+    states: Mapping[Path, FileState]
+    file_sha256: Mapping[str, str]
 
     @property
     def shard_bytes(self) -> int:
@@ -74,9 +83,10 @@ class CheckpointSource:
             If there is no checkpoint, a file is damaged, the index and the shards
             contradict each other, or a link leads out of the checkpoint.
         """
+        states = {path: _state(path) for path in directory.rglob("*") if path.is_file()}
         index_name = _index_name(directory)
         if index_name == TORCH_INDEX_NAME:
-            return cls._open_torch(directory, directory / TORCH_INDEX_NAME)
+            return cls._open_torch(directory, directory / TORCH_INDEX_NAME, states)
         index_path = directory / index_name
         index_text, weight_map, names = None, {}, []
         if index_path.is_file():
@@ -105,10 +115,14 @@ class CheckpointSource:
             unheld=_unheld(index_path, weight_map, shards),
             other_files=other_files,
             left_out=left_out,
+            states=_of_files(states, directory, written | {*map(str, other_files)}),
+            file_sha256=_hashes(directory, other_files),
         )
 
     @classmethod
-    def _open_torch(cls, directory: Path, index_path: Path) -> Self:
+    def _open_torch(
+        cls, directory: Path, index_path: Path, states: Mapping[Path, FileState]
+    ) -> Self:
         """See PyTorch files as the safetensors files that an export writes of them."""
         sharded = index_path.is_file()
         names, weight_map = [TORCH_SINGLE_NAME], {}
@@ -122,7 +136,8 @@ class CheckpointSource:
         ]
         weight_map = {n: _safetensors_name(file) for n, file in weight_map.items()}
         index = json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2)
-        other_files, left_out = served_files(directory, {*names, index_path.name})
+        read = {*names, index_path.name}
+        other_files, left_out = served_files(directory, read)
         return cls(
             directory=directory,
             shards=tuple(shards),
@@ -131,7 +146,55 @@ class CheckpointSource:
             unheld=_unheld(index_path, weight_map, shards),
             other_files=other_files,
             left_out=left_out,
+            states=_of_files(states, directory, read | {*map(str, other_files)}),
+            file_sha256=_hashes(directory, other_files),
         )
+
+    def require_unchanged(self) -> None:
+        """Refuse a checkpoint of which a file is not what it was when it was opened.
+
+        Raises
+        ------
+        SourceChangedError
+            With the file and what changed.
+        """
+        for path, before in self.states.items():
+            relative = path.relative_to(self.directory)
+            if not path.is_file():
+                raise self.changed(relative, "it was removed")
+            for what, old, new in zip(_STATE, before, _state(path), strict=True):
+                if old != new:
+                    raise self.changed(relative, f"{what} {old}, now {new}")
+        found = _hashes(self.directory, self.other_files)
+        for name, sha256 in found.items():
+            if sha256 != self.file_sha256[name]:
+                raise self.changed(Path(name), "its content")
+
+    def changed(self, relative: Path, what: str) -> SourceChangedError:
+        """Return the error for a file that changed while it was read."""
+        return SourceChangedError(
+            f"{self.directory / relative} changed while it was read: {what}",
+            "export again when nothing writes to the checkpoint any more",
+        )
+
+
+def _state(path: Path) -> FileState:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _of_files(
+    states: Mapping[Path, FileState], directory: Path, names: set[str]
+) -> dict[Path, FileState]:
+    return {
+        directory / n: states[directory / n]
+        for n in sorted(names)
+        if directory / n in states
+    }
+
+
+def _hashes(directory: Path, files: Sequence[Path]) -> dict[str, str]:
+    return {path.as_posix(): sha256_file(directory / path) for path in files}
 
 
 def weight_files(directory: Path) -> tuple[Path | None, list[Path]]:

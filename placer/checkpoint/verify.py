@@ -3,7 +3,7 @@
 Three checks: every tensor by name against the permutation, logits on real text, and the
 routers' choices on that text. With the exporter they share the rules that tell what a
 tensor is by its name (``TensorLayout``), and nothing that permutes or writes; logits and
-choices do not depend on those rules.
+choices do not depend on those rules. A fourth one finds changes of all other bytes.
 """
 
 import re
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from placer.arrays import BoolArray, Float32Array, IntArray
+from placer.checkpoint.export import prepare_restore
 from placer.checkpoint.named_experts import description_files
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.served_files import served_files
+from placer.checkpoint.source import RECORD_NAME, CheckpointSource
 from placer.checkpoint.tensor_files import read_tensor, tensor_files
 from placer.errors import PlacerError, VerificationError
 from placer.model import Architecture, ModelSpec, read_config, require_same_model
@@ -118,6 +120,7 @@ def verify(
     _compare_named_experts(
         original, exported, architecture.require_layout(), model, plan.placement
     )
+    _require_same_files(original, exported)
     comparison = _Comparison(plan.placement)
     if max_tokens:
         runs = _Runs(architecture, model, texts, max_tokens)
@@ -132,6 +135,29 @@ def verify(
         num_routed_pairs=comparison.num_routed_pairs,
         num_ties=comparison.num_ties,
     )
+
+
+def _require_same_files(original: Path, exported: Path) -> None:
+    """Check headers, indexes and configs against the record, other files with the original.
+
+    The record says what makes the original's headers, sizes and configs of those here.
+    """
+    job = prepare_restore(exported)
+    found = job.source.file_sha256
+    expected = CheckpointSource.open(original).file_sha256
+    for name in sorted((found.keys() ^ expected.keys()) - {RECORD_NAME}):
+        raise VerificationError(
+            f"{exported} {'lacks' if name in expected else 'has'} {name}, which {original} "
+            f"{'has' if name in expected else 'does not have'}",
+            _NOT_THE_SAME,
+        )
+    for name in sorted(expected.keys() - job.configs.keys()):
+        if found[name] != expected[name]:
+            raise VerificationError(
+                f"{exported / name} is not that of {original}: SHA-256 {found[name][:12]} "
+                f"against {expected[name][:12]}",
+                _NOT_THE_SAME,
+            )
 
 
 def _require_plan(exported: Path, plan_path: Path) -> None:

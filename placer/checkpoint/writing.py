@@ -13,14 +13,15 @@ from typing import Any
 
 from placer.arrays import IntArray
 from placer.checkpoint.copying import (
-    copy_blocks,
-    copy_columns,
-    copy_range,
-    copy_values,
-    write_all,
+    block_ranges,
+    permuted_columns,
+    replaced_values,
+    sha256_of_contents,
+    write_contents,
 )
 from placer.checkpoint.shard import Shard
-from placer.errors import UsageError
+from placer.checkpoint.source import CheckpointSource
+from placer.errors import PlacerError, UsageError
 from placer.run.files import sha256_file, sha256_json
 from placer.run.parallel import PROCESSES, Backend
 from placer.run.resumable import Journal, resumable_directory
@@ -59,6 +60,11 @@ class ExportOptions:
                 f"--workers {self.num_workers} is for this machine, Ray has its own",
                 "drop --workers or --backend",
             )
+
+    @property
+    def num_threads(self) -> int:
+        """Shards that are written at the same time on this machine."""
+        return self.num_workers or min(_MOST_WORKERS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,6 +145,8 @@ class WrittenShards:
     ----------
     directory
         Where they are; it gets its name at the end.
+    file_sha256
+        SHA-256 of each shard whose bytes passed through this process.
     source_sha256
         SHA-256 of each source, where hashes were asked for.
     num_linked
@@ -148,6 +156,7 @@ class WrittenShards:
     """
 
     directory: Path
+    file_sha256: Mapping[str, str]
     source_sha256: Mapping[str, str]
     num_linked: int
     num_resumed: int
@@ -220,16 +229,26 @@ def bytes_to_write(
     )
 
 
-def copy_files(directory: Path, files: Iterable[Path], target: Path) -> None:
-    """Copy files, given relative to ``directory``, to the same place in ``target``."""
+def copy_files(source: CheckpointSource, files: Iterable[Path], target: Path) -> None:
+    """Copy files of a checkpoint to the same place in ``target``.
+
+    Raises
+    ------
+    SourceChangedError
+        If a file is no longer what it was when the checkpoint was opened.
+    """
     for relative in files:
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(directory / relative, target / relative)
+        shutil.copyfile(source.directory / relative, target / relative)
+        found = sha256_file(target / relative)
+        if found != source.file_sha256[relative.as_posix()]:
+            raise source.changed(relative, "its content")
 
 
 @contextmanager
 def written_shards(
     out: Path,
+    source: CheckpointSource,
     works: Sequence[ShardWork],
     other_bytes: int,
     identity: Mapping[str, Any],
@@ -242,6 +261,8 @@ def written_shards(
     ----------
     out
         The directory to write; it must not exist.
+    source
+        The checkpoint that is read; it must be the same at the end.
     works
         The shards.
     other_bytes
@@ -257,42 +278,61 @@ def written_shards(
     Raises
     ------
     PlacerError
-        If the disk is too small, or a source changes while it is read.
+        If the disk is too small.
+    SourceChangedError
+        If a file of the source changes meanwhile.
     """
-    stats = {str(work.shard.path): work.shard.path.stat() for work in works}
+    shards = sorted({work.shard.path for work in works})
     # A source that was changed since is another one.
     whole = dict(identity) | {
         "options": [options.link, options.with_hashes],
-        "sources": {p: [one.st_size, one.st_mtime_ns] for p, one in stats.items()},
+        "sources": {str(path): source.states[path][:2] for path in shards},
     }
-    sources = {work.shard.path.parent for work in works}
+    sources = {path.parent for path in shards}
     with resumable_directory(out, sha256_json(whole), sources) as (partial, journal):
-        done = {work.name for work in works if _is_finished(work, partial, journal)}
+        with ThreadPoolExecutor(options.num_threads) as pool:
+            found = pool.map(lambda one: _is_finished(one, partial, journal), works)
+            done = {work.name for work, is_one in zip(works, found, strict=True) if is_one}
         for name in set(journal.finished) - done:
             del journal.finished[name]
         require_free_space(out, other_bytes + bytes_to_write(works, options, done))
-        _write_all(works, partial, journal, options, progress)
+        try:
+            _write_all(works, partial, journal, options, progress)
+        except (OSError, PlacerError):
+            source.require_unchanged()  # a change explains the error
+            raise
+        source.require_unchanged()
         facts = journal.finished
         yield WrittenShards(
             directory=partial,
-            source_sha256={
-                name: one["source_sha256"]
-                for name, one in facts.items()
-                if one["source_sha256"] is not None
-            },
+            file_sha256=_known(facts, "sha256"),
+            source_sha256=_known(facts, "source_sha256"),
             num_linked=sum(one["linked"] for one in facts.values()),
             num_resumed=len(done),
         )
+        source.require_unchanged()
+
+
+def _known(facts: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, str]:
+    return {shard: one[name] for shard, one in facts.items() if one[name] is not None}
 
 
 def _is_finished(work: ShardWork, partial: Path, journal: Journal) -> bool:
-    """Return whether a shard that the journal calls finished lies there, whole."""
-    path = partial / work.name
-    if work.name not in journal.finished or not path.is_file():
+    """Return whether a shard that the journal calls finished lies there, whole.
+
+    It is read again, and where no hash is known the source too: as long as a copy takes.
+    """
+    path, facts = partial / work.name, journal.finished.get(work.name)
+    if facts is None or not path.is_file() or path.stat().st_size != work.num_bytes:
         return False
-    with path.open("rb") as stream:
-        header = stream.read(len(work.header))
-    return header == work.header and path.stat().st_size == work.num_bytes
+    if facts["linked"]:
+        return path.samefile(work.shard.path)
+    expected = facts["sha256"]
+    if expected is None:
+        with work.shard.path.open("rb") as original:
+            source = original.fileno()
+            expected = sha256_of_contents(source, _contents(work, source))
+    return bool(sha256_file(path) == expected)
 
 
 def _write_all(
@@ -318,8 +358,7 @@ def _write_all(
         _write_on_ray(left, partial, journal, options, progress)
         return
     # Threads are enough: the kernel copies, and Python lets others run meanwhile.
-    num_workers = options.num_workers or min(_MOST_WORKERS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(num_workers)
+    pool = ThreadPoolExecutor(options.num_threads)
     try:
         for one in as_completed([pool.submit(write, work) for work in left]):
             one.result()
@@ -362,10 +401,9 @@ def _write_shard(work: ShardWork, target: Path, options: ExportOptions) -> dict[
     """Write a shard under its name, whole; return what the journal keeps of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     linked = options.link and work.unchanged and _link(work.shard.path, target)
-    if not linked:
-        _copy_shard(work, target)
     return {
         "linked": linked,
+        "sha256": None if linked else _copy_shard(work, target),
         "source_sha256": sha256_file(work.shard.path) if options.with_hashes else None,
     }
 
@@ -381,25 +419,27 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
-def _copy_shard(work: ShardWork, target: Path) -> None:
+def _copy_shard(work: ShardWork, target: Path) -> str | None:
+    """Write a shard; return its SHA-256 if its bytes passed through this process."""
     part = target.with_name(target.name + ".part")
     with work.shard.path.open("rb") as original, part.open("wb") as copy:
         source, written = original.fileno(), copy.fileno()
-        write_all(written, work.header, 0)
-        end = len(work.header)
-        for piece in work.pieces:
-            if piece.order is not None and piece.num_rows:
-                places = (piece.start, end, piece.num_bytes)
-                copy_columns(source, written, *places, piece.num_rows, piece.order)
-            elif piece.order is not None:
-                copy_blocks(
-                    source, written, piece.start, end, piece.block_bytes, piece.order
-                )
-            elif piece.new_values is not None:
-                places = (piece.start, end, piece.num_bytes)
-                copy_values(source, written, *places, piece.dtype, piece.new_values)
-            else:
-                copy_range(source, written, piece.start, end, piece.num_bytes)
-            end += piece.num_bytes
+        sha256 = write_contents(source, written, _contents(work, source))
         os.fsync(written)
     part.replace(target)
+    return sha256
+
+
+def _contents(work: ShardWork, source: int) -> Iterator[bytes | range]:
+    """Yield what a shard to write holds."""
+    yield work.header
+    for piece in work.pieces:
+        place = (piece.start, piece.stop - piece.start)
+        if piece.order is not None and piece.num_rows:
+            yield permuted_columns(source, *place, piece.num_rows, piece.order)
+        elif piece.order is not None:
+            yield from block_ranges(piece.start, piece.block_bytes, piece.order)
+        elif piece.new_values is not None:
+            yield from replaced_values(source, *place, piece.dtype, piece.new_values)
+        else:
+            yield range(piece.start, piece.stop)

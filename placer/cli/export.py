@@ -179,11 +179,8 @@ def export(
         if not inverse:
             facts |= _start(target, plan, _required(out))
             note(f"prove it: placer verify {model} {out} {plan}")
-        elif facts["contents_checked"] is False:
-            note(
-                "headers and sizes are those of the original; its contents were not hashed "
-                "when it was exported (--hash)"
-            )
+        elif unchecked := facts.pop("unchecked_files"):
+            note(f"not checked, because no hash of it was recorded: {unchecked}")
     if as_json:
         print_json(facts)
         return

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from placer.errors import PlacerError, VerificationError
+from placer.errors import PlacerError, SourceChangedError, VerificationError
 from placer.run.documents import parse_json
 from placer.run.files import canonical_json
 from placer.run.writing import claimed, journal_head, lock_path, rename_directory
+
+# Errors that tell that what is written is not worth going on with.
+_USELESS = (VerificationError, SourceChangedError)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +51,8 @@ def resumable_directory(
     """Yield a directory to fill and its journal; the directory becomes ``out`` at the end.
 
     A run that fails or is ended after it finished a part leaves both, and the same command
-    goes on there. If verification fails, or no part is finished, nothing is left.
+    goes on there. If verification fails, a source changes, or no part is finished, nothing
+    is left.
 
     Parameters
     ----------
@@ -80,7 +84,7 @@ def resumable_directory(
             rename_directory(partial, out, claim)
             lock_path(out).unlink()
         except BaseException as error:
-            if not journal.finished or isinstance(error, VerificationError):
+            if not journal.finished or isinstance(error, _USELESS):
                 shutil.rmtree(partial, ignore_errors=True)
                 lock_path(out).unlink()
             else:

@@ -1,6 +1,7 @@
 """Ranges and blocks arrive where they should, whatever the kernel can do."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from placer.checkpoint.copying import copy_blocks, copy_range
+from placer.checkpoint.copying import block_ranges, sha256_of_contents, write_contents
 from placer.errors import PlacerError
 
 CONTENT = np.random.default_rng(0).bytes(5000)
@@ -51,8 +52,13 @@ def files(
 
 def test_a_range_goes_to_another_offset(files: Opened) -> None:
     source, target, path = files
-    copy_range(source, target, 10, 300, 4000)
-    assert path.read_bytes() == bytes(300) + CONTENT[10:4010]
+    contents = [bytes(300), range(10, 4010)]
+    sha256 = write_contents(source, target, contents)
+    found = path.read_bytes()
+    assert found == bytes(300) + CONTENT[10:4010]
+    assert sha256_of_contents(source, contents) == hashlib.sha256(found).hexdigest()
+    assert sha256 in (None, hashlib.sha256(found).hexdigest())
+    assert (sha256 is None) == (os.copy_file_range in (KERNEL, a_little))
 
 
 @settings(
@@ -63,7 +69,7 @@ def test_a_range_goes_to_another_offset(files: Opened) -> None:
 @given(order=st.permutations(range(10)))
 def test_blocks_are_reordered(files: Opened, order: list[int]) -> None:
     source, target, path = files
-    copy_blocks(source, target, 100, 0, 100, np.asarray(order))
+    write_contents(source, target, block_ranges(100, 100, np.asarray(order)))
     blocks = [CONTENT[100 + 100 * old : 200 + 100 * old] for old in order]
     assert path.read_bytes() == b"".join(blocks)
 
@@ -71,7 +77,7 @@ def test_blocks_are_reordered(files: Opened, order: list[int]) -> None:
 def test_a_source_that_ends_early_is_refused(files: Opened) -> None:
     source, target, _ = files
     with pytest.raises(PlacerError, match="ended at byte 5000 while 1 more"):
-        copy_range(source, target, 4000, 0, 1001)
+        write_contents(source, target, [range(4000, 5001)])
 
 
 def test_a_failure_of_the_disk_is_not_taken_for_a_lack_of_support(
@@ -84,4 +90,4 @@ def test_a_failure_of_the_disk_is_not_taken_for_a_lack_of_support(
         (tmp_path / "b").open("wb") as b,
         pytest.raises(OSError, match="No space left"),
     ):
-        copy_range(a.fileno(), b.fileno(), 0, 0, 10)
+        write_contents(a.fileno(), b.fileno(), [range(10)])

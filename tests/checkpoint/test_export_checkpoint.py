@@ -394,7 +394,7 @@ def test_a_changed_export_is_not_restored(
     out = tmp_path / "out"
     options = ExportOptions(with_hashes=True)
     export_checkpoint(make_plan(tiny_sharded_model), tiny_sharded_model, out, options)
-    assert restore_checkpoint(out, tmp_path / "good").contents_checked
+    assert restore_checkpoint(out, tmp_path / "good").unchecked == ()
     assert hashes(tmp_path / "good") == hashes(tiny_sharded_model)
     shard = min(out.glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
@@ -432,8 +432,10 @@ def test_a_damaged_record_is_refused(
         ({"shard_bytes": {"model.safetensors": 9}}, "not the original: size"),
         ({"header_sha256": {}}, "not the original: SHA-256 of its header"),
     ):
-        path.write_text(json.dumps(good | change))
+        path.write_text(json.dumps(good | {"sha256": None} | change))
         restored(out, back, match, PlacerError)
+    path.write_text(json.dumps(good | {"placer": "0.0"}))
+    restored(out, back, "was changed after it was written", PlacerError)
     del good["header_bytes"]
     path.write_text(json.dumps(good))
     restored(out, back, "header_bytes", PlacerError)

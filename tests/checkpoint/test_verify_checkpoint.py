@@ -93,6 +93,7 @@ def test_running_the_models_finds_what_tensors_alone_would_not(
 
     corrupt(tmp_path / "out", swap)
     monkeypatch.setattr("placer.checkpoint.verify._compare_tensors", lambda *_: (0, 0))
+    monkeypatch.setattr("placer.checkpoint.verify._require_same_files", lambda *_: None)
     with pytest.raises(VerificationError, match="MoE layer 0: token 0"):
         verify(tiny_model, tmp_path / "out", plan, TEXTS, 64)
 
@@ -150,6 +151,7 @@ def test_other_logits_fail_nan_too(
     out = exported(tiny_model, plan, tmp_path / "out")
     corrupt(out, change)
     monkeypatch.setattr("placer.checkpoint.verify._compare_tensors", lambda *_: (0, 0))
+    monkeypatch.setattr("placer.checkpoint.verify._require_same_files", lambda *_: None)
     with pytest.raises(VerificationError, match="logits of token 0"):
         verify(tiny_model, out, plan, TEXTS, 64)
 
