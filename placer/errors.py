@@ -1,5 +1,6 @@
 """What placer refuses, each with the exit code that the command line documents."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -73,6 +74,23 @@ def one_of(
         if one == value:
             return one
     raise UsageError(f"{option} {value} {problem}", f"choose {' or '.join(known)}")
+
+
+def require_amount(option: str, number: float) -> None:
+    """Refuse a number that is negative or not finite.
+
+    Raises
+    ------
+    UsageError
+        If it is.
+    """
+    if number < 0:
+        raise UsageError(f"{option} must not be negative, got {number}")
+    if not math.isfinite(number):
+        raise UsageError(
+            f"{option} must be a finite number, got {number}",
+            "leave it out for its default",
+        )
 
 
 def require_left_out(options: Mapping[str, object], company: str) -> None:

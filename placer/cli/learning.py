@@ -56,6 +56,7 @@ def learning(
     from placer.placement.policy import POLICIES
     from placer.placement.topology import Topology
     from placer.planning.learning import DEFAULT_TOKENS, learning_curve
+    from placer.run.session import Session
     from placer.solver.options import NOT_SOLVED, SolveOptions
     from placer.trace import Trace
 
@@ -63,11 +64,12 @@ def learning(
         topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
         policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
         max_imbalance=max_imbalance,
-        seed=seed,
     )
     chosen = parse_selection(fold or (None if not_fold else "0/2"), not_fold, phase)
     sizes = tuple(tokens) if tokens else DEFAULT_TOKENS
-    points = learning_curve(Trace(trace), options, chosen, tokens=sizes)
+    points = learning_curve(
+        Trace(trace), options, chosen, tokens=sizes, session=Session(seed=seed)
+    )
     rows = [asdict(point) for point in points]
     if as_json:
         print_json({**chosen.to_json(), "points": rows})

@@ -327,7 +327,7 @@ def solve(
     from placer.planning.request import SolveRequest
     from placer.planning.solving import solve_frontier, solve_request
     from placer.report.comparison import closing_lines, plan_notes, plan_warnings
-    from placer.run.deadline import Deadline
+    from placer.run.session import Session
     from placer.solver.options import NOT_SOLVED, PROOFS, SolveOptions
     from placer.solver.params import SolverParams
     from placer.solver.problem.scenarios import ROBUST
@@ -370,8 +370,6 @@ def solve(
             pins=tuple(map(Pin.parse, pin or [])),
             preserve_groups=preserve_groups,
             ignore_groups=ignore_groups,
-            seed=seed,
-            time_limit=time_limit,
             params=effort,
         ),
         objective=objective,
@@ -392,15 +390,17 @@ def solve(
         priced_links=(inter_cost, intra_cost, topology) != (None, None, None),
         require_optimal=require_optimal,
     )
-    deadline = Deadline(seconds=time_limit, began=began)
+    session = Session.begun(time_limit=time_limit, seed=seed, began=began)
     if frontier is not None:
         caps = parse_caps(frontier)
         with progress_line("solve") as progress:
-            points = solve_frontier(request, caps, out, note, warn, progress, deadline)
+            session = replace(session, progress=progress)
+            points = solve_frontier(request, caps, out, note, warn, session)
         _show_frontier(points, out, as_json)
         return
     with progress_line("solve") as progress:
-        solved = solve_request(request, note, warn, progress, deadline)
+        session = replace(session, progress=progress)
+        solved = solve_request(request, note, warn, session)
     solved.plan.write(out)
     warnings, notes = list(plan_warnings(solved.plan)), list(plan_notes(solved.plan))
     for line in warnings:

@@ -1,6 +1,5 @@
 """``placer tables``: the token-shuffle table of a plan."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +19,6 @@ from placer.cli.output import (
     print_table,
     warn,
 )
-
-
-class UnseenChoice(StrEnum):
-    """Choices of ``--unseen``."""
-
-    REGRESSION = "regression"
-    NEAREST = "nearest"
 
 
 def tables(
@@ -66,13 +58,6 @@ def tables(
             "not contain. Hash-routed layers get exact rows.",
         ),
     ] = None,
-    unseen: Annotated[
-        UnseenChoice,
-        typer.Option(
-            help="How rows of unseen ids are made: rates predicted by regression, or the "
-            "row of the nearest neighbour."
-        ),
-    ] = UnseenChoice.REGRESSION,
     max_home_imbalance: Annotated[
         float | None,
         typer.Option(
@@ -109,7 +94,6 @@ def tables(
         with_token_score=token_score,
         with_combined=combined,
         embeddings=embeddings,
-        unseen=unseen.value,
         max_home_imbalance=max_home_imbalance,
     )
     chosen = parse_fold(fold, not_fold)

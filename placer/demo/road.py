@@ -19,7 +19,7 @@ from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.report.html import write_html
-from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.run.writing import claimed
 from placer.runtime_map import export_map
 from placer.simulation.simulate import simulate
@@ -157,9 +157,9 @@ def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
     options = SolveOptions(
         topology=Topology(gpus_per_node=NUM_RANKS), policy=policy
     ).guarded()
-    deadline = Deadline()
-    plan = plan_from_trace(profile, options, EVERYTHING, deadline=deadline)
-    if deadline.interrupted:
+    session = Session()
+    plan = plan_from_trace(profile, options, EVERYTHING, session)
+    if session.deadline.interrupted:
         raise KeyboardInterrupt
     plan.write(path)
     return plan

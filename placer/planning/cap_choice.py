@@ -11,8 +11,7 @@ from placer.affinity import count_affinity
 from placer.model import ModelSpec
 from placer.planning.layer_time import batch_times, judged_halves
 from placer.planning.question import Question
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk
@@ -67,8 +66,7 @@ def choose_cap(
     profile: Chunk,
     options: SolveOptions,
     question: Question,
-    progress: Progress | None = None,
-    deadline: Deadline | None = None,
+    session: Session | None = None,
 ) -> CapChoice:
     """Return the options under EPLB's load, or the default cap where that is faster.
 
@@ -82,25 +80,22 @@ def choose_cap(
         What to solve for, below EPLB's load.
     question
         Engine, hardware and size of an expert.
-    progress
-        Called with each plan.
-    deadline
-        Each quick plan has half of its time; one of ``options.time_limit`` by default.
+    session
+        Is told each plan; each quick plan has half of its time.
 
     Raises
     ------
     UsageError
         If the profile is one sequence, or the size of an expert is not known.
     """
-    deadline = deadline or Deadline(seconds=options.time_limit)
+    session = session or Session()
     inner, heldout = judged_halves(profile, "--hardware")
     affinity = count_affinity([inner], model, {})
     overlapped = []
     for below, what in ((True, "EPLB's load"), (False, f"cap {options.load_cap:g}")):
-        if progress is not None:
-            progress(f"quick plan, {what}")
+        session.tell(f"quick plan, {what}")
         quick = replace(options.quick(), below_eplb=below)
-        with deadline.choosing(0.5 if below else 1.0) as half:
+        with session.choosing(0.5 if below else 1.0) as half:
             placement, _ = solve_to_choose(affinity, quick, inner, half)
         times = batch_times(model, placement, heldout, options, question)
         overlapped.append([one.overlapped for one in times])

@@ -12,11 +12,10 @@ from placer.errors import NoSolutionError, UsageError
 from placer.placement import Plan
 from placer.planning.planner import plan_for, plan_from_trace
 from placer.planning.request import Tell
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.run.writing import atomic_directory
 from placer.simulation.sent import RANK_COPIES, Sent, Wire
-from placer.solver.missed_caps import require_receive_cap
+from placer.solver.missed_receive_cap import require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.trace import Selection, Trace
 
@@ -93,18 +92,16 @@ def write_frontier(
     selection: Selection,
     caps: list[float],
     out: Path,
-    progress: Progress | None = None,
+    session: Session | None = None,
     provenance: Mapping[str, Any] | None = None,
-    deadline: Deadline | None = None,
     warn: Tell | None = None,
 ) -> list[FrontierPoint]:
     """Solve under every cap; write a directory of plans and ``frontier.csv``.
 
     ``provenance`` is what every plan should say beside its own, and ``warn`` is told of
-    load caps that are relaxed. Plans share what is left until the ``deadline`` (by default
-    one of ``options.time_limit``), each as much as those after it. A cap whose search was
-    stopped at the plan of the cap before has no plan of its own; after Ctrl-C the one that
-    is searched for is the last.
+    load caps that are relaxed. Plans share what is left until the session's deadline, each
+    as much as those after it. A cap whose search was stopped at the plan of the cap before
+    has no plan of its own; after Ctrl-C the one that is searched for is the last.
 
     Raises
     ------
@@ -115,23 +112,23 @@ def write_frontier(
     """
     points: list[FrontierPoint] = []
     placed: list[Any] = []
-    deadline = deadline or Deadline(seconds=options.time_limit)
+    session = session or Session()
     with atomic_directory(out) as directory:
         for number, cap in enumerate(caps):
-            if points and deadline.passed():
+            if points and session.deadline.passed():
                 break
-            asked = replace(options, max_imbalance=cap, relax_cap=True)
-            share = deadline.part(1 / (len(caps) - number))
-            plan = plan_from_trace(trace, asked, selection, progress, share)
+            asked = options.under(cap)
+            share = session.part(1 / (len(caps) - number))
+            plan = plan_from_trace(trace, asked, selection, share)
             if plan.solver.relaxed_layers:
-                missed = _relaxed(plan, options, stopped=share.stopped)
+                missed = _relaxed(plan, options, stopped=share.deadline.stopped)
                 if warn is not None:
                     warn(missed)
             require_receive_cap(
                 plan.solver.relaxed_receive_layers.values(),
                 replace(asked, relax_cap=options.relax_cap),
                 plan.placement.num_layers,
-                stopped=share.stopped,
+                stopped=share.deadline.stopped,
             )
             rows = plan.placement.to_json()
             if not plan.solver.reproducible and rows in placed:
@@ -142,7 +139,7 @@ def write_frontier(
             name = f"plan-{str(cap).removesuffix('.0')}.json"
             plan.write(directory / name)
             points.append(_point(plan, cap, name))
-            if share.interrupted:
+            if share.deadline.interrupted:
                 break
         with (directory / TABLE_NAME).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream, lineterminator="\n")

@@ -19,8 +19,7 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
 from placer.placement.solver_report import CapTrial, InnerCap
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import load_caps
 from placer.solver.options import OVERFLOW_PRICE, SolveOptions
@@ -38,8 +37,7 @@ def choose_inner_cap(
     model: ModelSpec,
     profile: Chunk,
     options: SolveOptions,
-    progress: Progress | None = None,
-    deadline: Deadline | None = None,
+    session: Session | None = None,
 ) -> InnerCap:
     """Return the loosest cap under which other sequences keep to ``load_cap``.
 
@@ -54,10 +52,8 @@ def choose_inner_cap(
         The tokens to solve on; no others are looked at.
     options
         What to solve for, ``load_cap`` being the mean imbalance to keep to.
-    progress
-        Called with each cap.
-    deadline
-        No further cap is tried after it; one of ``options.time_limit`` by default.
+    session
+        Is told each cap; after its deadline no further one is tried.
 
     Raises
     ------
@@ -66,24 +62,18 @@ def choose_inner_cap(
     NoSolutionError
         If ``load_cap`` is out of reach on the whole profile, and may not be relaxed.
     """
-    deadline = deadline or Deadline(seconds=options.time_limit)
-    load_caps(
-        expert_loads(model, profile),
-        options.topology.num_ranks,
-        options.load_cap,
-        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
-        deadline=deadline,
-    )
+    session = session or Session()
+    deadline = session.deadline
+    load_caps(expert_loads(model, profile), options, deadline)
     halves = inner_halves(profile, f"--robust {options.robust}")
-    quick = replace(options.quick(), relax_cap=True)
+    quick = options.quick()
     price = OVERFLOW_PRICE if options.overflow_price is None else options.overflow_price
 
     def try_all(trials: Sequence[tuple[float, float]]) -> Iterator[CapTrial]:
         for cap, price in trials:
-            if progress is not None:
-                progress(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
-            tried = replace(quick, max_imbalance=cap, overflow_price=price)
-            yield _trial(model, halves, tried, price, deadline)
+            session.tell(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
+            tried = replace(quick.under(cap), overflow_price=price)
+            yield _trial(model, halves, tried, price, session)
             if deadline.passed():
                 return
 
@@ -225,13 +215,13 @@ def _trial(
     halves: tuple[Chunk, Chunk],
     options: SolveOptions,
     price: float,
-    deadline: Deadline,
+    session: Session,
 ) -> CapTrial:
     """Solve on each half and judge on both."""
     own, other, prices = [], [], []
     for share, (solved, heldout) in zip((0.5, 1.0), (halves, halves[::-1]), strict=True):
         affinity = count_affinity([solved], model, {})
-        with deadline.choosing(share) as part:
+        with session.choosing(share) as part:
             placement, report = solve_to_choose(affinity, options, solved, part)
         own.append(_imbalance(model, placement, solved, options))
         other.append(_imbalance(model, placement, heldout, options))

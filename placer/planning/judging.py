@@ -1,6 +1,7 @@
 """Figures of a plan and of the baselines beside it, on the tokens that judge them."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,11 @@ from placer.simulation.simulate import simulate
 from placer.solver.balance.eplb import pack_loads
 from placer.solver.balance.load_caps import balanced
 from placer.solver.options import SolveOptions
+from placer.solver.problem.layer_profile import layer_tokens
+from placer.solver.problem.scenarios import load_scenarios
+from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.alternation import vocabulary_of
+from placer.solver.search.evaluator import evaluate
 from placer.table.build import build_table
 from placer.table.table import Table
 from placer.trace import Chunk
@@ -49,6 +54,11 @@ class Judging:
     def judged(self) -> Chunk:
         """The tokens that baselines are measured on."""
         return self.profile if self.heldout is None else self.heldout
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The tokens to solve on, and those of all other sequences where there are some."""
+        return [self.profile] if self.heldout is None else [self.profile, self.heldout]
 
     def baselines(self, load: Load) -> dict[str, Placement]:
         """Return the placements that need no more than loads, L arrays ``[E]``.
@@ -142,3 +152,35 @@ class Judging:
             layer_ids=self.model.layer_ids,
             deadline=deadline,
         )
+
+    def prices(
+        self, placements: Mapping[str, Placement], deadline: Deadline
+    ) -> dict[str, float]:
+        """Return the price of each placement's copies, where links cost differently.
+
+        Empty for a policy whose homes each placement's own table gives.
+
+        Raises
+        ------
+        OutOfTimeError
+            If there is no time for all of them.
+        """
+        options, tokens = self.options, self.judged
+        topology, policy = options.topology, options.policy
+        if topology.cost is None and topology.num_nodes == 1:
+            return {}
+        if policy == "token" or policy == "request":  # mypy narrows no set
+            return {}
+        load = load_scenarios(tokens, self.model.num_experts, "none", seed=0)  # none drawn
+        problem = TrafficProblem(
+            experts=layer_tokens(tokens),
+            topology=topology,
+            policy=policy,
+            exchange=options.exchange,
+            load=load,
+            max_load=tuple(one.sum(axis=1) for one in load),
+            replica_choice=options.replica_choice,
+            layer_ids=self.model.layer_ids,
+        )
+        paced = deadline.paced(placements.items(), len(placements))
+        return {name: round(evaluate(problem, one).copies, 5) for name, one in paced}

@@ -21,8 +21,7 @@ from placer.planning.inner_cap import expert_loads, inner_halves
 from placer.planning.question import Question
 from placer.planning.redundant import Worth, excess
 from placer.planning.trace_advice import MOST_JUDGED_TOKENS
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.serving.homes import BatchShape
 from placer.simulation.batch_figures import BatchFigures, batch_steps, break_evens, times
 from placer.simulation.cost import BreakEven, PredictedTime
@@ -109,8 +108,7 @@ def choose_by_time(
     profile: Chunk,
     options: SolveOptions,
     question: Question,
-    progress: Progress | None = None,
-    deadline: Deadline | None = None,
+    session: Session | None = None,
 ) -> TimeChoice:
     """Return the options whose quick plan takes the least predicted time.
 
@@ -127,10 +125,8 @@ def choose_by_time(
         What to solve for; its load cap is never exceeded.
     question
         Engine, hardware and size of an expert.
-    progress
-        Called with each candidate.
-    deadline
-        No further candidate is tried after it; one of ``options.time_limit`` by default.
+    session
+        Is told each candidate; after its deadline no further one is tried.
 
     Raises
     ------
@@ -140,27 +136,19 @@ def choose_by_time(
         If the load cap is out of reach on the whole profile, and may not be relaxed.
     """
     _require_comparable(options, question)
-    topology = options.topology
-    deadline = deadline or Deadline(seconds=options.time_limit)
-    load_caps(
-        expert_loads(model, profile),
-        topology.num_ranks,
-        options.load_cap,
-        relax_cap=options.relaxes_load_cap or options.redundant_experts > 0,
-        deadline=deadline,
-    )
+    session = session or Session()
+    load_caps(expert_loads(model, profile), options, session.deadline)
     inner, heldout = judged_halves(profile)
     affinity = count_affinity([inner], model, {})
-    balanced = _balanced(affinity, options, deadline)
+    balanced = _balanced(affinity, options, session)
     asked = _candidates(options)
     figures = {BALANCED: _figures(model, balanced, heldout, options, question)}
     for name, one in asked.items():
-        if len(figures) > 1 and deadline.passed():
+        if len(figures) > 1 and session.deadline.passed():
             break
-        if progress is not None:
-            progress(f"quick plan, {name}")
+        session.tell(f"quick plan, {name}")
         quick = replace(one, relax_cap=True, proof="none", params=QUICK.params)
-        placement, _ = solve_to_choose(affinity, quick, inner, deadline)
+        placement, _ = solve_to_choose(affinity, quick, inner, session)
         figures[name] = _figures(model, placement, heldout, options, question)
     name = choose(figures)
     relative = _relative_times(figures, "total")
@@ -182,11 +170,11 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
     inner, heldout = judged_halves(profile)
     affinity = count_affinity([inner], model, {})
 
-    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, float]:
+    def worth(options: SolveOptions, session: Session) -> tuple[float, str, float]:
         _require_comparable(options, question)
         quick = replace(options.quick(), relax_cap=True)
-        placement, report = solve_to_choose(affinity, quick, inner, deadline)
-        made = (placement, _balanced(affinity, options, deadline))
+        placement, report = solve_to_choose(affinity, quick, inner, session)
+        made = (placement, _balanced(affinity, options, session))
         figures = [_figures(model, one, heldout, options, question) for one in made]
         seconds = min(sum(one.total for one in times(every)) for every in figures)
         return seconds, _OBJECTIVE, excess(report, options)
@@ -246,10 +234,8 @@ def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
             price = options.receive_price + more
             # A tighter cap than was asked for may be relaxed, to no more than was asked.
             found[f"cap {cap:g}, receive price {price:g}"] = replace(
-                options,
-                max_imbalance=cap,
+                options.under(cap, relax_cap=options.relaxes_load_cap or share < 1),
                 receive_price=price,
-                relax_cap=options.relaxes_load_cap or share < 1,
             )
     return found
 
@@ -291,10 +277,10 @@ def judged_halves(profile: Chunk, option: str = "--objective time") -> tuple[Chu
     return inner, heldout.first_sequences(MOST_JUDGED_TOKENS)
 
 
-def _balanced(affinity: Affinity, options: SolveOptions, deadline: Deadline) -> Placement:
+def _balanced(affinity: Affinity, options: SolveOptions, session: Session) -> Placement:
     """Return the load balancer's plan, made as the whole profile's would be."""
     asked = replace(_balance(options), relax_cap=True)
-    placement, _ = solve_to_choose(affinity, asked, None, deadline)
+    placement, _ = solve_to_choose(affinity, asked, None, session)
     return placement
 
 

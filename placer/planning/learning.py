@@ -10,7 +10,7 @@ from placer.arrays import IntArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
-from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.search.pair_search import transport
@@ -53,10 +53,11 @@ def learning_curve(
     selection: Selection,
     *,
     tokens: tuple[int, ...] = DEFAULT_TOKENS,
+    session: Session | None = None,
 ) -> list[LearningPoint]:
     """Solve from growing parts of the sequences selected; judge on all others.
 
-    Sequences are drawn in an order that the options' seed decides, each part holds the
+    Sequences are drawn in an order that the session's seed decides, each part holds the
     part before, and load caps that a small part puts out of reach are relaxed.
 
     Raises
@@ -73,8 +74,9 @@ def learning_curve(
             "this curve are",
             "choose fixed or follow",
         )
+    session = session or Session()
     profile, heldout = trace.read(selection), trace.read(selection.complement())
-    parts = list(_parts(profile, tokens, options.seed))
+    parts = list(_parts(profile, tokens, session.seed))
     if len(parts) < 2:
         raise UsageError(
             f"the fold holds {profile.num_tokens} tokens, fewer than the smallest part, "
@@ -85,9 +87,7 @@ def learning_curve(
     topology = options.topology
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
     plans = [
-        solve_to_choose(count_affinity([part], trace.model, {}), options, None, Deadline())[
-            0
-        ]
+        solve_to_choose(count_affinity([part], trace.model, {}), options, None, session)[0]
         for part in parts
     ]
     reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token

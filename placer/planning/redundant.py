@@ -15,8 +15,7 @@ import numpy as np
 from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.solver_report import SolverReport
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.simulation.cost import ExpertShape
 from placer.solver.balance.replicas import redundant_experts_that_fit, require_room
 from placer.solver.options import SolveOptions
@@ -124,9 +123,9 @@ class Memory:
         return slots_per_rank * num_layers * self.expert_bytes
 
 
-#: Solves for options until a deadline; tells the objective, its name, and how far the plan
+#: Solves for options in a session; tells the objective, its name, and how far the plan
 #: is above the caps.
-Worth = Callable[[SolveOptions, Deadline], tuple[float, str, float]]
+Worth = Callable[[SolveOptions, Session], tuple[float, str, float]]
 
 
 def choose_redundant_experts(
@@ -135,8 +134,7 @@ def choose_redundant_experts(
     worth: Worth,
     memory: Memory,
     least_gain: float = LEAST_GAIN,
-    progress: Progress | None = None,
-    deadline: Deadline | None = None,
+    session: Session | None = None,
     num_blocks: int = 1,
 ) -> RedundantChoice:
     """Climb the ladder while the next step saves ``least_gain`` of what counts.
@@ -156,10 +154,8 @@ def choose_redundant_experts(
         What the experts may take.
     least_gain
         Share of the objective, above 0 and below 1.
-    progress
-        Told each step.
-    deadline
-        No further step is tried after it; one of ``options.time_limit`` by default.
+    session
+        Is told each step; after its deadline no further step is tried.
     num_blocks
         Blocks of ranks that share out the experts, where router groups stay whole.
 
@@ -182,15 +178,14 @@ def choose_redundant_experts(
     num_ranks = options.topology.num_ranks
     steps: list[Step] = []
     chosen, name = None, ""
-    deadline = deadline or Deadline(seconds=options.time_limit)
+    session = session or Session()
     numbers, because = ladder(num_experts, num_ranks, memory, num_blocks)
     for number in numbers:
-        if chosen is not None and deadline.passed():
+        if chosen is not None and session.deadline.passed():
             because = f"the time limit left no time to try {number}"
             break
-        if progress is not None:
-            progress(f"{number} redundant experts, quick plan")
-        value, name, excess = worth(replace(options, redundant_experts=number), deadline)
+        session.tell(f"{number} redundant experts, quick plan")
+        value, name, excess = worth(replace(options, redundant_experts=number), session)
         step = Step(
             redundant_experts=number,
             value=round(value, 9),
@@ -266,9 +261,9 @@ def ladder(
 def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
     """Return what judges a step by the objective on the profile itself."""
 
-    def worth(options: SolveOptions, deadline: Deadline) -> tuple[float, str, float]:
+    def worth(options: SolveOptions, session: Session) -> tuple[float, str, float]:
         quick = replace(options.quick(), relax_cap=True)
-        _, report = solve_to_choose(affinity, quick, profile, deadline)
+        _, report = solve_to_choose(affinity, quick, profile, session)
         return report.objective, report.objective_name, excess(report, options)
 
     return worth

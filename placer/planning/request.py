@@ -136,7 +136,7 @@ class SolveRequest:
     @property
     def chooses_cap(self) -> bool:
         """Whether predicted time decides whether a rank may be busier than EPLB's."""
-        is_open = self.objective == "traffic" and self.options.max_imbalance is None
+        is_open = self.objective == "traffic" and not self.options.gives_load_cap
         return self.hardware is not None and is_open and not self.holds_counts
 
     @property

@@ -33,8 +33,7 @@ from placer.planning.served import (
     require_loadable,
     solved_for,
 )
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.simulation.cost import ExpertShape, find_expert_shape
 from placer.solver.balance.router_groups import blocks_of_groups
 from placer.solver.options import Objective, SolveOptions
@@ -67,8 +66,7 @@ def settle(
     request: SolveRequest,
     note: Tell,
     warn: Tell,
-    progress: Progress | None,
-    deadline: Deadline,
+    session: Session,
 ) -> Settled:
     """Decide what engine, start and profile decide.
 
@@ -78,10 +76,9 @@ def settle(
         What is asked.
     note, warn
         Called with what to know of it, one sentence each.
-    progress
-        Called with each quick plan.
-    deadline
-        Of the choice of a number of redundant experts.
+    session
+        Is told each quick plan; its deadline is that of the choice of a number of redundant
+        experts.
 
     Raises
     ------
@@ -90,98 +87,20 @@ def settle(
     UsageError
         If options contradict each other or the source.
     """
-    objective: Objective = "balance" if request.objective == "balance" else "traffic"
-    if request.holds_loads_alone and request.engine is not None and not request.by_time:
-        objective = "balance"
-    loading = _loading(request)
-    served = solved_for(
-        request.engine,
-        request.options.policy,
-        objective,
-        request.exchange,
-        request.replica_choice or _even_choice(request),
-        has_replicas=request.has_replicas,
-        command=_command(request, str(request.source)),
-    )
-    for line in (*served.notes, *loading.notes, *_without_effect(request, served)):
+    loading, served = _loading(request), _served(request)
+    for line in (*served.notes, *loading.notes, *_told(request, served)):
         note(line)
-    if request.replica_choice is None and _even_choice(request) is not None:
-        note(
-            "no engine is named: replicas of an expert are taken to share its load evenly, "
-            "as under --replica-choice hash"
-        )
-    if request.holds_loads_alone and request.objective == "traffic":
-        note("the source holds loads alone, so this solve balances the load only")
-    if request.engine is not None:
-        nodes = request.options.topology
-        doubt = Engine.named(request.engine).doubt(nodes.num_nodes, nodes.gpus_per_node)
-        if doubt is not None:
-            warn(doubt)
-    if request.layout is not None:
-        note(request.layout.describe())
-    if not request.holds_counts:
-        trace = Trace(request.source)
-        doubtful = list(doubtful_follow(trace, request.options.policy))
-        if request.engine is not None:
-            phases = Engine.named(request.engine).phases
-            other = phase_warning(trace, request.selection, phases)
-            # A plan for one of an engine's phases is made from its tokens alone.
-            doubtful += [other] if other is not None and len(phases) == 1 else []
-        for line in (*doubts(trace, request.selection), *doubtful):
-            warn(line)
-    options = _options(request, served, _served_now(request, warn))
-    if loading.keeps_groups:
-        options = _whole_groups(request, options, note)
-    if request.holds_counts and not is_balanced(request, options):
-        _require_no_tokens(request, options)
-    if request.options.ignore_groups and not is_balanced(request, options):
-        raise UsageError(
-            "--ignore-groups is about balancing: plans for traffic split router groups "
-            "wherever that pays",
-            "drop it, or balance alone: --objective balance",
-        )
-    if not request.by_time:  # which has a comparison with EPLB of its own
-        options = options.guarded()
-    by_time = request.by_time and served.objective == "traffic"
-    if by_time and request.holds_counts:
-        raise UsageError(
-            f"{request.source} holds counts; --objective time needs tokens",
-            "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
-        )
-    chooses_cap = request.chooses_cap and options.below_eplb
-    if request.chooses_cap and options.content_policy is not None:
-        chooses_cap = False
-        note(
-            f"--hardware decides nothing here: batches of --policy {options.policy} cannot "
-            "be predicted"
-        )
-    elif request.chooses_cap and not chooses_cap:
-        note(
-            "--hardware has no effect here: it decides whether a rank may be busier than "
-            "under EPLB, and this solve does not use EPLB's load as its cap"
-        )
-    weighs = by_time or chooses_cap or request.redundant_memory is not None
-    expert = _expert_shape(request) if weighs else None
-    if expert is not None and expert.assumption is not None:
-        note(expert.assumption)
-    question = None
-    if by_time or chooses_cap:
-        question = Question(
-            topology=options.topology,
-            policy=predictable_policy(options.policy),
-            engine=plain_engine("token all-to-all", options.exchange)
-            if request.engine is None
-            else Engine.named(request.engine),
-            hardware=None if request.hardware is None else Hardware.named(request.hardware),
-            expert=expert,
-        )
+    for line in _doubts(request):
+        warn(line)
+    options = _options(request, served, loading, note, warn)
+    question, expert = _question(request, options, note)
     provenance: dict[str, Any] = (
         {} if request.engine is None else {"engine": request.engine}
     )
     if request.redundant_experts is None:
-        with deadline.choosing() as quick:
-            by = question if by_time else None
-            chosen = _choose_redundant(request, options, by, expert, progress, quick)
+        by = question if request.by_time else None
+        with session.choosing() as quick:
+            chosen = _choose_redundant(request, options, by, expert, quick)
         options = replace(options, redundant_experts=chosen.redundant_experts)
         note(ladder_line(chosen))
         provenance["redundant_experts"] = chosen.to_json()
@@ -223,6 +142,42 @@ def _loading(request: SolveRequest) -> Loading:
         redundant_experts=request.redundant_experts,
         topology=request.options.topology,
     )
+
+
+def _served(request: SolveRequest) -> Served:
+    """Return what is solved for, as the engine or else the options have it."""
+    objective: Objective = "balance" if request.objective == "balance" else "traffic"
+    if request.holds_loads_alone and request.engine is not None and not request.by_time:
+        objective = "balance"
+    return solved_for(
+        request.engine,
+        request.options.policy,
+        objective,
+        request.exchange,
+        request.replica_choice or _even_choice(request),
+        has_replicas=request.has_replicas,
+        command=_command(request, str(request.source)),
+    )
+
+
+def _doubts(request: SolveRequest) -> Iterator[str]:
+    """Yield what may be wrong with the nodes of an engine and the tokens of a trace."""
+    if request.engine is not None:
+        nodes = request.options.topology
+        doubt = Engine.named(request.engine).doubt(nodes.num_nodes, nodes.gpus_per_node)
+        if doubt is not None:
+            yield doubt
+    if request.holds_counts:
+        return
+    trace = Trace(request.source)
+    yield from doubts(trace, request.selection)
+    yield from doubtful_follow(trace, request.options.policy)
+    if request.engine is not None:
+        phases = Engine.named(request.engine).phases
+        other = phase_warning(trace, request.selection, phases)
+        # A plan for one of an engine's phases is made from its tokens alone.
+        if other is not None and len(phases) == 1:
+            yield other
 
 
 def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> SolveOptions:
@@ -272,11 +227,9 @@ def _command(request: SolveRequest, source: str, *more: str) -> str:
     words = ["placer", "solve", source, *more]
     words += ["--nodes", str(topology.num_nodes)]
     words += ["--gpus-per-node", str(topology.gpus_per_node)]
-    if request.options.policy != "fixed":
-        words += ["--policy", request.options.policy]
+    words += request.options.words
     words += ["--redundant-experts", "auto" if number is None else str(number)]
     for option, value in {
-        "--max-imbalance": request.options.max_imbalance,
         "--replica-choice": request.replica_choice,
         "--start": request.start,
     }.items():
@@ -286,6 +239,26 @@ def _command(request: SolveRequest, source: str, *more: str) -> str:
 
 
 def _options(
+    request: SolveRequest, served: Served, loading: Loading, note: Tell, warn: Tell
+) -> SolveOptions:
+    """Complete the options; refuse those that the source or the objective cannot serve."""
+    options = _completed(request, served, _served_now(request, warn))
+    if loading.keeps_groups:
+        options = _whole_groups(request, options, note)
+    if not is_balanced(request, options):
+        if request.holds_counts:
+            _require_no_tokens(request, options)
+        if request.options.ignore_groups:
+            raise UsageError(
+                "--ignore-groups is about balancing: plans for traffic split router groups "
+                "wherever that pays",
+                "drop it, or balance alone: --objective balance",
+            )
+    # Predicted time has a comparison with EPLB of its own.
+    return options if request.by_time else options.guarded()
+
+
+def _completed(
     request: SolveRequest, served: Served, start: Placement | None
 ) -> SolveOptions:
     """Complete the options; those that nobody asked for keep their defaults."""
@@ -307,12 +280,22 @@ def is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
     return options.objective == "balance" or request.holds_loads_alone
 
 
-def _without_effect(request: SolveRequest, served: Served) -> Iterator[str]:
+def _told(request: SolveRequest, served: Served) -> Iterator[str]:
+    """Yield what to know of a request that is served otherwise than it may look."""
     if request.priced_links and served.objective == "balance":
         sends = None if request.engine is None else Engine.named(request.engine).dispatch
         is_priced = sends is None or sends.exchange == served.exchange
         effect = "only price the copies of the plan" if is_priced else "have no effect"
         yield f"balancing evens out the load whatever links cost: their costs {effect}"
+    if request.replica_choice is None and _even_choice(request) is not None:
+        yield (
+            "no engine is named: replicas of an expert are taken to share its load evenly, "
+            "as under --replica-choice hash"
+        )
+    if request.holds_loads_alone and request.objective == "traffic":
+        yield "the source holds loads alone, so this solve balances the load only"
+    if request.layout is not None:
+        yield request.layout.describe()
 
 
 def _served_now(request: SolveRequest, warn: Tell) -> Placement | None:
@@ -324,6 +307,54 @@ def _served_now(request: SolveRequest, warn: Tell) -> Placement | None:
     if matched is not None:
         warn(matched)
     return now.placement
+
+
+def _question(
+    request: SolveRequest, options: SolveOptions, note: Tell
+) -> tuple[Question | None, ExpertShape | None]:
+    """Return what predicted time is asked, and the size of an expert where that counts."""
+    by_time = request.by_time and options.objective == "traffic"
+    if by_time and request.holds_counts:
+        raise UsageError(
+            f"{request.source} holds counts; --objective time needs tokens",
+            "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
+        )
+    asks = by_time or _chooses_cap(request, options, note)
+    expert = None
+    if asks or request.redundant_memory is not None:
+        expert = _expert_shape(request)
+    if expert is not None and expert.assumption is not None:
+        note(expert.assumption)
+    if not asks:
+        return None, expert
+    question = Question(
+        topology=options.topology,
+        policy=predictable_policy(options.policy),
+        engine=plain_engine("token all-to-all", options.exchange)
+        if request.engine is None
+        else Engine.named(request.engine),
+        hardware=None if request.hardware is None else Hardware.named(request.hardware),
+        expert=expert,
+    )
+    return question, expert
+
+
+def _chooses_cap(request: SolveRequest, options: SolveOptions, note: Tell) -> bool:
+    """Return whether predicted time chooses the load cap; tell why it does not."""
+    if not request.chooses_cap:
+        return False
+    if options.content_policy is not None:
+        note(
+            f"--hardware decides nothing here: batches of --policy {options.policy} cannot "
+            "be predicted"
+        )
+        return False
+    if not options.below_eplb:
+        note(
+            "--hardware has no effect here: it decides whether a rank may be busier than "
+            "under EPLB, and this solve does not use EPLB's load as its cap"
+        )
+    return options.below_eplb
 
 
 def _expert_shape(request: SolveRequest) -> ExpertShape | None:
@@ -347,8 +378,7 @@ def _choose_redundant(
     options: SolveOptions,
     question: Question | None,
     expert: ExpertShape | None,
-    progress: Progress | None,
-    deadline: Deadline,
+    session: Session,
 ) -> RedundantChoice:
     """Climb by the objective on the profile, or by the time that a question asks for."""
     memory = Memory.of(expert, request.redundant_memory)
@@ -370,7 +400,6 @@ def _choose_redundant(
         worth,
         memory,
         gain,
-        progress,
-        deadline,
+        session,
         blocks_of_groups(model, options) if options.preserve_groups else 1,
     )

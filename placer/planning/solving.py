@@ -17,8 +17,7 @@ from placer.planning.question import Question
 from placer.planning.request import SolveRequest, Tell
 from placer.planning.served import solved_for, split_groups
 from placer.planning.settling import is_balanced, settle, started
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.solver.balance.router_groups import are_whole, limits_nodes
 from placer.solver.options import SolveOptions
 from placer.trace import EVERYTHING, Trace
@@ -47,8 +46,7 @@ def solve_request(
     request: SolveRequest,
     note: Tell,
     warn: Tell,
-    progress: Progress | None = None,
-    deadline: Deadline | None = None,
+    session: Session | None = None,
 ) -> Solved:
     """Return the plan that is asked for.
 
@@ -58,10 +56,8 @@ def solve_request(
         What is asked.
     note, warn
         Called with what to know of it, one sentence each.
-    progress
-        Called with each step of a search.
-    deadline
-        When to stop; by default, the options' ``time_limit`` from now.
+    session
+        Who is told each step of a search, when to stop, and the seed.
 
     Raises
     ------
@@ -74,12 +70,12 @@ def solve_request(
     NotProvedError
         If a proof of optimality is required and there is none.
     """
-    deadline = deadline or Deadline(seconds=request.options.time_limit)
+    session = session or Session()
     request = started(request, note)
-    settled = settle(request, note, warn, progress, deadline)
+    settled = settle(request, note, warn, session)
     options, provenance, time = settled.options, dict(settled.provenance), None
     if settled.question is not None:
-        choice = _choose(request, options, settled.question, progress, deadline)
+        choice = _choose(request, options, settled.question, session)
         if isinstance(choice, TimeChoice):
             time = choice
         options = choice.options
@@ -88,9 +84,9 @@ def solve_request(
             note(choice.told)
     if not request.holds_counts:
         trace = Trace(request.source)
-        plan = plan_from_trace(trace, options, request.selection, progress, deadline)
+        plan = plan_from_trace(trace, options, request.selection, session)
     elif request.selection == EVERYTHING:
-        plan = plan_from_affinity(request.source, options, progress, deadline)
+        plan = plan_from_affinity(request.source, options, session)
     else:
         raise UsageError(
             f"{request.source} holds counts, of which no tokens can be selected any more",
@@ -112,15 +108,14 @@ def _choose(
     request: SolveRequest,
     options: SolveOptions,
     question: Question,
-    progress: Progress | None,
-    deadline: Deadline,
+    session: Session,
 ) -> TimeChoice | CapChoice:
     """Choose by predicted time what to solve for, or the load cap alone."""
     trace = Trace(request.source)
     profile = trace.read(request.selection)
     choose = choose_by_time if request.by_time else choose_cap
-    with deadline.choosing() as quick:
-        return choose(trace.model, profile, options, question, progress, quick)
+    with session.choosing() as quick:
+        return choose(trace.model, profile, options, question, quick)
 
 
 def solve_frontier(
@@ -129,8 +124,7 @@ def solve_frontier(
     out: Path,
     note: Tell,
     warn: Tell,
-    progress: Progress | None = None,
-    deadline: Deadline | None = None,
+    session: Session | None = None,
 ) -> list[FrontierPoint]:
     """Solve what is asked under each of several load caps; write the plans to ``out``.
 
@@ -142,7 +136,7 @@ def solve_frontier(
         Ascending.
     out
         Directory to write.
-    note, warn, progress, deadline
+    note, warn, session
         As in :func:`solve_request`.
 
     Raises
@@ -157,11 +151,7 @@ def solve_frontier(
             "--require-optimal is about one plan, --frontier writes several",
             "drop one; frontier.csv has the bound of each",
         )
-    if (cap := request.options.max_imbalance) is not None:
-        raise UsageError(
-            f"--max-imbalance {cap:g} is one load cap, --frontier has its own",
-            "drop one of them",
-        )
+    request.options.require_no_load_cap("--frontier")
     if request.holds_counts:
         raise UsageError(
             "--frontier trades traffic for balance: it needs the tokens of a trace",
@@ -170,10 +160,10 @@ def solve_frontier(
         )
     if request.objective != "traffic":
         raise _no_frontier(f"--objective {request.objective}")
-    deadline = deadline or Deadline(seconds=request.options.time_limit)
+    session = session or Session()
     request = started(request, note)
-    loosest = replace(request, options=replace(request.options, max_imbalance=caps[-1]))
-    settled = settle(loosest, note, warn, progress, deadline)
+    loosest = request.options.under(caps[-1], relax_cap=request.options.relax_cap)
+    settled = settle(replace(request, options=loosest), note, warn, session)
     if settled.options.objective != "traffic":
         raise _no_frontier(f"--engine {request.engine}")
     points = write_frontier(
@@ -182,9 +172,8 @@ def solve_frontier(
         request.selection,
         caps,
         out,
-        progress,
+        session,
         settled.provenance,
-        deadline,
         warn,
     )
     if not all(point.reproducible for point in points):

@@ -17,7 +17,7 @@ from placer.run.files import sha256_file
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import simulate
-from placer.table.build import DEFAULT_SHRINKAGE, UnseenIds, build_table
+from placer.table.build import DEFAULT_SHRINKAGE, build_table
 from placer.table.calibration import calibrated, fit_calibration
 from placer.table.embeddings import CheckpointEmbeddings
 from placer.table.hash_routing import TokenExperts, read_token_experts
@@ -43,8 +43,6 @@ class TableOptions:
     embeddings
         Checkpoint whose embedding gives ids never seen a row, and whose hash-routed
         layers get exact rows; or ``None``.
-    unseen
-        What the embedding gives.
     max_home_imbalance
         Cap on the tokens of the fullest home over the mean, or ``None``.
     """
@@ -54,7 +52,6 @@ class TableOptions:
     with_token_score: bool = False
     with_combined: bool = False
     embeddings: Path | None = None
-    unseen: UnseenIds = "regression"
     max_home_imbalance: float | None = None
 
 
@@ -161,7 +158,6 @@ def make_table(
         if options.embeddings is None
         else CheckpointEmbeddings(options.embeddings),
         token_experts=token_experts,
-        unseen=options.unseen,
     )
     exact_layers = tuple(sorted(token_experts))
     # Without the embedding: what is measured is the error of counts.
@@ -179,7 +175,7 @@ def make_table(
             **profile.to_json(),
             "shrinkage": options.shrinkage,
             "max_home_imbalance": options.max_home_imbalance,
-            "unseen_ids": "prior" if options.embeddings is None else options.unseen,
+            "unseen_ids": "prior" if options.embeddings is None else "regression",
             "exact_layers": list(exact_layers),
             "calibration": None if calibration is None else dataclasses.asdict(calibration),
         },

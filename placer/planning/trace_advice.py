@@ -29,8 +29,8 @@ from placer.planning.advised_plans import (
 from placer.planning.phases import no_batch_for, phase_warning, sizes_warning
 from placer.planning.question import Question, loadable
 from placer.planning.verdict import grouped
-from placer.run.deadline import Deadline
 from placer.run.progress import Progress
+from placer.run.session import Session
 from placer.serving.homes import Batching, BatchShape
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
@@ -141,7 +141,7 @@ class _Placements:
     def plan(self, options: SolveOptions) -> Placement:
         """Return the quick plan for some options."""
         if options not in self._made:
-            found = solve_to_choose(self._affinity, options, self._profile, Deadline())[0]
+            found = solve_to_choose(self._affinity, options, self._profile, Session())[0]
             self._made[options] = found
         return self._made[options]
 

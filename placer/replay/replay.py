@@ -336,9 +336,9 @@ class _Runner:
         self.device = str(model.device)
         self.copy_bytes = model.dtype.itemsize * (spec.hidden_size or 0)
         self.worker, self.batches, self.options = worker, batches, options
-        from placer.replay.session import Session
+        from placer.replay.session import ReplaySession
 
-        self.session = Session(model, architecture, spec, batches, options.repeats)
+        self.session = ReplaySession(model, architecture, spec, batches, options.repeats)
 
     def run(
         self, name: str, placement: Placement, exchange: str, table: Table | None

@@ -75,7 +75,7 @@ class WorkerRun:
     seconds: list[float]
 
 
-class Session:
+class ReplaySession:
     """A loaded model, and the batches that are replayed on it.
 
     Parameters

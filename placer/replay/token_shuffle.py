@@ -10,19 +10,16 @@ from placer.errors import PlacerError
 from placer.placement.placement import Placement
 from placer.serving.homes import Batches
 from placer.table.homes import TableHomes
-from placer.table.on_device import DeviceHomes, DeviceTable
 from placer.table.table import Table
 from placer.trace.capture import by_descending_weight
 
-# Where NumPy is quicker than torch: a CPU runs many small operations one after the other.
-_NUMPY_DEVICES = ("cpu",)
 
-
-class _HostHomes:
-    """What :class:`DeviceHomes` does, with NumPy."""
+class _BatchHomes:
+    """The homes of one batch, looked up with NumPy whatever the device of its tokens."""
 
     def __init__(self, table: Table, ids: torch.Tensor, fallback: torch.Tensor) -> None:
-        self._homes = TableHomes(table, ids.numpy(), fallback.numpy())
+        self._device = ids.device
+        self._homes = TableHomes(table, ids.cpu().numpy(), fallback.cpu().numpy())
         size = len(ids)
         self._whole = Batches(
             order=np.arange(size), batch_of_token=np.zeros(size, dtype=np.int64), size=size
@@ -30,16 +27,16 @@ class _HostHomes:
 
     def equal(self, layer: int) -> torch.Tensor:
         even = self._homes.best(layer).equal(self._whole)
-        return torch.from_numpy(even.astype(np.int64))
+        return torch.from_numpy(even.astype(np.int64)).to(self._device)
 
     def served(self, ranks: torch.Tensor, experts: torch.Tensor) -> None:
-        self._homes.served(ranks.T.numpy(), experts.T.numpy())
+        self._homes.served(ranks.T.cpu().numpy(), experts.T.cpu().numpy())
 
 
 class TokenShuffle:
     """Follows the forward passes of a model, and says where each token should be served.
 
-    Every rank computes the same, where its tokens are, so nothing has to be sent.
+    Every rank computes the same, so nothing has to be sent.
 
     Parameters
     ----------
@@ -54,8 +51,7 @@ class TokenShuffle:
         self.table = table
         self._placement = placement
         self._num_layers = 0
-        self._homes: _HostHomes | DeviceHomes | None = None
-        self._device_table: DeviceTable | None = None
+        self._homes: _BatchHomes | None = None
 
     def watch(self, model: nn.Module) -> "torch.utils.hooks.RemovableHandle":
         """Begin anew with each forward pass of a transformers model."""
@@ -72,16 +68,8 @@ class TokenShuffle:
             )
         rows, length = ids.shape
         fixed = torch.arange(rows, device=ids.device) % self.table.num_ranks
-        self._homes = self._look_up(ids.reshape(-1), fixed.repeat_interleave(length))
-
-    def _look_up(
-        self, ids: torch.Tensor, fallback: torch.Tensor
-    ) -> _HostHomes | DeviceHomes:
-        if ids.device.type in _NUMPY_DEVICES:
-            return _HostHomes(self.table, ids, fallback)
-        if self._device_table is None or self._device_table.token_rank.device != ids.device:
-            self._device_table = DeviceTable.of(self.table, ids.device)
-        return DeviceHomes(self._device_table, ids, fallback)
+        fallback = fixed.repeat_interleave(length)
+        self._homes = _BatchHomes(self.table, ids.reshape(-1), fallback)
 
     def add_layer(self) -> int:
         """Return the number of the next MoE layer, from 0.

@@ -1,1 +1,1 @@
-"""What every stage runs on: files, processes, deadlines, progress."""
+"""What every stage runs on: files, processes, sessions, deadlines, progress."""

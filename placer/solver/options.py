@@ -1,10 +1,9 @@
 """What to solve for."""
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
-from placer.errors import UsageError, one_of
+from placer.errors import UsageError, one_of, require_amount
 from placer.placement.pins import Pin
 from placer.placement.placement import Placement
 from placer.placement.policy import POLICIES, ContentPolicy, HomePolicy, Policy
@@ -74,12 +73,6 @@ class SolveOptions:
         Copies that a copy to the busiest receiver is worth, beyond itself.
     proof
         How much work goes into the bounds: ``none``, ``quick`` or ``full``.
-    seed
-        Seed of the search.
-    time_limit
-        Wall-clock seconds after which the best so far is taken, or ``None``; each choice
-        by quick plans has at most half of those left then, and the rest is the search's
-        and the proof's.
     start
         A placement to improve, or ``None``.
     migration_cost
@@ -116,8 +109,6 @@ class SolveOptions:
     pins: tuple[Pin, ...] = ()
     preserve_groups: bool = False
     ignore_groups: bool = False
-    seed: int = 0
-    time_limit: float | None = None
     params: SolverParams = field(default_factory=SolverParams)
 
     def __post_init__(self) -> None:
@@ -132,21 +123,18 @@ class SolveOptions:
             if value is not None:
                 one_of(option, value, known, NOT_SOLVED)
         for option, number in {
-            "--seed": self.seed,
             "--redundant-experts": self.redundant_experts,
             "--overflow-price": self.overflow_price or 0,
             "--receive-price": self.receive_price,
             "--migration-cost": self.migration_cost,
-            "--time-limit": self.time_limit or 0,
             "--max-imbalance": self.load_cap,
         }.items():
-            if number < 0:
-                raise UsageError(f"{option} must not be negative, got {number}")
-            if not math.isfinite(number):
-                raise UsageError(
-                    f"{option} must be a finite number, got {number}",
-                    "leave it out for its default",
-                )
+            require_amount(option, number)
+        if self.load_cap < 1:
+            raise UsageError(
+                f"--max-imbalance is max/mean rank load, at least 1, got {self.load_cap:g}",
+                "for example --max-imbalance 1.1",
+            )
         self._require_consistent()
 
     def _require_consistent(self) -> None:
@@ -216,9 +204,37 @@ class SolveOptions:
         return MAX_IMBALANCE if self.max_imbalance is None else self.max_imbalance
 
     @property
+    def gives_load_cap(self) -> bool:
+        """Whether a cap on load is asked for."""
+        return self.max_imbalance is not None
+
+    @property
     def relaxes_load_cap(self) -> bool:
         """Whether the best reachable is taken where the cap on load is out of reach."""
-        return self.relax_cap or self.max_imbalance is None
+        return self.relax_cap or not self.gives_load_cap
+
+    def require_no_load_cap(self, option: str) -> None:
+        """Refuse a cap on load beside an option that has caps of its own.
+
+        Raises
+        ------
+        UsageError
+            If one is given.
+        """
+        if self.max_imbalance is not None:
+            raise UsageError(
+                f"--max-imbalance {self.max_imbalance:g} is one load cap, {option} has its "
+                "own",
+                "drop one of them",
+            )
+
+    def most_load(self, pairs: float, num_ranks: int) -> float:
+        """Return the pairs that a rank may serve of all pairs of a layer."""
+        return self.load_cap * pairs / num_ranks
+
+    def under(self, load_cap: float, *, relax_cap: bool = True) -> Self:
+        """Return the same under another cap on load."""
+        return replace(self, max_imbalance=load_cap, relax_cap=relax_cap)
 
     def guarded(self) -> Self:
         """Return the same, no busier than EPLB where the two compare.
@@ -228,7 +244,7 @@ class SolveOptions:
         """
         topology = self.topology
         alike = topology.num_nodes == 1 and topology.cost is None
-        given = self.max_imbalance is not None or self.max_received_copies is not None
+        given = self.gives_load_cap or self.max_received_copies is not None
         free = self.start is None and self.robust == "none" and not self.preserve_groups
         below = self.objective == "traffic" and alike and free and not given
         return replace(self, below_eplb=below)
@@ -304,3 +320,34 @@ class SolveOptions:
         """The first option that counts alone cannot serve, or ``None``."""
         asked = self.asked_of_tokens.items()
         return next((option for option, wanted in asked if wanted), None)
+
+    @property
+    def words(self) -> list[str]:
+        """The policy and the cap on load as words of a command, those that are given."""
+        words = [] if self.policy == "fixed" else ["--policy", self.policy]
+        if self.max_imbalance is not None:
+            words += ["--max-imbalance", f"{self.max_imbalance:g}"]
+        return words
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a plan tells of its options."""
+        params = self.params.changed()
+        for recorded in ("num_rounds", "num_sweeps"):
+            params.pop(recorded, None)
+        told = {
+            "num_rounds": self.params.num_rounds,
+            "num_sweeps": self.params.num_sweeps,
+            "robust": self.robust,
+            "overflow_price": self.overflow_price,
+            "receive_price": self.receive_price,
+            "replica_choice": self.replica_choice,
+            "relax_cap": self.relax_cap,
+            "max_imbalance_given": self.gives_load_cap,
+            "objective": self.objective,
+            "pins": [str(pin) for pin in self.pins],
+            "preserve_groups": self.preserve_groups,
+            "ignore_groups": self.ignore_groups,
+            "max_home_imbalance": self.max_home_imbalance,
+            "max_received_copies": self.max_received_copies,
+        }
+        return told | ({"params": params} if params else {})

@@ -5,19 +5,21 @@ the copies that the profile's tokens really cause (``refine``), and a certificat
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.solver_report import SolverReport
-from placer.run.deadline import Deadline
-from placer.run.progress import Progress
+from placer.run.session import Session
+from placer.solver.balance.load_caps import above_load_cap, require_load_cap
 from placer.solver.balance.replicas import require_room
-from placer.solver.missed_caps import above_load_cap, require_load_cap, require_receive_cap
+from placer.solver.missed_receive_cap import require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.solver.proof.reports import content_report, copies_report, pair_report
-from placer.solver.search.first_placement import first_placement, profiled
+from placer.solver.search.first_placement import Profile, first_placement, profiled
 from placer.solver.search.minimise import minimised
 from placer.solver.solve_loads import solve_loads
 from placer.trace import Chunk
@@ -26,9 +28,8 @@ from placer.trace import Chunk
 def solve(
     affinity: Affinity,
     options: SolveOptions,
-    progress: Progress | None = None,
+    session: Session | None = None,
     tokens: Chunk | None = None,
-    deadline: Deadline | None = None,
 ) -> tuple[Placement, SolverReport]:
     """Place the experts of every layer.
 
@@ -38,14 +39,12 @@ def solve(
         Counts of the profile; loads alone are balanced.
     options
         What to solve for.
-    progress
-        Called with one line per step. Interrupted by Ctrl-C, the search gives the best so
-        far; the report then says that it is not reproducible.
+    session
+        Who is told, when to stop, and the seed. Interrupted by Ctrl-C, the search gives the
+        best so far; the report then says that it is not reproducible.
     tokens
         The profile itself: the copies that it causes are minimised. Without it pairs of
         experts are all that is known.
-    deadline
-        Stops search and proof; one of ``options.time_limit`` from now by default.
 
     Raises
     ------
@@ -56,79 +55,122 @@ def solve(
         If slots do not divide over the ranks, or an option needs tokens.
     """
     began = time.monotonic()
-    deadline = deadline or Deadline(seconds=options.time_limit)
+    session = session or Session()
+    deadline = session.deadline
     require_room(
         affinity.model.num_experts, options.topology.num_ranks, options.redundant_experts
     )
     if options.objective == "balance" or not affinity.has_links:
-        return solve_loads(affinity, options, deadline)
+        return solve_loads(affinity, options, session)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
             f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
             "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
-    num_ranks = options.topology.num_ranks
-    profile, relaxed = profiled(affinity, tokens, options, deadline)
-    relaxed_receive: dict[int, float] = {}
-    above_eplb: dict[int, float] = {}
+    profile, relaxed = profiled(affinity, tokens, options, session)
     if profile.judged is None:
-        problem = profile.problem(options.start_policies(affinity.model.top_k)[0], options)
-        placement, _ = first_placement(profile, problem, options, progress, deadline)
-        report = pair_report(problem, placement, options, progress, deadline)
-        max_load = problem.max_load
+        found = _by_pairs(profile, relaxed, options, session)
     else:
-        found, content = minimised(profile, profile.judged, options, progress, deadline)
-        placement = found.placement
-        max_load = tuple(float(caps[0]) for caps in found.traffic.max_load)
-        reached = found.evaluate() if content is None else content
-        may_be_above = options.redundant_experts > 0 or options.constrained
-        if may_be_above or options.max_received_copies is not None:
-            if may_be_above:
-                relaxed = above_load_cap(dict(enumerate(reached.imbalance)), options)
-                require_load_cap(
-                    relaxed.values(),
-                    options,
-                    placement.num_layers,
-                    stopped=deadline.stopped,
-                )
-                if options.below_eplb:
-                    missed = reached.missed_load_cap()
-                    above_eplb = {n: missed[n] for n in missed.keys() - relaxed.keys()}
-            relaxed_receive = reached.missed_receive_cap()
-            require_receive_cap(
-                relaxed_receive.values(),
-                options,
-                placement.num_layers,
-                stopped=deadline.stopped,
-            )
-        if content is not None:
-            used = len(found.traffic.experts[0])
-            sample = used if used < profile.judged.num_tokens else None
-            report = content_report(options, content, sample)
-        else:
-            report = copies_report(
-                found.problem,
-                found.traffic,
-                profile.judged,
-                placement,
-                reached,
-                found.optimal,
-                options,
-                found.line,
-                deadline,
-            )
-    return placement, SolverReport(
+        found = _by_copies(profile, profile.judged, relaxed, options, session)
+    report = found.report
+    return found.placement, SolverReport(
         **report,
         termination=deadline.termination(proved=report["status"] == "optimal"),
         seconds=time.monotonic() - began,
-        seed=options.seed,
+        seed=session.seed,
         reproducible=deadline.reproducible,
-        relaxed_layers=_by_name(relaxed),
-        relaxed_receive_layers=_by_name(relaxed_receive),
+        relaxed_layers=_by_name(found.relaxed),
+        relaxed_receive_layers=_by_name(found.relaxed_receive),
         eplb_caps=None
         if not options.below_eplb
-        else profile.imbalance(max_load, num_ranks),
-        above_eplb_layers=_by_name(above_eplb),
+        else profile.imbalance(found.max_load, options.topology.num_ranks),
+        above_eplb_layers=_by_name(found.above_eplb),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Solved:
+    """A placement, what is proved of it, and the caps that its layers miss.
+
+    Attributes
+    ----------
+    report
+        The fields of ``SolverReport`` that say what it costs.
+    max_load
+        ``[L]``: pairs that a rank may serve in each layer.
+    relaxed, relaxed_receive, above_eplb
+        By layer, what those reach that are above the cap on load, on received copies, or
+        EPLB's load alone.
+    """
+
+    placement: Placement
+    report: dict[str, Any]
+    max_load: Sequence[float]
+    relaxed: Mapping[int, float]
+    relaxed_receive: Mapping[int, float] = field(default_factory=dict)
+    above_eplb: Mapping[int, float] = field(default_factory=dict)
+
+
+def _by_pairs(
+    profile: Profile, relaxed: Mapping[int, float], options: SolveOptions, session: Session
+) -> _Solved:
+    """Minimise pairs, where they are all that is known or asked for."""
+    policy = options.start_policies(profile.affinity.model.top_k)[0]
+    problem = profile.problem(policy, options)
+    placement, _ = first_placement(profile, problem, options, session)
+    return _Solved(
+        placement=placement,
+        report=pair_report(problem, placement, options, session),
+        max_load=problem.max_load,
+        relaxed=relaxed,
+    )
+
+
+def _by_copies(
+    profile: Profile,
+    judged: Chunk,
+    relaxed: Mapping[int, float],
+    options: SolveOptions,
+    session: Session,
+) -> _Solved:
+    """Minimise the copies of the judged tokens; refuse caps that are missed."""
+    found, content = minimised(profile, judged, options, session)
+    placement, stopped = found.placement, session.deadline.stopped
+    reached = found.evaluate() if content is None else content
+    above_eplb: dict[int, float] = {}
+    if options.redundant_experts > 0 or options.constrained:
+        relaxed = above_load_cap(dict(enumerate(reached.imbalance)), options)
+        require_load_cap(relaxed.values(), options, placement.num_layers, stopped=stopped)
+        if options.below_eplb:
+            missed = reached.missed_load_cap()
+            above_eplb = {n: missed[n] for n in missed.keys() - relaxed.keys()}
+    relaxed_receive = reached.missed_receive_cap()
+    require_receive_cap(
+        relaxed_receive.values(), options, placement.num_layers, stopped=stopped
+    )
+    if content is not None:
+        used = len(found.traffic.experts[0])
+        sample = used if used < judged.num_tokens else None
+        report = content_report(options, content, sample)
+    else:
+        report = copies_report(
+            found.problem,
+            found.traffic,
+            judged,
+            placement,
+            reached,
+            found.optimal,
+            options,
+            found.line,
+            session,
+        )
+    return _Solved(
+        placement=placement,
+        report=report,
+        max_load=[float(caps[0]) for caps in found.traffic.max_load],
+        relaxed=relaxed,
+        relaxed_receive=relaxed_receive,
+        above_eplb=above_eplb,
     )
 
 
@@ -137,7 +179,7 @@ def _by_name(layers: Mapping[int, float]) -> dict[str, float]:
 
 
 def solve_to_choose(
-    affinity: Affinity, options: SolveOptions, profile: Chunk | None, deadline: Deadline
+    affinity: Affinity, options: SolveOptions, profile: Chunk | None, session: Session
 ) -> tuple[Placement, SolverReport]:
     """Solve for a plan to choose by; of a choice that the clock cut, the deadline knows.
 
@@ -146,7 +188,7 @@ def solve_to_choose(
     KeyboardInterrupt
         On Ctrl-C: there is no plan to give yet.
     """
-    placement, report = solve(affinity, options, None, profile, deadline)
-    if deadline.interrupted:
+    placement, report = solve(affinity, options, session.quiet, profile)
+    if session.deadline.interrupted:
         raise KeyboardInterrupt
     return placement, report

@@ -1,6 +1,7 @@
 """Solving for balance: from loads alone, or where placement cannot change what is sent."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from placer.placement.placement import Placement
 from placer.placement.solver_report import SolverReport
 from placer.run.deadline import Deadline
 from placer.run.progress import gap
+from placer.run.session import Session
 from placer.solver.balance.layer_balance import Balancing
 from placer.solver.balance.load_balance import (
     METHOD,
@@ -19,8 +21,8 @@ from placer.solver.balance.load_balance import (
     LoadBalance,
     balance_loads,
 )
+from placer.solver.balance.load_caps import above_load_cap, require_load_cap
 from placer.solver.balance.router_groups import blocks_of_groups
-from placer.solver.missed_caps import above_load_cap, require_load_cap
 from placer.solver.options import SolveOptions
 from placer.solver.proof.reports import status
 
@@ -29,7 +31,7 @@ _ROUNDING = 1e-9
 
 
 def solve_loads(
-    affinity: Affinity, options: SolveOptions, deadline: Deadline
+    affinity: Affinity, options: SolveOptions, session: Session
 ) -> tuple[Placement, SolverReport]:
     """Place experts, and copies of them, for the evenest load.
 
@@ -42,7 +44,7 @@ def solve_loads(
     """
     began = time.monotonic()
     _require_no_traffic(options)
-    found, split = _balanced(affinity, options, deadline)
+    found, split = _balanced(affinity, options, session.deadline)
     missed = above_load_cap(dict(enumerate(found.imbalance)), options)
     require_load_cap(
         missed.values(),
@@ -54,15 +56,15 @@ def solve_loads(
     reached = status(objective, bound * (1 + _ROUNDING))
     return found.placement, SolverReport(
         status=reached,
-        termination=deadline.termination(proved=reached == "optimal"),
+        termination=session.deadline.termination(proved=reached == "optimal"),
         objective_name=OBJECTIVE_OF_REPLICAS if options.redundant_experts else OBJECTIVE,
         objective=objective,
         bound=bound,
         gap=gap(objective, bound),
         bound_method=METHOD,
         seconds=time.monotonic() - began,
-        seed=options.seed,
-        reproducible=deadline.reproducible,
+        seed=session.seed,
+        reproducible=session.deadline.reproducible,
         relaxed_layers={str(layer): value for layer, value in missed.items()},
         predicted_imbalance=float(np.mean(found.predicted)),
         imbalance_without_groups=None if split is None else float(np.mean(split.imbalance)),
@@ -85,24 +87,17 @@ def _balanced(
     loads = [counts.astype(np.float64) for counts in affinity.load]
     num_blocks = blocks_of_groups(model, options)
 
-    def balanced(n_group: int, num_blocks: int) -> LoadBalance:
-        asked = Balancing(
-            num_ranks=topology.num_ranks,
-            num_nodes=topology.num_nodes,
-            redundant_experts=options.redundant_experts,
-            max_imbalance=options.load_cap,
-            replica_choice=options.replica_choice or "hash",
-            layer_ids=model.layer_ids,
-            n_group=n_group,
-            num_blocks=num_blocks,
+    def balanced(num_blocks: int) -> LoadBalance:
+        asked = replace(
+            Balancing.of(options, model, num_blocks),
             start=options.start,
             migration_cost=options.migration_cost,
         )
         return balance_loads(loads, asked, deadline)
 
     if num_blocks == 1:
-        return balanced(1, 1), None
-    return balanced(model.n_group, num_blocks), balanced(1, 1)
+        return balanced(1), None
+    return balanced(num_blocks), balanced(1)
 
 
 def _require_no_traffic(options: SolveOptions) -> None:

@@ -26,7 +26,6 @@ it is the share of the id's experts that the home has, and A has no say.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -39,7 +38,7 @@ from placer.serving.homes import fixed_homes
 from placer.serving.layer_serving import LayerServing, RankArray, majority_rank, rank_dtype
 from placer.serving.replica_choice import serving_layers
 from placer.table.combined import CombinedBuilder
-from placer.table.embeddings import Embeddings, nearest_seen
+from placer.table.embeddings import Embeddings
 from placer.table.hash_routing import TokenExperts, require_same_routing
 from placer.table.histories import HistoryRates, sums
 from placer.table.lookup import LayerTable, require_ids
@@ -49,8 +48,6 @@ from placer.table.requests import request_scores
 from placer.table.table import Table, expert_rank_rows
 from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
-
-UnseenIds = Literal["regression", "nearest"]
 
 # Longer histories than four layers predict no more, whatever they cost.
 _MOST_DEFAULT_LOOKBACK = 4
@@ -76,7 +73,6 @@ def build_table(
     embeddings: Embeddings | None = None,
     max_home_imbalance: float | None = None,
     token_experts: TokenExperts | None = None,
-    unseen: UnseenIds = "regression",
     replica_choice: ReplicaChoice | None = None,
     layer_ids: tuple[int, ...] | None = None,
     deadline: Deadline | None = None,
@@ -103,7 +99,8 @@ def build_table(
         Also hold the combined rule (:mod:`placer.table.combined`), and the scores that it
         needs.
     embeddings
-        Embedding rows of at least ``vocab_size`` ids, or ``None``.
+        Embedding rows of at least ``vocab_size`` ids, which give every id a prior (see
+        :mod:`placer.table.regression`), or ``None``.
     max_home_imbalance
         Cap, above 1, on the profile's tokens of the fullest home over the mean, in every
         layer; where prices do not reach it, the most even homes found. Ids without a
@@ -112,10 +109,6 @@ def build_table(
         By hash-routed layer, ``[V, k]``: the experts of every token id (see
         :func:`placer.table.hash_routing.read_token_experts`). Their rows are exact; of
         homes that serve alike the one that the checkpoint lists first is taken.
-    unseen
-        What ``embeddings`` give: ``regression``, a prior for every id (see
-        :mod:`placer.table.regression`); ``nearest``, ids never seen the row of their
-        nearest neighbour among the seen ones, by cosine.
     replica_choice, layer_ids
         Who serves in the layers before, whose majority ranks index A: as
         :func:`placer.serving.replica_choice.serving_layers` takes them. Under ``hash``
@@ -153,13 +146,10 @@ def build_table(
     vocab_row = np.full(vocab_size, len(seen), dtype=np.int64)
     vocab_row[seen] = np.arange(len(seen))
     regression = None
-    if embeddings is not None and unseen == "regression":
+    if embeddings is not None:
         times = np.bincount(row)
         weight = times / (times + shrinkage)
         regression = EmbeddingRegression.of(embeddings, vocab_size, seen, weight)
-    elif embeddings is not None:
-        never = np.flatnonzero(vocab_row == len(seen))
-        vocab_row[never] = nearest_seen(embeddings, seen, never)
     builder = _Builder(
         placement=placement,
         vocab_row=vocab_row,

@@ -1,7 +1,6 @@
-"""Rows for token ids that the profile never saw: their neighbours in the embedding.
+"""The embedding of a checkpoint: rows of all token ids.
 
-An embedding can be larger than memory: it is read in blocks, once for each part of the seen
-ids that :data:`SEEN_BYTES` has room for.
+It can be larger than memory, so it is read in blocks.
 """
 
 from pathlib import Path
@@ -15,8 +14,6 @@ from placer.checkpoint.shard import Shard
 from placer.errors import PlacerError
 from placer.table.checkpoint_tensors import tensor_files
 
-#: Memory for the rows of seen ids that are compared at a time.
-SEEN_BYTES = 1 << 30
 # Rows read at a time: a few tens of megabytes of float32 at the usual widths.
 _BLOCK = 1024
 _TENSOR_NAMES = (
@@ -88,54 +85,6 @@ class CheckpointEmbeddings:
         if self._dtype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32, copy=False).reshape(-1, self._width)
-
-
-def nearest_seen(
-    embeddings: Embeddings,
-    seen: IntArray,
-    unseen: IntArray,
-    seen_bytes: int = SEEN_BYTES,
-) -> IntArray:
-    """Return, for each unseen id, the place in ``seen`` of the nearest one by cosine.
-
-    Parameters
-    ----------
-    embeddings
-        Rows of all ids.
-    seen
-        ``[S]`` ids, ascending.
-    unseen
-        ``[N]`` ids, ascending.
-    seen_bytes
-        Memory for rows of seen ids; where they need more, all unseen rows are read anew
-        for each part.
-
-    Returns
-    -------
-    ndarray
-        ``[N]`` int64; among equally near ids the lowest.
-
-    Raises
-    ------
-    PlacerError
-        If there is no row for an id.
-    """
-    require_rows(embeddings, int(max(seen.max(initial=-1), unseen.max(initial=-1))))
-    width = embeddings.rows(0, 1).shape[1]
-    part = max(seen_bytes // (width * np.dtype(np.float32).itemsize), 1)
-    nearest = np.zeros(len(unseen), dtype=np.int64)
-    highest_cosine = np.full(len(unseen), -np.inf, dtype=np.float32)
-    for first in range(0, len(seen), part):
-        known = unit_rows(embeddings, seen[first : first + part], width)
-        for start in range(0, len(unseen), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            cosine = unit_rows(embeddings, unseen[block], width) @ known.T
-            best = cosine.argmax(axis=1)
-            reached = np.take_along_axis(cosine, best[:, None], axis=1)[:, 0]
-            nearer = reached > highest_cosine[block]
-            nearest[block] = np.where(nearer, first + best, nearest[block])
-            highest_cosine[block] = np.where(nearer, reached, highest_cosine[block])
-    return nearest
 
 
 def require_rows(embeddings: Embeddings, highest: int) -> None:

@@ -14,7 +14,6 @@ from placer.model import ModelSpec
 from placer.placement.reference import contiguous
 from placer.shuffle import ShuffleTable
 from placer.table import Table, build_table
-from placer.table.on_device import DeviceHomes, DeviceTable
 from placer.trace import Chunk, Trace
 from placer.trace.loading import load_model
 
@@ -134,44 +133,6 @@ def test_shuffling_beside_a_layer(trace: Chunk, tmp_path: Path) -> None:
         print(
             f"  {name}: {statistics.median(found):.1f} ns per token, "
             f"{statistics.median(shares[name]):.2%}"
-        )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-def test_looking_up_on_a_gpu(trace: Chunk) -> None:
-    tokens = drawn(trace, 0)
-    experts = int(max(chosen.max() for chosen in trace.experts)) + 1
-    placement = contiguous((experts,) * len(trace.experts), RANKS)
-    assert trace.token_ids is not None
-    vocabulary = int(trace.token_ids.max()) + 1
-    built = build_table(placement, trace, vocab_size=vocabulary, with_combined=True)
-    gpu = torch.device("cuda")
-    table = DeviceTable.of(built, gpu)
-    ids = torch.tensor(tokens.token_ids, device=gpu)
-    nowhere = torch.from_numpy(NOWHERE).to(gpu)
-    chosen = [torch.from_numpy(one).to(gpu).long() for one in tokens.experts]
-    ranks = [one * RANKS // experts for one in chosen]
-
-    def every_layer(slices: bool) -> None:
-        homes = DeviceHomes(table, ids, nowhere)
-        for layer, (served, used) in enumerate(zip(ranks, chosen, strict=True)):
-            choice = homes.best(layer)
-            (choice.equal() if slices else choice.home).argsort(stable=True)
-            homes.served(served, used)
-
-    for slices in (False, True):
-        took = []
-        for _ in range(ROUNDS + 1):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            every_layer(slices)
-            torch.cuda.synchronize()
-            took.append((time.perf_counter() - began) / len(chosen))
-        # The first round loads kernels.
-        print(
-            f"\ncombined rule on {torch.cuda.get_device_name()}, "
-            f"{'equal slices' if slices else 'homes'}: "
-            f"{1e9 * statistics.median(took[1:]) / TOKENS:.1f} ns per token and layer"
         )
 
 

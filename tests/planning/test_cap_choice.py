@@ -17,6 +17,7 @@ from placer.placement.topology import Topology
 from placer.planning.cap_choice import choose_cap
 from placer.planning.question import Question
 from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.simulation.cost import ExpertShape
 from placer.solver.options import SolveOptions
 from placer.target.hardware import Hardware
@@ -92,8 +93,9 @@ def test_a_plan_that_spends_its_time_leaves_the_other_its_own(
     given = []
 
     def spend(
-        affinity: Affinity, options: SolveOptions, profile: Chunk, part: Deadline
+        affinity: Affinity, options: SolveOptions, profile: Chunk, session: Session
     ) -> tuple[Placement, None]:
+        part = session.deadline
         assert not part.passed()
         given.append(part.seconds)
         for one in (part, deadline):
@@ -102,7 +104,7 @@ def test_a_plan_that_spends_its_time_leaves_the_other_its_own(
         return contiguous((8, 8), 4), None
 
     monkeypatch.setattr("placer.planning.cap_choice.solve_to_choose", spend)
-    choose_cap(MODEL, partners(800), OPTIONS, question(1e6), None, deadline)
+    choose_cap(MODEL, partners(800), OPTIONS, question(1e6), Session(deadline=deadline))
     assert given == pytest.approx([500, 500], abs=20)
     assert not deadline.reproducible, "the plan tells that what it is was chosen in haste"
 

@@ -25,6 +25,7 @@ from placer.planning.layer_time import (
 )
 from placer.planning.question import Question
 from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.serving.homes import batch_shapes
 from placer.simulation.batch_figures import (
     BatchFigures,
@@ -186,7 +187,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
         choose_by_time(MODEL, tokens(), capped, QUESTION)
     with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
-        worth_by_time(MODEL, tokens(), QUESTION)(capped, Deadline())
+        worth_by_time(MODEL, tokens(), QUESTION)(capped, Session())
 
 
 def test_the_command_records_the_choice_and_repeats(
@@ -216,12 +217,12 @@ def test_the_command_records_the_choice_and_repeats(
 
 
 def test_without_time_one_candidate_is_tried_and_the_deadline_tells() -> None:
-    deadline = Deadline(seconds=0.0)
-    with deadline.choosing() as quick:
-        choice = choose_by_time(MODEL, tokens(), OPTIONS, QUESTION, deadline=quick)
+    session = Session(deadline=Deadline(seconds=0.0))
+    with session.choosing() as quick:
+        choice = choose_by_time(MODEL, tokens(), OPTIONS, QUESTION, quick)
     assert len(choice.figures) == 2
     assert choice.name in choice.figures
-    assert not deadline.reproducible
+    assert not session.deadline.reproducible
 
 
 def grouped(num_tokens: int = 2000) -> tuple[ModelSpec, Chunk]:
@@ -285,5 +286,5 @@ def test_the_deadline_stops_the_load_balancer_too(monkeypatch: pytest.MonkeyPatc
     question = replace(QUESTION, topology=topology, shapes=batch_shapes((64,)))
     monkeypatch.setattr(exact_balance, "repeatable_solver", never)
     deadline = Deadline(seconds=0.0)
-    choose_by_time(model, profile, options.quick(), question, deadline=deadline)
+    choose_by_time(model, profile, options.quick(), question, Session(deadline=deadline))
     assert not deadline.reproducible

@@ -19,7 +19,7 @@ from placer.planning.redundant import (
     ladder,
     worth_on_profile,
 )
-from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.simulation.cost import ExpertShape
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
@@ -153,7 +153,7 @@ def test_values_are_objectives_of_quick_plans(make_chunk: Callable[..., Chunk]) 
     model = ModelSpec(num_experts=(8, 8, 8), top_k=2)
     affinity = count_affinity([chunk], model, {})
     worth = worth_on_profile(affinity, chunk)
-    value, name, _ = worth(replace(FOUR, redundant_experts=4), Deadline())
+    value, name, _ = worth(replace(FOUR, redundant_experts=4), Session())
     quick = replace(FOUR.quick(), redundant_experts=4)
     _, report = solve(affinity, quick, None, chunk)
     assert (value, name) == (report.objective, report.objective_name)

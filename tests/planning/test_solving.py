@@ -19,6 +19,7 @@ from placer.planning import judging, layer_time, planner
 from placer.planning.request import SolveRequest
 from placer.planning.solving import solve_frontier, solve_request
 from placer.report.comparison import plan_warnings
+from placer.run.session import Session
 from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
@@ -327,8 +328,8 @@ def test_tables_that_time_did_not_allow_are_told(
     assert not any("baselines" in line for line in plan_warnings(whole))
     built.clear()
     params = replace(options.params, num_hurried_tokens=60)
-    hasty = replace(options, time_limit=0.0, params=params)
-    plan = solve_request(request_of(options=hasty), lambda _: None, nobody).plan
+    hasty = request_of(options=replace(options, params=params))
+    plan = solve_request(hasty, nobody, nobody, Session.begun(time_limit=0.0)).plan
     profile = Trace(request_of().source).read(Selection(Fold(0, 2))).num_tokens
     assert [one for one in built if one > 120] == [profile], "of the plan"
     assert plan.metrics["baselines"] == {}
@@ -343,13 +344,13 @@ def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
 ) -> None:
     """The first step is the only one: nothing is known of the next."""
     request = request_of(
-        options=replace(QUICK, time_limit=0.0),
+        options=QUICK,
         redundant_experts=None,
         replica_choice="local-first",
         max_imbalance=2.0,
     )
     told: list[str] = []
-    solve_request(request, told.append, nobody)
+    solve_request(request, told.append, nobody, Session.begun(time_limit=0.0))
     because = "0 redundant experts, because the time limit left no time to try 2;"
     assert told[0].startswith(because)
     assert "save " not in told[0]

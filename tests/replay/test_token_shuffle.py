@@ -9,7 +9,6 @@ from torch import nn
 
 from placer.errors import PlacerError
 from placer.placement import Placement
-from placer.replay import token_shuffle
 from placer.replay.token_shuffle import TokenShuffle
 from placer.serving.homes import Batches
 from placer.table import Table, build_table
@@ -43,16 +42,11 @@ def of_a_pass(tokens: Chunk, layer: int) -> tuple[torch.Tensor, torch.Tensor, to
     return slots, slots // 2, torch.tensor([[0.7, 0.3]]).expand(40, 2)
 
 
-@pytest.mark.parametrize("numpy_devices", [("cpu",), ()])
 def test_homes_are_those_of_the_table(
     table: Table,
     placement: Placement,
     make_chunk: Callable[..., Chunk],
-    monkeypatch: pytest.MonkeyPatch,
-    numpy_devices: tuple[str, ...],
 ) -> None:
-    """By NumPy, and by torch, as on a GPU."""
-    monkeypatch.setattr(token_shuffle, "_NUMPY_DEVICES", numpy_devices)
     tokens = make_chunk(seed=3)
     model, shuffle = Called(), TokenShuffle(table, placement)
     shuffle.watch(model)

@@ -28,6 +28,7 @@ from placer.planning.request import SolveRequest
 from placer.planning.solving import solve_frontier
 from placer.report.comparison import plan_warnings
 from placer.run.deadline import Deadline, OutOfTimeError
+from placer.run.session import Session
 from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance
 from placer.solver.balance.eplb import pack_loads
@@ -48,15 +49,19 @@ def chunk(make_chunk: Callable[..., Chunk]) -> Chunk:
 
 
 def solved(
-    chunk: Chunk, options: SolveOptions, progress: Callable[[str], None] | None = None
+    chunk: Chunk,
+    options: SolveOptions,
+    time_limit: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ):
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=3), {})
-    return solve(affinity, options, progress, chunk)
+    session = Session.begun(time_limit=time_limit, progress=progress)
+    return solve(affinity, options, session, chunk)
 
 
 def test_a_limit_of_no_time_gives_the_start(chunk: Chunk) -> None:
     start = random(SIZES, 4, seed=1)
-    placement, report = solved(chunk, replace(OPTIONS, start=start, time_limit=0.0))
+    placement, report = solved(chunk, replace(OPTIONS, start=start), 0.0)
     assert not report.reproducible
     for layer in range(len(SIZES)):
         assert (placement.holds(layer) == start.holds(layer)).all()
@@ -64,7 +69,7 @@ def test_a_limit_of_no_time_gives_the_start(chunk: Chunk) -> None:
 
 def test_a_limit_that_is_not_reached_changes_nothing(chunk: Chunk) -> None:
     free, _ = solved(chunk, OPTIONS)
-    limited, report = solved(chunk, replace(OPTIONS, time_limit=1000.0))
+    limited, report = solved(chunk, OPTIONS, 1000.0)
     assert report.reproducible
     assert limited.to_json() == free.to_json()
 
@@ -75,8 +80,8 @@ def test_an_interrupt_keeps_what_was_reached(chunk: Chunk, where: str) -> None:
         if line.startswith(where):
             raise KeyboardInterrupt
 
-    start, _ = solved(chunk, replace(OPTIONS, time_limit=0.0))
-    placement, report = solved(chunk, OPTIONS, interrupt)
+    start, _ = solved(chunk, OPTIONS, 0.0)
+    placement, report = solved(chunk, OPTIONS, progress=interrupt)
     assert not report.reproducible
     found, begun = (simulate(one, chunk)["fixed"].to_json() for one in (placement, start))
     assert found[COPIES] < begun[COPIES]
@@ -104,7 +109,7 @@ def test_time_passes() -> None:
         raise KeyboardInterrupt
     assert late.passed()
     with pytest.raises(UsageError, match="--time-limit must not be negative"):
-        replace(OPTIONS, time_limit=-1.0)
+        Session.begun(time_limit=-1.0)
 
 
 def test_without_a_limit_the_clock_decides_nothing(
@@ -186,7 +191,9 @@ def test_tokens_too_many_for_one_rating_are_searched_by_a_few(
     told: list[str] = []
     params = replace(OPTIONS.quick().params, num_hurried_tokens=100)
     options = replace(OPTIONS, policy="token", params=params)
-    _, report = solve(affinity, options, told.append, many, deadline)
+    _, report = solve(
+        affinity, options, Session(progress=told.append, deadline=deadline), many
+    )
     assert "on a sample of" in report.objective_name
     assert any(line.startswith("homes and placement, round 3") for line in told)
     assert not report.reproducible
@@ -206,9 +213,8 @@ def test_copies_without_time_for_a_mixture_are_those_of_eplb_or_better(
         redundant_experts=4,
         replica_choice="hash",
         max_imbalance=1.0,
-        time_limit=0.0,
     )
-    placement, _ = solve(affinity, options, None, chunk)
+    placement, _ = solve(affinity, options, Session.begun(time_limit=0.0), chunk)
     eplb = pack_loads(affinity.load, options.topology, 4)
     for layer, load in enumerate(affinity.load):
         busiest, allowed = (
@@ -241,11 +247,12 @@ def test_without_time_nothing_is_measured_and_the_plan_says_so(
     trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
     options = replace(OPTIONS, policy=policy)
     late = Deadline(seconds=0.0, began=time.monotonic() - 1000)
-    plan = plan_from_trace(trace, options, EVERYTHING, None, late)
+    plan = plan_from_trace(trace, options, EVERYTHING, Session(deadline=late))
     assert plan.metrics == {"profile": None, "heldout": None, "baselines": {}}
     assert not plan.solver.reproducible
     assert "no time to measure the plan" in " ".join(plan_warnings(plan))
-    whole = plan_from_trace(trace, options.quick(), EVERYTHING, None, Deadline(seconds=1e6))
+    long = Session.begun(time_limit=1e6)
+    whole = plan_from_trace(trace, options.quick(), EVERYTHING, long)
     assert set(whole.metrics["baselines"]) == {"contiguous", "eplb", "balanced"}
 
 
@@ -284,11 +291,11 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
 ) -> None:
     """No time: one quick plan each is made, of whatever there is, and the plan says so."""
     trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
-    robust = replace(OPTIONS, robust="bootstrap", time_limit=0.0)
-    plan = plan_from_trace(trace, robust, EVERYTHING)
+    robust = replace(OPTIONS, robust="bootstrap")
+    plan = plan_from_trace(trace, robust, EVERYTHING, Session.begun(time_limit=0.0))
     assert not plan.solver.reproducible
     assert len(plan.solver.inner_cap.trials) == 1
-    free = plan_from_trace(trace, replace(robust, time_limit=1000.0), EVERYTHING)
+    free = plan_from_trace(trace, robust, EVERYTHING, Session.begun(time_limit=1000.0))
     assert free.solver.reproducible
     assert len(free.solver.inner_cap.trials) == 3
 
@@ -297,13 +304,13 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
     worth = worth_on_profile(count_affinity([profile], model, {}), profile)
     served = replace(OPTIONS, replica_choice="local-first")
     for seconds, steps in ((0.0, [0]), (1000.0, [0, 4, 8])):
-        deadline = Deadline(seconds=seconds)
-        with deadline.choosing() as quick:
+        session = Session.begun(time_limit=seconds)
+        with session.choosing() as quick:
             choice = choose_redundant_experts(
-                SIZES, served, worth, Memory.of(None, None), 0.001, None, quick
+                SIZES, served, worth, Memory.of(None, None), 0.001, quick
             )
         assert [one.redundant_experts for one in choice.ladder][:3] == steps
-        assert deadline.reproducible == (seconds > 0)
+        assert session.deadline.reproducible == (seconds > 0)
 
 
 def test_plans_of_a_frontier_share_the_time(
@@ -311,20 +318,20 @@ def test_plans_of_a_frontier_share_the_time(
 ) -> None:
     given = []
 
-    def noted(trace, options, fold, progress, deadline):
-        given.append(deadline.seconds)
-        return plan_from_trace(trace, options, fold, progress, deadline)
+    def noted(trace, options, fold, session):
+        given.append(session.deadline.seconds)
+        return plan_from_trace(trace, options, fold, session)
 
     monkeypatch.setattr("placer.planning.frontier.plan_from_trace", noted)
     trace = make_trace(num_tokens=200, num_experts=(16, 16), top_k=2)
-    quick = replace(OPTIONS.quick(), time_limit=3000.0)
-    points = write_frontier(trace, quick, EVERYTHING, [1.1, 1.5, 2.0], tmp_path / "curve")
+    quick, long = OPTIONS.quick(), Session.begun(time_limit=3000.0)
+    curve = tmp_path / "curve"
+    points = write_frontier(trace, quick, EVERYTHING, [1.1, 1.5, 2.0], curve, long)
     assert all(point.reproducible for point in points)
     # What the first plans leave is the last one's.
     assert given == pytest.approx([1000, 1500, 3000], rel=0.05)
-    cut = write_frontier(
-        trace, replace(quick, time_limit=0.0), EVERYTHING, [1.1, 2.0], tmp_path / "cut"
-    )
+    none = Session.begun(time_limit=0.0)
+    cut = write_frontier(trace, quick, EVERYTHING, [1.1, 2.0], tmp_path / "cut", none)
     # No search, so the second cap has no plan of its own.
     assert [point.max_imbalance for point in cut] == [1.1]
     assert not any(point.reproducible for point in cut)
@@ -362,7 +369,7 @@ def test_ctrl_c_among_quick_plans_ends_the_command(
     monkeypatch.setattr(Search, "_round", interrupt)
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=3), {})
     with pytest.raises(KeyboardInterrupt):
-        worth_on_profile(affinity, chunk)(OPTIONS, Deadline())
+        worth_on_profile(affinity, chunk)(OPTIONS, Session())
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.report.comparison import plan_warnings
 from placer.run.progress import GapLine
+from placer.run.session import Session
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
@@ -35,10 +36,14 @@ LINE = re.compile(
 
 
 def solved(
-    chunk: Chunk, options: SolveOptions, tell: Callable[[str], None] | None = None
+    chunk: Chunk,
+    options: SolveOptions,
+    progress: Callable[[str], None] | None = None,
+    time_limit: float | None = None,
 ) -> tuple[Placement, SolverReport]:
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=3), {})
-    return solve(affinity, options, tell, chunk)
+    session = Session.begun(time_limit=time_limit, progress=progress)
+    return solve(affinity, options, session, chunk)
 
 
 @pytest.fixture
@@ -147,7 +152,7 @@ def test_what_is_stopped_keeps_the_bound_that_was_told(chunk: Chunk, where: str)
 
 
 def test_without_a_bound_it_is_said_why(chunk: Chunk) -> None:
-    _, stopped = solved(chunk, replace(OPTIONS, time_limit=0.0))
+    _, stopped = solved(chunk, OPTIONS, time_limit=0.0)
     assert (stopped.bound, stopped.gap) == (None, None)
     assert stopped.bound_method == "none: stopped before the copies were proved"
     for unproved in (
@@ -155,7 +160,7 @@ def test_without_a_bound_it_is_said_why(chunk: Chunk) -> None:
         replace(OPTIONS, policy="follow", exchange="per-node"),
     ):
         for seconds in (None, 0.0):
-            _, report = solved(chunk, replace(unproved, time_limit=seconds))
+            _, report = solved(chunk, unproved, time_limit=seconds)
             assert report.bound is None
             assert "of this policy and exchange" in report.bound_method
 
@@ -182,7 +187,7 @@ def test_a_plan_of_which_only_the_proof_was_cut_cannot_be_reproduced(
             raise KeyboardInterrupt
 
     trace = make_trace(num_tokens=400, num_experts=SIZES, top_k=3)
-    plan = plan_from_trace(trace, OPTIONS, EVERYTHING, interrupt)
+    plan = plan_from_trace(trace, OPTIONS, EVERYTHING, Session(progress=interrupt))
     warned = list(plan_warnings(plan))
     assert not plan.solver.reproducible
     assert "cannot be reproduced" in warned[-1]

@@ -114,7 +114,7 @@ def planted(num_tokens, seed, low=0):
 
 
 @pytest.mark.parametrize("max_home_imbalance", [None, 1.3])
-def test_ids_never_seen_are_served_better_than_by_neighbours_or_the_prior(
+def test_ids_never_seen_are_served_better_than_by_the_prior(
     max_home_imbalance,
 ):
     """A quarter of the vocabulary does not occur in the profile."""
@@ -125,7 +125,6 @@ def test_ids_never_seen_are_served_better_than_by_neighbours_or_the_prior(
     found = {}
     for name, options in {
         "prior": {},
-        "nearest": {"embeddings": embeddings, "unseen": "nearest"},
         "regression": {"embeddings": embeddings},
     }.items():
         table = build_table(
@@ -137,7 +136,7 @@ def test_ids_never_seen_are_served_better_than_by_neighbours_or_the_prior(
         )
         metrics = simulate(placement, heldout, table=table)
         found[name] = metrics["token"].local_activation_rate
-    assert found["regression"] > found["nearest"] + 0.01 > found["prior"] + 0.02
+    assert found["regression"] > found["prior"] + 0.02
 
 
 def test_seen_often_an_id_keeps_its_own_rate(make_chunk):

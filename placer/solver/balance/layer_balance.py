@@ -5,10 +5,12 @@ Legend of the shapes: E experts, R ranks, P slots.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
 from placer.arrays import FloatArray, IntArray
+from placer.model import ModelSpec
 from placer.placement.placement import Placement, holders
 from placer.run.deadline import Deadline
 from placer.solver.balance.even_out import EvenOut, MoveCost
@@ -16,6 +18,7 @@ from placer.solver.balance.exact_balance import exact_balance, is_small
 from placer.solver.balance.load_caps import balance_layer, least_max_load
 from placer.solver.balance.packing import num_copies, packed
 from placer.solver.balance.served_load import ServedLoad
+from placer.solver.options import SolveOptions
 from placer.target.engine import ReplicaChoice
 
 # CP-SAT is left out where its model would be large; greedy and swaps are close there.
@@ -66,6 +69,21 @@ class Balancing:
     num_blocks: int = 1
     start: Placement | None = None
     migration_cost: float = 0.0
+
+    @classmethod
+    def of(cls, options: SolveOptions, model: ModelSpec, num_blocks: int = 1) -> Self:
+        """Return what the options ask of a balanced plan made anew."""
+        topology = options.topology
+        return cls(
+            num_ranks=topology.num_ranks,
+            num_nodes=topology.num_nodes,
+            redundant_experts=options.redundant_experts,
+            max_imbalance=options.load_cap,
+            replica_choice=options.replica_choice or "hash",
+            layer_ids=model.layer_ids,
+            n_group=model.n_group if num_blocks > 1 else 1,
+            num_blocks=num_blocks,
+        )
 
     @property
     def ranks_per_block(self) -> int:

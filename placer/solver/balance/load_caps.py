@@ -1,21 +1,26 @@
-"""Balanced layers: which load caps can be met at all, and where a search may start."""
+"""The cap on load: what of it can be met, where a search may start, and what misses it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from ortools.sat.python import cp_model
 
 from placer.arrays import FloatArray, IntArray
-from placer.errors import NoSolutionError, UsageError
+from placer.errors import NoSolutionError
 from placer.placement.placement import Placement, require_divisible_slots
 from placer.placement.reference import Load
 from placer.run.deadline import Deadline
 from placer.solver.balance.cp_sat import repeatable_solver
+from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import rank_load
 
 # Deterministic time of CP-SAT, so that the answer does not depend on the machine.
 _DETERMINISTIC_TIME = 4.0
+_TOLERANCE = 1e-9  # of a cap on max/mean
+
+Layer = TypeVar("Layer", int, str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,12 +102,9 @@ def balance_layer(
 
 def load_caps(
     loads: Sequence[FloatArray],
-    num_ranks: int,
-    max_imbalance: float,
-    *,
-    relax_cap: bool,
+    options: SolveOptions,
+    deadline: Deadline,
     at_most: Sequence[float] | None = None,
-    deadline: Deadline | None = None,
 ) -> tuple[list[float], list[IntArray], dict[int, float]]:
     """Turn the cap on imbalance into load caps per layer, and find a feasible start.
 
@@ -110,16 +112,13 @@ def load_caps(
     ----------
     loads
         L arrays ``[E]`` of whole numbers, in pairs.
-    num_ranks
-        R.
-    max_imbalance
-        Cap on max/mean rank load.
-    relax_cap
-        Where the cap is out of reach, take the best reachable value instead.
+    options
+        What is asked of them. Redundant experts may relieve a rank afterwards, so that
+        with some a cap that is out of reach here is no error.
+    deadline
+        Cuts the search for the best value that can be reached.
     at_most
         ``[L]``: a lower cap on max/mean for each layer, or ``None``.
-    deadline
-        Cuts the search for that value; none by default.
 
     Returns
     -------
@@ -131,15 +130,12 @@ def load_caps(
     Raises
     ------
     UsageError
-        If ``max_imbalance`` is below 1.
+        If the experts of a layer do not divide over the ranks, and no cap may be relaxed.
     NoSolutionError
-        If a cap is out of reach and ``relax_cap`` is false.
+        If a cap is out of reach and may not be relaxed.
     """
-    if max_imbalance < 1:
-        raise UsageError(
-            f"--max-imbalance is max/mean rank load, at least 1, got {max_imbalance}",
-            "for example --max-imbalance 1.1",
-        )
+    num_ranks, max_imbalance = options.topology.num_ranks, options.load_cap
+    relax_cap = options.relaxes_load_cap or options.redundant_experts > 0
     caps, start, relaxed = [], [], {}
     for layer, load in enumerate(loads):
         if relax_cap and len(load) % num_ranks:
@@ -159,8 +155,7 @@ def load_caps(
         start.append(found.expert_rank)
     if relaxed and not relax_cap:
         worst = max(relaxed.values())
-        stopped = deadline is not None and deadline.stopped
-        when = ", when the search was stopped" if stopped else ""
+        when = ", when the search was stopped" if deadline.stopped else ""
         listed = ", ".join(f"{layer}: {value:.4f}" for layer, value in relaxed.items())
         raise NoSolutionError(
             f"--max-imbalance {max_imbalance} is out of reach in {len(relaxed)} of "
@@ -169,6 +164,64 @@ def load_caps(
             f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
         )
     return caps, start, relaxed
+
+
+def above_load_cap(
+    imbalance: Mapping[Layer, float], options: SolveOptions
+) -> dict[Layer, float]:
+    """Return the layers above ``options.load_cap``, with what they reached."""
+    return {
+        layer: float(value)
+        for layer, value in imbalance.items()
+        if value > options.load_cap + _TOLERANCE
+    }
+
+
+def require_load_cap(
+    reached: Collection[float],
+    options: SolveOptions,
+    num_layers: int,
+    *,
+    stopped: bool = False,
+    without_groups: float | None = None,
+) -> None:
+    """Refuse layers above the load cap, unless caps may be relaxed.
+
+    Parameters
+    ----------
+    reached
+        What the layers above the cap reached.
+    options
+        What was asked for; a plan may be solved with caps relaxed that nobody asked for.
+    num_layers
+        Of the plan.
+    stopped
+        Whether the search was.
+    without_groups
+        What the worst layer reaches with split router groups, where they were kept whole.
+
+    Raises
+    ------
+    NoSolutionError
+        If there are such layers.
+    """
+    if not reached or options.relaxes_load_cap:
+        return
+    worst = max(reached)
+    when = ", when the search was stopped" if stopped else ""
+    groups, other = "", "ask for more --redundant-experts"
+    if options.preserve_groups or without_groups is not None:
+        groups, other = " and whole router groups", "split the groups where the engine may"
+    if without_groups is not None:
+        way = "without --preserve-groups" if options.preserve_groups else "--ignore-groups"
+        other = f"split the groups, which reaches {without_groups:.4f} ({way})"
+    raise NoSolutionError(
+        f"--max-imbalance {options.load_cap} was not reached in {len(reached)} of "
+        f"{num_layers} MoE layers with {options.redundant_experts} redundant "
+        f"experts{groups}{when}; worst {worst:.4f}",
+        f"take the best reached with --relax-cap, {other}, or ask for "
+        f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+    )
 
 
 def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:

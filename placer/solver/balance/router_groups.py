@@ -19,6 +19,7 @@ from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.solver.balance.load_caps import balance_layer
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import PlacementProblem, placement_problem
@@ -88,14 +89,12 @@ def blocks_of_groups(model: ModelSpec, options: SolveOptions) -> int:
     return num_nodes
 
 
-def place_groups(
-    affinity: Affinity, options: SolveOptions, deadline: Deadline | None = None
-) -> Placement:
+def place_groups(affinity: Affinity, options: SolveOptions, session: Session) -> Placement:
     """Place whole router groups by the pairs between them, under the load cap.
 
     Where the cap is out of reach, no rank is busier than whole groups must make one. Inside
     the ranks of a group its experts are balanced; who sits where is left to the refinement,
-    among experts of a group. The search stops at the ``deadline``.
+    among experts of a group. The search stops at the session's deadline.
 
     Raises
     ------
@@ -106,11 +105,11 @@ def place_groups(
     num_ranks = topology.num_ranks
     _require_groups(n_group, num_ranks)
     blocks = min(n_group, num_ranks)
-    deadline = deadline or Deadline()
+    deadline = session.deadline
     caps, start = [], []
     for counts in affinity.load:
         load = counts.reshape(n_group, -1).sum(axis=1).astype(np.float64)
-        cap = options.load_cap * load.sum() / blocks
+        cap = options.most_load(load.sum(), blocks)
         found = balance_layer(load, blocks, cap, deadline)
         caps.append(max(cap, found.max_load))
         start.append(found.expert_rank)
@@ -118,7 +117,7 @@ def place_groups(
     search = Search(
         problem=_between_groups(affinity, policy, topology, caps),
         expert_rank=start,
-        rng=np.random.default_rng(options.seed),
+        rng=np.random.default_rng(session.seed),
         params=options.params,
     )
     search.run(deadline=deadline)

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from placer.arrays import IntArray
 from placer.placement.placement import Placement
 from placer.placement.solver_report import Certificate
-from placer.run.deadline import Deadline
 from placer.run.progress import GapLine, gap
+from placer.run.session import Session
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.problem.traffic import TrafficProblem, copy_prices
@@ -42,11 +42,10 @@ def pair_report(
     problem: PlacementProblem,
     placement: Placement,
     options: SolveOptions,
-    progress: Callable[[str], None] | None,
-    deadline: Deadline,
+    session: Session,
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what pairs cost."""
-    found = _pair_certificate(problem, placement, options, progress, deadline)
+    found = _pair_certificate(problem, placement, options, session)
     if found is None:
         return {
             "status": "feasible",
@@ -68,15 +67,15 @@ def copies_report(
     optimal: bool,
     options: SolveOptions,
     line: GapLine,
-    deadline: Deadline,
+    session: Session,
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what copies of ``judged`` cost.
 
-    Proofs stop at the ``deadline``: any stop certifies. ``line`` is told their bounds, and
-    knows a bound where one was told before; of a plan that was stopped it is kept.
-    ``reached`` is what the placement costs.
+    Proofs stop at the session's deadline: any stop certifies. ``line`` is told their
+    bounds, and knows a bound where one was told before; of a plan that was stopped it is
+    kept. ``reached`` is what the placement costs.
     """
-    objective = round(reached.copies, 6)
+    deadline, objective = session.deadline, round(reached.copies, 6)
     report: dict[str, Any] = {
         "status": "optimal" if optimal else "feasible",
         "objective_name": COPIES_NAME[options.policy],
@@ -92,7 +91,7 @@ def copies_report(
         why = "none: replicas void the bounds"
         return report | {"bound": None, "gap": None, "bound_method": why}
     problem = problem.admitting(_ranks(placement))
-    pairs = _pair_certificate(problem, placement, options, line.tell, deadline)
+    pairs = _pair_certificate(problem, placement, options, session)
     bound = None
 
     def told(step: str, found: float) -> bool:
@@ -163,15 +162,15 @@ def _pair_certificate(
     problem: PlacementProblem,
     placement: Placement,
     options: SolveOptions,
-    progress: Callable[[str], None] | None,
-    deadline: Deadline,
+    session: Session,
 ) -> Certificate | None:
     """Return what is proved of the pairs; ``None`` where there is no time to begin."""
+    deadline = session.deadline
     if deadline.left() == 0.0:
         return None
     objective = problem.objective(_ranks(placement))
     certificate = PairCertificate(problem)
-    line = GapLine(tell=progress, num_decimals=0, bound=certificate.bound)
+    line = GapLine(tell=session.progress, num_decimals=0, bound=certificate.bound)
     steps = _steps(problem, options)[0]
     looks = range(_STEPS_PER_LOOK, steps + 1, _STEPS_PER_LOOK)
     with deadline.interruptible():

@@ -19,7 +19,8 @@ from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
-from placer.run.progress import GapLine, Progress
+from placer.run.progress import GapLine
+from placer.run.session import Session
 from placer.solver.balance.eplb import pack_loads
 from placer.solver.balance.layer_balance import Balancing
 from placer.solver.balance.load_balance import balance_loads
@@ -84,7 +85,7 @@ class Profile:
 
 
 def profiled(
-    affinity: Affinity, tokens: Chunk | None, options: SolveOptions, deadline: Deadline
+    affinity: Affinity, tokens: Chunk | None, options: SolveOptions, session: Session
 ) -> tuple[Profile, dict[int, float]]:
     """Return the profile, and what the layers reach whose cap on load is relaxed.
 
@@ -93,7 +94,7 @@ def profiled(
     NoSolutionError
         If a cap is out of reach and may not be relaxed.
     UsageError
-        If ``max_imbalance`` is below 1, or an option needs sweeps and there are none.
+        If an option needs sweeps and there are none.
     """
     loads = [counts.astype(np.float64) for counts in affinity.load]
     topology, redundant_experts = options.topology, options.redundant_experts
@@ -101,7 +102,7 @@ def profiled(
     if options.below_eplb or redundant_experts:
         require_room(affinity.model.num_experts, topology.num_ranks, redundant_experts)
         by_load = (
-            _balanced_copies(affinity, options, deadline)
+            _balanced_copies(affinity, options, session.deadline)
             if options.preserve_groups
             else pack_loads(loads, topology, redundant_experts)
         )
@@ -111,14 +112,7 @@ def profiled(
                 imbalance(rank_load(ranks_of_layer, load, topology.num_ranks))
                 for ranks_of_layer, load in zip(ranks, loads, strict=True)
             ]
-    max_load, balanced, relaxed = load_caps(
-        loads,
-        topology.num_ranks,
-        options.load_cap,
-        relax_cap=options.relaxes_load_cap or redundant_experts > 0,
-        at_most=at_most,
-        deadline=deadline,
-    )
+    max_load, balanced, relaxed = load_caps(loads, options, session.deadline, at_most)
     if options.needs_tokens is not None and not options.params.num_sweeps:
         raise UsageError(
             f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
@@ -126,7 +120,7 @@ def profiled(
         )
     judged = None
     if tokens is not None and options.params.num_sweeps:
-        judged = sample_sequences(tokens, options.params.num_tokens, options.seed)
+        judged = sample_sequences(tokens, options.params.num_tokens, session.seed)
     profile = Profile(
         affinity=affinity,
         tokens=tokens,
@@ -142,8 +136,7 @@ def first_placement(
     profile: Profile,
     problem: PlacementProblem,
     options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
+    session: Session,
 ) -> tuple[Placement, bool]:
     """Return what the refinement begins with, and whether it is optimal already.
 
@@ -165,12 +158,12 @@ def first_placement(
         )
         return with_pins(options.start, options.pins), False
     if options.preserve_groups:
-        placed = profile.by_load or place_groups(profile.affinity, options, deadline)
+        placed = profile.by_load or place_groups(profile.affinity, options, session)
         return placed, False
     if options.redundant_experts and profile.is_uneven:
-        copied = _balanced_copies(profile.affinity, options, deadline)
+        copied = _balanced_copies(profile.affinity, options, session.deadline)
         return with_pins(copied, options.pins), False
-    placement, optimal = _place_pairs(profile, problem, options, progress, deadline)
+    placement, optimal = _place_pairs(profile, problem, options, session)
     if options.redundant_experts:
         loads = [counts.astype(np.float64) for counts in profile.affinity.load]
         placement = with_replicas(placement, loads, options.redundant_experts)
@@ -181,18 +174,8 @@ def _balanced_copies(
     affinity: Affinity, options: SolveOptions, deadline: Deadline
 ) -> Placement:
     """Return a balanced start, where copies cannot be added to a placement without them."""
-    topology = options.topology
     blocks = blocks_of_groups(affinity.model, options) if options.preserve_groups else 1
-    asked = Balancing(
-        num_ranks=topology.num_ranks,
-        num_nodes=topology.num_nodes,
-        redundant_experts=options.redundant_experts,
-        max_imbalance=options.load_cap,
-        replica_choice=options.replica_choice or "hash",
-        layer_ids=affinity.model.layer_ids,
-        n_group=affinity.model.n_group if blocks > 1 else 1,
-        num_blocks=blocks,
-    )
+    asked = Balancing.of(options, affinity.model, blocks)
     loads = [counts.astype(np.float64) for counts in affinity.load]
     return balance_loads(loads, asked, deadline).placement
 
@@ -201,15 +184,14 @@ def _place_pairs(
     profile: Profile,
     problem: PlacementProblem,
     options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
+    session: Session,
 ) -> tuple[Placement, bool]:
     """Minimise pairs, or copies where that is exact. Return whether it is optimal."""
     is_plain = options.needs_tokens is None and options.topology.cost is None
     if is_plain and not problem.has_pairs:
         return _placed(profile.balanced, options.topology), True
     exact = None
-    left = deadline.left()
+    left = session.deadline.left()
     most = options.params.exact_operations
     if left is not None:
         most = min(most, left * _OPERATIONS_PER_SECOND)
@@ -222,14 +204,15 @@ def _place_pairs(
     search = Search(
         problem=problem,
         expert_rank=_best_start(problem, profile.balanced),
-        rng=np.random.default_rng(options.seed),
+        rng=np.random.default_rng(session.seed),
         params=options.params,
     )
-    line = GapLine(tell=progress, num_decimals=0)
-    if progress is not None:
+    line = GapLine(tell=session.progress, num_decimals=0)
+    if session.progress is not None:
         line.raise_bound(early_pair_bound(problem))
     search.run(
-        lambda number, objective: line(f"pairs, round {number}", objective), deadline
+        lambda number, objective: line(f"pairs, round {number}", objective),
+        session.deadline,
     )
     return _placed(search.expert_rank, options.topology), False
 

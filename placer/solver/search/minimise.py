@@ -16,11 +16,8 @@ from placer.placement.policy import (
     ContentPolicy,
     Policy,
 )
-from placer.run.deadline import Deadline
-from placer.run.progress import (
-    GapLine,
-    Progress,
-)
+from placer.run.progress import GapLine
+from placer.run.session import Session
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.balance.router_groups import group_kinds
 from placer.solver.options import (
@@ -89,33 +86,25 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Search:
-    """What is asked for, the tokens that judge it, who is told, and when to stop."""
+    """What is asked for, the tokens that judge it, and what it runs with."""
 
     profile: Profile
     judged: Chunk
     options: SolveOptions
-    progress: Progress | None
-    deadline: Deadline
+    session: Session
 
 
 def minimised(
     profile: Profile,
     judged: Chunk,
     options: SolveOptions,
-    progress: Progress | None,
-    deadline: Deadline,
+    session: Session,
 ) -> tuple[Found, Evaluation | None]:
     """Minimise copies, for homes that tables give where these are what is asked for.
 
     The second value is what the copies cost from those homes, which no other policy has.
     """
-    search = _Search(
-        profile=profile,
-        judged=judged,
-        options=options,
-        progress=progress,
-        deadline=deadline,
-    )
+    search = _Search(profile=profile, judged=judged, options=options, session=session)
     content = options.content_policy
     if content is not None:
         return _minimised_for_tables(search, content)
@@ -128,10 +117,10 @@ def _minimised_for_tables(
     search: _Search, content: ContentPolicy
 ) -> tuple[Found, Evaluation]:
     """Alternate homes and placement from each start; the best of all and mixed."""
-    options, deadline = search.options, search.deadline
+    options, deadline = search.options, search.session.deadline
     if deadline.left() == 0.0:  # a rating takes several tables
         few = sample_sequences(
-            search.judged, options.params.num_hurried_tokens, options.seed
+            search.judged, options.params.num_hurried_tokens, search.session.seed
         )
         deadline.needs_less(few.num_tokens / search.judged.num_tokens)
         search = replace(search, judged=few)
@@ -147,11 +136,11 @@ def _minimised_for_tables(
             policy=content,
             vocab_size=vocab_size,
             params=options.params,
-            seed=options.seed,
+            seed=search.session.seed,
             max_home_imbalance=options.max_home_imbalance,
             caution=caution,
         )
-        end = _alternate(found.placement, alternation, search.progress, deadline)
+        end = _alternate(found.placement, alternation, search.session)
         return found, alternation, end
 
     first, *others = options.start_policies(search.profile.affinity.model.top_k)
@@ -200,10 +189,8 @@ def _minimised_carefully(search: _Search, policy: Policy) -> Found:
         found,
         placement=copied,
         optimal=False,
-        traffic=_traffic_problem(
-            search.profile, search.judged, found.problem, policy, options
-        ),
-        line=GapLine(tell=search.progress, num_decimals=4),
+        traffic=_traffic_problem(search, found.problem, policy),
+        line=GapLine(tell=search.session.progress, num_decimals=4),
     )
 
 
@@ -211,7 +198,7 @@ def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
     """Return ``[L]``: layers whose load cap is out of reach without replicas."""
     num_ranks = options.topology.num_ranks
     total = np.array([load.sum() for load in profile.affinity.load])
-    asked = options.load_cap * total / num_ranks
+    asked = np.array([options.most_load(pairs, num_ranks) for pairs in total])
     needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
     return needed
 
@@ -236,7 +223,7 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
     all are not reached at once. Each layer is then taken from the best of these
     placements, as SGLang draws for it, and repaired where it is above a cap.
     """
-    options, deadline = search.options, search.deadline
+    options, deadline = search.options, search.session.deadline
     with deadline.keeping(options.params.share_of_repair):
         found = _minimised_carefully(search, policy)
         tried = _tried_for_draws(search, found)
@@ -265,7 +252,7 @@ def _minimised_as_drawn(search: _Search, policy: Policy) -> Found:
 
 def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
     """Return placements made under ever less caution, and those that are given."""
-    options, deadline = search.options, search.deadline
+    options, deadline = search.options, search.session.deadline
     once = replace(options, params=replace(options.params, num_starts=1))
     needs_relief = _needs_relief(search.profile, options)
     tried = [found.placement]
@@ -275,7 +262,7 @@ def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
             break
         caution = np.where(needs_relief, less, more)
         problem = replace(found.traffic, caution=caution)
-        tried.append(_refine(tried[-1], problem, once, found.line, deadline))
+        tried.append(_refine(tried[-1], problem, once, found.line, search.session))
     if options.start is not None:
         tried.append(with_pins(options.start, options.pins))
     if search.profile.by_load is not None:
@@ -295,44 +282,39 @@ def _minimised(search: _Search, policy: Policy) -> Found:
     """Minimise copies, from pairs or from what the options start with."""
     options = search.options
     problem = search.profile.problem(policy, options)
-    placement, optimal = first_placement(
-        search.profile, problem, options, search.progress, search.deadline
-    )
-    traffic = _traffic_problem(search.profile, search.judged, problem, policy, options)
+    placement, optimal = first_placement(search.profile, problem, options, search.session)
+    traffic = _traffic_problem(search, problem, policy)
     if options.preserve_groups:
         # Whole groups may be above the cap: then no rank gets busier than they make it.
         traffic = _capped_by(placement, np.maximum, traffic, options)
-    line = GapLine(tell=search.progress, num_decimals=4)
+    line = GapLine(tell=search.session.progress, num_decimals=4)
     if not optimal:
-        if search.progress is not None:
+        if search.session.progress is not None:
             line.raise_bound(early_copies_bound(problem, search.judged, options))
-        placement = _refine(placement, traffic, options, line, search.deadline)
+        placement = _refine(placement, traffic, options, line, search.session)
     return Found(
         placement=placement, optimal=optimal, problem=problem, traffic=traffic, line=line
     )
 
 
 def _traffic_problem(
-    profile: Profile,
-    judged: Chunk,
-    problem: PlacementProblem,
-    policy: Policy,
-    options: SolveOptions,
+    search: _Search, problem: PlacementProblem, policy: Policy
 ) -> TrafficProblem:
+    profile, judged, options = search.profile, search.judged, search.options
     sizes = tuple(len(load) for load in problem.load)
     n_group = profile.affinity.model.n_group
     load = load_scenarios(
         profile.tokens or judged,
         sizes,
         options.robust,
-        options.seed,
+        search.session.seed,
         options.params.num_resamples,
     )
     caps = problem.max_load
     if options.redundant_experts:
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
-        caps = tuple(options.load_cap * one[0].sum() / num_ranks for one in load)
+        caps = tuple(options.most_load(one[0].sum(), num_ranks) for one in load)
     traffic = TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
@@ -395,32 +377,25 @@ def _refine(
     traffic: TrafficProblem,
     options: SolveOptions,
     line: GapLine,
-    deadline: Deadline,
+    session: Session,
 ) -> Placement:
     return refined(
         placement,
         traffic,
         options.params,
-        seed=options.seed,
+        seed=session.seed,
         progress=None
         if line.tell is None
         else lambda sweep, copies: line(f"copies, sweep {sweep}", copies),
-        deadline=deadline,
+        deadline=session.deadline,
     )
 
 
-def _alternate(
-    placement: Placement,
-    content: Alternation,
-    progress: Progress | None,
-    deadline: Deadline,
-) -> Rated:
+def _alternate(placement: Placement, content: Alternation, session: Session) -> Rated:
     return content.run(
         placement,
-        None
-        if progress is None
-        else lambda number, price: progress(
+        lambda number, price: session.tell(
             f"homes and placement, round {number}: objective {price:.4f}"
         ),
-        deadline,
+        session.deadline,
     )

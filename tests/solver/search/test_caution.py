@@ -16,6 +16,7 @@ from placer.placement.reference import random as random_placement
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.serving.replica_choice import sglang_static_ranks
 from placer.simulation import simulate
 from placer.solver.balance.replicas import with_replicas
@@ -352,11 +353,13 @@ def busy_chunk(num_tokens: int = 1500) -> Chunk:
     )
 
 
-def solved(chunk: Chunk, options: SolveOptions) -> tuple[Placement, SolverReport]:
+def solved(
+    chunk: Chunk, options: SolveOptions, session: Session | None = None
+) -> tuple[Placement, SolverReport]:
     sizes = tuple(int(ids.max()) + 1 for ids in chunk.experts)
     top_k = chunk.experts[0].shape[1]
     affinity = count_affinity([chunk], ModelSpec(num_experts=sizes, top_k=top_k), {})
-    return solve(affinity, options, tokens=chunk)
+    return solve(affinity, options, session, chunk)
 
 
 @pytest.mark.parametrize(
@@ -410,8 +413,8 @@ def test_a_plan_that_sglang_serves_is_never_made_worse(
         params=SolverParams(num_sweeps=8),
     )
     start, report = solved(chunk, options)
-    again = replace(options, start=start, params=SolverParams(num_sweeps=1), seed=1)
-    assert solved(chunk, again)[1].objective <= report.objective
+    again = replace(options, start=start, params=SolverParams(num_sweeps=1))
+    assert solved(chunk, again, Session(seed=1))[1].objective <= report.objective
 
 
 @pytest.mark.parametrize(
@@ -429,9 +432,8 @@ def test_a_search_that_has_no_time_still_repairs_what_it_has(
         redundant_experts=RANKS,
         replica_choice=rule,
         proof="none",
-        time_limit=0.001,
     )
-    _, report = solved(chunk, options)
+    _, report = solved(chunk, options, Session.begun(time_limit=0.001))
     assert not report.reproducible
 
 

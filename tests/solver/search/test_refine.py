@@ -14,6 +14,7 @@ from placer.placement import Placement, SolverReport
 from placer.placement.reference import contiguous, random
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
@@ -237,7 +238,7 @@ def test_what_moves_break_further_on_is_repaired(
         def stop(line: str) -> None:
             deadline.stopped = deadline.stopped or last in line
 
-        return solve(affinity, options, stop, chunk, deadline)
+        return solve(affinity, options, Session(progress=stop, deadline=deadline), chunk)
 
     placement, report = solved()
     assert report.reproducible == (options is not CUT)

@@ -7,7 +7,8 @@ import pytest
 
 from placer.errors import NoSolutionError
 from placer.placement.topology import Topology
-from placer.solver.missed_caps import require_load_cap, require_receive_cap
+from placer.solver.balance.load_caps import require_load_cap
+from placer.solver.missed_receive_cap import require_receive_cap
 from placer.solver.options import SolveOptions
 
 OPTIONS = SolveOptions(
