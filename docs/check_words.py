@@ -1,13 +1,17 @@
 """Refuse retired words: each has a plain English word in its place."""
 
+import ast
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+# Refused in every file.
 RETIRED = {
     "asunder": "apart",
     "but for": "except for",
     "dearer": "more expensive",
+    "evenest": "most even",
     "foretell": "predict",
     "foretells": "predicts",
     "foretold": "predicted",
@@ -27,22 +31,66 @@ RETIRED = {
     "wish": "request",
     "worth to": "worth",
 }
+# Refused in the help, messages and tables that placer prints.
+RETIRED_IN_MESSAGES = {
+    "alone": "only",
+    "anew": "again",
+    "asked for": "requested",
+    "beside": "next to, compared with, with",
+    "besides": "also",
+    "cannot be meant": "is out of range",
+    "flatter": "are too good",
+    "for want of": "because",
+    "go on": "continue",
+    "goes on": "continues",
+    "in its place": "instead",
+    "in place of": "instead of",
+    "mind:": "note:",
+    "of its own": "its own",
+    "of their own": "their own",
+    "stand": "be, appear",
+    "stands": "is, appears",
+    "tell": "show, say",
+    "tells": "shows, says",
+    "told": "shown, said",
+    "whatever": "for every",
+}
 _FILES = ("placer/**/*.py", "placer/**/*.toml", "docs/*.md", "*.md", "traces/*.md")
 
 
 def main() -> None:
     """Print each retired word with its place; exit 1 if there is one."""
-    words = re.compile(rf"\b({'|'.join(RETIRED)})\b", re.IGNORECASE)
     root = Path(__file__).resolve().parent.parent
-    found = [
-        f"{path.relative_to(root)}:{number}: {word}: say {RETIRED[word.lower()]}"
-        for pattern in _FILES
-        for path in sorted(root.glob(pattern))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        for word in words.findall(line)
-    ]
+    found: list[str] = []
+    for pattern in _FILES:
+        for path in sorted(root.glob(pattern)):
+            text, name = path.read_text(encoding="utf-8"), path.relative_to(root)
+            lines = enumerate(text.splitlines(), 1)
+            found += (f"{name}:{place}" for place in _retired(lines, RETIRED))
+            if path.suffix == ".py":
+                printed = _messages(ast.parse(text))
+                found += (
+                    f"{name}:{place}" for place in _retired(printed, RETIRED_IN_MESSAGES)
+                )
     if found:
         sys.exit("\n".join(found))
+
+
+def _retired(lines: Iterator[tuple[int, str]], words: Mapping[str, str]) -> Iterator[str]:
+    """Yield line number, word and remedy of each retired word in numbered texts."""
+    pattern = re.compile(rf"(?<!\w)({'|'.join(words)})(?!\w)", re.IGNORECASE)
+    for number, line in lines:
+        for word in pattern.findall(line):
+            yield f"{number}: {word}: say {words[word.lower()]}"
+
+
+def _messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each string of two or more words that is no docstring."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and " " in text.strip() and id(node) not in docstrings:
+            yield node.lineno, text
 
 
 if __name__ == "__main__":

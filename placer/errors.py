@@ -1,4 +1,4 @@
-"""What placer refuses, each with the exit code that the command line documents."""
+"""The errors of placer, each with the exit code that the command line documents."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class PlacerError(Exception):
 
 
 class UsageError(PlacerError):
-    """The command line asks for something that cannot be meant."""
+    """The command line is not valid."""
 
     exit_code = 2
 
@@ -55,7 +55,7 @@ class VerificationError(PlacerError):
 
 
 class DriftError(PlacerError):
-    """Traffic has drifted from the plan: it no longer holds."""
+    """Traffic has drifted from the plan."""
 
     exit_code = 6
 

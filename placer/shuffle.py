@@ -1,4 +1,4 @@
-"""Using a token-shuffle table in a runtime: one file to take along.
+"""Using a token-shuffle table in a runtime: this file needs only NumPy.
 
 It needs NumPy and safetensors only, and imports nothing of placer: copy it next to a router
 or a model runner. :class:`ShuffleTable` reads the file that ``placer tables`` writes;
@@ -37,7 +37,7 @@ _BYTE = 256  # numbers in a byte
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CombinedRule:
-    """Token and past experts together: what each adds to a home's expected rate.
+    """The combined rule: what a token and its past experts add to a home's expected rate.
 
     Attributes
     ----------
@@ -177,7 +177,7 @@ def _widened(rates: Array) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ShuffleTable:
-    """The rows that say where tokens and requests should go.
+    """The rows that give homes to tokens and requests.
 
     Attributes
     ----------
@@ -227,13 +227,13 @@ class ShuffleTable:
         Raises
         ------
         ValueError
-            If it is no table, of another schema version, or holds what is no confidence.
+            If it is not a table, of another schema version, or holds what is no confidence.
         """
         try:
             return cls._read(path)
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is no table ({error}): placer tables PLAN TRACE --out {path} "
+                f"{path} is not a table ({error}): placer tables PLAN TRACE --out {path} "
                 "--force"
             ) from error
 
@@ -276,7 +276,7 @@ class ShuffleTable:
     def homes(
         self, layer: int, token_ids: Array, history: Sequence[Array], fallback: Array
     ) -> tuple[Array, Array]:
-        """Choose the home of every token in a layer: the surer of token and history.
+        """Choose each token's home in a layer: by token or history, the more certain one.
 
         Parameters
         ----------
@@ -408,7 +408,7 @@ def _rate_bits(rates: Array) -> Array:
 
 
 class RequestRouter:
-    """Sends requests to the data-parallel rank that holds most of what they will need.
+    """Sends requests to the data-parallel rank with most of the experts that they will use.
 
     A request goes to the rank with the best score over the first tokens of its prompt,
     among those that it would not load beyond the cap (of equally good ones to the least
@@ -484,7 +484,7 @@ class RequestRouter:
         return {RANK_HEADER: str(self.route(request, token_ids))}
 
     def finish(self, request: Hashable) -> None:
-        """Forget a request that is done; one that is not open is no error."""
+        """Forget a request that is done; one that is not open is not an error."""
         with self._lock:
             rank, tokens = self._open.pop(request, (0, 0))
             self._load[rank] -= tokens

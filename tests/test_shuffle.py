@@ -209,7 +209,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is affinity of schema_version 1"):
         ShuffleTable.read(tmp_path / "a")
     (tmp_path / "b").write_bytes(b"no tensors at all")
-    with pytest.raises(ValueError, match=r"is no table .*: placer tables PLAN TRACE"):
+    with pytest.raises(ValueError, match=r"is not a table .*: placer tables PLAN TRACE"):
         ShuffleTable.read(tmp_path / "b")
 
 

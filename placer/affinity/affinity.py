@@ -94,7 +94,7 @@ class Affinity:
 
     @property
     def has_links(self) -> bool:
-        """Whether pairs of experts were counted, not loads alone."""
+        """Whether pairs of experts were counted, not only loads."""
         return bool(self.coactivation)
 
     def add(self, other: "Affinity") -> "Affinity":
@@ -108,7 +108,7 @@ class Affinity:
         require_same_model(self.model, "the first affinity", other.model, "the second")
         if self.has_links != other.has_links:
             raise PlacerError(
-                "one affinity counts pairs of experts, the other loads alone",
+                "one affinity counts pairs of experts, the other only loads",
                 "merge files of one kind",
             )
 
@@ -168,7 +168,7 @@ class Affinity:
         Raises
         ------
         PlacerError
-            If it is no affinity file, truncated, or of another schema version.
+            If it is not an affinity file, truncated, or of another schema version.
         """
         require_file(path, "affinity")
         again = f"count again: placer affinity TRACE --out {path} --force"
@@ -181,7 +181,7 @@ class Affinity:
             raise PlacerError(f"affinity {path} cannot be read: {error}", again) from error
         if header.get("kind") != KIND:
             raise PlacerError(
-                f"{path} is no affinity file",
+                f"{path} is not an affinity file",
                 "write one: placer affinity TRACE --out AFFINITY",
             )
         where = f"affinity {path}"

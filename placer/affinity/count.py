@@ -72,7 +72,7 @@ def count_sources(
     backend: Backend = PROCESSES,
     device: str = CPU,
 ) -> Affinity:
-    """Count several streams of chunks, each in a process or Ray task of its own.
+    """Count several streams of chunks, each in its own process or Ray task.
 
     Parameters
     ----------

@@ -50,14 +50,14 @@ def affinity_of_traces(
     one_of("--rows", rows, ROWS)
     if device != CPU and (num_workers > 1 or backend != PROCESSES):
         raise UsageError(
-            f"--device {device} is fed by one process here, not by --workers "
-            f"{num_workers} of --backend {backend.name}",
+            f"--device {device} counts in one process on this machine, not with --workers "
+            f"{num_workers} and --backend {backend.name}",
             f"leave --workers and --backend out, or count on CPUs: --device {CPU}",
         )
     if rows == "sequences" and len(traces) > 1:
         raise UsageError(
-            f"--rows sequences is for one trace, not for {len(traces)}: sequence ids of "
-            "several name different sequences",
+            f"--rows sequences takes one trace, got {len(traces)}: the same id names "
+            "different sequences in each",
             "merge them first: placer trace merge TRACE... --out TRACE",
         )
     hashes = [trace.sha256 for trace in traces]

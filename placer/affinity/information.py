@@ -73,7 +73,8 @@ def jensen_shannon(one: IntArray, two: IntArray) -> float:
     """
     if not one.sum() or not two.sum():
         raise UsageError(
-            "a table without counts has no distribution", "leave out domains without tokens"
+            "the table has no counts, so it has no distribution",
+            "leave out domains without tokens",
         )
     p, q = one.ravel() / one.sum(), two.ravel() / two.sum()
     middle = _entropy((p + q) / 2)

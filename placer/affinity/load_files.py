@@ -35,8 +35,8 @@ _CSV_LAYOUT = (
     "(docs/importing.md)"
 )
 _CSV_SLOTS = (
-    "check --model or --num-experts; if the ids are slots of an engine that ran with "
-    "redundant experts, add up the counts of each expert's slots first"
+    "check --model or --num-experts; if the ids are slots of an engine with redundant "
+    "experts, first add up the counts of each expert's slots"
 )
 _MATRIX_LAYOUT = "a matrix of counts is .npy, .pt or .json: [L, E] (docs/importing.md)"
 # What files call the matrix where it is not all that they hold.
@@ -97,7 +97,7 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
     Raises
     ------
     PlacerError
-        If a column is missing, a value is no whole number, the model has no such expert,
+        If a column is missing, a value is not a whole number, the model has no such expert,
         or an expert has two counts.
     """
     table = read_table(file, _CSV_LAYOUT)
@@ -120,8 +120,8 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
         if has_count and times.max() > 1:
             raise PlacerError(
                 f"layer {number}, expert {times.argmax()} has {times.max()} rows",
-                "add them up where they count different tokens, or drop what is repeated: "
-                "one row for each layer and expert",
+                "give one row for each layer and expert: add rows up if they count "
+                "different tokens, else remove the repeated ones",
             )
         rows = np.zeros(len(times), dtype=np.int64)
         np.add.at(rows, expert[of_it], count[of_it])

@@ -33,8 +33,8 @@ from placer.trace.sglang_dump import load_dump
 # The experts in the slots of a layer: its own layer number -> logical experts.
 Assignments = Mapping[int, Sequence[int]]
 _NO_MAP = (
-    "ids beyond the model's experts are slots of a load balancer: give the map that it ran "
-    "with, --map FILE"
+    "ids above the number of experts are slots of a load balancer: give the map that it "
+    "used, --map FILE"
 )
 _STATISTIC = re.compile(r"rank\d+\.safetensors")
 
@@ -94,7 +94,7 @@ def import_loads(
         If the file cannot be read, or counts what the model cannot have.
     """
     if not path.exists():
-        raise PlacerError(f"{path} does not exist", f"give what {source} wrote")
+        raise PlacerError(f"{path} does not exist", f"give the file that {source} wrote")
     model = options.bound_model()
     try:
         counted = read(path, model)
@@ -133,7 +133,7 @@ def read_sglang_stat(file: Path, model: BoundModel | None) -> CountedLoads:
     Raises
     ------
     PlacerError
-        If the file would need unpickling of foreign classes, or is no such dump.
+        If the file would need unpickling of foreign classes, or is not such a dump.
     """
     dump = load_dump(file, "record in mode stat: --expert-distribution-recorder-mode stat")
     if not isinstance(dump, dict) or "logical_count" not in dump:
@@ -149,12 +149,12 @@ def matrix_loads(value: Any, what: str) -> CountedLoads:
     Raises
     ------
     PlacerError
-        If it is no such array of whole numbers; ``what`` names it.
+        If it is not such a array of whole numbers; ``what`` names it.
     """
     try:
         raw = np.asarray(value)
     except UNREADABLE as error:
-        raise PlacerError(f"{what} is no array: {error}") from error
+        raise PlacerError(f"{what} is not an array: {error}") from error
     if np.issubdtype(raw.dtype, np.floating) and (raw == np.floor(raw)).all():
         raw = raw.astype(np.int64) if np.abs(raw).max(initial=0) < 2**53 else raw
     counts = whole_counts(raw, what)
@@ -204,7 +204,7 @@ def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
 
 def _slot_counts(directory: Path) -> dict[int, IntArray]:
     if not directory.is_dir():
-        raise PlacerError("it is no directory", "give the EXPERT_STATISTIC_PATH")
+        raise PlacerError("it is not a directory", "give the EXPERT_STATISTIC_PATH")
     num_slots = read_json(directory / "meta_info.json", "statistic").get("num_experts")
     files = sorted(p for p in directory.iterdir() if _STATISTIC.fullmatch(p.name))
     if not files:
@@ -255,12 +255,12 @@ def whole_counts(values: npt.NDArray[Any], what: str) -> IntArray:
     Raises
     ------
     PlacerError
-        If one is no whole number from 0, or they add up to more than int64 holds.
+        If one is not a whole number from 0, or they add up to more than int64 holds.
     """
     if not np.issubdtype(values.dtype, np.integer) or (values < 0).any():
-        raise PlacerError(f"{what} holds something that is no whole number from 0")
+        raise PlacerError(f"{what} holds a value that is not a whole number of at least 0")
     if values.sum(dtype=np.float64) >= 2**63:
-        raise PlacerError(f"{what} holds numbers beyond int64, or that add up to more")
+        raise PlacerError(f"{what} holds numbers above int64, or their sum is above it")
     return values.astype(np.int64)
 
 
@@ -277,8 +277,7 @@ def _of_model(
             raise PlacerError(
                 f"it has {len(counted.by_layer)} layers, the model {len(every)} MoE layers "
                 f"of {model.num_hidden_layers} hidden layers",
-                "check --model; where layers were not recorded, name them: --skip-layers "
-                "LIST",
+                "check --model; if layers were not recorded, name them: --skip-layers LIST",
             )
     if named is not None:
         if odd := [n for n in counts if n >= len(named)]:
@@ -292,9 +291,9 @@ def _of_model(
     behind = sorted(n for n in counts if n >= model.num_hidden_layers)
     if behind:
         options.tell(
-            f"layer {behind[0]} is left out: it stands behind the "
-            f"{model.num_hidden_layers} hidden layers, where those of multi-token "
-            "prediction (MTP) are, and no plan moves their experts"
+            f"layer {behind[0]} is left out: it comes after the {model.num_hidden_layers} "
+            "hidden layers, so it is for multi-token prediction (MTP), and plans do not "
+            "move its experts"
         )
     odd = sorted(set(counts) - {*every, *behind})
     if odd:
@@ -330,8 +329,8 @@ def _unbound(
             f"layer {empty[0]} has no counts, as dense layers have none"
             if empty
             else "it has no counts",
-            "name the model, whose dense layers are then left out: --model DIR (a folder "
-            "with its config.json is enough)",
+            "name the model, so that its dense layers can be left out: --model DIR (a "
+            "folder with its config.json is enough)",
         )
     size = num_experts or max(len(row) for row in counted.by_layer.values())
     spec = ModelSpec(
@@ -374,7 +373,7 @@ def require_expert(
         raise PlacerError(
             f"layer {layer} counts experts up to {expert}, the model has {num_experts}"
             if num_experts < MAX_EXPERTS
-            else f"layer {layer} counts experts up to {expert}; placer names at most "
+            else f"layer {layer} counts experts up to {expert}; placer supports at most "
             f"{MAX_EXPERTS}",
             hint,
         )

@@ -1,4 +1,4 @@
-"""Counting affinity with torch, on a GPU or another device: the integers of NumPy.
+"""Counting affinity with torch, on a GPU or another device: the integers equal NumPy's.
 
 Pairs are counted by products of matrices of zeros and ones, which say whether a token uses
 an expert. The sums are whole numbers no greater than the tokens of a block, which float32

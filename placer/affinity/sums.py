@@ -1,4 +1,4 @@
-"""Adding up many counts in a time that grows with their size, not with its square."""
+"""Adding up many counts in a time that grows linearly with their size."""
 
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, Self, TypeVar, get_args

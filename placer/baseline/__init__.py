@@ -1,4 +1,4 @@
-"""Baselines: the placements of others, to judge placer's own by.
+"""Baselines: placements of other methods, to compare placer's own with.
 
 One module each, written from the description of the paper or tool that its docstring
 names. Every baseline sees a :class:`BaselineProblem` and returns a placement with equal

@@ -6,6 +6,6 @@ from placer.solver.balance.eplb import pack_loads
 
 
 def eplb(problem: BaselineProblem) -> Placement:
-    """Place copies of a problem's experts by its profile's load: see :func:`pack_loads`."""
+    """Place replicas of experts by the load of the profile: see :func:`pack_loads`."""
     topology, model = problem.topology, problem.trace.model
     return pack_loads(problem.load, topology, problem.redundant_experts, model.n_group)

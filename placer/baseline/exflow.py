@@ -81,7 +81,7 @@ def _start(pairs: Sequence[IntArray], num_first: int, num_groups: int) -> list[I
     groups = [np.arange(num_first) * num_groups // num_first]
 
     def improve(layer: int) -> int:
-        """Place one layer anew; return the pairs that it keeps."""
+        """Place one layer again; return the pairs that it keeps."""
         kept = np.zeros((1, num_groups), dtype=np.int64)
         if layer > 0:
             kept = kept + pairs[layer - 1].T @ one_hot[groups[layer - 1]]

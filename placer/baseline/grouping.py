@@ -1,4 +1,4 @@
-"""What baselines that group the experts of one layer have in common."""
+"""What the baselines share that group the experts of one layer."""
 
 from collections.abc import Callable
 

@@ -56,7 +56,7 @@ class BaselineProblem:
         self._require_slots(self.redundant_experts)
 
     def require_no_replicas(self) -> None:
-        """Refuse what only redundant experts fit on the ranks.
+        """Refuse a problem whose experts fit on the ranks only with redundant experts.
 
         Raises
         ------

@@ -131,7 +131,7 @@ class DeepspeedCheckpoint:
         Raises
         ------
         PlacerError
-            If it is no DeepSpeed-MoE checkpoint, holds optimizer states or files that
+            If it is not a DeepSpeed-MoE checkpoint, holds optimizer states or files that
             cannot be classified, or experts are missing.
         """
         directory = _tag_folder(directory)
@@ -154,8 +154,8 @@ class DeepspeedCheckpoint:
                 others.append(path)
         if not experts or not main:
             raise PlacerError(
-                f"{directory} is no DeepSpeed-MoE checkpoint: it has {len(experts)} files "
-                f"of experts and {len(main)} of everything else",
+                f"{directory} is not a DeepSpeed-MoE checkpoint: it has {len(experts)} "
+                f"files of experts and {len(main)} of everything else",
                 "give the folder of a tag, with mp_rank_00_model_states.pt in it",
             )
         return cls(
@@ -190,7 +190,7 @@ def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedRe
         raise PlacerError(
             f"{plan_path} is for {list(plan.model.num_experts)} experts per MoE layer, "
             f"{directory} has {list(source.num_experts)}",
-            f"solve a plan of this model; look at this one: placer inspect {plan_path}",
+            f"solve a plan for this model; to see the plan: placer inspect {plan_path}",
         )
     if (source.directory / RECORD_NAME).exists():
         raise PlacerError(
@@ -232,7 +232,9 @@ def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
     plan = Plan.read(plan_path)
     old, new = (DeepspeedCheckpoint.open(one) for one in (original, exported))
     if old.expert_files.keys() != new.expert_files.keys():
-        raise VerificationError(f"{exported} has other files of experts than {original}")
+        raise VerificationError(
+            f"{exported} has different files of experts than {original}"
+        )
     count = 0
     for (layer, expert, rank), path in new.expert_files.items():
         moved = int(plan.placement.permutation(layer)[expert])
@@ -325,8 +327,8 @@ def _permute_gates(
     for key in module:
         if "deepspeed_moe." in key and key not in gates:
             raise PlacerError(
-                f"{path}: tensor {key} cannot be classified: it belongs to an MoE layer, "
-                "but is no gate",
+                f"{path}: tensor {key} cannot be classified: it belongs to an MoE layer "
+                "and is not a gate",
                 "report the checkpoint",
             )
     for key, row in gates.items():
@@ -399,11 +401,11 @@ def _save(path: Path, value: Mapping[str, Any]) -> None:
 
 def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
     if odd := min(found.keys() ^ expected.keys(), default=None):
-        raise VerificationError(f"{path} lacks {odd}, or should not have it")
+        raise VerificationError(f"{path} lacks {odd}, or has it and should not")
     for key, value in expected.items():
         if not _same(found[key], value):
             raise VerificationError(
-                f"{path}: {key} is not what the plan makes of the original",
+                f"{path}: {key} differs from the original under the plan",
                 "export it again: placer export deepspeed PLAN ORIGINAL --out NEW",
             )
     return len(expected)
@@ -430,7 +432,7 @@ def _recorded(path: Path, num_experts: tuple[int, ...]) -> list[IntArray]:
     rows = [np.asarray(row, dtype=np.int64) for row in read.permutation]
     if [sorted(row) for row in read.permutation] != [list(range(n)) for n in num_experts]:
         raise PlacerError(
-            f"{where}: permutation is none of a DeepSpeed checkpoint of "
+            f"{where}: permutation does not fit a DeepSpeed checkpoint of "
             f"{list(num_experts)} experts",
             again,
         )
@@ -444,7 +446,8 @@ def _tag_folder(directory: Path) -> Path:
     tag = read_text(latest).strip()
     if not tag or Path(tag).name != tag or tag == "..":
         raise PlacerError(
-            f"{latest} names {tag!r}, which is no folder beside it", "name the tag's folder"
+            f"{latest} names {tag!r}, which is not a folder next to it",
+            "name the tag's folder",
         )
     return directory / tag
 
@@ -480,19 +483,17 @@ def _unclassified(path: Path) -> PlacerError:
         return _optimizer(path)
     if re.fullmatch(r"expert_\d+_mp_rank_\d+_model_states\.pt", path.name):
         return PlacerError(
-            f"{path} is of a DeepSpeed that kept all layers of an expert in one file",
+            f"{path} is from an old DeepSpeed: one file holds all layers of an expert",
             "load and save the checkpoint with a later DeepSpeed",
         )
     return PlacerError(
-        f"{path} cannot be classified: it is neither of an expert nor of a model-parallel "
-        "rank",
-        "move it out of the directory if it does not belong to the checkpoint",
+        f"{path} belongs to no expert and to no model-parallel rank",
+        "if it does not belong to the checkpoint, move it out of the directory",
     )
 
 
 def _optimizer(path: Path) -> PlacerError:
     return PlacerError(
-        f"{path} holds optimizer states, which are flattened over experts and ranks: they "
-        "cannot be permuted, and would not fit the permuted experts",
+        f"{path} holds optimizer states, flattened over experts: no permutation fits",
         "export a copy without *optim_states.pt, and load it with load_module_only=True",
     )

@@ -24,7 +24,7 @@ _Match = Callable[[str], object]
 
 
 def is_pattern(text: str) -> bool:
-    """Return whether a text is no plain name."""
+    """Return whether a text is not a plain name."""
     return bool(_PREFIX.match(text) or _MARKS.search(text) or _BARE_NUMBER.fullmatch(text))
 
 

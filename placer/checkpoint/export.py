@@ -75,7 +75,7 @@ class ExportReport:
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a table of the export shows."""
+        """Return the figures that a table of the export shows."""
         return {
             "shards": self.num_shards,
             "bytes": self.num_bytes,
@@ -89,7 +89,7 @@ class ExportReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """An export or its inverse, prepared from headers alone: nothing is written yet.
+    """An export or its inverse, prepared from headers only: nothing is written yet.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ class ExportJob:
 
     @property
     def other_files(self) -> tuple[Path, ...]:
-        """Files that come along as they are, relative to the directory."""
+        """Files that are copied unchanged, relative to the directory."""
         written = {RECORD_NAME, *self.configs}
         return tuple(path for path in self.source.other_files if str(path) not in written)
 
@@ -132,7 +132,7 @@ class ExportJob:
         options: ExportOptions | None = None,
         progress: Progress | None = None,
     ) -> ExportReport:
-        """Write the directory; a run that was killed goes on where it stopped.
+        """Write the directory; a run that was killed continues where it stopped.
 
         Parameters
         ----------
@@ -154,8 +154,8 @@ class ExportJob:
         directory = self.source.directory
         if options.with_hashes and any(s.positions for s in self.source.shards):
             raise UsageError(
-                f"{directory} has PyTorch files, of which no export is a copy: there is "
-                "nothing to compare a hash with",
+                f"{directory} has PyTorch files. An export converts them, so their hashes "
+                "cannot be compared",
                 "leave out --hash; placer verify compares every tensor",
             )
         if self.restoring:
@@ -344,8 +344,8 @@ def _require_held(source: CheckpointSource, layout: TensorLayout) -> None:
         place = layout.classify(name)
         if place is not None and place.kind is not TensorKind.REST:
             raise PlacerError(
-                f"index {source.directory / source.index_name} names {name}, which no file "
-                "holds",
+                f"index {source.directory / source.index_name} names {name}, which no "
+                "file contains",
                 "fetch the checkpoint again",
             )
 
@@ -452,5 +452,6 @@ def _require_equal(
             raise VerificationError(
                 f"{name} restored from {directory} is not the original: {what} "
                 f"{str(found.get(name))[:12]} against {str(expected.get(name))[:12]}",
-                "the export was changed since: restore from an unchanged copy",
+                "the export was changed after it was written: restore from an unchanged "
+                "copy",
             )

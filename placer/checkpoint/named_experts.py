@@ -1,4 +1,4 @@
-"""Files that name single experts, whose numbers an export changes.
+"""Files that name experts by number: an export changes the numbers.
 
 Quantisers write down which layers they left as they were, or how each is stored: ``ignore``
 of compressed-tensors, ``modules_to_not_convert`` of AWQ, GPTQ and FP8, ``dynamic`` of
@@ -176,8 +176,8 @@ class Renumbering:
             return
         if numbers and len(set(numbers)) == len(numbers) and max(numbers) < self._most:
             raise PlacerError(
-                f"{source} gives numbers of experts in {'.'.join(keys)}, and the export "
-                "would give these numbers to other experts",
+                f"{source} names experts by number in {'.'.join(keys)}; in the export, "
+                "these numbers belong to other experts",
                 "remove it if no engine reads it",
             )
 
@@ -235,6 +235,6 @@ def _all_or_none(texts: Iterable[str], num_experts: int) -> frozenset[str]:
 def _refused(text: str, source: Path) -> PlacerError:
     return PlacerError(
         f"{source} names single experts: {text}",
-        "remove it if it does not matter, or put the plain names of the modules in its "
-        "place, one by one: those are renumbered",
+        "remove it if it is not needed. Else replace it by the plain names of the "
+        "modules, one by one: placer renumbers those",
     )

@@ -117,7 +117,7 @@ class _Changes:
         if in_moe_layer or (place is None and NAMES_EXPERTS.search(name)):
             raise self._unknown(name, "no rule of its family names it")
         if place is not None and (known or NAMES_EXPERTS.search(name)):
-            reason = f"layer {place.layer} is no MoE layer by the config"
+            reason = f"layer {place.layer} is not an MoE layer by the config"
             raise self._unknown(name, reason)
         return None
 
@@ -134,7 +134,7 @@ class _Changes:
                 self.names[name] = place.template.replace("{expert}", str(new))
         elif place.kind is TensorKind.TABLE:
             if info.dtype not in TABLE_DTYPES:
-                raise self._unknown(name, f"{info.dtype} is no whole number")
+                raise self._unknown(name, f"{info.dtype} is not a whole number")
             self.tables[name] = self._new[n]
         elif has_columns(name, self._tensors):
             self._require_columns(name, info, self._num_experts[n])
@@ -155,7 +155,7 @@ class _Changes:
             reason = f"its shape is {list(info.shape)}, not [{size}, ...]"
             raise self._unknown(name, reason)
         if (info.stop - info.start) % size:
-            raise self._unknown(name, "its rows end within a byte")
+            raise self._unknown(name, "its rows do not end at a byte")
 
     def _require_columns(self, name: str, info: TensorInfo, size: int) -> None:
         """Check that a matrix has one column per expert, of ``qzeros`` packed into words.
@@ -179,7 +179,7 @@ class _Changes:
     def _unknown(self, name: str, reason: str) -> PlacerError:
         return PlacerError(
             f"tensor {name} cannot be classified: {reason}",
-            f"name it in the data file of {self._architecture.model_types[0]} "
+            f"add it to the data file of {self._architecture.model_types[0]} "
             "(placer/model/architectures), or report the checkpoint",
         )
 
@@ -236,10 +236,10 @@ class _Held:
         )
         if own:
             return PlacerError(
-                f"layer {layer}: expert {expert} has {own[0]} where others have {part}: an "
-                "approximated expert (MoNE), whose number configs name too",
-                "placer permutes experts that are alike: give the checkpoint before its "
-                "experts were replaced",
+                f"layer {layer}: expert {expert} has {own[0]} where other experts have "
+                f"{part}: it is an approximated expert (MoNE)",
+                "placer permutes experts of one shape only: give the checkpoint from "
+                "before experts were replaced",
             )
         return PlacerError(
             f"layer {layer}: the checkpoint lacks {part} of expert {expert}",
@@ -248,7 +248,7 @@ class _Held:
 
 
 def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> None:
-    """Refuse a permutation that a group-limited router cannot express.
+    """Refuse a permutation that breaks the groups of a group-limited router.
 
     The router first picks groups of consecutive experts, so a permutation commutes with
     it only if it moves whole groups, and experts inside a group.
@@ -270,7 +270,7 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
                 f"{model.model_type} picks among {model.n_group} groups of consecutive "
                 "experts, so a permuted checkpoint would route differently",
                 "solve again with whole groups: placer solve TRACE --preserve-groups "
-                "--gpus-per-node M --out PLAN; or, for an engine that reads a map of this "
+                "--gpus-per-node M --out PLAN; or, if the engine reads a map of this "
                 "model, which has no such limit: placer export sglang PLAN MODEL --out "
                 "map.json",
             )

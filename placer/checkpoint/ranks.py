@@ -82,7 +82,7 @@ class RankRecord(Document, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksReport:
-    """What was written for all ranks together.
+    """The files written for all ranks together.
 
     Attributes
     ----------
@@ -101,7 +101,7 @@ class RanksReport:
     warning: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a table of the export shows."""
+        """Return the figures that a table of the export shows."""
         return {
             "ranks": self.num_ranks,
             "shards": self.num_shards,
@@ -111,7 +111,7 @@ class RanksReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksJob:
-    """An export by ranks, prepared from headers alone: nothing is written yet.
+    """An export by ranks, prepared from headers only: nothing is written yet.
 
     Attributes
     ----------
@@ -142,7 +142,7 @@ class RanksJob:
         options: ExportOptions | None = None,
         progress: Progress | None = None,
     ) -> RanksReport:
-        """Write the directories; a run that was killed goes on where it stopped.
+        """Write the directories; a run that was killed continues where it stopped.
 
         Raises
         ------
@@ -174,7 +174,7 @@ class RanksJob:
 
     @property
     def other_files(self) -> tuple[Path, ...]:
-        """Files that come along in every directory: with experts only, the config."""
+        """Files that are copied into every directory: with experts only, the config."""
         if self.experts_only:
             return (Path("config.json"),)
         return tuple(path for path in self.source.other_files if str(path) != RECORD_NAME)

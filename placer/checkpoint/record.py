@@ -47,7 +47,7 @@ class RecordFile(Document, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExportRecord:
-    """The record that lies in an exported checkpoint.
+    """The record in an exported checkpoint.
 
     Attributes
     ----------
@@ -139,16 +139,16 @@ class ExportRecord:
         )
         for layer, row in enumerate(record.permutation):
             if not np.array_equal(np.sort(row), np.arange(len(row))):
-                raise PlacerError(f"{where}: permutation[{layer}] is none", again)
+                raise PlacerError(
+                    f"{where}: permutation[{layer}] is not a permutation", again
+                )
         if [row.tolist() for row in record.inverse] != read.inverse:
-            raise PlacerError(
-                f"{where}: permutation and inverse do not undo each other", again
-            )
+            raise PlacerError(f"{where}: permutation and inverse do not match", again)
         require_seal(value, where, again)
         return record
 
     def require_model(self, model: ModelSpec, directory: Path) -> None:
-        """Refuse a record that is not of the model beside it.
+        """Refuse a record that is not for the model in its directory.
 
         Raises
         ------
@@ -162,7 +162,7 @@ class ExportRecord:
             or sizes != model.num_experts
         ):
             raise PlacerError(
-                f"{directory / RECORD_NAME} is of another model than its config.json: "
+                f"{directory / RECORD_NAME} is for another model than its config.json: "
                 f"fingerprint {str(self.source_fingerprint)[:12]} against "
                 f"{str(model.fingerprint)[:12]}",
                 "restore from an unchanged copy of the export",

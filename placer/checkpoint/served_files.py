@@ -1,4 +1,4 @@
-"""Which files beside the tensors are served: the others are left out of an export.
+"""Which files other than tensors are served: an export leaves out the rest.
 
 Weights in formats that are not rewritten would contradict those that are. So what is
 copied is text, or of a kind that is known to hold no weights.
@@ -77,19 +77,19 @@ def served_files(
 
 
 def left_out_line(left_out: tuple[Path, ...]) -> str | None:
-    """Return the line that tells what is not copied, ``None`` where all is."""
+    """Return the line on files that are not copied, ``None`` if all are."""
     if not left_out:
         return None
     names = [str(path) for path in left_out[:4]]
     more = f" and {len(left_out) - len(names)} more" if len(left_out) > len(names) else ""
     return (
-        f"left out, because it is no part of what is served: {', '.join(names)}{more} "
-        "(weights in another format or a second time, states of training)"
+        f"left out, because engines do not load it: {', '.join(names)}{more} (weights in "
+        "another format, weights that are there twice, training states)"
     )
 
 
 def _holds_weights(path: Path) -> bool:
-    """Return whether a file holds weights, or may: it is no text, and of no known kind."""
+    """Return whether a file holds, or may hold, weights: not text, and of no known kind."""
     if path.suffix.lower() in _LEFT_OUT or ".onnx" in path.name:
         return True
     if path.name.endswith((".safetensors.index.json", ".bin.index.json")):
@@ -117,6 +117,7 @@ def require_inside(directory: Path, path: Path) -> None:
     if path.is_file() and (target.is_relative_to(own) or target.parent == blobs):
         return
     raise PlacerError(
-        f"{path} is a link that leads to no file of the checkpoint, but to {target}",
-        f"if that is meant, copy it with its files: cp -rL {directory} COPY",
+        f"{path} is a link to {target}, which is outside the checkpoint",
+        "if you want that file, copy the checkpoint with the files of its links: cp -rL "
+        f"{directory} COPY",
     )

@@ -1,4 +1,4 @@
-"""One safetensors file at the level of its bytes: the header, and where tensors lie.
+"""The bytes of one safetensors file: the header, and the places of tensors.
 
 Format: eight bytes of header length N (little-endian), N bytes of JSON padded with spaces,
 then the tensors' bytes (https://github.com/huggingface/safetensors#format).
@@ -47,7 +47,7 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Attributes
     ----------
@@ -67,7 +67,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A safetensors file whose header was read and found to be true, or one to be.
+    """A safetensors file whose header was checked, or one to be written.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Shard:
         return self.data_start + self.data_bytes
 
     def place(self, name: str) -> tuple[int, int]:
-        """Return where a tensor lies in the file: first byte, and that after the last."""
+        """Return the bytes of a tensor in the file: first, and the one after the last."""
         info = self.tensors[name]
         if self.positions is None:
             start = self.data_start + info.start
@@ -122,7 +122,7 @@ class Shard:
 
     @property
     def header(self) -> bytes:
-        """Length and header as they stand in the file."""
+        """Length and header as they are in the file."""
         length = self.header_bytes.to_bytes(_LENGTH_BYTES, "little")
         return length + self.header_text.encode().ljust(self.header_bytes, b" ")
 
@@ -149,9 +149,9 @@ class Shard:
             text = raw.decode().rstrip(" ")
             header = json.loads(text, object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"its header is no JSON: {error}") from error
+            raise _damaged(path, f"its header is not valid JSON: {error}") from error
         if not isinstance(header, dict):
-            raise _damaged(path, "its header is no JSON object")
+            raise _damaged(path, "its header is not a JSON object")
         metadata = header.pop("__metadata__", {})
         _require_texts(path, metadata)
         tensors = {name: _tensor_info(path, name, entry) for name, entry in header.items()}
@@ -171,7 +171,7 @@ class Shard:
         header_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """Return length and header with tensors renamed and all else as it stands.
+        """Return length and header with tensors renamed and all else unchanged.
 
         Parameters
         ----------
@@ -320,7 +320,7 @@ def _after_space(text: str, position: int) -> int:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key appears twice")
     return value
 
 
@@ -328,7 +328,7 @@ def _require_texts(path: Path, metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _damaged(path, "its __metadata__ holds more than names and texts")
+        raise _damaged(path, "its __metadata__ holds values that are not texts")
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
@@ -341,8 +341,8 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     if min((*shape, start, 0)) < 0 or stop - start != -(-bits // 8):
         raise _damaged(
             path,
-            f"tensor {name} of shape {list(shape)}, {entry['dtype']}, "
-            f"claims bytes {start} to {stop}",
+            f"tensor {name} of shape {list(shape)}, {entry['dtype']}, has bytes {start} "
+            f"to {stop}",
         )
     return TensorInfo(dtype=entry["dtype"], shape=shape, start=start, stop=stop)
 
@@ -350,7 +350,7 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
 def _integer(value: Any) -> int:
     # A bool is an int to Python, and int() would take 2.5 or "2" for one.
     if type(value) is not int:
-        raise TypeError(f"{value!r} is no integer")
+        raise TypeError(f"{value!r} is not an integer")
     return value
 
 

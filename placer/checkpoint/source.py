@@ -282,7 +282,8 @@ def _shard_names(index_path: Path, weight_map: Mapping[str, str], suffix: str) -
             )
         if not name.endswith(suffix):
             raise PlacerError(
-                f"index {index_path} names the shard {name!r}, which is no {suffix} file",
+                f"index {index_path} names the shard {name!r}, which is not a {suffix} "
+                "file",
                 "fetch the checkpoint again",
             )
     return names
@@ -301,7 +302,7 @@ def _unheld(
             if (first := held.setdefault(name, shard.name)) != shard.name:
                 raise PlacerError(
                     f"{index_path.parent}: both {first} and {shard.name} hold {name}",
-                    "move the file that is not served out of the directory",
+                    "move the file that engines should not load out of the directory",
                 )
     for name in sorted(weight_map):
         if name in held and held[name] != weight_map[name]:

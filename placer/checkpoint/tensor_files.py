@@ -1,4 +1,4 @@
-"""Tensors as the libraries of their files read them, by none of the exporter's code."""
+"""Reading tensors with the libraries of their formats, and with no code of the exporter."""
 
 from functools import lru_cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A PyTorch checkpoint file, seen as the safetensors file that an export writes of it.
+"""A PyTorch checkpoint file, read as the safetensors file that an export makes from it.
 
 ``torch.save`` stores tensors uncompressed in a zip archive (PyTorch 1.6 and later), so
 their bytes are copied from where they lie; the pickle beside them is read with
@@ -57,7 +57,7 @@ def open_torch_shard(path: Path, name: str) -> Shard:
     Raises
     ------
     PlacerError
-        If it is no archive of plain, contiguous, little-endian tensors, or its pickle holds
+        If it is not an archive of plain, contiguous, little-endian tensors, or holds
         anything but tensors.
     """
     require_file(path, "shard")
@@ -87,7 +87,7 @@ def _require_stored(path: Path) -> None:
                 order = archive.read(members["byteorder"])
     except (zipfile.BadZipFile, OSError) as error:
         raise _refused(
-            path, f"it is no archive of PyTorch 1.6 or later: {error}"
+            path, f"it is not an archive of PyTorch 1.6 or later: {error}"
         ) from error
     if order != b"little":
         raise _refused(path, f"its tensors are {order.decode(errors='replace')}-endian")
@@ -116,13 +116,13 @@ def _tensor_info(path: Path, name: str, value: Any, start: int) -> tuple[TensorI
 
     dtype = str(getattr(value, "dtype", None)).removeprefix("torch.")
     if not isinstance(value, torch.Tensor) or dtype not in _DTYPES:
-        raise _refused(path, f"{name} is no plain tensor")
+        raise _refused(path, f"{name} is not a plain tensor")
     if not value.is_contiguous():
         raise _refused(path, f"{name} is not contiguous")
     num_bytes = value.numel() * value.element_size()
     position = _position(value)
     if position is None or position + num_bytes > path.stat().st_size:
-        raise _refused(path, f"the place of {name} cannot be told, or is not in the file")
+        raise _refused(path, f"the position of {name} is unknown, or outside the file")
     info = TensorInfo(
         dtype=_DTYPES[dtype],
         shape=tuple(value.shape),

@@ -41,12 +41,12 @@ RELATIVE_TOLERANCE = 1e-4
 SEQUENCE_LENGTH = 256
 # A dotted name with the number of an expert, in the lists of quantisers.
 _WITH_EXPERT = re.compile(r"(?:\w+\.)+experts\.\d+(?:\.\w+)*")
-_NOT_THE_SAME = "the export is not the same function: do not serve it"
+_NOT_THE_SAME = "the export computes another function: do not serve it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
-    """What was compared, and how far apart it was.
+    """What was compared, and the largest difference.
 
     Attributes
     ----------
@@ -182,8 +182,8 @@ def _compare_tensors(
     files, unheld_before = tensor_files(original, PlacerError)
     if unheld != unheld_before:
         raise VerificationError(
-            f"{exported} and {original} differ in what only the index names: "
-            f"{min(unheld ^ unheld_before)} is in none of the files",
+            f"{exported} and {original} have different names that only the index lists: "
+            f"{min(unheld ^ unheld_before)} is in no file",
             again,
         )
     rows = {
@@ -302,7 +302,7 @@ def _compare_named_experts(
         if odd := (found[0] - found[1]) + (found[1] - found[0]):
             template, logical = min(odd)
             raise VerificationError(
-                f"{exported / name} and that of {original} differ in what they say of "
+                f"{exported / name} and that of {original} differ about "
                 f"{template.replace('{expert}', str(logical))} of the original",
                 f"export it again: placer export checkpoint PLAN {original} --out NEW",
             )
@@ -412,8 +412,8 @@ class _Comparison:
             self.num_tokens += len(flipped)
         if self.num_ties == self.num_tokens:
             raise PlacerError(
-                f"all {self.num_tokens} tokens are at or behind a tie of experts, "
-                "so nothing was compared",
+                f"all {self.num_tokens} tokens are at a tie of experts, or follow one, so "
+                "nothing was compared",
                 "give other text with --corpus, or compare tensors only: --max-tokens 0",
             )
 

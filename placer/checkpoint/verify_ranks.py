@@ -201,7 +201,7 @@ def _tensors(folder: Path) -> dict[str, Path]:
                 folder, f"has {path.name}, which cannot be read: {error}"
             ) from error
     if weight_map != {name: path.name for name, path in found.items()}:
-        raise _wrong(folder, "has an index that does not say what its files hold")
+        raise _wrong(folder, "has an index that does not match its files")
     return found
 
 

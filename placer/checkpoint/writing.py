@@ -1,4 +1,4 @@
-"""Writing many shards, in parallel, so that a killed run goes on where it stopped."""
+"""Writing many shards in parallel; a killed run continues where it stopped."""
 
 import functools
 import os
@@ -33,7 +33,7 @@ _MOST_WORKERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """How an export is written; none of it changes a tensor.
+    """How an export is written. No option changes a tensor.
 
     Attributes
     ----------
@@ -54,10 +54,14 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
-            raise UsageError(f"{self.num_workers} workers write nothing", "--workers 1")
+            raise UsageError(
+                (f"{self.num_workers} workers cannot write; at least 1 is needed"),
+                "--workers 1",
+            )
         if self.num_workers is not None and self.backend.name == "ray":
             raise UsageError(
-                f"--workers {self.num_workers} is for this machine, Ray has its own",
+                f"--workers {self.num_workers} is for this machine; with --backend ray, "
+                "Ray chooses the number",
                 "drop --workers or --backend",
             )
 

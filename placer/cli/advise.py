@@ -46,8 +46,8 @@ def advise(
         typer.Option(
             metavar="NAME",
             help="An engine (docs/engines.md), or a family: vllm, sglang, trtllm. "
-            "Default: answers for the engines' default exchange and for a token "
-            "all-to-all.",
+            "Default: two answers, for all-gather (the engines' default) and for a "
+            "token all-to-all.",
         ),
     ] = None,
     tokens_per_rank: TokensPerRankOption = None,
@@ -67,13 +67,13 @@ def advise(
     least_gain: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Share that a change must save to be worth it."
+            min=0.0, max=1.0, help="Smallest saving, as a share, that is worth a change."
         ),
     ] = 0.03,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether to place experts, only to balance them, or to leave them.
+    """Say whether to place experts for traffic, only balance them, or change nothing.
 
     A quick plan is made on half of the sequences and judged on the other half. An affinity
     file, such as the loads that an engine counted, answers for balance only. --engine then
@@ -102,7 +102,7 @@ def advise(
                 "--batching": batching,
                 "--policy": None if policy == "fixed" else policy,
             },
-            "a trace: an affinity file holds counts, of which nothing is sent in batches",
+            "a trace: an affinity file holds counts, which cannot be divided into batches",
         )
     if hardware is None:
         require_no_sizes(None, hidden_size, expert_size, weight_bytes, "--hardware")

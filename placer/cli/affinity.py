@@ -85,7 +85,7 @@ def affinity(
     chosen = parse_selection(fold, not_fold, phase)
     if merge and chosen != EVERYTHING:
         raise UsageError(
-            "affinity files hold counts, of which no tokens can be selected any more",
+            "affinity files hold counts: tokens can no longer be selected",
             f"select when counting: placer affinity TRACE {chosen.options} --out AFFINITY",
         )
     if merge:

@@ -97,9 +97,9 @@ def calibrate(
     for name, fit in found.links.items():
         if fit.worst > _POOR_FIT:
             note(
-                f"{name} link: latency and bandwidth alone are off by up to "
-                f"{fit.worst:.0%} of the time of an exchange; the file also holds the "
-                "times themselves, which the cost model takes"
+                f"{name} link: latency and bandwidth predict the time of an exchange with "
+                f"an error of up to {fit.worst:.0%}; the file also holds the measured "
+                "times, which the cost model uses"
             )
     for sentence in found.missing():
         note(sentence)
@@ -107,7 +107,7 @@ def calibrate(
         print_json({"out": str(out), **found.to_json()})
         return
     print_table(
-        ("link", "GB/s per rank", "latency us", "fit rms", "fit worst"),
+        ("link", "GB/s per rank", "latency us", "fit error (rms)", "fit error (max)"),
         [
             (
                 name,

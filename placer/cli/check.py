@@ -57,7 +57,7 @@ def check(
         require_left_out(folds | phases, "a trace: counts have no tokens to select")
         counts = Affinity.read(source)
         model, report = counts.model, check_on_loads(read, counts, str(source), tolerance)
-        limit: str | None = "counts say nothing of traffic: only balance is judged"
+        limit: str | None = "counts do not show traffic: only balance is judged"
     else:
         trace = Trace(source)
         model, report = trace.model, check_plan(read, trace, chosen, tolerance)
@@ -100,7 +100,7 @@ def check(
     if report.drifted:
         raise DriftError(
             f"traffic has drifted from {plan}",
-            f"improve it at few moves: {improving_command(read, plan, source)}",
+            f"improve it with few moves: {improving_command(read, plan, source)}",
         )
     if not as_json:
         print_line(f"the plan holds on {report.num_tokens:,} tokens")

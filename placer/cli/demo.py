@@ -57,9 +57,10 @@ def demo(
     print_table(*comparison_table(report.figures, POLICIES, Wire()))
     print_line(
         f"\nVerified: {verification.num_tensors} tensors equal bit for bit, "
-        f"{verification.num_routed_pairs} routing choices exactly permuted "
-        f"({verification.num_ties} tokens behind a tie), largest difference of a logit "
-        f"{verification.max_logit_difference:.1g} (allowed {verification.tolerance:.1g}).\n"
+        f"{verification.num_routed_pairs} routed pairs exactly permuted "
+        f"({verification.num_ties} tokens not compared because they follow a tie), "
+        f"largest difference of a logit {verification.max_logit_difference:.1g} (allowed "
+        f"{verification.tolerance:.1g}).\n"
     )
     for name, path in report.files.items():
         print_line(f"{name}: {out / path}")

@@ -71,7 +71,7 @@ def export(
     ] = False,
     link: Annotated[
         bool,
-        typer.Option("--link", help="Hard-link unchanged shards in place of copying them."),
+        typer.Option("--link", help="Hard-link unchanged shards instead of copying them."),
     ] = False,
     with_hashes: Annotated[
         bool,
@@ -84,7 +84,10 @@ def export(
         int | None,
         typer.Option(
             metavar="N",
-            help="Shards written at the same time. Default: one per CPU, at most 4.",
+            help=(
+                "Number of shards written at the same time. Default: one per CPU, at "
+                "most 4."
+            ),
         ),
     ] = None,
     backend: Annotated[
@@ -228,9 +231,9 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
         start = _start("deepspeed", plan, out)
         note(f"prove it: placer verify {model} {out} {plan}")
         note(
-            "mind: noise that a gate draws per expert (top2_2nd_expert_sampling, "
-            "noisy_gate_policy) falls on other experts then: alike, but not number for "
-            "number"
+            "note: if the gate draws noise per expert (top2_2nd_expert_sampling, "
+            "noisy_gate_policy), other experts get each draw: results are statistically "
+            "the same, but not number for number"
         )
     return {"out": str(out)} | report.to_json() | start
 
@@ -238,7 +241,7 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
 def _require_alone(target: str, model: Path | None) -> None:
     if model is not None:
         raise UsageError(
-            "--inverse restores a checkpoint from its export alone",
+            "--inverse restores a checkpoint from its export only",
             f"placer export {target} EXPORTED --inverse --out ORIGINAL",
         )
 
@@ -253,7 +256,7 @@ def _prepared_ranks(plan: Path, model: Path | None, experts_only: bool) -> "Rank
 def _required_model(target: str, plan: Path, model: Path | None) -> Path:
     if model is None:
         raise UsageError(
-            f"target {target} needs the model, whose tensors it copies",
+            f"target {target} copies the model's tensors, so it needs MODEL",
             f"placer export {target} {plan} MODEL --out DIRECTORY",
         )
     return model

@@ -55,7 +55,7 @@ def import_(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Checkpoint of the model that was recorded, or its config.json alone. Its "
+            help="Checkpoint of the recorded model, or only its config.json. Its "
             "fingerprint is stored in the trace.",
         ),
     ] = None,
@@ -64,7 +64,7 @@ def import_(
         typer.Option(
             "--map",
             metavar="FILE",
-            help="With trtllm-statistic: the load balancer's map that was in service.",
+            help="With trtllm-statistic: the load balancer's map that the engine used.",
         ),
     ] = None,
     nodes: Annotated[
@@ -85,8 +85,8 @@ def import_(
         int | None,
         typer.Option(
             min=1,
-            help="Experts of every layer, where no --model says. Default: the largest id "
-            "plus 1.",
+            help="Experts of every layer, if --model is not given. Default: the largest "
+            "id plus 1.",
         ),
     ] = None,
     skip_layers: Annotated[
@@ -219,13 +219,13 @@ def _import_tokens(
     if (number := header.provenance.get(REORDERED)) is not None:
         rows = header.num_tokens * header.model.num_layers
         note(
-            f"{number:,} of {rows:,} rows (of a token and a layer) did not list their "
-            "experts by descending weight: now all do"
+            f"{number:,} of {rows:,} rows (one token, one layer) did not list their "
+            "experts by descending weight; they were reordered"
         )
     if not header.experts_by_weight:
         warn(
-            f"{UNORDERED}: trace links leaves out its top-1 figures, and ties of follow go "
-            "to the smallest id. Record the weights too, or the order of the router: "
+            f"{UNORDERED}: `trace links` leaves out its top-1 figures, and under follow a "
+            "tie goes to the smallest id. Record the weights too, or the router's order: "
             "topk(sorted=True)"
         )
     for line in doubts(Trace(out)):
@@ -245,8 +245,8 @@ def _tell_unbound(what: str, num_experts: int, options: "ImportOptions") -> None
     """Say what is not known of a file that no model is named for."""
     how = "the largest id + 1" if options.num_experts is None else "as given"
     warn(
-        f"the {what} is bound to no checkpoint, and every layer has {num_experts} experts, "
-        f"{how}. Bind it: --model DIR (a config.json is enough)"
+        f"the {what} is not bound to a checkpoint. Every layer is assumed to have "
+        f"{num_experts} experts, {how}. Bind it: --model DIR (a config.json is enough)"
         + ("" if options.num_experts else "; or give --num-experts N")
     )
 
@@ -305,9 +305,9 @@ def _import_map(
         warn(warning)
     if not plan.model.top_k:
         warn(
-            "the map names no model: files match it by shape alone, and each of its rows "
-            "is taken for a MoE layer. Name the model with --model DIR (a folder with its "
-            "config.json is enough)"
+            "the map does not name its model: only shapes are compared with other files, "
+            "and each row is read as an MoE layer. Name the model: --model DIR (a folder "
+            "with its config.json is enough)"
         )
     placed = plan.placement
     return {

@@ -53,7 +53,7 @@ def inspect(
     counted = None if load is None else load_for(artifact, path, load)
     if html is not None:
         write_html(html, path.name, artifact, counted)
-        note(f"drawn to {html}")
+        note(f"report written to {html}")
     summary = summarize(artifact, counted)
     if as_json:
         print_json(summary.to_json())

@@ -32,7 +32,7 @@ def links(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how well experts predict those of later layers, and why.
+    """Measure how well experts predict the experts of later layers, and why.
 
     Shows mutual information in bits (mean over layers) beside controls that destroy one
     kind of structure each, how many layers links reach, and distances between domains.
@@ -47,7 +47,7 @@ def links(
     found = {path: links_of(trace, chosen, seed=seed) for path, trace in opened.items()}
     for path, trace in opened.items():
         if not trace.header.experts_by_weight:
-            warn(f"{path}: {UNORDERED}: nothing is told of top-1 experts")
+            warn(f"{path}: {UNORDERED}: no figures of top-1 experts are shown")
     if as_json:
         print_json({path: _json(one) for path, one in found.items()})
         return
@@ -61,7 +61,7 @@ def _show(found: "Links") -> None:
     print_table(
         ("bits", "top-1 next", "corrected", "all pairs", "within layer"),
         [tuple(asdict(row).values()) for row in found.information],
-        title="information, and what is left of it when structure is destroyed",
+        title="mutual information: recorded, then with one kind of structure removed",
     )
     print_line("")
     if found.reach:
@@ -72,9 +72,9 @@ def _show(found: "Links") -> None:
 
 def _show_reach(found: "Links") -> None:
     print_table(
-        ("layers apart", "top-1", "corrected", "most likely expert is right"),
+        ("layers apart", "top-1", "corrected", "top-1 hit rate"),
         [tuple(asdict(row).values()) for row in found.reach],
-        title="how far links reach",
+        title="mutual information of layers further apart",
     )
     print_line("")
 

@@ -33,7 +33,7 @@ from placer.run.worker import fails_first
 
 app = typer.Typer(
     name="placer",
-    help="Decide where the experts of a Mixture-of-Experts model live.",
+    help="Decide which rank holds which expert of a Mixture-of-Experts model.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -57,7 +57,7 @@ def _common(
         help="Print the version.",
     ),
 ) -> None:
-    """Decide where the experts of a Mixture-of-Experts model live."""
+    """Decide which rank holds which expert of a Mixture-of-Experts model."""
 
 
 app.command("record", cls=InputCommand)(record)

@@ -27,7 +27,7 @@ _LINE = 100
 _QUIET_S = 30.0
 
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object in place of tables.")
+    bool, typer.Option("--json", help="Print one JSON object instead of tables.")
 ]
 FoldOption = Annotated[
     str | None,
@@ -90,8 +90,8 @@ BatchingOption = Annotated[
     str | None,
     typer.Option(
         metavar="decode|prefill",
-        help="How to draw all batches: decode takes one token of each sequence in turn, "
-        "prefill takes whole sequences one after another.",
+        help="Make all batches in one way: decode takes one token of each sequence in "
+        "turn, prefill takes whole sequences one after another.",
     ),
 ]
 
@@ -167,7 +167,7 @@ def _told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def token_progress() -> Iterator[Callable[[int], None] | None]:
-    """Yield a function told the tokens done, shown on stderr; ``None`` off a terminal."""
+    """Yield a function that shows finished tokens on stderr; ``None`` off a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -230,7 +230,7 @@ def print_line(text: str) -> None:
 
 
 def print_verdict(engine: str | None, text: str) -> None:
-    """Print what holds for an engine, in lines that a screen shows whole."""
+    """Print a text about an engine, in lines that fit the screen."""
     line = text if engine is None else f"{engine}, {text}"
     print_line(textwrap.fill(line, _LINE, subsequent_indent="  ", break_on_hyphens=False))
 

@@ -38,7 +38,7 @@ def record(
     field: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Field of .jsonl lines that holds a text or a chat."
+            metavar="NAME", help="Field of .jsonl lines that contains a text or a chat."
         ),
     ] = None,
     sequence_length: Annotated[
@@ -48,7 +48,7 @@ def record(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Limit on the tokens per corpus. Documents are then drawn at random."
+            help="Limit on the tokens per corpus. Documents are then chosen at random."
         ),
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens in one chunk file.")] = 65_536,
@@ -77,7 +77,7 @@ def record(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature of generated tokens. 0: greedy.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Random seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -26,7 +26,9 @@ def replay(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The original model.")],
     trace: Annotated[
         Path,
-        typer.Option("--trace", metavar="TRACE", help="The trace whose tokens are run."),
+        typer.Option(
+            "--trace", metavar="TRACE", help="The trace that contains the tokens to run."
+        ),
     ],
     table: Annotated[
         Path | None,

@@ -112,9 +112,9 @@ def solve(
         float | None,
         typer.Option(
             metavar="X",
-            help="With --policy fixed or follow: cap on what the busiest receiver gets in "
-            "every layer, in copies per token times the number of ranks (the unit of "
-            "bottleneck_rank_copies_per_token).",
+            help="With --policy fixed or follow: cap on the copies that the busiest rank "
+            "receives in every layer, per token, times the number of ranks (the unit "
+            "of bottleneck_rank_copies_per_token).",
         ),
     ] = None,
     frontier: Annotated[
@@ -175,8 +175,8 @@ def solve(
         typer.Option(
             metavar="X|auto",
             help="Slots per layer beyond one for each expert. auto tries 0, R, 2R, 4R, "
-            "... for R ranks. It goes on while the next step saves --redundant-gain "
-            "of the objective and fits --redundant-memory.",
+            "... for R ranks. It continues while the next step saves "
+            "--redundant-gain of the objective and fits --redundant-memory.",
         ),
     ] = "0",
     redundant_gain: Annotated[
@@ -229,13 +229,13 @@ def solve(
     ] = 0.0,
     start: Annotated[
         Path | None,
-        typer.Option(metavar="PLAN", help="Start from this plan, which is in service now."),
+        typer.Option(metavar="PLAN", help="Start from this plan, which is served now."),
     ] = None,
     migration_cost: Annotated[
         float,
         typer.Option(
-            help="With --start: what moving one expert to another rank costs, in copies "
-            "of the profile. When only load is balanced: in (token, expert) pairs of "
+            help="With --start: cost of moving one expert to another rank, in copies of "
+            "the profile. When only load is balanced: in (token, expert) pairs of "
             "the busiest rank."
         ),
     ] = 0.0,
@@ -311,7 +311,7 @@ def solve(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Place experts on ranks: least traffic with equal slots and load under a cap.
+    """Place experts on ranks: least traffic, equal slots, load under a cap.
 
     Solves on the sequences of --fold and judges the plan on all others. The same input and
     seed give the same plan.
@@ -437,19 +437,19 @@ def _show(solved: "Solved", start: Path | None) -> None:
         moved, slots = plan.provenance["moved_experts"], plan.placement.to_json()
         free = moved and not plan.provenance["migration_cost"]
         print_line(
-            f"{moved} of {sum(map(len, slots))} experts in slots moved from {start}"
-            + ("; to move fewer, charge for each: --migration-cost" if free else "")
+            f"{moved} of {sum(map(len, slots))} slots changed from {start}"
+            + ("; to change fewer, set a cost per move: --migration-cost" if free else "")
         )
     for line in certificate_lines(plan):
         print_line(line)
     if choice is not None:
         print_line(
-            f"least predicted time on sequences held out of the profile: {choice.name}"
+            f"least predicted time on held-out sequences of the profile: {choice.name}"
         )
         for shape, found in choice.break_even_by_size:
             print_line(
-                f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: beside the "
-                f"load balancer, the quickest plan for traffic {found.words}"
+                f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: compared "
+                f"with the load balancer, the fastest plan for traffic {found.words}"
             )
 
 
@@ -458,7 +458,7 @@ def _number_or_auto(text: str) -> int | None:
         return None
     if not text.isdecimal():
         raise UsageError(
-            f"--redundant-experts {text} is neither a number nor auto",
+            f"--redundant-experts {text} is not a number and not auto",
             "for example --redundant-experts 8",
         )
     return int(text)

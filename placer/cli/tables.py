@@ -54,8 +54,8 @@ def tables(
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint whose embedding gives rows to token ids that the trace does "
-            "not contain. Hash-routed layers get exact rows.",
+            help="Checkpoint from whose embedding placer makes rows for token ids that "
+            "are not in the trace. Hash-routed layers get exact rows.",
         ),
     ] = None,
     max_home_imbalance: Annotated[
@@ -102,15 +102,15 @@ def tables(
     for warning in result.warnings:
         warn(warning)
     if result.profile.fold is None:
-        warn("built from all sequences: nothing was held out, no figure is given")
+        warn("built from all sequences: none was held out, so no figures are shown")
     elif chosen is None:
-        note(f"built from what the plan was solved on: {result.profile.options}")
+        note(f"built from the tokens that the plan was solved on: {result.profile.options}")
     if as_json:
         print_json({"out": str(out)} | result.to_json())
         return
     if result.heldout is not None:
         print_table(
-            ("policy", "local rate", "copies/token", "home max"),
+            ("policy", "local rate", "copies/token", "home imbalance"),
             [
                 [
                     policy,
@@ -120,16 +120,17 @@ def tables(
                 ]
                 for policy, metrics in result.heldout.items()
             ],
-            title="On the sequences outside the profile",
+            title="on held-out sequences",
         )
     table = result.table
     print_line(
-        f"{table.vocab_size:,} token ids ({result.num_seen_ids:,} of them in the profile), "
-        f"{table.num_ranks} ranks: a home by chance serves {1 / table.num_ranks:.3f}"
+        f"{table.vocab_size:,} token ids ({result.num_seen_ids:,} of them in the "
+        f"profile), {table.num_ranks} ranks: a random home has local rate "
+        f"{1 / table.num_ranks:.3f}"
     )
     if result.exact_layers:
         print_line(
             f"MoE layers {', '.join(map(str, result.exact_layers))} are hash-routed: "
-            "their rows are exact, for every token id"
+            "their rows are exact for every token id"
         )
     print_line(f"table written to {out}")

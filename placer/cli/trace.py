@@ -60,7 +60,7 @@ def split(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the tokens of a fold, a phase, a domain or a period as a trace of their own."""
+    """Write the tokens of a fold, a phase, a domain or a period as a new trace."""
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
 
@@ -113,7 +113,7 @@ def dedup(
     trace: TraceArgument,
     out: OutOption,
     prefixes: Annotated[
-        bool, typer.Option(help="Remove prefixes that an earlier sequence began with.")
+        bool, typer.Option(help="Remove prefixes that an earlier sequence has too.")
     ] = True,
     rows: Annotated[
         bool,
@@ -135,7 +135,7 @@ def dedup(
 ) -> None:
     """Write a trace without repeated prefixes, repeated rows and warm-up tokens.
 
-    With a fold, the fold stays whole, and all other sequences lose what the fold contains.
+    With a fold, the fold is kept whole, and other sequences lose what the fold contains.
     Then solve on the fold and judge on the rest.
     """
     from placer.trace import Trace

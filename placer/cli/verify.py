@@ -85,8 +85,8 @@ def verify(
             ),
             (
                 "routing",
-                f"{report.num_routed_pairs} choices exactly permuted, "
-                f"{report.num_ties} tokens behind a tie",
+                f"{report.num_routed_pairs} pairs exactly permuted, {report.num_ties} "
+                "tokens not compared because they follow a tie",
             ),
         ]
     print_table(("check", "result"), rows)
@@ -103,12 +103,12 @@ def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> No
     slots = f"{report.num_slots} in {report.num_layers} MoE layers on {report.num_ranks}"
     rows = [
         ("format", report.runtime),
-        ("slots", f"{slots} ranks, every one as in the plan"),
+        ("slots", f"{slots} ranks, all as in the plan"),
         ("coverage", f"every expert has a slot; {report.num_replicas} replicas"),
         ("duplicates", "no rank holds two replicas of one expert"),
     ]
     print_table(("check", "result"), rows)
-    print_line("verified: the map is valid for its runtime and is the plan's")
+    print_line("verified: the map is valid for its runtime and equals the plan")
 
 
 def _verify_ranks(original: Path, exported: Path, plan: Path, as_json: bool) -> None:
@@ -120,7 +120,7 @@ def _verify_ranks(original: Path, exported: Path, plan: Path, as_json: bool) -> 
         print_json(report.to_json())
         return
     rows = [
-        ("ranks", f"{report.num_ranks}, each with the experts that the plan gives it"),
+        ("ranks", f"{report.num_ranks}, each with the experts of the plan"),
         ("experts", f"{report.num_experts}, replicas included"),
         ("tensors", f"{report.num_tensors} equal bit for bit, {report.num_bytes} bytes"),
     ]

@@ -1,4 +1,4 @@
-"""The whole road on the demo model: record, solve, tables, export, verify, simulate."""
+"""All steps on the demo model: record, solve, tables, export, verify, simulate."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoReport:
-    """What the demo found.
+    """The results of the demo.
 
     Attributes
     ----------
@@ -71,12 +71,13 @@ def shipped_model() -> Path:
             here = Path.cwd()
             return place.relative_to(here) if place.is_relative_to(here) else place
     raise PlacerError(
-        "this installation ships no demo model", "name one: placer demo --model DIRECTORY"
+        "this installation does not contain the demo model",
+        "name one: placer demo --model DIRECTORY",
     )
 
 
 def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
-    """Walk the whole road; ``say`` is told every step as the command that it equals.
+    """Run all steps; ``say`` gets each step as the equal command.
 
     Parameters
     ----------
@@ -104,7 +105,7 @@ def _walk(model: Path, out: Path, say: Say) -> DemoReport:
     profile, heldout = traces["profile"], traces["heldout"]
     affinity = affinity_of_traces([profile], EVERYTHING)
     plans = {policy: _solve(profile, policy, out, say) for policy in SOLVED_POLICIES}
-    say("simulate on the held-out text, with a table of each placement's own")
+    say("simulate on the held-out text, each placement with its own table")
     figures = _figures(plans, affinity, profile.read(), heldout.read())
     plan_path, checkpoint = out / "plan-fixed.json", out / "checkpoint"
     say(f"placer export checkpoint {plan_path} {model} --out {checkpoint}")

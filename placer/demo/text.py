@@ -1,4 +1,4 @@
-"""English and Python text that every Python installation carries.
+"""English and Python text that is part of every Python installation.
 
 Three domains, cut into documents: the standard library's source code without its
 docstrings (``code``), the docstrings (``docstrings``), and the language reference of

@@ -90,7 +90,7 @@ class Architecture:
                 )
             known += architecture.model_types if architecture.unsupported is None else ()
         raise PlacerError(
-            f"{source}: model_type {model_type!r} is not a family that placer knows",
+            f"{source}: model_type {model_type!r} is not a family that placer supports",
             f"known families: {', '.join(sorted(known))}",
         )
 
@@ -121,8 +121,8 @@ class Architecture:
         if self.layout is None:
             raise PlacerError(
                 f"placer does not know the checkpoint tensors of {self.model_types[0]}",
-                "export a runtime map, which needs none: placer export sglang PLAN MODEL "
-                "--out map.json",
+                "export a runtime map instead, which needs no tensors: placer export "
+                "sglang PLAN MODEL --out map.json",
             )
         return self.layout
 
@@ -134,7 +134,7 @@ class Architecture:
         Raises
         ------
         PlacerError
-            If it has none and there is no default, or the value is no whole number.
+            If it has none and there is no default, or the value is not a whole number.
         """
         keys = self.config[field]
         value = self._value(config, field)
@@ -222,7 +222,7 @@ class Architecture:
         return (n_group, topk_group) if n_group > max(topk_group, 1) else (1, 1)
 
     def mtp_layers(self, config: Mapping[str, Any]) -> range:
-        """Return the numbers of layers behind the last one, for multi-token prediction."""
+        """Return the numbers of layers after the last one, for multi-token prediction."""
         first = self.num_hidden_layers(config)
         return range(first, first + self.config_value(config, "num_mtp_layers", 0))
 

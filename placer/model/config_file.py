@@ -1,4 +1,4 @@
-"""The config beside a model's tensors, and the names of those tensors."""
+"""The config of a model directory, and the names of its tensors."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def require_downloaded(directory: Path) -> None:
-    """Answer the name of a model on the Hugging Face hub with the command to download it.
+    """Refuse the name of a Hugging Face hub model, with the command to download it.
 
     Raises
     ------
@@ -60,15 +60,15 @@ def require_downloaded(directory: Path) -> None:
     # A folder of the owner's name speaks for a path that was misspelled.
     if _HUB_ID.fullmatch(str(directory)) and not directory.parent.exists():
         raise PlacerError(
-            f"there is no directory {directory}; a model of the Hugging Face hub must be "
-            "downloaded first",
+            f"there is no directory {directory}. Download a model of the Hugging Face hub "
+            "first",
             f"hf download {directory} --local-dir {directory.name}, then give "
-            f"{directory.name} in its place",
+            f"{directory.name} instead",
         )
 
 
 def tensor_names(directory: Path) -> frozenset[str] | None:
-    """Return the names of the tensors beside a config, as the index or one file says.
+    """Return the names of a model's tensors, from the index or from one file.
 
     ``None`` where neither can be read: whoever reads the tensors says why.
     """

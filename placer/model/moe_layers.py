@@ -70,7 +70,7 @@ def moe_layers(rule: LayerRule, config: Mapping[str, Any], num_layers: int) -> l
         if _says_otherwise(key, config, found, num_layers):
             raise PlacerError(
                 f"config.json gives {key} {config[key]!r}, which placer does not read for "
-                f"this family: by its other keys the MoE layers are {_brief(found)}",
+                f"this family. By the other keys, the MoE layers are {_brief(found)}",
                 "list the MoE layers in config.json yourself: "
                 f'"moe_layers": {_brief(found)}',
             )
@@ -214,7 +214,7 @@ def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def _odd(key: str, what: str) -> PlacerError:
     return PlacerError(
-        f"config.json gives {what} for {key}, so its MoE layers cannot be told",
+        f"config.json gives {what} for {key}, so its MoE layers are unknown",
         "check that config.json is that of the model",
     )
 

@@ -1,4 +1,4 @@
-"""What placer must know of a Mixture-of-Experts model: the shape of its routing."""
+"""The facts that placer needs of a Mixture-of-Experts model: the shape of its routing."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -72,9 +72,9 @@ class ModelSpec(Document, frozen=True, kw_only=True):
             )
         if max(self.num_experts) > MAX_EXPERTS:
             raise PlacerError(
-                f"a layer has {max(self.num_experts)} experts; placer names at most "
+                f"a layer has {max(self.num_experts)} experts; placer supports at most "
                 f"{MAX_EXPERTS}",
-                "check that the file holds expert ids, and not ids of tokens",
+                "check that the file holds expert ids, not token ids",
             )
         if self.layer_ids is not None and len(self.layer_ids) != self.num_layers:
             raise PlacerError(
@@ -84,7 +84,7 @@ class ModelSpec(Document, frozen=True, kw_only=True):
             raise PlacerError(
                 f"the model's fingerprint is {str(self.fingerprint)[:12]}, but that of its "
                 f"fields is {self.bound_fingerprint()[:12]}: they were edited",
-                "take the file from an unchanged copy, or make it again",
+                "use an unchanged copy of the file, or make it again",
             )
 
     @property
@@ -94,7 +94,7 @@ class ModelSpec(Document, frozen=True, kw_only=True):
 
     @property
     def bound(self) -> bool:
-        """Whether a checkpoint's config stands behind this specification."""
+        """Whether this specification comes from a checkpoint's config."""
         return self.fingerprint is not None
 
     def without_layers(self, layers: Collection[int]) -> Self:
@@ -103,13 +103,13 @@ class ModelSpec(Document, frozen=True, kw_only=True):
         Raises
         ------
         UsageError
-            If one is no MoE layer of it, or none is left.
+            If one is not an MoE layer of it, or none is left.
         """
         ids = self.layer_ids or ()
         odd = sorted(set(layers) - set(ids))
         if odd or len(set(layers)) == len(ids):
             raise UsageError(
-                f"layer {odd[0]} is no MoE layer" if odd else "no MoE layer is left",
+                f"layer {odd[0]} is not an MoE layer" if odd else "no MoE layer is left",
                 f"the model's MoE layers are {', '.join(map(str, ids))}",
             )
         kept = [n for n, layer in enumerate(ids) if layer not in layers]
@@ -154,8 +154,7 @@ class ModelSpec(Document, frozen=True, kw_only=True):
             ValueError,
         ) as error:
             raise PlacerError(
-                f"{directory}: config.json cannot be understood: "
-                f"{type(error).__name__}: {error}",
+                f"{directory}: config.json cannot be read: {type(error).__name__}: {error}",
                 "check that config.json is that of the model",
             ) from error
 
@@ -256,8 +255,8 @@ def require_same_model(
             )
         return None
     return (
-        f"{one_name} and {other_name} match by shape only: "
-        "one of them is bound to no checkpoint"
+        f"{one_name} and {other_name} match by shape only: one of them is not bound to a "
+        "checkpoint"
     )
 
 

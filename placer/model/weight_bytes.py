@@ -154,8 +154,8 @@ def _quantised(config: Mapping[str, Any], directory: Path) -> ExpertWeights:
                 num_bytes=_grouped(bits, group_size), weight_only=weight_only
             )
     raise PlacerError(
-        f"{directory}: quantization_config ({method or algorithm or 'no method'}) does not "
-        "say how many bits a weight of an expert has",
+        f"{directory}: quantization_config ({method or algorithm or 'no method'}) does "
+        "not say how many bits an expert's weight has",
         "give the bytes per weight, for example --weight-bytes 0.5",
     )
 

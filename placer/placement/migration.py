@@ -1,4 +1,4 @@
-"""Migration: what it costs to leave the placement that is served now."""
+"""Migration: the cost of leaving the placement that is served now."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from placer.placement.placement import Placement
 
 
 def move_prices(start: Placement, migration_cost: float) -> tuple[FloatArray, ...]:
-    """Return L arrays ``[E, R]``: the price of a copy where the start has none.
+    """Return L arrays ``[E, R]``: the price of a replica where the start has none.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def require_same_shape(
     ):
         if theirs != ours:
             raise UsageError(
-                f"the plan to start from has {theirs} {what}, asked are {ours}",
+                f"the plan to start from has {theirs} {what}, the options ask for {ours}",
                 "solve with the options of that plan (placer inspect PLAN), or leave out "
                 "--start",
             )

@@ -1,4 +1,4 @@
-"""Pins: experts that stay on a rank, whatever the search would prefer."""
+"""Pins: experts that the search must leave on a rank."""
 
 import re
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def _bring(slots: IntArray, pin: Pin, pins: Sequence[Pin]) -> None:
                 slots[pin.rank, slot], slots[rank, place] = pin.expert, expert
                 return
     raise UsageError(
-        f"--pin {pin} cannot be met beside the other pins and copies",
+        f"--pin {pin} cannot be met together with the other pins and replicas",
         "drop a pin of that layer",
     )
 
@@ -84,9 +84,8 @@ def _require_possible(placement: Placement, pins: Sequence[Pin]) -> None:
     for pin in pins:
         if pin.layer >= placement.num_layers:
             raise UsageError(
-                f"--pin {pin}: there are MoE layers 0 to {placement.num_layers - 1}",
-                "count MoE layers from 0, those without experts left out: placer inspect "
-                "TRACE",
+                f"--pin {pin}: MoE layers are 0 to {placement.num_layers - 1}",
+                "count only layers with experts, from 0: placer inspect TRACE",
             )
         size = placement.num_experts[pin.layer]
         if pin.expert >= size or pin.rank >= num_ranks:
@@ -101,8 +100,8 @@ def _require_possible(placement: Placement, pins: Sequence[Pin]) -> None:
         wanted = sum(other.expert == pin.expert for other in same)
         if wanted > copies:
             raise UsageError(
-                f"--pin {pin}: expert {pin.expert} is pinned to {wanted} ranks, and has "
-                f"{copies} copies",
+                f"--pin {pin}: expert {pin.expert} is pinned to {wanted} ranks, but its "
+                f"number of slots is {copies}",
                 f"drop {wanted - copies} of its pins, or add --redundant-experts",
             )
         width = len(row) // num_ranks

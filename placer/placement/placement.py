@@ -130,9 +130,9 @@ class Placement:
         if len(row) != self.num_experts[layer]:
             raise PlacerError(
                 f"MoE layer {layer} has {len(row)} slots for {self.num_experts[layer]} "
-                "experts: replicas cannot be written as a permuted checkpoint",
-                "solve again without: placer solve TRACE --redundant-experts 0 "
-                "--gpus-per-node M --out PLAN; or, for an engine that reads a map of this "
+                "experts: a permuted checkpoint cannot hold replicas",
+                "solve again without them: placer solve TRACE --redundant-experts 0 "
+                "--gpus-per-node M --out PLAN; or, if the engine reads a map of this "
                 "model: placer export sglang PLAN MODEL --out map.json",
             )
         return row
@@ -172,7 +172,7 @@ class Placement:
             if not all(type(value) is int for value in row):
                 raise PlacerError(
                     f"MoE layer {layer}: physical_to_logical_map holds a value "
-                    "that is no integer"
+                    "that is not an integer"
                 )
         return cls(
             physical_to_logical_map=tuple(np.asarray(row, dtype=np.int64) for row in rows),
@@ -209,7 +209,7 @@ def require_divisible_slots(num_slots: int, num_ranks: int, layer: int) -> None:
 
 
 def rank_load(placement: Placement, layer: int, load: IntArray) -> FloatArray:
-    """Return ``[R]``: pairs that each rank serves, as if copies served equally often."""
+    """Return ``[R]``: pairs that each rank serves, as if replicas served equally often."""
     held = placement.holds(layer)
     served: FloatArray = (load / held.sum(axis=1)) @ held
     return served

@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def policy_without_table(self) -> str:
-        """The policy, or ``fixed`` where its homes come from a table of their own file."""
+        """The policy, or ``fixed`` if its homes come from a table file."""
         return "fixed" if self.policy in get_args(ContentPolicy) else self.policy
 
     @property
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def replica_choice(self) -> ReplicaChoice | None:
-        """Which replica serves, by the plan; ``None`` where each expert has one.
+        """The plan's replica choice; ``None`` without replicas.
 
         Raises
         ------
@@ -142,17 +142,17 @@ class Plan:
         Raises
         ------
         PlacerError
-            If it is no plan, of another schema version, or its map is invalid.
+            If it is not a plan, of another schema version, or its map is invalid.
         """
         require_no_map(path)
         value = read_json(path, "plan")
         if "physical_to_logical_map" not in value:
             raise PlacerError(
-                f"{path} is no plan: it has no physical_to_logical_map",
+                f"{path} is not a plan: it has no physical_to_logical_map",
                 "write one: placer solve TRACE --gpus-per-node M --out PLAN",
             )
         where = f"plan {path}"
-        again = f"write it anew: placer solve TRACE --gpus-per-node M --out {path} --force"
+        again = f"write it again: placer solve TRACE --gpus-per-node M --out {path} --force"
         value = of_this_version(value, where, again, upgraded_plan)
         read = validated(value, PlanFile, where, again)
         try:

@@ -59,7 +59,7 @@ class Groups(Document, frozen=True, kw_only=True):
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a plan comes from: of many facts those that commands act on."""
+    """Where a plan comes from: the facts that commands act on."""
 
     placer: str | None = None
     engine: str | None = None

@@ -1,4 +1,4 @@
-"""How good a placement is, as a plan file says it."""
+"""How good a placement is, as a plan file records it."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ _ByLayer = Mapping[LayerKey, _Positive]
 
 
 class Certificate(Document, frozen=True, kw_only=True):
-    """A proved bound of one objective, beside the value that the placement reaches.
+    """A proved bound of one objective, and the value that the placement reaches.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Ranks on nodes, and what a copy costs between two of them."""
+"""Ranks on nodes, and the cost of a copy between two ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ INTER_COST, INTRA_COST = 8, 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """Ranks on nodes, and what a copy costs between two of them.
+    """Ranks on nodes, and the cost of a copy between two ranks.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Topology:
     Raises
     ------
     UsageError
-        If ranks do not divide over nodes, or a cost is no such number.
+        If ranks do not divide over nodes, or a cost is not such a number.
     """
 
     num_nodes: int = 1
@@ -71,7 +71,7 @@ class Topology:
         return cost
 
     def least_costs(self) -> tuple[int, int]:
-        """Return what no copy inside a node, and none between nodes, costs less than.
+        """Return the least cost of a copy inside a node, and of one between nodes.
 
         The second is at least the first, so that a placement costs at least the first for
         ranks that differ and what the second is above it for nodes that differ.
@@ -104,10 +104,11 @@ def require_cost_matrix(cost: Sequence[Sequence[int]], num_ranks: int) -> None:
             if value < 0:
                 raise UsageError(f"{what}: a cost must not be negative")
             if here == there and value:
-                raise UsageError(f"{what}: what stays on a rank must cost 0")
+                raise UsageError(f"{what}: the cost from a rank to itself must be 0")
             if value != cost[there][here]:
                 raise UsageError(
-                    f"{what}, and {cost[there][here]} back: links must cost the same both "
-                    "ways",
-                    "give both the mean, or twice it where that is no whole number",
+                    f"{what}, and {cost[there][here]} back: a link must cost the same in "
+                    "both directions",
+                    "give both directions the mean; if it is not a whole number, double "
+                    "all costs",
                 )

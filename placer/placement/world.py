@@ -1,4 +1,4 @@
-"""Where expert-parallel ranks sit: files of link costs, and groups inside a larger world.
+"""Where expert-parallel ranks are: files of link costs, and groups in a larger world.
 
 A job of W GPUs seldom is one expert-parallel group: tensor parallel ranks share their
 tokens, and what is left is divided into groups that each hold all experts. Which links a
@@ -89,7 +89,8 @@ class WorldLayout:
             odd = " and ".join(sorted("+".join(map(str, one)) for one in sizes))
             raise UsageError(
                 f"expert-parallel groups of {self.ep_size} have {odd} ranks on nodes of "
-                f"{self.gpus_per_node}: one plan serves groups that lie alike and evenly",
+                f"{self.gpus_per_node}: one plan can serve all groups only if each has "
+                "the same ranks on each node",
                 "choose an --ep-size that divides the nodes evenly, or the other "
                 "--ep-groups",
             )
@@ -120,7 +121,7 @@ class WorldLayout:
 
     @property
     def nodes_per_group(self) -> int:
-        """Nodes that the ranks of a group sit on."""
+        """Nodes that the ranks of a group are on."""
         return len(set(map(self._node, self.groups[0])))
 
     def group_costs(self, costs: Costs) -> Costs:
@@ -129,7 +130,7 @@ class WorldLayout:
         Raises
         ------
         UsageError
-            If ``costs`` is no such matrix, or groups do not see the same costs.
+            If ``costs`` is not such a matrix, or groups do not see the same costs.
         """
         require_cost_matrix(costs, self.world_size)
         first, *others = self.groups
@@ -137,20 +138,21 @@ class WorldLayout:
         for group in others:
             if tuple(tuple(costs[a][b] for b in group) for a in group) != found:
                 raise UsageError(
-                    f"the topology has other costs between the ranks {list(group)} than "
-                    f"between {list(first)}: one plan serves groups that lie alike",
-                    "solve for one group: leave out --ep-size and give its costs alone",
+                    f"the topology's costs between ranks {list(group)} differ from those "
+                    f"between {list(first)}: one plan can serve all groups only if their "
+                    "costs are equal",
+                    "solve for one group: leave out --ep-size and give only its costs",
                 )
         return found
 
     def describe(self) -> str:
-        """Return a sentence on where the groups sit, and what that means."""
+        """Return a sentence on where the groups are, and its effect."""
         shown = ", ".join(str(list(group)) for group in self.groups[:4])
         if len(self.groups) > 4:
             shown += ", ..."
         width = self.ep_size // self.nodes_per_group
         if self.nodes_per_group == 1:
-            meaning = "each inside a node: no copy crosses nodes"
+            meaning = "each inside one node: no copy crosses nodes"
         elif width == 1:
             meaning = (
                 "every rank on another node: every copy crosses nodes, as with --nodes "
@@ -182,7 +184,7 @@ def world_layout(
     tensor_parallel_size: int,
     ep_groups: EpGroups,
 ) -> WorldLayout | None:
-    """Return how groups lie in the world; ``None`` without ``ep_size``: it is one group.
+    """Return how groups are placed in the world; ``None`` for one group (no ``ep_size``).
 
     Raises
     ------
@@ -199,8 +201,8 @@ def world_layout(
         )
     if tensor_parallel_size != 1 or ep_groups != "consecutive":
         raise UsageError(
-            "--tensor-parallel-size and --ep-groups say where expert-parallel groups lie, "
-            "but there is no --ep-size",
+            "--tensor-parallel-size and --ep-groups say how expert-parallel groups are "
+            "placed, but --ep-size is missing",
             "add --ep-size R, the ranks of a group",
         )
     return None
@@ -229,7 +231,7 @@ def read_costs(path: Path) -> Costs:
         else:
             rows = parse_json(text, f"topology {path}")
     except (ValueError, csv.Error) as error:
-        raise PlacerError(f"{path} is no matrix of costs: {error}", again) from error
+        raise PlacerError(f"{path} is not a matrix of costs: {error}", again) from error
     if isinstance(rows, dict):
         rows = rows.get("cost")
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
@@ -242,7 +244,7 @@ def _whole(path: Path, value: Any) -> int:
     if not number or value != value or abs(value) >= 2**31 or value != int(value):
         raise PlacerError(
             f"{path}: a cost is {value!r}, no whole number below 2^31",
-            "scale all costs until they are whole: only their ratios count",
+            "multiply all costs until they are whole numbers: only their ratios count",
         )
     return int(value)
 
@@ -288,8 +290,8 @@ def group_topology(
         )
     if inter_cost is not None or intra_cost is not None:
         raise UsageError(
-            "--topology has the cost of every link, which --inter-cost and --intra-cost "
-            "give too",
+            "--topology gives the cost of every link, and so do --inter-cost and "
+            "--intra-cost",
             "drop --topology, or --inter-cost and --intra-cost",
         )
     costs = read_costs(cost_file)
@@ -309,7 +311,7 @@ def _require_several_nodes(
     for option, cost in (("--inter-cost", inter_cost), ("--intra-cost", intra_cost)):
         if cost is not None:
             raise UsageError(
-                f"{option} {cost} sets links inside nodes and between them apart, but the "
+                f"{option} {cost} is for links inside nodes or between them, but all "
                 "ranks are on one node: every copy costs 1",
                 f"drop {option}, or add --nodes N",
             )

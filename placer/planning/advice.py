@@ -1,4 +1,4 @@
-"""Advice: whether placing experts is worth it for this traffic, engine and hardware."""
+"""Advice: whether placing experts pays for this traffic, engine and hardware."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -63,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What holds for one engine in one phase.
+    """The answer for one engine in one phase.
 
     Attributes
     ----------
@@ -158,7 +158,7 @@ def advise_on_loads(
     source: Path,
     progress: Progress | None = None,
 ) -> Advice:
-    """Advise from counts: whether balancing pays, as far as loads tell.
+    """Advise from counts: whether balancing pays, judged by loads only.
 
     ``questions`` differ in the engine alone: it says which replica of an expert serves.
     ``source`` is the file of the counts, which commands name. ``progress`` is told each
@@ -172,8 +172,8 @@ def advise_on_loads(
     phase = questions[0].phase
     if phase is not None:
         raise UsageError(
-            f"--phase {phase}: an affinity file holds counts, of which no tokens "
-            "can be selected any more",
+            f"--phase {phase}: an affinity file holds counts: tokens can no longer be "
+            "selected",
             f"select when counting: placer affinity TRACE --phase {phase} --out AFFINITY",
         )
     asked, left_out = loadable(questions, affinity.model)
@@ -193,13 +193,13 @@ def advise_on_loads(
     warnings = (
         *left_out,
         *unknown,
-        "nothing was held out: these are the counts that the plan is made from, and "
-        "tomorrow's load is less even",
+        "no sequences were held out: the plan is made from the same counts, and future "
+        "load will be less even",
     )
     advice = Advice(
         answers=answers,
         reasons=(
-            "counts without tokens do not tell what placement would save in traffic",
+            "counts without tokens do not show how much traffic placement can save",
             *_relief_reasons(relieved, source),
         ),
         redundant_experts=asked[0].redundant_experts,

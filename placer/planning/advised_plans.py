@@ -1,4 +1,4 @@
-"""The plans that advice weighs, and the commands that make them.
+"""The plans that advice compares, and the commands that make them.
 
 Each is solved for what ``placer solve`` solves for by its command, but in a few seconds.
 """
@@ -186,8 +186,8 @@ class Relief:
         """What they do, in words."""
         return (
             f"with {self.question.redundant_experts} redundant experts the busiest rank "
-            f"has {self.imbalance:.3f} of the mean load, at best {self.without:.3f} "
-            "without more of them"
+            f"has {self.imbalance:.3f} of the mean load, without them at least "
+            f"{self.without:.3f}"
         )
 
     def command(self, source: Path) -> str:

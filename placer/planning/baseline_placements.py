@@ -1,4 +1,4 @@
-"""The baselines that a plan is simulated beside."""
+"""The baselines that a plan is compared with."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def baseline_placements(
     informed = [name for name in placements if name not in ("contiguous", "random")]
     if problem.selection.fold is None and informed:
         warnings.append(
-            "the plan records no fold, so these baselines are made from all sequences: "
-            f"{', '.join(informed)}"
+            "the plan records no fold, so these baselines use all sequences, also the "
+            f"judged ones: {', '.join(informed)}"
         )
     return placements, warnings

@@ -22,7 +22,7 @@ _MARGIN = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapChoice:
-    """Which cap to solve under, and why.
+    """The load cap to solve under, and the reason.
 
     Attributes
     ----------
@@ -45,11 +45,11 @@ class CapChoice:
             predicted = f"{change} {'less' if self.relative_time < 1 else 'more'} time"
             return (
                 "the busiest rank is kept at or below EPLB's: with two-batch overlap "
-                f"{cap} is predicted to take {predicted}, and must save {_MARGIN:.0%}, "
-                "by which quick plans may be wrong"
+                f"{cap} is predicted to take {predicted}, but must save {_MARGIN:.0%}, "
+                "the possible error of quick plans"
             )
         return (
-            f"{cap} is taken, though it lets a rank be busier than EPLB's busiest: with "
+            f"{cap} is used, although a rank may be busier than EPLB's busiest: with "
             f"two-batch overlap it is predicted to take {change} less time"
         )
 

@@ -1,4 +1,4 @@
-"""Drift: does a plan still hold for today's traffic, beyond what chance explains."""
+"""Drift: whether a plan is worse on today's traffic than chance explains."""
 
 import math
 import shlex
@@ -75,7 +75,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriftReport:
-    """A plan's figures on a trace, beside those that it records.
+    """A plan's figures on a trace, and those that it records.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ def check_plan(
         ids = ids[len(ids) // 2 :]
     if len(ids) < FEWEST_SEQUENCES:
         raise PlacerError(
-            f"{len(ids)} sequences are too few to tell drift from chance: "
+            f"{len(ids)} sequences are too few to separate drift from chance: "
             f"{FEWEST_SEQUENCES} are needed",
             "record more of today's traffic",
         )
@@ -157,7 +157,7 @@ def check_plan(
 def check_on_loads(
     plan: Plan, affinity: Affinity, source: str, tolerance: float = 0.02
 ) -> DriftReport:
-    """Judge the balance of a plan on counted loads; they say nothing of traffic.
+    """Judge the balance of a plan on counted loads, which do not show traffic.
 
     The imbalance is what to expect where homes of tokens are drawn. It has drifted if it is
     worse than what the plan records by more than the tolerance: without sequences nothing
@@ -200,7 +200,7 @@ def check_on_loads(
 
 
 def improving_command(plan: Plan, path: Path, source: Path) -> str:
-    """Return the command that improves a plan on newer traffic at few moves.
+    """Return the command that improves a plan on newer traffic with few moves.
 
     It asks for what the plan was solved for; from counts, which say nothing of traffic, for
     balance alone.
@@ -267,7 +267,7 @@ def _recorded_imbalance(plan: Plan) -> float:
         return float(own[plan.policy_without_table]["load_imbalance_mean"])
     if plan.solver.predicted_imbalance is None:
         raise PlacerError(
-            "the plan records no imbalance, as plans from pairs do not",
+            "the plan records no imbalance, because it was solved from pairs",
             "solve from the loads: placer solve AFFINITY --objective balance "
             "--gpus-per-node M --out PLAN",
         )
@@ -280,7 +280,7 @@ def _recorded(plan: Plan) -> dict[str, float]:
     base = plan.metrics["baselines"].get("contiguous")
     if own is None or base is None:
         raise PlacerError(
-            "the plan records no figures of tokens, as plans from counts do not",
+            "the plan records no figures of tokens, because it was solved from counts",
             "check it on counts: placer affinity TRACE --out AFFINITY, then placer check "
             "PLAN AFFINITY"
             if plan.solver.predicted_imbalance is not None

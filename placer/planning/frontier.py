@@ -73,13 +73,14 @@ def parse_caps(text: str) -> list[float]:
     Raises
     ------
     UsageError
-        If one is no number of at least 1.
+        If one is not a number of at least 1.
     """
     try:
         caps = sorted({float(one) for one in text.split(",")})
     except ValueError as error:
         raise UsageError(
-            f"--frontier {text} is no list of load caps", "for example --frontier 1.02,1.1"
+            f"--frontier {text} is not a list of load caps",
+            "for example --frontier 1.02,1.1",
         ) from error
     if not caps[0] >= 1 or caps[-1] == float("inf"):
         raise UsageError(f"--frontier {text}: a load cap is max/mean, at least 1")
@@ -156,12 +157,12 @@ def _relaxed(plan: Plan, options: SolveOptions, *, stopped: bool) -> str:
         f"--frontier {plan.max_imbalance:g} is out of reach in {len(relaxed)} of "
         f"{plan.placement.num_layers} MoE layers"
         + (" in the time given" if stopped else "")
-        + f": the best reached is {worst:.4f} at most"
+        + f": the worst layer reached {worst:.4f}"
     )
     if not options.relax_cap:
         raise NoSolutionError(
             missed,
-            "take the best reached with --relax-cap, or leave out caps below "
+            "use the best reached with --relax-cap, or leave out caps below "
             f"{np.ceil(worst * 1000) / 1000:g}",
         )
     return missed

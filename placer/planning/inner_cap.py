@@ -1,4 +1,4 @@
-"""The load cap to solve under, so that sequences not seen keep to the one asked for.
+"""The load cap to solve under, so that unseen sequences stay under the requested cap.
 
 Ranks that are just under a cap on the profile are above it on other sequences, whose load
 is another. How much lower the cap of the solver must be, and if that is not enough how dear
@@ -39,7 +39,7 @@ def choose_inner_cap(
     options: SolveOptions,
     session: Session | None = None,
 ) -> InnerCap:
-    """Return the loosest cap under which other sequences keep to ``load_cap``.
+    """Return the highest cap under which other sequences stay under ``load_cap``.
 
     Where none does, the tightest, at the least price of load above it under which they do,
     if no price is asked for.
@@ -87,7 +87,7 @@ def choose_inner_cap(
 
 
 def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
-    """Choose between the caps tried, by a straight line through what they are worth.
+    """Choose between the caps tried, by a straight line through their results.
 
     Two halves of one profile say little of a single cap; of several, the line's noise is
     less. The cap chosen is where it crosses ``max_imbalance``.
@@ -203,7 +203,7 @@ def inner_halves(profile: Chunk, option: str) -> tuple[Chunk, Chunk]:
     present, number = np.unique(profile.sequence_ids, return_inverse=True)
     if len(present) < 2:
         raise UsageError(
-            f"{option} holds sequences out of the profile, which has only one",
+            f"{option} holds out sequences of the profile, but the profile has only one",
             "record more sequences, or choose another --fold",
         )
     even = number % 2 == 0

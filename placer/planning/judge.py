@@ -1,4 +1,4 @@
-"""Simulating a plan file on a trace, beside the baselines."""
+"""Simulating a plan file and baselines on a trace."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -252,11 +252,11 @@ def _warnings(
         f"{FEWEST_SEQUENCES} are needed"
         if num_sequences < FEWEST_SEQUENCES
         else None,
-        f"the plan was solved for {plan.policy}, whose homes need its table; give it by "
-        "--table TABLE: placer tables --help"
+        f"the plan was solved for {plan.policy}, which needs the plan's table: --table "
+        "TABLE (placer tables --help)"
         if table is None and plan.policy != plan.policy_without_table
         else None,
-        "the trace has no token ids: the table knows no token of it"
+        "the trace has no token ids, so the table cannot be used"
         if table is not None and tokens.token_ids is None
         else None,
     )
@@ -268,12 +268,12 @@ def _seen_by_plan(plan: Plan, trace: Trace, seen: int, num_sequences: int) -> st
         return None
     if is_of_unknown_tokens(plan):
         return (
-            "the plan does not record which tokens it was made from: if these sequences "
-            "are among them, the figures flatter it"
+            "the plan does not record which tokens it was made from. If these sequences "
+            "are among them, the figures are too good"
         )
     return (
-        f"{seen} of the {num_sequences} sequences are those the plan was solved on, so "
-        f"the figures flatter it: {_remedy(profile_of(plan, trace))}"
+        f"{seen} of the {num_sequences} sequences are in the plan's profile, so the "
+        f"figures are too good: {_remedy(profile_of(plan, trace))}"
     )
 
 
@@ -429,8 +429,8 @@ def _seen_by_table(
         return None
     remedy = _remedy(profile_of(table, trace), "build the table")
     return (
-        f"{seen} of the {len(np.unique(tokens.sequence_ids))} sequences are those the "
-        f"table was built from, so the figures with it flatter it: {remedy}"
+        f"{seen} of the {len(np.unique(tokens.sequence_ids))} sequences are in the "
+        f"table's profile, so the figures with the table are too good: {remedy}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of a plan and of the baselines beside it, on the tokens that judge them."""
+"""Figures of a plan and of its baselines, on the tokens that judge them."""
 
 import time
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ class Judging:
         return [self.profile] if self.heldout is None else [self.profile, self.heldout]
 
     def baselines(self, load: Load) -> dict[str, Placement]:
-        """Return the placements that need no more than loads, L arrays ``[E]``.
+        """Return the placements that need only loads, L arrays ``[E]``.
 
         ``eplb`` has as many slots as the plan.
         """

@@ -76,17 +76,18 @@ class TimeChoice:
         if name != self.name:
             return (
                 f"{name} takes {1 - taken[name] / taken[self.name]:.1%} less predicted "
-                f"time, but its straggler is {other}, the load balancer's {even}, and in "
-                "batches of some size it is not faster with two-batch overlap; to take it "
-                "all the same, solve with --objective traffic and its --max-imbalance and "
-                "--receive-price"
+                f"time, but is not used: its straggler is {other}, the load balancer's "
+                f"{even}, and with two-batch overlap it is not faster at some batch "
+                "sizes. To use it, solve with --objective traffic and its "
+                "--max-imbalance and --receive-price"
             )
         if _is_as_even(self.figures[name], self.figures[BALANCED]):
             return None
         overlapped = _relative_times(self.figures, "overlapped")[name]
         return (
-            f"{name} is taken though its straggler is {other}, the load balancer's {even}: "
-            f"with two-batch overlap too it takes {1 - overlapped:.1%} less predicted time"
+            f"{name} is used although its straggler is {other}, the load balancer's "
+            f"{even}: with two-batch overlap too, it takes {1 - overlapped:.1%} less "
+            "predicted time"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
 
 
 def choose(figures: Mapping[str, Sequence[BatchFigures]]) -> str:
-    """Return the quickest candidate that may be taken.
+    """Return the fastest candidate that may be used.
 
     Its stragglers are no worse than the load balancer's, or it is faster with two-batch
     overlap too, where transfers hide behind the busiest rank; in batches of every size.
@@ -258,15 +259,15 @@ def _require_comparable(options: SolveOptions, question: Question) -> None:
         raise UsageError("--objective time needs the hardware", "give --hardware h100")
     if options.constrained:
         raise UsageError(
-            "--objective time compares plans made anew, which --start, --pin and "
-            "--preserve-groups are not",
+            "--objective time compares new plans, and cannot keep --start, --pin or "
+            "--preserve-groups",
             "solve with --objective traffic",
         )
     if options.max_received_copies is not None:
         raise UsageError(
-            f"--max-received-copies {options.max_received_copies:g} is no cap of "
-            "--objective time: it may choose the load balancer, which keeps to none, and "
-            "its predictions wait for the busiest receiver already",
+            f"--max-received-copies {options.max_received_copies:g} does not go with "
+            "--objective time: it may choose the load balancer, which has no such cap, "
+            "and predicted time already counts the busiest receiver",
             "drop it, or solve with --objective traffic",
         )
 

@@ -70,8 +70,8 @@ def learning_curve(
     """
     if options.content_policy is not None:
         raise UsageError(
-            f"plans for --policy {options.policy} are not solved from pairs, as those of "
-            "this curve are",
+            "this curve solves plans from pairs, which cannot serve --policy "
+            f"{options.policy}",
             "choose fixed or follow",
         )
     session = session or Session()

@@ -1,4 +1,4 @@
-"""The phases that engines are run for, and tokens or batches that are of another."""
+"""The phases that engines are run for, and tokens or batches of another phase."""
 
 from collections.abc import Iterable, Sequence
 
@@ -24,10 +24,9 @@ def no_batch_for(engines: Sequence[Engine], shapes: Sequence[BatchShape]) -> Usa
     told = batch_shapes([one.tokens_per_rank for one in shapes]) != tuple(shapes)
     return UsageError(
         f"--engine {', '.join(one.name for one in engines)} is run for "
-        f"{' and '.join(phases)}, and the batches asked for are those of "
-        f"{' and '.join(drawn)}",
+        f"{' and '.join(phases)}, but the requested batches are for {' and '.join(drawn)}",
         f"give --batching {phases[0]}"
-        + (f" in place of --batching {drawn[0]}" if told else ""),
+        + (f" instead of --batching {drawn[0]}" if told else ""),
     )
 
 
@@ -75,6 +74,6 @@ def sizes_warning(
     sizes = ",".join(str(one.tokens_per_rank) for one in left)
     names = ", ".join(one.name for one in engines if one is not None)
     return (
-        f"--tokens-per-rank {sizes} is left out: these are batches of {left[0].batching}, "
-        f"for which {names} is not run"
+        f"--tokens-per-rank {sizes} is left out: these are {left[0].batching} batches, "
+        f"and {names} is not run for {left[0].batching}"
     )

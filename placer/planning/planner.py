@@ -1,4 +1,4 @@
-"""From a trace, or from counts alone, to a plan with its metrics."""
+"""Making a plan with its metrics from a trace or from counts."""
 
 import time
 from collections.abc import Mapping
@@ -96,7 +96,8 @@ def _judging(trace: Trace, options: SolveOptions, selection: Selection) -> Judgi
     others = None if selection.fold is None else selection.complement()
     if others is not None and next(trace.chunks(others), None) is None:
         raise PlacerError(
-            f"{trace.directory} has no token of {others.options}: none is left to judge on",
+            f"{trace.directory} has no token of {others.options}, so no token is left to "
+            "judge on",
             "choose another --fold, or leave it out",
         )
     return Judging(
@@ -161,7 +162,7 @@ def plan_from_affinity(
     options: SolveOptions,
     session: Session | None = None,
 ) -> Plan:
-    """Solve from counts alone, which know pairs but no held-out figure."""
+    """Solve from counts, which give pairs but no held-out figures."""
     affinity = Affinity.read(path)
     placement, report = solve(affinity, options, session)
     metrics: dict[str, Any] = {"profile": None, "heldout": None, "baselines": {}}

@@ -1,4 +1,4 @@
-"""What plans and tables were made from, to tell held-out sequences from those seen."""
+"""The profiles of plans and tables, to separate held-out sequences from seen ones."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def profile_of(made: Plan | Table, trace: Trace) -> Selection | None:
 
 
 def layer_ids_of(plan: Plan, other: ModelSpec) -> tuple[int, ...] | None:
-    """Return ``[L]``: the model's own layer numbers, which SGLang draws copies by.
+    """Return ``[L]``: the model's own layer numbers, which SGLang draws replicas by.
 
     They are the plan's; where it does not say, those of ``other``, the same model in what
     the plan is judged on. ``None`` where neither says.
@@ -46,12 +46,12 @@ def layer_ids_of(plan: Plan, other: ModelSpec) -> tuple[int, ...] | None:
 
 
 def other_phase(plan: Plan, judged: Selection) -> str | None:
-    """Say that a plan is not judged on the phase that it was solved for, if it is not."""
+    """Return a warning if a plan is judged on another phase than it was solved for."""
     phase = Selection.from_json(plan.provenance).phase
     if phase in (None, judged.phase):
         return None
     return (
-        f"the plan was solved for {phase} tokens, and {judged.phase or 'all'} tokens are "
+        f"the plan was solved for {phase} tokens, but {judged.phase or 'all'} tokens are "
         f"judged: give --phase {phase}"
     )
 

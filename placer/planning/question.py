@@ -1,4 +1,4 @@
-"""What ``placer advise`` is asked: what is served, by which engine, in which batches."""
+"""The question to ``placer advise``: the model, the engine and the batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from placer.target.hardware import Hardware
 
 
 def plain_engine(name: str, exchange: Exchange) -> Engine:
-    """Return an engine that stands for all with this exchange, in bf16."""
+    """Return an engine that represents all with this exchange, in bf16."""
     way = Transfer(exchange=exchange, element="bf16")
     return Engine(
         name=name,
@@ -47,7 +47,7 @@ def plain_engine(name: str, exchange: Exchange) -> Engine:
 
 
 def usual_engines(num_nodes: int) -> tuple[Engine, Engine]:
-    """Return what stands for all engines where none is named.
+    """Return the engines that represent all others if none is named.
 
     Their default exchange, and the all-to-all that they can be started with.
     """
@@ -58,7 +58,7 @@ def usual_engines(num_nodes: int) -> tuple[Engine, Engine]:
 
 
 def predictable_policy(policy: str) -> Policy:
-    """Return a policy of which batches can be predicted.
+    """Return a policy whose batches can be predicted.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def predictable_policy(policy: str) -> Policy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is to be served, and when it is worth a change.
+    """The serving to advise on, and the smallest saving that is worth a change.
 
     Attributes
     ----------
@@ -110,7 +110,7 @@ class Question:
 
     @property
     def served(self) -> Engine:
-        """What sends."""
+        """The exchanges and replica choice."""
         return self.engine or plain_engine("token all-to-all", "per-rank")
 
     @property

@@ -1,4 +1,4 @@
-"""How many redundant experts: the fewest beyond which the next step gains little.
+"""How many redundant experts: the fewest after which the next step saves little.
 
 Every step costs memory on every rank, and later copies gain less than earlier ones. For R
 ranks the ladder begins with the fewest further slots per layer that fill them evenly, 0
@@ -27,7 +27,7 @@ LEAST_GAIN = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What a number of redundant experts is worth.
+    """The result of a number of redundant experts.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class RedundantChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What redundant experts may take.
+    """The memory that redundant experts may take.
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ def choose_redundant_experts(
     session: Session | None = None,
     num_blocks: int = 1,
 ) -> RedundantChoice:
-    """Climb the ladder while the next step saves ``least_gain`` of what counts.
+    """Climb the ladder while the next step saves ``least_gain`` of the objective.
 
     Unless ``relax_cap`` is asked for, what counts first is how far a plan is above the
     caps; below them, the objective.
@@ -162,13 +162,13 @@ def choose_redundant_experts(
     Raises
     ------
     UsageError
-        If ``least_gain`` is no such share, or other options leave no choice.
+        If ``least_gain`` is not such a share, or other options leave no choice.
     """
     if options.start is not None:
         raise UsageError(
-            "--redundant-experts auto chooses a number of slots, but --start has as many "
-            "slots as it has",
-            "give the number of the plan to start from instead of auto",
+            "--redundant-experts auto chooses the number of slots, but with --start the "
+            "number is that of the plan",
+            "give the number of redundant experts of that plan instead of auto",
         )
     if not 0 < least_gain < 1:
         raise UsageError(
@@ -182,7 +182,7 @@ def choose_redundant_experts(
     numbers, because = ladder(num_experts, num_ranks, memory, num_blocks)
     for number in numbers:
         if chosen is not None and session.deadline.passed():
-            because = f"the time limit left no time to try {number}"
+            because = f"no time was left to try {number}"
             break
         session.tell(f"{number} redundant experts, quick plan")
         value, name, excess = worth(replace(options, redundant_experts=number), session)
@@ -232,7 +232,7 @@ def ladder(
 ) -> tuple[list[int], str]:
     """Return the fewest that fill the ranks, then R, 2R, 4R, ... more, as far as allowed.
 
-    The fewest are 0 where the experts divide over the ranks. No rank may hold two copies
+    The fewest are 0 where the experts divide over the ranks. No rank may hold two replicas
     of an expert, and more than one further replica of each, on average, is not tried, nor
     more than memory allows. The second value says what ends the ladder.
 
@@ -248,7 +248,7 @@ def ladder(
     step = num_ranks
     while (number := fitting[0] + step) in fitting:
         if number > min(num_experts):
-            return found, f"{number} would be more than one further replica of each expert"
+            return found, f"{number} would be more than one extra replica of each expert"
         needed = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
         if memory.most_bytes is not None and (needed or 0) > memory.most_bytes:
             return found, f"{number} take more than --redundant-memory"
@@ -259,7 +259,7 @@ def ladder(
 
 
 def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
-    """Return what judges a step by the objective on the profile itself."""
+    """Return a function that judges a step by the objective on the profile."""
 
     def worth(options: SolveOptions, session: Session) -> tuple[float, str, float]:
         quick = replace(options.quick(), relax_cap=True)

@@ -1,4 +1,4 @@
-"""What a user asks of a plan: the options of ``placer solve``."""
+"""The request for a plan: the options of ``placer solve``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveRequest:
-    """What is asked of a plan; ``None`` is what nobody asked for.
+    """The options of a solve; ``None``: not given.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class SolveRequest:
             (
                 {"--replica-choice": self.replica_choice},
                 self.has_replicas,
-                "--redundant-experts: without them each expert has one copy",
+                "--redundant-experts: without them each expert has one slot",
             ),
         ):
             if not is_given:
@@ -123,7 +123,7 @@ class SolveRequest:
     def _predicts_time(self) -> str:
         """What ``--hardware`` is for, and why it decides nothing here."""
         if self.holds_counts:
-            return "the tokens of a trace: counts do not tell how long batches take"
+            return "the tokens of a trace: counts do not show how long batches take"
         if self.objective == "balance":
             return "--objective time: --objective balance does not predict time"
         return "--objective time: a load cap that is given leaves nothing to predict"

@@ -1,4 +1,4 @@
-"""What to solve for, so that it serves an engine."""
+"""The options to solve with, so that an engine can serve the plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,17 +102,17 @@ def solved_for(
     elif objective == "traffic" and sent == "per-expert" and policy == "fixed":
         objective = "balance"
         notes.append(
-            f"{engine}: {effect.reason}; so the load is balanced, and copies go to the "
-            "experts with the most load, as EPLB's do"
+            f"{engine}: {effect.reason}; so the load is balanced, and the busiest experts "
+            "get replicas, as in EPLB"
         )
     nearest: SolvableExchange = next(
         (one for one in SOLVABLE_EXCHANGES if one == sent), "per-rank"
     )
     if objective == "traffic" and nearest != sent:
         notes.append(
-            f"{engine} sends {sent}, which is not solved for: solved for {nearest}, which "
-            "may send more pairs; compare with EPLB by: placer simulate PLAN TRACE "
-            f"--engine {engine}"
+            f"{engine} sends {sent}, and the solver does not support it. It solved for "
+            f"{nearest}, which may send more pairs; compare with EPLB: placer simulate "
+            f"PLAN TRACE --engine {engine}"
         )
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)
@@ -183,12 +183,12 @@ def require_loadable(
     reason = _no_map_reason(engine, model, architectures)
     if reason is None:
         return Loading()
-    none = f"{reason}, and a permuted checkpoint holds no redundant experts"
+    none = f"{reason}, and a permuted checkpoint cannot hold redundant experts"
     uneven = [size for size in model.num_experts if size % num_ranks]
     if uneven:
         raise UsageError(
             f"{uneven[0]} experts do not divide over {num_ranks} ranks, and --engine "
-            f"{engine.name} serves no copies that fill them: {none}",
+            f"{engine.name} serves no replicas that could fill them: {none}",
             _even_ways(model, architectures),
         )
     if redundant_experts != 0:
@@ -207,7 +207,7 @@ def require_loadable(
 
 
 def architectures_of(model: Path | None) -> Sequence[str]:
-    """Return what a checkpoint's config names itself; nothing without one."""
+    """Return the architecture names in a checkpoint's config; none without a checkpoint."""
     if model is None:
         return ()
     return read_config(model).get("architectures") or ()
@@ -267,7 +267,7 @@ def split_groups(plan: Plan) -> str | None:
     split, whole = most_nodes(placed, model), min(model.topk_group, placed.num_nodes)
     if are_whole(placed, model.n_group, placed.num_nodes):
         return None
-    visits = f"up to {split} nodes in place of {whole}"
+    visits = f"up to {split} nodes instead of {whole}"
     if split <= whole:
         visits = f"{split} nodes more often"
     return (
@@ -278,7 +278,7 @@ def split_groups(plan: Plan) -> str | None:
 
 
 def loads_map(engine: Engine, model: ModelSpec) -> bool:
-    """Return whether an engine serves copies of this model's experts from a map."""
+    """Return whether an engine serves replicas of this model's experts from a map."""
     return _no_map_reason(engine, model, ()) is None
 
 

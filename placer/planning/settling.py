@@ -1,4 +1,4 @@
-"""What an engine, a start and the profile decide of what is asked of a plan.
+"""The options that an engine, a start and the profile decide.
 
 Some options mean nothing without others, some are decided by an engine, and the number of
 redundant experts may be left to be chosen on the profile.
@@ -45,7 +45,7 @@ from placer.trace.doubts import doubtful_follow, doubts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What nothing is left to decide of but by predicted time.
+    """Settled options: only predicted time is left to decide.
 
     Attributes
     ----------
@@ -127,7 +127,7 @@ def started(request: SolveRequest, note: Tell) -> SolveRequest:
         note(f"solved for --engine {before.name}, as {request.start} was")
         return replace(request, engine=before.name)
     other = "no engine" if request.engine is None else f"--engine {request.engine}"
-    note(f"solved for {other}, though {request.start} was for --engine {before.name}")
+    note(f"solved for {other}, but {request.start} was solved for --engine {before.name}")
     return request
 
 
@@ -212,7 +212,7 @@ def _require_no_tokens(request: SolveRequest, options: SolveOptions) -> None:
     if replace(options, exchange="per-rank").traffic_alone is None:
         balance = _command(request, str(request.source), *engine, "--objective", "balance")
         hint += f"; or balance the load: {balance}"
-    raise UsageError(f"{option} needs the tokens of a trace, not counts alone", hint)
+    raise UsageError(f"{option} needs the tokens of a trace, not only counts", hint)
 
 
 def _even_choice(request: SolveRequest) -> str | None:
@@ -250,9 +250,9 @@ def _options(
             _require_no_tokens(request, options)
         if request.options.ignore_groups:
             raise UsageError(
-                "--ignore-groups is about balancing: plans for traffic split router groups "
-                "wherever that pays",
-                "drop it, or balance alone: --objective balance",
+                "--ignore-groups is only for balancing: plans for traffic may split "
+                "router groups anyway",
+                "drop it, or only balance: --objective balance",
             )
     # Predicted time has a comparison with EPLB of its own.
     return options if request.by_time else options.guarded()
@@ -286,14 +286,14 @@ def _told(request: SolveRequest, served: Served) -> Iterator[str]:
         sends = None if request.engine is None else Engine.named(request.engine).dispatch
         is_priced = sends is None or sends.exchange == served.exchange
         effect = "only price the copies of the plan" if is_priced else "have no effect"
-        yield f"balancing evens out the load whatever links cost: their costs {effect}"
+        yield f"balancing ignores link costs: they {effect}"
     if request.replica_choice is None and _even_choice(request) is not None:
         yield (
-            "no engine is named: replicas of an expert are taken to share its load evenly, "
-            "as under --replica-choice hash"
+            "no engine is named: placer assumes that replicas share their expert's load "
+            "evenly, as under --replica-choice hash"
         )
     if request.holds_loads_alone and request.objective == "traffic":
-        yield "the source holds loads alone, so this solve balances the load only"
+        yield "the source holds only loads, so the solver only balances"
     if request.layout is not None:
         yield request.layout.describe()
 
@@ -345,7 +345,7 @@ def _chooses_cap(request: SolveRequest, options: SolveOptions, note: Tell) -> bo
         return False
     if options.content_policy is not None:
         note(
-            f"--hardware decides nothing here: batches of --policy {options.policy} cannot "
+            f"--hardware has no effect here: batches of --policy {options.policy} cannot "
             "be predicted"
         )
         return False

@@ -1,4 +1,4 @@
-"""From what a user asks of a plan to the plan: what ``placer solve`` does.
+"""``placer solve``: from the request to the plan.
 
 What is asked is settled first; where predicted time decides what to solve for, that is
 chosen next; then it is solved.
@@ -48,7 +48,7 @@ def solve_request(
     warn: Tell,
     session: Session | None = None,
 ) -> Solved:
-    """Return the plan that is asked for.
+    """Return the requested plan.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def solve_request(
         plan = plan_from_affinity(request.source, options, session)
     else:
         raise UsageError(
-            f"{request.source} holds counts, of which no tokens can be selected any more",
+            f"{request.source} holds counts: tokens can no longer be selected",
             "select when counting: placer affinity TRACE "
             f"{request.selection.options} --out AFFINITY",
         )
@@ -148,7 +148,7 @@ def solve_frontier(
     """
     if request.require_optimal:
         raise UsageError(
-            "--require-optimal is about one plan, --frontier writes several",
+            "--require-optimal is for one plan, --frontier writes several",
             "drop one; frontier.csv has the bound of each",
         )
     request.options.require_no_load_cap("--frontier")
@@ -177,12 +177,12 @@ def solve_frontier(
         warn,
     )
     if not all(point.reproducible for point in points):
-        warn("stopped: some plans are the best so far, see reproducible")
+        warn("stopped: some plans are only the best so far (reproducible is false)")
     solved = [point.max_imbalance for point in points]
     if left := [f"{cap:g}" for cap in caps if cap not in solved]:
         warn(
-            f"stopped: no plan of its own for {', '.join(left)}; give a longer "
-            "--time-limit, or fewer caps"
+            f"stopped: no plan for {', '.join(left)}; give a longer --time-limit, or "
+            "fewer caps"
         )
     return points
 
@@ -216,9 +216,9 @@ def _tell_groups(
         return
     elif not is_balanced(request, options):
         note(
-            "router groups are split over nodes where that keeps the load cap, "
-            f"{plan.max_imbalance:g}, for few copies; to keep them whole, which may make "
-            "a rank busier: --preserve-groups"
+            "router groups are split over nodes where the load cap, "
+            f"{plan.max_imbalance:g}, needs it. To keep them whole (a rank may then be "
+            "busier): --preserve-groups"
         )
     else:
         if (said := split_groups(plan)) is not None:

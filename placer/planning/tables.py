@@ -1,4 +1,4 @@
-"""From a plan file and a trace to the plan's table."""
+"""Building a plan's table from the plan file and a trace."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from placer.trace.selection import parse_phase
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableOptions:
-    """What shapes a table; see :func:`placer.table.build_table`.
+    """Options of a table; see :func:`placer.table.build_table`.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class TableOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableResult:
-    """A table, and how good it is on sequences that it has not seen.
+    """A table, and its figures on held-out sequences.
 
     Attributes
     ----------
@@ -218,9 +218,9 @@ def _seen_by_plan(plan: Plan, trace: Trace, heldout: Chunk | None) -> str | None
         return None
     seen = num_seen_sequences(plan, trace, heldout.sequence_ids)
     return (
-        f"{seen} of the {len(np.unique(heldout.sequence_ids))} sequences outside the "
-        "profile are those the plan was solved on, so the figures flatter it: solve, and "
-        "build the table, with the same --fold"
+        f"{seen} of the {len(np.unique(heldout.sequence_ids))} held-out sequences are in "
+        "the plan's profile, so the figures are too good: solve, and build the table, "
+        "with the same --fold"
         if seen
         else None
     )

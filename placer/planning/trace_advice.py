@@ -318,11 +318,11 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
         )
     ]
     if asked[0].topology.num_ranks == 1:
-        reasons = ["one rank sends nothing"]
+        reasons = ["with one rank nothing is sent"]
     if asked[0].hardware is None:
         reasons.append(
-            "without --hardware a verdict counts what is sent and the busiest rank's load, "
-            "not time"
+            "without --hardware, verdicts judge traffic and the busiest rank's load, not "
+            "time"
         )
     return reasons
 

@@ -1,4 +1,4 @@
-"""What a simulated plan comes to, in words: a verdict for each phase, then the facts."""
+"""A simulated plan in words: a verdict for each phase, then the facts."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -104,7 +104,7 @@ def _sent_words(judgement: Judgement, others: dict[str, list[BatchFigures]]) -> 
         return []
     told = f"{judgement.sent.words} {', '.join(ratios)}"
     if judgement.sent_policy != judgement.policy:
-        told += f" ({judgement.sent_policy} beside {judgement.policy})"
+        told += f" ({judgement.sent_policy} compared with {judgement.policy})"
     return [told]
 
 
@@ -118,7 +118,7 @@ def _balance_words(plan: list[BatchFigures], others: dict[str, list[BatchFigures
 
 
 def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:
-    """Yield one line each on what the figures mean, and what they leave out.
+    """Yield one line for each fact that explains the figures, or is not in them.
 
     ``policies`` are those that are shown.
     """

@@ -51,7 +51,7 @@ def register(
 
 
 class DedupExchange(EPImplementation):
-    """One copy of a token per rank that serves it; one sum back.
+    """One copy of a token per rank that serves it; each rank returns one sum.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ class DedupExchange(EPImplementation):
 
 
 class PaddedExchange(DedupExchange):
-    """As many rows for every expert from every rank, full or not; all come back.
+    """The same number of rows from each rank to each expert, padded; all come back.
 
     DeepSpeed-MoE's exchange without dropped tokens (``drop_tokens=False``): the capacity is
     the most tokens that any rank has for any expert.
@@ -327,7 +327,7 @@ def visits(next_rank: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def exchange_sizes(sizes: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """Tell every rank how many rows it will get; return how many this one will."""
+    """Send each rank the number of rows that it will get; return this rank's own."""
     received = torch.empty_like(sizes)
     dist.all_to_all_single(received, sizes, group=group)
     return [int(size) for size in received.tolist()]
@@ -336,7 +336,7 @@ def exchange_sizes(sizes: Tensor, group: dist.ProcessGroup) -> list[int]:
 def send_rows(
     rows: Tensor, send_sizes: list[int], recv_sizes: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Send ``send_sizes[r]`` consecutive rows to each rank r; return what comes."""
+    """Send ``send_sizes[r]`` consecutive rows to each rank r; return the received rows."""
     received = rows.new_empty((sum(recv_sizes), *rows.shape[1:]))
     dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group)
     return received

@@ -112,7 +112,7 @@ class FollowRun:
         reason = why_not_follow(model, experts)
         if reason is not None:
             raise PlacerError(
-                f"tokens of {type(model).__name__} cannot follow their experts: {reason}",
+                f"tokens of {type(model).__name__} cannot move to their experts: {reason}",
                 "replay the other exchanges: --exchange placer-dedup",
             )
         self.layers, self.block = _layers(model, experts)
@@ -343,7 +343,7 @@ def why_not_follow(model: nn.Module, experts: Sequence[ExpertsModule]) -> str | 
     minimax), and no attention that itself looks at other tokens (an indexer).
     """
     if ".layers." not in experts[0].path:
-        return f"{experts[0].path} is in no list of layers"
+        return f"{experts[0].path} is not in a list of layers"
     layers, block = _layers(model, experts)
     expected = {*_CHILDREN, block}
     for number, layer in enumerate(layers):

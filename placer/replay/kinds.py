@@ -14,7 +14,7 @@ SHUFFLE, FOLLOW = "placer-shuffle", "placer-follow"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeKind:
-    """What an exchange sends, and from where.
+    """The copies that an exchange sends, and their sender.
 
     Attributes
     ----------

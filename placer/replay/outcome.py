@@ -1,4 +1,4 @@
-"""What a replay found, and whether it is what a simulation says."""
+"""The result of a replay, and whether it equals the simulation's."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class ReplayedRun:
 
     @property
     def beside(self) -> dict[str, IntArray]:
-        """What went along with the hidden states, by name."""
+        """Other data sent with the hidden states, by name."""
         names = ("described", "gathered", "keys_and_values")
         return {name: getattr(self, name) for name in names}
 
@@ -191,10 +191,10 @@ class ReplayOutcome:
                 )
             if not run.error <= self.tolerance:  # nor is what is not a number
                 raise VerificationError(
-                    f"{name} computes hidden states that are off by {run.error:.1e}, "
-                    f"allowed {self.tolerance:.1e}; {run.differently_routed} choices of "
-                    "the routers differ",
-                    "compute in more digits: --dtype float32",
+                    f"{name} computes hidden states that have an error of "
+                    f"{run.error:.1e}, allowed {self.tolerance:.1e}; "
+                    f"{run.differently_routed} choices of the routers differ",
+                    "compute with higher precision: --dtype float32",
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a simulation says that a replayed run sends, and how long it takes elsewhere."""
+"""The bytes that a simulation predicts for a replayed run, and its time on other links."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

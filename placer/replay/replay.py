@@ -1,4 +1,4 @@
-"""Replaying a plan: the model runs expert-parallel, and what it sends is counted."""
+"""Replaying a plan: the model runs expert-parallel, and its traffic is counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -93,24 +93,25 @@ class ReplayOptions:
         names = [other.name for other in self.elsewhere]
         if self.hardware is not None and not names:
             raise UsageError(
-                f"--hardware {self.hardware.name} is what --elsewhere predicts from, but "
-                "no other links are named",
-                "name them: --elsewhere FILE, or drop --hardware",
+                f"--hardware {self.hardware.name} is only used with --elsewhere, which is "
+                "missing",
+                "name other links: --elsewhere FILE, or drop --hardware",
             )
         if names and self.hardware is None:
             raise UsageError(
-                f"--elsewhere {names[0]} needs what the links are here",
+                f"--elsewhere {names[0]} needs the links of this machine",
                 "measure them: placer calibrate --out here.toml, then --hardware here.toml",
             )
         if names and not self.repeats:
             raise UsageError(
-                f"--elsewhere {names[0]} is predicted from the time here, but repeats is 0",
+                f"--elsewhere {names[0]} is predicted from the measured time, but "
+                "--repeats is 0",
                 "time the passes: --repeats 3",
             )
         if len(set(names)) < len(names):
             raise UsageError(
                 f"two of --elsewhere have one name: {', '.join(names)}",
-                "rename a file: predictions are told by its name",
+                "rename a file: its name labels the predictions",
             )
 
 
@@ -125,7 +126,7 @@ def replay(
     table_path: Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ReplayOutcome | None:
-    """Run a model with its experts where a plan puts them, and where they lie by default.
+    """Run a model with its experts as planned, and contiguous.
 
     To be called by as many workers as the plan has ranks.
 
@@ -214,11 +215,11 @@ def _tasks(plan: Plan, table: Table | None, options: ReplayOptions) -> list[Task
         )
     refused = {}
     if plan.placement.num_nodes == 1:
-        refused[PER_NODE] = "the plan has one node"
+        refused[PER_NODE] = "the plan has only one node"
     if table is None:
         refused[SHUFFLE] = "it needs the plan's table: --table TABLE"
     if plan.placement.has_replicas:
-        reason = "tokens that move are replayed without redundant experts only"
+        reason = "an exchange that moves tokens cannot be replayed with redundant experts"
         refused |= {SHUFFLE: reason, FOLLOW: reason}
     for name in options.exchanges:
         if name in refused:
@@ -240,9 +241,9 @@ def _batches(
     """Return ``[passes, B, S]`` token ids: the first sequences that are long enough."""
     if selection.phase == "decode":
         raise UsageError(
-            "--phase decode: replay runs sequences from their beginning, and generated "
-            "tokens without their prompt are routed otherwise",
-            "leave --phase out, or run the prompts alone: --phase prefill",
+            "--phase decode: replay runs sequences from their start; without their "
+            "prompt, generated tokens would be routed differently",
+            "leave --phase out, or run only the prompts: --phase prefill",
         )
     tokens = trace.read(selection)
     if tokens.token_ids is None or (tokens.token_ids < 0).any():
@@ -258,8 +259,8 @@ def _batches(
     num_passes = min(options.num_passes, len(starts) // size)
     if not num_passes:
         raise PlacerError(
-            f"{len(starts)} sequences have {options.sequence_length} tokens or more, "
-            f"one forward pass of {num_ranks} ranks takes {size}",
+            f"{len(starts)} sequences have {options.sequence_length} tokens or more, but "
+            f"one forward pass of {num_ranks} ranks needs {size}",
             "take shorter ones, or fewer: --sequence-length 32 --sequences-per-rank 1",
         )
     taken = starts[: num_passes * size, None] + np.arange(options.sequence_length)
@@ -271,11 +272,13 @@ def _require_workers(placement: Placement, plan_path: Path, worker: Worker) -> N
     if placement.num_ranks == 1:
         raise UsageError(
             f"{plan_path} has one rank, which sends nothing",
-            "place the experts on more: placer solve TRACE --gpus-per-node 4 --out PLAN",
+            "place the experts on more ranks: placer solve TRACE --gpus-per-node 4 --out "
+            "PLAN",
         )
     if worker.number != placement.num_ranks:
         raise UsageError(
-            f"{worker.number} workers for a plan of {placement.num_ranks} ranks",
+            f"{worker.number} workers were started for a plan of {placement.num_ranks} "
+            "ranks",
             f"torchrun --nnodes {placement.num_nodes} --nproc-per-node "
             f"{placement.ranks_per_node} --no-python placer replay {plan_path} MODEL "
             "--trace TRACE",
@@ -288,9 +291,10 @@ def _require_vocabulary(
     highest = int(batches.max())
     if spec.vocab_size is not None and highest >= spec.vocab_size:
         raise PlacerError(
-            f"{trace.directory} has token id {highest}, the vocabulary of {directory} has "
-            f"{spec.vocab_size}",
-            f"record this model: placer record {directory} --corpus TEXT --out TRACE",
+            f"{trace.directory} has token id {highest}, but the vocabulary of {directory} "
+            f"has {spec.vocab_size} ids",
+            f"record a trace of this model: placer record {directory} --corpus TEXT --out "
+            "TRACE",
         )
 
 

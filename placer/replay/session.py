@@ -45,7 +45,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WorkerRun:
-    """What one worker saw of one placement under one exchange.
+    """The counts of one worker for one placement under one exchange.
 
     Attributes
     ----------
@@ -128,7 +128,7 @@ class ReplaySession:
         return why_not_follow(self.loaded, self.experts) if name == FOLLOW else None
 
     def run(self, placement: Placement, name: str, table: Table | None) -> WorkerRun:
-        """Replay all batches: once counted and compared, then timed.
+        """Replay all batches: once to count and compare, then to measure time.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Giving every rank its experts, in a transformers model that is loaded whole."""
+"""Giving each rank its experts, in a transformers model that is loaded as a whole."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -54,7 +54,7 @@ class TokenShuffle:
         self._homes: _BatchHomes | None = None
 
     def watch(self, model: nn.Module) -> "torch.utils.hooks.RemovableHandle":
-        """Begin anew with each forward pass of a transformers model."""
+        """Begin again with each forward pass of a transformers model."""
         return model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(
@@ -63,7 +63,7 @@ class TokenShuffle:
         ids = named.get("input_ids", inputs[0] if inputs else None)
         if ids is None:
             raise PlacerError(
-                "the model is called without input_ids, which the token shuffle looks up",
+                "the model is called without input_ids, which the token shuffle needs",
                 "call model(input_ids=...)",
             )
         rows, length = ids.shape
@@ -82,7 +82,7 @@ class TokenShuffle:
         if self._num_layers == len(self.table.token_rank):
             raise PlacerError(
                 f"the model has more MoE layers than the table, {self._num_layers}",
-                "give each model a TokenShuffle of its own, and the table of its plan",
+                "give each model its own TokenShuffle, with the table of its plan",
             )
         self._num_layers += 1
         return self._num_layers - 1
@@ -136,8 +136,8 @@ class TokenShuffle:
             expert_rank = expert_rank.to(slots.device)
             if slots.max() >= len(expert_rank) or (expert_rank[slots] != ranks).any():
                 raise PlacerError(
-                    "the slots of the model are not the logical experts that the combined "
-                    "rule of the table knows",
+                    "the combined rule of the table needs logical experts, and the "
+                    "model's slots have other numbers",
                     "give the plan's placement: TokenShuffle(table, placement)",
                 )
         return slots

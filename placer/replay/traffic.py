@@ -1,4 +1,4 @@
-"""Counting what collectives send, where torch hands it to the network.
+"""Counting the bytes of collectives, where torch gives them to the network.
 
 The counter sees the tensors that any code gives to torch.distributed, so transformers' and
 DeepSpeed's own exchanges are measured as placer's are.
@@ -96,7 +96,7 @@ class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 
     @contextmanager
     def within(self, layer: int, part: Part) -> Iterator[None]:
-        """Count what is sent in the block as that part of MoE layer ``layer``.
+        """Count collectives in the block as that part of MoE layer ``layer``.
 
         An ``exchange`` is a dispatch and a combine of equally many steps.
         """
@@ -111,11 +111,11 @@ class TrafficCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
                 self._bytes["dispatch" if number < half else "combine"][layer] += sent
 
     def traffic(self) -> Traffic:
-        """Return what was sent until now."""
+        """Return the collectives until now."""
         return Traffic(**{name: counts.copy() for name, counts in self._bytes.items()})
 
     def collectives(self) -> tuple["Collective", ...]:
-        """Return what was sent until now, one after another, inside layers and out."""
+        """Return all collectives until now in order, inside and outside layers."""
         return tuple(self._collectives)
 
     def __torch_dispatch__(

@@ -1,1 +1,1 @@
-"""Reports: what is in a file that placer reads or writes, told and drawn."""
+"""Reports: the contents of a file that placer reads or writes, as text and charts."""

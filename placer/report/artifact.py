@@ -1,4 +1,4 @@
-"""Opening whatever placer reads or writes, by its content."""
+"""Opening a file or directory of placer, recognised by its content."""
 
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,10 @@ def _open_directory(path: Path) -> Artifact:
         return Checkpoint.read(path)
     if (path / "journal.json").is_file():
         raise PlacerError(
-            f"{path} is a recording that is not finished",
-            "give the same `placer record` command again: it goes on where it stopped",
+            f"{path} is an unfinished recording",
+            "run the same `placer record` command again: it continues where it stopped",
         )
-    raise PlacerError(f"{path} holds nothing that placer knows", _EXPECTED)
+    raise PlacerError(f"{path} is not a file or directory that placer can read", _EXPECTED)
 
 
 def _open_file(path: Path) -> Artifact:
@@ -78,12 +78,12 @@ def _open_file(path: Path) -> Artifact:
             f"{path} is one file of a checkpoint",
             f"name the checkpoint: placer inspect {path.parent}",
         )
-    raise PlacerError(f"{path} holds tensors, but nothing that placer wrote", _EXPECTED)
+    raise PlacerError(f"{path} holds tensors, but placer did not write it", _EXPECTED)
 
 
 def _open_json(path: Path) -> Artifact:
     if not read_bytes(path).lstrip().startswith(b"{"):
-        raise PlacerError(f"{path} is no file that placer knows", _EXPECTED)
+        raise PlacerError(f"{path} is not a file that placer can read", _EXPECTED)
     value = read_json(path, "file")
     if "physical_to_logical_map" in value:
         return Plan.read(path)
@@ -92,7 +92,7 @@ def _open_json(path: Path) -> Artifact:
             f"{path} is the header of a directory",
             f"name the directory: placer inspect {path.parent}",
         )
-    raise PlacerError(f"{path} is JSON, but no plan", _EXPECTED)
+    raise PlacerError(f"{path} is JSON, but not a plan", _EXPECTED)
 
 
 def _safetensors_header(path: Path) -> dict[str, Any] | None:

@@ -15,23 +15,23 @@ _BALANCE = (
     "phase",
     "tokens/rank",
     "straggler",
-    "95%",
+    "straggler 95%",
     "bottleneck",
     "activated",
-    "95% of it",
+    "activated 95%",
 )
 _TIME = (
     "placement",
     "phase",
     "tokens/rank",
-    "experts",
+    "compute",
     "dispatch",
     "combine",
     "layer",
-    "95%",
+    "layer 95%",
     "overlapped",
 )
-_BREAK_EVEN = ("beside", "phase", "tokens/rank", "the plan")
+_BREAK_EVEN = ("baseline", "phase", "tokens/rank", "the plan")
 
 
 def batch_tables(judgement: Judgement) -> list[Table]:
@@ -57,7 +57,7 @@ def batch_tables(judgement: Judgement) -> list[Table]:
         tables.append((f"predicted microseconds of a layer on {name}", _TIME, rows))
         tables.append(
             (
-                "where the plan is faster (per GPU and direction, without overlap)",
+                "break-even bandwidth (per GPU and direction, without overlap)",
                 _BREAK_EVEN,
                 _break_even_rows(judgement),
             )
@@ -90,7 +90,7 @@ def summary_table(judgements: Sequence[Judgement]) -> tuple[Table, list[str]]:
                     row += [_rounded(batch.time.overlapped * 1e6)]
                 rows.append((engine, tuple(row)))
     more = ("layer us", "overlapped") if timed else ()
-    title = "what each engine sends, and its busiest rank"
+    title = "traffic and busiest rank, by engine"
     return (title, (*columns, *more), _by_engine(rows)), _alike_lines(rows)
 
 

@@ -1,4 +1,4 @@
-"""What lies in a Hugging Face checkpoint: bytes per kind of tensor, from headers alone."""
+"""Contents of a Hugging Face checkpoint: bytes per kind of tensor, from headers only."""
 
 from collections import defaultdict
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The table that sets a plan beside its baselines."""
+"""The table that compares a plan with its baselines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -73,12 +73,12 @@ def _columns(
         columns.append((RANK_COPIES.heading, RANK_COPIES.metric))
     columns += [
         ("imbalance", "load_imbalance_mean"),
-        ("max", "load_imbalance_max"),
+        ("imbalance max", "load_imbalance_max"),
         ("straggler", "straggler_mean"),
     ]
     if sent == RANK_COPIES:
         columns.append(("bottleneck", "bottleneck_rank_copies_per_token"))
-    return [*columns, *([("home max", "home_imbalance_max")] if homes_count else [])]
+    return [*columns, *([("home imbalance", "home_imbalance_max")] if homes_count else [])]
 
 
 def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
@@ -107,7 +107,7 @@ def certificate_lines(plan: Plan) -> list[str]:
         lines.append(f"imbalance with the homes of the profile's tokens: {reached:.4f}")
     if report.predicted_imbalance is not None:
         lines.append(
-            "predicted imbalance, with homes of tokens drawn at random: "
+            "predicted imbalance, if homes of tokens are random: "
             f"{report.predicted_imbalance:.4f}"
         )
     if report.pairs is not None:
@@ -116,7 +116,7 @@ def certificate_lines(plan: Plan) -> list[str]:
 
 
 def price_line(plan: Plan) -> str | None:
-    """Return the price of a plan's copies beside its baselines', where links differ."""
+    """Return the price of a plan's copies and of its baselines', if links differ."""
     prices = plan.metrics.get("prices")
     if prices is None:
         return None
@@ -140,16 +140,16 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
             "the time limit left no time to measure the plan: placer simulate PLAN TRACE"
         )
     elif plan.metrics["profile"] is None:
-        yield "solved from counts: no tokens are known, so no held-out figure is given"
+        yield "solved from counts, which hold no tokens: no held-out figures are shown"
     elif plan.metrics["heldout"] is None:
-        yield "nothing was held out: the figures are those of the profile itself"
+        yield "no sequences were held out: the figures are of the profile"
     choice, layer_ids = plan.recorded_choice, plan.model.layer_ids
     if warning := unknown_dense_layers(plan.placement, choice, layer_ids):
         yield warning
     if not plan.solver.reproducible:
         yield (
-            "stopped before choices, search and proof were done: this is the best so far, "
-            "and cannot be reproduced"
+            "stopped before choices, search and proof were finished: this is the best "
+            "plan so far, and it cannot be reproduced"
         )
         measured = plan.metrics["profile"] is not None
         if measured and "eplb" not in plan.metrics["baselines"]:
@@ -184,8 +184,9 @@ def plan_notes(plan: Plan) -> Iterator[str]:
         )
     elif cap is not None:
         yield (
-            "ranks x copies that the busiest rank receives per token solved on: "
-            f"{plan.solver.most_received_copies:.4f} in the worst layer, cap {cap:g}"
+            "copies that the busiest rank receives, per token of the profile, times "
+            f"ranks: {plan.solver.most_received_copies:.4f} in the worst layer, cap "
+            f"{cap:g}"
         )
     if plan.solver.inner_cap is not None:
         yield _inner_cap_line(plan, plan.solver.inner_cap)
@@ -215,9 +216,10 @@ def _guard_line(plan: Plan) -> Iterator[str]:
     is_open = plan.metrics["profile"] is not None and "cap_by_time" not in plan.provenance
     timed = is_open and plan.policy == plan.policy_without_table
     yield (
-        "the cap on the profile is the busiest rank of EPLB with as many slots"
-        f"{kept}: {' to '.join(values)} of the mean load by layer; give --max-imbalance to "
-        f"set the cap yourself{', or --hardware to let predicted time decide' * timed}"
+        "the load cap on the profile is the load of EPLB's busiest rank with as many "
+        f"slots{kept}: {' to '.join(values)} of the mean load by layer; give "
+        "--max-imbalance to set the cap "
+        f"yourself{', or --hardware to choose by predicted time' * timed}"
     )
 
 
@@ -239,7 +241,7 @@ def _cost_line(plan: Plan) -> Iterator[str]:
         if plan.solver.eplb_caps is not None:
             reason = "the busiest rank is kept at or below EPLB's load"
         if plan.provenance["objective"] == "balance":
-            reason = "only balance was solved for"
+            reason = "the solver only balanced the load"
         yield (
             f"{sent.words} per token and layer: {mine:.3f}, {' and '.join(more)}, because "
             f"{reason}"
@@ -318,8 +320,8 @@ def closing_lines(plan: Plan) -> Iterator[str]:
     few = number < FEWEST_SEQUENCES
     yield (
         f"on held-out sequences EPLB's placement is more even than this plan: {eplb:.3f} "
-        f"beside {reached:.3f}. The plan fits the loads of {number} profile sequences"
-        + (", which are too few to tell the two apart" if few else "")
+        f"against {reached:.3f}. The plan fits the loads of {number} profile sequences"
+        + (", which are too few to separate the two" if few else "")
         + ": record more, or use EPLB where the engine has it, which needs no plan"
     )
 

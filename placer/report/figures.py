@@ -145,9 +145,9 @@ def _draw_pairs(affinity: Affinity) -> list[Drawing]:
     ]
     coactivation = Drawing(
         name="coactivation",
-        title="Experts that are used together",
-        caption="Of the tokens that use an expert, the share that also uses another expert "
-        "of the same layer. Experts of one rank share one copy of the token.",
+        title="Co-activation: experts that tokens use together",
+        caption="Share of an expert's tokens that also use another expert of the same "
+        "layer. Experts of one rank share one copy of the token.",
         figure=heatmap(
             shares,
             x_title="other logical expert",
@@ -162,7 +162,7 @@ def _draw_pairs(affinity: Affinity) -> list[Drawing]:
 def _draw_transition(affinity: Affinity) -> Drawing:
     return Drawing(
         name="transition",
-        title="From one layer to the next",
+        title="Transitions: from one layer to the next",
         caption="P(next | current): of the pairs that leave an expert, the share that goes "
         "to each expert of the next MoE layer. Rows sum to 1.",
         figure=heatmap(
@@ -197,7 +197,7 @@ def _draw_information(affinity: Affinity) -> Drawing:
     figure.update_yaxes(title="mutual information (bits)", rangemode="tozero")
     return Drawing(
         name="information",
-        title="What an expert says about the next layer",
+        title="How well an expert predicts the next layer",
         caption="Mutual information of one expert of a token, drawn at random, and one "
         "of its experts in the next MoE layer: a plug-in estimate, too high on few tokens.",
         figure=styled(figure),
@@ -274,8 +274,8 @@ def _draw_rank_load(plan: Plan, load: Sequence[IntArray]) -> Drawing:
     return Drawing(
         name="rank-load",
         title="Load of every rank",
-        caption="Pairs served by a rank, over the mean of the layer. The plan was asked "
-        f"for at most {plan.max_imbalance:g} on its profile.",
+        caption="Pairs served by a rank, over the mean of the layer. The plan's load cap "
+        f"on its profile: {plan.max_imbalance:g}.",
         figure=heatmap(
             [Matrix(label="all tokens", values=values.astype(np.float32))],
             x_title="rank",
@@ -312,8 +312,8 @@ def _draw_comparison(plan: Plan, placements: dict[str, Any]) -> Drawing:
     figure.update_layout(barmode="group", legend=_LEGEND)
     return Drawing(
         name="comparison",
-        title="Beside the baselines",
-        caption=f"{words.capitalize()}; less is better. Of the table's sequences.",
+        title="Comparison with the baselines",
+        caption=f"{words.capitalize()}; less is better. On the sequences of the table.",
         figure=styled(figure),
     )
 
@@ -352,9 +352,9 @@ def _draw_confidence(table: Table, kinds: _Confidences) -> Drawing:
     figure.update_layout(barmode="overlay", bargap=0, legend=_LEGEND)
     return Drawing(
         name="confidence",
-        title="How sure the table is",
-        caption="Every distinct token row and every history counts once per layer, however "
-        "often it occurs in text.",
+        title="Confidence of the table",
+        caption="Each distinct token row and each history counts once per layer, even if "
+        "it is frequent in text.",
         figure=styled(figure),
     )
 
@@ -381,7 +381,7 @@ def _draw_confidence_by_layer(table: Table, kinds: _Confidences) -> Drawing:
     figure.update_layout(legend=_LEGEND)
     return Drawing(
         name="confidence-by-layer",
-        title="How sure it is in each layer",
+        title="Confidence of the table by layer",
         caption="Medians over distinct token rows and over histories.",
         figure=styled(figure),
     )
@@ -405,7 +405,7 @@ def _draw_bytes(checkpoint: Checkpoint) -> Drawing:
     figure.update_yaxes(autorange="reversed")
     return Drawing(
         name="bytes",
-        title="Where the bytes are",
-        caption="Experts and routers move with a placement; everything else stays.",
+        title="Bytes by kind of tensor",
+        caption="A placement reorders experts and routers, and changes no other tensor.",
         figure=styled(figure),
     )

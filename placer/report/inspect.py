@@ -1,4 +1,4 @@
-"""What is in a trace, affinity, plan, table or checkpoint, in facts and tables.
+"""The contents of a trace, affinity, plan, table or checkpoint, as facts and tables.
 
 Legend of the shapes: L MoE layers, E logical experts of a layer, R ranks, V token ids.
 """
@@ -156,7 +156,7 @@ def _summarize_affinity(affinity: Affinity) -> Summary:
     layers = _load_section(
         affinity.model,
         affinity.load,
-        {"information about next (bits)": [*information, None]}
+        {"mutual information with the next layer (bits)": [*information, None]}
         if affinity.has_links
         else {},
     )
@@ -203,7 +203,7 @@ def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
     )
     relaxed_receive = Section(
         title="layers whose cap on received copies was relaxed",
-        columns=("layer", "R x copies per token to the busiest rank"),
+        columns=("layer", "copies per token to the busiest rank, times R"),
         rows=tuple((int(n), value) for n, value in solver.relaxed_receive_layers.items()),
     )
     sections = _metric_sections(plan)
@@ -255,7 +255,7 @@ def _metric_sections(plan: Plan) -> list[Section]:
     own = heldout or profile
     if own is None:
         return []
-    judged = "held-out sequences" if heldout else "the profile itself, nothing was held out"
+    judged = "held-out sequences" if heldout else "the profile (no sequences were held out)"
     columns, rows = comparison_table(
         {**plan.metrics["baselines"], "placer": own},
         list(own),

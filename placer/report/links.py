@@ -1,4 +1,4 @@
-"""What experts say about the experts of later layers, and which structure says it.
+"""How well experts predict the experts of later layers, and by which structure.
 
 Legend of the shapes: L MoE layers, D domains.
 """
@@ -123,7 +123,7 @@ def links_of(
     model = trace.model
     if model.num_layers < 2:
         raise UsageError(
-            "the model has one MoE layer, so no layers are linked",
+            "the model has only one MoE layer, so there are no links between layers",
             "see the load of its experts: placer inspect TRACE",
         )
 

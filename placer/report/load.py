@@ -20,15 +20,15 @@ def load_for(plan: Artifact, plan_path: Path, path: Path) -> tuple[IntArray, ...
     Raises
     ------
     UsageError
-        If ``plan`` is no plan, or ``path`` neither a trace nor an affinity.
+        If ``plan`` is not a plan, or ``path`` neither a trace nor an affinity.
     PlacerError
         If they are of different models.
     """
     counted = open_artifact(path)
     if not isinstance(plan, Plan) or not isinstance(counted, TraceStatistics | Affinity):
         raise UsageError(
-            f"--load {path} cannot be set against {plan_path}: "
-            "it takes a trace or an affinity, and goes with a plan",
+            f"--load {path} cannot be used with {plan_path}: it needs a plan, and a trace "
+            "or an affinity file",
             "placer inspect PLAN --load TRACE",
         )
     if isinstance(counted, Affinity):

@@ -73,12 +73,12 @@ def facts(outcome: ReplayOutcome) -> list[str]:
             if total
         ]
         if told:
-            lines.append(f"{run.placement}, {run.exchange}: besides {', '.join(told)}")
+            lines.append(f"{run.placement}, {run.exchange}: also sent {', '.join(told)}")
     if outcome.runs[0].elsewhere:
         lines.append(
-            "ms/pass on other links are predicted: the pass here, with what its "
-            "collectives take there"
+            "ms/pass on other links are predicted: the time measured here, with the "
+            "collectives' time on those links"
         )
     if outcome.device == "cpu":
-        lines.append("times are those of processes that share this machine's cores")
+        lines.append("the timed processes share this machine's cores")
     return lines

@@ -1,4 +1,4 @@
-"""What a trace, an affinity and a table say in a few figures.
+"""A few figures of a trace, an affinity and a table.
 
 Legend of the shapes: T tokens, L MoE layers, E logical experts of a layer, D domains.
 """

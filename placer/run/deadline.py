@@ -11,7 +11,7 @@ Termination = Literal["proved", "step_limit", "time_limit", "interrupted"]
 
 
 class OutOfTimeError(Exception):
-    """What was begun would not be done by its deadline.
+    """The work that was begun would not finish by its deadline.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class OutOfTimeError(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Deadline:
-    """Stops a search, which then gives the best that it has.
+    """Stops a search, which then returns the best result so far.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Deadline:
 
     @property
     def reproducible(self) -> bool:
-        """Whether no clock and no Ctrl-C had a say."""
+        """Whether neither the clock nor Ctrl-C changed the result."""
         return not self.stopped and not self.chosen_in_haste
 
     def termination(self, *, proved: bool) -> Termination:
@@ -80,7 +80,7 @@ class Deadline:
         return max(0.0, self.seconds - self.needed - self.kept - spent)
 
     def reserve(self, seconds: float) -> None:
-        """Stop this many seconds earlier, beside all else that is needed afterwards."""
+        """Stop this many seconds earlier, in addition to other time kept for later work."""
         if self.seconds is not None:
             self.seconds -= seconds
 
@@ -89,7 +89,7 @@ class Deadline:
         self.needed = max(self.needed, seconds)
 
     def needs_less(self, share: float) -> None:
-        """Keep a share of it: what follows was made smaller, for want of time."""
+        """Keep a share of it, because the next work was made smaller to save time."""
         self.needed *= share
         self.chosen_in_haste = True
 
@@ -104,7 +104,7 @@ class Deadline:
             self.kept -= kept
 
     def part(self, share: float) -> Self:
-        """Return a deadline of its own for a share of the time that is left."""
+        """Return a new deadline for a share of the time that is left."""
         left = self.left()
         return type(self)(
             seconds=None if left is None else left * share,
@@ -112,7 +112,7 @@ class Deadline:
         )
 
     def extended(self, seconds: float) -> Self:
-        """Return a deadline of its own that is so much later."""
+        """Return a new deadline, later by this much."""
         later = None if self.seconds is None else self.seconds + seconds
         return type(self)(seconds=later, began=self.began)
 

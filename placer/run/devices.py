@@ -23,7 +23,7 @@ def torch_device(name: str) -> "torch.device":
     Raises
     ------
     UsageError
-        If it is no such name.
+        If it is not such a name.
     PlacerError
         If torch finds no such GPU.
     """

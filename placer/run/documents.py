@@ -63,7 +63,7 @@ _Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file of placer's own, or an object in one, holds: these fields and no others.
+    """A file of placer, or an object in one: these fields and no others.
 
     A default is for code alone: in a file every field is written.
     """
@@ -131,12 +131,12 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def file_header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any]:
-    """Return what placer wrote in the metadata of a safetensors file, empty if nothing.
+    """Return placer's metadata of a safetensors file, empty if it has none.
 
     Raises
     ------
     PlacerError
-        If :func:`parse_json` refuses it, or it is no object.
+        If :func:`parse_json` refuses it, or it is not an object.
     """
     text = (metadata or {}).get("placer", "{}")
     return require_object(parse_json(text, f"the header of {where}"), where)
@@ -166,7 +166,7 @@ def require_seal(value: Mapping[str, Any], where: str, again: str) -> None:
 
 
 def require_object(value: Any, where: str) -> dict[str, Any]:
-    """Refuse decoded JSON that is no object.
+    """Refuse decoded JSON that is not an object.
 
     Raises
     ------
@@ -176,13 +176,13 @@ def require_object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PlacerError(
             f"{where} is {shown(value)}, not a JSON object",
-            "check that the path is the file that you mean",
+            "check that the path names the right file",
         )
     return value
 
 
 def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
-    """Return what a document of placer's own holds, as its type.
+    """Return the content of a document of placer, as its type.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def of_this_version(
         raise PlacerError(
             f"{where} was written by a newer placer: it has schema_version {version}, "
             f"this one reads 1 and {SCHEMA_VERSION}",
-            "install that placer: pip install --upgrade placer",
+            "install the newer placer: pip install --upgrade placer",
         )
     raise PlacerError(
         f"{where}: schema_version is {shown(version)}, allowed are 1 and {SCHEMA_VERSION}",
@@ -263,14 +263,14 @@ def _parsed(
         reason = str(error)
     else:
         return value
-    raise PlacerError(f"{where} is no valid {language}: {reason}", "write the file again")
+    raise PlacerError(f"{where} is not valid {language}: {reason}", "write the file again")
 
 
 def _no_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"the key {shown(name)} stands twice in one object")
+            raise ValueError(f"the key {shown(name)} appears twice in one object")
         found[name] = value
     return found
 
@@ -312,7 +312,7 @@ def _require_bounds(value: Any) -> None:
             elif isinstance(one, str):
                 # Half of a surrogate pair, which JSON can spell, is no character.
                 if not one.isascii() and re.search("[\ud800-\udfff]", one):
-                    raise ValueError(f"{ascii(one)[:_SHOWN]} is no text")
+                    raise ValueError(f"{ascii(one)[:_SHOWN]} is not a text")
             elif isinstance(one, int) and one.bit_length() > _MOST_BITS:
                 raise ValueError(f"it holds a number of more than {_MOST_BITS} bits")
         level = inner
@@ -329,7 +329,7 @@ def _require_finite(value: Any, where: str, again: str) -> None:
         if isinstance(one, dict | list):
             left += one.values() if isinstance(one, dict) else one
         elif isinstance(one, float) and not math.isfinite(one):
-            raise PlacerError(f"{where} holds {one}, which is no finite number", again)
+            raise PlacerError(f"{where} holds {one}, which is not a finite number", again)
 
 
 def _fault(value: Any, kind: Any, name: str = "") -> str:

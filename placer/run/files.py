@@ -18,7 +18,10 @@ MAX_DOCUMENT_BYTES = 1 << 28
 def unreadable_reason(error: Exception) -> str:
     """Return why bytes cannot be read, without the advice of NumPy to unpickle them."""
     if "pickle" in str(error):
-        return "it holds no plain array, or pickled objects, which are never loaded"
+        return (
+            "it does not hold a plain array, or it holds pickled objects, which "
+            "placer never loads"
+        )
     return str(error)
 
 
@@ -34,7 +37,7 @@ def require_file(path: Path, what: str) -> None:
 
 
 def open_regular(path: Path, what: str = "file") -> BinaryIO:
-    """Open a regular file for reading, never a pipe or device, which may block for ever.
+    """Open a regular file for reading. Pipes and devices are refused: they may block.
 
     Parameters
     ----------
@@ -74,15 +77,15 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") 
             value += stream.read(limit + 1 - len(value))
     if max(size, len(value)) > limit:
         raise PlacerError(
-            f"{what} {path} has {max(size, len(value)):,} bytes, more than the {limit:,} "
-            "that placer reads",
-            "check that the path is the file that you mean",
+            f"{what} {path} has {max(size, len(value)):,} bytes, but placer reads at most "
+            f"{limit:,}",
+            "check that the path names the right file",
         )
     return value
 
 
 def read_text(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") -> str:
-    """Read a whole regular UTF-8 file, whatever the locale; line ends stay as they are.
+    """Read a whole regular file as UTF-8 in any locale; line ends are kept.
 
     Raises
     ------

@@ -83,7 +83,7 @@ def _map_processes(task: Callable[[Item], Result], items: Sequence[Item]) -> lis
             return list(pool.map(task, items))
     except BrokenProcessPool as error:
         raise PlacerError(
-            "a counting process was killed, perhaps for want of memory",
+            "a counting process was killed, perhaps because memory ran out",
             "count in one process: --workers 1",
         ) from error
 
@@ -106,7 +106,8 @@ def _join(address: str | None) -> None:
     except RuntimeError as error:  # another version of Ray or Python, for one
         raise PlacerError(
             f"Ray cannot be joined: {' '.join(str(error).split())}",
-            "run the Python and the Ray of the cluster, or work here: --backend processes",
+            "use the cluster's versions of Python and Ray, or this machine only: "
+            "--backend processes",
         ) from error
 
 
@@ -156,13 +157,15 @@ def _on_ray(
         raise cause if isinstance(cause, PlacerError) else error from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise PlacerError(
-            f"a Ray worker was lost {_MAX_RETRIES + 1} times, perhaps for want of memory",
-            "give the workers more memory, or work here: --backend processes",
+            f"a Ray worker was lost {_MAX_RETRIES + 1} times, perhaps because memory ran "
+            "out",
+            "give the workers more memory, or use this machine only: --backend processes",
         ) from error
     except ray.exceptions.RayError as error:
         raise PlacerError(
             f"Ray could not finish a task: {str(error).strip().splitlines()[0]}",
-            "look at the cluster: ray status; or work here: --backend processes",
+            "look at the cluster: ray status; or use this machine only: --backend "
+            "processes",
         ) from error
     finally:
         # Not ray.cancel: where a task completes meanwhile, Ray 2.60 aborts this process

@@ -1,4 +1,4 @@
-"""What a search tells while it runs: its objective, the best bound known, and the gap."""
+"""Progress of a search: its objective, the best known bound, and the gap."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Progress = Callable[[str], None]
 
 @dataclass(slots=True, kw_only=True)
 class GapLine:
-    """Tells one line for each step; it changes nothing of what is found.
+    """Reports one line for each step; it does not change the result.
 
     Attributes
     ----------

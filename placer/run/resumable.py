@@ -1,4 +1,4 @@
-"""Directories whose writing goes on after it was ended: a fixed name, a journal, a lock.
+"""Directories that an interrupted run can continue: a fixed name, a journal, a lock.
 
 Until it is complete, ``OUT`` is the directory ``OUT.placer-partial``. The journal beside
 it, ``.OUT.placer``, says what is written and which directory is placer's own. Then comes
@@ -89,13 +89,14 @@ def resumable_directory(
                 lock_path(out).unlink()
             else:
                 error.add_note(
-                    f"{partial} keeps what is finished: the same command goes on there"
+                    f"{partial} keeps the finished parts: run the same command again to "
+                    "continue"
                 )
             raise
 
 
 def partial_path(out: Path) -> Path:
-    """Return the place beside ``out`` where it is written until it is complete."""
+    """Return the path next to ``out`` where it is written until it is complete."""
     return out.with_name(out.name + ".placer-partial")
 
 
@@ -111,7 +112,7 @@ def _begun(
         empty = partial.is_dir() and not partial.is_symlink() and not any(partial.iterdir())
         if not own and not empty:
             raise PlacerError(
-                f"{partial} is in the way: no journal says that placer made it",
+                f"{partial} already exists, and placer did not make it (it has no journal)",
                 "move it away, or choose another path",
             )
         if own and head.get("identity") == identity:
@@ -122,8 +123,8 @@ def _begun(
             return {part.pop("part"): part for part in parts if "part" in part}
         if own and len(lines) > 1 and not force:
             raise PlacerError(
-                f"{partial} was begun from other input or with other options",
-                "give the same ones to go on; to start anew, add --force",
+                f"{partial} was begun with other input or other options",
+                "use the same ones to continue; to start again, add --force",
             )
         shutil.rmtree(partial)
     stream.truncate(0)

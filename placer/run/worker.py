@@ -90,8 +90,8 @@ class Worker:
         number = torch.cuda.device_count()
         if self.local_index >= number:
             raise PlacerError(
-                f"worker {self.local_index} of this machine has no GPU of its own: there "
-                f"are {number}",
+                f"worker {self.local_index} of this machine has no GPU: the machine has "
+                f"{number}",
                 "run on CPUs: --device cpu, or on more machines with torchrun",
             )
         torch.cuda.set_device(self.local_index)
@@ -177,7 +177,8 @@ def start_workers(number: int, arguments: Sequence[str]) -> int:
     if codes[cause] < 0:
         raise PlacerError(
             f"worker {cause} of {number} was ended by {signal.Signals(-codes[cause]).name}",
-            "if memory ran out, start fewer on this machine, and more with torchrun",
+            "if memory ran out, start fewer workers here, and others on more machines "
+            "with torchrun",
         )
     return codes[cause]
 

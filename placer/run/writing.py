@@ -1,4 +1,4 @@
-"""The one way in which placer writes: claim the target, write beside it, rename.
+"""How placer writes files: claim the target, write next to it, rename.
 
 A command claims its target first (:func:`claimed`): no other process may write it, nothing
 that exists is replaced without ``--force``, and nothing is written over an input. Files and
@@ -43,7 +43,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A target that this process alone may write.
+    """A target that only this process may write.
 
     Attributes
     ----------
@@ -107,7 +107,9 @@ def require_target(
 ) -> None:
     """Refuse a target as :func:`claimed` does, but claim nothing."""
     if out.name in ("", ".."):
-        raise UsageError(f"{out} names no file or directory", "choose another path")
+        raise UsageError(
+            f"{out} is not the name of a file or directory", ("choose another path")
+        )
     for source in inputs:
         if (relation := _relation(out, source)) is not None:
             raise UsageError(f"{out} {relation} the input {source}", "choose another path")
@@ -118,7 +120,7 @@ def require_target(
     # A link is replaced, not what it leads to.
     if kind != wanted and (directory or kind != "a link"):
         raise PlacerError(
-            f"{out} is {kind}, but {wanted} is to be written there", "choose another path"
+            f"{out} is {kind}, but the command writes {wanted} there", "choose another path"
         )
     if directory:
         _require_written_by_placer(out)
@@ -171,7 +173,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def rename_directory(written: Path, out: Path, claim: Claim) -> None:
-    """Flush a directory and give it its name, in place of one that placer wrote before."""
+    """Flush a directory and give it its name; an older one of placer is replaced."""
     for path in (*written.rglob("*"), written):
         if path.is_dir() or path.is_file():
             flush_to_disk(path)
@@ -220,7 +222,8 @@ def write_tensors(
             save_file(dict(tensors), temporary, metadata=metadata)
         except SafetensorError as error:
             raise PlacerError(
-                f"{path} cannot be written: {error}", f"is there space? df -h {path.parent}"
+                f"{path} cannot be written: {error}",
+                (f"is there free space? df -h {path.parent}"),
             ) from error
 
 
@@ -247,12 +250,12 @@ def flush_to_disk(path: Path) -> None:
 
 
 def lock_path(out: Path) -> Path:
-    """Return the file beside a target that its writer locks."""
+    """Return the file next to a target that its writer locks."""
     return out.with_name(f".{out.name}.placer")
 
 
 def journal_head(out: Path) -> dict[str, Any]:
-    """Return the first line of the journal beside ``out``, empty if there is none."""
+    """Return the first line of the journal next to ``out``, empty if there is none."""
     try:
         head = parse_json(read_bytes(lock_path(out)).partition(b"\n")[0], "journal")
     except (OSError, PlacerError):

@@ -1,4 +1,4 @@
-"""Families of engines: how each is started with a plan, and what makes the plan stale.
+"""Families of engines: the start command for a plan, and options that make it stale.
 
 Families are data: ``placer/runtime_map/engine_families.toml``, each with where it was read.
 """
@@ -80,7 +80,7 @@ class Deployment:
         return engine.misfit(self.num_nodes, self.num_ranks // self.num_nodes) is None
 
     def fits(self, engine: Engine) -> bool:
-        """Return whether the engine runs on these ranks and sends what the plan lowers."""
+        """Return whether the engine runs on these ranks and sends what the plan reduces."""
         if not self.runs(engine):
             return False
         sent = {self.exchange, engine.dispatch.exchange}
@@ -104,7 +104,7 @@ class Deployment:
         return need in (engine.name, drawn)
 
     def drawn_by(self, engine: Engine) -> bool:
-        """Return whether an option of the engine makes it draw copies as the plan does."""
+        """Return whether an option of the engine sets the plan's replica choice."""
         family = engines_named(engine.family)
         return self.replica_choice in {one.replica_choice for one in family}
 
@@ -124,7 +124,7 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditional:
-    """A text that holds where all its needs do."""
+    """A text that is used if all its needs are met."""
 
     text: str
     needs: tuple[str, ...] = ()
@@ -170,13 +170,13 @@ class Start:
     def lines(self) -> Iterator[str]:
         """Yield what a person reads, one line each."""
         yield f"start {self.engine}: {self.command}"
-        yield from (f"  mind: {text}" for text in self.conditions)
-        yield from (f"  not with {flag}: {why}" for flag, why in self.stale.items())
+        yield from (f"  note: {text}" for text in self.conditions)
+        yield from (f"  do not use {flag}: {why}" for flag, why in self.stale.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFamily:
-    """An engine, whatever its configuration; the fields are those of the data file."""
+    """A family of engines; the fields are those of the data file."""
 
     name: str
     title: str
@@ -315,7 +315,7 @@ def _other_exchange(served: Deployment, engine: Engine | None, title: str) -> It
 
 
 def other_choice(plan: "Plan", name: str) -> str | None:
-    """Say where a family draws other copies than the plan counts on, with the remedy."""
+    """Return a warning if a family has another replica choice than the plan."""
     served = Deployment.of(plan, "", "")
     engine, asked = (
         known_families()[name].configuration(served, plan.engine),
@@ -323,13 +323,13 @@ def other_choice(plan: "Plan", name: str) -> str | None:
     )
     if engine is None or asked in (None, engine.replica_choice):
         return None
-    then = "ranks get other loads than the plan says"
+    then = "the loads of ranks will differ from the plan's"
     if served.drawn_by(engine):
-        then = "start it exactly as is told, which draws as the plan counts on"
+        then = "start it with exactly this command, which chooses replicas as in the plan"
     return (
-        f"the plan counts on copies that are drawn as {asked}, and {engine.name} draws "
-        f"them as {engine.replica_choice}: {then}. To use the engine's own, solve again: "
-        f"{solve_again(plan, engine.name)}"
+        f"the plan was solved for replica choice {asked}, but {engine.name} uses "
+        f"{engine.replica_choice}: {then}. To use the engine's replica choice, solve "
+        f"again: {solve_again(plan, engine.name)}"
     )
 
 
@@ -354,7 +354,7 @@ def other_choices(plan: "Plan", engines: Sequence[Engine | None]) -> Iterator[st
 
 
 def solve_again(plan: "Plan", engine: str) -> str:
-    """Return the command that solves for another engine what a plan was solved for."""
+    """Return the command that solves the plan again for another engine."""
     placed, told = plan.placement, plan.provenance
     source = "AFFINITY" if told.get("affinity_sha256") else "TRACE"
     return (

@@ -20,7 +20,7 @@ from placer.runtime_map.runtime import MapSource, ParsedMap, Runtime
 
 
 class EplbHeader(Document, frozen=True, kw_only=True):
-    """What the metadata of a map says beside the arrays; see ``docs/formats.md``."""
+    """The metadata of a map; see ``docs/formats.md``."""
 
     kind: Literal["eplb"]
     model: ModelSpec
@@ -77,7 +77,7 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
         raise PlacerError(f"phy2log holds an expert outside 0..{num_experts - 1}")
     for name, expected in _arrays(phy2log, num_experts).items():
         if not np.array_equal(found[name], expected):
-            raise PlacerError(f"{name} is not what phy2log implies")
+            raise PlacerError(f"{name} does not match phy2log")
     rows: list[list[int]] = phy2log.tolist()
     return rows
 
@@ -88,14 +88,14 @@ def _parse(path: Path, suffix: str) -> ParsedMap:
         raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)}")
     phy2log, logcnt = found["phy2log"], found["logcnt"]
     if phy2log.ndim != 2 or logcnt.ndim != 2 or phy2log.dtype != np.int64:
-        raise PlacerError("phy2log or logcnt is no matrix of int64")
+        raise PlacerError("phy2log or logcnt is not a matrix of int64")
     sizes = (logcnt.shape[1],) * len(phy2log)
     model = None if suffix == ".npz" else _header_model(path)
     return ParsedMap(rows=phy2log.tolist(), num_experts=sizes, model=model)
 
 
 def _header_model(path: Path) -> ModelSpec | None:
-    """Return the model that placer wrote beside the arrays."""
+    """Return the model that placer wrote next to the arrays."""
     from safetensors import safe_open
 
     with safe_open(path, "np") as opened:

@@ -1,4 +1,4 @@
-"""A map that an engine runs with, as a plan."""
+"""Importing an engine's map as a plan."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from placer.target.engine import known_engines
 def import_map(
     name: str, path: Path, topology: Topology, directory: Path | None, out: Path
 ) -> tuple[Plan, str | None]:
-    """Write the plan of a map; return it, and what rests on shapes alone.
+    """Write the plan of a map; return it, and whether only shapes were compared.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def import_map(
     require_file(path, "map")
     if path.suffix not in runtime.suffixes:
         raise UsageError(
-            f"{path} is no {name} map: its name does not end in "
+            f"{path} is not a {name} map: its name does not end in "
             f"{' or '.join(runtime.suffixes)}",
             f"placer import {name}-map FILE{runtime.suffixes[0]} --gpus-per-node M "
             "--out PLAN",

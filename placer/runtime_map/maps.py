@@ -77,7 +77,7 @@ class WrittenMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapReport:
-    """What was found in a map: every slot is the plan's.
+    """The result of verifying a map: every slot equals the plan's.
 
     Attributes
     ----------
@@ -124,13 +124,13 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
     runtime = RUNTIMES[name]
     if directory is None and runtime.needs_model:
         raise UsageError(
-            f"target {name} needs the model: its config says which layers are MoE layers",
+            f"target {name} needs MODEL: its config says which layers are MoE layers",
             f"placer export {name} {plan_path} MODEL --out {out}",
         )
     if out.suffix not in runtime.suffixes:
         raise UsageError(
-            f"a map for {name} is known by its suffix, {' or '.join(runtime.suffixes)}, "
-            f"but {out} has {out.suffix or 'none'}",
+            f"a map for {name} must have the suffix {' or '.join(runtime.suffixes)}, but "
+            f"{out} has {out.suffix or 'none'}",
             f"--out {out.with_suffix(runtime.suffixes[0])}",
         )
     source = MapSource.read(plan_path, directory)
@@ -173,7 +173,7 @@ def verify_map(path: Path, plan_path: Path, directory: Path) -> MapReport:
         require_plan(rows, source)
     except PlacerError as error:
         raise VerificationError(
-            f"{path} is no valid {name} map of {plan_path}: {error.message}",
+            f"{path} is not a valid {name} map of {plan_path}: {error.message}",
             f"export it again: {again}",
         ) from error
     num_slots = sum(len(row) for row in rows)
@@ -216,12 +216,12 @@ def require_plan(rows: Any, source: MapSource) -> None:
             continue
         if len(row) != len(expected):
             raise PlacerError(
-                f"MoE layer {layer} has {len(row)} slots, by the plan {len(expected)}"
+                f"MoE layer {layer} has {len(row)} slots, the plan {len(expected)}"
             )
         slot = next(n for n, expert in enumerate(row) if expert != expected[n])
         raise PlacerError(
-            f"MoE layer {layer}, slot {slot} holds expert {row[slot]}, "
-            f"by the plan {expected[slot]}"
+            f"MoE layer {layer}, slot {slot} holds expert {row[slot]}, in the plan "
+            f"{expected[slot]}"
         )
 
 
@@ -231,7 +231,7 @@ def _format_of(path: Path) -> str:
     if not fitting:
         known = sorted({suffix for one in RUNTIMES.values() for suffix in one.suffixes})
         raise UsageError(
-            f"{path} is no map: its name ends in none of {', '.join(known)}",
+            f"{path} is not a map: its name ends in none of {', '.join(known)}",
             "give a file that placer export wrote, or an exported checkpoint directory",
         )
     if path.suffix != ".json":

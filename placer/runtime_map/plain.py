@@ -1,4 +1,4 @@
-"""Plain maps, for programs of one's own: one CSV row per slot, or one JSON object."""
+"""Plain maps, for your own programs: one CSV row per slot, or one JSON object."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ def _csv_lines(path: Path) -> list[tuple[str, ...]]:
         stream = io.StringIO(read_text(path, what="map"), newline="")
         header, *lines = [tuple(line) for line in csv.reader(stream)]
     except (ValueError, csv.Error) as error:
-        raise PlacerError(f"it is no CSV with a header: {error}") from error
+        raise PlacerError(f"it is not a CSV with a header: {error}") from error
     if header != _COLUMNS:
         raise PlacerError(f"its columns are {header}, not {_COLUMNS}")
     return lines
@@ -76,7 +76,7 @@ def _parse_csv(path: Path, _suffix: str) -> ParsedMap:
             rows.append([])
             layer_ids.append(layer_id)
         if layer != len(rows) - 1:
-            raise PlacerError(f"line {number}: layer {layer} stands in the wrong place")
+            raise PlacerError(f"line {number}: layer {layer} is in the wrong place")
         rows[layer].append(expert)
     if not rows:
         raise PlacerError("it has no slots")
@@ -97,7 +97,7 @@ def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     # Line by line: rank, slot and layer number must be those of the plan too.
     for number, pair in enumerate(zip(lines, _csv_rows(source), strict=False), 2):
         if pair[0] != pair[1]:
-            raise PlacerError(f"line {number} is {pair[0]}, by the plan {pair[1]}")
+            raise PlacerError(f"line {number} is {pair[0]}, in the plan {pair[1]}")
     return rows
 
 
@@ -123,7 +123,7 @@ def _read_json(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     for name in ("num_ranks", "num_nodes", "layer_ids", "num_experts"):
         own, planned = getattr(found, name), getattr(expected, name)
         if own != planned:
-            raise PlacerError(f"{name} is {own}, by the plan {planned}")
+            raise PlacerError(f"{name} is {own}, in the plan {planned}")
     return found.physical_to_logical_map
 
 

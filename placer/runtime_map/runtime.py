@@ -1,4 +1,4 @@
-"""What every runtime map is made from, and what every runtime must say about its own."""
+"""The input of every runtime map, and the interface of a map format."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -117,8 +117,8 @@ class MapSource:
             raise PlacerError(
                 f"{runtime}'s map needs the same number of slots in every layer, got "
                 f"{widths} for {experts} experts",
-                "solve with --redundant-experts 0, or, where layers differ in experts, "
-                f"serve a permuted checkpoint: {self.checkpoint_command}",
+                "solve with --redundant-experts 0. If layers have different numbers of "
+                f"experts, serve a permuted checkpoint: {self.checkpoint_command}",
             )
         return rows
 
@@ -131,7 +131,7 @@ class MapSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedMap:
-    """What a map says by itself.
+    """The content of a map, without its plan.
 
     Attributes
     ----------
@@ -224,16 +224,16 @@ def require_valid_rows(
 def require_integers(values: Any, what: str) -> list[int]:
     """Return a list of integers that a file holds, or refuse it as ``what``."""
     if not isinstance(values, list) or not all(type(one) is int for one in values):
-        raise PlacerError(f"{what} is no list of whole numbers")
+        raise PlacerError(f"{what} is not a list of whole numbers")
     if any(abs(one) >= 1 << 31 for one in values):
-        raise PlacerError(f"{what} holds a whole number of more than 31 bits")
+        raise PlacerError(f"{what} holds a number of more than 31 bits")
     return values
 
 
 def require_rows(values: Any, what: str) -> list[list[int]]:
     """Return lists of integers that a file holds, or refuse them as ``what``."""
     if not isinstance(values, list) or not values:
-        raise PlacerError(f"{what} is no list of layers")
+        raise PlacerError(f"{what} is not a list of layers")
     return [require_integers(row, f"{what}, row {n}") for n, row in enumerate(values)]
 
 

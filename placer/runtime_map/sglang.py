@@ -63,8 +63,8 @@ def _value(path: Path, suffix: str) -> Any:
     value = _load_pt(path) if suffix == ".pt" else read_json(path, "map")
     if set(value) != {_KEY}:
         raise PlacerError(
-            f"SGLang passes every key on as an argument: {sorted(map(str, value))}, "
-            f"not [{_KEY!r}]"
+            f"SGLang uses every key as an argument: {sorted(map(str, value))}, not "
+            f"[{_KEY!r}]"
         )
     return value[_KEY]
 

@@ -56,15 +56,15 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     num_slots = scalars.get("num_slots")
     if num_slots is None or scalars.get("layer_updates_per_iter") != 0:
         raise PlacerError(
-            "num_slots must be given and layer_updates_per_iter be 0, else TensorRT-LLM "
-            f"moves experts: {scalars}"
+            "the map needs num_slots, and layer_updates_per_iter must be 0, else "
+            f"TensorRT-LLM moves experts: {scalars}"
         )
     layers = _layers(source)
     missing = [layer for layer in layers if layer not in assignments]
     if missing or len(assignments) > len(layers):
         raise PlacerError(
-            f"layers {sorted(assignments)} are assigned, the model's are {sorted(layers)}; "
-            "TensorRT-LLM stops at a layer that is missing"
+            f"layers {sorted(assignments)} are assigned, the model's are "
+            f"{sorted(layers)}; TensorRT-LLM stops if a layer is missing"
         )
     rows = [assignments[layer] for layer in layers]
     require_same_width(rows, num_slots, "assignment")
@@ -89,7 +89,7 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
     Raises
     ------
     PlacerError
-        If it is no YAML, holds another key, or a layer is no list of whole numbers.
+        If it is no YAML, holds another key, or a layer is not a list of whole numbers.
     """
     value = parse_yaml(read_text(path, what="map"), f"map {path.name}")
     for key in _OUTER_KEYS:
@@ -104,9 +104,7 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
     if not isinstance(assignments, dict) or any(
         type(number) is not int for number in (*scalars.values(), *assignments)
     ):
-        raise PlacerError(
-            f"{', '.join(_KEYS[:2])} and the numbers of layers are no whole numbers"
-        )
+        raise PlacerError(f"{', '.join(_KEYS[:2])} and layer numbers must be whole numbers")
     return scalars, {
         layer: require_integers(row, f"layer {layer}") for layer, row in assignments.items()
     }

@@ -73,7 +73,7 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
     devices = value["device_list"]
     size = source.placement.num_ranks
     if value["layer_id"] != ordinal:
-        raise PlacerError(f"layer_id {value['layer_id']} stands at place {ordinal}")
+        raise PlacerError(f"layer_id {value['layer_id']} is at place {ordinal}")
     if not value["device_count"] == len(devices) == size:
         raise PlacerError(
             f"layer {ordinal} has device_count {value['device_count']} and {len(devices)} "

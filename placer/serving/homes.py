@@ -20,7 +20,7 @@ _FEWEST_PREFILL_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
-    """What a forward pass of all ranks computes.
+    """The shape of a batch: its size, and the order of tokens.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class BatchShape:
         if self.tokens_per_rank < 1:
             raise UsageError(
                 f"--tokens-per-rank must be positive, got {self.tokens_per_rank}",
-                "give the tokens that each rank brings to a forward pass, for example "
+                "give the tokens of each rank in one forward pass, for example "
                 "--tokens-per-rank 64,256,4096",
             )
 
@@ -75,13 +75,13 @@ def parse_tokens_per_rank(text: str | None) -> tuple[int, ...]:
     Raises
     ------
     UsageError
-        If one is no whole number.
+        If one is not a whole number.
     """
     if text is None:
         return TOKENS_PER_RANK
     if not all(one.strip().isdecimal() for one in text.split(",")):
         raise UsageError(
-            f"--tokens-per-rank {text} is no list of whole numbers",
+            f"--tokens-per-rank {text} is not a list of whole numbers",
             "for example --tokens-per-rank 64,256,4096",
         )
     return tuple(int(one) for one in text.split(","))
@@ -185,7 +185,7 @@ class Batches:
         if batch_size < 1:
             raise UsageError(
                 f"a batch has at least one token, got batch_size {batch_size}",
-                "give the tokens of one forward pass of all ranks",
+                "give the tokens of all ranks in one forward pass",
             )
         order = np.argsort(key, kind="stable")
         size = min(batch_size, len(key))

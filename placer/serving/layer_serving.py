@@ -77,7 +77,7 @@ class LayerServing:
 
     @property
     def has_replicas(self) -> bool:
-        """Whether an expert has more than one copy."""
+        """Whether an expert has more than one replica."""
         return bool(self.copy_rank.shape[1] > 1)
 
     def ranks(
@@ -171,7 +171,7 @@ class LayerServing:
 
 
 def local_first(placement: Placement, copy_rank: RankArray, exists: BoolArray) -> BoolArray:
-    """Allow the copy at home, else those on the home's node, else all.
+    """Allow the replica at home, else those on the home's node, else all.
 
     Parameters
     ----------

@@ -93,26 +93,26 @@ def unknown_dense_layers(
     replica_choice: ReplicaChoice | None,
     layer_ids: Sequence[int] | None,
 ) -> str | None:
-    """Return a warning where draws assume that no layer is dense, else ``None``."""
+    """Return a warning if replica choice assumes that no layer is dense, else ``None``."""
     if replica_choice != "sglang-static" or not placement.has_replicas:
         return None
     if layer_ids is not None:
         return None
     return (
-        "no file says which layers are dense: sglang-static assumes that none is, and its "
-        "draws are wrong if some are; bind the trace to its model: "
-        "placer import FORMAT FILE --model DIR --out TRACE"
+        "no file says which layers are dense. sglang-static assumes none; if some are, "
+        "its replica choice is wrong. Bind the trace to its model: placer import FORMAT "
+        "FILE --model DIR --out TRACE"
     )
 
 
 def require_replica_choice(
     placement: Placement, replica_choice: ReplicaChoice | None
 ) -> None:
-    """Refuse a placement with replicas where nothing says which replica serves."""
+    """Refuse a placement with replicas if the replica choice is unknown."""
     if replica_choice is None and placement.has_replicas:
         raise UsageError(
-            "experts have several replicas, and nothing says which of them serves",
-            f"name a replica choice: {', '.join(REPLICA_CHOICES)}",
+            "experts have several replicas, but the replica choice is unknown",
+            f"give --replica-choice: {', '.join(REPLICA_CHOICES)}",
         )
 
 

@@ -58,7 +58,7 @@ class BatchMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFigures:
-    """What one placement does in batches of one shape.
+    """Figures of one placement in batches of one shape.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class BatchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchSteps:
-    """What the ranks do in batches of one shape, layer by layer.
+    """Work of the ranks in batches of one shape, layer by layer.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ class ServedBatches:
         options: BatchOptions,
         cost: CostModel | None,
     ) -> BatchFigures:
-        """Return what a placement, known by its key, does in batches of one shape."""
+        """Return the figures of a placement, given by its key, in batches of one shape."""
         place = key, shape, options
         if place not in self._steps:
             self._steps[place] = batch_steps(placement, self.tokens, shape, options)
@@ -195,14 +195,14 @@ def break_evens(
 def filled_warning(
     shapes: Sequence[BatchShape], num_tokens: int, num_ranks: int
 ) -> str | None:
-    """Say which batches the tokens of a trace do not fill, if any."""
+    """Return a warning on batches that the tokens of a trace do not fill, if any."""
     larger = [one for one in shapes if one.tokens(num_ranks) > num_tokens]
     if not larger:
         return None
     sizes = " and ".join(f"{one.tokens(num_ranks):,}" for one in larger)
     return (
-        f"{num_tokens:,} tokens do not fill batches of {sizes}: they are repeated, so the "
-        "load looks less even than it would be, and fewer experts are activated"
+        f"{num_tokens:,} tokens do not fill batches of {sizes}, so tokens are repeated: "
+        "the load looks less even than it is, and fewer experts are activated"
     )
 
 

@@ -114,8 +114,8 @@ def find_expert_shape(
         weight_bytes = WEIGHT_BYTES[element]
         said_by = "" if engine is None else f", as {engine.name} dispatches"
         assumption = (
-            f"an expert's weights are taken as {element} (bytes each: {weight_bytes:g})"
-            f"{said_by}; give --weight-bytes, or --model DIR"
+            f"placer assumes that an expert's weights are {element} (bytes each: "
+            f"{weight_bytes:g}){said_by}; give --weight-bytes, or --model DIR"
         )
     return ExpertShape(
         hidden_size=hidden_size,
@@ -133,7 +133,7 @@ def require_no_sizes(
     weight_bytes: float | None,
     company: str,
 ) -> None:
-    """Refuse what sizes an expert where nothing asks for it.
+    """Refuse options for the size of an expert that no other option uses.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def require_no_sizes(
         "--expert-size": expert_size,
         "--weight-bytes": weight_bytes,
     }
-    require_left_out(sizes, f"{company}: nothing else asks what an expert weighs")
+    require_left_out(sizes, f"{company}: nothing else uses the size of an expert")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -227,7 +227,7 @@ class PredictedTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """What turns steps into seconds.
+    """The cost model: it turns steps into seconds.
 
     Attributes
     ----------
@@ -306,7 +306,7 @@ def slowest_link(hardware: Hardware, num_nodes: int) -> Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakEven:
-    """For which bandwidth of the links one placement is faster than another.
+    """The bandwidths of the links at which one placement is faster than another.
 
     Attributes
     ----------
@@ -354,7 +354,7 @@ def cost_model(
         return None
     if expert is None:
         raise UsageError(
-            "--hardware predicts no time without the size of an expert",
+            "--hardware needs the size of an expert to predict time",
             "give --model DIR (its config.json), or --hidden-size and --expert-size",
         )
     return CostModel(

@@ -1,4 +1,4 @@
-"""Which hidden states cross the wire for tokens that are served: exchange by exchange.
+"""Copies that are sent for served tokens, by exchange.
 
 Legend of the shapes: T tokens, k experts per token, R ranks.
 """
@@ -71,7 +71,7 @@ def dispatch_messages(
         return (Messages(sender=origin, receiver=ranks, sent=ranks != home),)
     if exchange not in ("per-rank", "per-node"):
         raise UsageError(
-            f"exchange {exchange} sends the same whatever the placement",
+            f"exchange {exchange} sends the same for every placement",
             "choose per-expert, per-rank or per-node",
         )
     first = first_occurrence(ranks)

@@ -1,4 +1,4 @@
-"""What of the metrics an engine sends: that by which placements are compared."""
+"""The metric of what an engine sends, by which placements are compared."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,13 +50,13 @@ RANK_COPIES = Sent(
 )
 NODE_COPIES = Sent(
     metric="remote_node_copies_per_token",
-    heading="between nodes",
+    heading="node copies/token",
     words="copies sent between nodes",
 )
 
 
 def sent_by(exchange: Exchange, num_nodes: int) -> Sent | None:
-    """Return what an exchange sends; ``None`` where no placement changes it."""
+    """Return the metric of an exchange; ``None`` if placement cannot change it."""
     if exchange == "per-expert":
         return PAIRS
     if exchange == "per-rank":
@@ -71,7 +71,7 @@ _PER_RANK = Transfer(exchange="per-rank", element="bf16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wire:
-    """What crosses the wire when a placement is served.
+    """The exchanges and the replica choice with which a placement is served.
 
     Attributes
     ----------
@@ -124,7 +124,7 @@ class Wire:
         )
 
     def compared(self, policy: str) -> Sent | None:
-        """Return what tells placements apart under a home policy, or ``None``."""
+        """Return the metric that compares placements under a home policy, or ``None``."""
         return self.sent if self.effect(policy).changes_traffic else None
 
 

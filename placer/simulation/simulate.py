@@ -177,8 +177,8 @@ class _TablePolicies:
 def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -> None:
     if len(tokens.experts) != placement.num_layers:
         raise PlacerError(
-            f"{len(tokens.experts)} MoE layers recorded, "
-            f"the plan places {placement.num_layers}",
+            f"{len(tokens.experts)} MoE layers were recorded, but the plan places "
+            f"{placement.num_layers}",
             "simulate a trace of the plan's model: placer inspect PLAN",
         )
     if tokens.num_tokens == 0:

@@ -1,4 +1,4 @@
-"""What the ranks of a layer do in each batch: pairs, activated experts, copies by link.
+"""Work of a layer's ranks in each batch: pairs, activated experts, copies by link.
 
 A batch is one forward pass of all ranks together: in decoding one token of each sequence
 in turn, in prefilling a chunk of consecutive tokens. Only full batches count.
@@ -49,7 +49,7 @@ class LinkCopies:
         )
 
     def turned(self) -> "LinkCopies":
-        """Return the copies on their way back."""
+        """Return the copies of the combine."""
         return LinkCopies(sent=self.received, received=self.sent)
 
 
@@ -61,7 +61,7 @@ class Copies:
     slow: LinkCopies
 
     def turned(self) -> "Copies":
-        """Return the copies on their way back."""
+        """Return the copies of the combine."""
         return Copies(fast=self.fast.turned(), slow=self.slow.turned())
 
 

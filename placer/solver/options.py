@@ -1,4 +1,4 @@
-"""What to solve for."""
+"""The options of the solver."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
@@ -32,7 +32,7 @@ OVERFLOW_PRICE = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveOptions:
-    """What to solve for.
+    """The options of the solver.
 
     Attributes
     ----------
@@ -140,8 +140,7 @@ class SolveOptions:
     def _require_consistent(self) -> None:
         if self.redundant_experts and self.replica_choice is None:
             raise UsageError(
-                f"which replica serves is not said for {self.redundant_experts} redundant "
-                "experts",
+                f"{self.redundant_experts} redundant experts need a replica choice",
                 f"give --replica-choice {' or '.join(SOLVABLE_REPLICA_CHOICES)}",
             )
         if self.max_home_imbalance is not None:
@@ -150,9 +149,9 @@ class SolveOptions:
             self._require_receive_cap(self.max_received_copies)
         if self.migration_cost and self.start is None:
             raise UsageError(
-                f"--migration-cost {self.migration_cost:g} charges for leaving a plan, but "
-                "none is given",
-                "name the plan that is served now: --start PLAN",
+                f"--migration-cost {self.migration_cost:g} is the cost of leaving a plan, "
+                "but no plan is given",
+                "give the plan that is served now: --start PLAN",
             )
         if self.preserve_groups and self.ignore_groups:
             raise UsageError(
@@ -161,12 +160,12 @@ class SolveOptions:
             )
         if self.preserve_groups and self.start is not None:
             raise UsageError(
-                "--preserve-groups places groups anew, --start improves a plan",
+                "--preserve-groups makes a new placement, and --start improves an old one",
                 "drop one of them",
             )
         if self.preserve_groups and self.pins:
             raise UsageError(
-                "--pin may break up the groups that --preserve-groups keeps",
+                "--pin may split the groups that --preserve-groups keeps whole",
                 "drop one of them",
             )
 
@@ -178,8 +177,8 @@ class SolveOptions:
             )
         if self.policy not in ("follow", "token"):
             raise UsageError(
-                f"--max-home-imbalance {cap:g} means nothing for --policy {self.policy}: "
-                "the homes of whole sequences are for the router to even out",
+                f"--max-home-imbalance {cap:g} has no effect for --policy {self.policy}: "
+                "the request router balances the homes of whole sequences",
                 "drop it, or solve for --policy follow or token",
             )
 
@@ -187,15 +186,15 @@ class SolveOptions:
         if not 0 < cap < float("inf"):
             raise UsageError(
                 f"--max-received-copies must be above 0, got {cap:g}",
-                "the bottleneck_rank_copies_per_token of a plan without it says what to "
-                "ask for",
+                "choose it from the bottleneck_rank_copies_per_token of a plan without "
+                "this cap",
             )
         if self.content_policy is not None:
             raise UsageError(
                 f"--max-received-copies {cap:g} cannot be kept for --policy "
-                f"{self.policy}: what a rank receives depends on homes that a table gives "
-                "afterwards",
-                "drop it for --receive-price, or solve for --policy fixed or follow",
+                f"{self.policy}: received copies depend on homes of a table that is built "
+                "after the solve",
+                "use --receive-price instead, or solve for --policy fixed or follow",
             )
 
     @property
@@ -210,7 +209,7 @@ class SolveOptions:
 
     @property
     def relaxes_load_cap(self) -> bool:
-        """Whether the best reachable is taken where the cap on load is out of reach."""
+        """Whether to use the best reachable if the load cap is out of reach."""
         return self.relax_cap or not self.gives_load_cap
 
     def require_no_load_cap(self, option: str) -> None:
@@ -237,7 +236,7 @@ class SolveOptions:
         return replace(self, max_imbalance=load_cap, relax_cap=relax_cap)
 
     def guarded(self) -> Self:
-        """Return the same, no busier than EPLB where the two compare.
+        """Return the same options, with EPLB's load as a cap if the two can be compared.
 
         They do where EPLB packs as it likes on links that are all alike, and nothing is
         given that says otherwise: a cap, a plan to start from, other loads.
@@ -251,7 +250,7 @@ class SolveOptions:
 
     @property
     def content_policy(self) -> ContentPolicy | None:
-        """The policy, where a token-shuffle table gives its homes."""
+        """The policy, if a token-shuffle table gives its homes, else ``None``."""
         return self.policy if self.policy in ("token", "request") else None
 
     def start_policies(self, top_k: int) -> tuple[Policy, ...]:
@@ -271,7 +270,7 @@ class SolveOptions:
         return ("follow",)
 
     def quick(self) -> Self:
-        """Return the same for a plan to choose by, a few seconds' search without a proof.
+        """Return options for a quick plan: a few seconds of search, no proof.
 
         Its copies and its imbalance are those of a whole search within a hundredth or two.
         """
@@ -286,14 +285,14 @@ class SolveOptions:
 
     @property
     def has_draws(self) -> bool:
-        """Whether draws are all that is not known of which replica serves."""
+        """Whether only SGLang's random draws decide which replica serves."""
         has_table = self.content_policy is not None
         is_drawn = self.replica_choice == "sglang-static"
         return self.redundant_experts > 0 and is_drawn and not has_table
 
     @property
     def asked_of_tokens(self) -> dict[str, bool]:
-        """The options that counts alone cannot serve, and whether each is asked for."""
+        """The options that need tokens, and whether each is given."""
         return {
             f"--policy {self.policy}": self.content_policy is not None,
             "--max-home-imbalance": self.max_home_imbalance is not None,
@@ -309,7 +308,7 @@ class SolveOptions:
 
     @property
     def traffic_alone(self) -> str | None:
-        """The first option that is about traffic, so not for balancing, or ``None``."""
+        """The first option that is only for traffic, or ``None``."""
         asked = self.asked_of_tokens | {"--policy follow": self.policy == "follow"}
         for option in ("--redundant-experts", "--start", "--preserve-groups"):
             asked.pop(option)
@@ -317,7 +316,7 @@ class SolveOptions:
 
     @property
     def needs_tokens(self) -> str | None:
-        """The first option that counts alone cannot serve, or ``None``."""
+        """The first given option that needs tokens, or ``None``."""
         asked = self.asked_of_tokens.items()
         return next((option for option, wanted in asked if wanted), None)
 

@@ -15,7 +15,7 @@ from placer.run.files import read_text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolverParams:
-    """How long to search, and how.
+    """The effort and the constants of the search.
 
     Attributes
     ----------
@@ -115,8 +115,9 @@ class SolverParams:
                 good = _is_a(type(default), value)
             if not good:
                 raise UsageError(
-                    f"parameter {field.name} is {value!r}, which cannot be meant",
-                    f"give what is like its default, {default!r}, and not negative",
+                    f"parameter {field.name} is {value!r}, which is out of range",
+                    "give a value that is not negative, of the kind of its default, "
+                    f"{default!r}",
                 )
         self._require_ranges()
 
@@ -145,22 +146,22 @@ class SolverParams:
         Raises
         ------
         PlacerError
-            If the file is no TOML, or not there.
+            If the file is not valid TOML, or not there.
         UsageError
-            If it names what is no parameter, or gives it a value that cannot be meant.
+            If it names what is not a parameter, or gives it a value that cannot be meant.
         """
         try:
             given = tomllib.loads(read_text(path, what="parameter file"))
         except tomllib.TOMLDecodeError as error:
             raise PlacerError(
-                f"parameter file {path} is no TOML: {error}",
-                "write one parameter a line, for example: num_sweeps = 32",
+                f"parameter file {path} is not valid TOML: {error}",
+                "write one parameter per line, for example: num_sweeps = 32",
             ) from error
         known = {field.name for field in fields(cls)}
         for name in given:
             if name not in known:
                 raise UsageError(
-                    f"parameter file {path} gives {name}, which is no parameter",
+                    f"parameter file {path} gives {name}, which is not a parameter",
                     f"choose among {', '.join(sorted(known))}",
                 )
         values: dict[str, Any] = {

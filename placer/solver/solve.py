@@ -1,4 +1,4 @@
-"""Solving: from affinity, and tokens where there are some, to a placement with a proof.
+"""Solving: from affinity, and tokens if given, to a placement with a proof.
 
 Pairs first: exactly where a layer has few balanced assignments, else by local search. Then
 the copies that the profile's tokens really cause (``refine``), and a certificate of both.
@@ -64,7 +64,7 @@ def solve(
         return solve_loads(affinity, options, session)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
-            f"{options.needs_tokens} needs the tokens of a trace, not counts alone",
+            f"{options.needs_tokens} needs the tokens of a trace, not only counts",
             "solve from the trace itself: placer solve TRACE --gpus-per-node M --out PLAN",
         )
     profile, relaxed = profiled(affinity, tokens, options, session)
@@ -181,7 +181,7 @@ def _by_name(layers: Mapping[int, float]) -> dict[str, float]:
 def solve_to_choose(
     affinity: Affinity, options: SolveOptions, profile: Chunk | None, session: Session
 ) -> tuple[Placement, SolverReport]:
-    """Solve for a plan to choose by; of a choice that the clock cut, the deadline knows.
+    """Solve a quick plan; the deadline records if the clock stopped it.
 
     Raises
     ------

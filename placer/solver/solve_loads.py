@@ -1,4 +1,4 @@
-"""Solving for balance: from loads alone, or where placement cannot change what is sent."""
+"""Solving for balance: from loads only, or if placement cannot change the traffic."""
 
 import time
 from dataclasses import replace
@@ -33,7 +33,7 @@ _ROUNDING = 1e-9
 def solve_loads(
     affinity: Affinity, options: SolveOptions, session: Session
 ) -> tuple[Placement, SolverReport]:
-    """Place experts, and copies of them, for the evenest load.
+    """Place experts and replicas for the most even load.
 
     Raises
     ------
@@ -106,9 +106,9 @@ def _require_no_traffic(options: SolveOptions) -> None:
         return
     if options.objective == "balance":
         raise UsageError(
-            f"{option} is about traffic, --objective balance is not", f"drop {option}"
+            f"{option} is for traffic, not for --objective balance", f"drop {option}"
         )
     raise UsageError(
-        f"{option} needs tokens: loads alone say nothing of traffic",
+        f"{option} needs tokens: loads do not show traffic",
         f"record tokens (placer record --help), or drop {option}",
     )

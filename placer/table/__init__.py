@@ -1,4 +1,4 @@
-"""Token-shuffle tables: which rank a token prefers as its home, by what it is.
+"""Token-shuffle tables: a home for each token, by its id and history.
 
 Legend of the shapes: T tokens, L MoE layers, k experts per token (top-k), E logical
 experts of a layer, R ranks, V token ids.

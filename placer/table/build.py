@@ -135,8 +135,8 @@ def build_table(
     for table in token_experts.values():
         if len(table) != vocab_size:
             raise PlacerError(
-                f"the checkpoint knows the experts of {len(table)} token ids, "
-                f"but the vocabulary has {vocab_size}",
+                f"the checkpoint has experts for {len(table)} token ids, but the "
+                f"vocabulary has {vocab_size}",
                 "give the checkpoint that the trace was recorded from: --embeddings MODEL",
             )
     require_same_routing(token_experts, tokens)
@@ -421,7 +421,7 @@ def _best(
 
 
 def default_lookback(num_ranks: int) -> int:
-    """Return the past layers that index A: at most 4, and no more rows than are cheap."""
+    """Return the number of past layers that index A: at most 4, with a limit on rows."""
     lookback = 1
     while (
         lookback < _MOST_DEFAULT_LOOKBACK
@@ -441,9 +441,9 @@ def _require_options(
         )
     if lookback < 0 or num_ranks**lookback > _MOST_HISTORIES:
         raise UsageError(
-            f"--lookback {lookback} needs {num_ranks}^{lookback} rows per layer, "
-            f"at most {_MOST_HISTORIES} can be held",
-            "choose a smaller one, for example --lookback 2",
+            f"--lookback {lookback} needs {num_ranks}^{lookback} rows per layer, and the "
+            f"limit is {_MOST_HISTORIES}",
+            "choose a smaller number, for example --lookback 2",
         )
     if not 0 < shrinkage < np.inf:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Making confidences true: what rows promise on sequences that they were not counted on.
+"""Correcting confidences: by rates on sequences that the rows were not counted on.
 
 The surer of two estimates is more often the one that errs upwards, so a table promises
 somewhat more than its homes serve. Tables of either half of the profile's sequences are

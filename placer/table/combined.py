@@ -1,4 +1,4 @@
-"""One rate per home from the token and from all experts that it met before.
+"""One rate per home, from the token and all its past experts.
 
 The plain rule takes the surer of two estimates. Here both add up: by ridge regression
 (Hoerl and Kennard 1970), fitted per layer on the tokens of the profile, to the share of a
@@ -30,7 +30,7 @@ _ROWS = 8192
 
 
 def past_layers(num_experts: tuple[int, ...]) -> int:
-    """Return G: at most 8 layers, and no more columns than are quickly solved for."""
+    """Return G: at most 8 layers, with a limit on columns that keeps solving fast."""
     return max(1, min(_MOST_PAST_LAYERS, _MOST_COLUMNS // max(num_experts)))
 
 

@@ -1,4 +1,4 @@
-"""Layers whose experts the token id alone decides: rows that need no profile.
+"""Hash-routed layers, whose experts depend only on the token id: no profile is needed.
 
 The first layers of DeepSeek-V4 look the experts of a token up in a table of the checkpoint
 (``tid2eid``, "hash routing": Roller et al. 2021, arXiv 2106.04426). What a home serves of
@@ -68,7 +68,7 @@ def read_token_experts(directory: Path, model: ModelSpec) -> TokenExperts:
 
 
 def require_same_routing(token_experts: TokenExperts, tokens: Chunk) -> None:
-    """Refuse a profile whose routing is not that of the checkpoint's tables.
+    """Refuse a profile whose routing differs from the checkpoint's tables.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Rates of homes by the past majority ranks, for every history that there can be.
+"""Rates of homes by past majority ranks, for every possible history.
 
 Most histories are rare. What one of them predicts is therefore first the sum of what each
 of its ranks does and, from three layers on, each pair of its ranks: effects fitted by ridge
@@ -30,7 +30,7 @@ _ROWS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HistoryRates:
-    """What the histories of one layer predict.
+    """The predictions of one layer's histories.
 
     Attributes
     ----------
@@ -101,7 +101,7 @@ class HistoryRates:
 def sums(
     group: IntArray, served: FloatArray, weight: FloatArray, num_groups: int
 ) -> FloatArray:
-    """Return ``[groups, R]``: the weighted sum of what homes serve of each group's tokens.
+    """Return ``[groups, R]``: the weighted share of a group's tokens that each home serves.
 
     Tokens of a negative group are not counted.
     """

@@ -14,7 +14,7 @@ from placer.table.table import Table
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HomeChoice:
-    """What a rule says of a layer.
+    """The choice of a rule in one layer.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class TableHomes:
         self._past_experts: list[npt.NDArray[np.generic]] = []
 
     def plain(self, layer: int) -> HomeChoice:
-        """Return the choice of the plain rule: the surer of token and history."""
+        """Return the choice of the plain rule: by token or history, the more certain."""
         rows = LayerTable.of(self.table, layer)
         home, confidence = rows.homes(self.ids, self._history, self._fallback)
         scores = self.table.token_score
@@ -73,7 +73,7 @@ class TableHomes:
         )
 
     def best(self, layer: int) -> HomeChoice:
-        """Return the choice of the combined rule, of the plain one where there is none.
+        """Return the choice of the combined rule, or of the plain one if there is none.
 
         The first layer has no past, and keeps the plain rule.
         """
@@ -90,7 +90,7 @@ class TableHomes:
         )
 
     def served(self, ranks: RankArray, experts: npt.NDArray[np.generic]) -> None:
-        """Take note of how a layer was served.
+        """Record how a layer was served.
 
         Parameters
         ----------

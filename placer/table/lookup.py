@@ -1,4 +1,4 @@
-"""How a runtime uses a table: the home of a token, of a slice and of a request."""
+"""Using a table in a runtime: the home of a token, a slice and a request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Prices of ranks, so that no home is crowded.
+"""Prices of ranks, so that no home has too many tokens.
 
 Homes by rate alone crowd a few ranks, and attention waits for the fullest. Each rank of a
 layer has a price, and a token takes the home of the highest rate minus price. Prices rise

@@ -1,4 +1,4 @@
-"""What a token's embedding says of its rates: a prior of its own for every id.
+"""Predicting a token's rates from its embedding: a prior for every id.
 
 Ridge regression from the embedding, scaled to length 1, to the rates of the seen ids. An id
 that was seen n times weighs n / (n + s). The strength of the penalty is chosen per layer by

@@ -1,4 +1,4 @@
-"""What a token id says of the whole request that holds it.
+"""Scores of token ids for the home of a whole request.
 
 A request keeps one home, so what counts of an id is not how its own tokens are served but
 how the sequences that hold it are, each counted once: the share of their pairs that each

@@ -1,4 +1,4 @@
-"""The table file: one safetensors file that NumPy alone can read."""
+"""The table file: one safetensors file that needs only NumPy to read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -69,7 +69,7 @@ class TableFile(Document, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
-    """Homes that tokens prefer, for one placement.
+    """Homes of tokens, for one placement.
 
     A runtime takes ``token_rank`` (T) or ``history_rank`` (A), whichever is the more
     confident; a tie goes to T. An unknown token takes A where there is history, else the
@@ -171,8 +171,8 @@ class Table:
                 )
         if (self.expert_rank[~exists] != self.num_ranks).any():
             raise PlacerError(
-                "expert_rank holds a rank for an expert that does not exist: "
-                f"places past num_experts must hold {self.num_ranks}"
+                "expert_rank has a rank for an expert that does not exist: entries after "
+                f"num_experts must be {self.num_ranks}"
             )
 
     def _require_rates(self) -> None:
@@ -186,10 +186,11 @@ class Table:
             values = getattr(self, name)
             if values is None or not values.size:
                 continue
-            # A value that is no number fails both comparisons.
+            # A value that is not a number fails both comparisons.
             if not (values.min() >= lowest and values.max() <= highest):
                 raise PlacerError(
-                    f"{name} holds a value outside {lowest}..{highest} or that is no number"
+                    f"{name} holds a value outside {lowest}..{highest} or that is not a "
+                    "number"
                 )
 
     def _require_combined(self, rule: CombinedRule) -> None:
@@ -198,7 +199,7 @@ class Table:
         ranks = (self.model.num_layers, self.num_ranks)
         depth = rule.expert_score.shape[1:2]
         if depth == (0,):
-            raise PlacerError("expert_score adds nothing: it is of 0 past layers")
+            raise PlacerError("expert_score is empty: it has 0 past layers")
         experts = (*depth, max(self.model.num_experts))
         for name, shape in {
             "token_weight": ranks[:1],
@@ -213,7 +214,7 @@ class Table:
                     f"{name} has shape {list(values.shape)}, expected {list(shape)}"
                 )
             if not np.isfinite(values).all():
-                raise PlacerError(f"{name} holds a value that is no number")
+                raise PlacerError(f"{name} holds a value that is not a number")
 
     @property
     def vocab_size(self) -> int:
@@ -257,7 +258,7 @@ class Table:
         Raises
         ------
         PlacerError
-            If it is no table, truncated, of another schema version, or holds a tensor
+            If it is not a table, truncated, of another schema version, or holds a tensor
             that is unknown, missing, or of another dtype or shape than the format's, a
             rank that does not exist, or a confidence outside 0..1.
         """
@@ -297,7 +298,7 @@ def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
         value = file_header(opened.metadata(), where)
         if value.get("kind") != KIND:
             raise PlacerError(
-                f"{where}: this is no token-shuffle table",
+                f"{where}: this is not a token-shuffle table",
                 "write one: placer tables PLAN TRACE --out TABLE",
             )
         value = of_this_version(value, where, again)

@@ -1,1 +1,1 @@
-"""What a plan runs on: serving engines, GPUs and links."""
+"""The target of a plan: serving engines, GPUs and links."""

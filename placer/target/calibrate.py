@@ -1,4 +1,4 @@
-"""Measure what the cost model needs to know of this cluster: its links and processors.
+"""Measure the links and processors of this cluster for the cost model.
 
 A dispatch is an all-to-all in which every rank has rows for every other, so the links are
 measured by one: ``all_to_all_single`` with split sizes, nothing to the rank itself. For the
@@ -51,7 +51,7 @@ _COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationOptions:
-    """What is measured, and how often.
+    """The options of a calibration.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class CalibrationOptions:
         one_of("--device", self.device, DEVICES)
         if self.num_ranks < 2:
             raise UsageError(
-                f"a link has two ends, got --ranks {self.num_ranks}",
+                f"a link needs at least two ranks, got --ranks {self.num_ranks}",
                 "measure between two ranks at least: --ranks 2",
             )
         if self.num_nodes < 1 or self.num_ranks % self.num_nodes:
@@ -96,7 +96,7 @@ class CalibrationOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was measured.
+    """The results of a calibration.
 
     Attributes
     ----------
@@ -130,7 +130,7 @@ class Calibration:
         return {name: fit for name, fit in both.items() if fit is not None}
 
     def hardware(self, name: str) -> Hardware:
-        """Return what the cost model reads; what was not measured is said in the notes."""
+        """Return the hardware for the cost model; notes list what was not measured."""
         fast, slow = (self.fast or self.slow), (self.slow or self.fast)
         if fast is None or slow is None:
             raise ValueError("at least one link is measured")
@@ -161,14 +161,19 @@ class Calibration:
                 f"(root mean square), {fit.worst:.1%} (worst)."
             )
         yield from self.missing()
-        yield "fp8_flops: not measured, that of bf16."
+        yield "fp8_flops: not measured, taken from bf16."
 
     def missing(self) -> Iterator[str]:
         """Yield which link was not measured, and why."""
         if self.fast is None:
-            yield "fast: not measured, as each node has one rank; the slow link's figures."
+            yield (
+                "fast: not measured, because each node has one rank; taken from the "
+                "slow link."
+            )
         if self.slow is None:
-            yield "slow: not measured, as there is one node; the fast link's figures."
+            yield (
+                "slow: not measured, because there is one node; taken from the fast link."
+            )
 
     def to_json(self) -> dict[str, object]:
         """Return all that was measured."""
@@ -200,9 +205,9 @@ def require_devices(options: CalibrationOptions, ranks_here: int) -> None:
 
     if torch.cuda.device_count() < ranks_here:
         raise PlacerError(
-            f"{ranks_here} ranks on this machine need as many GPUs, but it has "
+            f"{ranks_here} ranks on this machine need one GPU each, but it has "
             f"{torch.cuda.device_count()}",
-            "name fewer --ranks, or measure between processes on the CPU: --device cpu",
+            "give fewer --ranks, or measure on the CPU: --device cpu",
         )
 
 

@@ -1,4 +1,4 @@
-"""Serving engines: what a MoE layer sends over the wire, and which replica serves.
+"""Serving engines: the exchange of an MoE layer, and the replica choice.
 
 Engines are data: ``engines.toml`` beside this file, each with its source. Words and
 arithmetic are those of ``docs/concepts.md``.
@@ -39,7 +39,7 @@ _NVFP4_BLOCK = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementEffect:
-    """Whether a placement can change what is sent, and the sentence that says why."""
+    """Whether a placement can change what is sent, and the reason."""
 
     changes_traffic: bool
     reason: str
@@ -141,7 +141,7 @@ class Engine:
         one_of("group_rule", self.group_rule, get_args(GroupRule))
 
     def misfit(self, num_nodes: int, ranks_per_node: int) -> str | None:
-        """Return why it cannot run on these ranks, ``None`` where it can."""
+        """Return why it cannot run on these ranks, ``None`` if it can."""
         if num_nodes > 1 and self.within == "node":
             return f"runs on one node, --nodes is {num_nodes}"
         if num_nodes > 1 and self.within:
@@ -158,14 +158,14 @@ class Engine:
         return None
 
     def doubt(self, num_nodes: int, ranks_per_node: int) -> str | None:
-        """Return what its kernels take these ranks for instead; ``None`` where nothing."""
+        """Return a warning if its kernels see other nodes than these, else ``None``."""
         taken = min(self.ranks_of_node, num_nodes * ranks_per_node)
         if taken in (0, ranks_per_node):
             return None
         return (
-            f"{self.name} takes every {taken} ranks in a row for one NVLink node, and the "
-            f"nodes have {ranks_per_node}: it may fail, or send other copies than counted "
-            f"({self.read_in.split('; ')[-1]})"
+            f"{self.name} treats every {taken} ranks in a row as one NVLink node, but the "
+            f"nodes have {ranks_per_node} ranks: it may fail, or send other copies than "
+            f"placer counts ({self.read_in.split('; ')[-1]})"
         )
 
     def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:
@@ -191,9 +191,9 @@ class Engine:
         if found[0].name == name:
             return found[0]
         raise UsageError(
-            f"--engine {name} names a family of engines, and what is sent differs by phase "
-            "and options",
-            "give the exact name\n" + "\n".join(_lines_by_phase(found)),
+            f"--engine {name} names a family of engines, which differ in what they send "
+            "by phase and options",
+            "give an exact name\n" + "\n".join(_lines_by_phase(found)),
         )
 
 
@@ -218,10 +218,12 @@ def engines_named(name: str) -> tuple[Engine, ...]:
     nearest = holding or get_close_matches(sought, (*engines, *families), n=1)
     members = [one for one in families if one not in engines]
     raise UsageError(
-        f"--engine {name} is not known" if name.strip() else "--engine names no engine",
+        f"--engine {name} is not known"
+        if name.strip()
+        else "--engine is not the name of an engine",
         (f"did you mean {' or '.join(nearest)}? " if nearest else "")
-        + f"the names are {', '.join(engines)}; those of families (of advise and simulate) "
-        f"are {', '.join(members)}",
+        + f"known engines: {', '.join(engines)}; families (only advise and simulate): "
+        f"{', '.join(members)}",
     )
 
 
@@ -267,14 +269,14 @@ def placement_effect(
     if exchange == "all-gather":
         return PlacementEffect(
             changes_traffic=False,
-            reason="every token goes to every rank: placement cannot change the traffic, "
-            "only the balance",
+            reason="every token goes to every rank: placement can change only the "
+            "balance, not the traffic",
         )
     if exchange == "padded":
         return PlacementEffect(
             changes_traffic=False,
-            reason="the all-to-all is as large as the experts' capacity: placement cannot "
-            "change the traffic, only the balance",
+            reason="the all-to-all always has the size of the experts' capacity: "
+            "placement can change only the balance, not the traffic",
         )
     if exchange == "per-expert" and policy == "fixed":
         return _per_expert_effect(replica_choice, has_replicas=has_replicas)
@@ -287,7 +289,8 @@ def placement_effect(
     if policy != "fixed":
         linked = "co-activation and links between layers decide"
     return PlacementEffect(
-        changes_traffic=True, reason=f"{linked} the {counted}: placement counts"
+        changes_traffic=True,
+        reason=f"{linked} the {counted}: placement changes the traffic",
     )
 
 
@@ -334,11 +337,10 @@ def choose_replicas(
     if not has_replicas:
         return None
     raise UsageError(
-        "experts have several replicas, and engines differ in which replica serves"
+        "experts have several replicas, and engines differ in the replica choice"
         if engine is None
         else f"{engine.name} serves no redundant experts",
-        "name your engine with --engine, or its choice:\n"
-        + "\n".join(_lines_by_choice(command)),
+        "give --engine, or its replica choice:\n" + "\n".join(_lines_by_choice(command)),
     )
 
 
@@ -367,20 +369,20 @@ def _per_expert_effect(
     if not has_replicas:
         return PlacementEffect(
             changes_traffic=False,
-            reason="one copy goes out for each (token, expert) pair: k (1 - 1/R) copies "
-            "per token are sent whatever the placement, which can only balance",
+            reason="one copy is sent for each (token, expert) pair: k (1 - 1/R) copies "
+            "per token for every placement. Placement can only balance",
         )
     if replica_choice == "hash":
         return PlacementEffect(
             changes_traffic=False,
-            reason="one copy per (token, expert) pair, and the engine picks among an "
-            "expert's replicas whatever the home is: k (1 - 1/R) copies per token are "
-            "sent whatever the placement, which can only balance",
+            reason="one copy is sent for each (token, expert) pair, and replica choice "
+            "does not depend on the home: k (1 - 1/R) copies per token for every "
+            "placement. Placement can only balance",
         )
     return PlacementEffect(
         changes_traffic=True,
-        reason="an expert with c copies is remote for 1 - c/R of its pairs: which experts "
-        "have replicas counts, where they live does not",
+        reason="an expert with c replicas is remote for 1 - c/R of its pairs: only the "
+        "number of replicas matters, not their ranks",
     )
 
 

@@ -64,7 +64,7 @@ class HardwareFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """Measured times of an exchange by its bytes, straight from one to the next.
+    """Measured times of an exchange by its bytes, linear between points.
 
     Attributes
     ----------
@@ -282,7 +282,7 @@ class Hardware:
 
 
 def require_hardware_path(path: Path) -> None:
-    """Refuse to write hardware where :meth:`Hardware.named` would not read it.
+    """Refuse an output that :meth:`Hardware.named` could not read.
 
     Raises
     ------
@@ -291,8 +291,8 @@ def require_hardware_path(path: Path) -> None:
     """
     if path.suffix != ".toml" or path.is_dir():
         raise UsageError(
-            f"hardware is written to a .toml file, not to {path}",
-            "name one: --out hardware.toml",
+            f"hardware files end in .toml, got {path}",
+            "for example --out hardware.toml",
         )
 
 

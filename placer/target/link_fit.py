@@ -99,7 +99,7 @@ def fit_link(num_bytes: Sequence[int], seconds: Sequence[float]) -> LinkFit:
         latency, slope = 0.0, columns[:, 1].sum() / np.square(columns[:, 1]).sum()
     if slope <= 0:
         raise PlacerError(
-            "an exchange of more bytes takes no longer: no bandwidth can be told",
+            "larger exchanges take no longer, so no bandwidth can be fitted",
             "measure again on a quiet machine: placer calibrate --ranks R --out FILE",
         )
     return LinkFit(

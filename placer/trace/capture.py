@@ -1,4 +1,4 @@
-"""Capturing what the routers of a transformers model choose, by forward hooks."""
+"""Capturing the choices of a transformers model's routers, by forward hooks."""
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -18,7 +18,7 @@ NUM_NUDGES = 32
 
 
 class RouterOutput(NamedTuple):
-    """What the router of one layer chose for N rows of a batch.
+    """The choices of one layer's router for N rows of a batch.
 
     Attributes
     ----------

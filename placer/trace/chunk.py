@@ -223,7 +223,7 @@ class Chunk:
             if not np.isfinite(weights).all():
                 raise PlacerError(
                     f"MoE layer {layer}: a router weight is NaN or beyond float16, so the "
-                    "order of the experts means nothing",
+                    "order of the experts is unknown",
                     "check how they were recorded; some models need bfloat16 or float32",
                 )
 
@@ -270,13 +270,13 @@ class Chunk:
                 raise PlacerError(
                     f"MoE layer {layer}: token {row} lists an expert twice: "
                     f"{ids[row].tolist()}",
-                    "a layer that is not captured often comes back as zeros: "
-                    "record again, or leave that layer out",
+                    "layers that are not captured are often all zeros: record again, or "
+                    "leave that layer out",
                 )
 
 
 def require_ranges(tokens: object) -> None:
-    """Refuse ids of tokens, under the names of :class:`Chunk`, that the format has not.
+    """Refuse ids of tokens that the format does not allow, by names of :class:`Chunk`.
 
     Raises
     ------
@@ -308,9 +308,9 @@ def _sequence_order(parts: list[AnyArray]) -> IntArray | None:
     )
     if (times > 1).any():
         raise PlacerError(
-            f"sequence {every[times.argmax()]} stands in two chunks, but a chunk holds "
-            "whole sequences",
-            "look at them: placer trace validate TRACE; then record or import it again",
+            f"sequence {every[times.argmax()]} is in two chunks, but a chunk holds whole "
+            "sequences",
+            "find the damage: placer trace validate TRACE; then record or import it again",
         )
     order: IntArray = np.argsort(ids, kind="stable")
     return order

@@ -1,4 +1,4 @@
-"""Text to record over: files and directories, one domain each, cut into sequences."""
+"""Text to record: files and directories, one domain each, cut into sequences."""
 
 import hashlib
 import sys
@@ -59,13 +59,13 @@ class Corpus:
         if self.content is None and not (self.path.is_file() or self.path.is_dir()):
             raise PlacerError(
                 f"corpus {self.path} "
-                + ("is no text file" if self.path.exists() else "does not exist"),
+                + ("is not a text file" if self.path.exists() else "does not exist"),
                 f"check the path: ls {self.path.parent}",
             )
         if not self.domain or not self.domain.isprintable():
             raise UsageError(
-                f"the corpus {str(self.path)!r} needs a domain name of printable text, not "
-                f"{self.domain!r}",
+                f"the corpus {str(self.path)!r} needs a domain name of printable text, "
+                f"got {self.domain!r}",
                 "name it: --domain NAME=PATH",
             )
 
@@ -99,7 +99,7 @@ class Corpus:
         Raises
         ------
         PlacerError
-            If a line of a ``.jsonl`` file is no JSON object or lacks the field.
+            If a line of a ``.jsonl`` file is not a JSON object or lacks the field.
         """
         if self.content is not None:
             yield from [self.content] if self.content.strip() else []
@@ -142,7 +142,7 @@ class Corpus:
             raise PlacerError(
                 f"{where}, holds no text or chat in {' or '.join(fields)}; "
                 f"it has {', '.join(map(str, found)) or 'no field'}",
-                "name the field: --field NAME",
+                "give the field: --field NAME",
             )
         return document
 
@@ -172,14 +172,12 @@ def name_corpora(
         domain, equals, path = text.partition("=")
         if not equals or not domain or not path:
             raise UsageError(
-                f"--domain is written NAME=PATH, got {text!r}",
+                f"--domain has the form NAME=PATH, got {text!r}",
                 "for example --domain code=src/",
             )
         corpora.append(_corpus(domain, Path(path), field))
     if not corpora:
-        raise UsageError(
-            "no text to record over", "give --corpus FILE, or --domain NAME=PATH"
-        )
+        raise UsageError("no text to record", "give --corpus FILE, or --domain NAME=PATH")
     names = [corpus.domain for corpus in corpora]
     for name in names:
         if names.count(name) > 1:
@@ -189,8 +187,9 @@ def name_corpora(
             )
     if len(corpora) > MAX_DOMAINS:
         raise UsageError(
-            f"{len(corpora)} corpora are given, a trace has at most {MAX_DOMAINS} domains",
-            "give directories, each of which is one corpus",
+            f"{len(corpora)} corpora are given, but a trace has at most {MAX_DOMAINS} "
+            "domains",
+            "put the files into fewer directories: each directory is one corpus",
         )
     return corpora
 
@@ -261,7 +260,7 @@ def _hidden(relative: Path) -> bool:
 
 
 def _read_text(path: Path) -> str | None:
-    """Return the text of a file, ``None`` if it is no UTF-8."""
+    """Return the text of a file, ``None`` if it is not UTF-8."""
     try:
         return read_bytes(path, memory_bytes(), "corpus").decode("utf-8")
     except UnicodeDecodeError:

@@ -39,7 +39,7 @@ def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
     Raises
     ------
     PlacerError
-        If a column is missing, a value is no whole number, or a token lacks a layer or
+        If a column is missing, a value is not a whole number, or a token lacks a layer or
         has one twice.
     """
     table = read_table(file, _LAYOUT)
@@ -75,7 +75,7 @@ def _require_numbers(table: "pd.DataFrame", columns: Sequence[str]) -> None:
         if name not in table.columns:
             raise PlacerError(f"it has no column {name}", _LAYOUT)
         if table[name].to_numpy().dtype.kind not in "fiu":
-            raise PlacerError(f"column {name} holds something that is no number", _LAYOUT)
+            raise PlacerError(f"column {name} holds a value that is not a number", _LAYOUT)
 
 
 def read_table(file: Path, layout: str) -> "pd.DataFrame":
@@ -84,7 +84,7 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
     Raises
     ------
     PlacerError
-        If it is no CSV file, or its rows are longer than its header; the hint is
+        If it is not a CSV file, or its rows are longer than its header; the hint is
         ``layout``.
     """
     import pandas as pd
@@ -93,10 +93,10 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
         with open_regular(file) as stream:
             table = pd.read_csv(stream)
     except UNREADABLE as error:
-        raise PlacerError(f"it is no CSV file: {error}", layout) from error
+        raise PlacerError(f"it is not a CSV file: {error}", layout) from error
     # Of longer rows pandas silently makes the first values an index.
     if not isinstance(table.index, pd.RangeIndex):
-        raise PlacerError("its rows have more values than its header has names", layout)
+        raise PlacerError("its rows have more values than the header", layout)
     return table
 
 
@@ -113,5 +113,5 @@ def require_whole(table: "pd.DataFrame", columns: Sequence[str], layout: str) ->
             raise PlacerError(f"it has no column {name}", layout)
         if not np.issubdtype(table[name].to_numpy().dtype, np.integer):
             raise PlacerError(
-                f"column {name} holds something that is no whole number", layout
+                f"column {name} holds a value that is not a whole number", layout
             )

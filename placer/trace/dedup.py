@@ -1,4 +1,4 @@
-"""Removing tokens that a trace holds twice, which make held-out figures look too good.
+"""Removing repeated tokens of a trace, which make held-out figures too good.
 
 Three kinds. A *shared prefix*: the tokens with which a sequence begins began another one
 before, as with a common system prompt; a causal model routes them the same way again, and
@@ -31,7 +31,7 @@ KINDS: tuple[Kind, ...] = ("prefixes", "rows", "warm_up")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repetition:
-    """How much of a trace is there twice.
+    """How much of a trace is repeated.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class Repetition:
 
     @property
     def warm_up_share(self) -> float:
-        """Share of the tokens that are of a warm-up."""
+        """Share of the tokens that come from a warm-up."""
         return self.num_warm_up_tokens / self.num_tokens if self.num_tokens else 0.0
 
 
@@ -76,7 +76,7 @@ def dedup_trace(
     kinds: tuple[Kind, ...] = KINDS,
     fold: Fold | None = None,
 ) -> tuple[TraceHeader, Repetition]:
-    """Write a trace without what it holds twice; sequence ids and positions are kept.
+    """Write a trace without repeats; sequence ids and positions are kept.
 
     Memory holds 12 bytes per token, and 16 per distinct token (up to 26 while sets grow),
     beside one chunk.

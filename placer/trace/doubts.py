@@ -1,4 +1,4 @@
-"""What makes the figures of a trace doubtful: told at import, with advice and plans."""
+"""Warnings about a trace whose figures may be wrong: at import, in advice and in plans."""
 
 import shlex
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from placer.trace.selection import EVERYTHING, Selection
 from placer.trace.warm_up import warm_up_mask
 
 UNORDERED = (
-    "the trace lists the experts of a token by id, not by router weight, so nothing tells "
-    "which one weighs most"
+    "the trace lists the experts of a token by id, not by router weight, so the top-1 "
+    "expert is unknown"
 )
 
 
@@ -22,10 +22,10 @@ def doubts(trace: Trace, selection: Selection = EVERYTHING) -> Iterator[str]:
         share = found.mean()
         yield (
             f"{int(found.sum()):,} of {len(found):,} tokens ({share:.1%}) repeat the "
-            "experts of another token in all layers, as the dummy tokens of an engine's "
-            "warm-up and padding do. They are no traffic and distort every figure. Remove "
-            f"them: placer trace dedup {shlex.quote(str(trace.directory))} --no-prefixes "
-            "--no-rows --out CLEANED"
+            "experts of another token in all layers, like dummy tokens of an engine's "
+            "warm-up and padding. Dummy tokens are not real traffic and distort every "
+            f"figure. Remove them: placer trace dedup {shlex.quote(str(trace.directory))} "
+            "--no-prefixes --no-rows --out CLEANED"
         )
     if trace.model.top_k == 1:
         yield from _unused_routers(trace, selection)
@@ -45,7 +45,7 @@ def _unused_routers(trace: Trace, selection: Selection) -> Iterator[str]:
         why = "the router is stuck, or the layers were not captured"
         if expert == 0:
             why = (
-                "as in dense layers, and in those that were not captured. If they are "
+                "as in dense layers and layers that were not captured. If they are "
                 "dense, import the file again with --model DIR (a folder with its "
                 "config.json is enough)"
             )
@@ -53,6 +53,6 @@ def _unused_routers(trace: Trace, selection: Selection) -> Iterator[str]:
 
 
 def doubtful_follow(trace: Trace, policy: str) -> Iterator[str]:
-    """Say what homes of ``follow`` depend on, where the router's order is not known."""
+    """Return a warning on homes of ``follow`` if the router's order is unknown."""
     if policy == "follow" and not trace.header.experts_by_weight:
         yield f"{UNORDERED}: under follow, ties between ranks go to the smallest id"

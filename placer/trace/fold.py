@@ -34,7 +34,7 @@ class Fold:
         part, slash, parts = text.partition("/")
         if not slash or not part.isdecimal() or not parts.isdecimal():
             raise UsageError(
-                f"a fold is written K/N, got {text!r}", "for example --fold 0/2"
+                f"a fold has the form K/N, got {text!r}", "for example --fold 0/2"
             )
         return cls(int(part), int(parts), inverted)
 

@@ -1,4 +1,4 @@
-"""64-bit hashes that tell repeated tokens, sequences and prefixes of sequences.
+"""64-bit hashes that find repeated tokens, sequences and prefixes of sequences.
 
 Two of n different things share a hash with a probability of about n^2 / 2^65: below one
 in 100,000 for 10 million tokens.

@@ -1,4 +1,4 @@
-"""Tokens that something else recorded, on their way to a trace.
+"""Importing tokens that another program recorded.
 
 Every reader of a foreign format ends in :class:`ImportedTokens`; what is wrong with such
 records is caught here, once.
@@ -77,7 +77,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ImportedTokens:
-    """Routing as a foreign file has it.
+    """Routing as read from a foreign file.
 
     Attributes
     ----------
@@ -197,7 +197,7 @@ class BoundModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """What a user says of a file.
+    """The user's options for a file.
 
     Attributes
     ----------
@@ -220,13 +220,13 @@ class ImportOptions:
     def __post_init__(self) -> None:
         if self.model_directory is None and self.skip_layers:
             raise UsageError(
-                "--skip-layers names layers of a model, and no model is given",
+                "--skip-layers needs a model, but --model is missing",
                 "give --model DIR (a folder with its config.json is enough)",
             )
         if self.model_directory is not None and self.num_experts is not None:
             raise UsageError(
                 f"--num-experts {self.num_experts} and --model {self.model_directory} "
-                "both say how many experts there are",
+                "both give the number of experts",
                 "drop --num-experts",
             )
 
@@ -351,7 +351,7 @@ def _of_moe_layers(
         raise PlacerError(
             f"experts has {recorded} layers, the model {model.spec.num_layers} MoE layers "
             f"of {model.num_hidden_layers} hidden layers",
-            "check --model; where layers were not recorded, name them: --skip-layers LIST",
+            "check --model; if layers were not recorded, name them: --skip-layers LIST",
         )
     empty = [
         layer
@@ -365,7 +365,7 @@ def _of_moe_layers(
     for column, layer in enumerate(columns):
         if layer not in known and tokens.experts[:, column].any():
             raise PlacerError(
-                f"layer {layer} holds ids of experts, but the model has none there",
+                f"layer {layer} holds expert ids, but the model has no experts there",
                 "check --model",
             )
     kept = [columns.index(layer) for layer in model.spec.layer_ids or ()]
@@ -376,11 +376,11 @@ def _of_moe_layers(
 
 
 def told_of_hash_layers(layers: Sequence[int]) -> str:
-    """Say why layers without a router are left out."""
+    """Return the note that layers without a router are left out."""
     return (
-        f"layers {', '.join(map(str, layers))} choose experts by a hash of the token, and "
-        "engines do not record them: they are left out, and exports keep their experts in "
-        "order"
+        f"layers {', '.join(map(str, layers))} choose experts by a hash of the token, "
+        "which engines do not record. They are left out, and exports keep their experts "
+        "in order"
     )
 
 
@@ -393,13 +393,13 @@ def _require_captured(tokens: ImportedTokens, spec: ModelSpec) -> None:
     for column, layer in enumerate(ids):
         if not tokens.experts[:, column].any():
             raise PlacerError(
-                f"layer {layer} is all zeros, as dense layers and those that were not "
-                "captured are",
+                f"layer {layer} is all zeros, like dense layers and layers that were not "
+                "captured",
                 "the model has experts there: record it again, or leave it out: "
                 f"--skip-layers {layer}"
                 if spec.bound
-                else "name the model, whose dense layers are then left out: --model DIR "
-                "(a folder with its config.json is enough)",
+                else "name the model, so that its dense layers can be left out: --model "
+                "DIR (a folder with its config.json is enough)",
             )
 
 
@@ -423,8 +423,8 @@ def _chunk(tokens: ImportedTokens, spec: ModelSpec, rows: Array) -> Chunk:
         if (largest := int(experts[:, layer].max())) >= size:
             raise PlacerError(
                 f"layer {layer} holds ids up to {largest}, the model has {size} experts",
-                "check --model or --num-experts; ids beyond the experts may be physical "
-                "ids of an engine that ran with redundant experts",
+                "check --model or --num-experts; ids above the number of experts may be "
+                "physical ids of an engine with redundant experts",
             )
     sequence_ids = tokens.sequence_ids[rows].astype(np.int32)
     first = np.searchsorted(sequence_ids, sequence_ids)

@@ -11,12 +11,12 @@ from placer.trace.imported import UNREADABLE
 
 
 def json_values(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the values, the items of a list one by one, and in which line they stand.
+    """Yield each value, or each item of a list, and its line.
 
     Raises
     ------
     PlacerError
-        If a line is no JSON, and the file as a whole is none.
+        If a line is not valid JSON, and the file as a whole is none.
     """
     try:
         with open_regular(file) as stream:

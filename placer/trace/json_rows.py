@@ -1,4 +1,4 @@
-"""Reading routing from JSON lines of any program: its keys are named by the user."""
+"""Reading routing from JSON lines of any program: the user names the keys."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +30,8 @@ _NEEDED = ("layer", "token", "experts")
 # Keys of the object of layers, in the object of a request.
 _REQUEST_KEYS = ("layers", "experts", "routed_experts", "topk_ids")
 _LAYOUT = (
-    "map the keys of the file: --keys layer=KEY,token=KEY,experts=KEY, and where it has "
-    "them weights, sequence, token_id and phase (docs/importing.md)"
+    "map the keys of the file: --keys layer=KEY,token=KEY,experts=KEY, and weights, "
+    "sequence, token_id and phase if it has them (docs/importing.md)"
 )
 _REQUESTS_LAYOUT = (
     "each line is one request: layer numbers, and under each a list of the experts of its "
@@ -43,7 +43,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """Which key of a file means what; what is not named is sought by its usual names."""
+    """The meaning of a file's keys; a key that is not given is found by its usual names."""
 
     named: Mapping[str, str]
 
@@ -54,7 +54,7 @@ class Keys:
         Raises
         ------
         UsageError
-            If it is no such list, or gives a meaning that there is not.
+            If it is not such a list, or gives a meaning that there is not.
         """
         named = {}
         for part in text.split(",") if text else ():
@@ -98,7 +98,7 @@ def jsonl_reader(keys: Keys) -> Reader:
         names = {meaning: keys.found(meaning, rows[0]) for meaning in _USUAL}
         if missing := [meaning for meaning in _NEEDED if names[meaning] is None]:
             raise PlacerError(
-                f"nothing tells the {' or the '.join(missing)} of a row: its keys are "
+                f"a row has no key for {' or '.join(missing)}: its keys are "
                 f"{', '.join(rows[0])}",
                 _LAYOUT,
             )
@@ -173,8 +173,8 @@ def _tokens(
     else:
         sequence = token // _BLOCK
         remarks.append(
-            f"no key tells the sequence of a token: every {_BLOCK} tokens stand for one. "
-            "Name it where there is one: --keys sequence=KEY"
+            f"no key gives the sequence of a token, so every {_BLOCK} tokens are taken as "
+            "one sequence. If the file has such a key: --keys sequence=KEY"
         )
     weights, phase = columns.get("weights"), columns.get("phase")
     ids = columns.get("token_id")
@@ -205,13 +205,13 @@ def _weights(values: Sequence[Any], experts: Array) -> Array:
             [one if isinstance(one, list) else [one] for one in values], dtype=np.float32
         )
     except (ValueError, TypeError) as error:
-        raise PlacerError("weights are no rows of numbers, all of one length") from error
+        raise PlacerError("weights are not rows of numbers of one length") from error
     if given.shape == experts.shape:
         return given
     if experts.min() < 0 or experts.max() >= given.shape[1]:
         raise PlacerError(
-            f"{given.shape[1]} weights stand beside {experts.shape[1]} experts up to "
-            f"{experts.max()}: they are of neither the chosen experts nor all",
+            f"{given.shape[1]} weights are given for {experts.shape[1]} experts up to "
+            f"{experts.max()}: they must be the weights of the chosen experts, or of all",
             _LAYOUT,
         )
     return np.take_along_axis(given, experts, axis=1)
@@ -223,7 +223,7 @@ def _whole(values: Sequence[Any], what: str, ndim: int = 1) -> Array:
     except ValueError as error:  # rows of different lengths
         raise PlacerError(f"{what} differ in length from row to row", _LAYOUT) from error
     if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
-        raise PlacerError(f"{what} holds something that is no whole number", _LAYOUT)
+        raise PlacerError(f"{what} holds a value that is not a whole number", _LAYOUT)
     return array
 
 
@@ -245,7 +245,7 @@ def _request(
     for key, ids in layers.items():
         layer = _layer_number(key)
         if layer is None:
-            raise PlacerError(f"request {number}: {key} is no layer", _REQUESTS_LAYOUT)
+            raise PlacerError(f"request {number}: {key} is not a layer", _REQUESTS_LAYOUT)
         try:
             experts = np.asarray(ids) if isinstance(ids, list) else np.zeros(0)
         except ValueError:  # lists of different lengths
@@ -253,16 +253,17 @@ def _request(
         if experts.ndim == 1 and experts.size and model is not None:
             if experts.size % model.spec.top_k:
                 raise PlacerError(
-                    f"request {number}, layer {layer}: {experts.size} ids are no whole "
-                    f"tokens of {model.spec.top_k}",
+                    f"request {number}, layer {layer}: {experts.size} ids do not divide "
+                    f"into tokens of {model.spec.top_k}",
                     "check --model",
                 )
             experts = experts.reshape(-1, model.spec.top_k)
         if experts.ndim != 2 or not np.issubdtype(experts.dtype, np.integer):
             raise PlacerError(
-                f"request {number}, layer {layer} holds no list of the ids of each token",
-                "name the model, if it is one list of all ids: --model DIR (a folder with "
-                "its config.json is enough)",
+                f"request {number}, layer {layer} does not hold a list of ids for each "
+                "token",
+                "if it is one list of all ids, name the model: --model DIR (a folder "
+                "with its config.json is enough)",
             )
         parts.append((layer, experts))
     if len({ids.shape[1] for _, ids in parts}) > 1:

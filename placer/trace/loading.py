@@ -1,4 +1,4 @@
-"""Loading a model with transformers, and telling its weights from others."""
+"""Loading a model with transformers, and a hash that identifies its weights."""
 
 import hashlib
 import importlib.util

@@ -32,7 +32,7 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
     Raises
     ------
     PlacerError
-        If it is no archive, or an array is missing or of the wrong kind or shape.
+        If it is not an archive, or an array is missing or of the wrong kind or shape.
     """
     remedy = "save it with numpy.savez(FILE, experts=..., sequence_ids=...)"
     try:
@@ -43,9 +43,9 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
             names = archive["domain_names"] if has_names else np.zeros(0, dtype=str)
             found = list(archive.files)
         for name, one in {**arrays, "domain_names": names}.items():
-            # Of a member that is no array NumPy returns the bytes.
+            # Of a member that is not an array NumPy returns the bytes.
             if not isinstance(one, np.ndarray):
-                raise ValueError(f"{name} is no array")
+                raise ValueError(f"{name} is not an array")
     except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npz archive of plain arrays: {unreadable_reason(error)}", remedy
@@ -67,7 +67,7 @@ def read_exflow(file: Path, model: BoundModel | None) -> ImportedTokens:
     Raises
     ------
     PlacerError
-        If it is no array of two axes.
+        If it is not an array of two axes.
     """
     try:
         require_fitting_archive(file)

@@ -14,7 +14,7 @@ from placer.trace.writer import TraceWriter
 
 
 def part_of(worker: Worker, out: Path) -> Path:
-    """Return where a worker writes; ``out`` itself if it is alone."""
+    """Return where a worker writes: ``out`` itself if it is the only one."""
     return out if worker.alone else _part(out, worker.index, worker.number)
 
 
@@ -67,7 +67,7 @@ def put_together(out: Path, num_chunks: list[int]) -> None:
             continue
         if not parts[index].is_dir():
             raise PlacerError(
-                f"the part {parts[index]} that worker {index} wrote is not to be seen from "
+                f"the part {parts[index]} that worker {index} wrote is not visible from "
                 "here",
                 "write to a directory that all machines share: --out DIR",
             )

@@ -63,7 +63,7 @@ class Trace:
             chunk = self._read(info)
             if chunk.num_tokens and chunk.sequence_ids[0] == last_sequence:
                 raise PlacerError(
-                    f"sequence {last_sequence} goes on in {self.directory / info.file}, "
+                    f"sequence {last_sequence} continues in {self.directory / info.file}, "
                     "but a chunk holds whole sequences",
                     AGAIN,
                 )

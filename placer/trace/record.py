@@ -1,4 +1,4 @@
-"""Recording: run a transformers model over text and keep what its routers choose."""
+"""Recording: run a transformers model over text and keep its routers' choices."""
 
 import itertools
 import math
@@ -96,8 +96,9 @@ class RecordOptions:
             )
         if self.temperature and not self.generate:
             raise UsageError(
-                f"--temperature {self.temperature} draws generated tokens, but none are",
-                "say how many: --generate 128",
+                f"--temperature {self.temperature} is for generated tokens, but "
+                "--generate is 0",
+                "for example --generate 128",
             )
         one_of("--dtype", self.dtype, DTYPES)
 
@@ -118,7 +119,7 @@ def record(
     progress: Progress | None = None,
     worker: Worker = ALONE,
 ) -> TraceHeader:
-    """Record a trace; started again after a kill, go on after the finished chunks.
+    """Record a trace; after a kill, continue after the finished chunks.
 
     Under torchrun every worker runs the model over its share of the chunks; the trace is
     the same.
@@ -193,7 +194,7 @@ def _chunks_of_part(part: Path, provenance: Mapping[str, Any]) -> int:
     if canonical_json(found.provenance) != canonical_json(provenance):
         raise PlacerError(
             f"{part} was recorded with another model, corpus or options",
-            "give the same ones to go on; to start anew, move it away",
+            "use the same ones to continue; to start again, move it away",
         )
     return len(found.chunks)
 
@@ -223,8 +224,8 @@ def _record_chunks(
             first_sequence += len(group)
     if skipped:
         raise PlacerError(
-            f"{partial_path(writer.directory)} holds {skipped} chunks more than the text",
-            "move it away to start anew",
+            f"{partial_path(writer.directory)} holds {skipped} more chunks than the text",
+            "move it away to start again",
         )
 
 
@@ -250,7 +251,7 @@ class _Runner:
         except Exception as error:  # templates are programs, and raise what they like
             raise PlacerError(
                 f"the tokenizer cannot apply a chat template: {error}",
-                "give plain text in a field of its own: --field NAME",
+                "give a field that holds plain text: --field NAME",
             ) from error
         # The template has put the special tokens where they belong.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -362,8 +363,8 @@ def _step_ids(
     passes = num_generated + 1
     if (first + 1) * passes > 2**31:
         raise PlacerError(
-            f"forward passes of sequence {first} with --generate {num_generated} cannot "
-            "be numbered in int32",
+            f"forward passes of sequence {first} with --generate {num_generated} need "
+            "numbers above int32",
             "record in parts, and join them: placer trace merge TRACE... --out TRACE",
         )
     return (np.int64(first * passes) + step).astype(np.int32)

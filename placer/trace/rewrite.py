@@ -21,7 +21,7 @@ _OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")
 
 
 def validate_trace(trace: Trace) -> TraceHeader:
-    """Read every chunk: hashes, format, ids, and what chunks must have in common.
+    """Check every chunk: hashes, format, ids, and that chunks fit together.
 
     All hold the same tensors, and a sequence id stands in one of them.
 
@@ -45,7 +45,7 @@ def validate_trace(trace: Trace) -> TraceHeader:
         odd = names ^ (expected or names)
         if odd:
             raise PlacerError(
-                f"{trace.directory / info.file} and the chunks before do not hold the same "
+                f"{trace.directory / info.file} and the chunks before hold different "
                 f"tensors: {', '.join(sorted(odd))}",
                 AGAIN,
             )
@@ -67,7 +67,7 @@ def _require_apart(found: Sequence[IntArray], files: Sequence[Path]) -> None:
         ends = np.cumsum([len(one) for one in found])
         file = files[int(np.searchsorted(ends, place, side="right"))]
         raise PlacerError(
-            f"sequence {twice[0]} of {file} stands in an earlier chunk too", AGAIN
+            f"sequence {twice[0]} of {file} is in an earlier chunk too", AGAIN
         )
 
 
@@ -159,7 +159,7 @@ def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> Trac
     ids = np.concatenate([np.unique(chunk.sequence_ids) for chunk in trace.chunks()])
     if not 1 <= num_sequences <= len(ids):
         raise UsageError(
-            f"{num_sequences} sequences asked for, {trace.directory} has {len(ids)}",
+            f"{num_sequences} sequences requested, but {trace.directory} has {len(ids)}",
             f"give --sequences from 1 to {len(ids)}",
         )
     chosen = np.random.default_rng(seed).choice(ids, num_sequences, replace=False)

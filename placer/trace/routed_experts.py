@@ -23,7 +23,7 @@ from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
 from placer.trace.json_lines import json_values
 
 Array = npt.NDArray[Any]
-_NEEDS_MODEL = "name the model, which says how many layers a row has: --model DIR"
+_NEEDS_MODEL = "name the model, because a row has one entry per layer: --model DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ def _read(file: Path, found_in: _Finder, asked: _Asked) -> ImportedTokens:
             raise PlacerError(f"{where}: {error}", error.hint) from error
         except UNREADABLE as error:
             raise PlacerError(
-                f"{where} is no such response: {unreadable_reason(error)}"
+                f"{where} is not such a response: {unreadable_reason(error)}"
             ) from error
     if not sequences:
         raise PlacerError(
@@ -185,20 +185,20 @@ def _remarks(
         yield (
             f"{num_without} of {num_without + len(sequences)} outputs have no routed "
             "experts and are left out. Aborted requests have none, and SGLang's OpenAI "
-            "responses have those of their first choice alone"
+            "responses have only those of the first choice"
         )
     unplaced = sum(one.start is None for one in sequences)
     unknown = sum(one.start is not None and one.prompt_tokens is None for one in sequences)
     if unplaced:
         yield (
-            f"{unplaced} of {len(sequences)} outputs do not tell where their rows begin: "
-            "their positions count from 0, and the phase of tokens is not recorded. To "
-            f"know both, {asked.ids}"
+            f"{unplaced} of {len(sequences)} outputs do not say at which token their rows "
+            "begin, so positions count from 0 and the phase is not recorded. To record "
+            f"both, {asked.ids}"
         )
     if unknown:
         yield (
-            f"{unknown} of {len(sequences)} outputs do not tell where their prompt ends, "
-            f"so the phase of tokens is not recorded. To know it, {asked.ids}"
+            f"{unknown} of {len(sequences)} outputs do not say where their prompt ends, "
+            f"so the phase is not recorded. To record it, {asked.ids}"
         )
 
 
@@ -322,8 +322,8 @@ def _require_whole_rows(num_ids: int, model: BoundModel) -> None:
     """Refuse ids that are no rows of all hidden layers of the model."""
     if num_ids % (model.num_hidden_layers * model.spec.top_k):
         raise PlacerError(
-            f"{num_ids} ids are no whole rows of {model.num_hidden_layers} hidden layers x "
-            f"top-{model.spec.top_k}",
+            f"{num_ids} ids do not divide into rows of {model.num_hidden_layers} hidden "
+            f"layers x top-{model.spec.top_k}",
             "check that --model is the model that was served",
         )
 
@@ -334,7 +334,7 @@ def _decoded(text: Any) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise PlacerError(f"routed_experts is no base64: {error}") from error
+        raise PlacerError(f"routed_experts is not base64: {error}") from error
 
 
 def _counts(usage: Any) -> tuple[int | None, int | None]:

@@ -21,7 +21,7 @@ _PHASE_NUMBERS: Mapping[Phase, int] = {"prefill": 0, "decode": 1}
 
 
 class ProfileFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the provenance of counts and tables, what says which tokens they are from."""
+    """The fields of a provenance that say which tokens were used."""
 
     fold: str | None = None
     phase: Phase | None = None
@@ -53,7 +53,7 @@ class Selection:
         )
 
     def to_json(self) -> dict[str, str | None]:
-        """Return what plans, counts and tables record of the tokens that they are from."""
+        """Return the fields that plans, counts and tables record of their tokens."""
         return {"fold": None if self.fold is None else str(self.fold), "phase": self.phase}
 
     @property
@@ -76,7 +76,7 @@ class Selection:
             If all sequences are selected, so that there are no others.
         """
         if self.fold is None:
-            raise ValueError("without a fold no sequence is left out")
+            raise ValueError("without a fold, no sequence is held out")
         return replace(self, fold=self.fold.complement())
 
     def keep(self, chunk: "Chunk") -> BoolArray:

@@ -31,7 +31,7 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
     Raises
     ------
     PlacerError
-        If it is no such dump, would need unpickling of foreign classes, or an id has no
+        If it is not such a dump, would need unpickling of foreign classes, or an id has no
         place in the map.
     """
     dump = _tokens_of(file)
@@ -39,7 +39,7 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
         return _imported(dump, model)
     except UNREADABLE as error:
         raise PlacerError(
-            f"it is no dump of mode per_token: {error!r}", _RECORD_AGAIN
+            f"it is not a dump of mode per_token: {error!r}", _RECORD_AGAIN
         ) from error
 
 
@@ -51,7 +51,7 @@ def _imported(dump: Mapping[str, Any], model: BoundModel | None) -> ImportedToke
     columns = (ids[recorded][:, real] >= 0).all(axis=(0, 1))
     kept = ids[:, real][:, :, columns]
     if not kept.size:
-        raise PlacerError("it holds no routed token", _RECORD_AGAIN)
+        raise PlacerError("it has no routed tokens", _RECORD_AGAIN)
     if model is None:
         kept = kept[recorded]
     tokens = {name: values[real] for name, values in _passes(dump["records"]).items()}
@@ -80,14 +80,14 @@ def load_dump(file: Path, record_again: str) -> Any:
     except pickle.UnpicklingError as error:
         # torch's own words advise to run the code.
         raise PlacerError(
-            "it cannot be read without running code from it: it is no .pt file, or holds "
-            "more than tensors and plain values",
+            "it is not a .pt file, or it holds more than tensors and plain values, and "
+            "placer runs no code from files",
             record_again,
         ) from error
     except UNREADABLE as error:
         reason = str(error).splitlines() or [repr(error)]
         raise PlacerError(
-            f"it is no readable .pt file: {reason[0]}", record_again
+            f"it is not a readable .pt file: {reason[0]}", record_again
         ) from error
 
 
@@ -96,10 +96,10 @@ def _tokens_of(file: Path) -> Mapping[str, Any]:
     records = dump.get("records") if isinstance(dump, dict) else None
     if isinstance(dump, dict) and "logical_count" in dump:
         raise PlacerError(
-            f"{file} holds counts of mode stat, and no tokens: links between layers and "
+            f"{file} holds only counts (mode stat): links between layers and "
             "co-activation are unknown",
-            "balance by them: placer import sglang-stat FILE --model DIR --out AFFINITY; "
-            f"or {_RECORD_AGAIN}",
+            "balance with them: placer import sglang-stat FILE --model DIR --out "
+            f"AFFINITY; or {_RECORD_AGAIN}",
         )
     if (
         not isinstance(records, list)
@@ -107,7 +107,7 @@ def _tokens_of(file: Path) -> Mapping[str, Any]:
         or "last_physical_to_logical_map" not in dump
         or any(not isinstance(one, dict) for one in records)
     ):
-        raise PlacerError(f"{file} is no dump of mode per_token", _RECORD_AGAIN)
+        raise PlacerError(f"{file} is not a dump of mode per_token", _RECORD_AGAIN)
     loaded: Mapping[str, Any] = dump
     return loaded
 

@@ -1,4 +1,4 @@
-"""Routing as rows of one token in one layer, on its way to whole tokens."""
+"""Building whole tokens from rows of one token in one layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class TokenRows:
 def whole_tokens(
     rows: TokenRows, model: BoundModel | None, layout: str, remarks: Sequence[str] = ()
 ) -> ImportedTokens:
-    """Put the rows of every token together.
+    """Join the rows of every token.
 
     Layers that are not numbered from 0 without a gap are those of the model's own numbers.
 
@@ -81,7 +81,7 @@ def whole_tokens(
         if model is None:
             told.append(
                 f"its {len(layers)} layers have the numbers {layers[0]} to {layers[-1]}: "
-                "they are taken for all MoE layers of the model"
+                "placer takes them as all MoE layers of the model"
             )
         else:
             experts, weights = _in_hidden_layers(experts, weights, layers, model)
@@ -140,7 +140,8 @@ def _in_hidden_layers(
     if layers[-1] >= model.num_hidden_layers:
         raise PlacerError(
             f"it has layer {layers[-1]}, the model {model.num_hidden_layers} hidden layers",
-            "check --model; layers behind the last one draft tokens (MTP): leave them out",
+            "check --model; layers after the last one are for multi-token prediction "
+            "(MTP): leave them out",
         )
     shape = (len(experts), model.num_hidden_layers, experts.shape[2])
     placed = np.zeros(shape, dtype=experts.dtype)

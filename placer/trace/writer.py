@@ -1,4 +1,4 @@
-"""Writing a trace, chunk by chunk, so that a killed run can go on."""
+"""Writing a trace, chunk by chunk, so that a killed run can continue."""
 
 import shutil
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from placer.trace.header import HEADER_NAME, ChunkInfo, TraceHeader
 
 @dataclass(slots=True, kw_only=True)
 class TraceWriter:
-    """Writes a trace beside its place; :meth:`finish` renames it to ``directory``.
+    """Writes a trace next to its place; :meth:`finish` renames it to ``directory``.
 
     A context manager. It removes what it wrote if the block raises, unless ``resumable``:
     then the finished chunks stay (:mod:`placer.run.resumable`), and a writer with the same
@@ -131,7 +131,7 @@ class TraceWriter:
             if not path.is_file() or sha256_file(path) != facts.get("sha256"):
                 break
             where = f"the journal of {self._partial}"
-            chunk = validated(facts, ChunkInfo, where, "move it away to start anew")
+            chunk = validated(facts, ChunkInfo, where, "move it away to start again")
             self._chunks.append(chunk)
 
     def __exit__(

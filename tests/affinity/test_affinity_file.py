@@ -52,7 +52,7 @@ def test_rows_per_sequence_are_of_one_trace(make_trace: Callable[..., Trace]) ->
     one = affinity_of_traces(traces[:1], EVERYTHING, rows="sequences")
     assert one.sequence_expert is not None
     assert one.sequence_expert[0].dense().sum() == one.load[0].sum()
-    with pytest.raises(UsageError, match="--rows sequences is for one trace, not for 2"):
+    with pytest.raises(UsageError, match="--rows sequences takes one trace, got 2"):
         affinity_of_traces(traces, EVERYTHING, rows="sequences")
     with pytest.raises(UsageError, match="--rows words is not known"):
         affinity_of_traces(traces, EVERYTHING, rows="words")
@@ -97,14 +97,14 @@ def test_truncated_and_foreign_files_are_refused(
     with pytest.raises(PlacerError, match="cannot be read") as caught:
         Affinity.read(path)
     assert caught.value.hint.startswith("count again: placer affinity")
-    with pytest.raises(PlacerError, match="is no affinity file"):
+    with pytest.raises(PlacerError, match="is not an affinity file"):
         Affinity.read(tmp_path / "trace" / "chunk-00000.safetensors")
 
 
 @pytest.mark.parametrize(
     ("header", "tensors", "match"),
     [
-        ({"kind": "table"}, {}, "is no affinity file"),
+        ({"kind": "table"}, {}, "is not an affinity file"),
         ({"schema_version": 3}, {}, "written by a newer placer"),
         ({"model": {}}, {}, "model lacks num_experts"),
         ({"model": "x"}, {}, 'model is "x", expected an object'),

@@ -88,7 +88,7 @@ def test_a_sequence_cut_by_a_run_is_found(
         for part in (np.arange(10), np.arange(10, 20)):
             writer.append(chunk.select(part))
         writer.finish()
-    with pytest.raises(PlacerError, match=r"goes on in .*chunk-00001"):
+    with pytest.raises(PlacerError, match=r"continues in .*chunk-00001"):
         list(Trace(tmp_path / "t").chunks(start=1))
 
 

@@ -56,9 +56,9 @@ def test_matrices(tmp_path: Path, model: Path, matrix: Any, suffix: str) -> None
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        ([[1.5, 2]], "holds something that is no whole number"),
+        ([[1.5, 2]], "holds a value that is not a whole number"),
         ([1, 2], r"has shape \[2\], expected \[L, E\]"),
-        ([[1, 2], [3]], "is no array"),
+        ([[1, 2], [3]], "is not an array"),
         ({"rows": [[1]]}, "it holds rows, and none of logical_count"),
         ([[1, 2, 3, 4]], "it has 1 layers, the model 2 MoE layers of 3 hidden layers"),
         ([[1, 0, 0, 0], *COUNTS], "layer 0 has counts, but the model's MoE layers"),
@@ -117,6 +117,6 @@ def test_counts_of_drafting_layers_are_left_out_and_told(tmp_path: Path) -> None
     found = loads(trtllm_statistic_reader(None), path, tmp_path / "config.json", told)
     assert found == COUNTS
     assert told == [
-        "layer 3 is left out: it stands behind the 3 hidden layers, where those of "
-        "multi-token prediction (MTP) are, and no plan moves their experts"
+        "layer 3 is left out: it comes after the 3 hidden layers, so it is for "
+        "multi-token prediction (MTP), and plans do not move its experts"
     ]

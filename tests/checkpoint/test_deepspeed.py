@@ -177,7 +177,9 @@ def test_verify_counts_all_tensors_and_finds_a_change(
         tensors[key] = tensors[key] + 1
         kept = (out / name).read_bytes()
         torch.save(value, out / name)
-        with pytest.raises(VerificationError, match="is not what the plan makes"):
+        with pytest.raises(
+            VerificationError, match="differs from the original under the plan"
+        ):
             verify_deepspeed(checkpoint, out, plan)
         (out / name).write_bytes(kept)
     (out / name_of(1, 3, 0)).unlink()
@@ -190,8 +192,8 @@ def test_verify_counts_all_tensors_and_finds_a_change(
     [
         ("expp_rank_0_mp_rank_00_optim_states.pt", "optimizer states"),
         ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer states"),
-        ("expert_0_mp_rank_00_model_states.pt", "all layers of an expert in one file"),
-        ("layer_00-model_states.pt", "cannot be classified"),
+        ("expert_0_mp_rank_00_model_states.pt", "one file holds all layers of an expert"),
+        ("layer_00-model_states.pt", "belongs to no expert"),
     ],
 )
 def test_what_cannot_be_permuted_is_refused_with_the_reason(
@@ -235,9 +237,11 @@ def test_damaged_and_foreign_files_are_refused(
     refused(plan, checkpoint, tmp_path, "not that of expert 1")
     (checkpoint / name_of(0, 1, 0)).unlink()
     refused(plan, checkpoint, tmp_path, "lacks layer_0_expert_1_mp_rank_00")
-    refused(plan, tmp_path / "saved" / "nothing", tmp_path, "no DeepSpeed-MoE checkpoint")
+    refused(
+        plan, tmp_path / "saved" / "nothing", tmp_path, "not a DeepSpeed-MoE checkpoint"
+    )
     (tmp_path / "saved" / "latest").write_text("../elsewhere")
-    refused(plan, tmp_path / "saved", tmp_path, "no folder beside it")
+    refused(plan, tmp_path / "saved", tmp_path, "not a folder next to it")
 
 
 def test_a_plan_of_another_shape_is_refused(
@@ -264,7 +268,7 @@ def test_the_command_line_exports_verifies_and_restores(
     record = tmp_path / "out" / "placer.json"
     value = json.loads(record.read_text())
     record.write_text(json.dumps(value | {"permutation": [[0] * 4, list(range(8))]}))
-    with pytest.raises(PlacerError, match="permutation is none of"):
+    with pytest.raises(PlacerError, match="permutation does not fit"):
         restore_deepspeed(tmp_path / "out", tmp_path / "again")
     with pytest.raises(PlacerError, match="already permuted"):
         export_deepspeed(plan, tmp_path / "out", tmp_path / "again")

@@ -298,7 +298,9 @@ def test_experts_that_were_approximated_are_refused_by_name(
     layout.names = lambda: iter(names.items())
     model = write(layout, tmp_path / "model")
     plan = permuting_plan(model, write_plan)[1]
-    with pytest.raises(PlacerError, match="expert 3 has approx_value where others have"):
+    with pytest.raises(
+        PlacerError, match="expert 3 has approx_value where other experts have"
+    ):
         prepare_export(plan, model)
 
 
@@ -367,5 +369,5 @@ def test_an_index_that_names_experts_that_no_file_holds_is_refused(
     names = [*read(model), "model.layers.0.mlp.experts.0.up_proj.weight_scale"]
     listed = dict.fromkeys(names, "model.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": listed}))
-    with pytest.raises(PlacerError, match="weight_scale, which no file holds"):
+    with pytest.raises(PlacerError, match="weight_scale, which no file contains"):
         prepare_export(permuting_plan(model, write_plan)[1], model)

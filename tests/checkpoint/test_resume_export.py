@@ -211,7 +211,7 @@ def test_what_another_export_left_is_not_used(
     other = write_plan(ModelSpec.from_checkpoint(model), placement, "other.json")
     out = tmp_path / "out"
     interrupt(other, model, out)
-    with pytest.raises(PlacerError, match="begun from other input or with other options"):
+    with pytest.raises(PlacerError, match="begun with other input or other options"):
         prepare_export(plan, model).write(out)
     with claimed(out, directory=True, force=True):
         assert prepare_export(plan, model).write(out).num_resumed == 0
@@ -245,7 +245,7 @@ def interrupt(plan: Path, model: Path, out: Path) -> int:
 
     with pytest.raises(KeyboardInterrupt) as caught:
         prepare_export(plan, model).write(out, ExportOptions(num_workers=1), progress)
-    assert "goes on there" in caught.value.__notes__[0]
+    assert "to continue" in caught.value.__notes__[0]
     assert not out.exists()
     return len(list(out.with_name("out.placer-partial").glob("*.safetensors")))
 

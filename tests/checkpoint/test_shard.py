@@ -82,11 +82,11 @@ def entry(start: int, stop: int, shape: list[int]) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("header", "match"),
     [
-        ({"a": entry(0, 16, [3])}, "claims bytes 0 to 16"),
+        ({"a": entry(0, 16, [3])}, "has bytes 0 to 16"),
         ({"a": entry(0, 16, [4]), "b": entry(8, 16, [2])}, "starts at byte 8, not at 16"),
         ({"a": entry(0, 8, [2])}, "end at byte 8, its data at 16"),
         ({"a": entry(8, 16, [2])}, "starts at byte 8, not at 0"),
-        ({"a": entry(0, 16, [-4])}, "claims bytes"),
+        ({"a": entry(0, 16, [-4])}, "has bytes"),
         ({"a": {"dtype": "X9", "shape": [], "data_offsets": [0, 1]}}, "no valid dtype"),
         ({"a": 3}, "no valid dtype"),
         (
@@ -99,7 +99,7 @@ def entry(start: int, stop: int, shape: list[int]) -> dict[str, object]:
         ({"a": entry(0, "16", [4])}, "no valid dtype"),
         ({"a": entry(0, 16, [4]), "__metadata__": {"format": 1}}, "__metadata__"),
         ({"a": entry(0, 16, [4]), "__metadata__": []}, "__metadata__"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
     ],
 )
 def test_a_lying_header_is_refused(tmp_path: Path, header: object, match: str) -> None:
@@ -123,7 +123,7 @@ def test_a_header_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
     raw = text.encode("latin-1")
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw)
-    with pytest.raises(PlacerError, match="its header is no JSON") as caught:
+    with pytest.raises(PlacerError, match="its header is not valid JSON") as caught:
         Shard.open(path)
     assert caught.value.hint
 

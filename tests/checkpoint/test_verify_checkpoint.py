@@ -293,7 +293,7 @@ def test_a_truncated_shard_and_a_lying_index_fail(
     name = next(iter(index["weight_map"]))
     for shard, match in (
         ("../" + index["weight_map"][name], r"index .* says that .* outside"),
-        (max(index["weight_map"].values()), f"{name} is in none of the files"),
+        (max(index["weight_map"].values()), f"{name} is in no file"),
     ):
         index["weight_map"][name] = shard
         index_path.write_text(json.dumps(index))

@@ -46,9 +46,9 @@ def test_ranks_are_numbered_node_by_node() -> None:
         ([[0, 0, 1, 1]], (2,), 2, r"rank 0 holds two replicas of one expert: \[0, 0\]"),
         ([[0, 1, 1, 0], [0, 1, 2, 1, 0, 0]], (2, 3), 2, "MoE layer 1: rank 1 holds two"),
         ([[0, 1], [0, 1]], (2,), 2, "2 layers placed, 1 layers of experts"),
-        ([[0, 1.0]], (2,), 2, "no integer"),
-        ([[0, True]], (2,), 2, "no integer"),
-        ([[0, "1"]], (2,), 2, "no integer"),
+        ([[0, 1.0]], (2,), 2, "not an integer"),
+        ([[0, True]], (2,), 2, "not an integer"),
+        ([[0, "1"]], (2,), 2, "not an integer"),
     ],
 )
 def test_what_no_runtime_could_serve_is_refused(

@@ -113,7 +113,7 @@ def test_the_documented_keys_are_there(path: Path) -> None:
             'exchange is "per-gpu", allowed are per-expert, per-rank',
         ),
         ({"max_imbalance": "1.1"}, 'max_imbalance is "1.1", expected a number'),
-        ({"max_imbalance": float("nan")}, "holds nan, which is no finite number"),
+        ({"max_imbalance": float("nan")}, "holds nan, which is not a finite number"),
         ({"max_imbalance": 0.5}, r"max_imbalance is 0\.5, expected a number >= 1"),
         ({"metrics": []}, r"metrics is \[\], expected an object"),
         ({"metrics": {"profile": 3, "heldout": None, "baselines": {}}}, "profile is 3"),
@@ -163,5 +163,5 @@ def test_a_model_that_is_not_that_of_its_fingerprint_is_refused(
 def test_a_key_that_stands_twice_is_refused(path: Path) -> None:
     text = path.read_text()
     path.write_text(text.replace('"num_nodes"', '"num_ranks": 2, "num_nodes"'))
-    with pytest.raises(PlacerError, match='the key "num_ranks" stands twice'):
+    with pytest.raises(PlacerError, match='the key "num_ranks" appears twice'):
         Plan.read(path)

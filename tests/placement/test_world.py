@@ -383,7 +383,7 @@ def test_groups_are_those_that_deepspeed_makes(
 @pytest.mark.parametrize(
     ("world", "nodes", "words"),
     [
-        ({"ep_size": 4}, 1, "inside a node: no copy crosses nodes"),
+        ({"ep_size": 4}, 1, "inside one node: no copy crosses nodes"),
         ({"ep_size": 2, "ep_groups": "strided"}, 2, "as with --nodes 2 --gpus-per-node 1"),
         ({"ep_size": 8, "tensor_parallel_size": 2}, 2, "4 ranks on each of 2 nodes"),
     ],
@@ -420,7 +420,7 @@ def test_costs_of_a_world_are_taken_for_its_groups(tmp_path: Path) -> None:
     uneven = np.array(PAIRS)
     uneven[1, 3] = uneven[3, 1] = 7
     path.write_text("\n".join(",".join(map(str, row)) for row in uneven.tolist()))
-    with pytest.raises(UsageError, match=r"other costs between the ranks \[1, 3, 5, 7\]"):
+    with pytest.raises(UsageError, match=r"costs between ranks \[1, 3, 5, 7\] differ"):
         group_topology(num_nodes=2, gpus_per_node=4, layout=layout, cost_file=path)
 
 
@@ -445,7 +445,7 @@ def test_costs_are_read(tmp_path: Path, text: str, name: str) -> None:
         ("[[0, 1, 1], [1, 0, 1], [1, 1, 0]]", "3 rows of 3 costs, but there are 2 ranks"),
         ("[]", "0 rows"),
         ("[[0, -1], [-1, 0]]", "from rank 0 to rank 1 is -1: a cost must not be negative"),
-        ("[[0, 1], [1, 2]]", "from rank 1 to rank 1 is 2: what stays on a rank"),
+        ("[[0, 1], [1, 2]]", "from rank 1 to rank 1 is 2: the cost from a rank to itself"),
         ("[[0, 1], [2, 0]]", "is 1, and 2 back"),
         ("[[0, 1.5], [1.5, 0]]", r"a cost is 1\.5, no whole number"),
         ("[[0, NaN], [1, 0]]", "a cost is nan"),
@@ -454,7 +454,7 @@ def test_costs_are_read(tmp_path: Path, text: str, name: str) -> None:
         ("[[0, true], [1, 0]]", "a cost is True"),
         ('{"links": 3}', "holds no rows of costs"),
         ("[0, 1]", "holds no rows of costs"),
-        ("{", "is no valid JSON"),
+        ("{", "is not valid JSON"),
     ],
 )
 def test_what_is_no_matrix_is_told(tmp_path: Path, text: str, match: str) -> None:
@@ -466,7 +466,7 @@ def test_what_is_no_matrix_is_told(tmp_path: Path, text: str, match: str) -> Non
 
 def test_other_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "links.csv").write_text("0,one\n1,0\n")
-    with pytest.raises(PlacerError, match="is no matrix of costs"):
+    with pytest.raises(PlacerError, match="is not a matrix of costs"):
         read_costs(tmp_path / "links.csv")
     (tmp_path / "links.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlacerError, match="is not UTF-8: byte 0 is 0xff"):
@@ -474,7 +474,7 @@ def test_other_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(PlacerError, match=r"topology .* does not exist"):
         read_costs(tmp_path / "absent.json")
     (tmp_path / "links.json").write_text("[[0, 1], [1, 0]]")
-    with pytest.raises(UsageError, match="--topology has the cost of every link"):
+    with pytest.raises(UsageError, match="--topology gives the cost of every link"):
         group_topology(
             num_nodes=1, gpus_per_node=2, inter_cost=8, cost_file=tmp_path / "links.json"
         )
@@ -527,5 +527,5 @@ def test_a_plan_says_which_links_and_which_groups(
         "ep_groups": "strided",
         "groups": [[0, 4], [2, 6], [1, 5], [3, 7]],
     }
-    with pytest.raises(UsageError, match="there is no --ep-size"):
+    with pytest.raises(UsageError, match="--ep-size is missing"):
         CliRunner().invoke(app, [*words, *groups[2:]], catch_exceptions=False)

@@ -288,7 +288,7 @@ def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
     for answer in advice.answers:
         assert len(answer.break_even) == len(answer.candidates[answer.best])
         assert f"best is {answer.best}: layer -" in answer.sentence
-    with pytest.raises(UsageError, match="without the size of an expert"):
+    with pytest.raises(UsageError, match="needs the size of an expert"):
         advised(trace, replace(timed, expert=None))
 
 
@@ -488,7 +488,7 @@ def test_engines_that_send_pairs_are_advised_to_balance(tmp_path: Path) -> None:
     engine = Engine.named("sglang-deepep-ll")
     for question, reason in (
         (QUESTION, "can only balance"),
-        (THREE, "which experts have replicas counts, where they live does not"),
+        (THREE, "only the number of replicas matters"),
     ):
         advice = advised(trace, replace(question, engine=engine))
         assert list(advice.answers[0].candidates) == ["contiguous", "eplb", BALANCED]

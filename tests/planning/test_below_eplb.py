@@ -126,7 +126,7 @@ def test_the_command_tells_which_cap_resulted(
         assert done.value.code == 0
         return capsys.readouterr().err
 
-    assert "the busiest rank of EPLB with as many slots: 1.0" in said("plan.json")
+    assert "the load of EPLB's busiest rank with as many slots: 1.0" in said("plan.json")
     plan = Plan.read(tmp_path / "plan.json")
     limit = busiest_of_eplb(trace.read(), 0)
     assert plan.solver.eplb_caps == pytest.approx(limit, abs=RANKS / 1800)

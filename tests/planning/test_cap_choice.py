@@ -141,4 +141,4 @@ def test_the_command_says_which_cap_it_took(
     code, told = said(*hardware, "--max-imbalance", "1.5")
     assert (code, "--hardware h100 is for --objective time" in told) == (2, True)
     code, told = said("--hardware", "h100")
-    assert (code, "without the size of an expert" in told) == (2, True)
+    assert (code, "needs the size of an expert" in told) == (2, True)

@@ -176,7 +176,7 @@ def test_on_loads_balance_alone_is_judged(
     assert codes == [0, 6]
     told = capsys.readouterr().err
     assert "only balance is judged" in told
-    command = shlex.split(told.split("at few moves: placer ")[1].splitlines()[0])
+    command = shlex.split(told.split("with few moves: placer ")[1].splitlines()[0])
     command[command.index("COPIES")] = "1"
     command[command.index("NEW")] = str(tmp_path / "new.json")
     with pytest.raises(SystemExit) as done:

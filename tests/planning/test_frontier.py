@@ -30,7 +30,7 @@ def test_caps_are_read_ascending_and_once() -> None:
         (
             "--nodes 2 --gpus-per-node 2 --exchange per-node",
             "remote_node_copies_per_token",
-            "between nodes",
+            "node copies/token",
         ),
         (
             "--gpus-per-node 4 --engine sglang-deepep-ll --policy follow",

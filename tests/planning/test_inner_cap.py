@@ -216,7 +216,7 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
 @pytest.mark.parametrize(
     ("changes", "options", "error", "match"),
     [
-        ({"num_sequences": 1}, {}, UsageError, "which has only one"),
+        ({"num_sequences": 1}, {}, UsageError, "the profile has only one"),
         ({}, {"params": SolverParams(num_sweeps=0)}, UsageError, "--num-sweeps is 0"),
         ({}, {"robust": "domains"}, UsageError, "the trace has no domains"),
         (

@@ -117,7 +117,9 @@ def test_a_quicker_plan_that_is_left_out_is_told() -> None:
     made_up = {BALANCED: made((1.2, 5.0)), "a": made((1.3, 4.0))}
     told = replace(found, name=BALANCED, figures=made_up).told
     assert told is not None
-    assert told.startswith("a takes 20.0% less predicted time, but its straggler is 1.3000")
+    assert told.startswith(
+        "a takes 20.0% less predicted time, but is not used: its straggler is 1.3000"
+    )
     as_even = {BALANCED: made((1.2, 5.0)), "a": made((1.2, 4.0))}
     assert replace(found, name="a", figures=as_even).told is None
 
@@ -130,8 +132,8 @@ def test_a_busier_plan_is_taken_where_it_is_faster_with_overlap_too() -> None:
     assert choose(made_up) == "a"
     told = replace(found, name="a", figures=made_up).told
     assert told is not None
-    assert told.startswith("a is taken though its straggler is 1.3000 / 1.2000")
-    assert told.endswith("with two-batch overlap too it takes 10.0% less predicted time")
+    assert told.startswith("a is used although its straggler is 1.3000 / 1.2000")
+    assert told.endswith("with two-batch overlap too, it takes 10.0% less predicted time")
     hidden = made((1.3, 4.0, 1.8), (1.2, 8.0, 4.0))
     assert choose({BALANCED: balanced, "a": hidden}) == BALANCED
 
@@ -180,13 +182,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(UsageError, match="only one"):
         choose_by_time(MODEL, one, replace(OPTIONS, relax_cap=True), QUESTION)
     served = Placement.from_expert_rank([np.arange(8) // 2] * 2, 4)
-    with pytest.raises(UsageError, match="made anew"):
+    with pytest.raises(UsageError, match="compares new plans"):
         choose_by_time(MODEL, one, replace(OPTIONS, start=served), QUESTION)
     # The load balancer may be chosen, and knows no such cap.
     capped = replace(OPTIONS, max_received_copies=1.0)
-    with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
+    with pytest.raises(UsageError, match="--max-received-copies 1 does not go with"):
         choose_by_time(MODEL, tokens(), capped, QUESTION)
-    with pytest.raises(UsageError, match="--max-received-copies 1 is no cap of"):
+    with pytest.raises(UsageError, match="--max-received-copies 1 does not go with"):
         worth_by_time(MODEL, tokens(), QUESTION)(capped, Session())
 
 
@@ -204,8 +206,8 @@ def test_the_command_records_the_choice_and_repeats(
         assert done.value.code == 0
     printed = capsys.readouterr().out
     assert "least predicted time" in printed
-    told = "decode, 64 tokens per rank: beside the load balancer, the quickest plan for "
-    assert told + "traffic is" in printed
+    told = "decode, 64 tokens per rank: compared with the load balancer, the fastest "
+    assert told + "plan for traffic is" in printed
     plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     assert plans[0]["provenance"]["time"] == plans[1]["provenance"]["time"]
     assert plans[0]["physical_to_logical_map"] == plans[1]["physical_to_logical_map"]

@@ -59,8 +59,8 @@ def test_sizes_that_no_engine_is_run_for_are_told(told: Callable[..., str]) -> N
     for command in ("advise", "simulate"):
         words = (command, "--engine", "sglang-deepep", "--tokens-per-rank")
         assert (
-            "--tokens-per-rank 64 is left out: these are batches of decode, for which "
-            "sglang-deepep is not run" in told(*words, "64,4096")
+            "--tokens-per-rank 64 is left out: these are decode batches, and "
+            "sglang-deepep is not run for decode" in told(*words, "64,4096")
         )
         assert "left out" not in told(*words, "4096")
         assert "left out" not in told(command, "--engine", "sglang-deepep")

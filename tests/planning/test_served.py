@@ -48,7 +48,7 @@ def test_copies_balance_an_engine_that_sends_pairs(engine: str) -> None:
     served = solved_for(engine, "fixed", has_replicas=True)
     assert (served.objective, served.replica_choice) == ("balance", "sglang-static")
     (note,) = served.notes
-    assert "which experts have replicas counts, where they live does not" in note
+    assert "only the number of replicas matters" in note
     (note,) = solved_for(engine, "follow", has_replicas=True).notes
     assert "may send more pairs" in note
 
@@ -106,7 +106,11 @@ def of_type(model_type: str | None, n_group: int = 1) -> ModelSpec:
         ("transformers-a2a", "deepseek_v3", "transformers loads no map"),
         ("deepspeed", None, "DeepSpeed loads no map"),
         ("sglang-deepep", "mixtral", "SGLang ignores a map for mixtral"),
-        ("sglang-deepep-v2-hybrid", "gpt_oss", "SGLang loads the MXFP4 experts of gpt_oss"),
+        (
+            "sglang-deepep-v2-hybrid",
+            "gpt_oss",
+            "SGLang ignores the map for MXFP4 experts of gpt_oss",
+        ),
         ("trtllm-onesided", "deepseek_v2", "TensorRT-LLM ignores a map for deepseek_v2"),
         ("sglang-deepep", "deepseek_v3", None),
         ("sglang-deepep", "kimi_k2", None),
@@ -188,7 +192,7 @@ def test_nodes_that_deepep_takes_otherwise_are_told(
         assert doubt is None
     else:
         assert f"every {taken} ranks in a row" in doubt
-        assert f"nodes have {ranks}:" in doubt
+        assert f"nodes have {ranks} ranks:" in doubt
         assert doubt.endswith("csrc/legacy/buffer.hpp, LEGACY_NUM_MAX_NVL_PEERS)")
     assert Engine.named("sglang-deepep-v2-hybrid").doubt(nodes, ranks) is None
 
@@ -244,10 +248,10 @@ def test_split_router_groups_tell_how_many_nodes_a_token_can_visit() -> None:
     # Each group on two nodes: two groups on all four.
     split = Placement.from_json([[0, 2, 1, 3, 4, 6, 5, 7]], (8,), 4, 4)
     told = split_groups(unsolved_plan(model, split, **asked))
-    assert told is not None and "up to 4 nodes in place of 2." in told
+    assert told is not None and "up to 4 nodes instead of 2." in told
     # No more than the experts of a token.
     three = ModelSpec(num_experts=(8,), top_k=3, n_group=4, topk_group=2)
     told = split_groups(unsolved_plan(three, split, **asked))
-    assert told is not None and "up to 3 nodes in place of 2." in told
+    assert told is not None and "up to 3 nodes instead of 2." in told
     pairs = unsolved_plan(model, split, engine="trtllm-deepep-ll", **asked)
     assert split_groups(pairs) is None, "it sends the same copies"

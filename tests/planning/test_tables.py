@@ -87,11 +87,11 @@ def test_held_out_figures_that_the_plan_has_seen_are_told(make_trace, plan_of):
 
     def warnings(fold):
         result = make_table(plan, trace, fold=fold, options=TableOptions())
-        return " ".join(w for w in result.warnings if "flatter" in w)
+        return " ".join(w for w in result.warnings if "too good" in w)
 
     num_seen = len(np.unique(trace.read(Selection(Fold(0, 2))).sequence_ids))
     assert warnings(None) == warnings(Fold(0, 2)) == ""
-    assert f"{num_seen} of the {num_seen} sequences outside" in warnings(Fold(1, 2))
+    assert f"{num_seen} of the {num_seen} held-out sequences are in" in warnings(Fold(1, 2))
 
 
 def test_the_vocabulary_of_an_unbound_trace_ends_at_the_largest_id(make_trace, plan_of):

@@ -43,7 +43,7 @@ def test_a_layer_that_does_more_is_refused(
     model = build(model_type, **options)
     experts = experts_of(model, tmp_path / "model")
     assert reason in (why_not_follow(model, experts) or "")
-    with pytest.raises(PlacerError, match=r"cannot follow their experts: .*layer 0"):
+    with pytest.raises(PlacerError, match=r"cannot move to their experts: .*layer 0"):
         FollowRun(
             model,
             experts,

@@ -67,12 +67,12 @@ def test_the_same_bytes_over_another_link_are_refused() -> None:
 
 def test_other_outputs_are_refused() -> None:
     run = dataclasses.replace(RUN, error=2e-5, differently_routed=7)
-    with pytest.raises(VerificationError, match=r"off by 2.0e-05.*1.0e-05; 7 choices"):
+    with pytest.raises(VerificationError, match=r"an error of 2.0e-05.*1.0e-05; 7 choices"):
         outcome(run).require_verified()
 
 
 def test_outputs_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(VerificationError, match="off by nan"):
+    with pytest.raises(VerificationError, match="an error of nan"):
         outcome(dataclasses.replace(RUN, error=float("nan"))).require_verified()
 
 

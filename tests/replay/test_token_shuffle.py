@@ -69,7 +69,7 @@ def test_slots_that_are_not_the_logical_experts_are_refused(
     model, shuffle = Called(), TokenShuffle(table)
     shuffle.watch(model)
     model(input_ids=torch.from_numpy(tokens.token_ids[:40]).reshape(4, 10))
-    with pytest.raises(PlacerError, match="not the logical experts") as error:
+    with pytest.raises(PlacerError, match="needs logical experts") as error:
         shuffle.homes(0, *of_a_pass(tokens, 0))
     assert error.value.hint == "give the plan's placement: TokenShuffle(table, placement)"
 

@@ -255,6 +255,6 @@ def test_more_copies_than_a_baseline_are_told_with_the_reason() -> None:
     )
     assert told(3.3) == told(3.2999) == []
     (said,) = told(3.0, "balance")
-    assert said.endswith("because only balance was solved for")
+    assert said.endswith("because the solver only balanced the load")
     _, said = told(3.0, eplb_caps=(1.02,))
     assert said.endswith("because the busiest rank is kept at or below EPLB's load")

@@ -151,7 +151,7 @@ def sizes_of(**num_bytes: int) -> Checkpoint:
 
 def test_load_is_drawn_over_the_mean_of_its_layer() -> None:
     found = drawn(affinity_of([[6, 1, 1, 0], [1, 3]]))
-    assert list(found) == ["load"], "loads alone say nothing of pairs"
+    assert list(found) == ["load"], "loads do not show pairs"
     (heatmap,) = found["load"]["data"]
     # Means 2 and 2; layer 1 has no experts 2 and 3.
     assert_drawn(heatmap["z"], [[3, 0.5, 0.5, 0], [0.5, 1.5, NAN, NAN]])

@@ -179,7 +179,9 @@ def test_affinity(
     assert facts["transition_pairs"] == 400 * 2 * 4
     assert facts["coactivated_pairs"] == 400 * 3
     rows = found["tables"]["load per MoE layer"]
-    assert [row["information about next (bits)"] is None for row in rows] == [
+    assert [
+        row["mutual information with the next layer (bits)"] is None for row in rows
+    ] == [
         False,
         False,
         True,
@@ -290,11 +292,11 @@ def test_checkpoint_with_a_missing_file_is_refused(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty", b"", "is no file that placer knows"),
-        ("text", b"hello", "is no file that placer knows"),
-        ("list.json", b"[1]", "is no file that placer knows"),
-        ("half.json", b'{"a": ', "is no valid JSON"),
-        ("other.json", b'{"a": 1}', "is JSON, but no plan"),
+        ("empty", b"", "is not a file that placer can read"),
+        ("text", b"hello", "is not a file that placer can read"),
+        ("list.json", b"[1]", "is not a file that placer can read"),
+        ("half.json", b'{"a": ', "is not valid JSON"),
+        ("other.json", b'{"a": 1}', "is JSON, but not a plan"),
         ("trace.json", b'{"a": 1}', "is the header of a directory"),
     ],
 )
@@ -316,9 +318,9 @@ def test_unknown_tensors_and_directories_are_refused(
 ) -> None:
     save_file({"a": np.zeros(1)}, tmp_path / "foreign.safetensors")
     output = refused(capsys, tmp_path / "foreign.safetensors")
-    assert "nothing that placer wrote" in output
+    assert "placer did not write it" in output
     assert "expected a trace directory" in output
-    assert "holds nothing that placer knows" in refused(capsys, tmp_path)
+    assert "is not a file or directory that placer can read" in refused(capsys, tmp_path)
     assert "does not exist" in refused(capsys, tmp_path / "absent")
     trace = make_trace().directory
     chunk = refused(capsys, trace / "chunk-00000.safetensors")

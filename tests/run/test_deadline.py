@@ -353,7 +353,7 @@ def test_ctrl_c_ends_a_frontier_with_the_plan_that_it_stopped(
         [1.1, 1.5, 2.0], tmp_path / "curve", said.append, said.append,
     )  # fmt: skip
     assert [point.reproducible for point in points] == [False]
-    assert "no plan of its own for 1.5, 2" in said[-1]
+    assert "no plan for 1.5, 2" in said[-1]
     assert sorted(one.name for one in (tmp_path / "curve").iterdir()) == [
         "frontier.csv",
         "plan-1.1.json",

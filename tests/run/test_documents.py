@@ -51,23 +51,23 @@ SOUND = {
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        (b'{"a": 1, "a": 2}', 'the key "a" stands twice'),
-        (b'[{"b": {"a": 1, "c": 1, "a": 1}}]', 'the key "a" stands twice'),
+        (b'{"a": 1, "a": 2}', 'the key "a" appears twice'),
+        (b'[{"b": {"a": 1, "c": 1, "a": 1}}]', 'the key "a" appears twice'),
         (b"[" * 100_000, "nests deeper than 64 levels"),
         (b"[" * 65 + b"]" * 65, "nests deeper than 64 levels"),
         (b'{"a":' * 500 + b"1" + b"}" * 500, "nests deeper than 64 levels"),
         (b"9" * 60, "more than 128 bits"),
         (b"9" * 5000, "4300 digits"),
         (b'{"\xff": 1}', "byte 2 is 0xff, which is not UTF-8"),
-        (b'"\\ud800"', "is no text"),
-        (b'{"\\udfff": 1}', "is no text"),
+        (b'"\\ud800"', "is not a text"),
+        (b'{"\\udfff": 1}', "is not a text"),
         (b"", "Expecting value"),
     ],
 )
 def test_json_out_of_bounds_is_refused(text: bytes, match: str) -> None:
     with pytest.raises(PlacerError, match=match) as caught:
         parse_json(text, "file x")
-    assert str(caught.value).startswith("file x is no valid JSON: ")
+    assert str(caught.value).startswith("file x is not valid JSON: ")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_numbers_that_are_not_finite_are_for_others_alone(text: str) -> None:
     """Mamba layers have ``time_step_limit`` [0.0, Infinity] in config.json."""
     number = parse_json(text, "x")
     for change in ({"share": number}, {"named": {"a": {"width": [number]}}}):
-        with pytest.raises(PlacerError, match=r"x holds .*, which is no finite number"):
+        with pytest.raises(PlacerError, match=r"x holds .*, which is not a finite number"):
             validated(SOUND | change, Outer, "x", "again")
 
 

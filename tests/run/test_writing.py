@@ -211,7 +211,7 @@ def test_a_directory_that_is_not_placers_is_not_gone_on_with(tmp_path: Path) -> 
     (tmp_path / "out.placer-partial" / "precious").touch()
     for force in (True, False):
         with (
-            pytest.raises(PlacerError, match="no journal says that placer made it"),
+            pytest.raises(PlacerError, match="placer did not make it"),
             claimed(tmp_path / "out", directory=True, force=force),
             resumable_directory(tmp_path / "out", "a"),
         ):

@@ -287,11 +287,11 @@ def test_copies_that_are_drawn_otherwise_are_told(
     plan = solved(tiny_model, tmp_path, row=WITH_COPIES, **told)
     out = tmp_path / f"map{RUNTIMES[target].suffixes[0]}"
     written = export_map(target, plan, tiny_model, out)
-    found = [one for one in written.warnings if "drawn as" in one]
+    found = [one for one in written.warnings if "solved for replica choice" in one]
     assert bool(found) == (drawn is not None)
     if found:
-        assert f"drawn as {choice}, and {target}-" in found[0]
-        assert f"draws them as {drawn}: " in found[0]
+        assert f"solved for replica choice {choice}, but {target}-" in found[0]
+        assert f"uses {drawn}: " in found[0]
         assert "--nodes 1 --gpus-per-node 4 --redundant-experts 4 --out NEW" in found[0]
     if target == "sglang":
         # The start line never warns against what the plan was solved for.

@@ -138,7 +138,7 @@ def test_a_damaged_array_is_refused(model: Path, tmp_path: Path) -> None:
     arrays["phy2log"][0, :2] = arrays["phy2log"][0, 1::-1]
     np.savez(tmp_path / "map.npz", **arrays)
     for folder in (None, model):
-        with pytest.raises(PlacerError, match="log2phy is not what phy2log implies"):
+        with pytest.raises(PlacerError, match="log2phy does not match phy2log"):
             import_map("eplb", tmp_path / "map.npz", TWO_NODES, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +170,7 @@ def test_every_command_takes_what_an_engine_runs_now(
     plan, new = tmp_path / "plan", tmp_path / "new"
     words = ("--gpus-per-node", 2, "--out", plan)
     assert run("import", f"{name}-map", tmp_path / f"map{suffix}", *words) == 0
-    assert "names no model" in capsys.readouterr().err
+    assert "does not name its model" in capsys.readouterr().err
     held = [[7, 2, 0, 3, 5, 6, 1, 4, 7, 2]]
     assert Plan.read(plan).placement.to_json() == held
     assert run("inspect", plan) == 0
@@ -238,13 +238,19 @@ def test_any_yaml_of_tensorrt_llm_is_read(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("a: [1", "is no valid YAML: while parsing a flow sequence"),
-        ("!!python/object/apply:os.system [ls]", "is no valid YAML: could not determine"),
+        ("a: [1", "is not valid YAML: while parsing a flow sequence"),
+        (
+            "!!python/object/apply:os.system [ls]",
+            "is not valid YAML: could not determine",
+        ),
         ("a: &a [*a, *a]\n", "unknown keys: 'a'"),
-        ("initial_global_assignments: {3: [[1]]}", "layer 3 is no list of whole numbers"),
-        ("initial_global_assignments: {x: [1]}", "numbers of layers are no whole numbers"),
+        (
+            "initial_global_assignments: {3: [[1]]}",
+            "layer 3 is not a list of whole numbers",
+        ),
+        ("initial_global_assignments: {x: [1]}", "layer numbers must be whole numbers"),
         ("[1, 2]", "it holds list"),
-        ("? [1]\n: 2", "is no valid YAML"),
+        ("? [1]\n: 2", "is not valid YAML"),
         ("moe_config: {load_balancer: map.yaml}", "it holds str"),
     ],
 )

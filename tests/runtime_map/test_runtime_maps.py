@@ -280,7 +280,7 @@ def broken(name: str, value: Any, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ("swap", "by the plan|two replicas"),
+        ("swap", "in the plan|two replicas"),
         ("twice", "two replicas|has no slot"),
         ("range", "outside 0..7"),
         ("text", "whole number"),
@@ -308,14 +308,14 @@ def test_verify_names_what_is_wrong_in_a_json_map(
     ("old", "new", "match"),
     [
         ("num_slots: 12", "num_slots: 16", "has 12 slots, not 16"),
-        ("num_slots: 12\n", "", "num_slots must be given"),
-        ("per_iter: 0", "per_iter: 2", "layer_updates_per_iter be 0"),
-        ("  6: ", "  7: ", "stops at a layer that is missing"),
-        ("  3: ", "  2: ", "the key 2 stands twice"),
+        ("num_slots: 12\n", "", "the map needs num_slots"),
+        ("per_iter: 0", "per_iter: 2", "layer_updates_per_iter must be 0"),
+        ("  6: ", "  7: ", "stops if a layer is missing"),
+        ("  3: ", "  2: ", "the key 2 appears twice"),
         ("num_slots", "ep_size: 4\nnum_slots", "unknown keys: 'ep_size'"),
-        ("  2: [0, 1", "  2: [1, 0", "slot 0 holds expert 1, by the plan 0"),
+        ("  2: [0, 1", "  2: [1, 0", "slot 0 holds expert 1, in the plan 0"),
         ("  2: [0, 1", "  2: [0, 9", "outside 0..7"),
-        ("  2: [0, 1", "  2: [0,, 1", "map map.yaml is no valid YAML"),
+        ("  2: [0, 1", "  2: [0,, 1", "map map.yaml is not valid YAML"),
     ],
 )
 def test_verify_names_what_is_wrong_in_a_trtllm_map(
@@ -334,11 +334,11 @@ def test_verify_names_what_is_wrong_in_a_trtllm_map(
     ("old", "new", "match"),
     [
         ("moe_layer,", "layer,", "columns"),
-        ("\n0,2,0,0,0\n", "\n0,2,0,0,1\n", "by the plan"),
-        ("\n0,2,0,0,0\n", "\n0,2,1,0,0\n", "by the plan"),
+        ("\n0,2,0,0,0\n", "\n0,2,0,0,1\n", "in the plan"),
+        ("\n0,2,0,0,0\n", "\n0,2,1,0,0\n", "in the plan"),
         ("\n0,2,0,0,0\n", "\n9,2,0,0,0\n", "out of range"),
         ("\n0,2,0,0,0\n", "\n0,2,0,0,x\n", "invalid literal"),
-        ("\n0,2,0,0,0\n", "\n", "do not divide|by the plan"),
+        ("\n0,2,0,0,0\n", "\n", "do not divide|in the plan"),
     ],
 )
 def test_verify_names_what_is_wrong_in_a_csv_map(
@@ -364,8 +364,8 @@ def test_verify_names_what_is_wrong_in_eplb_arrays(
     moved = good["phy2log"].copy()
     moved[0, 0] = 9
     for change, match in (
-        ({"log2phy": other}, "log2phy is not what phy2log implies"),
-        ({"logcnt": good["logcnt"] + 1}, "logcnt is not what"),
+        ({"log2phy": other}, "log2phy does not match phy2log"),
+        ({"logcnt": good["logcnt"] + 1}, "logcnt does not match"),
         ({"phy2log": moved}, "outside 0..7"),
         ({"phy2log": good["phy2log"].astype(np.int32)}, "not int64"),
         ({"phy2log": good["phy2log"][:3]}, "for 4 MoE layers"),
@@ -415,7 +415,7 @@ def test_formats_without_an_engine_need_no_model(plan: Path, tmp_path: Path) -> 
     for name, one in RUNTIMES.items():
         out = tmp_path / f"map{one.suffixes[0]}"
         if one.needs_model:
-            with pytest.raises(UsageError, match="needs the model") as caught:
+            with pytest.raises(UsageError, match="needs MODEL") as caught:
                 export_map(name, plan, None, out)
             assert "MODEL" in caught.value.hint
             continue
@@ -472,7 +472,7 @@ def test_gpt_oss_is_called_unsafe_under_sglang(
     placement = Placement.from_json([row] * 2, (8, 8), NUM_RANKS, 1)
     plan = write_plan(ModelSpec.from_checkpoint(model), placement)
     written = export_map("sglang", plan, model, tmp_path / "map.json")
-    assert "contiguously, whatever the map says" in written.warnings[0]
+    assert "loads them contiguously" in written.warnings[0]
     assert "placer export checkpoint" in written.warnings[0]
     again = "placer solve TRACE --engine sglang-deepep --redundant-experts 0"
     assert (again in written.warnings[0]) == (num_copies > 0)
@@ -494,7 +494,7 @@ def test_the_command_line_exports_and_verifies(
         assert ended.value.code == 0
     printed = capsys.readouterr()
     assert "--extra_llm_api_options" in printed.err
-    assert "without a word" in printed.err
+    assert "without a warning" in printed.err
     with pytest.raises(SystemExit):
         main(["verify", str(model), str(out), str(plan), "--json"])
     assert json.loads(capsys.readouterr().out)["num_slots"] == 48
@@ -516,7 +516,7 @@ def test_a_wrong_suffix_is_refused_with_the_right_one(
             export_map(name, plan, model, tmp_path / "map.bin")
         assert caught.value.hint == f"--out {tmp_path}/map{RUNTIMES[name].suffixes[0]}"
     (tmp_path / "map.txt").touch()
-    with pytest.raises(UsageError, match="is no map"):
+    with pytest.raises(UsageError, match="is not a map"):
         verify_map(tmp_path / "map.txt", plan, model)
 
 

@@ -115,7 +115,7 @@ def test_the_command_says_how_to_start_sglang(
     printed = capsys.readouterr()
     assert ended.value.code == 0
     assert f"--init-expert-location '{out}' --ep-dispatch-algorithm static" in printed.err
-    assert "not with --enable-eplb" in printed.err
+    assert "do not use --enable-eplb" in printed.err
     assert "--moe-a2a-backend none: every token goes to every rank" in printed.err
 
 

@@ -82,7 +82,7 @@ def test_the_map_of_hygons_plugin_has_mtp_apart(model: Path, plan: Path) -> None
     [
         ("vllm-pr49572", [[0, 1, 2, 3], [0, 1]], "row 1 has 2 slots, not 4"),
         ("vllm-pr49572", [[0, 1, 2, 3]], "has 1 layers|1 rows"),
-        ("vllm-pr49572", {"a": 1}, "is no list of layers"),
+        ("vllm-pr49572", {"a": 1}, "is not a list of layers"),
         ("vllm-das", {"version": 1}, "its version is 1, not 2"),
         ("vllm-das", {"version": 2, "model_maps": {}}, "maps of no model"),
         ("vllm-das", {"version": 2}, "not a JSON object"),

@@ -201,7 +201,7 @@ def test_a_users_hardware_file(tmp_path):
     ("text", "message"),
     [
         ("bf16_flops = 1e15", "it lacks fp8_flops"),
-        ("this is no TOML", "is no valid TOML"),
+        ("this is not TOML", "is not valid TOML"),
         (
             "bf16_flops = 0\nfp8_flops = 2e15\nmemory_bandwidth = 3e12\n"
             "fast = { bandwidth = 4e11, latency = 1e-5 }\n"
@@ -260,9 +260,13 @@ def test_experts_whose_weights_alone_are_quantised_compute_in_bf16(tiny_model, t
 @pytest.mark.parametrize(
     ("name", "weight_bytes", "told"),
     [
-        (None, 2, "taken as bf16"),
-        ("sglang-none", 2, "taken as bf16"),
-        ("sglang-deepep", 1, "taken as fp8 (bytes each: 1), as sglang-deepep dispatches"),
+        (None, 2, "weights are bf16"),
+        ("sglang-none", 2, "weights are bf16"),
+        (
+            "sglang-deepep",
+            1,
+            "weights are fp8 (bytes each: 1), as sglang-deepep dispatches",
+        ),
     ],
 )
 def test_weights_that_nobody_sized_are_those_of_the_engine_and_it_is_said(

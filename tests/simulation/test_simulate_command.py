@@ -44,7 +44,7 @@ def files(make_trace, write_plan, tmp_path):
 def test_the_table_is_built_from_the_plans_own_fold(files):
     plan, trace, table = files
     result = call("tables", plan, trace, "--out", table, "--force")
-    assert "built from what the plan was solved on: --fold 0/2" in result.stderr
+    assert "built from the tokens that the plan was solved on: --fold 0/2" in result.stderr
     assert "token_equal" in result.stdout
     assert Table.read(table).provenance["fold"] == "0/2"
     assert Table.read(table).vocab_size == 50
@@ -69,8 +69,8 @@ def test_tables_in_json_hold_the_heldout_figures(files):
 def test_an_inverted_fold_of_all_sequences_but_one_part(files):
     plan, trace, table = files
     result = call("tables", plan, trace, "--out", table, "--force", "--not-fold", "0/3")
-    assert "built from what" not in result.stderr
-    assert "are those the plan was solved on" in result.stderr  # with the fold 0/2
+    assert "built from the tokens" not in result.stderr
+    assert "are in the plan's profile" in result.stderr  # with the fold 0/2
     assert Table.read(table).provenance["fold"] == "not 0/3"
 
 
@@ -86,8 +86,8 @@ def test_simulate_for_people_puts_warnings_on_stderr(files):
     plan, trace, _ = files
     words = ("--baseline", "random", "--tokens-per-rank", "50")
     result = call("simulate", plan, trace, *words)
-    assert "flatter" in result.stderr
-    assert "flatter" not in result.stdout
+    assert "too good" in result.stderr
+    assert "too good" not in result.stdout
     assert "random" in result.stdout
     assert "balanced" not in result.stdout
     verdict = result.stdout.splitlines()[0]
@@ -125,7 +125,7 @@ def test_simulate_serves_as_an_engine_does(files):
     sizes = ("--hidden-size", "64", "--expert-size", "32")
     shown = call("simulate", plan, trace, *words, *sizes).stdout
     assert "predicted microseconds of a layer on b200" in shown
-    assert "k (1 - 1/R) copies per token are sent whatever the placement" in shown
+    assert "k (1 - 1/R) copies per token for every placement" in shown
     value = json.loads(call("simulate", plan, trace, *words, *sizes, "--json").stdout)
     assert value["engine"] == "sglang-deepep-ll"
     assert value["replica_choice"] == "sglang-static"
@@ -188,7 +188,7 @@ def copies(make_trace, write_plan):
 
 def test_copies_of_a_plan_that_does_not_say_which_serves_ask_for_a_choice(copies):
     plan, trace = copies
-    with pytest.raises(UsageError, match="engines differ in which replica serves") as error:
+    with pytest.raises(UsageError, match="engines differ in the replica choice") as error:
         call("simulate", plan, trace)
     assert error.value.exit_code == 2
     commands = error.value.hint.splitlines()[1:]
@@ -262,7 +262,7 @@ def test_a_plan_without_copies_needs_no_choice(files):
 def test_a_table_of_copies_that_nothing_chooses_among_is_refused_at_once(copies, tmp_path):
     """With the command that solves anew from this plan, and records the choice."""
     plan, trace = copies
-    with pytest.raises(UsageError, match="engines differ in which replica serves") as error:
+    with pytest.raises(UsageError, match="engines differ in the replica choice") as error:
         call("tables", plan, trace, "--out", tmp_path / "table.safetensors", "--force")
     for line in error.value.hint.splitlines()[1:]:
         words = shlex.split(line, comments=True)[1:]

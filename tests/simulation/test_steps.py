@@ -227,7 +227,7 @@ def test_batches_that_the_trace_does_not_fill_are_told():
     assert filled_warning(shapes[:2], 100, 4) is None
     told = filled_warning(shapes, 79, 4)
     assert told.startswith(
-        "79 tokens do not fill batches of 80 and 16,000: they are repeated"
+        "79 tokens do not fill batches of 80 and 16,000, so tokens are repeated"
     )
 
 
@@ -276,7 +276,7 @@ def test_batches_below_1024_tokens_per_rank_are_those_of_decoding():
 
 @pytest.mark.parametrize("text", ["", "64,", "64,x", "-1", "6.5"])
 def test_sizes_that_are_no_whole_numbers_are_refused(text):
-    with pytest.raises(UsageError, match="no list of whole numbers") as error:
+    with pytest.raises(UsageError, match="not a list of whole numbers") as error:
         parse_tokens_per_rank(text)
     assert "--tokens-per-rank 64,256,4096" in error.value.hint
     assert parse_tokens_per_rank("64, 256") == (64, 256)

@@ -77,10 +77,10 @@ def test_pins_hold_and_the_rest_is_the_best_beside_them(
     ("texts", "match"),
     [
         (["x"], "is not LAYER:EXPERT=RANK"),
-        (["7:0=0"], "MoE layers 0 to 1"),
+        (["7:0=0"], "MoE layers are 0 to 1"),
         (["0:9=0"], "experts 0 to 5"),
         (["0:0=2"], "ranks are 0 to 1"),
-        (["0:0=0", "0:0=1"], "is pinned to 2 ranks, and has 1 copies"),
+        (["0:0=0", "0:0=1"], "is pinned to 2 ranks, but its number of slots is 1"),
         (["0:0=0", "0:1=0", "0:2=0", "0:3=0"], "which has 3 slots"),
     ],
 )
@@ -145,7 +145,7 @@ def test_group_kinds_are_blocks_of_consecutive_experts() -> None:
     [
         ({}, 1, "the model's router has no groups"),
         ({"topology": Topology(gpus_per_node=4)}, 6, "do not divide each other"),
-        ({"pins": (Pin.parse("0:0=0"),)}, 2, "may break up the groups"),
+        ({"pins": (Pin.parse("0:0=0"),)}, 2, "may split the groups"),
     ],
 )
 def test_groups_that_cannot_be_kept_are_told(
@@ -183,13 +183,13 @@ def test_a_start_is_left_only_for_what_pays(
 def test_a_start_of_another_shape_is_refused(make_chunk: Callable[..., Chunk]) -> None:
     chunk = make_chunk(num_tokens=60, num_experts=(6,))
     start = Placement.from_expert_rank([np.repeat([0, 1, 2], 2)], 3)
-    with pytest.raises(UsageError, match="has 3 ranks, asked are 2"):
+    with pytest.raises(UsageError, match="has 3 ranks, the options ask for 2"):
         solved(chunk, replace(PLAIN, start=start))
     start = Placement.from_expert_rank([np.repeat([0, 1], 3)], 2)
     with pytest.raises(UsageError, match="slots per layer"):
         more = {"redundant_experts": 2, "replica_choice": "hash"}
         solved(chunk, replace(PLAIN, start=start, **more))
-    with pytest.raises(UsageError, match="charges for leaving a plan"):
+    with pytest.raises(UsageError, match="is the cost of leaving a plan"):
         replace(PLAIN, migration_cost=1.0)
     with pytest.raises(UsageError, match="needs the tokens of a trace"):
         model = ModelSpec(num_experts=(6,), top_k=2)

@@ -27,7 +27,7 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("num_sweep = 3", UsageError, "num_sweep, which is no parameter"),
+        ("num_sweep = 3", UsageError, "num_sweep, which is not a parameter"),
         ("num_sweeps = -1", UsageError, "num_sweeps is -1"),
         ("num_sweeps = 1.5", UsageError, "num_sweeps is 1.5"),
         ("num_sweeps = true", UsageError, "num_sweeps is True"),
@@ -37,7 +37,7 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ("cautions_of_repairs = [2.0]", UsageError, "between 0 and 1"),
         ("num_parts = 0", UsageError, "num_parts must be at least 1"),
         ("cooling = 0.0", UsageError, "cooling must be above 0"),
-        ("num_sweeps = ", PlacerError, "is no TOML"),
+        ("num_sweeps = ", PlacerError, "is not valid TOML"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

@@ -256,13 +256,13 @@ def test_options_that_cannot_keep_it_are_refused(
         SolveOptions(topology=ONE_NODE, max_received_copies=0.0)
     with pytest.raises(UsageError, match="must be above 0"):
         SolveOptions(topology=ONE_NODE, max_received_copies=float("nan"))
-    with pytest.raises(UsageError, match="homes that a table gives"):
+    with pytest.raises(UsageError, match="homes of a table"):
         SolveOptions(topology=ONE_NODE, policy="token", max_received_copies=1.1)
     asked = SolveOptions(topology=ONE_NODE, max_received_copies=1.1)
     counts = count_affinity([make_chunk()], ModelSpec(num_experts=(8,) * 3, top_k=2), {})
     with pytest.raises(UsageError, match="--max-received-copies needs the tokens"):
         solve(counts, asked)
-    with pytest.raises(UsageError, match="--max-received-copies is about traffic"):
+    with pytest.raises(UsageError, match="--max-received-copies is for traffic"):
         solve(counts, replace(asked, objective="balance"))
 
 

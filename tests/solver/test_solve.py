@@ -192,7 +192,7 @@ def test_ranks_that_do_not_divide_the_slots_are_refused(
     affinity = count_affinity([make_chunk()], ModelSpec(num_experts=(8, 8, 8), top_k=2), {})
     with pytest.raises(UsageError, match="8 experts do not divide over 3 ranks") as caught:
         solve(affinity, SolveOptions(topology=Topology(gpus_per_node=3)))
-    assert "the first 2 ranks hold one expert more" in str(caught.value)
+    assert "the first 2 ranks hold one more expert" in str(caught.value)
     assert "--redundant-experts 1 or 4 or 7; " in caught.value.hint
     assert "1, 2, 4, 8" in caught.value.hint
 
@@ -224,7 +224,7 @@ def test_a_fold_that_leaves_nothing_to_judge_on_is_refused_before_any_search(
     monkeypatch.setattr(planner, "solve", lambda *_: pytest.fail("solved in vain"))
     trace = make_trace(num_sequences=1)
     options = SolveOptions(topology=Topology(gpus_per_node=2))
-    with pytest.raises(PlacerError, match="--not-fold 0/2: none is left") as error:
+    with pytest.raises(PlacerError, match="--not-fold 0/2, so no token is left") as error:
         planner.plan_from_trace(trace, options, Selection(Fold(0, 2)))
     assert error.value.hint
 

@@ -353,7 +353,7 @@ def test_what_is_no_number_is_refused(make_chunk, tmp_path, name, wrong):
     table = build(make_chunk())
     table.write(tmp_path / "table")
     rewrite(tmp_path / "table", {name: np.full_like(getattr(table.combined, name), wrong)})
-    with pytest.raises(PlacerError, match=f"{name} holds a value that is no number"):
+    with pytest.raises(PlacerError, match=f"{name} holds a value that is not a number"):
         Table.read(tmp_path / "table")
 
 

@@ -127,7 +127,7 @@ def test_hostile_tensors_are_refused(table, tmp_path, message):
 
 
 HOSTILE_HEADERS = {
-    "no token-shuffle table": {"kind": "affinity"},
+    "not a token-shuffle table": {"kind": "affinity"},
     "written by a newer placer": {"schema_version": 3},
     "it has the unknown field surprise": {"surprise": 1},
     'id_space is "physical", allowed are logical': {"id_space": "physical"},
@@ -166,7 +166,7 @@ def test_missing_tensors_are_refused_but_for_the_optional_one(table, tmp_path):
 def test_other_safetensors_are_no_table(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"weight": np.zeros(3)}, path)
-    with pytest.raises(PlacerError, match="no token-shuffle table") as error:
+    with pytest.raises(PlacerError, match="not a token-shuffle table") as error:
         Table.read(path)
     assert "placer tables PLAN TRACE --out TABLE" in error.value.hint
 

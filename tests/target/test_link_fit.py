@@ -72,7 +72,7 @@ def test_a_latency_below_zero_is_none_by_hand() -> None:
 @pytest.mark.parametrize(
     ("num_bytes", "seconds", "message"),
     [
-        ([1, 1000], [2.0, 1.0], "takes no longer"),
+        ([1, 1000], [2.0, 1.0], "take no longer"),
         ([8, 8], [1.0, 2.0], "at least two sizes"),
         ([1, 8], [0.0, 2.0], "positive times"),
         ([1, 8], [float("nan"), 2.0], "positive times"),

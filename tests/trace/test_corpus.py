@@ -50,7 +50,7 @@ def test_a_field_may_be_named_and_a_chat_stands_in_messages(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"text": "a"', "line at byte 14 is no valid JSON"),
+        ('{"text": "a"', "line at byte 14 is not valid JSON"),
         ('{"prompt": "a"}', "no text or chat in text or messages; it has prompt"),
         ('{"text": 3}', "no text or chat"),
         ('{"messages": [{"role": "user"}]}', "no text or chat"),
@@ -66,7 +66,7 @@ def test_a_line_without_text_is_named(tmp_path: Path, line: str, match: str) -> 
 
 
 def test_file_names_need_not_be_utf8(tiny_model: Path, tmp_path: Path) -> None:
-    """A name in Latin-1, as older archives have them: the byte e9 alone is no UTF-8."""
+    """A name in Latin-1, as older archives have them: the byte e9 alone is not UTF-8."""
     folder = tmp_path / "text"
     folder.mkdir()
     name = "caf\udce9.txt"

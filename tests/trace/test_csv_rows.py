@@ -58,7 +58,7 @@ def test_tokens_come_back_whatever_the_order(
         (lambda rows: [["x", *rows[0][1:]], *rows], HEADER, "column sequence_id holds"),
         (lambda rows: [[*rows[0][:5], -1], *rows[1:]], HEADER, "must not be negative"),
         (lambda rows: [[*rows[0][:4], 1, 1], *rows[1:]], HEADER, "twice"),
-        (lambda rows: rows, HEADER.removesuffix(",e1"), "more values than its header"),
+        (lambda rows: rows, HEADER.removesuffix(",e1"), "more values than the header"),
         (
             lambda rows: [[*one[:3], -1, *one[4:]] for one in rows],
             HEADER,
@@ -74,7 +74,7 @@ def test_tokens_come_back_whatever_the_order(
             HEADER,
             "sequence_ids holds 21474836.., expected 0 to 2147483647",
         ),
-        (lambda rows: [["\udcff", *rows[0][1:]]], HEADER, "is no CSV file"),
+        (lambda rows: [["\udcff", *rows[0][1:]]], HEADER, "is not a CSV file"),
     ],
 )
 def test_what_cannot_be_a_trace_is_refused(

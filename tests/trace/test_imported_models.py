@@ -94,7 +94,7 @@ def test_other_layers_are_left_out_on_purpose_only(tmp_path: Path) -> None:
     trace, _ = imported(tmp_path, experts, model_directory=directory, skip_layers=(2,))
     assert trace.model.layer_ids == (1, 3)
     for odd, match in (
-        ((0,), "layer 0 is no MoE layer"),
+        ((0,), "layer 0 is not an MoE layer"),
         ((1, 2, 3), "no MoE layer is left"),
     ):
         with pytest.raises(UsageError, match=match):
@@ -103,7 +103,7 @@ def test_other_layers_are_left_out_on_purpose_only(tmp_path: Path) -> None:
 
 def test_ids_in_a_dense_layer_are_no_records_of_this_model(tmp_path: Path) -> None:
     directory = model(tmp_path / "m", V3)
-    with pytest.raises(PlacerError, match="layer 0 holds ids of experts, but"):
+    with pytest.raises(PlacerError, match="layer 0 holds expert ids, but"):
         imported(tmp_path, routing(range(4), 4), model_directory=directory)
 
 
@@ -160,7 +160,7 @@ def test_ids_beyond_16_bits_are_refused(tmp_path: Path, largest: int) -> None:
     experts = routing((0, 1), 2)
     experts[7, 1, 0] = largest
     with pytest.raises(
-        PlacerError, match=f"has {largest + 1} experts; placer names at most"
+        PlacerError, match=f"has {largest + 1} experts; placer supports at most"
     ):
         imported(tmp_path, experts)
     assert not (tmp_path / "t").exists()
@@ -196,14 +196,14 @@ def test_the_number_of_experts_is_given(
         np.savez(tmp_path / "b.npz", experts=experts, sequence_ids=np.zeros(200, int))
         options = ImportOptions(num_experts=6)
         import_file(read_npz, "npz", tmp_path / "b.npz", tmp_path / "u", options)
-    with pytest.raises(UsageError, match="both say how many experts"):
+    with pytest.raises(UsageError, match="both give the number of experts"):
         ImportOptions(num_experts=6, model_directory=tmp_path)
     (tmp_path / "l.csv").write_text("layer,expert,count\n0,0,5\n0,3,5\n1,1,7\n")
     words = ("import", "csv-loads", tmp_path / "l.csv", "--out")
     assert run(*words, tmp_path / "c", "--num-experts", 8) == 0
     assert Affinity.read(tmp_path / "c").model.num_experts == (8, 8)
     assert run(*words, tmp_path / "d") == 0
-    assert "every layer has 4 experts, the largest id + 1" in capsys.readouterr().err
+    assert "to have 4 experts, the largest id + 1" in capsys.readouterr().err
     solved = ("solve", tmp_path / "c", "--gpus-per-node", 2, "--out", tmp_path / "plan")
     assert run(*solved) == 0
     assert Plan.read(tmp_path / "plan").placement.num_ranks == 2

@@ -93,7 +93,7 @@ def test_rows_of_any_program(tmp_path: Path, names: dict[str, str], keys: str) -
     assert ids(chunk) == EXPERTS.tolist()
     if "sequence" not in names:
         assert chunk.sequence_ids.tolist() == [0] * 5
-        assert "no key tells the sequence" in told[0]
+        assert "no key gives the sequence" in told[0]
         return
     assert chunk.sequence_ids.tolist() == REQUEST
     assert chunk.positions.tolist() == TOKEN
@@ -121,7 +121,7 @@ def test_layers_by_the_models_own_numbers(tmp_path: Path, model: Path) -> None:
     assert ids(chunk) == EXPERTS.tolist()
     chunk, told = read(reader, tmp_path / "b.jsonl", values)
     assert ids(chunk) == EXPERTS.tolist()
-    assert "have the numbers 1 to 2: they are taken for all" in told[0]
+    assert "have the numbers 1 to 2: placer takes them as all" in told[0]
     with pytest.raises(PlacerError, match="it has layer 4, the model 3 hidden layers"):
         read(
             reader,
@@ -134,11 +134,11 @@ def test_layers_by_the_models_own_numbers(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "keys", "match"),
     [
-        ([{"layer": 0, "token": 0}], None, "nothing tells the experts of a row"),
+        ([{"layer": 0, "token": 0}], None, "a row has no key for experts"),
         ([{"layer": 0, "token": 0, "e": [1]}], "experts=x", "has no key x; it has layer"),
         ("", None, "holds no JSON object"),
-        ("{", None, "line 1 is no valid JSON"),
-        ([{"layer": 0, "token": 0, "experts": [1.5]}], None, "experts holds something"),
+        ("{", None, "line 1 is not valid JSON"),
+        ([{"layer": 0, "token": 0, "experts": [1.5]}], None, "experts holds a value"),
         (
             [
                 {"layer": 0, "token": 0, "experts": [1, 2]},
@@ -192,7 +192,9 @@ def test_json_per_request(tmp_path: Path, model: Path) -> None:
     flat = by_request(flat=True, first_layer=1)
     chunk, _ = read(reader, tmp_path / "b.jsonl", flat, model_directory=model)
     assert ids(chunk) == EXPERTS.tolist()
-    with pytest.raises(PlacerError, match="no list of the ids of each token") as caught:
+    with pytest.raises(
+        PlacerError, match="does not hold a list of ids for each token"
+    ) as caught:
         read(reader, tmp_path / "c.jsonl", flat)
     assert "--model DIR" in caught.value.hint
     inside = [{"id": "x", "moe": {f"layer_{n}": v for n, v in one.items()}} for one in flat]

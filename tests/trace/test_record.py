@@ -128,7 +128,7 @@ def test_an_unfinished_recording_refuses_other_options(
     with pytest.raises(KeyboardInterrupt):
         record(tiny_model, corpora, tmp_path / "t", options, stop)
     other = RecordOptions(sequence_length=16, chunk_tokens=100, dtype="bfloat16")
-    with pytest.raises(PlacerError, match="begun from other input") as caught:
+    with pytest.raises(PlacerError, match="begun with other input") as caught:
         record(tiny_model, corpora, tmp_path / "t", other)
     assert "--force" in caught.value.hint
 
@@ -152,7 +152,7 @@ def test_an_unfinished_recording_refuses_other_weights(
     size = path.stat().st_size
     save_file(tensors, path, metadata={"format": "pt"})
     assert path.stat().st_size == size
-    with pytest.raises(PlacerError, match="begun from other input") as caught:
+    with pytest.raises(PlacerError, match="begun with other input") as caught:
         record(model, corpora, tmp_path / "t", options)
     assert "--force" in caught.value.hint
 
@@ -236,7 +236,7 @@ def test_passes_beyond_int32_are_refused_not_wrapped() -> None:
     sequence 2^28 - 1."""
     step = np.arange(8, dtype=np.int32)
     assert _step_ids(2**28 - 1, 7, step)[-1] == 2**31 - 1
-    with pytest.raises(PlacerError, match="cannot be numbered in int32"):
+    with pytest.raises(PlacerError, match="need numbers above int32"):
         _step_ids(2**28, 7, step)
 
 
@@ -248,7 +248,7 @@ def test_corpora_are_named_once(corpora: list[Corpus]) -> None:
     ]
     with pytest.raises(UsageError, match="two corpora are named 'prose'"):
         name_corpora([path, path], [])
-    with pytest.raises(UsageError, match="written NAME=PATH"):
+    with pytest.raises(UsageError, match="has the form NAME=PATH"):
         name_corpora([], ["prose"])
     with pytest.raises(UsageError, match="no text"):
         name_corpora([], [])

@@ -176,7 +176,7 @@ def test_prompts_of_one_request_have_each_their_own_phase(
     tokens, remarks = told(read_vllm_routed, path, tiny_model)
     assert tokens.phase is None
     assert tokens.positions.tolist() == [*range(4), *range(6)]
-    assert "2 of 2 outputs do not tell where their prompt ends" in remarks[0]
+    assert "2 of 2 outputs do not say where their prompt ends" in remarks[0]
     assert '"return_token_ids": true' in remarks[0]
 
 
@@ -200,7 +200,7 @@ def test_choices_of_one_prompt(
     assert (None if tokens.phase is None else tokens.phase.tolist()) == phase
     assert bool(remarks) == (starts[0] is None)
     if remarks:
-        assert "do not tell where their rows begin" in remarks[0]
+        assert "do not say at which token their rows begin" in remarks[0]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "sglang-openai"])
@@ -312,8 +312,11 @@ PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
         (vllm_response(routed(0).repeat(2, 0)), "8 rows of experts for 5 tokens"),
         (vllm_response(choices=[{"index": 0}]), "none of 1 outputs has routed_experts"),
         (vllm_response(choices=[{"routed_experts": 7}]), "routed_experts is 7, not a text"),
-        (vllm_response(choices=[{"routed_experts": "%%"}]), "no base64"),
-        (vllm_response(choices=[{"routed_experts": "AAAA"}]), "line 1 is no such response"),
+        (vllm_response(choices=[{"routed_experts": "%%"}]), "not base64"),
+        (
+            vllm_response(choices=[{"routed_experts": "AAAA"}]),
+            "line 1 is not such a response",
+        ),
         ([1, 2], "line 1: it is 1, not a JSON object"),
         (vllm_response(routed(0), usage={"prompt_tokens": "3"}), "is '3', no whole number"),
         (vllm_response(routed(0), prompt_token_ids=[5, 6, [7]]), r"is \[7\], no whole"),
@@ -349,7 +352,9 @@ def test_dense_layers_need_the_model(tmp_path: Path, tiny_model: Path) -> None:
         import_file(read_sglang_routed, "sglang-routed", path, tmp_path / "t")
     assert "--model DIR" in caught.value.hint
     path = write(tmp_path / "c.jsonl", sglang_response(routed(0)[:3, :3]))
-    with pytest.raises(PlacerError, match="18 ids are no whole rows of 4 hidden layers"):
+    with pytest.raises(
+        PlacerError, match="18 ids do not divide into rows of 4 hidden layers"
+    ):
         import_file(
             read_sglang_routed,
             "sglang-routed",
@@ -364,7 +369,7 @@ def test_pickles_inside_are_never_loaded(tiny_model: Path, tmp_path: Path) -> No
     np.save(content, np.asarray([{}], dtype=object), allow_pickle=True)
     text = base64.b64encode(content.getvalue()).decode()
     path = write(tmp_path / "a.jsonl", vllm_response(choices=[{"routed_experts": text}]))
-    with pytest.raises(PlacerError, match="pickled objects, which are never loaded"):
+    with pytest.raises(PlacerError, match="pickled objects, which placer never loads"):
         import_file(
             read_vllm_routed,
             "vllm-routed",

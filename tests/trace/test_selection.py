@@ -157,7 +157,7 @@ def test_counts_keep_the_phase_and_can_be_selected_from_no_more(
         (*words, "--phase", "decode", "--out", tmp_path / "no"),
         ("advise", counts, "--gpus-per-node", "4", "--phase", "decode"),
     ):
-        with pytest.raises(UsageError, match="no tokens can be selected") as error:
+        with pytest.raises(UsageError, match="tokens can no longer be selected") as error:
             call(*command)
         assert "placer affinity TRACE --phase decode" in error.value.hint
 

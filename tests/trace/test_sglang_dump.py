@@ -68,8 +68,8 @@ def test_padded_rows_are_no_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"records": []}, "no dump of mode per_token"),
-        ({"logical_count": torch.ones(1, 3, 4)}, "counts of mode stat"),
+        ({"records": []}, "not a dump of mode per_token"),
+        ({"logical_count": torch.ones(1, 3, 4)}, "only counts \\(mode stat\\)"),
         ({"last_physical_to_logical_map": MAP[:2]}, "of 3 layers"),
         ({"last_physical_to_logical_map": MAP[:, :4]}, "physical expert 5"),
         (
@@ -77,9 +77,9 @@ def test_padded_rows_are_no_tokens(tmp_path: Path) -> None:
             "the map float32, expected integers",
         ),
         ({"last_physical_to_logical_map": "x"}, "expected integers"),
-        ({"records": [1]}, "no dump of mode per_token"),
-        ({"records": [{"topk_ids_of_layer": 7}]}, "no dump of mode per_token"),
-        ({"records": [{"topk_ids_of_layer": MAP[:, :0, None]}]}, "no dump of mode"),
+        ({"records": [1]}, "not a dump of mode per_token"),
+        ({"records": [{"topk_ids_of_layer": 7}]}, "not a dump of mode per_token"),
+        ({"records": [{"topk_ids_of_layer": MAP[:, :0, None]}]}, "not a dump of mode"),
     ],
 )
 def test_what_is_no_such_dump_is_refused(

@@ -309,7 +309,7 @@ def test_a_resumed_writer_refuses_other_options_and_drops_damage(
         writer.append(make_chunk())
     assert not (tmp_path / "t").exists()
     with (
-        pytest.raises(PlacerError, match="begun from other input or with other options"),
+        pytest.raises(PlacerError, match="begun with other input or other options"),
         TraceWriter(**options, domains=("other",)),
     ):
         pass

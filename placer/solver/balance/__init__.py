@@ -1,1 +1,1 @@
-"""Balancing load alone: packing experts, replicas of experts, router groups."""
+"""Balancing only: packing experts, replicas of experts, router groups."""

@@ -1,4 +1,4 @@
-"""How CP-SAT is run here: the same answer on every machine, and a Ctrl-C that is heard."""
+"""Running CP-SAT: the same answer on every machine, and Ctrl-C stops it."""
 
 from ortools.sat.python import cp_model
 

@@ -18,7 +18,7 @@ def pack_loads(
     redundant_experts: int = 0,
     n_group: int = 1,
 ) -> Placement:
-    """Replicate the busiest experts and pack all copies evenly; load is all it sees.
+    """Replicate the busiest experts and pack all replicas evenly, by load only.
 
     Where the nodes divide the model's router groups, hierarchically: groups are packed
     into nodes, experts replicated inside their node, copies packed into its ranks. Else
@@ -51,7 +51,8 @@ def pack_loads(
         if slots > len(counts) // num_nodes:
             raise UsageError(
                 f"MoE layer {layer}: {slots} slots per rank for "
-                f"{len(counts) // num_nodes} experts, but no rank may hold two copies",
+                f"{len(counts) // num_nodes} experts, but no rank may hold two replicas "
+                "of one expert",
                 f"ask for fewer: --redundant-experts {num_ranks}",
             )
         load = counts.astype(np.float64)

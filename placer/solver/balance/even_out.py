@@ -16,7 +16,7 @@ _SAME = 1e-12
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MoveCost:
-    """What it costs to leave the placement that is served now.
+    """The cost of leaving the placement that is served now.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class MoveCost:
 
 
 class EvenOut:
-    """Exchanges experts of the busiest rank, and makes copies of them, while it pays.
+    """Exchanges experts of the busiest rank, or replicates them, while it pays.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The evenest layer, proved: numbers of copies and where they go, as one integer program.
+"""The most even layer, proved: numbers of replicas and their ranks as one integer program.
 
 Two models. Of *columns*, where ranks hold one or two experts: a column is what a rank may
 hold, each expert with the number of copies that it has on all ranks, which says what load a

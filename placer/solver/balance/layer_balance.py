@@ -1,4 +1,4 @@
-"""One layer, balanced: numbers of copies, what each rank holds, and a bound.
+"""One balanced layer: numbers of replicas, the experts of each rank, and a bound.
 
 Legend of the shapes: E experts, R ranks, P slots.
 """
@@ -34,7 +34,7 @@ _POWERS = (1.0, 0.85, 0.7, 0.4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balancing:
-    """What to balance for.
+    """The options of balancing.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class LayerBalance:
     load
         ``[E]`` whole numbers: pairs per expert.
     asked
-        What to balance for.
+        The options of balancing.
     start
         ``[P]``: the experts in the slots now, or ``None``.
     deterministic_time
@@ -116,7 +116,7 @@ class LayerBalance:
     Attributes
     ----------
     row
-        ``[P]``: the evenest content of the slots where copies share evenly.
+        ``[P]``: the most even content of the slots if replicas share evenly.
     bound
         No imbalance of these slots is below it, groups as whole as asked.
     """

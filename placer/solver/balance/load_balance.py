@@ -1,4 +1,4 @@
-"""Balancing alone: what loads without tokens can be placed for.
+"""Balancing only: what can be solved from loads without tokens.
 
 Legend of the shapes: L MoE layers, E experts, R ranks, P slots.
 """
@@ -55,7 +55,7 @@ class LoadBalance:
 def balance_loads(
     loads: Sequence[FloatArray], asked: Balancing, deadline: Deadline | None = None
 ) -> LoadBalance:
-    """Place experts, and copies of them, for the evenest load.
+    """Place experts and replicas for the most even load.
 
     Without copies: longest first, swaps, and CP-SAT where it can gain. With copies: those
     that EPLB makes and packs, evened out; where that is not close to the bound, copies made
@@ -114,7 +114,7 @@ def predicted_imbalance(
     replica_choice: ReplicaChoice,
     layer_ids: Sequence[int] | None,
 ) -> tuple[float, ...]:
-    """Return ``[L]``: the max/mean rank load to expect where homes of tokens are drawn.
+    """Return ``[L]``: the max/mean rank load to expect if homes of tokens are random.
 
     Parameters
     ----------

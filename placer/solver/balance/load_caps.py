@@ -59,7 +59,7 @@ def greedy_balance(load: FloatArray, num_ranks: int) -> IntArray:
 
 
 def least_max_load(load: FloatArray, num_ranks: int) -> float:
-    """Return a load that the busiest rank has in every placement with equal slots.
+    """Return the least load that the busiest rank can have, as a lower bound.
 
     One of R ranks has an even share. One has j + 1 of the j R + 1 heaviest experts, at
     least the lightest j + 1 of them, and beside them at least the lightest of all.
@@ -160,8 +160,8 @@ def load_caps(
         raise NoSolutionError(
             f"--max-imbalance {max_imbalance} is out of reach in {len(relaxed)} of "
             f"{len(loads)} MoE layers{when}; best reachable (layer: imbalance) {listed}",
-            f"take the best reachable per layer with --relax-cap, or ask for "
-            f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
+            "use the best reachable per layer with --relax-cap, or give --max-imbalance "
+            f"{np.ceil(worst * 1000) / 1000:g}",
         )
     return caps, start, relaxed
 
@@ -276,7 +276,7 @@ def _minimise_max_load(
 
 
 def balanced(load: Load, num_ranks: int, num_nodes: int = 1) -> Placement:
-    """Balance the load alone: experts by descending load, each to the least loaded rank.
+    """Only balance the load: experts by descending load, each to the least loaded rank.
 
     Equal counts per rank; a load balancer such as EPLB without redundant experts.
 

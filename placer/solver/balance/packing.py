@@ -1,4 +1,4 @@
-"""Copies of experts on ranks, as DeepSeek's EPLB makes and packs them.
+"""Replicas of experts on ranks, as DeepSeek's EPLB makes and packs them.
 
 Its rules are those of github.com/deepseek-ai/EPLB (README): further copies go to the expert
 with the most load per copy; copies are packed by descending load, each to the least loaded

@@ -16,7 +16,7 @@ def with_replicas(
     redundant_experts: int,
     is_careful: BoolArray | None = None,
 ) -> Placement:
-    """Give every rank further slots, filled with the experts that relieve most.
+    """Give every rank further slots, filled with the experts that lower the load most.
 
     Of all experts that the least loaded rank does not hold yet, it takes the one with the
     most load per copy: the replication rule of DeepSeek's EPLB, here on a placement that
@@ -118,11 +118,11 @@ def require_room(
             raise _not_even(size, num_ranks, redundant_experts, layer, fitting)
         if width > of_block:
             raise UsageError(
-                f"MoE layer {layer}: {width} slots per rank for {of_block} experts, but no "
-                "rank may hold two copies of one",
+                f"MoE layer {layer}: {width} slots per rank for {of_block} experts, but "
+                "no rank may hold two replicas of one",
                 f"ask for fewer: {fitting}"
                 if fitting
-                else "drop --redundant-experts, or keep no router groups whole",
+                else "drop --redundant-experts, or let router groups be split",
             )
 
 
@@ -142,6 +142,6 @@ def _not_even(
     return UsageError(
         f"MoE layer {layer}: {size} experts do not divide over {num_ranks} ranks, and a "
         "plan gives every rank the same number of slots. vLLM and TensorRT-LLM can serve "
-        f"this without a plan: the first {size % num_ranks} ranks hold one expert more",
+        f"this without a plan: the first {size % num_ranks} ranks hold one more expert",
         hint,
     )

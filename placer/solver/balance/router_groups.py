@@ -1,4 +1,4 @@
-"""Router groups: placements that a permuted checkpoint of a grouped router can express.
+"""Router groups: placements that a permuted checkpoint with router groups can hold.
 
 Such a router picks ``topk_group`` of ``n_group`` groups of consecutive experts first
 (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), so renumbering experts keeps what the model
@@ -37,7 +37,7 @@ def limits_nodes(model: ModelSpec) -> bool:
 
 
 def are_whole(placement: Placement, n_group: int, num_blocks: int) -> bool:
-    """Return whether all copies of a group's experts are in one block of ranks."""
+    """Return whether all replicas of a group's experts are in one block of ranks."""
     kinds = group_kinds(placement.num_experts, n_group)
     for kind, row in zip(kinds, placement.physical_to_logical_map, strict=True):
         block = np.arange(len(row)) * num_blocks // len(row)
@@ -132,7 +132,7 @@ def place_groups(affinity: Affinity, options: SolveOptions, session: Session) ->
 def _require_groups(n_group: int, num_ranks: int) -> None:
     if n_group == 1:
         raise UsageError(
-            "--preserve-groups: the model's router has no groups, so any plan can be "
+            "--preserve-groups: the model's router has no groups, so every plan can be "
             "exported",
             "leave out --preserve-groups",
         )
@@ -140,8 +140,8 @@ def _require_groups(n_group: int, num_ranks: int) -> None:
         raise UsageError(
             f"--preserve-groups: {n_group} router groups and {num_ranks} ranks do not "
             "divide each other, so a rank would hold parts of groups",
-            f"choose a number of ranks that {n_group} divides, or that divides it; or, "
-            "without the option, an engine that reads a runtime map",
+            f"choose a number of ranks that {n_group} divides, or that divides {n_group}; "
+            "or leave out the option and use an engine that reads a map",
         )
 
 

@@ -1,4 +1,4 @@
-"""What the replicas of an expert serve of its load, homes being even over the ranks."""
+"""The share of an expert's load that each replica serves, with even homes."""
 
 import copy
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from placer.target.engine import ReplicaChoice
 
 
 class ServedLoad:
-    """The shares of copies, MoE layer by MoE layer.
+    """The shares of replicas, MoE layer by MoE layer.
 
     ``hash`` splits evenly. ``local-first`` counts for every home the copy there, else those
     on its node, else all. ``sglang-static`` draws: what it draws in a layer depends on the
@@ -62,7 +62,7 @@ class ServedLoad:
         return local
 
     def place(self, holds: BoolArray) -> FloatArray:
-        """Return the same, and take the layer as placed: the next one has its turn."""
+        """Return the same, and go on to the next layer."""
         shares = self.shares(holds)
         if self._drawn is not None:
             self._draws, self._drawn = self._drawn[2], None

@@ -1,4 +1,4 @@
-"""Which replicas of an expert serve, and how much of its load each counts.
+"""Which replicas of an expert serve, and the share of its load for each.
 
 Legend of the shapes: see :mod:`placer.solver.kernels.layer`.
 """

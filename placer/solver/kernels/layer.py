@@ -49,7 +49,7 @@ class LayerTokens(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What things cost in one layer.
+    """The prices of one layer.
 
     Attributes
     ----------

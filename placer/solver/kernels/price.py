@@ -1,4 +1,4 @@
-"""What the copies of tokens cost where the experts of a layer are.
+"""The cost of the copies that tokens cause, for a placement of a layer.
 
 Costs are int64 and exact. Legend of the shapes: see :mod:`placer.solver.kernels.layer`.
 """
@@ -79,7 +79,7 @@ def _node_price(served, home, to_node, num_ranks):
 
 @compiled
 def serve(experts, row, token, choices, num_choices, served):
-    """Fill ``[k]`` with the ranks that serve a token, its home told apart as ``row``."""
+    """Fill ``[k]`` with the ranks that serve a token, ``row`` gives its home."""
     for i in range(served.shape[0]):
         served[i] = copy_of(choices, num_choices, row, experts[token, i], token)
 

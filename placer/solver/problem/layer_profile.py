@@ -1,4 +1,4 @@
-"""What the refinement reads of a profile's tokens in one layer."""
+"""A profile's tokens in one layer, as the search reads them."""
 
 from dataclasses import dataclass
 

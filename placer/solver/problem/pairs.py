@@ -133,7 +133,7 @@ def placement_problem(
     """
     if not affinity.has_links:
         raise PlacerError(
-            "loads alone say nothing of pairs of experts, so traffic cannot be placed for",
+            "loads do not show pairs of experts, so only balance can be solved for",
             "record tokens: placer record --help, or placer import --help",
         )
     between: tuple[FloatArray, ...] | None

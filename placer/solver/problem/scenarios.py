@@ -1,4 +1,4 @@
-"""Loads of tomorrow: the profile's load, and what it could have been.
+"""Possible future loads: the profile's load, and resampled ones.
 
 Legend of the shapes: S scenarios, E logical experts, T tokens, G groups of tokens.
 """

@@ -1,4 +1,4 @@
-"""The traffic that a refinement minimises: whose copies, under which caps, at what prices.
+"""The traffic that the search minimises: copies, caps and prices.
 
 Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks, k experts per
 token, S load scenarios.
@@ -101,7 +101,7 @@ class TrafficProblem:
 
     @property
     def has_unknown_draws(self) -> bool:
-        """Whether copies are counted for draws that nobody knows before all are placed."""
+        """Whether copies depend on draws that are known only after placing all experts."""
         return self.replica_choice == "sglang-static" and self.caution is not None
 
     def layer_prices(self, layer: int) -> Prices:
@@ -135,7 +135,7 @@ class TrafficProblem:
 
 
 def copy_prices(topology: Topology, exchange: str) -> tuple[IntArray, IntArray]:
-    """Return what a copy costs: ``[R + 1, R]`` to a rank and ``[R + 1, N]`` to a node.
+    """Return the cost of a copy: ``[R + 1, R]`` to a rank and ``[R + 1, N]`` to a node.
 
     The last row is that of a home that is any rank with the same probability. All prices
     are multiplied by R, so that this row is whole. ``per-node`` sends one copy to each

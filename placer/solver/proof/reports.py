@@ -1,4 +1,4 @@
-"""What a placement reaches, and the bounds that prove how far from the best it can be."""
+"""The objective of a placement, and bounds that prove how far it is from the best."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from placer.trace import Chunk
 COPIES_NAME = {
     "fixed": "price of the copies sent, per token and layer",
     "follow": "price of the copies sent and returned, per token and layer",
-    "token": "price of the copies sent from the homes that tables of other sequences give, "
-    "per token and layer",
+    "token": "price of the copies sent from the homes that tables of other sequences "
+    "give, per token and layer",
     "request": "price of the copies sent from the homes that tables of other sequences "
     "give, per token and layer",
 }
@@ -88,7 +88,7 @@ def copies_report(
     if optimal:
         return report
     if options.redundant_experts:
-        why = "none: replicas void the bounds"
+        why = "none: no bound is valid with replicas"
         return report | {"bound": None, "gap": None, "bound_method": why}
     problem = problem.admitting(_ranks(placement))
     pairs = _pair_certificate(problem, placement, options, session)
@@ -133,12 +133,12 @@ def content_report(
         "objective": round(cost.copies, 6),
         "bound": None,
         "gap": None,
-        "bound_method": "none: no bound of copies whose homes depend on the placement",
+        "bound_method": "none: copies have no bound if homes depend on the placement",
     }
 
 
 def early_pair_bound(problem: PlacementProblem) -> float | None:
-    """Return a bound of the pairs before any search, where it takes no second."""
+    """Return a bound of the pairs before any search, if it is fast."""
     arcs = sum(one.size for one in (*problem.within, *(problem.between or ())))
     return pair_bound(problem) if arcs <= _EARLY_ARCS else None
 
@@ -146,7 +146,7 @@ def early_pair_bound(problem: PlacementProblem) -> float | None:
 def early_copies_bound(
     problem: PlacementProblem, judged: Chunk, options: SolveOptions
 ) -> float | None:
-    """Return a bound of the price of copies before any search, where it is as cheap.
+    """Return a bound of the price of copies before any search, if it is fast.
 
     ``None`` too where what is placed may break the problem's caps, or has replicas.
     """

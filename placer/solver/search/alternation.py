@@ -1,4 +1,4 @@
-"""Homes and placement in turn, for the policies whose homes a table gives.
+"""Improving homes and placement in turn, for policies with homes from a table.
 
 The homes that suit tokens (``token``) or whole requests (``request``) depend on where the
 experts are, and the other way round: so one is improved for the other, in turn, as in the
@@ -48,9 +48,9 @@ def vocabulary_of(tokens: Chunk, policy: str) -> int:
     if tokens.token_ids is None or tokens.token_ids.max(initial=-1) < 0:
         raise PlacerError(
             f"the profile has no token ids: the homes of --policy {policy} come from a "
-            "table that is indexed by them",
-            "profile tokens whose ids were recorded, as placer record does, or solve for "
-            "--policy follow",
+            "table of token ids",
+            "use a trace with token ids, as placer record writes, or solve for --policy "
+            "follow",
         )
     return int(tokens.token_ids.max()) + 1
 
@@ -143,7 +143,7 @@ class Alternation:
             yield best
 
     def mixture(self, one: Rated, other: Rated, deadline: Deadline) -> Rated:
-        """Take each layer from the placement where it costs less; return what it costs.
+        """Take each layer from the placement where it costs less; return the cost.
 
         A table's homes follow the experts of past layers whatever their ranks are called,
         so layers hardly depend on each other.
@@ -178,7 +178,7 @@ class Alternation:
         return kept_under_cap(found, nearer, self.params, deadline)
 
     def rated(self, placement: Placement) -> Rated:
-        """Return what a placement costs from the homes of its own tables."""
+        """Return the cost of a placement with homes from its own tables."""
         homes = self.table_homes(placement)
         return Rated(
             placement=placement, homes=homes, cost=self._evaluate(placement, homes)

@@ -1,4 +1,4 @@
-"""Load caps met where who serves is known only once all experts are placed.
+"""Meeting load caps if the serving replicas are known only after all experts are placed.
 
 The homes of tables depend on the placement: under new ones, copies serve otherwise than
 while experts moved, and so they do where SGLang draws. Copies are then counted as if they
@@ -22,7 +22,7 @@ from placer.solver.search.evaluation import SAME_OVERFLOW, Evaluation, Rated
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Caution:
-    """How much of its expert's load a copy counts beyond what it serves.
+    """How much of its expert's load a replica counts beyond its share.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ def kept_under_cap(
     params: SolverParams,
     deadline: Deadline,
 ) -> Rated:
-    """Repair a placement with replicas until all layers are under caps by who serves.
+    """Repair a placement with replicas until its served loads are under all caps.
 
     Parameters
     ----------

@@ -134,7 +134,7 @@ class CopiesCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReceiveLimit:
-    """Allows what keeps the copies that any rank receives under a cap.
+    """Allows assignments that keep the received copies of each rank under a cap.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ class ReceiveLimit:
     def steps_to(
         self, layer: int, assignments: IntArray
     ) -> Callable[[IntArray], BoolArray] | None:
-        """Return what tells which assignments of the layer before are allowed."""
+        """Return a function that says which steps from the layer before are allowed."""
         if self.cost.policy == "fixed":
             return None
         reached = self._reached(layer, assignments)  # [B, R], homes included

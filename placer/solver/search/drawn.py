@@ -1,4 +1,4 @@
-"""Layers taken from several placements, each as SGLang draws for it.
+"""Combining layers of several placements by SGLang's draws.
 
 Legend of the shapes: T tokens.
 """
@@ -29,7 +29,7 @@ class _Drawn:
 
 
 def best_as_drawn(problem: TrafficProblem, placements: Sequence[Placement]) -> Placement:
-    """Take each layer, in order, from the placement that is best by SGLang's draws.
+    """Take each layer, in order, from the placement that is best under SGLang's draws.
 
     Those for a layer depend on what all layers before it drew, and on nothing after.
     """

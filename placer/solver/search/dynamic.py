@@ -62,7 +62,7 @@ class ChainLimit(Protocol):
     def steps_to(
         self, layer: int, assignments: IntArray
     ) -> Callable[[IntArray], BoolArray] | None:
-        """Return what tells for ``[A, E]`` of the layer before which may lead where.
+        """Return a function that says which steps from the layer before are allowed.
 
         Its answer is ``[A, B]`` for ``assignments`` ``[B, E]`` of ``layer``; ``None``
         where all may.
@@ -275,9 +275,9 @@ def _states(
 
 def _none_allowed(layer: int) -> NoSolutionError:
     return NoSolutionError(
-        f"MoE layer {layer}: no balanced assignment under the load cap keeps what every "
-        "rank receives under --max-received-copies (proved)",
-        "take the best reached with --relax-cap, or raise one of the two caps",
+        f"MoE layer {layer}: no balanced assignment under the load cap keeps received "
+        "copies under --max-received-copies (proved)",
+        "use the best reached with --relax-cap, or raise one of the two caps",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a placement costs on the profile, and which of two placements is the better.
+"""The cost of a placement on the profile, and which of two placements is better.
 
 Legend of the shapes: L MoE layers, T tokens, R ranks.
 """
@@ -16,7 +16,7 @@ SAME_OVERFLOW = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Evaluation:
-    """What a placement costs on the profile.
+    """The cost of a placement on the profile.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Evaluation:
     most_received_copies: FloatArray
 
     def is_better(self, other: "Evaluation") -> bool:
-        """Return whether it is nearer the caps or, as near, costs less."""
+        """Return whether this one is nearer to the caps or, if equally near, costs less."""
         return is_better(
             self.overflow.sum(axis=1), self.price, other.overflow.sum(axis=1), other.price
         )
@@ -77,7 +77,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rated:
-    """A placement and what it costs by what follows from it: homes of tables, draws.
+    """A placement and its cost with the homes or draws that follow from it.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ class Rated:
 def is_better(
     overflow: FloatArray, price: float, other_overflow: FloatArray, other_price: float
 ) -> bool:
-    """Compare ``[2]``, what is above each cap, which no price outweighs, then the price."""
+    """Compare ``[2]`` excesses above each cap first, then the price."""
     for one, other in zip(overflow, other_overflow, strict=True):
         if abs(one - other) > SAME_OVERFLOW:
             return bool(one < other)

@@ -1,4 +1,4 @@
-"""What a placement costs: its copies priced exactly on the profile's tokens.
+"""The exact cost of a placement's copies on the profile's tokens.
 
 Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks.
 """
@@ -29,7 +29,7 @@ def evaluate(problem: TrafficProblem, placement: Placement) -> Evaluation:
 
 
 class Evaluator:
-    """Prices a placement, and whatever its ``states`` are changed to.
+    """Prices a placement, and every change of its ``states``.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ class Evaluator:
         return np.array(self.price_copies()) + [self.penalties(n) for n in layers]
 
     def price_copies(self) -> list[float]:
-        """Price the copies of every layer anew."""
+        """Price the copies of every layer again."""
         homes = self.all_homes() if self.problem.policy == "follow" else None
         return [
             self.price_layer(self.tokens(layer, with_next=False, homes=homes), layer)
@@ -116,7 +116,7 @@ class Evaluator:
         ]
 
     def price_layer(self, tokens: LayerTokens, layer: int) -> float:
-        """Price the copies of a layer anew; its state takes what follows."""
+        """Price the copies of a layer again, and update its state."""
         state, prices = self.states[layer], self.prices[layer]
         rank_shares(tokens, prices, state)
         state.rank_load[:] = prices.load @ state.share
@@ -129,7 +129,7 @@ class Evaluator:
         return price / scale
 
     def penalties(self, layer: int) -> float:
-        """Return what is priced beside the copies of a layer, as they were priced last."""
+        """Return the penalties of a layer, as they were last priced."""
         state, price = self.states[layer], self.prices[layer]
         over = np.maximum(state.rank_load - price.max_load[:, None], 0).sum(axis=1)
         total = price.overflow * float(over[1:].mean()) if len(over) > 1 else 0.0
@@ -138,7 +138,7 @@ class Evaluator:
         return total + float((price.linear * state.holds).sum())
 
     def overflow_per_layer(self) -> FloatArray:
-        """Return ``[2, L]``: what is above the caps, as it was priced last."""
+        """Return ``[2, L]``: the excess above the caps, as it was last priced."""
         layers = range(self.problem.num_layers)
         return np.array([self.overflow(layer) for layer in layers]).T
 

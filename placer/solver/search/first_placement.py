@@ -1,4 +1,4 @@
-"""What the search for copies begins with: the profile, and a placement solved for pairs.
+"""The start of the search over copies: the profile, and a placement solved for pairs.
 
 Pairs are solved exactly where a layer has few balanced assignments, else by local search;
 a given plan and whole router groups take their place.
@@ -41,7 +41,7 @@ _OPERATIONS_PER_SECOND = 2e9  # of a slow machine, where there is a time limit
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Profile:
-    """What is known of the traffic, and the caps on load that follow from it.
+    """The traffic of a profile, and the load caps that follow from it.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Profile:
     by_load
         A placement by the same loads with the same slots, where copies may have to relieve
         a rank, or no rank may be busier; else ``None``. It is EPLB's, or where router
-        groups stay whole, their evenest one.
+        groups stay whole, their most even one.
     """
 
     affinity: Affinity
@@ -76,7 +76,7 @@ class Profile:
 
     @property
     def is_uneven(self) -> bool:
-        """Whether the experts of a layer fill the ranks evenly only with copies."""
+        """Whether the experts of a layer fill the ranks evenly only with replicas."""
         return any(len(ranks) == 0 for ranks in self.balanced)
 
     def problem(self, policy: Policy, options: SolveOptions) -> PlacementProblem:
@@ -87,7 +87,7 @@ class Profile:
 def profiled(
     affinity: Affinity, tokens: Chunk | None, options: SolveOptions, session: Session
 ) -> tuple[Profile, dict[int, float]]:
-    """Return the profile, and what the layers reach whose cap on load is relaxed.
+    """Return the profile, and the loads reached in layers whose load cap is relaxed.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def profiled(
     max_load, balanced, relaxed = load_caps(loads, options, session.deadline, at_most)
     if options.needs_tokens is not None and not options.params.num_sweeps:
         raise UsageError(
-            f"{options.needs_tokens} is what the sweeps serve, and --num-sweeps is 0",
+            f"{options.needs_tokens} needs sweeps, but --num-sweeps is 0",
             "leave out --num-sweeps",
         )
     judged = None
@@ -138,7 +138,7 @@ def first_placement(
     options: SolveOptions,
     session: Session,
 ) -> tuple[Placement, bool]:
-    """Return what the refinement begins with, and whether it is optimal already.
+    """Return the placement to begin with, and whether it is already optimal.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Minimising copies: from pairs, for tables that follow from the placement, for draws."""
+"""Minimising copies: after pairs, for homes from tables, for SGLang's draws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ from placer.trace import Chunk
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Found:
-    """A placement, what it minimises, and the line that tells how far it is.
+    """A placement, its objective, and its progress line.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Found:
     line: GapLine
 
     def evaluate(self) -> Evaluation:
-        """Return what the placement costs on the tokens that it was judged by."""
+        """Return the cost of the placement on the tokens that judged it."""
         return evaluate(self.traffic, self.placement)
 
 
@@ -100,7 +100,7 @@ def minimised(
     options: SolveOptions,
     session: Session,
 ) -> tuple[Found, Evaluation | None]:
-    """Minimise copies, for homes that tables give where these are what is asked for.
+    """Minimise copies; under token and request, for the homes that tables give.
 
     The second value is what the copies cost from those homes, which no other policy has.
     """

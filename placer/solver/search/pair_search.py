@@ -89,7 +89,7 @@ class Search:
         progress: Callable[[int, float], None] | None = None,
         deadline: Deadline | None = None,
     ) -> float:
-        """Search; ``progress`` is told round and objective. Return the best objective."""
+        """Search; ``progress`` gets round and objective. Return the best objective."""
         self._deadline = deadline = deadline or Deadline()
         best = [ranks.copy() for ranks in self.expert_rank]
         best_objective = self.problem.objective(best)

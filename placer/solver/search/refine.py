@@ -1,4 +1,4 @@
-"""The last phase: moves of experts judged by the copies that real tokens cause.
+"""The last phase: moves of experts, judged by the copies of recorded tokens.
 
 Pairs of experts, which the search before minimises, stand in for traffic; here every
 proposal is priced exactly on the profile's tokens: distinct ranks and nodes, the way to the
@@ -138,7 +138,7 @@ class _Refinement:
         return max(1, min(params.num_starts, int(times)))
 
     def share_of_repair(self) -> float:
-        """Return the share of the time that repairing may need once moves are made."""
+        """Return the share of the time that repairs after the moves may need."""
         repairs = self.problem.policy == "follow" and self.at.has_replicas
         return self.params.share_of_repair if repairs else 0.0
 

@@ -128,7 +128,7 @@ def test_what_needs_links_is_refused() -> None:
         solve(loads_alone([1, 1]), options(policy="follow"))
     with pytest.raises(UsageError, match="--robust needs tokens"):
         solve(loads_alone([1, 1]), options(robust="bootstrap"))
-    with pytest.raises(PlacerError, match="loads alone say nothing"):
+    with pytest.raises(PlacerError, match="loads do not show pairs"):
         placement_problem(loads_alone([1, 1]), "fixed", options().topology, [2.0])
 
 

@@ -397,7 +397,7 @@ def test_replicas_that_cannot_be_are_refused() -> None:
     load = [np.array([4.0, 3.0, 2.0, 1.0])]
     with pytest.raises(UsageError, match="do not divide over 2 ranks"):
         with_replicas(start, load, 3)
-    with pytest.raises(UsageError, match="no rank may hold two copies"):
+    with pytest.raises(UsageError, match="no rank may hold two replicas"):
         with_replicas(start, load, 6)
     assert with_replicas(start, load, 4).holds(0).all()
 
