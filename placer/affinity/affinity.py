@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from placer.affinity.invariants import require_consistent_pairs
 from placer.affinity.sparse import SparseCounts
 from placer.arrays import IntArray
 from placer.errors import PlacerError
@@ -17,11 +18,13 @@ from placer.run.documents import (
     SCHEMA_VERSION,
     Count,
     Document,
+    Sha256,
     file_header,
     of_this_version,
     validated,
 )
 from placer.run.files import require_file
+from placer.run.seals import require_seal_with, sealed_with, unsealed
 from placer.run.writing import write_tensors
 from placer.trace.selection import ProfileFacts
 
@@ -37,6 +40,7 @@ class AffinityFile(Document, frozen=True, kw_only=True):
     model: ModelSpec
     num_tokens: Count
     provenance: ProfileFacts
+    sha256: Sha256 | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,7 +163,8 @@ class Affinity:
             "num_tokens": self.num_tokens,
             "provenance": dict(self.provenance),
         }
-        write_tensors(path, self.tensors(), header)
+        tensors = self.tensors()
+        write_tensors(path, tensors, sealed_with(header, tensors))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -168,7 +173,8 @@ class Affinity:
         Raises
         ------
         PlacerError
-            If it is not an affinity file, truncated, or of another schema version.
+            If it is not an affinity file, truncated, of another schema version, or holds
+            counts that contradict each other or are not those that were written.
         """
         require_file(path, "affinity")
         again = f"count again: placer affinity TRACE --out {path} --force"
@@ -185,10 +191,18 @@ class Affinity:
                 "write one: placer affinity TRACE --out AFFINITY",
             )
         where = f"affinity {path}"
-        header = of_this_version(header, where, again)
+        header = of_this_version(header, where, again, unsealed)
         stated = validated(header, AffinityFile, where, again)
         try:
             read = cls._from_tensors(stated, header["provenance"], tensors)
+            if read.has_links and read.model.top_k:
+                require_consistent_pairs(
+                    read.model.top_k,
+                    read.num_tokens,
+                    read.load,
+                    read.transition,
+                    read.coactivation,
+                )
         except (KeyError, TypeError, ValueError, AttributeError, PlacerError) as error:
             raise PlacerError(f"{where} is damaged: {error}", again) from error
         odd = sorted(set(tensors) ^ set(read.tensors()))
@@ -196,6 +210,7 @@ class Affinity:
             raise PlacerError(
                 f"{where} has missing or unknown tensors: {', '.join(odd)}", again
             )
+        require_seal_with(header, tensors, where, again)
         return read
 
     @classmethod

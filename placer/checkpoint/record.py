@@ -20,11 +20,10 @@ from placer.run.documents import (
     Sha256,
     of_this_version,
     read_json,
-    require_seal,
-    sealed,
     validated,
 )
 from placer.run.files import canonical_json
+from placer.run.seals import require_seal, sealed, unsealed
 
 
 class RecordFile(Document, frozen=True, kw_only=True):
@@ -171,4 +170,4 @@ class ExportRecord:
 
 def _upgraded(value: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of schema version 2: version 1 has no hashes of small files."""
-    return value | {"file_sha256": {}, "sha256": None}
+    return unsealed(value) | {"file_sha256": {}}

@@ -15,6 +15,7 @@ from placer.placement.policy import ContentPolicy
 from placer.placement.solver_report import SolverReport
 from placer.run.documents import SCHEMA_VERSION, of_this_version, read_json, validated
 from placer.run.files import sha256_file
+from placer.run.seals import require_seal, sealed
 from placer.run.writing import atomic_file
 from placer.target.engine import Engine, ReplicaChoice, choose_replicas, known_engines
 
@@ -116,19 +117,21 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``plan.json``."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "model": self.model.to_json(),
-            "num_ranks": self.placement.num_ranks,
-            "num_nodes": self.placement.num_nodes,
-            "policy": self.policy,
-            "exchange": self.exchange,
-            "max_imbalance": self.max_imbalance,
-            "physical_to_logical_map": self.placement.to_json(),
-            "solver": self.solver.to_json() | {"seconds": None},
-            "metrics": dict(self.metrics),
-            "provenance": dict(self.provenance),
-        }
+        return sealed(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "model": self.model.to_json(),
+                "num_ranks": self.placement.num_ranks,
+                "num_nodes": self.placement.num_nodes,
+                "policy": self.policy,
+                "exchange": self.exchange,
+                "max_imbalance": self.max_imbalance,
+                "physical_to_logical_map": self.placement.to_json(),
+                "solver": self.solver.to_json() | {"seconds": None},
+                "metrics": dict(self.metrics),
+                "provenance": dict(self.provenance),
+            }
+        )
 
     def write(self, path: Path) -> None:
         """Write ``plan.json``: the same plan gives the same bytes."""
@@ -174,6 +177,7 @@ class Plan:
             plan._require_consistent(read)
         except PlacerError as error:
             raise PlacerError(f"{where}: {error}", error.hint or again) from error
+        require_seal(value, where, again)
         return plan
 
     def _require_consistent(self, read: PlanFile) -> None:

@@ -8,6 +8,7 @@ from placer.model import ModelSpec
 from placer.placement.policy import HomePolicy
 from placer.placement.solver_report import SolverReport
 from placer.run.documents import Count, Document, ExpertId, NumRanks, Sha256
+from placer.run.seals import unsealed
 from placer.target.engine import Exchange, ReplicaChoice
 
 _Figure = Annotated[float, msgspec.Meta(ge=0)]
@@ -100,6 +101,7 @@ class PlanFile(Document, frozen=True, kw_only=True):
     solver: SolverReport
     metrics: Metrics
     provenance: Provenance
+    sha256: Sha256 | None
 
 
 def upgraded_plan(value: dict[str, Any]) -> dict[str, Any]:
@@ -111,4 +113,4 @@ def upgraded_plan(value: dict[str, Any]) -> dict[str, Any]:
     ended = "step_limit" if solver["reproducible"] else "time_limit"
     if solver["status"] == "optimal":
         ended = "proved"
-    return value | {"solver": solver | {"termination": ended}}
+    return unsealed(value) | {"solver": solver | {"termination": ended}}

@@ -28,7 +28,7 @@ from typing import (
 import msgspec
 
 from placer.errors import PlacerError
-from placer.run.files import read_bytes, sha256_json
+from placer.run.files import read_bytes
 
 #: The version of every kind of file that placer writes; version 1 is still read.
 SCHEMA_VERSION: Final = 2
@@ -140,29 +140,6 @@ def file_header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any
     """
     text = (metadata or {}).get("placer", "{}")
     return require_object(parse_json(text, f"the header of {where}"), where)
-
-
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a document with ``sha256``: the SHA-256 of its canonical JSON without it."""
-    return value | {"sha256": sha256_json(value)}
-
-
-def require_seal(value: Mapping[str, Any], where: str, again: str) -> None:
-    """Refuse a document whose ``sha256`` is not that of its content; null says nothing.
-
-    Raises
-    ------
-    PlacerError
-        With both hashes.
-    """
-    content = {name: one for name, one in value.items() if name != "sha256"}
-    found, stated = sha256_json(content), value["sha256"]
-    if stated not in (None, found):
-        raise PlacerError(
-            f"{where} was changed after it was written: its content has SHA-256 "
-            f"{found[:12]}, its field sha256 says {stated[:12]}",
-            f"{again}; if you changed it on purpose, set sha256 to null in it",
-        )
 
 
 def require_object(value: Any, where: str) -> dict[str, Any]:

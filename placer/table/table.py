@@ -22,6 +22,7 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import require_file
+from placer.run.seals import require_seal_with, sealed_with, unsealed
 from placer.run.writing import write_tensors
 from placer.serving.layer_serving import rank_dtype
 from placer.shuffle import CombinedRule
@@ -65,6 +66,7 @@ class TableFile(Document, frozen=True, kw_only=True):
     trace_sha256: Sha256 | None
     id_space: Literal["logical"]
     provenance: ProfileFacts
+    sha256: Sha256 | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -249,7 +251,8 @@ class Table:
             "id_space": ID_SPACE,
             "provenance": dict(self.provenance),
         }
-        write_tensors(path, self.tensors(), header)
+        tensors = self.tensors()
+        write_tensors(path, tensors, sealed_with(header, tensors))
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -265,9 +268,10 @@ class Table:
         require_file(path, "table")
         again = _REMEDY.format(path=path)
         try:
-            header, provenance, tensors = _load(path)
+            header, value, tensors = _load(path)
         except (SafetensorError, OSError) as error:
             raise PlacerError(f"table {path} cannot be read: {error}", again) from error
+        written = dict(tensors)
         lookback = tensors.pop("lookback")
         try:
             if lookback.shape != () or int(lookback) != header.lookback:
@@ -275,7 +279,7 @@ class Table:
                     f"lookback is {lookback.tolist()}, the header says {header.lookback}"
                 )
             combined = {name: tensors.pop(name) for name in _COMBINED & set(tensors)}
-            return cls(
+            read = cls(
                 model=header.model,
                 num_ranks=header.num_ranks,
                 num_nodes=header.num_nodes,
@@ -283,16 +287,18 @@ class Table:
                 plan_sha256=header.plan_sha256,
                 trace_sha256=header.trace_sha256,
                 tokenizer_sha256=header.tokenizer_sha256,
-                provenance=provenance,
+                provenance=value["provenance"],
                 **tensors,
                 combined=CombinedRule(**combined) if combined else None,
             )
         except (KeyError, TypeError, AttributeError, PlacerError) as error:
             raise PlacerError(f"table {path} is damaged: {error}", again) from error
+        require_seal_with(value, written, f"table {path}", again)
+        return read
 
 
 def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
-    """Read header, provenance and tensors, once names and dtypes are checked."""
+    """Read header, its JSON and tensors, once names and dtypes are checked."""
     where, again = f"table {path}", _REMEDY.format(path=path)
     with safe_open(path, "np") as opened:
         value = file_header(opened.metadata(), where)
@@ -301,7 +307,7 @@ def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
                 f"{where}: this is not a token-shuffle table",
                 "write one: placer tables PLAN TRACE --out TABLE",
             )
-        value = of_this_version(value, where, again)
+        value = of_this_version(value, where, again, unsealed)
         header = validated(value, TableFile, where, again)
         names = set(opened.keys())
         optional = _OPTIONAL - _COMBINED if names & _COMBINED else _OPTIONAL
@@ -319,7 +325,7 @@ def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
                     again,
                 )
         tensors = {name: opened.get_tensor(name) for name in sorted(names)}
-        return header, value["provenance"], tensors
+        return header, value, tensors
 
 
 def expert_rank_rows(rows: list[AnyArray], num_ranks: int) -> AnyArray:

@@ -78,6 +78,7 @@ def test_the_documented_keys_are_there(path: Path) -> None:
     assert set(value) == {
         *("schema_version", "model", "num_ranks", "num_nodes", "policy", "exchange"),
         *("max_imbalance", "physical_to_logical_map", "solver", "metrics", "provenance"),
+        "sha256",
     }
     assert set(value["solver"]) >= {
         *("status", "objective", "bound", "gap", "bound_method", "seconds", "seed"),

@@ -152,7 +152,7 @@ def test_a_family_is_simulated_by_engine(files):
 
 def test_a_plan_is_served_by_the_engine_that_it_was_solved_for(files):
     plan, trace, _ = files
-    value = json.loads(plan.read_text())
+    value = json.loads(plan.read_text()) | {"sha256": None}
     value["provenance"]["engine"] = "sglang-deepep-ll"
     plan.write_text(json.dumps(value))
     for words, engine in (
@@ -165,7 +165,7 @@ def test_a_plan_is_served_by_the_engine_that_it_was_solved_for(files):
 
 def test_without_an_engine_copies_serve_as_the_plan_was_solved_for(files):
     plan, trace, _ = files
-    value = json.loads(plan.read_text())
+    value = json.loads(plan.read_text()) | {"sha256": None}
     value["provenance"]["replica_choice"] = "hash"
     plan.write_text(json.dumps(value))
     cases = [((), "hash"), (("--engine", "sglang-deepep"), "sglang-static")]
@@ -221,7 +221,7 @@ def test_copies_that_an_engine_cannot_load_are_refused_as_solve_does(copies, eng
 def test_of_a_family_those_are_left_out_that_do_not_run_on_the_nodes(copies):
     """2 nodes of 2 ranks: NVLink kernels and DeepEP of TensorRT-LLM do not run there."""
     plan, trace = copies
-    value = json.loads(plan.read_text()) | {"num_nodes": 2}
+    value = json.loads(plan.read_text()) | {"num_nodes": 2, "sha256": None}
     plan.write_text(json.dumps(value))
     result = call("simulate", plan, trace, "--engine", "trtllm", "--json")
     assert [*json.loads(result.stdout)["engines"]] == [
@@ -234,7 +234,7 @@ def test_of_a_family_those_are_left_out_that_do_not_run_on_the_nodes(copies):
 
 def test_a_permuted_checkpoint_that_splits_router_groups_is_not_simulated(files):
     plan, trace, _ = files
-    value = json.loads(plan.read_text())
+    value = json.loads(plan.read_text()) | {"sha256": None}
     value["model"] |= {"n_group": 4, "topk_group": 2}
     value["physical_to_logical_map"][1] = [0, 2, 1, 3, 4, 5, 6, 7]
     plan.write_text(json.dumps(value))

@@ -234,7 +234,7 @@ def test_a_start_of_another_model_or_number_of_slots_is_refused(
     auto = f"--start {first} --redundant-experts auto --replica-choice hash"
     code, told = solve(trace, out, auto, capsys)
     assert (code, "with --start the number is that of the plan" in told) == (2, True)
-    value = json.loads(first.read_text())
+    value = json.loads(first.read_text()) | {"sha256": None}
     value["model"]["top_k"] = 1
     first.write_text(json.dumps(value))
     code, told = solve(trace, out, f"--start {first}", capsys)
