@@ -25,6 +25,8 @@ import cog
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 100
 _FENCE = "```"
+# What a log file is told now and then, which depends on the machine.
+_PROGRESS = re.compile(r"\w+, after \d+ s(: |$)")
 
 
 def show(command: str, *, varies: bool = False, exit_code: int = 0) -> None:
@@ -157,7 +159,7 @@ def _run(command: str, exit_code: int = 0) -> str:
             f"{command!r} exited with {done.returncode}, not {exit_code}:\n{done.stdout}"
         )
     lines = [line.rstrip() for line in done.stdout.splitlines()]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{line}\n" for line in lines if not _PROGRESS.match(line))
 
 
 def _previous(command: str) -> str | None:
