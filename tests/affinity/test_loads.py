@@ -89,7 +89,7 @@ def test_a_dump_of_tokens_or_with_code_is_refused(tmp_path: Path, model: Path) -
     with pytest.raises(PlacerError, match="no logical_count"):
         loads(read_sglang_stat, tmp_path / "t.pt", model)
     torch.save({"logical_count": Path("x")}, tmp_path / "c.pt")
-    with pytest.raises(PlacerError, match="without running code"):
+    with pytest.raises(PlacerError, match="placer runs no code"):
         loads(read_sglang_stat, tmp_path / "c.pt", model)
 
 
@@ -213,5 +213,5 @@ def test_loads_and_links_do_not_add_up(tmp_path: Path, model: Path) -> None:
         provenance={},
     )
     assert alone.add(alone).load[0].tolist() == [2, 4, 6, 8]
-    with pytest.raises(PlacerError, match="loads alone"):
+    with pytest.raises(PlacerError, match="the other only loads"):
         alone.add(linked)

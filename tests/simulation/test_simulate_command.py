@@ -136,7 +136,8 @@ def test_a_family_is_simulated_by_engine(files):
     plan, trace, _ = files
     words = ("--fold", "1/2", "--engine", "sglang", "--tokens-per-rank", "16,2000")
     shown = call("simulate", plan, trace, *words).stdout
-    lines = {line.split(",")[0]: line for line in reversed(shown.splitlines())}
+    verdicts = shown.split("\n\n")[0].replace("\n  ", " ").splitlines()
+    lines = {line.split(",")[0]: line for line in reversed(verdicts)}
     assert ": every placement sends the same" in lines["sglang-none"]
     assert "prefill: copies sent 1.000 of" in lines["sglang-deepep"]
     assert max(map(len, shown.split("\n\n")[0].splitlines())) <= 100

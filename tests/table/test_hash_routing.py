@@ -206,7 +206,7 @@ def test_an_index_whose_file_is_absent_is_refused(deepseek, tmp_path):
     index = {"weight_map": {name: "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text((deepseek.folder / "config.json").read_text())
-    with pytest.raises(PlacerError, match="cannot be read"):
+    with pytest.raises(PlacerError, match="does not exist"):
         read_token_experts(tmp_path, ModelSpec.from_checkpoint(tmp_path))
     damaged: Path = tmp_path / "model.safetensors.index.json"
     damaged.write_text("{}")
