@@ -135,7 +135,7 @@ def test_a_plan_for_balance_that_eplb_beats_held_out_says_so_last() -> None:
 
     assert told(1.21) == told(1.25, objective="traffic") == []
     (line,) = told(1.25)
-    assert "EPLB's placement is more even than this plan: 1.200 beside 1.250" in line
+    assert "EPLB's placement is more even than this plan: 1.200 against 1.250" in line
     assert "17 profile sequences, which are too few" in line
     assert "too few" not in told(1.25, profile_sequences=400)[0]
 

@@ -324,7 +324,7 @@ def test_rank_load_by_hand() -> None:
     assert_drawn([heatmap["zmin"], heatmap["zmax"]], [3 / 4, 5 / 4])
     assert found["layout"]["xaxis"]["title"]["text"] == "rank"
     (drawing,) = (one for one in draw(plan, load) if one.name == "rank-load")
-    assert "at most 1.1 on" in drawing.caption, "the plan's own cap"
+    assert "load cap on its profile: 1.1" in drawing.caption, "the plan's own cap"
 
 
 @pytest.mark.filterwarnings("error")

@@ -51,7 +51,7 @@ def test_another_suffix_and_another_model_are_refused(
     tiny_model: Path, tiny_sharded_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
     plan = make_plan(tiny_model)
-    with pytest.raises(PlacerError, match=r"known by its suffix, \.json or \.pt"):
+    with pytest.raises(PlacerError, match=r"must have the suffix \.json or \.pt"):
         export_map("sglang", plan, tiny_model, tmp_path / "map.txt")
     with pytest.raises(PlacerError, match="different models"):
         export_map("sglang", plan, tiny_sharded_model, tmp_path / "map.json")
