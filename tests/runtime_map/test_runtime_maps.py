@@ -389,7 +389,7 @@ def test_a_map_of_another_plan_is_not_verified(
     for name, suffix in SUFFIXES:
         out = tmp_path / f"map{suffix}"
         export_map(name, other, model, out)
-        with pytest.raises(VerificationError, match=f"no valid {name} map"):
+        with pytest.raises(VerificationError, match=f"not a valid {name} map"):
             verify_map(out, plan, model)
 
 
