@@ -130,8 +130,8 @@ def test_counts_that_cannot_tell_copies_between_nodes_offer_to_balance(
     ("asked", "engine", "told"),
     [
         ({}, "sglang-none", "solved for --engine sglang-none, as"),
-        ({"engine": "vllm-agrs"}, "vllm-agrs", "solved for --engine vllm-agrs, though"),
-        ({"exchange": "per-rank"}, None, "solved for no engine, though"),
+        ({"engine": "vllm-agrs"}, "vllm-agrs", "solved for --engine vllm-agrs, but"),
+        ({"exchange": "per-rank"}, None, "solved for no engine, but"),
         ({"engine": "sglang-none"}, "sglang-none", None),
     ],
 )

@@ -192,7 +192,7 @@ def test_what_is_no_file_and_no_directory_is_never_replaced(
     (tmp_path / "folder").mkdir()
     odd = ["pipe", "file" if directory else "folder"]
     for name in odd:
-        with pytest.raises(PlacerError, match=r"but a (file|directory) is to be written"):
+        with pytest.raises(PlacerError, match=r"but the command writes a (file|directory)"):
             require_target(tmp_path / name, directory=directory, force=True)
 
 
