@@ -203,6 +203,6 @@ def _chunks(source: int, content: bytes | range) -> Iterator[bytes]:
 
 def _ended(place: int, num_bytes: int) -> PlacerError:
     return PlacerError(
-        f"a file ended at byte {place} but {num_bytes} more were still to be read",
+        f"a file ended at byte {place} but {num_bytes} more bytes were still to be read",
         "the source changed while it was read: export again",
     )

@@ -76,7 +76,7 @@ def test_blocks_are_reordered(files: Opened, order: list[int]) -> None:
 
 def test_a_source_that_ends_early_is_refused(files: Opened) -> None:
     source, target, _ = files
-    with pytest.raises(PlacerError, match="ended at byte 5000 while 1 more"):
+    with pytest.raises(PlacerError, match="ended at byte 5000 but 1 more"):
         write_contents(source, target, [range(4000, 5001)])
 
 

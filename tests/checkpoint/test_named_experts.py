@@ -141,7 +141,9 @@ def test_numbers_of_experts_that_are_no_part_of_a_name_are_refused(
 ) -> None:
     model = model_with(tmp_path, {}, **numbers)
     plan = permuting_plan(model, write_plan)[1]
-    with pytest.raises(PlacerError, match=f"numbers of experts in {where or 'approx'}"):
+    with pytest.raises(
+        PlacerError, match=f"names experts by number in {where or 'approx'}"
+    ):
         prepare_export(plan, model)
 
 

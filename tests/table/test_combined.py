@@ -371,7 +371,7 @@ def test_a_rule_that_looks_at_no_layer_is_refused(make_chunk, tmp_path):
     table = build(make_chunk())
     table.write(tmp_path / "table")
     rewrite(tmp_path / "table", {"expert_score": table.combined.expert_score[:, :0]})
-    with pytest.raises(PlacerError, match="of 0 past layers"):
+    with pytest.raises(PlacerError, match="has 0 past layers"):
         Table.read(tmp_path / "table")
 
 
