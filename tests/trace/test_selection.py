@@ -114,7 +114,7 @@ def test_another_phase_than_the_plans_is_told(trace: Trace, tmp_path: Path) -> N
         return " ".join(judged.warnings)
 
     assert "solved for decode tokens, but all tokens" in told(Selection(Fold(1, 2)))
-    assert "and prefill tokens are judged" in told(Selection(Fold(1, 2), "prefill"))
+    assert "but prefill tokens are judged" in told(Selection(Fold(1, 2), "prefill"))
     assert "solved for decode" not in told(EVEN_DECODE.complement())
     assert "simulate with --not-fold 0/2 --phase decode" in told(EVEN_DECODE)
     words = ("check", path, trace.directory, "--tolerance", "9")

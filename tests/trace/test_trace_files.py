@@ -71,7 +71,7 @@ def test_a_fold_and_its_complement_part_the_sequences(
     "text", ["", "1", "2/2", "1/1", "-1/2", "a/b", "0/2/3", "²/3", "0/2147483648"]
 )
 def test_what_is_no_fold_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="a fold (is|has)") as caught:
+    with pytest.raises(UsageError, match=r"a fold (is|has)") as caught:
         Fold.parse(text)
     assert "--fold 0/2" in caught.value.hint
 
