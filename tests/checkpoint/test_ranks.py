@@ -167,7 +167,7 @@ def test_verify_wants_every_rank_and_a_true_index(
     path = out / "rank-00001" / "model.safetensors.index.json"
     text = path.read_text()
     path.write_text(text.replace("experts.5", "experts.6"))
-    with pytest.raises(VerificationError, match="index that does not say"):
+    with pytest.raises(VerificationError, match="index that does not match its files"):
         verify_ranks(model, out, plan)
     path.write_text(text)
     shutil.copytree(out / "rank-00002", out / "rank-00003", dirs_exist_ok=True)
