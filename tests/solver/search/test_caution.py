@@ -376,9 +376,8 @@ def test_a_rank_that_only_copies_relieve_is_relieved(policy: str, rule: str) -> 
         redundant_experts=8,
         replica_choice=rule,
         proof="none",
-        seed=2,
     )
-    solved(chunk, options)  # or it says that the cap was not reached
+    solved(chunk, options, Session(seed=2))  # or it says that the cap was not reached
 
 
 def test_few_experts_with_copies_are_not_called_optimal(
