@@ -255,8 +255,9 @@ def _no_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 def _load_yaml(text: str) -> Any:
     import yaml
 
+    # PyYAML has no types, and its C loader is not built everywhere.
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """PyYAML's safe loader, which keeps the last of two equal keys."""
+        """PyYAML's safe loader, which by itself keeps the last of two equal keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
