@@ -1,18 +1,28 @@
 """What placing is worth: engine by engine, phase by phase, batch by batch.
 
-``make bench`` prints the table of ``docs/benchmarks_engines.md``. Every row is one run of
-``placer solve`` and one of ``placer simulate``, on real traces, held out, beside contiguous
-and EPLB at equal slots. Effort is less than the default: three sweeps, no proof.
+``make bench`` prints the table of ``docs/benchmarks_engines.md``. For each row and seed,
+``placer solve`` makes a plan of a real trace, which is judged as ``placer simulate`` does:
+held out, beside contiguous and EPLB at equal slots. Effort is less than the default: three
+sweeps, no proof.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from placer.placement import Plan
+from placer.planning.judge import Serving, judge_plan
+from placer.simulation.cost import find_expert_shape
+from placer.target.engine import Engine
+from placer.target.hardware import Hardware
+from placer.trace import Fold, Selection, Trace
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "benchmarks" / "engines"
 #: Hidden size, width of an expert, bytes per weight.
@@ -21,6 +31,7 @@ SIZES = {
     "deepseek-v2-lite-intent": (2048, 1408, 2),
     "deepseek-v2-lite-summary": (2048, 1408, 2),
 }
+SEEDS = (0, 1, 2)
 #: Engines without redundant experts that serve what is solved for ``sglang-deepep``.
 WITHOUT_COPIES = (
     "sglang-none",
@@ -83,73 +94,120 @@ SERVED = [
 @pytest.mark.parametrize("trace", SIZES)
 def test_engines(trace: str, shared_traces: Path) -> None:
     """Print the rows of one trace; engines with equal figures share one."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    recorded = BUILD / trace
-    if not recorded.exists():
-        _placer("import", "npz", shared_traces / f"{trace}.npz", "--out", recorded)
+    recorded = _recorded(trace, shared_traces)
     print(f"\n{trace}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for served in SERVED:
-        plan = _solved(recorded, served)
+        told = [
+            _judged(_solved(recorded, served, seed), recorded, served) for seed in SEEDS
+        ]
         rows: dict[tuple[str, ...], list[str]] = {}
         for engine in served.engines:
-            for row in _rows(_simulated(plan, recorded, engine)):
+            for row in _rows([every[engine] for every in told]):
                 rows.setdefault(row, []).append(engine)
         assert rows
         shape = f"{served.num_nodes} x {served.gpus_per_node}"
         for row, engines in rows.items():
-            told = (shape, str(served.redundant_experts), ", ".join(engines), *row)
-            print(f"| {' | '.join(told)} |")
+            cells = (shape, str(served.redundant_experts), ", ".join(engines), *row)
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def _solved(trace: Path, served: Served) -> Path:
+def _recorded(trace: str, shared_traces: Path) -> Path:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    recorded = BUILD / trace
+    if not recorded.exists():
+        _placer("import", "npz", shared_traces / f"{trace}.npz", "--out", recorded)
+    return recorded
+
+
+def _solved(trace: Path, served: Served, seed: int) -> Path:
     name = (
         f"{trace.name}.{served.engine}.{served.num_nodes}x{served.gpus_per_node}"
-        f".{served.redundant_experts}.json"
+        f".{served.redundant_experts}.seed{seed}.json"
     )
     plan = BUILD / name
     if not plan.exists():
         _placer(
             *("solve", trace, "--fold", "0/2", "--engine", served.engine),
             *("--nodes", served.num_nodes, "--gpus-per-node", served.gpus_per_node),
-            *("--redundant-experts", served.redundant_experts),
+            *("--redundant-experts", served.redundant_experts, "--seed", seed),
             *("--proof", "none", "--num-sweeps", 3, "--num-rounds", 5, "--out", plan),
         )
     return plan
 
 
-def _simulated(plan: Path, trace: Path, engine: str) -> dict[str, Any]:
-    hidden_size, expert_size, weight_bytes = SIZES[trace.name]
-    told: dict[str, Any] = json.loads(
-        _placer(
-            *("simulate", plan, trace, "--fold", "1/2", "--engine", engine, "--json"),
-            *("--hardware", "h100", "--hidden-size", hidden_size),
-            *("--expert-size", expert_size, "--weight-bytes", weight_bytes),
-            *("--baseline", "contiguous", "--baseline", "eplb"),
+def _judged(plan: Path, trace: Path, served: Served) -> dict[str, Any]:
+    """Return what ``placer simulate --json`` says, by engine."""
+    kept = plan.with_suffix(".judged")
+    if not kept.exists():
+        hidden_size, expert_size, weight_bytes = SIZES[trace.name]
+        solved = Plan.read(plan)
+        engines = [Engine.named(name) for name in served.engines]
+        judgements = judge_plan(
+            plan,
+            Trace(trace),
+            selection=Selection(Fold(1, 2)),
+            baselines=("contiguous", "eplb"),
+            servings=[
+                Serving(
+                    engine=engine,
+                    replica_choice=solved.choose_replicas(engine, None, ""),
+                    hardware=Hardware.named("h100"),
+                    expert=find_expert_shape(
+                        None, hidden_size, expert_size, weight_bytes, engine
+                    ),
+                )
+                for engine in engines
+            ],
         )
-    )
-    return told
+        found = {one["engine"]: one for one in (each.to_json() for each in judgements)}
+        kept.write_text(json.dumps(found))
+    judged: dict[str, Any] = json.loads(kept.read_text())
+    return judged
 
 
-def _rows(told: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return what each size of batches shows, without the engine."""
-    ratios = told["sent_ratio"] or {}
-    names = ("contiguous", "eplb", "plan")
+def _rows(told: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return what each size of batches shows, over the seeds, without the engine."""
     rows = []
-    for index, batch in enumerate(told["batches"]["plan"]):
-        each = [told["batches"][name][index] for name in names]
+    for index, batch in enumerate(told[0]["batches"]["plan"]):
+        each = {
+            name: [one["batches"][name][index] for one in told]
+            for name in ("contiguous", "eplb", "plan")
+        }
+        ratios = [
+            [one["sent_ratio"][name]["ratio"] for one in told if name in one["sent_ratio"]]
+            for name in ("contiguous", "eplb")
+        ]
+        times = [[one["time"] for one in every] for every in each.values()]
         rows.append(
             (
                 f"{batch['batching']}, {batch['tokens_per_rank']:,}",
-                *(f"{ratios[n]['ratio']:.3f}" if n in ratios else "-" for n in names[:2]),
-                *(f"{one['straggler_mean']:.2f}" for one in each),
-                *(_microseconds(one["time"]) for one in each),
+                *(_spread(found, 3) for found in ratios),
+                *(_spread([b["straggler_mean"] for b in e], 2) for e in each.values()),
+                *(_microseconds(every) for every in times),
             )
         )
     return rows
 
 
-def _microseconds(time: dict[str, float]) -> str:
-    return f"{time['total_us']:.0f} ({time['overlapped_us']:.0f})"
+def _microseconds(times: Sequence[Mapping[str, float]]) -> str:
+    total, overlapped = (
+        _spread([one[way] for one in times], 0) for way in ("total_us", "overlapped_us")
+    )
+    return f"{total} ({overlapped})"
+
+
+def _spread(values: Sequence[float], decimals: int) -> str:
+    """Return the mean over seeds, and how far the farthest seed is from it.
+
+    >>> _spread([0.5, 0.502, 0.504], 3), _spread([1.0, 1.0], 1), _spread([], 2)
+    ('0.502±.002', '1.0', '-')
+    """
+    if not values:
+        return "-"
+    mean = float(np.mean(values))
+    farthest = f"{max(abs(value - mean) for value in values):.{decimals}f}"
+    is_one = not float(farthest)
+    return f"{mean:.{decimals}f}" + ("" if is_one else f"±{farthest.removeprefix('0')}")
 
 
 def _placer(*words: object) -> str:

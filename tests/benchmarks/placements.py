@@ -29,14 +29,15 @@ from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
 from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
-from placer.solver.problem.traffic import ReplicaChoice, TrafficProblem
+from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluator import evaluate
+from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk, Fold, Selection, Trace
 from tests.referee import load_referee, referee_result
 
-#: Commands and reports print figures, they make none.
 # The referee's own rule: figures are checked against it.
 _REPLICA_CHOICE: ReplicaChoice = "local-first"
+#: Commands and reports print figures, they make none.
 WITHOUT_FIGURES = ("cli", "report", "checkpoint", "replay", "runtime_map", "demo")
 
 #: What a plan is solved for, beside its policy. The cap is 1.10 where none is named.
