@@ -9,6 +9,7 @@ Legend of the shapes: L MoE layers, V token ids, R ranks, T tokens, k experts pe
 experts.
 """
 
+import hashlib
 import json
 import threading
 from collections.abc import Hashable, Sequence
@@ -221,24 +222,30 @@ class ShuffleTable:
             _rate_bits(self.token_score)
 
     @classmethod
-    def read(cls, path: Path | str) -> Self:
-        """Read a table file.
+    def read(cls, path: Path | str, tokenizer: Path | str | None = None) -> Self:
+        """Read a table file; ``tokenizer`` is the ``tokenizer.json`` that will be served.
 
         Raises
         ------
         ValueError
-            If it is not a table, of another schema version, or holds what is no confidence.
+            If it is not a table, of another schema version or tokenizer, or damaged.
         """
         try:
-            return cls._read(path)
-        except SafetensorError as error:
+            return cls._read(path, tokenizer)
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(
                 f"{path} is not a table ({error}): placer tables PLAN TRACE --out {path} "
                 "--force"
             ) from error
 
     @classmethod
-    def _read(cls, path: Path | str) -> Self:
+    def _read(cls, path: Path | str, tokenizer: Path | str | None) -> Self:
         if not Path(path).is_file():
             raise ValueError(f"{path} is not a file")
         with safe_open(path, "np") as opened:
@@ -249,6 +256,10 @@ class ShuffleTable:
                     f"{path} is {kind} of schema_version {version}, expected table of "
                     f"1 or 2: placer tables PLAN TRACE --out {path} --force"
                 )
+            if tokenizer is not None and (stated := header["tokenizer_sha256"]) is not None:
+                found = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+                if stated != found:
+                    raise ValueError(f"{path} is of tokenizer {stated}, not {found}")
             names: tuple[str, ...] = (
                 "token_rank",
                 "token_confidence",

@@ -13,7 +13,7 @@ from placer.affinity.invariants import require_consistent_pairs
 from placer.affinity.sparse import SparseCounts
 from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.model import ModelSpec, require_same_model
+from placer.model import Combination, ModelSpec, recorded_tokenizer
 from placer.run.documents import (
     SCHEMA_VERSION,
     Count,
@@ -106,10 +106,14 @@ class Affinity:
 
         Raises
         ------
+        UsageError
+            If the counts are of different models or tokenizers.
         PlacerError
-            If the counts are of different models, or only one of them has links.
+            If only one of them has links.
         """
-        require_same_model(self.model, "the first affinity", other.model, "the second")
+        both = Combination()
+        for name, one in (("the first affinity", self), ("the second", other)):
+            both.add(name, one.model, recorded_tokenizer(one.provenance))
         if self.has_links != other.has_links:
             raise PlacerError(
                 "one affinity counts pairs of experts, the other only loads",
@@ -127,14 +131,17 @@ class Affinity:
             return tuple(a + b for a, b in pairs)
 
         return Affinity(
-            model=self.model,
+            model=both.model,
             num_tokens=self.num_tokens + other.num_tokens,
             load=counts("load"),
             transition=counts("transition"),
             coactivation=counts("coactivation"),
             token_expert=rows("token_expert"),
             sequence_expert=rows("sequence_expert"),
-            provenance=self.provenance,
+            provenance={
+                **self.provenance,
+                "tokenizer_sha256": both.tokenizer_sha256,
+            },
         )
 
     def without_sequences(self) -> "Affinity":

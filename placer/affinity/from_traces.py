@@ -1,7 +1,7 @@
 """Affinity of several traces, or of several machines."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -11,6 +11,7 @@ from placer.affinity.affinity import Affinity
 from placer.affinity.count import ChunkSource, count_sources
 from placer.affinity.sums import ROWS, Rows
 from placer.errors import UsageError, one_of
+from placer.model import Combination, recorded_tokenizer
 from placer.run.devices import CPU
 from placer.run.files import sha256_file
 from placer.run.parallel import PROCESSES, Backend
@@ -28,6 +29,7 @@ def affinity_of_traces(
     *,
     rows: Rows = "none",
     device: str = CPU,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Affinity:
     """Count the tokens selected in traces of one model.
 
@@ -36,16 +38,17 @@ def affinity_of_traces(
     feeds.
 
     ``rows`` is as for :func:`count_affinity`. Sequence ids of several traces name different
-    sequences, so rows per sequence are for one trace only.
+    sequences, so rows per sequence are for one trace only. ``tell`` takes a warning where
+    a trace does not say which model or tokenizer it is of.
 
     Raises
     ------
     PlacerError
-        If the traces are of different models, no token is selected, or there is no such
-        device.
+        If no token is selected, or there is no such device.
     UsageError
-        If one trace is given twice, several with rows per sequence, ``rows`` or ``device``
-        is not known, or several processes should share a GPU.
+        If the traces are of different models or tokenizers, one is given twice, several
+        with rows per sequence, ``rows`` or ``device`` is not known, or several processes
+        should share a GPU.
     """
     one_of("--rows", rows, ROWS)
     if device != CPU and (num_workers > 1 or backend != PROCESSES):
@@ -66,22 +69,26 @@ def affinity_of_traces(
             "one trace is given twice, so its tokens would count twice",
             "give each trace once",
         )
+    both = Combination(tell)
+    for trace in traces:
+        both.add(str(trace.directory), trace.model, trace.tokenizer_sha256)
     provenance = {
         "placer": __version__,
         "traces_sha256": hashes,
+        "tokenizer_sha256": both.tokenizer_sha256,
         **selection.to_json(),
     }
-    parts = [
+    parts = (
         count_sources(
             _sources(trace, selection, num_workers),
-            trace.model,
+            both.model,
             provenance,
             rows=rows,
             backend=backend,
             device=device,
         )
         for trace in traces
-    ]
+    )
     return reduce(Affinity.add, parts)
 
 
@@ -104,18 +111,21 @@ def _read_chunks(
     return Trace(directory).chunks(selection, start, stop)
 
 
-def merged_affinity(paths: Sequence[Path]) -> Affinity:
+def merged_affinity(
+    paths: Sequence[Path], tell: Callable[[str], None] = lambda _: None
+) -> Affinity:
     """Add affinity files of one model, counted on several machines.
 
     Addition is exact and associative, so the counts do not depend on the order. Rows per
-    sequence are left out: ids of several machines name different sequences.
+    sequence are left out: ids of several machines name different sequences. ``tell``
+    takes a warning where a file does not say which model or tokenizer it is of.
 
     Raises
     ------
     PlacerError
-        If a file cannot be read, or the files are of different models.
+        If a file cannot be read, or only some count pairs of experts.
     UsageError
-        If one file is given twice.
+        If the files are of different models or tokenizers, or one is given twice.
     """
     hashes = [sha256_file(path) for path in paths if path.is_file()]
     if len(set(hashes)) < len(hashes):
@@ -123,7 +133,18 @@ def merged_affinity(paths: Sequence[Path]) -> Affinity:
             "one affinity file is given twice, so its tokens would count twice",
             "give each file once",
         )
+    both = Combination(tell)
+
+    def read(path: Path) -> Affinity:
+        one = Affinity.read(path)
+        both.add(str(path), one.model, recorded_tokenizer(one.provenance))
+        return one
+
     # One after another, so that memory holds two of them at a time.
-    total = reduce(Affinity.add, map(Affinity.read, paths))
-    provenance = {"placer": __version__, "affinity_sha256": sorted(hashes)}
-    return replace(total.without_sequences(), provenance=provenance)
+    total = reduce(Affinity.add, map(read, paths))
+    provenance = {
+        "placer": __version__,
+        "affinity_sha256": sorted(hashes),
+        "tokenizer_sha256": both.tokenizer_sha256,
+    }
+    return replace(total.without_sequences(), model=both.model, provenance=provenance)

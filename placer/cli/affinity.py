@@ -16,6 +16,7 @@ from placer.cli.output import (
     parse_selection,
     print_json,
     print_table,
+    warn,
 )
 from placer.errors import UsageError, one_of
 
@@ -89,7 +90,7 @@ def affinity(
             f"select when counting: placer affinity TRACE {chosen.options} --out AFFINITY",
         )
     if merge:
-        counted = merged_affinity(traces)
+        counted = merged_affinity(traces, warn)
     else:
         opened = [Trace(path) for path in traces]
         where = Backend(name=one_of("--backend", backend, BACKENDS), address=ray_address)
@@ -101,6 +102,7 @@ def affinity(
             where,
             rows=one_of("--rows", rows, ROWS),
             device=device,
+            tell=warn,
         )
     counted.write(out)
     facts = {

@@ -20,6 +20,7 @@ from placer.cli.output import (
     parse_selection,
     print_json,
     print_table,
+    warn,
 )
 from placer.errors import UsageError
 
@@ -104,7 +105,7 @@ def merge(
 
     claim(context, out, traces, force=force, directory=True)
 
-    _show(out, merge_traces([Trace(path) for path in traces], out), as_json)
+    _show(out, merge_traces([Trace(path) for path in traces], out, warn), as_json)
 
 
 @trace_app.command("dedup", cls=InputCommand)

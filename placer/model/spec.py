@@ -1,6 +1,6 @@
 """The facts that placer needs of a Mixture-of-Experts model: the shape of its routing."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from placer.run.documents import (
     Size,
     TopK,
 )
-from placer.run.files import sha256_json
+from placer.run.files import canonical_json, sha256_json
 
 #: Logical experts are named by at most 15 bits in a trace.
 MAX_EXPERTS = 2**15
@@ -258,6 +258,14 @@ def require_same_model(
         f"{one_name} and {other_name} match by shape only: one of them is not bound to a "
         "checkpoint"
     )
+
+
+def common_model(models: Iterable[ModelSpec]) -> ModelSpec:
+    """Return what one file of several says of their model, in whatever order they come.
+
+    What is bound to a checkpoint only in part is not bound.
+    """
+    return min(models, key=lambda one: (one.bound, canonical_json(one.to_json())))
 
 
 def _brief(value: object) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from placer.errors import PlacerError
 from placer.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
-from placer.model import require_same_model
+from placer.model import require_same_model, require_same_tokenizer
 from placer.placement import Placement, Plan
 from placer.placement.plan import plan_sha256
 from placer.planning.baseline_placements import baseline_placements
@@ -203,8 +203,8 @@ def judge_plan(
     PlacerError
         If plan and trace are of different models, or the table is of another plan.
     UsageError
-        If a baseline is unknown, no engine is run for any of the batches, or the size of
-        an expert is needed and not known.
+        If a baseline is unknown, no engine is run for any of the batches, the size of
+        an expert is needed and not known, or the table is of another tokenizer.
     """
     plan = Plan.read(plan_path)
     shapes = batch_shapes() if shapes is None else shapes
@@ -215,13 +215,14 @@ def judge_plan(
     matched = require_same_model(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
-    table = None if table_path is None else read_table_of(table_path, plan_path)
+    table, assumed = read_table_of(table_path, plan_path, trace)
     tokens = trace.read(selection)
     compared, missing = baseline_placements(plan, trace, selection, baselines)
     judge = _Judge(plan, trace, tokens, {**compared, PLAN: plan.placement}, table)
     served = {shape for one in asked for shape in answered(one.engine, shapes)}
     warnings = (
         matched,
+        assumed,
         *missing,
         other_phase(plan, selection),
         phase_warning(trace, selection, [shape.batching for shape in served]),
@@ -398,14 +399,26 @@ def _metrics(tallies: Tallies) -> dict[str, PolicyMetrics]:
     return {policy: tally.metrics() for policy, tally in tallies.items()}
 
 
-def read_table_of(table_path: Path, plan_path: Path) -> Table:
-    """Read a table and make sure that it is the plan's own.
+def read_table_of(
+    table_path: Path | None, plan_path: Path, trace: Trace
+) -> tuple[Table | None, str | None]:
+    """Read a table, and make sure that it is the plan's own and of the trace's tokenizer.
+
+    Returns
+    -------
+    table, warning
+        No table without a path; a warning where only one of table and trace says which
+        tokenizer made its token ids.
 
     Raises
     ------
     PlacerError
         If the table was written for another plan file.
+    UsageError
+        If table and trace are of different tokenizers.
     """
+    if table_path is None:
+        return None, None
     table = Table.read(table_path)
     expected = plan_sha256(plan_path)
     if table.plan_sha256 != expected:
@@ -415,7 +428,12 @@ def read_table_of(table_path: Path, plan_path: Path) -> Table:
             f"write the plan's own table: placer tables {plan_path} TRACE "
             f"--out {table_path} --force",
         )
-    return table
+    return table, require_same_tokenizer(
+        table.tokenizer_sha256,
+        str(table_path),
+        trace.tokenizer_sha256,
+        str(trace.directory),
+    )
 
 
 def _seen_by_table(

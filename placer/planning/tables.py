@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from placer import __version__
-from placer.model import ModelSpec, require_same_model
+from placer.model import ModelSpec, require_same_model, require_same_tokenizer, tokenizer_of
 from placer.placement import Plan
 from placer.placement.plan import plan_sha256
 from placer.planning.profile import layer_ids_of, num_seen_sequences, profile_of
-from placer.run.files import sha256_file
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import simulate
@@ -118,7 +117,8 @@ def make_table(
         If plan and trace (or checkpoint) are of different models, the trace has no token
         ids, or an option is out of range.
     UsageError
-        If the plan has redundant experts and does not say which replica serves.
+        If the plan has redundant experts and does not say which replica serves, or trace
+        and checkpoint have different tokenizers.
     """
     plan = Plan.read(plan_path)
     choice = plan.replica_choice
@@ -132,10 +132,16 @@ def make_table(
     tokens = trace.read(profile)
     model = trace.model if trace.model.bound else plan.model
     token_experts: TokenExperts = {}
+    tokenizer, assumed = trace.tokenizer_sha256, None
     if options.embeddings is not None:
         checkpoint = ModelSpec.from_checkpoint(options.embeddings)
         require_same_model(model, "the trace", checkpoint, str(options.embeddings))
         token_experts = read_token_experts(options.embeddings, checkpoint)
+        own_tokenizer = tokenizer_of(options.embeddings)
+        assumed = require_same_tokenizer(
+            tokenizer, str(trace.directory), own_tokenizer, str(options.embeddings)
+        )
+        tokenizer = tokenizer or own_tokenizer
         if not model.bound:
             model = checkpoint
     layer_ids = layer_ids_of(plan, model)
@@ -169,7 +175,7 @@ def make_table(
         model=model,
         plan_sha256=plan_sha256(plan_path),
         trace_sha256=trace.sha256,
-        tokenizer_sha256=_tokenizer_sha256(trace, options.embeddings),
+        tokenizer_sha256=tokenizer,
         provenance={
             "placer": __version__,
             **profile.to_json(),
@@ -183,6 +189,7 @@ def make_table(
     heldout = _heldout(trace, profile)
     warnings = (
         warning,
+        assumed,
         unknown_dense_layers(plan.placement, choice, layer_ids),
         _seen_by_plan(plan, trace, heldout),
     )
@@ -224,15 +231,6 @@ def _seen_by_plan(plan: Plan, trace: Trace, heldout: Chunk | None) -> str | None
         if seen
         else None
     )
-
-
-def _tokenizer_sha256(trace: Trace, checkpoint: Path | None) -> str | None:
-    """Return the hash that the trace records, else that of the checkpoint's tokenizer."""
-    recorded = trace.header.provenance.get("tokenizer_sha256")
-    if isinstance(recorded, str):
-        return recorded
-    path = None if checkpoint is None else checkpoint / "tokenizer.json"
-    return sha256_file(path) if path is not None and path.is_file() else None
 
 
 def _largest_id(tokens: Chunk) -> int:

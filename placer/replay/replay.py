@@ -10,7 +10,14 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from placer.errors import PlacerError, UsageError, VerificationError, one_of
-from placer.model import Architecture, ModelSpec, read_config, require_same_model
+from placer.model import (
+    Architecture,
+    ModelSpec,
+    read_config,
+    require_same_model,
+    require_same_tokenizer,
+    tokenizer_of,
+)
 from placer.placement import Placement, Plan
 from placer.placement.reference import contiguous
 from placer.planning.judge import read_table_of
@@ -165,7 +172,13 @@ def replay(
     spec = ModelSpec.from_checkpoint(directory)
     matched = require_same_model(plan.model, str(plan_path), spec, str(directory))
     require_same_model(plan.model, str(plan_path), trace.model, str(trace.directory))
-    table = None if table_path is None else read_table_of(table_path, plan_path)
+    table, assumed = read_table_of(table_path, plan_path, trace)
+    of_other = require_same_tokenizer(
+        trace.tokenizer_sha256,
+        str(trace.directory),
+        tokenizer_of(directory),
+        str(directory),
+    )
     tasks = _tasks(plan, table, options)
     batches = _batches(trace, selection, options, worker.number)
     _require_vocabulary(batches, spec, trace, directory)
@@ -173,7 +186,7 @@ def replay(
     backend = "gloo" if options.device == "cpu" else "nccl"
     if options.device == "cuda":
         worker.use_own_gpu()
-    warnings = [] if matched is None else [matched]
+    warnings = [one for one in (matched, assumed, of_other) if one is not None]
     with together(worker, backend):
         runner = _Runner(directory, spec, batches, options, worker)
         reason = runner.session.why_not(FOLLOW)

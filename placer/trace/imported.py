@@ -22,6 +22,7 @@ from placer.model import (
     Architecture,
     ModelSpec,
     read_config,
+    tokenizer_of,
 )
 from placer.run.files import (
     require_file,
@@ -312,6 +313,8 @@ def import_file(
             "file": file.name,
             "sha256": sha256_file(file),
         }
+        if options.model_directory is not None and tokens.token_ids is not None:
+            provenance["tokenizer_sha256"] = tokenizer_of(options.model_directory)
         if num_reordered:
             provenance[REORDERED] = num_reordered
         with TraceWriter(

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from placer.errors import PlacerError
-from placer.model import ModelSpec
+from placer.model import ModelSpec, recorded_tokenizer
 from placer.run.files import memory_bytes, read_bytes, sha256_file
 from placer.trace.chunk import Chunk
 from placer.trace.header import AGAIN, HEADER_NAME, ChunkInfo, TraceHeader
@@ -42,6 +42,11 @@ class Trace:
     def sha256(self) -> str:
         """SHA-256 of ``trace.json``, which holds the hashes of all chunks."""
         return sha256_file(self.directory / HEADER_NAME)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """SHA-256 of the ``tokenizer.json`` that made the token ids, where recorded."""
+        return recorded_tokenizer(self.header.provenance)
 
     def chunks(
         self, selection: Selection = EVERYTHING, start: int = 0, stop: int | None = None

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from placer import __version__
 from placer.errors import PlacerError, UsageError, one_of
-from placer.model import Architecture, ModelSpec, read_config
-from placer.run.files import canonical_json, sha256_file
+from placer.model import Architecture, ModelSpec, read_config, tokenizer_of
+from placer.run.files import canonical_json
 from placer.run.resumable import partial_path
 from placer.run.worker import ALONE, Worker, together
 from placer.trace.capture import RouterCapture, to_host
@@ -443,7 +443,6 @@ def _readable(name: str) -> str:
 def _provenance(
     directory: Path, corpora: Sequence[Corpus], options: RecordOptions
 ) -> dict[str, Any]:
-    tokenizer = directory / "tokenizer.json"
     return {
         "placer": __version__,
         "source": "record",
@@ -456,7 +455,7 @@ def _provenance(
             for corpus in corpora
         ],
         "weights_sample_sha256": weights_sample_sha256(directory),
-        "tokenizer_sha256": sha256_file(tokenizer) if tokenizer.is_file() else None,
+        "tokenizer_sha256": tokenizer_of(directory),
         "sequence_length": options.sequence_length,
         "batch_size": options.batch_size,
         "chunk_tokens": options.chunk_tokens,

@@ -1,6 +1,6 @@
 """Traces made from traces: parts, unions and samples, chunk by chunk."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from placer import __version__
 from placer.arrays import IntArray
 from placer.errors import PlacerError, UsageError
-from placer.model import require_same_model
+from placer.model import Combination
 from placer.trace.chunk import Chunk
 from placer.trace.header import AGAIN, MAX_DOMAINS, TraceHeader
 from placer.trace.reader import Trace
@@ -168,24 +168,25 @@ def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> Trac
     return write_derived(trace, out, parts, made)
 
 
-def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
+def merge_traces(
+    traces: Sequence[Trace], out: Path, tell: Callable[[str], None] = lambda _: None
+) -> TraceHeader:
     """Write all tokens of traces of one model as one trace.
 
     Sequences are renumbered: those of a later trace follow those of the earlier ones, by
-    an offset that the provenance records. What not all traces hold is left out.
+    an offset that the provenance records. What not all traces hold is left out. ``tell``
+    takes a warning where one does not say which model or tokenizer it is of.
 
     Raises
     ------
-    PlacerError
-        If the traces are of different models.
     UsageError
-        If one trace is given twice.
+        If the traces are of different models or tokenizers, or one is given twice.
+    PlacerError
+        If they have too many domains or sequences in all.
     """
-    first = traces[0]
-    for other in traces[1:]:
-        require_same_model(
-            first.model, str(first.directory), other.model, str(other.directory)
-        )
+    both = Combination(tell)
+    for trace in traces:
+        both.add(str(trace.directory), trace.model, trace.tokenizer_sha256)
     if len({trace.sha256 for trace in traces}) < len(traces):
         raise UsageError(
             "one trace is given twice, so its tokens would count twice",
@@ -226,10 +227,17 @@ def merge_traces(traces: Sequence[Trace], out: Path) -> TraceHeader:
             {"sha256": trace.sha256, "sequence_offset": offset}
             for trace, offset in zip(traces, offsets, strict=False)
         ],
+        "tokenizer_sha256": both.tokenizer_sha256,
     }
     by_weight = all(trace.header.experts_by_weight for trace in traces)
     return write_derived(
-        first, out, parts(), made, domains=domains, experts_by_weight=by_weight
+        traces[0],
+        out,
+        parts(),
+        made,
+        model=both.model,
+        domains=domains,
+        experts_by_weight=by_weight,
     )
 
 
@@ -261,7 +269,12 @@ def write_derived(
         "model": trace.model,
         "domains": trace.header.domains,
         "experts_by_weight": trace.header.experts_by_weight,
-        "provenance": {"placer": __version__, "trace_sha256": trace.sha256, **made},
+        "provenance": {
+            "placer": __version__,
+            "trace_sha256": trace.sha256,
+            "tokenizer_sha256": trace.tokenizer_sha256,
+            **made,
+        },
     }
     with TraceWriter(directory=out, **(fields | header)) as writer:
         for chunk in chunks:

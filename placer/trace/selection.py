@@ -26,6 +26,7 @@ class ProfileFacts(msgspec.Struct, frozen=True, kw_only=True):
     fold: str | None = None
     phase: Phase | None = None
     traces_sha256: list[Sha256] | None = None
+    tokenizer_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True, slots=True)

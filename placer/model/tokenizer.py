@@ -1,0 +1,61 @@
+"""The tokenizer that token ids are of: compared wherever two files with such ids meet."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from placer.errors import UsageError
+from placer.run.files import sha256_file
+
+_TOKENIZER_NAME = "tokenizer.json"
+_FIELD = "tokenizer_sha256"
+
+
+def tokenizer_of(directory: Path) -> str | None:
+    """Return the SHA-256 of a checkpoint's ``tokenizer.json``, ``None`` without one."""
+    path = directory / _TOKENIZER_NAME
+    return sha256_file(path) if path.is_file() else None
+
+
+def recorded_tokenizer(provenance: Mapping[str, Any]) -> str | None:
+    """Return the hash that a trace or its counts record, ``None`` where not known."""
+    value = provenance.get(_FIELD)
+    return value if isinstance(value, str) else None
+
+
+def require_same_tokenizer(
+    one: str | None, one_name: str, other: str | None, other_name: str
+) -> str | None:
+    """Refuse to combine token ids of two tokenizers.
+
+    Parameters
+    ----------
+    one, other
+        SHA-256 of each ``tokenizer.json``, ``None`` where not known.
+    one_name, other_name
+        The files that hold the ids.
+
+    Returns
+    -------
+    str or None
+        A warning where only one of them is known.
+
+    Raises
+    ------
+    UsageError
+        If both are known and differ.
+    """
+    if one == other:
+        return None
+    if one is not None and other is not None:
+        raise UsageError(
+            f"{one_name} and {other_name} are of different tokenizers: tokenizer.json has "
+            f"SHA-256 {one[:12]} against {other[:12]}, so one token id means two texts",
+            "use files of one tokenizer: record both with the same checkpoint (placer "
+            "record MODEL), and write the table from that trace (placer tables)",
+        )
+    unknown, known = (one_name, other_name) if one is None else (other_name, one_name)
+    return (
+        f"{unknown} does not say which tokenizer made its token ids, {known} does: they "
+        "are taken to be the same"
+    )
