@@ -63,6 +63,6 @@ def require_consistent_pairs(
 def _require_sums(name: str, what: str, found: IntArray, expected: IntArray) -> None:
     for expert in np.flatnonzero(found != expected)[:1].tolist():
         raise PlacerError(
-            f"{name}, {what} {expert} adds up to {found[expert]}, but by the load of the "
-            f"expert to {expected[expert]}"
+            f"{name}, {what} {expert} adds up to {found[expert]}, but the load of the "
+            f"expert requires {expected[expert]}"
         )

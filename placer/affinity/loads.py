@@ -138,7 +138,7 @@ def read_sglang_stat(file: Path, model: BoundModel | None) -> CountedLoads:
     dump = load_dump(file, "record in mode stat: --expert-distribution-recorder-mode stat")
     if not isinstance(dump, dict) or "logical_count" not in dump:
         raise PlacerError(
-            "there is no logical_count in it", "a dump of tokens is format sglang-dump"
+            "it has no logical_count", "a dump of tokens is format sglang-dump"
         )
     return matrix_loads(dump["logical_count"], "logical_count")
 
@@ -236,7 +236,7 @@ def _of_slots(
     slots = assignments.get(layer)
     if slots is None or len(slots) != len(counts):
         raise PlacerError(
-            f"layer {layer} has counts of {len(counts)} slots, the map assigns "
+            f"layer {layer} has counts of {len(counts)} slots, the map has "
             f"{'none' if slots is None else len(slots)}",
             "give the map that the engine ran with: --map FILE",
         )

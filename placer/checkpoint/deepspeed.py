@@ -195,7 +195,8 @@ def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedRe
     if (source.directory / RECORD_NAME).exists():
         raise PlacerError(
             f"{directory} was already permuted by placer",
-            f"restore it first: placer export deepspeed {directory} --inverse --out IT",
+            f"restore it first: placer export deepspeed {directory} --inverse "
+            "--out ORIGINAL",
         )
     rows = [plan.placement.permutation(n) for n in range(len(source.num_experts))]
     record = {
@@ -304,7 +305,7 @@ def _renumbered(
         match = _EXPERT_KEY.fullmatch(key)
         if match is None or int(match[2]) != old:
             raise PlacerError(
-                f"{path.name}: the key {key} is not that of expert {old}",
+                f"{path.name}: the key {key} does not belong to expert {old}",
                 "report the checkpoint: its keys are not those of DeepSpeed-MoE",
             )
         found[f"{match[1]}.experts.deepspeed_experts.{new}.{match[3]}"] = value
@@ -335,8 +336,8 @@ def _permute_gates(
         gate = module.get(key)
         if gate is None or gate.ndim != 2 or len(gate) != len(row):
             raise PlacerError(
-                f"{path}: gate {key} is missing, or has not one row for each of "
-                f"{len(row)} experts",
+                f"{path}: gate {key} is missing, or its number of rows is not that of "
+                f"the experts, {len(row)}",
                 "fetch the checkpoint again",
             )
         module[key] = gate[row]
@@ -401,7 +402,11 @@ def _save(path: Path, value: Mapping[str, Any]) -> None:
 
 def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
     if odd := min(found.keys() ^ expected.keys(), default=None):
-        raise VerificationError(f"{path} lacks {odd}, or has it and should not")
+        state = "lacks" if odd in expected else "has the unexpected"
+        raise VerificationError(
+            f"{path} {state} key {odd}",
+            "export it again: placer export deepspeed PLAN ORIGINAL --out NEW",
+        )
     for key, value in expected.items():
         if not _same(found[key], value):
             raise VerificationError(
@@ -494,6 +499,7 @@ def _unclassified(path: Path) -> PlacerError:
 
 def _optimizer(path: Path) -> PlacerError:
     return PlacerError(
-        f"{path} holds optimizer states, flattened over experts: no permutation fits",
+        f"{path} holds optimizer states that are flattened over experts, which placer "
+        "cannot permute",
         "export a copy without *optim_states.pt, and load it with load_module_only=True",
     )

@@ -223,7 +223,8 @@ def prepare_ranks(plan_path: Path, directory: Path, *, experts_only: bool) -> Ra
     if (directory / RECORD_NAME).exists():
         raise PlacerError(
             f"{directory} was permuted by placer: its experts are not those of the plan",
-            f"give the original: placer export checkpoint {directory} --inverse --out IT",
+            f"give the original: placer export checkpoint {directory} --inverse "
+            "--out ORIGINAL",
         )
     source = CheckpointSource.open(directory)
     routed = RoutedTensors.of(source, model)

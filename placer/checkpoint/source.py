@@ -226,7 +226,7 @@ def _index_name(directory: Path) -> str:
     if len(found) > 1:
         raise PlacerError(
             f"{directory} has several indexes: {', '.join(sorted(found))}",
-            f"keep one of them, or call it {INDEX_NAME}",
+            f"keep only one of them, or rename the right one to {INDEX_NAME}",
         )
     if found:
         return found.pop()

@@ -41,7 +41,7 @@ RELATIVE_TOLERANCE = 1e-4
 SEQUENCE_LENGTH = 256
 # A dotted name with the number of an expert, in the lists of quantisers.
 _WITH_EXPERT = re.compile(r"(?:\w+\.)+experts\.\d+(?:\.\w+)*")
-_NOT_THE_SAME = "the export computes another function: do not serve it"
+_NOT_THE_SAME = "the exported model computes other results: do not serve it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +302,7 @@ def _compare_named_experts(
         if odd := (found[0] - found[1]) + (found[1] - found[0]):
             template, logical = min(odd)
             raise VerificationError(
-                f"{exported / name} and that of {original} differ about "
+                f"{exported / name} and {original / name} differ for "
                 f"{template.replace('{expert}', str(logical))} of the original",
                 f"export it again: placer export checkpoint PLAN {original} --out NEW",
             )
@@ -412,8 +412,8 @@ class _Comparison:
             self.num_tokens += len(flipped)
         if self.num_ties == self.num_tokens:
             raise PlacerError(
-                f"all {self.num_tokens} tokens are at a tie of experts, or follow one, so "
-                "nothing was compared",
+                f"nothing was compared: at or before each of the {self.num_tokens} tokens "
+                "the two models chose differently between experts of equal router weight",
                 "give other text with --corpus, or compare tensors only: --max-tokens 0",
             )
 

@@ -134,8 +134,8 @@ def _require_record(folder: Path, expected: RankRecord) -> None:
         name, value, wanted = odd
         raise _wrong(
             folder,
-            f"has {RANK_NAME} with {name} {shown(value)}, but by the plan and the model it "
-            f"is {shown(wanted)}",
+            f"has {RANK_NAME} with {name} {shown(value)}, but the plan and the model "
+            f"require {shown(wanted)}",
         )
 
 

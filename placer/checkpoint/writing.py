@@ -55,8 +55,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
             raise UsageError(
-                (f"{self.num_workers} workers cannot write; at least 1 is needed"),
-                "--workers 1",
+                f"--workers must be at least 1, got {self.num_workers}",
+                "for example --workers 1",
             )
         if self.num_workers is not None and self.backend.name == "ray":
             raise UsageError(

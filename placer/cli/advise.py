@@ -30,7 +30,7 @@ def advise(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="TRACE|AFFINITY", help="A trace, or an affinity file (loads only)."
+            metavar="TRACE|AFFINITY", help="A trace directory or an affinity file."
         ),
     ],
     gpus_per_node: GpusPerNodeOption,
@@ -38,16 +38,17 @@ def advise(
     policy: Annotated[
         str,
         typer.Option(
-            help="How a token's home rank is chosen: fixed or follow (docs/concepts.md)."
+            help="How the home of a token, the rank that has its hidden state, is chosen: "
+            "fixed or follow (docs/concepts.md)."
         ),
     ] = "fixed",
     engine: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="An engine (docs/engines.md), or a family: vllm, sglang, trtllm. "
-            "Default: two answers, for all-gather (the engines' default) and for a "
-            "token all-to-all.",
+            help="An engine (docs/engines.md), or a family of engines: vllm, sglang, "
+            "trtllm. Default: two answers, one for all-gather (the engines' default), "
+            "one for a token all-to-all.",
         ),
     ] = None,
     tokens_per_rank: TokensPerRankOption = None,
@@ -67,17 +68,17 @@ def advise(
     least_gain: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Smallest saving, as a share, that is worth a change."
+            min=0.0, max=1.0, help="Smallest saving that is worth a change: 0.03 is 3 %."
         ),
     ] = 0.03,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Say whether to place experts for traffic, only balance them, or change nothing.
+    """Say whether to place by traffic, only balance, or do nothing.
 
     A quick plan is made on half of the sequences and judged on the other half. An affinity
-    file, such as the loads that an engine counted, answers for balance only. --engine then
-    says which replica of a redundant expert serves.
+    file, such as the loads that an engine counted, can only judge balance. Nothing is
+    written: the last line is the command that makes the plan.
     """
     from placer.affinity import Affinity
     from placer.errors import require_left_out

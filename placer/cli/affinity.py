@@ -10,7 +10,6 @@ from placer.cli.output import (
     ForceOption,
     JsonOption,
     NotFoldOption,
-    OutOption,
     PhaseOption,
     claim,
     parse_selection,
@@ -26,10 +25,12 @@ def affinity(
     traces: Annotated[
         list[Path],
         typer.Argument(
-            metavar="TRACE...", help="Trace directories. With --merge: affinity files."
+            metavar="TRACE", help="Trace directories. With --merge: affinity files."
         ),
     ],
-    out: OutOption,
+    out: Annotated[
+        Path, typer.Option("--out", help="The affinity file to write (.safetensors).")
+    ],
     merge: Annotated[
         bool,
         typer.Option(
@@ -42,8 +43,8 @@ def affinity(
     rows: Annotated[
         str,
         typer.Option(
-            help="Also count per token id (tokens), or per token id and sequence "
-            "(sequences)."
+            help="Also count experts by token id: none, tokens (for each id) or sequences "
+            "(for each id and sequence)."
         ),
     ] = "none",
     workers: Annotated[
@@ -55,7 +56,8 @@ def affinity(
     backend: Annotated[
         str,
         typer.Option(
-            help="Where to count: processes on this machine, or tasks of a ray cluster."
+            help="Where to count: processes on this machine, or ray (tasks of a Ray "
+            "cluster)."
         ),
     ] = "processes",
     ray_address: Annotated[
@@ -69,9 +71,11 @@ def affinity(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Count expert loads, transitions between layers and co-activation.
+    """Count expert loads and which experts are used together.
 
-    Counts are exact. Several traces of one model are added up in one file.
+    Counts are exact: loads, pairs of experts that a token uses in one layer
+    (co-activation), and pairs in neighbouring layers (transitions). Several traces of one
+    model are added up in one file.
     """
     import os
 

@@ -27,28 +27,26 @@ def calibrate(
     ranks: Annotated[
         int | None,
         typer.Option(
-            help="Ranks to start on this machine. Under torchrun: the number of its "
-            "workers."
+            help="Number of ranks to start on this machine. Leave it out under torchrun."
         ),
     ] = None,
     nodes: Annotated[
         int, typer.Option(help="Number of nodes. Ranks are numbered node by node.")
     ] = 1,
     device: Annotated[
-        str, typer.Option(help="cpu (exchanges with gloo) or cuda (exchanges with NCCL).")
+        str, typer.Option(help="What to measure: cpu (with gloo) or cuda (with NCCL).")
     ] = "cpu",
     repetitions: Annotated[
-        int, typer.Option(help="Number of timings. The median is used.")
+        int, typer.Option(help="How often each measurement is made. The median is used.")
     ] = 7,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the links and processors of this cluster for the cost model.
+    """Measure the links and processors of this cluster.
 
-    Give the file to --hardware of simulate, advise, solve and replay. On one machine:
-    placer calibrate --ranks 8 --device cuda. On several, run on each: torchrun --nnodes 2
-    --nproc-per-node 8 ... --no-python placer calibrate --nodes 2 --device cuda. Rank 0
-    writes the file.
+    Give the file to --hardware of simulate, advise, solve and replay: they then predict
+    time. On several machines, start it with torchrun on each of them. Rank 0 writes the
+    file.
     """
     from placer.errors import UsageError
     from placer.run.worker import Worker, start_workers

@@ -19,28 +19,30 @@ from placer.cli.output import (
 
 
 def check(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan in service.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan that is served.")],
     source: Annotated[
         Path,
         typer.Argument(
             metavar="TRACE|AFFINITY",
-            help="A trace of today, or today's counts. Not the trace that the plan was "
-            "solved on. With counts, only balance is judged.",
+            help="Today's traffic: a trace, or an affinity file (then only balance is "
+            "judged). Not the trace that the plan was solved on.",
         ),
     ],
     tolerance: Annotated[
         float,
-        typer.Option(help="How much worse a figure may get before it counts as drift."),
+        typer.Option(
+            help="How far a figure may rise: 0.02 allows 1.12 where the plan records 1.10."
+        ),
     ] = 0.02,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether traffic has drifted from a plan. Exit 6 if it has.
+    """Check whether traffic has drifted from a plan. Exit 6 if so.
 
-    Compares traffic and balance on the trace with what the plan records. Differences that
-    chance explains do not count.
+    Compares the plan's traffic and balance on the trace with what the plan records. Only
+    differences that chance does not explain count as drift.
     """
     from placer.affinity import Affinity
     from placer.errors import DriftError, require_left_out

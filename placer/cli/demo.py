@@ -18,23 +18,24 @@ from placer.cli.output import (
 
 def demo(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="The directory to write.")] = Path(
         "placer-demo"
     ),
     model: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Model to use. Default: the demo model that comes with placer.",
+            help="Model to use instead of the demo model.",
         ),
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run every step on the demo model, with text that comes with Python.
+    """Run every step on the small model that comes with placer.
 
-    Records the model's routing, solves on one half of the text, judges on the other half
-    on 4 ranks, exports a permuted checkpoint and proves that it is the same function.
+    Records its routing on text that comes with Python, and makes a plan for 4 ranks on half
+    of the text. Judges the plan on the other half. Exports a permuted checkpoint and
+    verifies it.
     """
     from placer.demo.road import NUM_RANKS, POLICIES, run_demo, shipped_model
     from placer.report.comparison import comparison_table

@@ -56,14 +56,22 @@ def export(
         str, typer.Argument(metavar="TARGET", help=f"One of: {', '.join(TARGETS)}.")
     ],
     plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="The plan; with --inverse, the export.")
+        Path,
+        typer.Argument(
+            metavar="PLAN", help="The plan. With --inverse: the exported checkpoint."
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where to write the result. Not used with --dry-run."),
+        typer.Option(
+            "--out", help="The file or directory to write. Not used with --dry-run."
+        ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="Hugging Face directory.")
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL]", help="The original model: a Hugging Face directory."
+        ),
     ] = None,
     inverse: Annotated[
         bool,
@@ -77,7 +85,8 @@ def export(
         bool,
         typer.Option(
             "--hash",
-            help="Record the SHA-256 of each original shard. Slower than the copy itself.",
+            help="Record the SHA-256 of each original shard. This takes longer than the "
+            "copy itself.",
         ),
     ] = False,
     workers: Annotated[
@@ -93,8 +102,8 @@ def export(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="Where shards are written: processes on this machine, or tasks of a ray "
-            "cluster.",
+            help="Where shards are written: processes on this machine, or ray (tasks of a "
+            "Ray cluster).",
             show_default="processes",
         ),
     ] = None,
@@ -107,29 +116,37 @@ def export(
     ] = None,
     experts_only: Annotated[
         bool,
-        typer.Option("--experts-only", help="With target ranks: write the experts only."),
+        typer.Option("--experts-only", help="With target ranks: write only the experts."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List shards and bytes, write nothing.")
+        bool, typer.Option("--dry-run", help="List shards and their bytes. Write nothing.")
     ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a permuted checkpoint, one directory per rank, or a map for a runtime.
+    """Write a plan as a checkpoint, or as a map for an engine.
 
-    checkpoint: the model with its experts renumbered. Any engine that splits experts
-    contiguously can serve it. No weight changes. ranks: one directory per expert-parallel
-    rank with its experts (replicas too) and all other tensors, under their own names. If
-    one of these two was killed, run it again and it goes on. deepspeed: a DeepSpeed-MoE
-    checkpoint with its experts renumbered (MODEL is the folder of a tag).
+    Checkpoints. No weight changes, and an interrupted export continues if you run it again:
 
-    Maps: sglang (.json or .pt for --init-expert-location), trtllm (.yaml for
-    moe_config.load_balancer), vllm-ascend (.json for expert_map_path), eplb (.safetensors
-    or .npz with phy2log, log2phy, logcnt), csv (one slot per line) and json. The last
-    three need no MODEL. No released engine reads vllm-pr49572 (.json, as proposed to vLLM),
-    and a vendor's plugin alone reads vllm-das (.json).
+      checkpoint    the model with its experts renumbered, for any engine that
+                    splits experts contiguously
+      ranks         one directory for each rank: its experts and all other tensors
+      deepspeed     a DeepSpeed-MoE checkpoint (MODEL is the folder of a tag)
 
-    ktransformers: counts of experts (.pt) of an affinity file, in place of a plan.
+    Maps, which the engine reads when it starts:
+
+      sglang        .json or .pt for --init-expert-location
+      trtllm        .yaml for moe_config.load_balancer
+      vllm-ascend   .json for expert_map_path
+      vllm-pr49572  .json as proposed to vLLM; no release reads it
+      vllm-das      .json for the plugin vllm-plugin-das
+
+    Other formats. The first three need no MODEL:
+
+      eplb          .safetensors or .npz with phy2log, log2phy, logcnt
+      csv           one line for each slot
+      json          one list of slots for each layer
+      ktransformers .pt with counts; give an affinity file instead of PLAN
     """
     if target not in TARGETS:
         raise UsageError(

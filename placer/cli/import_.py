@@ -10,7 +10,6 @@ from placer.cli.export import MAPS
 from placer.cli.output import (
     ForceOption,
     JsonOption,
-    OutOption,
     claim,
     note,
     print_json,
@@ -50,13 +49,16 @@ def import_(
         ),
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to read.")],
-    out: OutOption,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="The trace directory, affinity file or plan to write."),
+    ],
     model: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Checkpoint of the recorded model, or only its config.json. Its "
-            "fingerprint is stored in the trace.",
+            help="Checkpoint of the recorded model; its config.json is enough. It says "
+            "which layers are MoE layers, and binds the result to this model.",
         ),
     ] = None,
     map_: Annotated[
@@ -68,53 +70,64 @@ def import_(
         ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Maps: number of nodes.", show_default="1")
+        int | None,
+        typer.Option(min=1, help="With a map: number of nodes.", show_default="1"),
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Maps: expert-parallel ranks per node.")
+        int | None,
+        typer.Option(
+            min=1, help="With a map: number of expert-parallel ranks on each node."
+        ),
     ] = None,
     keys: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="With jsonl or json-requests: which key of the file means what, such as "
-            "layer=layer,token=token_idx,experts=topk_ids.",
+            help="With jsonl or json-requests: the names of keys in your file, as "
+            "MEANING=KEY, such as layer=layer,token=token_idx,experts=topk_ids.",
         ),
     ] = None,
     num_experts: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Experts of every layer, if --model is not given. Default: the largest "
-            "id plus 1.",
+            help="Number of experts in every layer, if --model is not given. Default: the "
+            "largest id plus 1.",
         ),
     ] = None,
     skip_layers: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
-            help="MoE layers that were not recorded, by the model's own numbers, such as "
-            "0,1,2. They are left out, and exports keep their experts in order.",
+            help="MoE layers that were not recorded, as the model numbers them, such as "
+            "0,1,2. Plans leave them out, and exports do not move their experts.",
         ),
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn an engine's records into a trace, or its loads into an affinity file.
+    """Import what an engine recorded: a trace, loads or a map.
 
-    Records of tokens. npz: arrays experts [T, L, k], sequence_ids [T] and others. exflow:
-    .npy [tokens, layers]. csv, jsonl: one row per token and layer. json-requests: one
-    object per request, layer -> experts of its tokens. sglang-routed, vllm-routed:
-    responses with routed experts. sglang-dump: the .pt file of the recorder's mode
-    per_token.
+    Experts of each token become a trace (docs/importing.md has every field):
 
-    Loads without tokens are enough to balance. sglang-stat: the .pt file of the recorder's
-    mode stat. trtllm-statistic: the directory EXPERT_STATISTIC_PATH. csv-loads: columns
-    layer, expert, count, or layer_id, expert_id, count. load-matrix: [L, E] as .npy, .pt
-    or .json.
+      npz               arrays experts [tokens, layers, top-k] and sequence_ids
+      exflow            .npy array [tokens, layers]
+      csv, jsonl        one row for each token and layer
+      json-requests     one object per request: layer -> experts of its tokens
+      sglang-routed     responses of SGLang with routed experts
+      vllm-routed       responses of vLLM with routed experts
+      sglang-dump       .pt file of SGLang's recorder in mode per_token
 
-    Maps that placer export writes, or an engine runs with, become plans: they need
-    --gpus-per-node, and --model where the map does not say which layers are MoE layers.
+    Loads of experts become an affinity file, which is enough to balance:
+
+      sglang-stat       .pt file of SGLang's recorder in mode stat
+      trtllm-statistic  the directory that EXPERT_STATISTIC_PATH names
+      csv-loads         columns layer, expert, count (or layer_id, expert_id)
+      load-matrix       counts [layers, experts] as .npy, .pt or .json
+
+    A map that placer export wrote, or that an engine uses, becomes a plan. It needs
+    --gpus-per-node. It also needs --model if the map does not say which layers are MoE
+    layers.
     """
     directory = format_ in _FORMATS
     claim(context, out, [file, model, map_], force=force, directory=directory)

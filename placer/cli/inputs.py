@@ -1,5 +1,8 @@
-"""Inputs are looked for before anything else: a path is often misspelled."""
+"""What all commands share: lists and examples in the help, and a look for the inputs."""
 
+import inspect
+import re
+import textwrap
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -7,15 +10,39 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from placer.cli.examples import EXAMPLES
 from placer.errors import PlacerError
 
 _OUTPUTS = ("out", "html")
 # These may be names of the Hugging Face hub.
 _MODELS = ("model", "original", "path")
+_EXAMPLE_WIDTH = 74
 
 
 class InputCommand(TyperCommand):
-    """A command that fails at once where a file or directory that it reads is missing."""
+    """A command that shows examples, and fails at once if an input is missing."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the docstring. Indented paragraphs are lists, whose lines are kept."""
+        text = inspect.cleandoc(self.help or "")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(re.sub(r"\n\n(?=  )", "\n\n\b\n", text))
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples. Lines that are too long are continued as a shell reads it."""
+        with formatter.section("Examples"):
+            for command in EXAMPLES[str(self.name)]:
+                # An option stays with its value.
+                lines = textwrap.wrap(
+                    re.sub(r"(--[a-z-]+) (?!-)", r"\1\0", command),
+                    _EXAMPLE_WIDTH,
+                    subsequent_indent="    ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for line in [*(f"{line} \\" for line in lines[:-1]), lines[-1]]:
+                    formatter.write(f"  {line}\n".replace("\0", " "))
 
     def invoke(self, ctx: Any) -> Any:
         """Look for the inputs, then run."""

@@ -21,7 +21,7 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="ANY", help="A trace, affinity file, plan, table or checkpoint."
+            metavar="PATH", help="A trace, affinity file, plan, table or checkpoint."
         ),
     ],
     html: Annotated[
@@ -35,13 +35,13 @@ def inspect(
         Path | None,
         typer.Option(
             metavar="TRACE|AFFINITY",
-            help="For a plan: show the load of its ranks on this trace or these counts.",
+            help="With a plan: show the load of its ranks on this trace or affinity file.",
         ),
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in a trace, affinity file, plan, table or checkpoint."""
+    """Show a trace, affinity file, plan, table or checkpoint."""
     from placer.report.artifact import open_artifact
     from placer.report.html import write_html
     from placer.report.inspect import summarize

@@ -27,7 +27,8 @@ def learning(
     policy: Annotated[
         str,
         typer.Option(
-            help="How a token's home rank is chosen: fixed or follow (docs/concepts.md)."
+            help="How the home of a token, the rank that has its hidden state, is chosen: "
+            "fixed or follow (docs/concepts.md)."
         ),
     ] = "fixed",
     max_imbalance: Annotated[
@@ -38,7 +39,11 @@ def learning(
     ] = 1.10,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Number of tokens to solve on. Repeatable."),
+        typer.Option(
+            min=1,
+            help="Number of tokens to solve on. Repeatable. Default: 500, 1000, "
+            "2000, 5000 and so on, up to 100000.",
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Random seed of the sample and the search.")

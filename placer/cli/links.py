@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def links(
     traces: Annotated[
-        list[Path], typer.Argument(metavar="TRACE...", help="Trace directories.")
+        list[Path], typer.Argument(metavar="TRACE", help="Trace directories.")
     ],
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the controls.")] = 0,
     fold: FoldOption = None,
@@ -32,11 +32,12 @@ def links(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure how well experts predict the experts of later layers, and why.
+    """Measure how well experts predict those of later layers.
 
-    Shows mutual information in bits (mean over layers) beside controls that destroy one
-    kind of structure each, how many layers links reach, and distances between domains.
-    Several traces, such as those of several training steps, are shown one after another.
+    Shows mutual information in bits (mean over layers), of the trace and of copies of it
+    that are shuffled so that one kind of structure is lost. Also shows how many layers
+    links reach, and how much domains differ. Several traces, such as those of several
+    training steps, are shown one after another.
     """
     from placer.report.links import links_of
     from placer.trace import Trace

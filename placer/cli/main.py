@@ -33,7 +33,6 @@ from placer.run.worker import fails_first
 
 app = typer.Typer(
     name="placer",
-    help="Decide which rank holds which expert of a Mixture-of-Experts model.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -57,7 +56,11 @@ def _common(
         help="Print the version.",
     ),
 ) -> None:
-    """Decide which rank holds which expert of a Mixture-of-Experts model."""
+    """Decide which rank holds which expert of a Mixture-of-Experts model.
+
+    The usual steps: record or import a trace, then advise, solve, export and verify. placer
+    demo runs all steps on a small model. docs/glossary.md explains the terms.
+    """
 
 
 app.command("record", cls=InputCommand)(record)

@@ -31,7 +31,9 @@ JsonOption = Annotated[
 ]
 FoldOption = Annotated[
     str | None,
-    typer.Option("--fold", metavar="K/N", help="Use only sequences whose id mod N is K."),
+    typer.Option(
+        "--fold", metavar="K/N", help="Use only sequences whose id mod N is K, such as 0/2."
+    ),
 ]
 NotFoldOption = Annotated[
     str | None,
@@ -43,13 +45,11 @@ PhaseOption = Annotated[
     str,
     typer.Option(
         "--phase",
-        help="Use only tokens that the trace records for this phase: prefill, decode or "
-        "all.",
+        help="Use only tokens of this phase: prefill, decode or all.",
     ),
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Where to write the result.")]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace what an earlier run wrote there.")
+    bool, typer.Option("--force", help="Replace an earlier result at the same path.")
 ]
 GpusPerNodeOption = Annotated[
     int, typer.Option(min=1, help="Number of expert-parallel ranks (GPUs) on each node.")
@@ -66,13 +66,16 @@ HiddenSizeOption = Annotated[
 ]
 ExpertSizeOption = Annotated[
     int | None,
-    typer.Option(help="Intermediate width of an expert, if --model is not given."),
+    typer.Option(
+        help="Intermediate size of an expert (moe_intermediate_size), if --model is not "
+        "given."
+    ),
 ]
 WeightBytesOption = Annotated[
     float | None,
     typer.Option(
         help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.",
-        show_default="from --model, else what --engine dispatches",
+        show_default="from --model, else the type that --engine sends",
     ),
 ]
 
@@ -90,8 +93,8 @@ BatchingOption = Annotated[
     str | None,
     typer.Option(
         metavar="decode|prefill",
-        help="Make all batches in one way: decode takes one token of each sequence in "
-        "turn, prefill takes whole sequences one after another.",
+        help="Make all batches in the same way at every size. decode: one token of "
+        "each sequence in turn. prefill: whole sequences, one after another.",
     ),
 ]
 

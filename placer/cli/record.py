@@ -8,7 +8,6 @@ import typer
 from placer.cli.output import (
     ForceOption,
     JsonOption,
-    OutOption,
     claim,
     print_json,
     print_table,
@@ -19,8 +18,10 @@ from placer.errors import one_of
 
 def record(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Hugging Face directory.")],
-    out: OutOption,
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The model: a Hugging Face directory.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The trace directory to write.")],
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
@@ -48,15 +49,21 @@ def record(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Limit on the tokens per corpus. Documents are then chosen at random."
+            help="Limit on the tokens of each corpus. Documents are then chosen at random."
         ),
     ] = None,
-    chunk_tokens: Annotated[int, typer.Option(help="Tokens in one chunk file.")] = 65_536,
+    chunk_tokens: Annotated[
+        int, typer.Option(help="Tokens in one file of the trace.")
+    ] = 65_536,
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="Also record the router weights.")
     ] = True,
     dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            help="Number type of the weights: auto (that of the checkpoint), float32, "
+            "bfloat16 or float16."
+        ),
     ] = "auto",
     device: Annotated[
         str, typer.Option(help="Torch device to run on, such as cpu or cuda:0.")
@@ -81,11 +88,11 @@ def record(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a transformers MoE model over text and write which experts its routers chose.
+    """Record which experts the routers of a model choose for a text.
 
-    If it was killed, run it again with the same options and it goes on. To use several
-    GPUs, each with the whole model: torchrun --nproc-per-node N --no-python placer record
-    ... --device cuda.
+    The model runs in transformers. If the command was interrupted, run it again with the
+    same options: it continues. To use several GPUs, each with the whole model, start it
+    with torchrun.
     """
     from contextlib import nullcontext
 

@@ -45,29 +45,31 @@ def replay(
             "placer-follow. Repeatable. Default: all that fit the plan.",
         ),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens to run of each sequence.")
+    ] = 128,
     sequences_per_rank: Annotated[
         int, typer.Option(help="Sequences per rank in one forward pass.")
     ] = 2,
     passes: Annotated[int, typer.Option(help="Forward passes.")] = 4,
     repeats: Annotated[
-        int, typer.Option(help="How many times each pass is timed. 0: no timing.")
+        int, typer.Option(help="How often each pass is timed. 0: not at all.")
     ] = 3,
     dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16.")
+        str, typer.Option(help="Number type: auto, float32, bfloat16 or float16.")
     ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL).")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to run: cpu (with gloo) or cuda (with NCCL).")
+    ] = "cpu",
     hardware: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="The links that this run uses (placer calibrate)."
-        ),
+        typer.Option(metavar="FILE", help="The links of this machine (placer calibrate)."),
     ] = None,
     elsewhere: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Predict the time of a pass on these links too. Repeatable.",
+            help="Also predict the time of a pass on these links. Repeatable.",
         ),
     ] = None,
     fold: FoldOption = None,
@@ -75,13 +77,13 @@ def replay(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Run a model expert-parallel, contiguous and as planned. Count every byte sent.
+    """Run a model expert-parallel and count every byte sent.
 
-    One process per rank. On one machine placer starts them. On several, use torchrun:
-    torchrun --nnodes N --nproc-per-node M --no-python placer replay ...
+    The model runs with contiguous experts and as planned, in one process for each rank. On
+    one machine placer starts the processes; on several, torchrun does.
 
-    The bytes that leave each rank must be those that a simulation of the same routing
-    predicts. The outputs must be those of the model run on one rank. Otherwise exit 5.
+    Exit 5 if the bytes that leave a rank are not those that a simulation of the same
+    routing predicts, or if the outputs are not those of the model on one rank.
     """
     from placer.model import require_same_model
     from placer.placement import Plan

@@ -84,15 +84,19 @@ def simulate(
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a plan on a trace, in decode batches and in prefill batches.
+    """Measure a plan on a trace, in decode and prefill batches.
 
-    A row of the table is a policy: how a token's home rank is chosen. fixed: the sequence's
-    data-parallel rank. follow: the rank that served most of the previous layer. oracle: the
-    best home of every layer, an upper limit. With --table also token, token_equal (equal
-    slices of every batch), request (one home per sequence), and token_combined and
-    token_equal_combined (the table's combined rule).
+    Judge a plan on sequences that it was not solved on: use --fold or --not-fold. Each row
+    of the table has a policy, which says how the home rank of a token is chosen:
 
-    Judge a plan on sequences that it was not solved on: use --fold or --not-fold.
+      fixed           the data-parallel rank of the sequence
+      follow          the rank that served most of its experts in the layer before
+      oracle          the best home in every layer: an upper limit, not a policy
+      token           with --table: by token id and history
+      token_equal     with --table: as token, equally many tokens on every rank
+      token_combined, token_equal_combined
+                      with --table: by the table's combined rule
+      request         with --table: one home for each sequence
     """
     from placer.placement import Plan
     from placer.planning.judge import Serving, judge_plan

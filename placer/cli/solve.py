@@ -17,7 +17,6 @@ from placer.cli.output import (
     JsonOption,
     NodesOption,
     NotFoldOption,
-    OutOption,
     PhaseOption,
     SizedByOption,
     WeightBytesOption,
@@ -44,10 +43,10 @@ def solve(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="TRACE|AFFINITY", help="The trace or the counts to solve on."
+            metavar="TRACE|AFFINITY", help="A trace directory or an affinity file."
         ),
     ],
-    out: OutOption,
+    out: Annotated[Path, typer.Option("--out", help="The plan to write (.json).")],
     gpus_per_node: GpusPerNodeOption,
     nodes: NodesOption = 1,
     objective: Annotated[
@@ -73,8 +72,8 @@ def solve(
     policy: Annotated[
         str,
         typer.Option(
-            help="How a token's home rank is chosen: fixed, follow, token or request "
-            "(docs/concepts.md)."
+            help="How the home of a token, the rank that has its hidden state, is chosen: "
+            "fixed, follow, token or request (docs/concepts.md)."
         ),
     ] = "fixed",
     engine: Annotated[
@@ -89,7 +88,9 @@ def solve(
     exchange: Annotated[
         str | None,
         typer.Option(
-            help="How copies are counted: per-rank or per-node.", show_default="per-rank"
+            help="What is sent for a token: one copy per-rank or one copy per-node that "
+            "serves it (docs/concepts.md).",
+            show_default="per-rank",
         ),
     ] = None,
     max_imbalance: Annotated[
@@ -97,7 +98,7 @@ def solve(
         typer.Option(
             help="Cap on the load of the busiest rank over the mean, in every layer. If "
             "no placement can meet it, the command fails (exit 3).",
-            show_default="1.10, or the best reachable",
+            show_default="1.10, or EPLB's load if lower; relaxed if no plan can meet it",
         ),
     ] = None,
     max_home_imbalance: Annotated[
@@ -112,9 +113,9 @@ def solve(
         float | None,
         typer.Option(
             metavar="X",
-            help="With --policy fixed or follow: cap on the copies that the busiest rank "
-            "receives in every layer, per token, times the number of ranks (the unit "
-            "of bottleneck_rank_copies_per_token).",
+            help="With --policy fixed or follow: cap on the bottleneck of every layer: the "
+            "copies that the busiest rank receives per token, times the number of "
+            "ranks.",
         ),
     ] = None,
     frontier: Annotated[
@@ -160,22 +161,23 @@ def solve(
         int,
         typer.Option(
             min=1,
-            help="With --ep-size: number of neighbouring ranks that share their tokens.",
+            help="With --ep-size: number of neighbouring ranks that compute the same "
+            "tokens.",
         ),
     ] = 1,
     ep_groups: Annotated[
         str,
         typer.Option(
-            help="With --ep-size: which data parallel ranks form a group. consecutive is "
-            "DeepSpeed's default, strided is its use_data_before_expert_parallelism."
+            help="With --ep-size: which data-parallel ranks form a group: consecutive "
+            "(DeepSpeed's default) or strided (use_data_before_expert_parallelism)."
         ),
     ] = "consecutive",
     redundant_experts: Annotated[
         str,
         typer.Option(
             metavar="X|auto",
-            help="Slots per layer beyond one for each expert. auto tries 0, R, 2R, 4R, "
-            "... for R ranks. It continues while the next step saves "
+            help="Extra slots in each layer, for replicas of experts. auto tries 0, R, 2R, "
+            "4R, ... for R ranks. It continues while the next step saves "
             "--redundant-gain of the objective and fits --redundant-memory.",
         ),
     ] = "0",
@@ -208,9 +210,9 @@ def solve(
     robust: Annotated[
         str,
         typer.Option(
-            help="Also keep unseen sequences under --max-imbalance: bootstrap uses "
-            "resampled loads, domains the loads per domain. Cap and penalty are "
-            "tuned on two halves of the profile."
+            help="Also keep unseen sequences under --max-imbalance: none, bootstrap (by "
+            "resampled loads) or domains (by the loads of each domain). The load cap and "
+            "--overflow-price are tuned on halves of the profile."
         ),
     ] = "none",
     overflow_price: Annotated[
@@ -229,20 +231,24 @@ def solve(
     ] = 0.0,
     start: Annotated[
         Path | None,
-        typer.Option(metavar="PLAN", help="Start from this plan, which is served now."),
+        typer.Option(
+            metavar="PLAN", help="Start from this plan: the one that is served now."
+        ),
     ] = None,
     migration_cost: Annotated[
         float,
         typer.Option(
-            help="With --start: cost of moving one expert to another rank, in copies of "
-            "the profile. When only load is balanced: in (token, expert) pairs of "
-            "the busiest rank."
+            help="With --start: cost of moving one expert to another rank. The unit is "
+            "one copy of the profile; with --objective balance, one (token, expert) "
+            "pair on the busiest rank."
         ),
     ] = 0.0,
     pin: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="LAYER:EXPERT=RANK", help="Fix an expert to a rank. Repeatable."
+            metavar="LAYER:EXPERT=RANK",
+            help="Keep an expert on a rank. All numbers count from 0, and LAYER counts "
+            "only MoE layers. Repeatable.",
         ),
     ] = None,
     preserve_groups: Annotated[
@@ -268,8 +274,8 @@ def solve(
         int | None,
         typer.Option(
             min=0,
-            help="Passes of the search over the exact number of copies. 0 uses only the "
-            "cost of expert pairs.",
+            help="Passes of the second search, which counts copies exactly. 0: only the "
+            "first search, which counts pairs of experts.",
             show_default="16",
         ),
     ] = None,
@@ -277,7 +283,7 @@ def solve(
         int | None,
         typer.Option(
             min=0,
-            help="Restarts of the search from a perturbed placement.",
+            help="Rounds of the first search, each from a changed placement.",
             show_default="30",
         ),
     ] = None,
@@ -285,8 +291,8 @@ def solve(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A TOML file of parameters of the search (docs/formats.md). --num-sweeps "
-            "and --num-rounds take precedence.",
+            help="A TOML file with parameters of the search (docs/formats.md). "
+            "--num-sweeps and --num-rounds take precedence.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -311,10 +317,11 @@ def solve(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Place experts on ranks: least traffic, equal slots, load under a cap.
+    """Make a plan: place experts on ranks for the least traffic.
 
-    Solves on the sequences of --fold and judges the plan on all others. The same input and
-    seed give the same plan.
+    Every rank gets the same number of slots, and the load of the busiest rank is kept under
+    a cap. The plan is solved on the sequences of --fold and judged on all others. The same
+    input and seed give the same plan.
     """
     began = time.monotonic()  # the limit on time counts what is imported below
     # Matrices are small here: more threads of NumPy's BLAS mostly wait for each other. It

@@ -10,7 +10,6 @@ from placer.cli.output import (
     ForceOption,
     JsonOption,
     NotFoldOption,
-    OutOption,
     claim,
     note,
     parse_fold,
@@ -25,36 +24,40 @@ def tables(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace with token ids.")],
-    out: OutOption,
+    out: Annotated[Path, typer.Option("--out", help="The table to write (.safetensors).")],
     lookback: Annotated[
         int | None,
         typer.Option(
-            help="Number of past majority ranks that index the history table.",
+            help="Length of a history: how many past layers it has.",
             show_default="up to 4, fewer for many ranks",
         ),
     ] = None,
     shrinkage: Annotated[
-        float, typer.Option(help="Weight of the layer's average in each row, in tokens.")
+        float,
+        typer.Option(
+            help="How much a row with few tokens is pulled to the layer's average: the "
+            "average counts as this many tokens."
+        ),
     ] = 4.0,
     token_score: Annotated[
         bool,
         typer.Option(
-            "--token-score", help="Also store each token's second choice of rank."
+            "--token-score", help="Also store the second-best home of each token id."
         ),
     ] = False,
     combined: Annotated[
         bool,
         typer.Option(
             "--combined",
-            help="Also store the combined rule, which uses the token and its experts in "
-            "earlier layers, and second choices.",
+            help="Also store the combined rule: it predicts the home from the token id and "
+            "the token's experts in earlier layers. Includes --token-score.",
         ),
     ] = False,
     embeddings: Annotated[
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint from whose embedding placer makes rows for token ids that "
+            help="Checkpoint of the model. Its embedding predicts rows for token ids that "
             "are not in the trace. Hash-routed layers get exact rows.",
         ),
     ] = None,
@@ -70,18 +73,18 @@ def tables(
     phase: Annotated[
         str | None,
         typer.Option(
-            help="Use only tokens that the trace records for this phase: prefill, decode "
-            "or all.",
+            help="Use only tokens of this phase: prefill, decode or all.",
             show_default="the plan's",
         ),
     ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the token-shuffle table: a token's home rank by token id and past ranks.
+    """Write the token-shuffle table: a home rank for each token.
 
-    The table is built from the tokens that the plan was solved on (--fold and --phase
-    select others) and tested on all other sequences.
+    The table gives a home by token id and by history (the ranks that served the token in
+    past layers). It is built from the tokens that the plan was solved on, or those of
+    --fold and --phase, and is judged on all other sequences.
     """
     from placer.planning.tables import TableOptions, make_table
     from placer.trace import Trace

@@ -13,7 +13,6 @@ from placer.cli.output import (
     ForceOption,
     JsonOption,
     NotFoldOption,
-    OutOption,
     PhaseOption,
     claim,
     parse_fold,
@@ -31,6 +30,9 @@ trace_app = typer.Typer(
     help="Work on traces: check, cut, join, clean and measure.",
     no_args_is_help=True,
 )
+NewTraceOption = Annotated[
+    Path, typer.Option("--out", help="The trace directory to write.")
+]
 TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")]
 
 
@@ -47,12 +49,13 @@ def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
 def split(
     context: typer.Context,
     trace: TraceArgument,
-    out: OutOption,
+    out: NewTraceOption,
     domain: Annotated[str | None, typer.Option(help="Use only this domain.")] = None,
     period: Annotated[
         str | None,
         typer.Option(
-            metavar="K/N", help="Use only part K of N (from 0), in recording order."
+            metavar="K/N",
+            help="Use only part K of N parts in recording order; the first part is 0/N.",
         ),
     ] = None,
     fold: FoldOption = None,
@@ -61,7 +64,7 @@ def split(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the tokens of a fold, a phase, a domain or a period as a new trace."""
+    """Write part of a trace: a fold, phase, domain or period."""
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
 
@@ -76,7 +79,7 @@ def split(
 def sample(
     context: typer.Context,
     trace: TraceArgument,
-    out: OutOption,
+    out: NewTraceOption,
     sequences: Annotated[int, typer.Option(help="How many sequences to draw.")],
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the draw.")] = 0,
     force: ForceOption = False,
@@ -94,12 +97,14 @@ def sample(
 @trace_app.command("merge", cls=InputCommand)
 def merge(
     context: typer.Context,
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Traces.")],
-    out: OutOption,
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE", help="Trace directories.")
+    ],
+    out: NewTraceOption,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write several traces of one model as one. Sequences get new numbers."""
+    """Write several traces of one model as one. Sequences get new ids."""
     from placer.trace import Trace
     from placer.trace.rewrite import merge_traces
 
@@ -112,14 +117,14 @@ def merge(
 def dedup(
     context: typer.Context,
     trace: TraceArgument,
-    out: OutOption,
+    out: NewTraceOption,
     prefixes: Annotated[
-        bool, typer.Option(help="Remove prefixes that an earlier sequence has too.")
+        bool, typer.Option(help="Remove prefixes that an earlier sequence already has.")
     ] = True,
     rows: Annotated[
         bool,
         typer.Option(
-            help="Remove tokens with the same experts as another token in all layers."
+            help="Remove tokens that repeat the experts of another token in all layers."
         ),
     ] = True,
     warm_up: Annotated[
@@ -134,10 +139,10 @@ def dedup(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a trace without repeated prefixes, repeated rows and warm-up tokens.
+    """Write a trace without repetitions and warm-up tokens.
 
-    With a fold, the fold is kept whole, and other sequences lose what the fold contains.
-    Then solve on the fold and judge on the rest.
+    With --fold, the sequences of the fold are kept as they are. Tokens of other sequences
+    that repeat tokens of the fold are removed. Solve on the fold, then judge on the rest.
     """
     from placer.trace import Trace
     from placer.trace.dedup import KINDS, dedup_trace

@@ -15,9 +15,14 @@ from placer.cli.output import (
 
 
 def verify(
-    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model.")],
+    original: Annotated[
+        Path, typer.Argument(metavar="ORIGINAL", help="The original model.")
+    ],
     exported: Annotated[
-        Path, typer.Argument(metavar="EXPORTED", help="Its export: checkpoint or map.")
+        Path,
+        typer.Argument(
+            metavar="EXPORTED", help="Its export: a checkpoint, ranks or a map."
+        ),
     ],
     plan: Annotated[
         Path, typer.Argument(metavar="PLAN", help="The plan that was exported.")
@@ -35,12 +40,14 @@ def verify(
     ] = 2048,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every tensor, then logits and routing on real text. Exit 5 on any difference.
+    """Check that an export computes what the original computes. Exit 5 if not.
 
-    Tensors are compared bit for bit under the plan's permutation. Logits are compared in
-    float32, to 1e-4 of the largest logit, because experts are summed in another order. A
-    runtime map is checked by the rules of its runtime, then slot by slot against the plan.
-    An export by ranks is checked tensor by tensor.
+    A checkpoint: every tensor is compared bit for bit under the plan's permutation. Then
+    both models run on text, in float32. Routing must be the same, and logits may differ by
+    1e-4 of the largest logit, because experts are summed in another order.
+
+    A map: checked by the rules of its engine, then slot by slot against the plan. Ranks:
+    every tensor is compared.
     """
     if exported.is_file():
         _verify_map(original, exported, plan, as_json)

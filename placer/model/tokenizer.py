@@ -51,8 +51,8 @@ def require_same_tokenizer(
         raise UsageError(
             f"{one_name} and {other_name} are of different tokenizers: tokenizer.json has "
             f"SHA-256 {one[:12]} against {other[:12]}, so one token id means two texts",
-            "use files of one tokenizer: record both with the same checkpoint (placer "
-            "record MODEL), and write the table from that trace (placer tables)",
+            "use files of one tokenizer: record with one checkpoint, then write the table "
+            "from that trace: placer tables PLAN TRACE --out TABLE",
         )
     unknown, known = (one_name, other_name) if one is None else (other_name, one_name)
     return (

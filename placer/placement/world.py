@@ -243,7 +243,7 @@ def _whole(path: Path, value: Any) -> int:
     number = type(value) in (int, float)
     if not number or value != value or abs(value) >= 2**31 or value != int(value):
         raise PlacerError(
-            f"{path}: a cost is {value!r}, no whole number below 2^31",
+            f"{path}: a cost is {value!r}, not a whole number below 2^31",
             "multiply all costs until they are whole numbers: only their ratios count",
         )
     return int(value)

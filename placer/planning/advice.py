@@ -172,8 +172,8 @@ def advise_on_loads(
     phase = questions[0].phase
     if phase is not None:
         raise UsageError(
-            f"--phase {phase}: an affinity file holds counts: tokens can no longer be "
-            "selected",
+            f"--phase {phase} needs a trace: an affinity file holds counts, and its tokens "
+            "can no longer be selected",
             f"select when counting: placer affinity TRACE --phase {phase} --out AFFINITY",
         )
     asked, left_out = loadable(questions, affinity.model)

@@ -44,13 +44,14 @@ class CapChoice:
         if self.options.below_eplb:
             predicted = f"{change} {'less' if self.relative_time < 1 else 'more'} time"
             return (
-                "the busiest rank is kept at or below EPLB's: with two-batch overlap "
-                f"{cap} is predicted to take {predicted}, but must save {_MARGIN:.0%}, "
-                "the possible error of quick plans"
+                "the busiest rank is kept at or below EPLB's. With two-batch overlap, "
+                f"{cap} is predicted to take {predicted}. It is used only if it saves "
+                f"{_MARGIN:.0%}, because predictions from quick plans can be wrong by "
+                "that much"
             )
         return (
-            f"{cap} is used, although a rank may be busier than EPLB's busiest: with "
-            f"two-batch overlap it is predicted to take {change} less time"
+            f"{cap} is used: with two-batch overlap it is predicted to take {change} "
+            "less time. A rank may be busier than EPLB's busiest rank"
         )
 
     def to_json(self) -> dict[str, Any]:

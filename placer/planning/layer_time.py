@@ -76,8 +76,8 @@ class TimeChoice:
         if name != self.name:
             return (
                 f"{name} takes {1 - taken[name] / taken[self.name]:.1%} less predicted "
-                f"time, but is not used: its straggler is {other}, the load balancer's "
-                f"{even}, and with two-batch overlap it is not faster at some batch "
+                f"time, but is not used. Its straggler is {other}, the load balancer's "
+                f"is {even}. With two-batch overlap it is not faster at some batch "
                 "sizes. To use it, solve with --objective traffic and its "
                 "--max-imbalance and --receive-price"
             )
@@ -85,9 +85,9 @@ class TimeChoice:
             return None
         overlapped = _relative_times(self.figures, "overlapped")[name]
         return (
-            f"{name} is used although its straggler is {other}, the load balancer's "
-            f"{even}: with two-batch overlap too, it takes {1 - overlapped:.1%} less "
-            "predicted time"
+            f"{name} is used, although its straggler is {other} and the load balancer's "
+            f"is {even}: it also takes {1 - overlapped:.1%} less predicted time with "
+            "two-batch overlap"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def _require_comparable(options: SolveOptions, question: Question) -> None:
         )
     if options.max_received_copies is not None:
         raise UsageError(
-            f"--max-received-copies {options.max_received_copies:g} does not go with "
-            "--objective time: it may choose the load balancer, which has no such cap, "
-            "and predicted time already counts the busiest receiver",
+            f"--max-received-copies {options.max_received_copies:g} cannot be used with "
+            "--objective time, which may choose the load balancer: it has no such cap. "
+            "Predicted time already counts the busiest receiver",
             "drop it, or solve with --objective traffic",
         )
 

@@ -218,13 +218,16 @@ def _too_little(
     if counts_caps and before.excess:
         if step.excess <= kept * before.excess:
             return None
-        return f"with {number} the caps are missed by almost as much, or more"
+        return f"{number} would miss the caps by almost as much, or more"
     if counts_caps and step.excess:
-        return f"with {number} a quick plan misses a cap"
+        return f"a quick plan with {number} misses a cap"
     if step.value <= kept * before.value:
         return None
     saved = max(0.0, 1 - step.value / before.value) if before.value else 0.0
-    return f"{number} save {saved:.1%}, less than the {least_gain:.0%} of --redundant-gain"
+    return (
+        f"{number} would save {saved:.1%}, less than the {least_gain:.0%} of "
+        "--redundant-gain"
+    )
 
 
 def ladder(
@@ -251,7 +254,7 @@ def ladder(
             return found, f"{number} would be more than one extra replica of each expert"
         needed = memory.bytes_per_rank(-(-number // num_ranks), len(num_experts))
         if memory.most_bytes is not None and (needed or 0) > memory.most_bytes:
-            return found, f"{number} take more than --redundant-memory"
+            return found, f"{number} would take more than --redundant-memory"
         found.append(number)
         step *= 2
     where = "the ranks of its router groups" if num_blocks > 1 else "the ranks"

@@ -110,9 +110,9 @@ def solved_for(
     )
     if objective == "traffic" and nearest != sent:
         notes.append(
-            f"{engine} sends {sent}, and the solver does not support it. It solved for "
-            f"{nearest}, which may send more pairs; compare with EPLB: placer simulate "
-            f"PLAN TRACE --engine {engine}"
+            f"{engine} sends {sent}, which the solver does not support. The plan is "
+            f"solved for {nearest} instead, and may send more pairs than EPLB's. To "
+            f"compare: placer simulate PLAN TRACE --engine {engine}"
         )
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)
@@ -269,7 +269,7 @@ def split_groups(plan: Plan) -> str | None:
         return None
     visits = f"up to {split} nodes instead of {whole}"
     if split <= whole:
-        visits = f"{split} nodes more often"
+        visits = f"{split} nodes, and does so more often"
     return (
         f"the {model.n_group} router groups are split over {placed.num_nodes} nodes: a "
         f"token can then visit {visits}. To measure what this costs: "

@@ -118,13 +118,13 @@ def started(request: SolveRequest, note: Tell) -> SolveRequest:
     if before is None and request.engine is None and request.has_replicas:
         if choice is None or request.replica_choice is not None:
             return request
-        note(f"solved for --replica-choice {choice}, as {request.start} says")
+        note(f"solved for --replica-choice {choice}, as recorded in {request.start}")
         return replace(request, replica_choice=choice)
     if before is None or before.name == request.engine:
         return request
     names_wire = request.exchange is not None or request.replica_choice is not None
     if request.engine is None and not names_wire:
-        note(f"solved for --engine {before.name}, as {request.start} was")
+        note(f"solved for --engine {before.name}, as recorded in {request.start}")
         return replace(request, engine=before.name)
     other = "no engine" if request.engine is None else f"--engine {request.engine}"
     note(f"solved for {other}, but {request.start} was solved for --engine {before.name}")
@@ -199,7 +199,10 @@ def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> S
             "permuted checkpoint, which keeps them whole",
             f"drop {option}",
         )
-    note("router groups are kept whole, as a permuted checkpoint must (--preserve-groups)")
+    note(
+        "router groups are kept whole (--preserve-groups), because a permuted checkpoint "
+        "needs it"
+    )
     return replace(options, preserve_groups=True, ignore_groups=False)
 
 

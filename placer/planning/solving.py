@@ -211,7 +211,7 @@ def _tell_groups(
         return
     elif engine is not None and not solved_for(engine, plan.policy).groups_count:
         if is_balanced(request, options):
-            note(f"router groups may be split: {engine} sends as much then")
+            note(f"router groups may be split: it does not change what {engine} sends")
     elif are_whole(plan.placement, model.n_group, num_nodes):
         return
     elif not is_balanced(request, options):

@@ -261,7 +261,7 @@ class _Gains:
                 f"{what} {percents(self.of(name, field, beside))}"
                 for field, what in fields.items()
             )
-            + f" beside {beside}"
+            + f" compared with {beside}"
             for beside in ("contiguous", "eplb")
             if beside in self.candidates
         )

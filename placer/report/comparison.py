@@ -179,8 +179,8 @@ def plan_notes(plan: Plan) -> Iterator[str]:
     if busy:
         worst = max(busy, key=lambda n: busy[n])
         yield (
-            f"cap on received copies {cap:g} relaxed in {len(busy)} MoE layers, at most to "
-            f"{busy[worst]:.4f} (layer {worst})"
+            f"--max-received-copies {cap:g} was relaxed in {len(busy)} MoE layers, at most "
+            f"to {busy[worst]:.4f} (layer {worst})"
         )
     elif cap is not None:
         yield (
@@ -199,8 +199,8 @@ def _relaxed_line(plan: Plan) -> Iterator[str]:
         given = plan.provenance.get("max_imbalance_given", True)
         name = "--max-imbalance" if given else "the default load cap"
         yield (
-            f"{name} {plan.max_imbalance:g} is out of reach and relaxed in "
-            f"{len(relaxed)} of {plan.placement.num_layers} MoE layers, at most to "
+            f"{name} {plan.max_imbalance:g} is out of reach in {len(relaxed)} of "
+            f"{plan.placement.num_layers} MoE layers and was relaxed there, at most to "
             f"{relaxed[worst]:.4f} (layer {worst})"
         )
 
@@ -211,15 +211,15 @@ def _guard_line(plan: Plan) -> Iterator[str]:
     if caps is None:
         return
     values = sorted({f"{min(caps):.2f}", f"{max(caps):.2f}"})
-    kept = f", except for {len(above)} MoE layers" if above else ""
+    kept = f" ({len(above)} MoE layers are above it)" if above else ""
     # Time is predicted for tokens, and without a table.
     is_open = plan.metrics["profile"] is not None and "cap_by_time" not in plan.provenance
     timed = is_open and plan.policy == plan.policy_without_table
     yield (
-        "the load cap on the profile is the load of EPLB's busiest rank with as many "
-        f"slots{kept}: {' to '.join(values)} of the mean load by layer; give "
-        "--max-imbalance to set the cap "
-        f"yourself{', or --hardware to choose by predicted time' * timed}"
+        "the load cap of each layer is the load of EPLB's busiest rank on the profile, "
+        f"with as many slots: {' to '.join(values)} times the mean load{kept}. "
+        "To set the cap yourself: --max-imbalance"
+        f"{'; to choose by predicted time: --hardware' * timed}"
     )
 
 
@@ -243,8 +243,8 @@ def _cost_line(plan: Plan) -> Iterator[str]:
         if plan.provenance["objective"] == "balance":
             reason = "the solver only balanced the load"
         yield (
-            f"{sent.words} per token and layer: {mine:.3f}, {' and '.join(more)}, because "
-            f"{reason}"
+            f"{sent.words} per token and layer: {mine:.3f}. This is {' and '.join(more)}, "
+            f"because {reason}"
         )
 
 
@@ -267,13 +267,13 @@ def _overload_line(plan: Plan) -> Iterator[str]:
         beside = f"--max-imbalance is {cap:g}" + (
             f", relaxed to {mean:.3f} on average" if relaxed else ""
         )
-        beside += "" if eplb is None else f", EPLB's has {eplb:.3f}"
+        beside += "" if eplb is None else f", EPLB's busiest rank has {eplb:.3f}"
     elif plan.provenance["objective"] == "balance":
         return  # closing_lines
     elif eplb is None or reached <= eplb * _CLEARLY_BUSIER:
         return
     else:
-        beside = f"EPLB's has {eplb:.3f}"
+        beside = f"EPLB's busiest rank has {eplb:.3f}"
     yield (
         f"on held-out sequences the busiest rank has {reached:.3f} times the mean load, "
         f"{beside}. On the profile it has {kept:.3f}{_overload_remedy(plan, reached)}"
@@ -321,8 +321,8 @@ def closing_lines(plan: Plan) -> Iterator[str]:
     yield (
         f"on held-out sequences EPLB's placement is more even than this plan: {eplb:.3f} "
         f"against {reached:.3f}. The plan fits the loads of {number} profile sequences"
-        + (", which are too few to separate the two" if few else "")
-        + ": record more, or use EPLB where the engine has it, which needs no plan"
+        + (", too few to show which is better" if few else "")
+        + ". Record more, or let the engine run EPLB if it can: that needs no plan"
     )
 
 
@@ -345,9 +345,9 @@ def _overload_remedy(plan: Plan, reached: float) -> str:
 def _inner_cap_line(plan: Plan, inner_cap: InnerCap) -> str:
     """Return the sentence on the cap that a robust plan was solved under."""
     line = (
-        f"solved under a load cap of {inner_cap.max_imbalance:g} and at "
-        f"{inner_cap.overflow_price:g} copies per pair above it, chosen on halves of the "
-        f"profile: predicted imbalance {inner_cap.predicted_imbalance:.4f}"
+        f"solved under a load cap of {inner_cap.max_imbalance:g}, at a price of "
+        f"{inner_cap.overflow_price:g} copies for each pair above it (both chosen on "
+        f"halves of the profile). Predicted imbalance {inner_cap.predicted_imbalance:.4f}"
     )
     if inner_cap.holds:
         return line
@@ -355,13 +355,11 @@ def _inner_cap_line(plan: Plan, inner_cap: InnerCap) -> str:
     cap = f"--max-imbalance {plan.max_imbalance:g}"
     if not is_given:
         cap = f"the default load cap {plan.max_imbalance:g}"
-    return f"{line}, above {cap}; it is the closest"
+    return f"{line}, above {cap}: no choice that was tried is predicted to reach it"
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:
     reached = f"{status}: {found.objective_name} {found.objective:g}"
     if found.bound is None or found.gap is None:
         return f"{reached}, bound {found.bound_method}"
-    return (
-        f"{reached}, at least {found.bound:g}, gap {found.gap:.1%} ({found.bound_method})"
-    )
+    return f"{reached}, bound {found.bound:g}, gap {found.gap:.1%} ({found.bound_method})"

@@ -85,7 +85,8 @@ class CalibrationOptions:
             )
         if self.repetitions < 1:
             raise UsageError(
-                f"--repetitions is {self.repetitions}", "repeat at least once: 7"
+                f"--repetitions must be at least 1, got {self.repetitions}",
+                "for example --repetitions 7",
             )
 
     @property

@@ -354,4 +354,4 @@ def _ids(*places: Mapping[str, Any], name: str) -> list[int] | None:
 
 def _require_whole(value: Any) -> None:
     if value is not None and type(value) is not int:
-        raise PlacerError(f"a count or id of tokens is {value!r}, no whole number")
+        raise PlacerError(f"a count or id of tokens is {value!r}, not a whole number")

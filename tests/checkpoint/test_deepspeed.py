@@ -224,7 +224,7 @@ def test_damaged_and_foreign_files_are_refused(
     save_main({"optimizer": {"state": {0: 1}}}, {})
     refused(plan, checkpoint, tmp_path, "optimizer states")
     save_main({}, {gate: torch.zeros(3, HIDDEN)})
-    refused(plan, checkpoint, tmp_path, "not one row for each of 4")
+    refused(plan, checkpoint, tmp_path, "its number of rows is not that of the experts, 4")
     save_main({}, {gate.replace("weight", "bias"): torch.zeros(4)})
     refused(plan, checkpoint, tmp_path, "wg.bias cannot be classified")
     save_main({"client": Path("x")}, {})
@@ -234,7 +234,7 @@ def test_damaged_and_foreign_files_are_refused(
         {"a.deepspeed_moe.experts.deepspeed_experts.9.w": torch.zeros(1)},
         checkpoint / name_of(0, 1, 0),
     )
-    refused(plan, checkpoint, tmp_path, "not that of expert 1")
+    refused(plan, checkpoint, tmp_path, "does not belong to expert 1")
     (checkpoint / name_of(0, 1, 0)).unlink()
     refused(plan, checkpoint, tmp_path, "lacks layer_0_expert_1_mp_rank_00")
     refused(

@@ -172,7 +172,7 @@ def test_verify_wants_every_rank_and_a_true_index(
     path.write_text(text)
     shutil.copytree(out / "rank-00002", out / "rank-00003", dirs_exist_ok=True)
     with pytest.raises(
-        VerificationError, match="rank 2, but by the plan and the model it is 3"
+        VerificationError, match="rank 2, but the plan and the model require 3"
     ):
         verify_ranks(model, out, plan)
     shutil.rmtree(out / "rank-00003")

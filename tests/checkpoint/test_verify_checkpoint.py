@@ -186,7 +186,9 @@ def test_nothing_but_ties_proves_nothing(
     model = changed(tiny_model, tmp_path / "model", zero)
     plan = make_plan(model)
     out = exported(model, plan, tmp_path / "out")
-    with pytest.raises(PlacerError, match="so nothing was compared") as caught:
+    with pytest.raises(
+        PlacerError, match="nothing was compared: at or before each"
+    ) as caught:
         verify(model, out, plan, TEXTS, 64)
     assert "--max-tokens 0" in caught.value.hint
 

@@ -1,5 +1,6 @@
 """``--help`` is instant and complete: no heavy library is imported, nothing is unnamed."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from placer.cli.main import app
+from placer.cli.examples import EXAMPLES
+from placer.cli.main import app, main
 
 HEAVY = ("numpy", "ortools", "pandas", "plotly", "safetensors", "torch", "transformers")
 
@@ -70,3 +72,29 @@ def test_every_command_has_json_and_kebab_case_options(words: tuple[str, ...]) -
     options = {flag for one in LEAVES[words].params for flag in (*one.opts,)}
     assert "--json" in options
     assert not [flag for flag in options if flag.startswith("--") and "_" in flag]
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=name)
+def test_help_ends_with_examples_that_fit_the_screen(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that a shell joins again; ``tests/test_hints.py`` parses each of them."""
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--help"])
+    assert done.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = "\n".join(lines[lines.index("Examples:") + 1 :])
+    joined = re.sub(r" \\\n *", " ", shown)
+    assert [line.strip() for line in joined.splitlines()] == [*EXAMPLES[words[-1]]]
+    assert all(f"{name(words)} " in one for one in EXAMPLES[words[-1]])
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=name)
+def test_lists_of_commands_show_whole_sentences(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    listed = capsys.readouterr().out.partition("Commands:")[2]
+    assert not [line for line in listed.splitlines() if line.endswith("...")]

@@ -126,7 +126,9 @@ def test_the_command_tells_which_cap_resulted(
         assert done.value.code == 0
         return capsys.readouterr().err
 
-    assert "the load of EPLB's busiest rank with as many slots: 1.0" in said("plan.json")
+    assert "EPLB's busiest rank on the profile, with as many slots: 1.0" in said(
+        "plan.json"
+    )
     plan = Plan.read(tmp_path / "plan.json")
     limit = busiest_of_eplb(trace.read(), 0)
     assert plan.solver.eplb_caps == pytest.approx(limit, abs=RANKS / 1800)
@@ -146,4 +148,4 @@ def test_layers_that_such_a_cap_does_not_hold_in_are_told() -> None:
         provenance={"max_received_copies": None},
     )
     (line,) = plan_notes(plan)
-    assert "with as many slots, except for 1 MoE layers: 1.02 of the mean load" in line
+    assert "slots: 1.02 times the mean load (1 MoE layers are above it)" in line

@@ -118,7 +118,7 @@ def test_a_quicker_plan_that_is_left_out_is_told() -> None:
     told = replace(found, name=BALANCED, figures=made_up).told
     assert told is not None
     assert told.startswith(
-        "a takes 20.0% less predicted time, but is not used: its straggler is 1.3000"
+        "a takes 20.0% less predicted time, but is not used. Its straggler is 1.3000"
     )
     as_even = {BALANCED: made((1.2, 5.0)), "a": made((1.2, 4.0))}
     assert replace(found, name="a", figures=as_even).told is None
@@ -132,8 +132,8 @@ def test_a_busier_plan_is_taken_where_it_is_faster_with_overlap_too() -> None:
     assert choose(made_up) == "a"
     told = replace(found, name="a", figures=made_up).told
     assert told is not None
-    assert told.startswith("a is used although its straggler is 1.3000 / 1.2000")
-    assert told.endswith("with two-batch overlap too, it takes 10.0% less predicted time")
+    assert told.startswith("a is used, although its straggler is 1.3000 / 1.2000")
+    assert told.endswith("takes 10.0% less predicted time with two-batch overlap")
     hidden = made((1.3, 4.0, 1.8), (1.2, 8.0, 4.0))
     assert choose({BALANCED: balanced, "a": hidden}) == BALANCED
 
@@ -186,9 +186,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         choose_by_time(MODEL, one, replace(OPTIONS, start=served), QUESTION)
     # The load balancer may be chosen, and knows no such cap.
     capped = replace(OPTIONS, max_received_copies=1.0)
-    with pytest.raises(UsageError, match="--max-received-copies 1 does not go with"):
+    with pytest.raises(UsageError, match="--max-received-copies 1 cannot be used with"):
         choose_by_time(MODEL, tokens(), capped, QUESTION)
-    with pytest.raises(UsageError, match="--max-received-copies 1 does not go with"):
+    with pytest.raises(UsageError, match="--max-received-copies 1 cannot be used with"):
         worth_by_time(MODEL, tokens(), QUESTION)(capped, Session())
 
 

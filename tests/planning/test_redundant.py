@@ -88,7 +88,7 @@ def test_memory_ends_the_ladder() -> None:
     assert memory.bytes_per_rank(21, 2) == 516_096
     steps, because = ladder((128, 128), 4, memory)
     assert steps == [0, 4, 8, 16, 32, 64]  # 16 slots per rank
-    assert because == "128 take more than --redundant-memory"
+    assert because == "128 would take more than --redundant-memory"
     assert ladder((128, 128), 4, Memory.of(expert, 0.1 / 2**10))[0] == [0, 4, 8, 16]
     assert ladder((128, 128), 4, Memory.of(expert, 0.0))[0] == [0]
 

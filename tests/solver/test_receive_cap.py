@@ -310,7 +310,7 @@ def test_the_command_tells_what_became_of_the_cap(
     for cap, ask, status, said in (
         ("2", (), 0, "in the worst layer, cap 2"),
         ("0.5", (), 3, "--max-received-copies 0.5 was not reached in 2 of 2"),
-        ("0.5", ("--relax-cap",), 0, "cap on received copies 0.5 relaxed in 2 MoE"),
+        ("0.5", ("--relax-cap",), 0, "--max-received-copies 0.5 was relaxed in 2 MoE"),
     ):
         out = tmp_path / f"{cap}{len(ask)}.json"
         asked = [*words, "--max-received-copies", cap, *ask, "--out", str(out), "--force"]

@@ -160,7 +160,7 @@ def test_workers_of_torchrun_measure_both_links(tmp_path: Path) -> None:
         ("--ranks 3 --nodes 2 --out h.toml", "--ranks 3 on --nodes 2"),
         ("--ranks 2 --nodes 0 --out h.toml", "on --nodes 0"),
         ("--ranks 2 --device tpu --out h.toml", "--device tpu is not known"),
-        ("--ranks 2 --repetitions 0 --out h.toml", "--repetitions is 0"),
+        ("--ranks 2 --repetitions 0 --out h.toml", "--repetitions must be at least 1"),
         ("--ranks 2 --out h.json", r"files end in \.toml, got h\.json"),
         ("--ranks 2 --out .", r"files end in \.toml"),
     ],

@@ -318,8 +318,11 @@ PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
             "line 1 is not such a response",
         ),
         ([1, 2], "line 1: it is 1, not a JSON object"),
-        (vllm_response(routed(0), usage={"prompt_tokens": "3"}), "is '3', no whole number"),
-        (vllm_response(routed(0), prompt_token_ids=[5, 6, [7]]), r"is \[7\], no whole"),
+        (
+            vllm_response(routed(0), usage={"prompt_tokens": "3"}),
+            "is '3', not a whole number",
+        ),
+        (vllm_response(routed(0), prompt_token_ids=[5, 6, [7]]), r"is \[7\], not a whole"),
         (vllm_response(routed(0), prompt_token_ids=[5, 6, 2**70]), "expected"),
         ({}, "none of 1 outputs has routed_experts"),
         ([], "holds no response"),
