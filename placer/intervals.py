@@ -1,6 +1,6 @@
 """How sure it is that a plan sends less than a baseline: intervals, and the worst domain.
 
-Tokens of a sequence are alike, so sequences are what is drawn again: a paired bootstrap,
+Tokens of a sequence are alike, so whole sequences are drawn: a paired bootstrap,
 in which plan and baseline are always summed over the same sequences (``docs/concepts.md``).
 """
 

@@ -195,7 +195,7 @@ class ShuffleTable:
     expert_rank
         ``[L, E]``: rank of each expert's first replica.
     token_score
-        ``[L, V, R]``: rate of every home, read for the combined rule alone.
+        ``[L, V, R]``: rate of every home, read only for the combined rule.
     combined
         The combined rule, or ``None`` where the file has none.
     """
@@ -383,7 +383,7 @@ class ShuffleTable:
         Returns
         -------
         ndarray
-            ``[T]``; of ranks that serve alike, the one that the router lists first.
+            ``[T]``; of ranks that serve equally many, the one that the router lists first.
         """
         # One choice of all tokens after the other: each step runs along memory.
         ranks: Array = self.expert_rank[layer][np.ascontiguousarray(experts.T)]
@@ -411,7 +411,7 @@ def _packed(rank: Array, confidence: Array, bit: int) -> Array:
 
 
 def _rate_bits(rates: Array) -> Array:
-    """Return the bits of float16 as int16; refuse what is not from 0 to 1."""
+    """Return the bits of float16 as int16; refuse values outside 0..1."""
     bits: Array = np.ascontiguousarray(rates).view(np.int16)
     if bits.min(initial=0) < 0 or bits.max(initial=0) > _BITS_OF_ONE:
         raise ValueError("the table holds a rate outside 0..1: write it again")

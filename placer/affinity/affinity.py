@@ -58,10 +58,10 @@ class Affinity:
     transition
         L-1 arrays ``[E_l, E_{l+1}]``: pairs (i of the token's experts in layer l, j of
         those in layer l+1); ExFlow (arXiv 2401.08383), section III, for any top-k.
-        Empty where loads alone are known.
+        Empty where only loads are known.
     coactivation
         L arrays ``[E, E]``, symmetric with zero diagonal: tokens that use both experts.
-        Empty where loads alone are known.
+        Empty where only loads are known.
     token_expert
         L sparse ``[V, E]``: pairs per token id, or ``None`` where ids were not recorded.
     sequence_expert

@@ -10,7 +10,7 @@ control              kept                            destroyed
 ``skew-only``        load, experts per token         co-activation too
 ===================  ==============================  =====================
 
-What a figure loses from one row to the next is what that structure is worth. ``skew-only``
+What a figure loses from one row to the next is due to that structure. ``skew-only``
 mixes the order of a token's experts too, so read its figures over all pairs, not top-1;
 router weights would mean nothing there and are left out.
 """
@@ -50,7 +50,7 @@ def without_coactivation(chunk: Chunk, seed: int) -> Chunk:
     """Redraw which token uses which expert; loads and experts per token stay.
 
     The bipartite graph of tokens and experts is randomised by trades: two tokens pool the
-    experts that only one of them uses and draw anew ("curveball", Strona et al., Nature
+    experts that only one of them uses and draw again ("curveball", Strona et al., Nature
     Communications 5, 2014). A round pairs all tokens at random.
     """
     rng = np.random.default_rng(seed)

@@ -46,7 +46,7 @@ def count_affinity(
     provenance
         What the affinity file says of its origin.
     rows
-        What experts are counted for one by one, beside in all: ``none``, ``tokens``
+        What experts are counted for one by one, and not only in total: ``none``, ``tokens``
         (token ids, where they are known; memory grows with the vocabulary) or
         ``sequences`` (those too; memory grows with the trace).
     device

@@ -93,7 +93,7 @@ def affinity_of_traces(
 
 
 def _sources(trace: Trace, selection: Selection, num_workers: int) -> list[ChunkSource]:
-    """Cut the list of chunks into one run for each process that is worth its start."""
+    """Cut the list of chunks into one run for each process that is worth starting."""
     chunks = trace.header.chunks
     worth = trace.header.num_tokens // _WORTH_A_WORKER
     number = max(1, min(num_workers, len(chunks), worth))

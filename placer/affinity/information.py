@@ -1,4 +1,4 @@
-"""What the expert of one layer says about that of another: probabilities and bits.
+"""What an expert of one layer says about an expert of another: probabilities and bits.
 
 A *table* is ``[N, M]`` int64: how often expert i of a layer met expert j of a later one.
 Two kinds are counted. *Top-1* tables hold one pair per token, that of the experts with the
@@ -50,7 +50,7 @@ def miller_madow(pairs: IntArray) -> float:
     Each entropy of I = H(i) + H(j) - H(i, j) gains (cells in use - 1) / (2 x pairs) nats
     (Miller 1955; for mutual information Roulston, Physica D 125, 1999). It assumes
     independent pairs, so it is meant for top-1 tables; tokens of one sequence resemble
-    each other, hence some bias may stay. The result can be slightly negative.
+    each other, so some bias may stay. The result can be slightly negative.
     """
     total = int(pairs.sum())
     if not total:

@@ -46,8 +46,8 @@ _NAMES = ("logical_count", "expert_counts", "counts", "load")
 def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     """Read ``[L, E]`` or ``[passes, L, E]`` counts; L are MoE layers or all hidden ones.
 
-    In a ``.json`` or ``.pt`` file it may be all, or stand under ``logical_count``, as in
-    SGLang's dumps.
+    In a ``.json`` or ``.pt`` file it may be the whole file, or the value of
+    ``logical_count``, as in SGLang's dumps.
 
     Raises
     ------

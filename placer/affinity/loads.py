@@ -49,8 +49,8 @@ class CountedLoads:
         ``[E]`` int64 per layer, under the model's own layer number, or counted over its
         MoE layers where ``of_moe_layers``.
     of_moe_layers
-        Whether layers are counted over MoE layers alone; ``None`` where their number
-        tells.
+        Whether layers are counted over MoE layers only; ``None`` where their number
+        shows it.
     """
 
     by_layer: Mapping[int, IntArray]
@@ -184,7 +184,7 @@ def trtllm_statistic_reader(assignments: Assignments | None) -> LoadReader:
     def read(directory: Path, model: BoundModel | None) -> CountedLoads:
         by_layer = _slot_counts(directory)
         if assignments is None:
-            # Layers behind the last hidden one draft tokens (MTP).
+            # Layers after the last hidden one draft tokens (MTP).
             end = max(by_layer) + 1 if model is None else model.num_hidden_layers
             for layer, counts in by_layer.items():
                 if layer < end:

@@ -26,7 +26,7 @@ _BLOCK_TOKENS = 65_536
 
 
 class DeviceCounts:
-    """Counts that stay on a device until they are asked for.
+    """Counts that stay on a device until they are needed.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class DeviceCounts:
     device
         Where to count.
     rows
-        As for :func:`count_affinity`. Only these counts wait for the device; all else is
+        As for :func:`count_affinity`. Only these counts wait for the device; the rest is
         queued there while the next chunk is read.
     """
 

@@ -2,7 +2,7 @@
 
 One module each, written from the description of the paper or tool that its docstring
 names. Every baseline sees a :class:`BaselineProblem` and returns a placement with equal
-slots; what its source does otherwise, the docstring says. The same problem and seed give
+slots; the docstring says where it differs from its source. The same problem and seed give
 the same placement.
 """
 

@@ -15,7 +15,7 @@ class GroupingProgram:
     Attributes
     ----------
     model
-        The program; further variables and constraints are the caller's.
+        The program; the caller adds other variables and constraints.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class GroupingProgram:
         solver.parameters.random_seed = seed
         solver.parameters.max_deterministic_time = seconds
         solver.parameters.relative_gap_limit = gap
-        # A Ctrl-C that is caught ends this search alone, and nobody is told.
+        # If OR-Tools catches Ctrl-C, only this search ends and the caller does not notice.
         solver.parameters.catch_sigint_signal = False
         if solver.solve(self.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return self._start

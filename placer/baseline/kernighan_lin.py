@@ -1,4 +1,4 @@
-"""Graph bisection of each layer by networkx: it needs no further package."""
+"""Graph bisection of each layer by networkx: it needs no other package."""
 
 import networkx as nx
 import numpy as np

@@ -11,7 +11,7 @@ from placer.placement.placement import Placement
 def occult(problem: BaselineProblem) -> Placement:
     """Group experts that tokens use together, one expert at a time.
 
-    Every layer by itself: the groups start from experts that collaborate least with one
+    Every layer separately: the groups start from experts that collaborate least with one
     another, farthest first, then take, one pair of expert and group at a time, the
     highest mean collaboration with the group's members, until all have the same count
     (arXiv 2505.13345, its placement; its pruning changes what the model computes and is

@@ -27,7 +27,7 @@ class BaselineProblem:
     redundant_experts
         Slots per layer beyond one for each expert; only ``eplb`` fills them.
     seed
-        Seed of whatever is drawn.
+        Seed of the random draws.
     solver_seconds
         Time of CP-SAT for all programs of a baseline together, in its deterministic
         seconds, so that the placement does not depend on the machine.

@@ -17,7 +17,7 @@ _THETA = 0.5
 def semmoe(problem: BaselineProblem) -> Placement:
     """Cluster what is computed and the experts that it uses, in turn.
 
-    arXiv 2503.04398v5, section 3.3 and algorithm 1, every layer by itself: experts by
+    arXiv 2503.04398v5, section 3.3 and algorithm 1, every layer separately: experts by
     descending load go to the cluster of most affinity to its experts and to its requests,
     less its load, then random swaps that gain are kept; requests, longest first, go to the
     cluster of most affinity that has room; the best of all turns by theta times the

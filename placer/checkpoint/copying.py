@@ -114,7 +114,7 @@ def permuted_columns(
     Parameters
     ----------
     source, start, num_bytes
-        File descriptor, first byte and size of the matrix, that of a router.
+        File descriptor, first byte and size of the matrix, which is a router's.
     num_rows
         Its rows; each is columns of equal width, the lowest bits of a byte first.
     order

@@ -106,7 +106,7 @@ class DeepspeedCheckpoint:
     expert_files
         By MoE layer, expert and model-parallel rank.
     main_files
-        Files with everything else, one per model-parallel rank.
+        Files with all other tensors, one per model-parallel rank.
     other_files
         Files that come along as they are.
     num_experts
@@ -380,7 +380,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _client_state() -> list[Any]:
-    """Return what Megatron-DeepSpeed keeps beside tensors: arguments, and random states.
+    """Return what Megatron-DeepSpeed keeps next to tensors: arguments, and random states.
 
     Each only holds data: unpickling them runs no code of the file.
     """

@@ -1,7 +1,7 @@
 """Which experts a pattern of a config picks, found by trying it on every module's name.
 
-Engines match patterns in ways of their own: compressed-tensors takes what stands behind
-``re:`` for a regular expression, GPTQModel what stands behind ``+:`` or ``-:``, ModelOpt
+Engines match patterns in different ways: compressed-tensors takes what follows
+``re:`` for a regular expression, GPTQModel what follows ``+:`` or ``-:``, ModelOpt
 and Quark take shell patterns. A pattern is tried in each way that fits its form.
 """
 

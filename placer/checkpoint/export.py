@@ -2,7 +2,7 @@
 
 Every byte of an expert stays where it is; its *name* moves, in the header of its shard and
 in the index. Only tensors that hold all experts, such as routers, are reordered, expert by
-expert. So an export is a copy, whatever the dtype or quantisation, and its inverse restores
+expert. So an export is a copy for every dtype and quantisation, and its inverse restores
 each file bit for bit.
 """
 
@@ -62,7 +62,7 @@ class ExportReport:
         Of a restored checkpoint, the files whose contents no recorded hash vouches for, of
         shards beyond header and size; ``None`` for an export.
     warning
-        What rests on shapes alone, or ``None``.
+        A warning if only shapes were compared, or ``None``.
     """
 
     num_shards: int
@@ -89,7 +89,7 @@ class ExportReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """An export or its inverse, prepared from headers only: nothing is written yet.
+    """An export or its inverse, prepared from headers only: nothing is written.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ class ExportJob:
     restoring
         Whether this is the inverse.
     warning
-        What rests on shapes alone, or ``None``.
+        A warning if only shapes were compared, or ``None``.
     """
 
     source: CheckpointSource
@@ -272,7 +272,7 @@ def prepare_restore(directory: Path) -> ExportJob:
     PlacerError
         If the directory holds no ``placer.json``, or one of another model.
     VerificationError
-        If a header or a size would not be that of the original: the export was changed.
+        If a header or a size would differ from the original's: the export was changed.
     """
     record = ExportRecord.read(directory)
     model = ModelSpec.from_checkpoint(directory)
@@ -438,7 +438,7 @@ def _require_file(
 
 
 def _require_restored(directory: Path, partial: Path, record: ExportRecord) -> None:
-    """Compare the restored shards, as they lie on disk, with the hashes of the original."""
+    """Compare the restored shards, as they are on disk, with the hashes of the original."""
     names = record.source_sha256
     found = {name: sha256_file(partial / name) for name in names}
     _require_equal(directory, found, record.source_sha256, "SHA-256")

@@ -3,7 +3,7 @@
 Quantisers write down which layers they left as they were, or how each is stored: ``ignore``
 of compressed-tensors, ``modules_to_not_convert`` of AWQ, GPTQ and FP8, ``dynamic`` of
 GPTQModel, ``exclude_modules`` of ModelOpt, ``extra_config`` of AutoRound, whole files of
-EXL3 and ModelSlim. Any JSON file beside the tensors may hold such a list, and so may the
+EXL3 and ModelSlim. Any JSON file next to the tensors may hold such a list, and so may the
 metadata of a shard. There names are renumbered in the text, all other bytes of which stay.
 A pattern stays where it picks the same experts as before, and is refused elsewhere.
 """
@@ -27,7 +27,7 @@ _OF_TOKENIZERS = (
     *("tokenizer", "vocab", "merges", "added_tokens", "special_tokens", "tekken"),
     *("generation_config", "preprocessor", "processor", "chat_template", "placer.json"),
 )
-# A number behind ``experts``, whatever marks stand between them.
+# A number after ``experts``, with any marks between them.
 _NAMED = re.compile(r"\bexperts?[^A-Za-z0-9]{1,8}\d")
 # GPTQModel marks names by +: and -:; a pattern may end in .*, which no number is part of.
 _PLAIN = re.compile(r"(?P<before>(?:[-+]:)?)(?P<name>[\w.]+?)(?P<after>(?:\.\*)?)")
@@ -43,7 +43,7 @@ _MEASURES = {
 
 
 def description_files(files: Iterable[Path]) -> list[Path]:
-    """Return those of a checkpoint's files that may name experts."""
+    """Return the files of a checkpoint that may name experts."""
     return [
         path
         for path in files
@@ -82,8 +82,8 @@ class Renumbering:
         Raises
         ------
         PlacerError
-            If one picks single experts otherwise than by their plain name, and would pick
-            others.
+            If one picks single experts in another way than by their plain name, and would
+            pick others.
         """
         found = {}
         for relative in description_files(files):
@@ -143,7 +143,8 @@ class Renumbering:
         plain = _PLAIN.fullmatch(text)
         if plain is None or "expert" not in text:
             return None
-        # Some lists leave out the name of the model, and all that of the parameter.
+        # Some lists leave out the name of the model, and all leave out the name of the
+        # parameter.
         for prefix in ("", "model."):
             place = self._layout.classify(f"{prefix}{plain['name']}.weight")
             if place is None:
@@ -214,7 +215,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _all_or_none(texts: Iterable[str], num_experts: int) -> frozenset[str]:
-    """Return the texts that name every expert of every layer alike.
+    """Return the texts that name all experts of all layers in the same way.
 
     GPTQ lists what it quantised in any layer (``modules_in_block_to_quantize``), for
     example ``block_sparse_moe.experts.0.w1`` and the same of each other expert.

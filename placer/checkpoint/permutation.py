@@ -46,10 +46,10 @@ def tensor_changes(
     model: ModelSpec,
     permutation: Sequence[IntArray],
 ) -> TensorChanges:
-    """Classify every tensor, and say what becomes of those of MoE layers.
+    """Classify every tensor, and say what happens to those of MoE layers.
 
     Layers for multi-token prediction, which plans do not place, stay as they are: they
-    have experts and a router of their own.
+    have their own experts and router.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def tensor_changes(
     Raises
     ------
     PlacerError
-        If a tensor stands among the experts or at a router and no rule of the family
+        If a tensor belongs to experts or a router and no rule of the family
         names it, or an expert or router is missing: nothing is guessed.
     """
     found = _Changes(architecture, config, model, permutation, tensors)
@@ -161,7 +161,7 @@ class _Changes:
         """Check that a matrix has one column per expert, of ``qzeros`` packed into words.
 
         GPTQ packs weights along their input, so that only zero points share a word; AWQ
-        packs experts eight to a word, in an order of its own.
+        packs experts eight to a word, in its own order.
         """
         bits = 8 * (info.stop - info.start)
         per_column = bits // (info.shape[0] * size) if math.prod(info.shape) else 0
@@ -225,7 +225,7 @@ class _Held:
                 )
 
     def _lacking(self, n: int, layer: int, part: str, expert: int) -> PlacerError:
-        """Say what an expert lacks, and what it has in its place."""
+        """Say what an expert lacks, and what it has instead."""
         of_all = max(
             (held for (where, _), held in self.experts.items() if where == n), key=len
         )

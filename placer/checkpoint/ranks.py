@@ -1,6 +1,6 @@
 """One directory per expert-parallel rank: its experts, under their own names, and the rest.
 
-Names and routers stay those of the original, so that expert ids are logical everywhere;
+Names and routers are the original's, so that expert ids are logical everywhere;
 ``placement.json`` says which expert is in which of the rank's slots. Tensors that hold all
 experts of a layer hold those of the rank, slot by slot. A replica is in every directory
 whose rank has a copy.
@@ -91,7 +91,7 @@ class RanksReport:
     num_resumed
         Shards that an earlier, interrupted run had finished.
     warning
-        What rests on shapes alone, or ``None``.
+        A warning if only shapes were compared, or ``None``.
     """
 
     num_ranks: int
@@ -111,7 +111,7 @@ class RanksReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanksJob:
-    """An export by ranks, prepared from headers only: nothing is written yet.
+    """An export by ranks, prepared from headers only: nothing is written.
 
     Attributes
     ----------
@@ -126,7 +126,7 @@ class RanksJob:
     experts_only
         Whether everything but the routed experts is left out.
     warning
-        What rests on shapes alone, or ``None``.
+        A warning if only shapes were compared, or ``None``.
     """
 
     source: CheckpointSource

@@ -66,7 +66,7 @@ class ExportRecord:
         SHA-256 of the beginning of each original shard, length and header, and of the
         whole index.
     source_sha256
-        SHA-256 of each original shard; empty unless it was asked for.
+        SHA-256 of each original shard; empty unless requested.
     file_sha256
         SHA-256 of the files of the export: of all but this record and shards, and of shards
         whose bytes passed through the process that wrote them.

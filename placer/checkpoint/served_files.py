@@ -1,6 +1,6 @@
 """Which files other than tensors are served: an export leaves out the rest.
 
-Weights in formats that are not rewritten would contradict those that are. So what is
+Weights that are not rewritten would contradict the rewritten ones. So what is
 copied is text, or of a kind that is known to hold no weights.
 """
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from placer.errors import PlacerError
 from placer.run.files import open_regular
 
-# What git and the Hugging Face client keep beside a checkpoint is no part of it.
+# What git and the Hugging Face client keep next to a checkpoint is not part of it.
 _FOREIGN_FOLDERS = (".git", ".cache")
 # Weights, archives of anything, and states of training, as other libraries call them.
 _LEFT_OUT = {
@@ -51,7 +51,7 @@ def served_files(
     directory
         The checkpoint.
     weights
-        Names of files that are written anew.
+        Names of files that the export writes itself.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def require_inside(directory: Path, path: Path) -> None:
     """Refuse a link out of the checkpoint, whose target would be copied as part of it.
 
     The cache of Hugging Face is made of links too: ``snapshots/REVISION/FILE`` points to
-    ``blobs``, beside ``snapshots``.
+    ``blobs``, next to ``snapshots``.
     """
     if not path.is_symlink():
         return

@@ -76,7 +76,7 @@ class Shard:
     name
         Name of the safetensors file, which an export keeps.
     header_text
-        The JSON of the header as it stands there, padding stripped.
+        The JSON of the header as it is in the file, without padding.
     header_bytes
         Length of the header with its padding.
     tensors
@@ -84,8 +84,8 @@ class Shard:
     metadata
         ``__metadata__`` of the header.
     positions
-        Where each tensor lies in a file that is no safetensors file itself, in bytes;
-        ``None`` where tensors lie as the header says.
+        Where each tensor is in a file that is not itself a safetensors file, in bytes;
+        ``None`` where tensors are where the header says.
     """
 
     path: Path
@@ -171,15 +171,15 @@ class Shard:
         header_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """Return length and header with tensors renamed and all else unchanged.
+        """Return length and header with tensors renamed and the rest unchanged.
 
         Parameters
         ----------
         names
             New name by old name; others stay.
         header_bytes
-            Length to pad to; by default that of the file, so that data stays where it is,
-            or where that is too short the next multiple of eight.
+            Length to pad to; by default the length in the file, so that data stays where it
+            is, or where that is too short the next multiple of eight.
         metadata
             New text by old text of the metadata, keys included.
         """
@@ -235,7 +235,7 @@ def rename_keys(
     names
         New key by old key, no two of them to the same.
     path
-        The file it stands in, for the error.
+        The file that it is in, for the error.
     member
         Rename the keys of this member, itself an object, instead of those of the whole.
 
@@ -265,11 +265,11 @@ def replace_texts(text: str, replaced: Mapping[str, str], path: Path) -> str:
     Parameters
     ----------
     text
-        The JSON text, all else of which stays.
+        The JSON text; the rest of it is kept.
     replaced
         New string by old string.
     path
-        The file it stands in, for the error.
+        The file that it is in, for the error.
 
     Raises
     ------

@@ -40,8 +40,8 @@ class CheckpointSource:
     index_name
         Name of the index, also where there is none.
     index_text
-        The index as it stands in its file, or ``None`` where there is none; for PyTorch
-        files that of the safetensors files.
+        The index as it is in its file, or ``None`` where there is none; for PyTorch
+        files, the index of the safetensors files.
     unheld
         Tensors that the index names and no file holds.
     other_files
@@ -75,7 +75,7 @@ class CheckpointSource:
         """Find and check all files.
 
         Engines load what the index names, or without one all safetensors files; tensors
-        of further files are permuted too.
+        of other files are permuted too.
 
         Raises
         ------
@@ -240,10 +240,10 @@ def _index_name(directory: Path) -> str:
 
 
 def _further(directory: Path, names: Sequence[str], index_name: str) -> list[Path]:
-    """Return safetensors files beside the config that no index names.
+    """Return safetensors files next to the config that no index names.
 
     Mistral's ``consolidated`` files hold the same weights under other names: they are the
-    checkpoint only where nothing else is.
+    checkpoint only where there is no other.
     """
     mistral = index_name == _MISTRAL_INDEX_NAME
     return [

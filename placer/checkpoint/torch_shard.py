@@ -1,7 +1,7 @@
 """A PyTorch checkpoint file, read as the safetensors file that an export makes from it.
 
 ``torch.save`` stores tensors uncompressed in a zip archive (PyTorch 1.6 and later), so
-their bytes are copied from where they lie; the pickle beside them is read with
+their bytes are copied from their place; the pickle next to them is read with
 ``weights_only`` and without reading tensors.
 """
 

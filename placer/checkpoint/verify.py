@@ -1,7 +1,7 @@
 """Proving that an exported checkpoint computes the same function.
 
 Three checks: every tensor by name against the permutation, logits on real text, and the
-routers' choices on that text. With the exporter they share the rules that tell what a
+routers' choices on that text. They share with the exporter the rules that say what a
 tensor is by its name (``TensorLayout``), and nothing that permutes or writes; logits and
 choices do not depend on those rules. A fourth one finds changes of all other bytes.
 """
@@ -53,7 +53,7 @@ class VerificationReport:
     num_tensors, num_bytes
         Tensors found equal bit for bit under the permutation, and their bytes.
     num_tokens
-        Tokens run through both models, in float32; 0 if none were asked for.
+        Tokens run through both models, in float32; 0 if none were requested.
     max_logit_difference
         Largest absolute difference of a logit, or ``None``.
     tolerance
@@ -61,7 +61,7 @@ class VerificationReport:
     num_routed_pairs
         (token, layer, expert) choices found to be exactly the permuted ones.
     num_ties
-        Tokens at or behind a tie of experts that the two models broke differently;
+        Tokens at or after a tie of experts that the two models broke differently;
         their logits are not compared.
     """
 
@@ -335,7 +335,7 @@ class _Output:
         Per MoE layer ``[T, k]``: ids of the chosen experts.
     shares
         Per MoE layer ``[T, E]`` float32: in which share of nudges an expert is chosen
-        (see :class:`~placer.trace.capture.RouterOutput`); empty where not asked for.
+        (see :class:`~placer.trace.capture.RouterOutput`); empty where not requested.
     """
 
     logits: Float32Array
@@ -418,7 +418,7 @@ class _Comparison:
             )
 
     def _compare_routing(self, before: _Output, after: _Output) -> BoolArray:
-        """Return ``[T]``: whether a tie was broken otherwise at the token or before it."""
+        """Return ``[T]``: whether a tie was broken differently at or before the token."""
         flipped = np.zeros(len(before.logits), dtype=np.bool_)
         for layer, shares in enumerate(before.shares):
             row = self.placement.physical_to_logical_map[layer]

@@ -155,7 +155,7 @@ def _first_difference(found: Any, expected: Any, name: str = "") -> _Difference 
 
 
 def _require_headers(exported: Path, rank: int, job: RanksJob) -> None:
-    """Check what the files of a rank hold beside the bytes of tensors."""
+    """Check what the files of a rank hold apart from the bytes of tensors."""
     folder = exported / rank_folder(rank)
     works = {
         exported / w.name: w for w in job.shards if Path(w.name).parts[0] == folder.name
@@ -172,7 +172,7 @@ def _require_headers(exported: Path, rank: int, job: RanksJob) -> None:
 
 
 def _require_other_files(original: Path, folder: Path, job: RanksJob) -> None:
-    """Check that the files beside the tensors are those of the original."""
+    """Check that the files next to the tensors are the original's."""
     weights = {path.name for path in folder.glob("*.safetensors")}
     found, _ = served_files(folder, weights | {RANK_NAME, INDEX_NAME})
     if odd := min({*found} ^ {*job.other_files}, default=None):

@@ -152,7 +152,7 @@ class WrittenShards:
     file_sha256
         SHA-256 of each shard whose bytes passed through this process.
     source_sha256
-        SHA-256 of each source, where hashes were asked for.
+        SHA-256 of each source, where hashes were requested.
     num_linked
         Shards that were linked.
     num_resumed
@@ -239,7 +239,7 @@ def copy_files(source: CheckpointSource, files: Iterable[Path], target: Path) ->
     Raises
     ------
     SourceChangedError
-        If a file is no longer what it was when the checkpoint was opened.
+        If a file changed after the checkpoint was opened.
     """
     for relative in files:
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -272,8 +272,8 @@ def written_shards(
     other_bytes
         Bytes of the other files.
     identity
-        What decides the bytes, besides sources and options: another export does not go on
-        with what this one finished.
+        What decides the bytes, in addition to sources and options: another export does not
+        continue with what this one finished.
     options
         How to write.
     progress
@@ -322,7 +322,7 @@ def _known(facts: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, str]:
 
 
 def _is_finished(work: ShardWork, partial: Path, journal: Journal) -> bool:
-    """Return whether a shard that the journal calls finished lies there, whole.
+    """Return whether a shard that the journal calls finished is there and complete.
 
     It is read again, and where no hash is known the source too: as long as a copy takes.
     """

@@ -46,8 +46,8 @@ def advise(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="An engine (docs/engines.md), or a family of engines: vllm, sglang, "
-            "trtllm. Default: two answers, one for all-gather (the engines' default), "
+            help="An engine (docs/engines.md), or a family of engines, such as "
+            "vllm. Default: two answers, one for all-gather (the engines' default), "
             "one for a token all-to-all.",
         ),
     ] = None,

@@ -17,7 +17,7 @@ from placer.cli.output import (
 )
 from placer.errors import one_of
 
-# Beyond it, latency and bandwidth alone do not tell how long an exchange takes.
+# Beyond it, latency and bandwidth do not say how long an exchange takes.
 _POOR_FIT = 0.25
 
 

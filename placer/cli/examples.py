@@ -1,4 +1,4 @@
-"""Examples that the help of each command ends with. Each can be typed as it stands."""
+"""Examples that the help of each command ends with. Each is a complete command."""
 
 # By the name of the command.
 EXAMPLES = {

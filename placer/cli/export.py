@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from placer.runtime_map.engine_family import Start
 
 Facts = dict[str, object]
-# Told on stderr, one line each.
+# Printed on stderr, one line each.
 _TOLD = ("start", "warnings")
 MAPS = (
     "sglang",
@@ -42,7 +42,7 @@ MAPS = (
 _COUNTS = "ktransformers"
 TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS, _COUNTS)
 _BACKEND = ("--backend", "--ray-address")
-# Maps take --out alone.
+# Maps take only --out.
 _OPTIONS = {
     "checkpoint": ("--inverse", "--link", "--hash", "--workers", *_BACKEND, "--dry-run"),
     "deepspeed": ("--inverse",),
@@ -313,7 +313,7 @@ def _print_shards(
 
 
 def _start(target: str, plan: Path, out: Path) -> Facts:
-    """Tell how the engines that serve an exported checkpoint are started."""
+    """Say how to start the engines that serve an exported checkpoint."""
     from placer.placement import Plan
     from placer.runtime_map.engine_family import start_lines
 

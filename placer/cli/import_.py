@@ -255,7 +255,7 @@ def _import_tokens(
 
 
 def _tell_unbound(what: str, num_experts: int, options: "ImportOptions") -> None:
-    """Say what is not known of a file that no model is named for."""
+    """Say what is unknown because no model was named."""
     how = "the largest id + 1" if options.num_experts is None else "as given"
     warn(
         f"the {what} is not bound to a checkpoint. Every layer is assumed to have "

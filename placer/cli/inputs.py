@@ -65,7 +65,7 @@ def _inputs(ctx: Any) -> Iterator[tuple[str, Path]]:
 
 
 def _near(path: Path) -> str:
-    """Name what lies in the same folder under a name alike, or how to look."""
+    """Suggest similar names in the same folder, or how to look."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent

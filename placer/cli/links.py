@@ -1,4 +1,4 @@
-"""``placer trace links``: what experts say about those of later layers."""
+"""``placer trace links``: what experts say about experts of later layers."""
 
 from dataclasses import asdict
 from pathlib import Path

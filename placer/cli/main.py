@@ -128,7 +128,7 @@ class _Ended(BaseException):
 
 
 def _end_by_exception() -> None:
-    """Let SIGTERM and SIGHUP end as Ctrl-C does: what is half written is then removed.
+    """Let SIGTERM and SIGHUP end as Ctrl-C does: unfinished output is then removed.
 
     Workers of torchrun end at once, as the others wait for them; so do forked processes.
     """

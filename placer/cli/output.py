@@ -134,9 +134,10 @@ def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Sele
 
 @contextmanager
 def progress_line(title: str) -> Iterator[Callable[[str], None]]:
-    """Yield a function that is told each step, and shows it on stderr.
+    """Yield a function that takes each step and shows it on stderr.
 
-    A terminal has one changing line; a log gets a line with the step at hand now and then.
+    A terminal has one changing line; a log gets a line with the current step from time to
+    time.
     """
     if not sys.stderr.isatty():
         with _told_now_and_then(title) as tell:

@@ -55,8 +55,8 @@ def simulate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The engine that serves (docs/engines.md), or a family: vllm, sglang, "
-            "trtllm. Default: the engine that the plan was solved for.",
+            help="The engine that serves (docs/engines.md), or a family of "
+            "engines, such as vllm. Default: the engine that the plan was solved for.",
         ),
     ] = None,
     replica_choice: Annotated[

@@ -95,7 +95,7 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
     """
     ModelSpec.from_checkpoint(model)  # refuse before anything is written
     with claimed(out, directory=True):
-        # What is there was claimed with --force.
+        # What exists there may be replaced: it was claimed with --force.
         shutil.rmtree(out, ignore_errors=True)
         return _walk(model, out, say)
 

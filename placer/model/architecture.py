@@ -172,7 +172,7 @@ class Architecture:
     def moe_layers(self, config: Mapping[str, Any]) -> list[int]:
         """Return the model's own numbers of its MoE layers, ascending.
 
-        The rules are those of :func:`placer.model.moe_layers.moe_layers`.
+        The rules are in :func:`placer.model.moe_layers.moe_layers`.
         """
         num_layers = self.num_hidden_layers(config)
         return moe_layers(self.layers, self._language_config(config), num_layers)
@@ -258,7 +258,7 @@ def _nested(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-# What configs call these unless a family's file says otherwise.
+# What configs call these unless a family's file gives another name.
 _USUAL_KEYS = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "top_k": ("num_experts_per_tok",),

@@ -22,9 +22,9 @@ _MOE_KEYS = {"route_every_n": "moe_layer_freq"}
 def read_config(directory: Path) -> dict[str, Any]:
     """Read a model's ``config.json``, or Mistral's ``params.json`` where there is none.
 
-    In place of the directory a ``config.json`` itself may be given.
+    Instead of the directory, a ``config.json`` itself may be given.
 
-    The keys of ``moe`` in ``params.json`` are found beside the others.
+    The keys of ``moe`` in ``params.json`` are found next to the others.
 
     Raises
     ------

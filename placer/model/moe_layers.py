@@ -20,7 +20,7 @@ LayerRule = Literal[
     "sparse_step",
 ]
 
-# One entry for each layer; they decide whatever else a config says.
+# One entry for each layer; they decide, whatever other keys say.
 _BY_LAYER = ("mlp_layer_types", "is_moe_layer", "moe_layer_freq")
 _BLOCK_TYPES = ("layers_block_type", "hybrid_override_pattern")
 # The numbers of the MoE layers, in a list or a text.
@@ -60,7 +60,7 @@ def moe_layers(rule: LayerRule, config: Mapping[str, Any], num_layers: int) -> l
     ------
     PlacerError
         If a key has a value that makes no sense, or one that the family's rule does not
-        read says otherwise.
+        read contradicts this.
     """
     found = _listed(rule, config, num_layers)
     if found is not None:

@@ -231,7 +231,7 @@ def require_same_model(
     Returns
     -------
     str or None
-        A warning where the match rests on shapes alone, because a side is not bound.
+        A warning where only shapes were compared, because a side is not bound.
 
     Raises
     ------
@@ -261,9 +261,9 @@ def require_same_model(
 
 
 def common_model(models: Iterable[ModelSpec]) -> ModelSpec:
-    """Return what one file of several says of their model, in whatever order they come.
+    """Return what one file of several says of their model, in any order.
 
-    What is bound to a checkpoint only in part is not bound.
+    If only some files are bound to a checkpoint, the result is not bound.
     """
     return min(models, key=lambda one: (one.bound, canonical_json(one.to_json())))
 

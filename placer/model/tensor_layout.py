@@ -15,8 +15,8 @@ from typing import Any, Self
 # What names single experts or a bias of theirs; ``shared_experts`` are no routed ones.
 NAMES_EXPERTS = re.compile(r"\bexperts?(?![a-z])")
 
-# What quantisers write beside a weight of all experts; the experts come first in all of it.
-# gpt-oss (MXFP4); ModelOpt (NVFP4, FP8); transformers 5 and its fbgemm_fp8 (FP8);
+# What quantisers write next to a weight of all experts; the experts come first in all of
+# it. gpt-oss (MXFP4); ModelOpt (NVFP4, FP8); transformers 5 and its fbgemm_fp8 (FP8);
 # compressed-tensors; MLX.
 _PARTS = (
     *("bias", "biases", "blocks", "scale", "scales", "scale_inv", "input_scale"),
@@ -29,7 +29,7 @@ _ROUTER_PARTS = (
     *("weight_global_scale", "input_scale", "input_global_scale", "scales", "biases"),
     *("qweight", "qzeros"),
 )
-# MLX keeps all experts below these, whatever the family (mlx_lm/models/switch_layers.py).
+# MLX keeps all experts below these, for every family (mlx_lm/models/switch_layers.py).
 _SWITCHES = ("switch_mlp.{name}", "switch_glu.{name}")
 
 
@@ -41,7 +41,7 @@ class TensorKind(StrEnum):
     EXPERT
         It belongs to one expert, whose number is in its name: it is renamed.
     FUSED
-        It holds all experts along its first axis; one number alone holds for all of them.
+        It holds all experts along its first axis; a single number applies to all of them.
     STACKED
         It holds the rows of all experts one after the other, as many of each.
     ROUTER
@@ -72,7 +72,7 @@ class TensorPlace:
     template
         The name, with ``{expert}`` for the number of its expert.
     kind
-        The kind, or ``None`` if it lies in an MoE block and no rule fits.
+        The kind, or ``None`` if it is in an MoE block and no rule fits.
     layer
         The model's own number of its layer; ``None`` outside blocks.
     expert
@@ -167,7 +167,7 @@ def name_pattern(template: str) -> re.Pattern[str]:
     """Return the regular expression of a name template.
 
     ``{layer}`` and ``{expert}`` become groups of digits, ``{name}`` the rest of the name,
-    ``{part}`` and ``{router_part}`` what quantisers put behind a name.
+    ``{part}`` and ``{router_part}`` what quantisers put after a name.
     """
     escaped = re.escape(template)
     for field, expression in (
@@ -189,7 +189,7 @@ def _is_plain(digits: str) -> bool:
 def has_columns(name: str, names: Container[str]) -> bool:
     """Return whether GPTQ wrote this tensor of a router: a column per expert, not a row.
 
-    ``names`` are those of all tensors: ``scales`` alone may also be MLX's, which are rows.
+    ``names`` are those of all tensors: only ``scales`` may also be MLX's, which are rows.
     """
     stem, _, part = name.rpartition(".")
     return part in ("qweight", "qzeros", "scales") and f"{stem}.qweight" in names

@@ -52,7 +52,7 @@ class ExpertWeights:
     num_bytes
         Bytes per weight, scales included.
     weight_only
-        Whether they alone are quantised: an engine then computes in 16 bits.
+        Whether only weights are quantised: an engine then computes in 16 bits.
     """
 
     num_bytes: float

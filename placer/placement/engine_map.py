@@ -1,4 +1,4 @@
-"""Telling an engine's map from a plan: maps are imported first."""
+"""Recognise an engine's map where a plan is expected: maps are imported first."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from placer.errors import PlacerError
 from placer.run.documents import parse_json
 from placer.run.files import read_bytes
 
-# Formats whose suffix no plan has; of .json the keys tell.
+# Formats whose suffix no plan has. Files in .json are recognised by their keys.
 _BY_SUFFIX = {".yaml": "trtllm", ".yml": "trtllm", ".pt": "sglang", ".csv": "csv"}
 _ARRAYS = (".npz", ".safetensors")
 

@@ -15,7 +15,7 @@ def move_prices(start: Placement, migration_cost: float) -> tuple[FloatArray, ..
     start
         What is served now.
     migration_cost
-        Copies that moving one expert is worth.
+        Cost of moving one expert, in copies.
     """
     return tuple(
         np.where(start.holds(layer), 0.0, migration_cost)
@@ -38,7 +38,7 @@ def require_same_shape(
     num_nodes: int,
     redundant_experts: int,
 ) -> None:
-    """Refuse a start with other ranks, nodes, layers or slots than asked for.
+    """Refuse a start with other ranks, nodes, layers or slots than requested.
 
     Raises
     ------

@@ -48,8 +48,8 @@ def with_pins(placement: Placement, pins: Sequence[Pin]) -> Placement:
     Raises
     ------
     UsageError
-        If a pin names what is not there, or the pins contradict each other or need more
-        slots than a rank has.
+        If a pin names an expert or rank that does not exist, or the pins contradict each
+        other or need more slots than a rank has.
     """
     _require_possible(placement, pins)
     rows = [row.copy() for row in placement.physical_to_logical_map]

@@ -33,7 +33,7 @@ class Plan:
     policy, exchange
         The home policy and the exchange that it was solved for.
     max_imbalance
-        The cap on max/mean rank load that was asked for.
+        The requested cap on max/mean rank load.
     solver
         Objective, bound and gap.
     metrics

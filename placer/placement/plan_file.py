@@ -105,9 +105,9 @@ class PlanFile(Document, frozen=True, kw_only=True):
 
 
 def upgraded_plan(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of schema version 2 from those of version 1.
+    """Return the fields of schema version 2 from the fields of version 1.
 
-    Version 1 does not tell a search that the clock stopped from one that Ctrl-C did.
+    Version 1 does not say whether the clock or Ctrl-C stopped a search.
     """
     solver = value["solver"]
     ended = "step_limit" if solver["reproducible"] else "time_limit"

@@ -29,7 +29,7 @@ def contiguous(
     num_ranks, num_nodes
         The topology.
     redundant_experts
-        Further slots per layer, X.
+        Redundant experts: slots per layer beyond one for each expert, X.
 
     Raises
     ------

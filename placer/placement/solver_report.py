@@ -38,14 +38,14 @@ class Certificate(Document, frozen=True, kw_only=True):
 
 
 class CapTrial(Document, frozen=True, kw_only=True):
-    """What a load cap is worth: quick plans of each half of the profile, their mean.
+    """The result of a load cap: the mean of quick plans of each half of the profile.
 
     Attributes
     ----------
     max_imbalance
         The cap.
     overflow_price
-        Copies that a pair above it is worth in other loads.
+        Price, in copies, of a pair above it in other loads.
     objective
         The solver's objective on the half solved on.
     profile_imbalance, heldout_imbalance
@@ -68,13 +68,13 @@ class InnerCap(Document, frozen=True, kw_only=True):
     Attributes
     ----------
     max_imbalance
-        The cap on the profile; the plan's own ``max_imbalance`` is what was asked for.
+        The cap on the profile; the plan's own ``max_imbalance`` is the requested one.
     overflow_price
-        Copies that a pair above it is worth in other loads.
+        Price, in copies, of a pair above it in other loads.
     predicted_imbalance
         What other sequences should see of it.
     holds
-        Whether that is no more than what was asked for.
+        Whether that is no more than requested.
     trials
         The caps, and prices under the tightest, that it was chosen from.
     """
@@ -109,7 +109,7 @@ class SolverReport(Document, frozen=True, kw_only=True):
         How the bound was proved, or the reason why there is none.
     seconds
         Wall-clock seconds; not written to the plan file, whose bytes depend on the
-        input and the seed alone.
+        input and the seed only.
     seed
         Seed of the search.
     reproducible
@@ -135,7 +135,8 @@ class SolverReport(Document, frozen=True, kw_only=True):
         of; else ``None``.
     predicted_imbalance
         The imbalance to expect of the profile where replicas serve tokens whose homes are
-        drawn, mean over MoE layers; only where balance is the objective, from loads alone.
+        drawn, mean over MoE layers; only where balance is the objective and only loads are
+        known.
     imbalance_without_groups
         What the objective would be if router groups were split, where balancing keeps them
         whole; else ``None``.

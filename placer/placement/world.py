@@ -1,8 +1,8 @@
 """Where expert-parallel ranks are: files of link costs, and groups in a larger world.
 
 A job of W GPUs seldom is one expert-parallel group: tensor parallel ranks share their
-tokens, and what is left is divided into groups that each hold all experts. Which links a
-copy takes depends on where the ranks of a group sit. Groups are built as DeepSpeed does
+tokens, and the other ranks are divided into groups that each hold all experts. Which links
+a copy takes depends on where the ranks of a group sit. Groups are built as DeepSpeed does
 (``_get_expert_parallel_ranks``, deepspeed/utils/groups.py of
 https://github.com/deepspeedai/DeepSpeed; DeepSpeed-MoE, arXiv 2201.05596, section 5).
 """
@@ -55,7 +55,7 @@ class WorldLayout:
     Raises
     ------
     UsageError
-        If the sizes do not divide each other, or groups lie differently on nodes.
+        If the sizes do not divide each other, or groups are placed differently on nodes.
     """
 
     num_nodes: int
@@ -83,7 +83,7 @@ class WorldLayout:
         self._require_alike()
 
     def _require_alike(self) -> None:
-        """Refuse groups that a single plan cannot serve alike."""
+        """Refuse groups that a single plan cannot serve equally."""
         sizes = {tuple(Counter(map(self._node, group)).values()) for group in self.groups}
         if len(sizes) > 1 or len(set(next(iter(sizes)))) > 1:
             odd = " and ".join(sorted("+".join(map(str, one)) for one in sizes))
@@ -125,7 +125,7 @@ class WorldLayout:
         return len(set(map(self._node, self.groups[0])))
 
     def group_costs(self, costs: Costs) -> Costs:
-        """Take the costs between the ranks of a group from those of the whole world.
+        """Take the costs between the ranks of a group from the costs of the whole world.
 
         Raises
         ------
@@ -189,7 +189,7 @@ def world_layout(
     Raises
     ------
     UsageError
-        If it is said how groups lie that there are none of, or they do not fit.
+        If options place groups but there are none, or the groups do not fit.
     """
     if ep_size is not None:
         return WorldLayout(
@@ -267,9 +267,9 @@ def group_topology(
     inter_cost, intra_cost
         As in ``Topology``; ``None`` for its defaults.
     layout
-        How groups lie in the world, or ``None``: the world is one group.
+        How groups are placed in the world, or ``None``: the world is one group.
     cost_file
-        Costs between all ranks of group or world, in place of both others, or ``None``.
+        Costs between all ranks of group or world, instead of the two others, or ``None``.
 
     Raises
     ------

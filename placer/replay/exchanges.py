@@ -251,7 +251,7 @@ class ShuffleExchange(DedupExchange):
         If the table is for another number of ranks, or of layers.
     """
 
-    needs_shared_batch = True  # transformers refuses ranks with batches of their own
+    needs_shared_batch = True  # transformers refuses ranks with different batches
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ def run_experts(
 ) -> Tensor:
     """Return ``[n, H]``: weighted sums over the experts that this rank holds.
 
-    Every pair is a row of its own, since a row with experts elsewhere would be computed
+    Every pair is a separate row, since a row with experts elsewhere would be computed
     for those too by some of transformers' kernels.
 
     Parameters

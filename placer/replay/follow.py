@@ -9,7 +9,7 @@ layer's new keys and values go to all ranks.
 It is no ``EPImplementation``: those give a token back to the rank that brought it. Here the
 layers' own modules are called on the tokens that are at home, and only the way between them
 is replaced. What is sent is the hidden state before the MoE block's norm, which each rank
-applies by itself.
+applies locally.
 """
 
 import sys
@@ -319,7 +319,7 @@ class FollowRun:
     def _send(
         self, layer: int, part: Part, hidden: Tensor, told: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Send rows and what is told of them, sorted by rank; return what comes."""
+        """Send rows and facts about them, sorted by rank; return what arrives."""
         splits = sizes.tolist()
         with self._counted(layer, part):
             received = exchange_sizes(sizes, self.group)
@@ -338,8 +338,8 @@ class FollowRun:
 def why_not_follow(model: nn.Module, experts: Sequence[ExpertsModule]) -> str | None:
     """Return why tokens cannot move between the parts of a model's layers, if so.
 
-    They can where a layer adds attention and then a block to the hidden state, each behind
-    one norm, and nothing else: no further norms or branches, no scaled residuals (granite,
+    They can where a layer adds attention and then a block to the hidden state, each after
+    one norm, and nothing else: no other norms or branches, no scaled residuals (granite,
     minimax), and no attention that itself looks at other tokens (an indexer).
     """
     if ".layers." not in experts[0].path:
@@ -366,13 +366,13 @@ def _layers(model: nn.Module, experts: Sequence[ExpertsModule]) -> tuple[Any, st
 
 
 def _first(output: Any) -> Tensor:
-    """Return the hidden states that a module returns, alone or before other things."""
+    """Return the hidden states that a module returns, as the only or the first value."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
 
 
 def _at_least_one(rows: Tensor) -> Tensor:
-    """Return the rows, or one of zeros: modules cannot shape what is empty.
+    """Return the rows, or one of zeros: modules cannot shape an empty tensor.
 
     A rank without tokens takes part too, since the others wait for it.
     """

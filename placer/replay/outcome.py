@@ -28,11 +28,11 @@ class ReplayedRun:
         ``[L, R, R]`` int64: bytes that went along: ids, weights and counts; all-gathers
         of outputs; keys and values.
     error
-        Root mean square of the difference between hidden states behind the last norm and
-        those of the model run by itself, over that of the latter; of the worst batch on
+        Root mean square of the difference between hidden states after the last norm and
+        those of the model run on one rank, over that of the latter; of the worst batch on
         any rank.
     differently_routed
-        (Token, layer) pairs whose experts are not those of the model run by itself.
+        (Token, layer) pairs whose experts are not those of the model run on one rank.
     num_tokens
         Tokens of all forward passes.
     ranks_per_node
@@ -189,7 +189,7 @@ class ReplayOutcome:
                     f"{totals[1]:,}",
                     "compare the runs: placer replay PLAN MODEL --trace TRACE --json",
                 )
-            if not run.error <= self.tolerance:  # nor is what is not a number
+            if not run.error <= self.tolerance:  # nor is NaN
                 raise VerificationError(
                     f"{name} computes hidden states that have an error of "
                     f"{run.error:.1e}, allowed {self.tolerance:.1e}; "

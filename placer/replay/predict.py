@@ -128,7 +128,7 @@ def predict_seconds(
     that it was measured on; the same collectives then take what they do elsewhere, until
     the last rank has done its part. Where ranks share a processor, those that are done
     early leave it to those that are not: of the time by which the last rank is behind the
-    mean, as much is won back as it computes faster by itself, here as elsewhere.
+    mean, as much is won back as it computes faster alone, on all links.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def predict_seconds(
     after, behind = _collective_seconds(collectives, ranks_per_node, elsewhere)
     share = here.processor_share
     # What is left here is the computation less what it won back: so much at most, or all
-    # that ranks were behind.
+    # that ranks were late.
     left = max(seconds - before / num_passes, 0.0)
     compute = min(left / share, left + behind_here / num_passes)
     won_back = min(behind / num_passes, (1 - share) * compute)

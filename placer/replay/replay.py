@@ -148,7 +148,7 @@ def replay(
     worker
         Which rank this is.
     selection
-        Which tokens of the trace; not those of decode alone.
+        Which tokens of the trace; not only decode tokens.
     table_path
         The plan's token-shuffle table, for ``placer-shuffle``.
     say
@@ -405,7 +405,7 @@ class _Runner:
             **sent,
             predicted_dispatch=predicted.dispatch * self.copy_bytes,
             predicted_combine=predicted.combine * self.copy_bytes,
-            # Unlike max(), this lets what is not a number through.
+            # Unlike max(), this keeps NaN.
             error=float(np.max([one.error for one in found])),
             differently_routed=sum(
                 int((np.sort(ids, axis=1) != np.sort(own, axis=1)).any(axis=1).sum())

@@ -58,8 +58,8 @@ class WorkerRun:
     experts
         L arrays ``[n, k]`` int64: their logical experts, the heaviest first.
     error
-        Root mean square of the difference between hidden states behind the last norm and
-        those of the model run by itself, over that of the latter; of the worst batch.
+        Root mean square of the difference between hidden states after the last norm and
+        those of the model run on one rank, over that of the latter; of the worst batch.
     num_compared
         Tokens whose hidden states were compared.
     seconds
@@ -86,7 +86,7 @@ class ReplaySession:
         Its family and shape.
     batches
         ``[passes, B, S]`` token ids; B divides by the ranks. Sequence b belongs to rank
-        ``b mod R`` where ranks have batches of their own.
+        ``b mod R`` where ranks have different batches.
     repeats
         How often the passes are timed.
     """
@@ -113,7 +113,7 @@ class ReplaySession:
         self.expected, self.routing = self._alone(model)
 
     def _alone(self, model: Any) -> tuple[list[Tensor], list[IntArray]]:
-        """Run the model by itself: hidden states, and L arrays ``[T, k]`` of experts."""
+        """Run the model on one rank: hidden states, and L arrays ``[T, k]`` of experts."""
         hidden, routed = [], []
         with RouterCapture(model, self.architecture, self.spec) as capture:
             for batch in self.batches:
@@ -161,7 +161,7 @@ class ReplaySession:
             collectives=counter.collectives(),
             places=[np.concatenate(layer) for layer in seen.places],
             experts=[np.concatenate(layer) for layer in seen.experts],
-            # Unlike max(), this lets what is not a number through.
+            # Unlike max(), this keeps NaN.
             error=float(np.max([error for error, _ in compared])),
             num_compared=sum(number for _, number in compared),
             seconds=seconds,

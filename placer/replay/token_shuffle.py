@@ -15,7 +15,7 @@ from placer.trace.capture import by_descending_weight
 
 
 class _BatchHomes:
-    """The homes of one batch, looked up with NumPy whatever the device of its tokens."""
+    """The homes of one batch, looked up with NumPy, on whatever device its tokens are."""
 
     def __init__(self, table: Table, ids: torch.Tensor, fallback: torch.Tensor) -> None:
         self._device = ids.device
@@ -112,7 +112,7 @@ class TokenShuffle:
         Raises
         ------
         PlacerError
-            If no model is watched, or slots cannot be told for logical experts.
+            If no model is watched, or slots cannot be mapped to logical experts.
         """
         if self._homes is None:
             raise PlacerError(

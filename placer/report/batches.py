@@ -68,7 +68,7 @@ def batch_tables(judgement: Judgement) -> list[Table]:
 def summary_table(judgements: Sequence[Judgement]) -> tuple[Table, list[str]]:
     """Return one table of all engines: what is sent, the busiest rank, and the time.
 
-    Of the baselines, those that verdicts name. The lines say which engines a row stands
+    Of the baselines, those that verdicts name. The lines say which engines a row is
     for.
     """
     timed = judgements[0].serving.hardware is not None
@@ -97,7 +97,7 @@ def summary_table(judgements: Sequence[Judgement]) -> tuple[Table, list[str]]:
 def _by_engine(
     rows: Iterable[tuple[str | None, tuple[object, ...]]],
 ) -> list[list[object]]:
-    """Return each row once, behind the first engine that has it and how many more."""
+    """Return each row once, after the first engine that has it and how many more."""
     return [[_first_of(names), *row] for names, row in grouped(rows)]
 
 
@@ -107,7 +107,7 @@ def _first_of(names: Sequence[str]) -> str:
 
 
 def _alike_lines(rows: Iterable[tuple[str | None, tuple[object, ...]]]) -> list[str]:
-    """Return a line for each label of a table that stands for several engines."""
+    """Return a line for each label of a table that covers several engines."""
     every = dict.fromkeys(names for names, _ in grouped(rows) if len(names) > 1)
     return [f"{_first_of(names)}: {', '.join(names)}" for names in every]
 
@@ -117,7 +117,7 @@ def advice_table(
 ) -> tuple[tuple[str, ...], list[list[object]], list[str]]:
     """Return columns, rows and lines: the candidates of every answer, by size of batches.
 
-    The lines say which engines a row stands for.
+    The lines say which engines a row is for.
     """
     every = [c for a in advice.answers for found in a.candidates.values() for c in found]
     fields = {

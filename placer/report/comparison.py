@@ -28,8 +28,8 @@ def comparison_table(
 ) -> tuple[tuple[str, ...], list[list[object]]]:
     """Return columns and rows, policy by policy.
 
-    What the engine sends, and its ratio to ``contiguous``, stand where placement can change
-    it; copies between ranks also beside those between nodes.
+    What the engine sends, and its ratio to ``contiguous``, are shown where placement can
+    change it; copies between ranks are also shown with those between nodes.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def _columns(
     wire: Wire, policies: Sequence[str], *, compared: bool
 ) -> list[tuple[str, str]]:
     """Return heading and metric of each column; ratios only where placements differ."""
-    # Homes of fixed are even, and hold 1/R of the pairs whatever the placement.
+    # Homes of fixed are even, and hold 1/R of the pairs in every placement.
     homes_count = list(policies) != ["fixed"]
     columns = [("local rate", "local_activation_rate")] if homes_count else []
     sent = wire.sent
@@ -84,7 +84,7 @@ def _columns(
 def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
     """Return columns and rows of a plan's own policy: its baselines, then the plan.
 
-    No rows for a plan that was solved from counts alone.
+    No rows for a plan that was solved from counts only.
     """
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     figures = {} if own is None else {**plan.metrics["baselines"], "placer": own}
@@ -170,7 +170,7 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
 
 
 def plan_notes(plan: Plan) -> Iterator[str]:
-    """Yield a sentence on caps that are not as asked for, and on copies received."""
+    """Yield a sentence on caps that are not as requested, and on copies received."""
     if plan.provenance.get("max_imbalance_given", True):
         yield from _relaxed_line(plan)
     yield from _guard_line(plan)
@@ -309,7 +309,7 @@ def _homes_line(plan: Plan) -> Iterator[str]:
 
 
 def closing_lines(plan: Plan) -> Iterator[str]:
-    """Say where EPLB balances sequences not seen better than a plan for balance alone."""
+    """Say where EPLB balances unseen sequences better than a plan that only balances."""
     heldout, eplb = plan.metrics["heldout"], _eplb_imbalance(plan)
     if heldout is None or eplb is None or plan.provenance["objective"] != "balance":
         return

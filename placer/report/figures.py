@@ -26,7 +26,7 @@ from placer.report.statistics import (
 from placer.simulation.sent import Wire, deployable
 from placer.table import Table
 
-# Okabe and Ito's colours, which people who see fewer colours can tell apart.
+# Okabe and Ito's colours, which people who see fewer colours can distinguish.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 _NUM_BINS = 50
 _CHANCE = "chance, 1/R"
@@ -323,7 +323,7 @@ def _cycled(names: Sequence[Any] | dict[str, Any]) -> list[str]:
 
 
 def _draw_table(table: Table) -> list[Drawing]:
-    # The first layers have no history, and use T alone.
+    # The first layers have no history, and use only T.
     kinds = {
         "token (T)": (0, table.token_confidence[:, distinct_rows(table)]),
         "history (A)": (table.lookback, table.history_confidence[table.lookback :]),

@@ -33,7 +33,7 @@ def heatmap(
 ) -> Any:
     """Show one matrix at a time, the choice by a slider where there are several.
 
-    All share one colour scale, so that they can be compared; ``around_one`` tells what
+    All share one colour scale, so that they can be compared; ``around_one`` shows what
     is below 1 from what is above.
     """
     import plotly.graph_objects as go

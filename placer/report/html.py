@@ -146,7 +146,7 @@ def _figure(drawing: Drawing) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Write a value of a table, whose decimals are to stand below each other."""
+    """Write a value of a table, whose decimals are aligned."""
     return f"{value:.3f}" if isinstance(value, float) else _text(value)
 
 

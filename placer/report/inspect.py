@@ -216,7 +216,7 @@ def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
 def _rank_load_section(placement: Placement, load: Sequence[IntArray]) -> Section:
     """Return one row per MoE layer: max/mean rank load, and what makes the busiest rank so.
 
-    Experts are told with their share of that rank's load, the largest first: as many as
+    Experts are shown with their share of that rank's load, the largest first: as many as
     have most of it, at most five.
     """
     rows = []
@@ -250,7 +250,7 @@ def _rank_load_section(placement: Placement, load: Sequence[IntArray]) -> Sectio
 
 
 def _metric_sections(plan: Plan) -> list[Section]:
-    """Return the plan beside its baselines, and its profile beside what was held out."""
+    """Compare the plan with its baselines, and its profile with held-out tokens."""
     profile, heldout = plan.metrics["profile"], plan.metrics["heldout"]
     own = heldout or profile
     if own is None:

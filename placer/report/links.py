@@ -110,7 +110,7 @@ def links_of(
 ) -> Links:
     """Measure the links of a trace.
 
-    Distances that the model does not have are left out, and all that is told of top-1
+    Distances that the model does not have are left out, and all figures of top-1
     experts where the trace does not list experts by weight.
 
     Raises

@@ -10,7 +10,7 @@ import numpy as np
 
 from placer.affinity.information import mutual_information as mutual_information
 
-# Named here for the reports and notebooks that show it beside the other figures.
+# Named here for the reports and notebooks that show it with the other figures.
 from placer.arrays import AnyArray, FloatArray, HashArray, IntArray
 from placer.table import Table
 from placer.trace import Chunk, Trace

@@ -65,7 +65,7 @@ _Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 class Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A file of placer, or an object in one: these fields and no others.
 
-    A default is for code alone: in a file every field is written.
+    A default is only for code: in a file every field is written.
     """
 
     def to_json(self) -> dict[str, Any]:
@@ -197,7 +197,8 @@ def of_this_version(
     value, where, again
         As :func:`validated` takes them.
     upgrade
-        Makes fields of version 2 from those of version 1; by default they are the same.
+        Makes fields of version 2 from the fields of version 1; by default they are the
+        same.
 
     Raises
     ------
@@ -257,7 +258,7 @@ def _load_yaml(text: str) -> Any:
 
     # PyYAML has no types, and its C loader is not built everywhere.
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """PyYAML's safe loader, which by itself keeps the last of two equal keys."""
+        """PyYAML's safe loader, which would keep the last of two equal keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -71,7 +71,7 @@ def read_bytes(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") 
     """
     with open_regular(path, what) as stream:
         size = os.fstat(stream.fileno()).st_size
-        # A read of ``limit`` bytes would take that much memory, whatever the file holds.
+        # A read of ``limit`` bytes would take that much memory, however short the file is.
         value = b"" if size > limit else stream.read(size + 1)
         if len(value) > size:  # it has no size, as in /proc, or it grew
             value += stream.read(limit + 1 - len(value))

@@ -14,7 +14,7 @@ class GapLine:
     Attributes
     ----------
     tell
-        Is told the lines, or ``None``: nobody listens.
+        Receives the lines, or ``None``.
     num_decimals
         Of objective and bound.
     bound
@@ -31,7 +31,7 @@ class GapLine:
         self.bound = max(known, default=None)
 
     def __call__(self, what: str, objective: float) -> None:
-        """Tell what was done, and where it stands."""
+        """Report what was done, and the current figures."""
         if self.tell is None:
             return
         line = f"{what}: objective {objective:.{self.num_decimals}f}"

@@ -1,6 +1,6 @@
 """Directories that an interrupted run can continue: a fixed name, a journal, a lock.
 
-Until it is complete, ``OUT`` is the directory ``OUT.placer-partial``. The journal beside
+Until it is complete, ``OUT`` is the directory ``OUT.placer-partial``. The journal next to
 it, ``.OUT.placer``, says what is written and which directory is placer's own. Then comes
 one JSON line per finished part. It is the lock too, and removed last.
 """
@@ -19,7 +19,7 @@ from placer.run.documents import parse_json
 from placer.run.files import canonical_json
 from placer.run.writing import claimed, journal_head, lock_path, rename_directory
 
-# Errors that tell that what is written is not worth going on with.
+# Errors after which the written parts are of no use.
 _USELESS = (VerificationError, SourceChangedError)
 
 
@@ -51,8 +51,8 @@ def resumable_directory(
     """Yield a directory to fill and its journal; the directory becomes ``out`` at the end.
 
     A run that fails or is ended after it finished a part leaves both, and the same command
-    goes on there. If verification fails, a source changes, or no part is finished, nothing
-    is left.
+    continues there. If verification fails, a source changes, or no part is finished,
+    nothing is left.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def resumable_directory(
     Raises
     ------
     UsageError
-        If ``out`` is an input, or one of the two lies in the other.
+        If ``out`` is an input, or one of the two is inside the other.
     PlacerError
         If ``out`` exists, another process is writing it, or an unfinished directory there
         is not placer's, or of another identity and ``out`` is claimed without ``force``.
@@ -103,7 +103,7 @@ def partial_path(out: Path) -> Path:
 def _begun(
     partial: Path, out: Path, stream: IO[str], identity: str, *, force: bool
 ) -> dict[str, dict[str, Any]]:
-    """Return the finished parts of an earlier run; begin anew where there is none."""
+    """Return the finished parts of an earlier run; start again if there is none."""
     stream.seek(0)
     text = stream.read()
     lines, head = text.splitlines(), journal_head(out)

@@ -1,4 +1,4 @@
-"""Hashes that a file holds of its own content: what no other check would notice."""
+"""Hashes of a file's own content: they show changes that no other check would notice."""
 
 import hashlib
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def unsealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_seal(value: Mapping[str, Any], where: str, again: str) -> None:
-    """Refuse a document whose ``sha256`` is not that of its content; null says nothing.
+    """Refuse a document whose ``sha256`` is not its content's hash; null is not checked.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What solving runs with: who is told of each step, when to stop, and the seed."""
+"""What solving runs with: the receiver of progress, when to stop, and the seed."""
 
 import time
 from collections.abc import Iterator
@@ -59,13 +59,13 @@ class Session:
         return cls(progress=progress, deadline=deadline, seed=seed)
 
     def tell(self, step: str) -> None:
-        """Tell a step to whoever listens."""
+        """Report a step."""
         if self.progress is not None:
             self.progress(step)
 
     @property
     def quiet(self) -> Self:
-        """The same, of which nobody is told."""
+        """The same session without progress."""
         return replace(self, progress=None)
 
     def part(self, share: float) -> Self:

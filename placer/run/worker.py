@@ -122,7 +122,7 @@ def together(worker: Worker, backend: str = "gloo") -> Iterator[None]:
 def fails_first() -> bool:
     """Note that this worker fails; return whether it is the first, or has no others.
 
-    When one worker fails the connections of the others break, which is not worth telling.
+    When one worker fails the connections of the others break, which is not worth a message.
     """
     path, rank = os.environ.get(_FIRST_FAILURE), os.environ.get("RANK")
     if path is None or rank is None:

@@ -2,7 +2,7 @@
 
 A command claims its target first (:func:`claimed`): no other process may write it, nothing
 that exists is replaced without ``--force``, and nothing is written over an input. Files and
-directories are then written under random names beside the target, flushed to the disk and
+directories are then written under random names next to the target, flushed to the disk and
 renamed last, so a command that fails or is ended leaves nothing that looks complete.
 """
 
@@ -24,7 +24,7 @@ from placer.errors import PlacerError, UsageError
 from placer.run.documents import parse_json
 from placer.run.files import canonical_json, read_bytes
 
-# What tells a directory that placer wrote, and all that such a directory may hold.
+# What marks a directory that placer wrote, and all that such a directory may hold.
 _WRITTEN = (
     ("trace.json", ("trace.json", "chunk-*.safetensors")),
     ("frontier.csv", ("frontier.csv", "plan-*.json")),
@@ -50,8 +50,8 @@ class Claim:
     force
         Replace what is there.
     stream
-        The locked file beside the target: empty, or the journal of a directory whose
-        writing can go on (:mod:`placer.run.resumable`).
+        The locked file next to the target: empty, or the journal of a directory whose
+        writing can continue (:mod:`placer.run.resumable`).
     """
 
     force: bool
@@ -83,7 +83,7 @@ def claimed(
     Raises
     ------
     UsageError
-        If ``out`` is an input, or one of the two lies in the other.
+        If ``out`` is an input, or one of the two is inside the other.
     PlacerError
         If ``out`` exists and may not be replaced, or another process is writing it.
     """
@@ -141,7 +141,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            # Temporary files may be read by their owner alone.
+            # Temporary files may be read only by their owner.
             temporary.chmod(0o666 & ~_umask())
             flush_to_disk(temporary)
             temporary.replace(place)
@@ -328,7 +328,7 @@ def _locked(place: Path, out: Path) -> Iterator[IO[str]]:
         try:
             yield stream
         finally:
-            # A journal stays for the run that goes on.
+            # A journal stays for the run that continues.
             if not os.fstat(stream.fileno()).st_size:
                 path.unlink(missing_ok=True)
 

@@ -148,7 +148,7 @@ class Start:
     command
         A shell command; words in capitals are for the user to fill in.
     conditions
-        What else must hold, one sentence each.
+        Other conditions, one sentence each.
     stale
         Options that make the plan stale, each with the reason.
     """
@@ -199,7 +199,7 @@ class EngineFamily:
         """Return why a map does not serve this model, ``None`` where it does.
 
         Engines choose by the architectures of ``config.json``; where those are not known,
-        the model type stands for them. Of an unknown model nothing is said.
+        the model type is used instead. For an unknown model the result is ``None``.
         """
         if not self.reads_map or model_type is None:
             return None
@@ -304,7 +304,7 @@ def start_lines(
 
 
 def _other_exchange(served: Deployment, engine: Engine | None, title: str) -> Iterator[str]:
-    """Say where what is sent is not what the plan lowers."""
+    """Say if the engine sends something else than the plan reduces."""
     if served.exchange is None or (engine is not None and served.fits(engine)):
         return
     sends = f"placer does not know what {title} sends"

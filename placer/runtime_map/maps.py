@@ -65,7 +65,7 @@ class WrittenMap:
     start
         How engines are started with it; empty where the format belongs to none.
     warnings
-        What is wrong for this very model, or rests on shapes alone.
+        Warnings: what is wrong for this model, or if only shapes were compared.
     """
 
     runtime: str
@@ -187,7 +187,7 @@ def verify_map(path: Path, plan_path: Path, directory: Path) -> MapReport:
 
 
 def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
-    """Yield what is wrong with a map for this very model."""
+    """Yield what is wrong with a map for this model."""
     if source.warning:
         yield source.warning
     if runtime.status:
@@ -208,7 +208,7 @@ def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
 
 
 def require_plan(rows: Any, source: MapSource) -> None:
-    """Refuse rows that are no placement, or not that of the plan."""
+    """Refuse rows that are no placement, or not the plan's placement."""
     placed = source.placement
     found = require_valid_rows(rows, placed.num_experts, placed.num_ranks).to_json()
     for layer, (row, expected) in enumerate(zip(found, placed.to_json(), strict=True)):

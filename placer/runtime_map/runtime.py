@@ -34,10 +34,10 @@ class MapSource:
     architectures
         What the model's config names itself.
     num_hidden_layers, num_mtp_layers
-        Hidden layers, dense ones included, and multi-token-prediction layers behind them;
+        Hidden layers, dense ones included, and multi-token-prediction layers after them;
         0 without a model.
     warning
-        What rests on shapes alone, or ``None``.
+        A warning if only shapes were compared, or ``None``.
     """
 
     plan_path: Path
@@ -184,14 +184,14 @@ class Runtime:
     suffixes
         File names that it is known by, the usual one first.
     needs_model
-        Whether the plan alone is not enough.
+        Whether it needs the model, and not only the plan.
     write
         Writes the map of a source to a path, in the format of a suffix.
     read
         Reads a map and checks it by the runtime's own rules; returns one row of slots per
         MoE layer. Raises :class:`PlacerError` where a rule is broken.
     parse
-        Reads what a map says by itself, from a path in the format of a suffix.
+        Reads a map without a plan, from a path in the format of a suffix.
     family
         Name of the engine's family, ``None`` where the format belongs to no engine.
     status

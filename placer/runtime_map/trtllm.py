@@ -27,12 +27,12 @@ from placer.runtime_map.runtime import (
 
 _ASSIGNMENTS = "initial_global_assignments"
 _KEYS = ("num_slots", "layer_updates_per_iter", _ASSIGNMENTS)
-# Where the map may stand in a file of TensorRT-LLM's options.
+# Where the map may be in a file of TensorRT-LLM's options.
 _OUTER_KEYS = ("moe_config", "load_balancer")
 
 
 def _layers(source: MapSource) -> tuple[int, ...]:
-    """Return the layers that TensorRT-LLM asks for: the MoE layers, then those of MTP."""
+    """Return the layers that TensorRT-LLM requires: the MoE layers, then the MTP layers."""
     first = source.num_hidden_layers
     return (
         *(source.model.layer_ids or ()),

@@ -4,8 +4,8 @@
 vllm-project/vllm#49572: one row of slots for each MoE layer. ``vllm-das`` is the file of
 ``eplb_config.expert_map_path`` of HYGON-AI/vllm-plugin-das (merged as #69;
 ``model_executor/layers/fused_moe/static_eplb.py``): ``version`` 2 and ``model_maps``, by
-the class of the model, that of its multi-token prediction (MTP) apart. It refuses a map of
-another shape, and a model whose class is missing.
+the class of the model, with a separate entry for multi-token prediction (MTP). It refuses a
+map of another shape, and a model whose class is missing.
 """
 
 import json

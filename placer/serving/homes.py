@@ -12,7 +12,7 @@ from placer.serving.layer_serving import RankArray, rank_dtype
 
 Batching = Literal["decode", "prefill"]
 
-#: Tokens per rank of the batches that are served where none are asked for.
+#: Tokens per rank of the batches that are served by default.
 TOKENS_PER_RANK = (64, 256, 4096)
 # DeepEP's low-latency kernels and the engines' graphs of decoding end about here.
 _FEWEST_PREFILL_TOKENS = 1024
@@ -110,7 +110,7 @@ class Batches:
     size
         Tokens of the trace per batch; the last batch may have fewer.
     weight
-        Tokens that each of them stands for: above 1 where the trace has fewer tokens than
+        Tokens that each of them represents: above 1 where the trace has fewer tokens than
         one batch.
     """
 
@@ -163,7 +163,7 @@ class Batches:
         rank computes the sequences that :func:`fixed_homes` gives it, one after another: a
         batch takes one token of each rank's in turn.
 
-        Where there are fewer tokens than one batch has, each stands for several. Copies
+        Where there are fewer tokens than one batch has, each represents several. Copies
         and loads of the ranks are then right in the mean; the load is as uneven as that of
         so few tokens is, and no more experts are activated than by them.
         """

@@ -12,7 +12,7 @@ work at the same time; the latency is that of the slowest link in use. Where a l
 measured, its times for this many bytes are taken instead of the two figures
 (:class:`~placer.target.hardware.Link`).
 
-Left out: attention, the router, shared experts (they run on every rank alike), kernels that
+Left out: attention, the router, shared experts (the same on every rank), kernels that
 pad to tiles, and overlap. ``overlapped`` says what is left where two half batches take
 turns, so that one computes while the other communicates: the longer of the two.
 """
@@ -50,7 +50,7 @@ class ExpertShape:
     weight_bytes
         Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for four bits.
     weight_only
-        Whether weights alone are quantised, and the experts compute in bf16.
+        Whether only weights are quantised, and the experts compute in bf16.
     assumption
         The sentence on where ``weight_bytes`` comes from, if nobody said it.
     """
@@ -314,7 +314,7 @@ class BreakEven:
         ``always``, ``never``, ``below`` or ``above`` the bandwidth.
     bandwidth
         Bytes per second and direction of one GPU: of the slow link where there are nodes,
-        the fast one scaled alike; ``None`` for ``always`` and ``never``.
+        the fast one scaled by the same factor; ``None`` for ``always`` and ``never``.
     """
 
     pays: str

@@ -73,7 +73,7 @@ class PolicyTally:
     pairs_of_token
         ``[T]`` int64: pairs of a token that were served elsewhere, in all layers counted.
     copies_of_token, node_copies_of_token
-        ``[T]`` int64: rank copies and node copies that it sent, likewise.
+        ``[T]`` int64: rank copies and node copies that it sent.
     """
 
     num_ranks: int

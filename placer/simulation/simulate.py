@@ -87,7 +87,7 @@ def simulate(
 def count(
     placement: Placement, tokens: Chunk, **options: Unpack[ServingOptions]
 ) -> dict[str, PolicyTally]:
-    """Return the counts behind :func:`simulate`, which says what is given and raised."""
+    """Return the counts of :func:`simulate`, which documents parameters and errors."""
     table = options.get("table")
     _require_fitting(placement, tokens, table)
     batches = Batches.of(tokens.sequence_ids, options.get("batch_size", DEFAULT_BATCH_SIZE))

@@ -12,7 +12,7 @@ counts and the prior alike, and a row never seen has the prior itself. With embe
 prior of a token id is what a regression predicts of its embedding, that of a history what
 its ranks and pairs of ranks do (:mod:`placer.table.histories`).
 
-A token takes the surer of T and A, so T serves the tokens whose history tells little, and A
+A token takes the surer of T and A, so T serves the tokens whose history shows little, and A
 those whose id does. Both are therefore counted a second time, every token by how likely
 it is to take the one or the other, and shrunk towards what they were.
 
@@ -20,7 +20,7 @@ Under a cap on the home imbalance each rank has a price per layer
 (:mod:`placer.table.prices`), and a row takes the home of the highest rate minus price; its
 confidence stays the rate.
 
-Where the token id alone decides the experts (hash-routed layers), the rate is no estimate:
+Where only the token id decides the experts (hash-routed layers), the rate is no estimate:
 it is the share of the id's experts that the home has, and A has no say.
 """
 
@@ -49,7 +49,7 @@ from placer.table.table import Table, expert_rank_rows
 from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk
 
-# Longer histories than four layers predict no more, whatever they cost.
+# Longer histories than four layers do not predict more, but cost more.
 _MOST_DEFAULT_LOOKBACK = 4
 _MOST_DEFAULT_HISTORIES = 1 << 14
 DEFAULT_SHRINKAGE = 4.0
@@ -103,12 +103,12 @@ def build_table(
         :mod:`placer.table.regression`), or ``None``.
     max_home_imbalance
         Cap, above 1, on the profile's tokens of the fullest home over the mean, in every
-        layer; where prices do not reach it, the most even homes found. Ids without a
-        row of their own take turns over the ranks. ``None``: the best home of each row.
+        layer; where prices do not reach it, the most even homes found. Ids without an
+        own row take turns over the ranks. ``None``: the best home of each row.
     token_experts
         By hash-routed layer, ``[V, k]``: the experts of every token id (see
         :func:`placer.table.hash_routing.read_token_experts`). Their rows are exact; of
-        homes that serve alike the one that the checkpoint lists first is taken.
+        equally good homes, the one that the checkpoint lists first is taken.
     replica_choice, layer_ids
         Who serves in the layers before, whose majority ranks index A: as
         :func:`placer.serving.replica_choice.serving_layers` takes them. Under ``hash``
@@ -122,7 +122,7 @@ def build_table(
         If there is no time for all layers.
     PlacerError
         If the tokens have no ids, or an id at or past ``vocab_size``, or were routed
-        otherwise than ``token_experts`` says.
+        in another way than ``token_experts`` says.
     UsageError
         If ``lookback``, ``shrinkage`` or ``max_home_imbalance`` is out of range, or
         nothing says which replica of an expert serves.
@@ -280,7 +280,7 @@ class _Builder:
         serving = LayerServing.of(self.placement, layer)
         experts = np.ascontiguousarray(token_experts.T)
         rates = serving.share_held(experts)
-        # Below the step between two rates, so that it decides between equals alone.
+        # Below the step between two rates, so that it only decides between equals.
         bonus = 0.5 / len(experts) * self._tie_breaks(serving, experts)
         known = self.token_ids >= 0
 
@@ -318,7 +318,7 @@ class _Builder:
     def _as_used(
         self, rates: FloatArray, histories: HistoryRates, served: FloatArray
     ) -> tuple[FloatArray, HistoryRates]:
-        """Count T and A anew, each by the tokens that will take it, shrunk towards itself.
+        """Count T and A again, each by the tokens that will take it, shrunk towards itself.
 
         ``served`` ``[T, R]``: the share of a token's pairs that each home could serve.
         """

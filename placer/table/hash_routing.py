@@ -73,7 +73,7 @@ def require_same_routing(token_experts: TokenExperts, tokens: Chunk) -> None:
     Raises
     ------
     PlacerError
-        With a token id that was routed otherwise.
+        With a token id that was routed differently.
     """
     if tokens.token_ids is None:
         return

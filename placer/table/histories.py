@@ -3,7 +3,7 @@
 Most histories are rare. What one of them predicts is therefore first the sum of what each
 of its ranks does and, from three layers on, each pair of its ranks: effects fitted by ridge
 regression (Hoerl and Kennard 1970). The histories that the profile met are shrunk
-towards that sum, all others have it alone.
+towards that sum; for all others it is the prediction.
 
 Legend of the shapes: T tokens, N histories met, n past layers, R ranks, C columns.
 """

@@ -1,10 +1,10 @@
 """Prices of ranks, so that no home has too many tokens.
 
-Homes by rate alone crowd a few ranks, and attention waits for the fullest. Each rank of a
-layer has a price, and a token takes the home of the highest rate minus price. Prices rise
-where there are more tokens than the cap allows, and fall again, to 0 and no further, where
-there are fewer (an auction, Bertsekas 1979): ranks under the cap cost nothing, so no token
-leaves a home for more evenness than was asked.
+Homes that are chosen only by rate crowd a few ranks, and attention waits for the fullest.
+Each rank of a layer has a price, and a token takes the home of the highest rate minus
+price. Prices rise where there are more tokens than the cap allows, and fall again, but not
+below 0, where there are fewer (an auction, Bertsekas 1979): ranks under the cap cost
+nothing, so no token leaves a home for more evenness than was asked.
 """
 
 from collections.abc import Callable

@@ -73,7 +73,7 @@ class EmbeddingRegression:
         for ids in _parts(np.arange(vocab_size)):
             features[ids] = features[ids] @ turn
         known, variance = features[seen], np.maximum(variance, 0.0)
-        # All rows alike vary in no direction: any penalty will do.
+        # Equal rows vary in no direction: any penalty will do.
         penalty = _PENALTIES * (float(variance.mean()) or 1.0)
         shrunk = (1 / (variance + penalty[:, None])).astype(np.float32)
         return cls(

@@ -3,9 +3,9 @@
 A request keeps one home, so what counts of an id is not how its own tokens are served but
 how the sequences that hold it are, each counted once: the share of their pairs that each
 rank could serve, above or below that of all tokens. Frequent ids are in all sequences and
-say nothing; rare ones tell the topic. An id is shrunk towards nothing, as if one more,
+say nothing; rare ones show the topic. An id is shrunk towards nothing, as if one more,
 average sequence held it. Summed over a prompt this is the score of naive Bayes, with shares
-in place of the logarithms.
+instead of the logarithms.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from placer.placement.placement import Placement
 from placer.serving.layer_serving import LayerServing
 from placer.trace import Chunk
 
-# Average sequences that every id is counted in besides its own.
+# Average sequences added to the count of every id.
 _SHRINKAGE = 1.0
 
 

@@ -73,7 +73,7 @@ class TableFile(Document, frozen=True, kw_only=True):
 class Table:
     """Homes of tokens, for one placement.
 
-    A runtime takes ``token_rank`` (T) or ``history_rank`` (A), whichever is the more
+    A runtime takes ``token_rank`` (T) or ``history_rank`` (A): the more
     confident; a tie goes to T. An unknown token takes A where there is history, else the
     home of its sequence (token shuffling of Speculative MoE, arXiv 2503.04398).
 
@@ -85,7 +85,7 @@ class Table:
         Topology of the placement, R ranks.
     lookback
         Number of past layers that index ``history_rank``; the first ``lookback`` layers
-        use T alone.
+        use only T.
     token_rank
         ``[L, V]`` uint8, or uint16 above 256 ranks: T, the home that a token id prefers.
     token_confidence

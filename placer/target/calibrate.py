@@ -108,7 +108,7 @@ class Calibration:
     memory_bandwidth
         Bytes read and written per second by a copy on the slowest rank.
     processor_share
-        Operations per second when all ranks compute over those of one by itself, at most 1.
+        Operations per second when all ranks compute over those of a single rank, at most 1.
     fast, slow
         Links inside and between nodes; ``None`` where no two ranks are joined by it.
     all_gather
@@ -198,7 +198,7 @@ def require_devices(options: CalibrationOptions, ranks_here: int) -> None:
     Raises
     ------
     PlacerError
-        If a rank would have no GPU of its own: NCCL joins no two ranks on one.
+        If a rank would not have its own GPU: NCCL joins no two ranks on one.
     """
     if options.device == "cpu":
         return
@@ -317,7 +317,7 @@ class _Bench:
     def flops(self, *, alone: bool = False) -> float:
         """Return operations per second of a square bf16 matrix product.
 
-        ``alone``: of the first rank, while the others wait.
+        ``alone``: times of the first rank, while the others wait.
         """
         import torch
 

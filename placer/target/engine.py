@@ -1,7 +1,7 @@
 """Serving engines: the exchange of an MoE layer, and the replica choice.
 
-Engines are data: ``engines.toml`` beside this file, each with its source. Words and
-arithmetic are those of ``docs/concepts.md``.
+Engines are data: ``engines.toml`` next to this file, each with its source. Words and
+arithmetic are as in ``docs/concepts.md``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,8 +105,8 @@ class Engine:
     topologies
         The pairs of nodes and ranks per node that it runs on; empty where all are taken.
     ranks_of_node
-        Ranks in a row that its kernels take for one node, whatever the nodes have; 0 where
-        they take those of a node.
+        Ranks in a row that its kernels take for one node, even if nodes have more or fewer;
+        0 where they take those of a node.
     source
         Public documentation.
     read_in
@@ -185,7 +185,7 @@ class Engine:
         Raises
         ------
         UsageError
-            If no engine has this name, or it is that of a family.
+            If no engine has this name, or it is the name of a family.
         """
         found = engines_named(name)
         if found[0].name == name:
@@ -318,7 +318,7 @@ def choose_replicas(
     engine
         What serves, or ``None`` where nobody says.
     wanted
-        The choice that is asked for, or ``None``.
+        The requested choice, or ``None``.
     has_replicas
         Whether there are redundant experts. Without them ``None`` will do.
     command
@@ -363,8 +363,8 @@ def _per_expert_effect(
     """Return the effect under ``fixed`` and ``per-expert``.
 
     A home is on each of the R ranks with the same probability, so a pair is remote with
-    probability 1 - 1/R wherever its expert lives. With c copies and a choice that prefers
-    the home it is 1 - c/R; a choice that ignores the home leaves 1 - 1/R.
+    probability 1 - 1/R for every placement of its expert. With c copies and a choice that
+    prefers the home it is 1 - c/R; a choice that ignores the home leaves 1 - 1/R.
     """
     if not has_replicas:
         return PlacementEffect(

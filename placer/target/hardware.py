@@ -248,7 +248,7 @@ class Hardware:
 
     @classmethod
     def named(cls, name: str) -> "Hardware":
-        """Return known hardware, or that of a TOML file with the same keys.
+        """Return known hardware, or the hardware of a TOML file with the same keys.
 
         Raises
         ------

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 
-# Weights nudged by this share of their size tell ties from choices: about a thousand times
-# the rounding of float32. An even tie looks like none once in two to the 32.
+# Weights nudged by this share of their size separate ties from choices: about a thousand
+# times the rounding of float32. An even tie looks like none once in two to the 32.
 NUDGE = 1e-4
 NUM_NUDGES = 32
 
@@ -29,7 +29,7 @@ class RouterOutput(NamedTuple):
     shares
         ``[N, E]`` float32: in which share of ``NUM_NUDGES`` repetitions, with the router's
         weights nudged by as much as rounding may matter, an expert is chosen; ``None`` if
-        that was not asked for. Where it is neither 0 nor 1 the expert is in a tie.
+        that was not requested. Where it is neither 0 nor 1 the expert is in a tie.
     """
 
     ids: "torch.Tensor"
@@ -209,7 +209,7 @@ def _chosen_when_nudged(
 ) -> "torch.Tensor":
     """Return ``[N, E]``: in which share of nudges a router chooses an expert.
 
-    The router itself is asked, so that its biases, groups and tables count; matrices of
+    The router itself is called, so that its biases, groups and tables count; matrices of
     its weights are nudged by ``NUDGE`` of their root mean square.
     """
     import torch

@@ -176,7 +176,7 @@ class Chunk:
         Raises
         ------
         PlacerError
-            If there is none, or one goes on with a sequence of another.
+            If there is none, or one continues a sequence of another.
         """
         parts = list(chunks)
         if not parts:
@@ -298,7 +298,7 @@ def _sequence_order(parts: list[AnyArray]) -> IntArray | None:
     Raises
     ------
     PlacerError
-        If it is another order, and a sequence stands in two parts.
+        If it is another order, and a sequence is in two parts.
     """
     ids = np.concatenate(parts)
     if not (ids[1:] < ids[:-1]).any():

@@ -149,7 +149,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a document stands: a file, or the byte at which a line of one begins."""
+    """Where a document is: a file, or the byte at which a line of one begins."""
 
     path: Path
     offset: int | None
@@ -160,7 +160,7 @@ def name_corpora(
 ) -> list[Corpus]:
     """Build corpora from ``--corpus PATH``, ``--domain NAME=PATH`` and ``--field NAME``.
 
-    The path ``-`` stands for standard input, which is read here.
+    The path ``-`` is standard input, which is read here.
 
     Raises
     ------

@@ -32,7 +32,7 @@ def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read columns ``sequence_id, position, layer, e0, e1, ...``.
 
     ``token_id``, ``phase`` (prefill or decode, or 0 or 1) and the router weights ``w0,
-    w1, ...`` may stand among them. Without weights ``e0`` is the expert with the largest
+    w1, ...`` may be among them. Without weights ``e0`` is the expert with the largest
     one. Rows may be in any order; every token has one row per layer. Layers count from 0
     over MoE layers, or over all hidden layers; other numbers are the model's own.
 

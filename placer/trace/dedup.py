@@ -3,7 +3,7 @@
 Three kinds. A *shared prefix*: the tokens with which a sequence begins began another one
 before, as with a common system prompt; a causal model routes them the same way again, and
 an engine with a prefix cache never computes them twice. A *repeated row*: a token that
-uses the same experts as another in all layers, in whatever order. A token of a *warm-up*:
+uses the same experts as another in all layers, in any order. A token of a *warm-up*:
 a repeated row in a long run of them, or far too common for real traffic
 (:mod:`placer.trace.warm_up`).
 """
@@ -40,7 +40,7 @@ class Repetition:
     num_prefix_tokens
         Of those, tokens of a shared prefix.
     num_repeated_rows
-        Of those, repeated rows, be they in a shared prefix or not.
+        Of those, repeated rows, in a shared prefix or not.
     num_warm_up_tokens
         Of those, tokens of a warm-up.
     num_removed
@@ -79,7 +79,7 @@ def dedup_trace(
     """Write a trace without repeats; sequence ids and positions are kept.
 
     Memory holds 12 bytes per token, and 16 per distinct token (up to 26 while sets grow),
-    beside one chunk.
+    plus one chunk.
 
     Parameters
     ----------
@@ -88,12 +88,13 @@ def dedup_trace(
     out
         Where to write.
     kinds
-        What to remove; the shares of all kinds are counted anyway. Prefixes are told by
+        What to remove; the shares of all kinds are counted anyway. Prefixes are found by
         token ids, or by rows where no ids were recorded; from an unknown id or a missing
         position on, nothing of a sequence counts as a prefix.
     fold
-        ``None`` keeps the first of equals. A fold keeps itself whole, and what is outside
-        it loses what the fold holds: profile on the fold, judge on the rest.
+        ``None`` keeps the first of equal tokens. With a fold, its sequences are kept whole,
+        and other sequences lose the tokens that the fold has: profile on the fold, judge on
+        the rest.
 
     Raises
     ------
@@ -147,7 +148,7 @@ class _Search:
                 repeated = np.zeros(chunk.num_tokens, dtype=np.bool_)
                 repeated[known] = self._seen[kind].contains(hashes[known])
                 if self._fold is None:
-                    # What is unknown is no first of equals either.
+                    # Unknown tokens do not count as the first of equal ones.
                     repeated[known] |= ~_first(hashes[known])
                     self._seen[kind].add(hashes[known])
                 found[kind] = repeated & looked_at
@@ -217,7 +218,7 @@ def _hashes(chunk: Chunk) -> dict[Kind, tuple[HashArray, BoolArray]]:
 
 
 def _first(hashes: HashArray) -> BoolArray:
-    """Return ``[T]``: whether a hash stands here for the first time."""
+    """Return ``[T]``: whether a hash occurs here for the first time."""
     first = np.zeros(len(hashes), dtype=np.bool_)
     first[np.unique(hashes, return_index=True)[1]] = True
     return first

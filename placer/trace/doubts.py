@@ -32,7 +32,7 @@ def doubts(trace: Trace, selection: Selection = EVERYTHING) -> Iterator[str]:
 
 
 def _unused_routers(trace: Trace, selection: Selection) -> Iterator[str]:
-    """Tell layers of a top-1 model that send every token to one expert."""
+    """Name layers of a top-1 model that send every token to one expert."""
     seen: list[set[int]] = [set() for _ in trace.model.num_experts]
     for chunk in trace.chunks(selection):
         for layer, ids in enumerate(chunk.experts):

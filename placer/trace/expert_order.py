@@ -10,7 +10,7 @@ from placer.arrays import AnyArray
 if TYPE_CHECKING:
     from placer.trace.imported import ImportedTokens
 
-# In rows by weight two experts ascend in half of them, and few tokens tell nothing.
+# In rows by weight two experts ascend in half of them, and few tokens show nothing.
 _FEWEST_TOKENS = 64
 _NEARLY_ALL = 0.99
 
@@ -23,7 +23,7 @@ def ordered_by_weight(tokens: "ImportedTokens") -> tuple["ImportedTokens", int]:
     Returns
     -------
     ImportedTokens, int
-        The tokens, and how many rows (of a token and a layer) were listed otherwise.
+        The tokens, and how many rows (of a token and a layer) were listed in another order.
     """
     weights = tokens.weights
     if weights is None:

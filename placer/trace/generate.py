@@ -62,7 +62,7 @@ def decode_batch(
     """Run prompts ``[B, P]`` and decode one token of each at a time, with a KV cache.
 
     Prompts of equal length need no padding, so every row that is routed is real. Each row
-    draws from its own ``seeds`` entry, whatever else is in the batch.
+    draws from its own ``seeds`` entry, whatever is in the rest of the batch.
     """
     import torch
 

@@ -47,7 +47,7 @@ class TraceFile(Document, frozen=True, kw_only=True):
 
 
 def upgraded_trace(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of schema version 2 from those of version 1.
+    """Return the fields of schema version 2 from the fields of version 1.
 
     Version 1 had ``experts_by_weight`` only where it is false.
     """

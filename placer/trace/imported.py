@@ -47,7 +47,7 @@ Array = npt.NDArray[Any]
 _CHUNK_TOKENS = 65_536
 # What the provenance calls rows that were listed in another order than by weight.
 REORDERED = "reordered_rows"
-# This many rows alike are no chance.
+# This many equal rows are no chance.
 _TELLING_TOKENS = 64
 _INTEGERS = (
     "experts",
@@ -94,7 +94,7 @@ class ImportedTokens:
     domain_of_sequence, domain_names
         ``[S]`` integers and names, or ``None`` and none.
     remarks
-        What the file does not tell, or what was left out: sentences for the user.
+        What the file does not say, or what was left out: sentences for the user.
     """
 
     experts: Array
@@ -388,7 +388,7 @@ def told_of_hash_layers(layers: Sequence[int]) -> str:
 
 
 def _require_captured(tokens: ImportedTokens, spec: ModelSpec) -> None:
-    """Refuse layers of zeros; those of a bound top-1 model may be a collapsed router's."""
+    """Refuse layers of zeros; in a bound top-1 model, a collapsed router may cause them."""
     num_tokens, num_layers, top_k = tokens.experts.shape
     if top_k == 1 and (spec.bound or num_tokens < _TELLING_TOKENS):
         return

@@ -36,7 +36,7 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _whole(first: bytes, rest: bytes) -> Any:
-    """Return one value over several lines; the first line alone says what is wrong."""
+    """Return one value over several lines; only the first line says what is wrong."""
     try:
         return parse_json(first + rest, "the file")
     except PlacerError:

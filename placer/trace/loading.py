@@ -14,8 +14,8 @@ from placer.run.files import open_regular
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
-# Blocks of a weight file that are read to tell it from another: the first, the last and
-# some between.
+# Blocks of a weight file that are read to distinguish it from another: the first, the last
+# and some between.
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
@@ -89,7 +89,7 @@ def _loading(directory: Path) -> Iterator[None]:
 def weights_sample_sha256(directory: Path) -> str:
     """Return a SHA-256 of the names, sizes and evenly spaced blocks of the weight files.
 
-    It costs a few reads, whatever the size. A model trained further or quantised again has
+    It costs a few reads at any size. A model trained further or quantised again has
     another one; a few bytes that were changed elsewhere go unseen.
     """
     digest = hashlib.sha256()

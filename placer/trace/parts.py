@@ -1,6 +1,6 @@
 """Recording by several processes under torchrun, each with a share of the chunks.
 
-Chunk n is worker ``n mod W``'s, who writes a trace of its own beside the place of the whole
+Chunk n is worker ``n mod W``'s, who writes its own trace next to the final one
 one. Put together in order they are what one process would have written, byte for byte.
 """
 

@@ -271,7 +271,7 @@ class _Runner:
         import torch
 
         lengths = np.asarray([len(one.ids) for one in batch])
-        # Padding stands on the right and is masked, so it changes no real token.
+        # Padding is on the right and is masked, so it changes no real token.
         width = int(lengths.max())
         ids = np.zeros((len(batch), width), dtype=np.int64)
         real = np.arange(width) < lengths[:, None]

@@ -23,7 +23,7 @@ _OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")
 def validate_trace(trace: Trace) -> TraceHeader:
     """Check every chunk: hashes, format, ids, and that chunks fit together.
 
-    All hold the same tensors, and a sequence id stands in one of them.
+    All hold the same tensors, and a sequence id is in only one of them.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> Trac
     Raises
     ------
     UsageError
-        If there are not so many, or none are asked for.
+        If there are not so many, or none are requested.
     """
     ids = np.concatenate([np.unique(chunk.sequence_ids) for chunk in trace.chunks()])
     if not 1 <= num_sequences <= len(ids):
@@ -258,7 +258,7 @@ def write_derived(
 ) -> TraceHeader:
     """Write chunks that were made from ``trace``; ``made`` says how, in the provenance.
 
-    ``header`` is what the header should say otherwise than that of ``trace``.
+    ``header`` is what the header should say differently from the header of ``trace``.
 
     Raises
     ------

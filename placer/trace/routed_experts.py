@@ -55,7 +55,7 @@ class _Sequence:
     experts
         ``[N, L, k]``.
     start
-        Position of the first row; ``None`` where the response does not tell.
+        Position of the first row; ``None`` where the response does not say.
     prompt_tokens
         Length of the prompt, or ``None``.
     token_ids
@@ -82,7 +82,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Counted:
-    """The length of an output's prompt and its first position, as far as counts tell."""
+    """The length of an output's prompt and its first position, as far as counts show."""
 
     prompt: int | None = None
     start: int | None = None
@@ -94,8 +94,8 @@ _Finder = Callable[[Mapping[str, Any]], _Found]
 def read_sglang_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read responses of SGLang (0.5): base64 of raw int32 ``[N, hidden layers, k]``.
 
-    The ids stand in ``meta_info.routed_experts`` (native) or ``sglext.routed_experts``
-    (OpenAI, of the first choice alone) or ``sgl_ext`` of each choice. The bytes have no
+    The ids are in ``meta_info.routed_experts`` (native) or ``sglext.routed_experts``
+    (OpenAI, of the first choice only) or ``sgl_ext`` of each choice. The bytes have no
     header, so the model has to be known.
 
     Raises
@@ -112,7 +112,7 @@ def read_sglang_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
 def read_vllm_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read responses of vLLM (0.30): base64 of ``.npy`` ``[N, hidden layers, k]``.
 
-    The ids stand in ``choices[].routed_experts``; each choice becomes a sequence.
+    The ids are in ``choices[].routed_experts``; each choice becomes a sequence.
 
     Raises
     ------
@@ -270,10 +270,10 @@ def _vllm_found(response: Mapping[str, Any]) -> _Found:
 
 
 def _of_choices(usage: Any, num_choices: int, rows: Sequence[int]) -> _Counted:
-    """Return what the usage of a response tells of each of its choices.
+    """Return what the usage of a response says about each of its choices.
 
     It counts every prompt once and all outputs: choices are of one prompt (``n``) or of
-    one prompt each, and their rows tell which, if none is missing.
+    one prompt each, and their rows show which, if none is missing.
     """
     prompt, output = _counts(usage)
     if num_choices == 1 and rows:
@@ -292,7 +292,7 @@ def _sequence(
     prompt_ids: list[int] | None,
     output_ids: list[int] | None,
 ) -> _Sequence:
-    """Build a sequence; rows missing at its start were cached, or not asked for."""
+    """Build a sequence; rows missing at its start were cached, or not requested."""
     prompt = counted.prompt if prompt_ids is None else len(prompt_ids)
     if prompt_ids is None or output_ids is None:
         return _Sequence(

@@ -46,7 +46,7 @@ class Selection:
 
     @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> Self:
-        """Read the inverse of :meth:`to_json`; what is not recorded selects all."""
+        """Read the inverse of :meth:`to_json`; fields that are missing select all."""
         fold, phase = recorded.get("fold"), recorded.get("phase")
         return cls(
             Fold.from_text(fold) if isinstance(fold, str) else None,

@@ -24,7 +24,7 @@ def read_sglang_dump(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read a dump; physical ids become logical ones by the dump's own map.
 
     Each prompt is a sequence. The dump does not say which request a decoded token is of,
-    so each of those is a sequence of its own: rows that follow each other in one request
+    so each of those is its own sequence: rows that follow each other in one request
     may fall on both sides of a fold. Layers that no token has ids for are dense: their
     rows are zeros where a model is bound, and left out where none is.
 

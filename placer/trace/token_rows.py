@@ -14,7 +14,7 @@ from placer.trace.imported import (
 )
 
 Array = npt.NDArray[Any]
-# No model has as many: a larger number is of something else.
+# No model has as many: a larger number means something else.
 _MOST_LAYERS = 4096
 _PHASES = {"prefill": 0, "decode": 1}
 
@@ -49,7 +49,7 @@ def whole_tokens(
 ) -> ImportedTokens:
     """Join the rows of every token.
 
-    Layers that are not numbered from 0 without a gap are those of the model's own numbers.
+    Layers that are not numbered from 0 without a gap are the model's own layer numbers.
 
     Parameters
     ----------

@@ -27,16 +27,16 @@ class TraceWriter:
 
     A context manager. It removes what it wrote if the block raises, unless ``resumable``:
     then the finished chunks stay (:mod:`placer.run.resumable`), and a writer with the same
-    model, domains and provenance goes on after them.
+    model, domains and provenance continues after them.
 
     Attributes
     ----------
     directory
-        Where the trace will be; must not exist yet.
+        Where the trace will be; must not exist.
     model, domains, provenance, experts_by_weight
         What the header will say.
     resumable
-        Keep finished chunks after a failure, and take up those of an earlier one.
+        Keep finished chunks after a failure, and reuse those of an earlier run.
     """
 
     directory: Path
@@ -125,7 +125,7 @@ class TraceWriter:
         self._stack.close()
 
     def _take_up(self, journal: Journal) -> None:
-        """Go on after the chunks of an earlier run, up to the first that is damaged."""
+        """Continue after the chunks of an earlier run, up to the first that is damaged."""
         for name, facts in journal.finished.items():
             path = self._partial / name
             if not path.is_file() or sha256_file(path) != facts.get("sha256"):

@@ -15,6 +15,7 @@ from placer.cli.main import main
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
+from placer.placement.engine_map import map_format
 from placer.placement.topology import Topology
 from placer.runtime_map import RUNTIMES, export_map
 from placer.runtime_map.imported import import_map
@@ -75,6 +76,7 @@ def test_what_is_exported_comes_back(
     for directory in needed:
         first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"
         export_map(name, tmp_path / "plan", directory, first)
+        assert map_format(first) == name, "a command that takes a plan names its importer"
         (tmp_path / "again").unlink(missing_ok=True)
         plan, _ = import_map(name, first, TWO_NODES, directory, tmp_path / "again")
         assert plan.placement.to_json() == placed.to_json()
