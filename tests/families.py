@@ -45,6 +45,8 @@ INDEXED = LATENT | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}
 #: Per family: what to set beyond SMALL, and its MoE layers.
 FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "afmoe": ({"num_dense_layers": 1, **FULL_ATTENTION}, [1, 2, 3]),
+    "axk1": ({"n_group": 4, "topk_group": 2, **DENSE_FIRST, **LATENT}, [1, 2, 3]),
+    "axk2": (DENSE_FIRST | INDEXED, [1, 2, 3]),
     "bailing_hybrid": (
         {"num_expert_group": 4, "topk_group": 2, **FULL_ATTENTION, **DENSE_FIRST, **LATENT},
         [1, 2, 3],
@@ -123,6 +125,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
         },
         [1, 3],
     ),
+    "mellum": (FULL_ATTENTION, [0, 1, 2, 3]),
     "mimo_v2_flash": (FULL_ATTENTION | DENSE_FIRST, [1, 2, 3]),
     "minimax": (FULL_ATTENTION, [0, 1, 2, 3]),
     "minimax_m2": ({}, [0, 1, 2, 3]),
@@ -255,14 +258,28 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
 #: Families without a class in transformers, or whose class does not load what is released:
 #: their layouts are written by hand (test_quantised_layouts, test_released_layouts).
 RELEASED = {
+    "arctic",
     "bailing_moe",
     "bailing_moe_v2",
     "deepseek",
+    "git",
+    "glm4v_moe_text",
+    "glm5_next",
+    "glm5_next_text",
+    "hunyuan",
     "kimi_k2",
+    "kimi_k3",
     "kimi_vl",
     "mimo_v2",
+    "minimax_m1",
+    "minimax_text_01",
     "mistral4",
     "mistral_large_3",
+    "qwen3_vl_moe_text",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "sarvam_mla",
+    "sarvam_moe",
     "step3p5",
     "step3p7",
 }

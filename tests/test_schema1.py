@@ -42,6 +42,18 @@ def test_a_plan(name: str, termination: str, tmp_path: Path) -> None:
     assert Plan.read(tmp_path / "new.json").to_json() == plan.to_json()
 
 
+def test_a_plan_of_the_first_version_1(tmp_path: Path) -> None:
+    """Its solver report had fewer fields than the last of version 1."""
+    old = json.loads((OLD / "plan.json").read_text())
+    for name in ("eplb_caps", "above_eplb_layers"):
+        old["solver"].pop(name)
+    old["solver"].pop("predicted_imbalance", None)
+    old["solver"].pop("imbalance_without_groups", None)
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    solver = Plan.read(tmp_path / "plan.json").solver
+    assert (solver.eplb_caps, solver.above_eplb_layers) == (None, {})
+
+
 def test_a_plan_that_the_clock_cut(tmp_path: Path) -> None:
     old = json.loads((OLD / "token.json").read_text())
     old["solver"]["reproducible"] = False

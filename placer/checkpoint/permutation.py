@@ -13,7 +13,13 @@ from placer.checkpoint.copying import TABLE_DTYPES
 from placer.checkpoint.shard import TensorInfo
 from placer.errors import PlacerError
 from placer.model import Architecture, ModelSpec
-from placer.model.tensor_layout import NAMES_EXPERTS, TensorKind, TensorPlace, has_columns
+from placer.model.tensor_layout import (
+    NAMES_EXPERTS,
+    TensorKind,
+    TensorPlace,
+    has_columns,
+    is_of_all,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +146,7 @@ class _Changes:
             self._require_columns(name, info, self._num_experts[n])
             self.rows[name] = self._old[n]
             self.columns[name] = info.shape[0]
-        elif not _is_one_number(info, place.kind):
+        elif not is_of_all(place.kind, name, info.shape):
             self._require_blocks(name, info, place.kind, self._num_experts[n])
             self.rows[name] = self._old[n]
 
@@ -148,8 +154,9 @@ class _Changes:
         self, name: str, info: TensorInfo, kind: TensorKind | None, size: int
     ) -> None:
         """Check that a tensor is E equal blocks, one after the other."""
-        # [1, E] has its experts along the first axis that is longer than 1.
-        axis = next((n for n in info.shape if n != 1), 1)
+        axis = info.shape[0] if info.shape else 1
+        if kind is not TensorKind.ROUTER:  # [E] or [1, E]
+            axis = next((n for n in info.shape if n != 1), 1)
         fits = axis % size == 0 if kind is TensorKind.STACKED else axis == size
         if not fits:
             reason = f"its shape is {list(info.shape)}, not [{size}, ...]"
@@ -184,11 +191,6 @@ class _Changes:
         )
 
 
-def _is_one_number(info: TensorInfo, kind: TensorKind | None) -> bool:
-    """Return whether a tensor is one number that holds for all experts."""
-    return kind in (TensorKind.FUSED, TensorKind.ROUTER) and math.prod(info.shape) == 1
-
-
 class _Held:
     """Which experts, and which routers, the MoE layers of a checkpoint have."""
 
@@ -201,8 +203,11 @@ class _Held:
         if place.expert is not None:
             # A projection: single experts may be left out of quantisation, and then
             # have a weight where others have a packed weight and scales.
-            projection = place.template.partition("{expert}.")[2].partition(".")[0]
-            self.experts[n, projection].add(place.expert)
+            before, _, after = place.template.partition(".{expert}.")
+            stem = before.rpartition(".")[2]
+            projection = after.partition(".")[0]
+            part = projection if stem == "experts" else f"{stem}.{projection}"
+            self.experts[n, part].add(place.expert)
         elif place.kind in (TensorKind.FUSED, TensorKind.STACKED):
             self.fused.add(n)
         elif place.kind is TensorKind.ROUTER:

@@ -1,6 +1,7 @@
 """A checkpoint directory as it is found: shards, index and other files."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ TORCH_SINGLE_NAME = "pytorch_model.bin"
 RECORD_NAME = "placer.json"
 #: Size, time of the last change (ns) and inode.
 FileState = tuple[int, int, int]
+# Parts of tensors, one file for each rank (sglang 0.5.23: srt/models/grok.py).
+_OF_RANK = re.compile(r"-TP-\d+\.safetensors$")
 _STATE = ("size", "time of the last change", "inode")
 
 
@@ -300,6 +303,12 @@ def _unheld(
     for shard in shards:
         for name in shard.tensors:
             if (first := held.setdefault(name, shard.name)) != shard.name:
+                if _OF_RANK.search(first) and _OF_RANK.search(shard.name):
+                    raise PlacerError(
+                        f"{first} and {shard.name} both hold {name}: they are parts for "
+                        "tensor-parallel ranks, as those of Grok-2",
+                        "give a checkpoint whose files are merged",
+                    )
                 raise PlacerError(
                     f"{index_path.parent}: both {first} and {shard.name} hold {name}",
                     "move the file that engines should not load out of the directory",

@@ -4,7 +4,7 @@ Families are data: one file of ``placer/model/architectures`` each.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,11 @@ from placer.run.documents import parse_toml
 
 # More than any model has.
 _MOST_LAYERS = 10_000
+# Where models for images or sound keep the config of their language model, and what its
+# tensors are below (sglang 0.5.23: srt/utils/hf_transformers/common.py,
+# get_hf_text_config; srt/models/internvl.py, interns1.py, deepseek_vl2.py, minicpmv.py).
+_LANGUAGE_KEYS = ("llm_config", "language_config", "text_config")
+_LANGUAGE_ROOTS = ("language_model.", "model.language_model.", "language.", "llm.")
 
 
 def _all_alike(values: list[Any]) -> bool:
@@ -89,9 +94,31 @@ class Architecture:
                     "import what an engine recorded of it: placer import --help",
                 )
             known += architecture.model_types if architecture.unsupported is None else ()
+        named = repr(model_type)
+        for key in _LANGUAGE_KEYS:
+            inner = config.get(key)
+            if not isinstance(inner, dict) or "model_type" not in inner:
+                continue
+            if inner["model_type"] in known:
+                return cls.of(inner, source)._below(str(model_type), key)
+            named += f", with {inner['model_type']!r} in its {key},"
         raise PlacerError(
-            f"{source}: model_type {model_type!r} is not a family that placer supports",
+            f"{source}: model_type {named} is not a family that placer supports",
             f"known families: {', '.join(sorted(known))}",
+        )
+
+    def _below(self, model_type: str, key: str) -> "Architecture":
+        """Return the family of a model whose language model is of this family.
+
+        Its config stands below ``key``, and its tensors below one of the usual names.
+        """
+        layout = self.layout
+        return replace(
+            self,
+            model_types=(model_type,),
+            unrecorded="placer runs language models only, not models around one",
+            nested_in=key,
+            layout=None if layout is None else layout.below(_LANGUAGE_ROOTS),
         )
 
     def require_recorded(self, source: Path) -> None:

@@ -1,6 +1,7 @@
 """The config of a model directory, and the names of its tensors."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,36 @@ def tensor_names(directory: Path) -> frozenset[str] | None:
                 return None
     for name in SINGLE_NAMES:
         if (path := directory / name).is_file():
-            with path.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if length > _MAX_HEADER_BYTES:
-                    return None
-                try:
-                    return frozenset(parse_json(stream.read(length), name))
-                except (PlacerError, TypeError):
-                    return None
+            header = _header(path)
+            return None if header is None else frozenset(header)
     return None
+
+
+def tensor_shapes(directory: Path, names: Collection[str]) -> dict[str, list[int]]:
+    """Return the shapes of some tensors, of those that safetensors files hold."""
+    files = next((one for one in SINGLE_NAMES if (directory / one).is_file()), None)
+    found = dict.fromkeys(names, files)
+    for index in INDEX_NAMES:
+        if (path := directory / index).is_file():
+            weight_map = read_json(path, "index")["weight_map"]
+            found = {name: weight_map[name] for name in names if name in weight_map}
+            break
+    headers = {file: _header(directory / file) for file in {*found.values()} if file}
+    shapes = {
+        name: ((headers.get(file or "") or {}).get(name) or {}).get("shape")
+        for name, file in found.items()
+    }
+    return {name: shape for name, shape in shapes.items() if isinstance(shape, list)}
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """Return the header of a safetensors file, ``None`` where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                return None
+            header = parse_json(stream.read(length), path.name)
+    except (OSError, PlacerError):
+        return None
+    return header if isinstance(header, dict) else None

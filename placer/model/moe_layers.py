@@ -15,6 +15,7 @@ LayerRule = Literal[
     "dense_prefix",
     "expert_layer_period",
     "layers_block_type",
+    "moe_layer_frequency",
     "moe_layer_interval",
     "moe_layers",
     "sparse_step",
@@ -54,7 +55,7 @@ def moe_layers(rule: LayerRule, config: Mapping[str, Any], num_layers: int) -> l
     every ``moe_layer_freq``-th is an MoE layer); ``moe_layers``
     (``interleave_moe_layer_step``); ``layers_block_type`` (those of type moe, or E in
     ``hybrid_override_pattern``); ``expert_layer_period`` (and offset);
-    ``moe_layer_interval`` (and start and end index).
+    ``moe_layer_frequency``; ``moe_layer_interval`` (and start and end index).
 
     Raises
     ------
@@ -140,6 +141,10 @@ def _period(config: Mapping[str, Any], layer: int) -> bool:
     return (layer - offset) % _step(config, "expert_layer_period") == 0
 
 
+def _frequency(config: Mapping[str, Any], layer: int) -> bool:
+    return (layer + 1) % _step(config, "moe_layer_frequency") == 0
+
+
 def _interval(config: Mapping[str, Any], layer: int) -> bool:
     start = _whole(config, "moe_layer_start_index", 0)
     end = _whole(config, "moe_layer_end_index", -1)
@@ -152,6 +157,7 @@ _RULES: dict[LayerRule, _Rule] = {
     "all": lambda _config, _layer: True,
     "dense_prefix": _dense_prefix,
     "expert_layer_period": _period,
+    "moe_layer_frequency": _frequency,
     "moe_layer_interval": _interval,
     "moe_layers": _interleaved,
     "sparse_step": _sparse_step,
@@ -163,6 +169,7 @@ _READ_BY: dict[str, _Rule] = {
         ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), _interval
     ),
     "interleave_moe_layer_step": _interleaved,
+    "moe_layer_frequency": _frequency,
     **dict.fromkeys(("mlp_only_layers", "decoder_sparse_step"), _sparse_step),
 }
 

@@ -12,6 +12,7 @@ from placer.model.config_file import (
     read_config,
     tensor_names,
 )
+from placer.model.held_experts import held_experts
 from placer.run.documents import (
     Count,
     Document,
@@ -165,7 +166,12 @@ class ModelSpec(Document, frozen=True, kw_only=True):
         num_experts = architecture.experts_per_layer(config, layer_ids)
         if not layer_ids:
             raise PlacerError(f"{directory} has no MoE layer, by its config.json")
-        _require_layers(directory, architecture, config, layer_ids)
+        names = tensor_names(directory)
+        if architecture.layout is not None and names:
+            _require_layers(directory, architecture, config, layer_ids, names)
+            num_experts = held_experts(
+                directory, architecture.layout, names, layer_ids, num_experts
+            )
         n_group, topk_group = architecture.router_groups(config)
         if any(size % n_group for size in num_experts):
             raise PlacerError(
@@ -194,13 +200,12 @@ def _require_layers(
     architecture: Architecture,
     config: Mapping[str, Any],
     layer_ids: Sequence[int],
+    names: Collection[str],
 ) -> None:
     """Refuse a config whose MoE layers are not those with a router among the tensors."""
-    names = tensor_names(directory)
-    if architecture.layout is None or not names:
-        return
+    layout = architecture.require_layout()
     num_layers = architecture.num_hidden_layers(config)
-    found = [n for n in range(num_layers) if architecture.layout.has_router(n, names)]
+    found = [n for n in range(num_layers) if layout.has_router(n, names)]
     if found and found != list(layer_ids):
         odd = min(set(found) ^ set(layer_ids))
         has = "has a router" if odd in found else "has no router"

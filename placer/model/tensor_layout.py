@@ -5,9 +5,10 @@ what fits none is never guessed, because a tensor that depends on the order of e
 is left where it was makes another model.
 """
 
+import math
 import re
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 from typing import Any, Self
@@ -17,18 +18,24 @@ NAMES_EXPERTS = re.compile(r"\bexperts?(?![a-z])")
 
 # What quantisers write next to a weight of all experts; the experts come first in all of
 # it. gpt-oss (MXFP4); ModelOpt (NVFP4, FP8); transformers 5 and its fbgemm_fp8 (FP8);
-# compressed-tensors; MLX.
+# compressed-tensors (its weight_packed and others, after a point or "_"); GPTQ; MLX.
 _PARTS = (
     *("bias", "biases", "blocks", "scale", "scales", "scale_inv", "input_scale"),
     *("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
-    *("weight_global_scale", "input_global_scale"),
+    *("weight_global_scale", "input_global_scale", "weight_zero_point", "weight_g_idx"),
+    *("input_zero_point", "packed", "zero_point", "global_scale", "activation_scale"),
+    *("qweight", "qzeros", "g_idx"),
 )
+# The shape of every expert's weight: alike for all.
+_SHAPES = (".weight_shape", "_weight_shape", "_shape")
 # The same of a router, one row per expert; qweight and qzeros of GPTQ have one column.
 _ROUTER_PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"),
     *("weight_global_scale", "input_scale", "input_global_scale", "scales", "biases"),
-    *("qweight", "qzeros"),
+    *("weight_zero_point", "qweight", "qzeros", "bias"),
 )
+# What stands in place of a packed router's weight.
+_PACKED = ("weight_packed", "qweight")
 # MLX keeps all experts below these, for every family (mlx_lm/models/switch_layers.py).
 _SWITCHES = ("switch_mlp.{name}", "switch_glu.{name}")
 
@@ -108,8 +115,9 @@ class TensorLayout:
     def from_toml(cls, value: Mapping[str, Any]) -> Self:
         """Read the ``tensors`` table of a family's data file."""
         rules = {kind: tuple(value.get(kind, ())) for kind in TensorKind}
-        fused = [one.removesuffix(".weight") + "{part}" for one in rules[TensorKind.FUSED]]
-        rules[TensorKind.FUSED] = (*fused, *_SWITCHES)
+        fused = [one.removesuffix(".weight") for one in rules[TensorKind.FUSED]]
+        rules[TensorKind.FUSED] = (*(one + "{part}" for one in fused), *_SWITCHES)
+        rules[TensorKind.REST] += tuple(one + part for one in fused for part in _SHAPES)
         stems = [one[:-6] for one in rules[TensorKind.ROUTER] if one.endswith("weight")]
         rules[TensorKind.ROUTER] += tuple(stem + "{router_part}" for stem in stems)
         rules[TensorKind.REST] += tuple(
@@ -121,16 +129,43 @@ class TensorLayout:
             mtp=tuple(value.get("mtp", ())),
         )
 
+    def below(self, roots: Sequence[str]) -> Self:
+        """Return the layout of a model whose language model is below one of the roots.
+
+        The language model's own ``model.`` may be left out there.
+        """
+        own = [*self.blocks, *(block.removeprefix("model.") for block in self.blocks)]
+        blocks = dict.fromkeys(root + block for root in roots for block in own)
+        mtp = dict.fromkeys(root + one for root in ("", *roots) for one in self.mtp)
+        return replace(self, blocks=tuple(blocks), mtp=tuple(mtp))
+
     def has_router(self, layer: int, names: Container[str]) -> bool:
         """Return whether the router of a layer is among the names of tensors."""
-        return any(
-            f"{block.format(layer=layer)}.{stem}{part}" in names
+        return bool(self.router_names(layer, names, ("weight", *_PACKED)))
+
+    def router_names(
+        self, layer: int, names: Container[str], parts: Sequence[str] = ("weight",)
+    ) -> list[str]:
+        """Return the names of a layer's router that are among those of tensors."""
+        return [
+            name
             for block in self.blocks
             for template in self.rules[TensorKind.ROUTER]
             if template.endswith("weight")
-            for stem in (template.removesuffix("weight"),)
-            for part in ("weight", "weight_packed", "qweight")
-        )
+            for part in parts
+            for name in (
+                f"{block.format(layer=layer)}.{template.removesuffix('weight')}{part}",
+            )
+            if name in names
+        ]
+
+    def blocks_held(self, layer: int, names: Container[str]) -> list[str]:
+        """Return the blocks of which a layer's router is among the names of tensors."""
+        return [
+            block
+            for block in self.blocks
+            if replace(self, blocks=(block,)).has_router(layer, names)
+        ]
 
     def classify(self, name: str) -> TensorPlace | None:
         """Say what a tensor is, ``None`` for one outside all MoE blocks."""
@@ -184,6 +219,18 @@ def name_pattern(template: str) -> re.Pattern[str]:
 def _is_plain(digits: str) -> bool:
     """Whether a number is written as Python would write it, not as ``07``."""
     return digits == str(int(digits))
+
+
+def is_of_all(kind: TensorKind | None, name: str, shape: Sequence[int]) -> bool:
+    """Return whether a tensor of all experts holds for each of them alike.
+
+    One number does, and so does one row of scales: FP8 routers are quantised in blocks
+    of 128 experts.
+    """
+    if kind not in (TensorKind.FUSED, TensorKind.ROUTER):
+        return False
+    of_block = kind is TensorKind.ROUTER and "scale" in name.rpartition(".")[2]
+    return math.prod(shape) == 1 or (of_block and shape[0] == 1)
 
 
 def has_columns(name: str, names: Container[str]) -> bool:

@@ -104,12 +104,22 @@ class PlanFile(Document, frozen=True, kw_only=True):
     sha256: Sha256 | None
 
 
+# Fields that the report of the solver gained while the schema was version 1.
+_LATER_FIELDS: dict[str, Any] = {
+    "eplb_caps": None,
+    "above_eplb_layers": {},
+    "predicted_imbalance": None,
+    "imbalance_without_groups": None,
+}
+
+
 def upgraded_plan(value: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of schema version 2 from the fields of version 1.
 
-    Version 1 does not say whether the clock or Ctrl-C stopped a search.
+    Version 1 does not say whether the clock or Ctrl-C stopped a search. Its first plans
+    lack what reports gained later.
     """
-    solver = value["solver"]
+    solver = _LATER_FIELDS | value["solver"]
     ended = "step_limit" if solver["reproducible"] else "time_limit"
     if solver["status"] == "optimal":
         ended = "proved"

@@ -317,7 +317,7 @@ def test_every_tensor_is_where_its_expert_is(
     [
         ("qwen3-fp8", "model.layers.0.mlp.gate.weight_zeros"),
         ("qwen3-fp8", "model.layers.0.mlp.experts.gate_up_proj_offset"),
-        ("gpt-oss-mxfp4", "model.layers.1.mlp.router.linear.weight"),
+        ("gpt-oss-mxfp4", "model.layers.1.mlp.router.other.weight"),
         ("gpt-oss-mxfp4", "model.layers.1.mlp.experts.gate_up_proj_zeros"),
         ("deepseek-v4-fp4", "layers.1.ffn.gate.other_bias"),
         ("deepseek-v3-fp8", "model.layers.0.mlp.experts.0.up_proj.weight"),

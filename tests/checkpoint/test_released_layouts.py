@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from placer.checkpoint.export import export_checkpoint, prepare_export, restore_checkpoint
 from placer.checkpoint.ranks import prepare_ranks
+from placer.checkpoint.source import CheckpointSource
 from placer.checkpoint.verify import verify
 from placer.checkpoint.verify_ranks import verify_ranks
 from placer.errors import PlacerError
@@ -95,7 +96,69 @@ def mistral_large_3() -> Layout:
     return layout
 
 
+def everywhere(
+    model_type: str,
+    block: str,
+    router: str = "gate.weight",
+    names: tuple[str, ...] = PROJECTIONS,
+    **config: Any,
+) -> Layout:
+    """Experts in both layers, or where the config says."""
+    config = {**QWEN3, "model_type": model_type, "num_local_experts": E} | config
+    layout = Layout(config, [0, 1], block).per_expert(BF16, names)
+    return layout.all_experts({router: ROUTER["gate.weight"]})
+
+
+def kimi_k3() -> Layout:
+    """moonshotai's latent experts stand between two projections of all of them."""
+    block = "language_model.model.layers.{}.block_sparse_moe"
+    layout = deepseek_like("kimi_k3", block, nested=True, num_experts_per_token=2)
+    for name in ("down_proj", "norm", "up_proj"):
+        one = f"{block.format(1)}.routed_expert_{name}.weight"
+        layout.rest[one] = ("BF16", [16, 16])
+    return layout
+
+
+def arctic() -> Layout:
+    """Snowflake/snowflake-arctic-instruct: experts in every second layer."""
+    block = "model.layers.{}.block_sparse_moe"
+    layout = everywhere("arctic", block, names=W123, moe_layer_frequency=2)
+    layout.config["num_hidden_layers"] = 4
+    layout.layers = [1, 3]
+    layout.rest["model.layers.0.block_sparse_moe.mlp.w1.weight"] = ("BF16", [16, 16])
+    layout.rest["model.layers.1.residual_mlp.w1.weight"] = ("BF16", [16, 16])
+    return layout
+
+
+def qwen4(model_type: str, block: str) -> Layout:
+    layout = everywhere(model_type, block)
+    layout.rest[block.format(0) + ".shared_expert_gate.weight"] = ("BF16", [1, 16])
+    layout.rest["mtp.layers.0.mlp.experts.0.up_proj.weight"] = ("BF16", [8, 16])
+    return layout
+
+
+def unsloth() -> Layout:
+    """unsloth/gpt-oss-20b-unsloth-bnb-4bit: tensors of its own for every expert."""
+    layout = Layout({**QWEN3, "model_type": "gpt_oss"}, [0, 1], "model.layers.{}.mlp")
+    layout.experts = {
+        f"experts.{p}.{{}}.{part}": one
+        for p in ("gate_up_projs", "down_projs")
+        for part, one in (
+            ("weight", ("U8", [64, 1])),
+            ("weight.absmax", ("U8", [2])),
+            ("weight.quant_state.bitsandbytes__nf4", ("U8", [20])),
+            ("bias", ("BF16", [16])),
+        )
+    }
+    router = {"router.linear.weight": ROUTER["gate.weight"]}
+    return layout.all_experts(router, {"router.linear.bias": ("BF16", [E])})
+
+
+W123 = ("w1", "w2", "w3")
+SPARSE = "model.layers.{}.block_sparse_moe"
+VISION = "model.language_model.layers.{}.mlp"
 FAMILY_LAYOUTS = {
+    "arctic": arctic,
     "bailing_moe": lambda: deepseek_like(
         "bailing_moe", bias="gate.expert_bias", num_experts=E
     ),
@@ -103,12 +166,27 @@ FAMILY_LAYOUTS = {
         "bailing_moe_v2", bias="gate.expert_bias", num_experts=E
     ),
     "deepseek": lambda: deepseek_like("deepseek", bias=None),
+    "git": lambda: everywhere("git", SPARSE, names=W123),
+    "glm4v_moe_text": lambda: deepseek_like("glm4v_moe_text"),
+    "glm5_next": lambda: deepseek_like("glm5_next", VISION, nested=True),
+    "glm5_next_text": lambda: deepseek_like("glm5_next_text"),
+    "hunyuan": lambda: everywhere(
+        "hunyuan", "model.layers.{}.mlp", "gate.wg.weight", moe_topk=[2, 2]
+    ),
+    "kimi_k3": kimi_k3,
     "kimi_vl": lambda: deepseek_like(
         "kimi_vl", "language_model.model.layers.{}.mlp", nested=True
     ),
     "mimo_v2": lambda: deepseek_like("mimo_v2", moe_layer_freq=[0, 1, 1]),
+    "minimax_m1": lambda: everywhere("minimax_m1", SPARSE, names=W123),
+    "minimax_text_01": lambda: everywhere("minimax_text_01", SPARSE, names=W123),
     "mistral4": lambda: deepseek_like("mistral4"),
     "mistral_large_3": mistral_large_3,
+    "qwen3_vl_moe_text": lambda: everywhere("qwen3_vl_moe_text", "model.layers.{}.mlp"),
+    "qwen4_exp": lambda: qwen4("qwen4_exp", VISION),
+    "qwen4_exp_text": lambda: qwen4("qwen4_exp_text", "model.layers.{}.mlp"),
+    "sarvam_mla": lambda: deepseek_like("sarvam_mla", bias="gate.expert_bias"),
+    "sarvam_moe": lambda: deepseek_like("sarvam_moe", bias="gate.expert_bias"),
     "step3p5": lambda: step("step3p5", "model.layers.{}.moe"),
     "step3p7": lambda: step("step3p7", "model.language_model.layers.{}.moe"),
 }
@@ -126,8 +204,136 @@ def test_every_tensor_of_a_family_is_where_its_expert_is(
     model = write(layout, tmp_path / "model")
     if name == "mistral_large_3":
         (model / "config.json").rename(model / "params.json")
-    assert ModelSpec.from_checkpoint(model).layer_ids == (1, 2)
+    assert ModelSpec.from_checkpoint(model).layer_ids == tuple(layout.layers)
     follow(layout, model, write_plan, tmp_path)
+
+
+def inside(model_type: str, key: str, root: str, inner: dict[str, Any]) -> Layout:
+    """A language model of a known family inside a model that placer does not know."""
+    config = {"model_type": model_type, key: {**QWEN3, **inner}}
+    layout = Layout(config, [0, 1], root + "layers.{}.mlp").per_expert(BF16)
+    layout.rest["vision_model.encoder.layers.0.mlp.fc1.weight"] = ("BF16", [16, 16])
+    layout.config["quantization_config"] = {"ignore": ["lm_head", "re:vision_model.*"]}
+    return layout.all_experts(ROUTER)
+
+
+WRAPPED = {
+    "internvl_chat": ("llm_config", "language_model.model.", {}),
+    "interns1": ("text_config", "model.language_model.", {}),
+    "deepseek_vl_v2": (
+        "language_config",
+        "language.model.",
+        {"model_type": "deepseek_v2", "n_routed_experts": E},
+    ),
+    "minicpmv": ("llm_config", "llm.model.", {}),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_language_model_inside_another_model_is_followed(
+    name: str, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    layout = inside(name, *WRAPPED[name])
+    model = write(layout, tmp_path / "model")
+    assert ModelSpec.from_checkpoint(model).model_type == name
+    follow(layout, model, write_plan, tmp_path)
+
+
+def test_a_model_around_an_unknown_or_refused_family_is_refused(tmp_path: Path) -> None:
+    for inner in ("llama", "longcat_flash"):
+        layout = inside("any_vl", "text_config", "language_model.model.", {})
+        layout.config["text_config"]["model_type"] = inner
+        with pytest.raises(PlacerError, match=f"any_vl.*{inner}"):
+            ModelSpec.from_checkpoint(write(layout, tmp_path / inner))
+
+
+def test_experts_outside_the_language_model_stop_the_export(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    layout = inside("any_vl", "text_config", "language_model.model.", {})
+    layout.rest["vision_model.layers.0.mlp.experts.0.weight"] = ("BF16", [16, 16])
+    model = write(layout, tmp_path / "model")
+    with pytest.raises(PlacerError, match=r"vision_model.* no rule of its family"):
+        prepare_export(permuting_plan(model, write_plan)[1], model)
+
+
+def test_an_expert_may_have_tensors_of_its_own_in_gpt_oss(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    layout = unsloth()
+    follow(layout, write(layout, tmp_path / "model"), write_plan, tmp_path)
+    names = dict(layout.names())
+    for name in [n for n in names if "1.mlp.experts.down_projs.3.weight" in n]:
+        del names[name]
+    layout.names = lambda: iter(names.items())
+    model = write(layout, tmp_path / "less")
+    with pytest.raises(PlacerError, match=r"lacks down_projs\.weight of expert 3"):
+        prepare_export(permuting_plan(model, write_plan)[1], model)
+
+
+@pytest.mark.parametrize("shape", [[1, E], [1, 3], [1, 1]])
+def test_one_row_of_scales_is_of_all_experts_of_a_router(
+    shape: list[int], write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """FP8 in blocks of 128 x 128: columns are blocks of inputs, whatever their number."""
+    layout = qwen3(FP8_BLOCKS)()
+    layout.all_experts({"gate.weight": ("F8_E4M3", [E, 16])})
+    layout.rest["model.layers.0.mlp.gate.weight_scale_inv"] = ("F32", shape)
+    follow(layout, write(layout, tmp_path / "model"), write_plan, tmp_path)
+
+
+def test_parts_of_a_model_for_ranks_are_refused_by_name(tmp_path: Path) -> None:
+    """xai-org/grok-2 as released: every tensor in several files, a part in each."""
+    layout = FAMILY_LAYOUTS["git"]()
+    model = write(layout, tmp_path / "model")
+    one = model / "pytorch_model-00000-TP-000.safetensors"
+    (model / "model.safetensors").rename(one)
+    (model / one.name.replace("TP-000", "TP-001")).write_bytes(one.read_bytes())
+    with pytest.raises(PlacerError, match="tensor-parallel ranks"):
+        CheckpointSource.open(model)
+
+
+@pytest.mark.parametrize("fused_experts", [False, True])
+def test_layers_may_have_fewer_experts_than_the_config_says(
+    fused_experts: bool, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """Pruned models that keep their config: routers and names of experts agree."""
+    shapes: dict[str, tuple[str, list[int]]] = {}
+    for layer, size in ((0, E), (1, E - 4)):
+        block = f"model.layers.{layer}.mlp"
+        shapes[f"{block}.gate.weight"] = ("BF16", [size, 16])
+        if fused_experts:
+            shapes[f"{block}.experts.gate_up_proj"] = ("BF16", [size, 4, 16])
+        else:
+            for e in range(size):
+                shapes[f"{block}.experts.{e}.up_proj.weight"] = ("BF16", [8, 16])
+    layout = qwen3(BF16)()
+    layout.names = lambda: iter(shapes.items())
+    model = write(layout, tmp_path / "model")
+    spec = ModelSpec.from_checkpoint(model)
+    assert spec.num_experts == (E, E - 4)
+    rows = [list(range(E))[::-1], list(range(E - 4))[::-1]]
+    placement = Placement.from_json(rows, spec.num_experts, num_ranks=4, num_nodes=1)
+    plan = write_plan(spec, placement)
+    export_checkpoint(plan, model, tmp_path / "out")
+    assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(shapes)
+    router = "model.layers.1.mlp.gate.weight"
+    old, new = (
+        np.frombuffer(read(d)[router][2], np.uint8) for d in (model, tmp_path / "out")
+    )
+    assert np.array_equal(new.reshape(E - 4, -1), old.reshape(E - 4, -1)[::-1])
+
+
+def test_an_incomplete_layer_is_not_taken_for_a_small_one(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    layout = qwen3(BF16)()
+    names = {n: one for n, one in layout.names() if "1.mlp.experts.11." not in n}
+    layout.names = lambda: iter(names.items())
+    model = write(layout, tmp_path / "model")
+    assert ModelSpec.from_checkpoint(model).num_experts == (E, E)
+    with pytest.raises(PlacerError, match=r"layer 1: .* lacks \w+ of expert 11"):
+        prepare_export(permuting_plan(model, write_plan)[1], model)
 
 
 def fused(block: str, model_type: str, names: dict[str, Any], router: str) -> Layout:
@@ -163,6 +369,16 @@ FBGEMM = {
     "experts.down_proj": ("F8_E4M3", [E, 8, 4]),
     "experts.down_proj_scale": ("F32", [E, 8, 1]),
 }
+PACKED = {
+    f"experts.{p}.{part}": one
+    for p in ("gate_up_proj", "down_proj")
+    for part, one in (
+        ("weight_packed", ("I32", [E, 8, 2])),
+        ("weight_scale", ("BF16", [E, 8, 1])),
+        ("weight_zero_point", ("I32", [E, 1, 1])),
+        ("weight_g_idx", ("I32", [E, 16])),
+    )
+}
 MLX = {
     f"switch_mlp.{p}.{part}": one
     for p in PROJECTIONS
@@ -172,7 +388,6 @@ MLX = {
         ("biases", ("BF16", [E, 8, 1])),
     )
 }
-VISION = "model.language_model.layers.{}.mlp"
 FUSED_LAYOUTS = {
     "granite-fp8": lambda: fused(
         "model.layers.{}.block_sparse_moe",
@@ -192,6 +407,9 @@ FUSED_LAYOUTS = {
     "mlx": lambda: fused(
         "model.layers.{}.mlp", "qwen3_moe", MLX, "gate.weight"
     ).all_experts({"gate.scales": ("BF16", [E, 1]), "gate.biases": ("BF16", [E, 1])}),
+    "compressed-tensors": lambda: fused(
+        "model.layers.{}.mlp", "qwen3_moe", PACKED, "gate.weight"
+    ).beside(**{"model.layers.0.mlp.experts.down_proj.weight_shape": ("I64", [2])}),
 }
 
 

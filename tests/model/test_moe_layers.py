@@ -49,6 +49,7 @@ def layers(model_type: str, keys: dict[str, Any]) -> list[int]:
             [2, 3, 4, 5],
         ),
         ("qwen3_moe", {"mlp_only_layers": [0, 3], "decoder_sparse_step": 1}, [1, 2, 4, 5]),
+        ("arctic", {"moe_layer_frequency": 2}, [1, 3, 5]),
         # keys of others that say the same
         ("mixtral", {"first_k_dense_replace": 0, "moe_layer_freq": 1}, list(range(6))),
         ("mixtral", {"mlp_only_layers": [], "moe_every_n_layer": 1}, list(range(6))),
