@@ -10,6 +10,7 @@ from pathlib import Path
 RETIRED = {
     "asunder": "apart",
     "but for": "except for",
+    "commonest": "most common",
     "dearer": "more expensive",
     "evenest": "most even",
     "foretell": "predict",
@@ -31,8 +32,8 @@ RETIRED = {
     "wish": "request",
     "worth to": "worth",
 }
-# Refused in the help, messages and tables that placer prints.
-RETIRED_IN_MESSAGES = {
+# Refused in the help, messages and tables that placer prints, and in the documentation.
+RETIRED_IN_TEXTS = {
     "alone": "only",
     "anew": "again",
     "asked for": "requested",
@@ -45,16 +46,23 @@ RETIRED_IN_MESSAGES = {
     "goes on": "continues",
     "in its place": "instead",
     "in place of": "instead of",
+    "lie": "be",
+    "lies": "is",
+    "likewise": "in the same way",
     "mind:": "note:",
     "of its own": "its own",
     "of their own": "their own",
     "stand": "be, appear",
     "stands": "is, appears",
+    "surer": "more certain, more confident",
     "tell": "show, say",
     "tells": "shows, says",
     "told": "shown, said",
     "whatever": "for every",
+    "whichever": "the one that",
 }
+# Its older entries keep the words of their time.
+_HISTORY = "CHANGELOG.md"
 _FILES = ("placer/**/*.py", "placer/**/*.toml", "docs/*.md", "*.md", "traces/*.md")
 
 
@@ -67,11 +75,12 @@ def main() -> None:
             text, name = path.read_text(encoding="utf-8"), path.relative_to(root)
             lines = enumerate(text.splitlines(), 1)
             found += (f"{name}:{place}" for place in _retired(lines, RETIRED))
+            texts: Iterator[tuple[int, str]] = iter(())
             if path.suffix == ".py":
-                printed = _messages(ast.parse(text))
-                found += (
-                    f"{name}:{place}" for place in _retired(printed, RETIRED_IN_MESSAGES)
-                )
+                texts = _messages(ast.parse(text))
+            elif path.name != _HISTORY and path.suffix == ".md":
+                texts = _written(text)
+            found += (f"{name}:{place}" for place in _retired(texts, RETIRED_IN_TEXTS))
     if found:
         sys.exit("\n".join(found))
 
@@ -82,6 +91,15 @@ def _retired(lines: Iterator[tuple[int, str]], words: Mapping[str, str]) -> Iter
     for number, line in lines:
         for word in pattern.findall(line):
             yield f"{number}: {word}: say {words[word.lower()]}"
+
+
+def _written(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a document that no command printed."""
+    is_printed = False
+    for number, line in enumerate(text.splitlines(), 1):
+        is_printed = (is_printed or "[[[cog" in line) and "[[[end]]]" not in line
+        if not is_printed:
+            yield number, line
 
 
 def _messages(tree: ast.Module) -> Iterator[tuple[int, str]]:

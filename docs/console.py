@@ -75,7 +75,10 @@ def families() -> None:
     for one in known_architectures():
         recorded, exported = "recorded", "permuted checkpoint"
         if one.unsupported:
-            recorded, exported = f"refused: {one.unsupported}", "refused likewise"
+            recorded, exported = (
+                f"refused: {one.unsupported}",
+                "refused for the same reason",
+            )
         elif one.unrecorded:
             recorded = f"refused: {one.unrecorded}"
         if one.layout is None and not one.unsupported:

@@ -274,7 +274,7 @@ def _relation(out: Path, source: Path) -> str | None:
     if _same(real, own):
         return "is"
     if any(_same(parent, own) for parent in real.parents):
-        return "lies in"
+        return "is inside"
     if any(_same(parent, real) for parent in own.parents):
         return "holds"
     if real.is_file() and own.is_dir() and any(_same(real, one) for one in own.rglob("*")):

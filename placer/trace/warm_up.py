@@ -17,7 +17,7 @@ from placer.trace.selection import EVERYTHING, Selection
 # in traces of gpt-oss-20b and DeepSeek-V2-Lite. Where a row holds few choices, some do.
 _FEWEST_CHOICES = 16
 _LONG_RUN, _LONG_RUN_OF_FEW_CHOICES = 16, 64
-# Padding is between real tokens, one at a time. The commonest real row is that of the
+# Padding is between real tokens, one at a time. The most common real row is that of the
 # first token of every sequence. Where a row holds few choices, common tokens share one.
 _COMMON_SHARE = 0.05
 

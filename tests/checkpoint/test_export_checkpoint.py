@@ -211,7 +211,7 @@ def test_an_export_is_not_exported_again(
 
 def test_out_inside_the_model_is_refused(tiny_model: Path, make_plan: MakePlan) -> None:
     """The source is only read."""
-    with pytest.raises(UsageError, match="lies in the input"):
+    with pytest.raises(UsageError, match="is inside the input"):
         export_checkpoint(make_plan(tiny_model), tiny_model, tiny_model / "out")
 
 

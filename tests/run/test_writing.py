@@ -156,12 +156,12 @@ def _link(source: Path, folder: Path) -> Path:
     ("place", "relation"),
     [
         (lambda source, _: source, "is the input"),
-        (lambda source, _: source / "config.json", "lies in the input"),
-        (lambda source, _: source / "deep" / "new.json", "lies in the input"),
-        (lambda source, _: source / ".." / "model" / "new.json", "lies in the input"),
+        (lambda source, _: source / "config.json", "is inside the input"),
+        (lambda source, _: source / "deep" / "new.json", "is inside the input"),
+        (lambda source, _: source / ".." / "model" / "new.json", "is inside the input"),
         (lambda source, _: source.parent, "holds the input"),
         (_hard_link, "is a file in the input"),
-        (_link, "lies in the input"),
+        (_link, "is inside the input"),
     ],
 )
 @pytest.mark.parametrize("force", [True, False])
