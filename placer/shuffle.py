@@ -421,9 +421,9 @@ def _rate_bits(rates: Array) -> Array:
 class RequestRouter:
     """Sends requests to the data-parallel rank with most of the experts that they will use.
 
-    A request goes to the rank with the best score over the first tokens of its prompt,
-    among those that it would not load beyond the cap (of equally good ones to the least
-    loaded), and stays there until it is finished.
+    Only ranks that the request would not load beyond the cap are possible. Of these, the
+    request goes to the rank with the best score over the first tokens of its prompt (of
+    equally good ones, to the least loaded). It stays there until it is finished.
     Safe to use from several threads.
 
     Parameters

@@ -67,14 +67,14 @@ def counts_of(traces: list[Trace], folder: Path) -> list[Path]:
 def combine(request: pytest.FixtureRequest, tmp_path: Path) -> Callable:
     """Return what combines traces and takes the warnings: model and tokenizer of all."""
 
-    def run(traces: list[Trace], tell: Callable[[str], None]) -> tuple:
+    def run(traces: list[Trace], warn: Callable[[str], None]) -> tuple:
         if request.param == "trace merge":
-            header = merge_traces(traces, tmp_path / "merged", tell)
+            header = merge_traces(traces, tmp_path / "merged", warn)
             return header.model, header.provenance["tokenizer_sha256"]
         found = (
-            affinity_of_traces(traces, EVERYTHING, rows="tokens", tell=tell)
+            affinity_of_traces(traces, EVERYTHING, rows="tokens", warn=warn)
             if request.param == "affinity"
-            else merged_affinity(counts_of(traces, tmp_path), tell)
+            else merged_affinity(counts_of(traces, tmp_path), warn)
         )
         return found.model, found.provenance["tokenizer_sha256"]
 

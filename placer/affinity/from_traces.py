@@ -29,7 +29,7 @@ def affinity_of_traces(
     *,
     rows: Rows = "none",
     device: str = CPU,
-    tell: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Affinity:
     """Count the tokens selected in traces of one model.
 
@@ -38,7 +38,7 @@ def affinity_of_traces(
     feeds.
 
     ``rows`` is as for :func:`count_affinity`. Sequence ids of several traces name different
-    sequences, so rows per sequence are for one trace only. ``tell`` takes a warning where
+    sequences, so rows per sequence are for one trace only. ``warn`` takes a warning where
     a trace does not say which model or tokenizer it is of.
 
     Raises
@@ -69,7 +69,7 @@ def affinity_of_traces(
             "one trace is given twice, so its tokens would count twice",
             "give each trace once",
         )
-    both = Combination(tell)
+    both = Combination(warn)
     for trace in traces:
         both.add(str(trace.directory), trace.model, trace.tokenizer_sha256)
     provenance = {
@@ -112,12 +112,12 @@ def _read_chunks(
 
 
 def merged_affinity(
-    paths: Sequence[Path], tell: Callable[[str], None] = lambda _: None
+    paths: Sequence[Path], warn: Callable[[str], None] = lambda _: None
 ) -> Affinity:
     """Add affinity files of one model, counted on several machines.
 
     Addition is exact and associative, so the counts do not depend on the order. Rows per
-    sequence are left out: ids of several machines name different sequences. ``tell``
+    sequence are left out: ids of several machines name different sequences. ``warn``
     takes a warning where a file does not say which model or tokenizer it is of.
 
     Raises
@@ -133,7 +133,7 @@ def merged_affinity(
             "one affinity file is given twice, so its tokens would count twice",
             "give each file once",
         )
-    both = Combination(tell)
+    both = Combination(warn)
 
     def read(path: Path) -> Affinity:
         one = Affinity.read(path)

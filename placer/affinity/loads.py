@@ -26,7 +26,7 @@ from placer.trace.imported import (
     UNREADABLE,
     BoundModel,
     ImportOptions,
-    told_of_hash_layers,
+    hash_layers_warning,
 )
 from placer.trace.sglang_dump import load_dump
 
@@ -290,7 +290,7 @@ def _of_model(
         counts = {named[n]: row for n, row in counts.items()}
     behind = sorted(n for n in counts if n >= model.num_hidden_layers)
     if behind:
-        options.tell(
+        options.warn(
             f"layer {behind[0]} is left out: it comes after the {model.num_hidden_layers} "
             "hidden layers, so it is for multi-token prediction (MTP), and plans do not "
             "move its experts"
@@ -303,7 +303,7 @@ def _of_model(
         )
     empty = [n for n in model.hash_layers if n not in counts]
     if empty:
-        options.tell(told_of_hash_layers(empty))
+        options.warn(hash_layers_warning(empty))
     spec = model.without(empty).spec
     ids = spec.layer_ids or ()
     missing = [n for n in ids if n not in counts]

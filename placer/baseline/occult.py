@@ -11,11 +11,11 @@ from placer.placement.placement import Placement
 def occult(problem: BaselineProblem) -> Placement:
     """Group experts that tokens use together, one expert at a time.
 
-    Every layer separately: the groups start from experts that collaborate least with one
-    another, farthest first, then take, one pair of expert and group at a time, the
-    highest mean collaboration with the group's members, until all have the same count
-    (arXiv 2505.13345, its placement; its pruning changes what the model computes and is
-    left out).
+    Every layer separately. The groups start from experts that collaborate least with one
+    another, farthest first. Then the pair of an expert and a group with the highest mean
+    collaboration is joined, one pair at a time, until all groups have the same number of
+    experts. This is the placement of arXiv 2505.13345. Its pruning is left out: it changes
+    what the model computes.
     """
     coactivation = problem.affinity.coactivation
 

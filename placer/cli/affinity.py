@@ -106,7 +106,7 @@ def affinity(
             where,
             rows=one_of("--rows", rows, ROWS),
             device=device,
-            tell=warn,
+            warn=warn,
         )
     counted.write(out)
     facts = {

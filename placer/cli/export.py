@@ -232,7 +232,7 @@ def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "Expo
 
     if not inverse:
         return prepare_export(plan, _required_model("checkpoint", plan, model))
-    _require_alone("checkpoint", model)
+    _require_no_model("checkpoint", model)
     return prepare_restore(plan)
 
 
@@ -240,7 +240,7 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
     from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
 
     if inverse:
-        _require_alone("deepspeed", model)
+        _require_no_model("deepspeed", model)
         report, start = restore_deepspeed(plan, out), {}
     else:
         model = _required_model("deepspeed", plan, model)
@@ -255,10 +255,10 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
     return {"out": str(out)} | report.to_json() | start
 
 
-def _require_alone(target: str, model: Path | None) -> None:
+def _require_no_model(target: str, model: Path | None) -> None:
     if model is not None:
         raise UsageError(
-            "--inverse restores a checkpoint from its export only",
+            f"--inverse needs only the exported checkpoint, but MODEL {model} is given",
             f"placer export {target} EXPORTED --inverse --out ORIGINAL",
         )
 
@@ -318,11 +318,11 @@ def _start(target: str, plan: Path, out: Path) -> Facts:
     from placer.runtime_map.engine_family import start_lines
 
     starts = start_lines(target, Plan.read(plan), str(out))
-    _tell_start(starts)
+    _print_start(starts)
     return {"start": [one.to_json() for one in starts]} if starts else {}
 
 
-def _tell_start(starts: "Sequence[Start]") -> None:
+def _print_start(starts: "Sequence[Start]") -> None:
     for one in starts:
         for line in one.lines():
             note(line)
@@ -354,7 +354,7 @@ def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts
     warnings = [*written.warnings, *([split] if split else [])]
     for text in warnings:
         warn(text)
-    _tell_start(written.start)
+    _print_start(written.start)
     if model is not None:
         note(f"check it: placer verify {model} {out} {plan}")
     return {

@@ -182,7 +182,7 @@ def _options(
         model_directory=model,
         num_experts=num_experts,
         skip_layers=tuple(int(one) for one in skipped.split(",") if one),
-        tell=warn,
+        warn=warn,
     )
 
 
@@ -228,7 +228,7 @@ def _import_tokens(
     reader = dict(zip(_FORMATS, readers, strict=True))[format_]
     header = import_file(reader, format_, file, out, options)
     if not header.model.bound:
-        _tell_unbound("trace", header.model.num_experts[0], options)
+        _warn_unbound("trace", header.model.num_experts[0], options)
     if (number := header.provenance.get(REORDERED)) is not None:
         rows = header.num_tokens * header.model.num_layers
         note(
@@ -254,7 +254,7 @@ def _import_tokens(
     }
 
 
-def _tell_unbound(what: str, num_experts: int, options: "ImportOptions") -> None:
+def _warn_unbound(what: str, num_experts: int, options: "ImportOptions") -> None:
     """Say what is unknown because no model was named."""
     how = "the largest id + 1" if options.num_experts is None else "as given"
     warn(
@@ -285,7 +285,7 @@ def _import_loads(
     reader = dict(zip(_LOAD_FORMATS, readers, strict=True))[format_]
     affinity = import_loads(reader, format_, file, out, options)
     if not affinity.model.bound:
-        _tell_unbound("affinity file", affinity.model.num_experts[0], options)
+        _warn_unbound("affinity file", affinity.model.num_experts[0], options)
     return {
         "out": str(out),
         "num_tokens": affinity.num_tokens if affinity.model.top_k else None,

@@ -140,18 +140,18 @@ def progress_line(title: str) -> Iterator[Callable[[str], None]]:
     time.
     """
     if not sys.stderr.isatty():
-        with _told_now_and_then(title) as tell:
-            yield tell
+        with _logged(title) as show:
+            yield show
         return
     with Console(stderr=True).status(title) as status:
         yield lambda text: status.update(f"{title}: {text}")
 
 
 @contextmanager
-def _told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
+def _logged(title: str) -> Iterator[Callable[[str], None]]:
     step, ended = "", threading.Event()
 
-    def tell(text: str) -> None:
+    def show(text: str) -> None:
         nonlocal step
         step = f": {text}"
 
@@ -163,7 +163,7 @@ def _told_now_and_then(title: str) -> Iterator[Callable[[str], None]]:
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
-        yield tell
+        yield show
     finally:
         ended.set()
         thread.join()

@@ -13,29 +13,31 @@ class Combination:
 
     Attributes
     ----------
-    tell
+    warn
         Takes a warning where a match rests on what one file does not say: one about the
         model and one about the tokenizer, however many files there are.
     """
 
-    tell: Callable[[str], None] = lambda _: None
+    warn: Callable[[str], None] = lambda _: None
     _files: list[tuple[str, ModelSpec, str | None]] = field(default_factory=list)
-    _told: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
     def add(self, name: str, model: ModelSpec, tokenizer: str | None) -> None:
         """Add a file, with the SHA-256 of its tokenizer where that is known.
 
-        It is compared with each one before: of a file that is bound to nothing, and so
-        fits two different ones, nothing follows for those two.
+        It is compared with each file before. A file that is bound to nothing may match two
+        files that do not match each other, so comparing with one of them is not enough.
 
         Raises
         ------
         UsageError
-            If its model or tokenizer is another than that of a file before.
+            If its model or tokenizer differs from that of a file before.
         """
         for earlier, of, by in self._files:
-            self._tell("model", require_same_model(of, earlier, model, name))
-            self._tell("tokenizer", require_same_tokenizer(by, earlier, tokenizer, name))
+            self._warn_once("model", require_same_model(of, earlier, model, name))
+            self._warn_once(
+                "tokenizer", require_same_tokenizer(by, earlier, tokenizer, name)
+            )
         self._files.append((name, model, tokenizer))
 
     @property
@@ -49,7 +51,7 @@ class Combination:
         found = {tokenizer for *_, tokenizer in self._files}
         return found.pop() if len(found) == 1 else None
 
-    def _tell(self, kind: str, warning: str | None) -> None:
-        if warning is not None and kind not in self._told:
-            self._told.add(kind)
-            self.tell(warning)
+    def _warn_once(self, kind: str, warning: str | None) -> None:
+        if warning is not None and kind not in self._warned:
+            self._warned.add(kind)
+            self.warn(warning)

@@ -2,9 +2,9 @@
 
 Each is an ``EPImplementation`` of transformers 5
 (``transformers/distributed/expert_parallel.py``), whose own all-to-all sends a hidden state
-once per expert. Here it is sent once per rank that serves it, and the experts' weighted
-outputs are added up where they are computed, so that one sum returns (de-duplication, as in
-DeepEP and in Speculative MoE). For inference: no gradients.
+once per expert. Here it is sent once per rank that serves it. The experts' weighted outputs
+are added up where they are computed, so only one sum returns (de-duplication, as in DeepEP
+and in Speculative MoE). For inference: no gradients.
 
 After :func:`register`, ``DistributedConfig(ep_size=R, ep_implementation="placer-dedup")``
 uses them on any checkpoint that transformers can serve expert-parallel, such as one that

@@ -60,7 +60,7 @@ class ReplayedRun:
     elsewhere: dict[str, float] = field(default_factory=dict)
 
     @property
-    def beside(self) -> dict[str, IntArray]:
+    def other_data(self) -> dict[str, IntArray]:
         """Other data sent with the hidden states, by name."""
         names = ("described", "gathered", "keys_and_values")
         return {name: getattr(self, name) for name in names}
@@ -83,7 +83,7 @@ class ReplayedRun:
         Of every collective the most that a rank sends or receives, summed over layers.
         """
         fast, slow = 0, 0
-        for matrix in (self.dispatch, self.combine, *self.beside.values()):
+        for matrix in (self.dispatch, self.combine, *self.other_data.values()):
             inside, across = _by_link(matrix, self.ranks_per_node)
             fast, slow = fast + _busiest(inside), slow + _busiest(across)
         return fast, slow
@@ -113,7 +113,7 @@ class ReplayedRun:
             "kept_bytes": int(np.trace(kept, axis1=1, axis2=2).sum()),
             **{
                 f"{name}_bytes": sum(link_bytes(matrix, self.ranks_per_node))
-                for name, matrix in self.beside.items()
+                for name, matrix in self.other_data.items()
             },
             "busiest_fast_bytes": self.busiest_bytes()[0],
             "busiest_slow_bytes": self.busiest_bytes()[1],

@@ -65,7 +65,7 @@ def facts(outcome: ReplayOutcome) -> list[str]:
         per_token = run.num_tokens * len(run.dispatch)
         totals = {
             name: sum(link_bytes(matrix, run.ranks_per_node))
-            for name, matrix in run.beside.items()
+            for name, matrix in run.other_data.items()
         }
         told = [
             f"{total / per_token:,.1f} of {_WORDS[name]}"

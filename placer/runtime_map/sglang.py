@@ -5,9 +5,10 @@ passed on as keyword arguments, so it holds ``physical_to_logical_map`` and noth
 one row per hidden layer of the model, dense layers included; slot p is on rank
 p // (P / ep_size). SGLang checks none of this itself.
 
-The order of slots inside a rank is the plan's. It means nothing to SGLang's static choice
-of a replica (the copy on the same GPU, else the first on the same node where other nodes
-have replicas too, else a seeded fair choice): candidates are listed by slot, hence by rank.
+The order of slots inside a rank is the plan's. SGLang's static choice of a replica does not
+depend on it, because candidates are listed by slot and so by rank. That choice is the
+replica on the same GPU; else the first on the same node, if other nodes have replicas too;
+else a seeded fair choice.
 """
 
 import io

@@ -7,21 +7,22 @@ rate over all tokens of the layer::
 
     rate[x, r] = (pairs[x, r] + s k prior[r]) / (k tokens[x] + s k)
 
-where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own
-counts and the prior alike, and a row never seen has the prior itself. With embeddings, the
-prior of a token id is what a regression predicts of its embedding, that of a history what
-its ranks and pairs of ranks do (:mod:`placer.table.histories`).
+where s, the ``shrinkage``, is a number of tokens: a row seen s times trusts its own counts
+and the prior equally, and a row never seen has the prior itself. With embeddings, the prior
+of a token id is predicted from its embedding by a regression. The prior of a history is
+predicted from its ranks and pairs of ranks (:mod:`placer.table.histories`).
 
-A token takes the surer of T and A, so T serves the tokens whose history shows little, and A
-those whose id does. Both are therefore counted a second time, every token by how likely
-it is to take the one or the other, and shrunk towards what they were.
+A token takes the more confident of T and A. So T serves the tokens whose history shows
+little, and A those whose id shows little. Both are therefore counted a second time: every
+token counts with the probability that it takes the row, and rows are shrunk towards their
+first values.
 
 Under a cap on the home imbalance each rank has a price per layer
 (:mod:`placer.table.prices`), and a row takes the home of the highest rate minus price; its
 confidence stays the rate.
 
-Where only the token id decides the experts (hash-routed layers), the rate is no estimate:
-it is the share of the id's experts that the home has, and A has no say.
+Where only the token id decides the experts (hash-routed layers), the rate is not an
+estimate: it is the share of the id's experts that the home has, and A is not used.
 """
 
 import dataclasses

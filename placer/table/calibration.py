@@ -1,10 +1,10 @@
 """Correcting confidences: by rates on sequences that the rows were not counted on.
 
-The surer of two estimates is more often the one that errs upwards, so a table promises
-somewhat more than its homes serve. Tables of either half of the profile's sequences are
-tried on the other half, and one line, the same for all rows and layers, is fitted from
-promise to service (linear recalibration: Cox 1958). One rising line for T and A changes no
-choice, except for differences that float16 rounds away.
+The more confident of two estimates is more often the one that is too high. So a table
+predicts somewhat more than its homes serve. To correct this, tables of each half of the
+profile's sequences are tried on the other half. One straight line, the same for all rows
+and layers, is fitted from predicted to real rates (linear recalibration: Cox 1958). One
+rising line for T and A changes no choice, except for differences that float16 rounds away.
 """
 
 import dataclasses

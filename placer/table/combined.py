@@ -1,12 +1,13 @@
 """One rate per home, from the token and all its past experts.
 
-The plain rule takes the surer of two estimates. Here both add up: by ridge regression
-(Hoerl and Kennard 1970), fitted per layer on the tokens of the profile, to the share of a
-token's pairs that each home could serve, from the token's row of rates, by one weight for
-all homes, and from which logical experts the router chose 1, 2, ... G layers before. In
-training a token's row leaves the token itself out, as it does when a new token is met.
+The plain rule takes the more confident of two estimates. Here both add up. The target is
+the share of a token's pairs that each home could serve. It is predicted from the token's
+row of rates, with one weight for all homes, and from the logical experts that the router
+chose 1, 2, ... G layers before. The fit is a ridge regression (Hoerl and Kennard 1970) for
+each layer, on the tokens of the profile. In training, a token's row leaves out the token
+itself, because a new token is not in its row either.
 
-The first layer has no past: there the plain rule stays, and this one holds zeros.
+The first layer has no past: it keeps the plain rule, and this one holds zeros.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
 """Scores of token ids for the home of a whole request.
 
-A request keeps one home, so what counts of an id is not how its own tokens are served but
-how the sequences that hold it are, each counted once: the share of their pairs that each
-rank could serve, above or below that of all tokens. Frequent ids are in all sequences and
-say nothing; rare ones show the topic. An id is shrunk towards nothing, as if one more,
-average sequence held it. Summed over a prompt this is the score of naive Bayes, with shares
-instead of the logarithms.
+A request keeps one home. So the score of an id is not about the id's own tokens, but about
+the sequences that contain it, each counted once: the share of their pairs that each rank
+could serve, minus that of all tokens. Frequent ids are in all sequences and say nothing;
+rare ones show the topic. An id is shrunk towards 0, as if one more, average sequence
+contained it. Summed over a prompt this is the score of naive Bayes, with shares instead of
+logarithms.
 """
 
 import numpy as np

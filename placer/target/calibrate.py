@@ -1,22 +1,26 @@
 """Measure the links and processors of this cluster for the cost model.
 
-A dispatch is an all-to-all in which every rank has rows for every other, so the links are
-measured by one: ``all_to_all_single`` with split sizes, nothing to the rank itself. For the
-fast link the ranks of each node exchange among themselves; for the slow one all ranks do,
-with one byte to each rank of the own node and the message spread over those of other nodes.
-All ranks send at once, as in a dispatch, so what they share (a network card of the node,
-processor cores) is shared here too. The same is measured with every other rank (for the
-slow link, every rank of every other node) sending to the next one only, since real
-exchanges are unequal, and as an all-gather of all ranks, which is another algorithm.
+A dispatch is an all-to-all in which every rank has rows for every other rank. So the links
+are measured by an all-to-all: ``all_to_all_single`` with split sizes, nothing to the rank
+itself. For the fast link, the ranks of each node exchange among themselves. For the slow
+link, all ranks exchange: one byte goes to each rank of the same node, and the message is
+spread over the ranks of other nodes. All ranks send at once, as in a dispatch. So what they
+share (a network card of the node, processor cores) is shared here too.
 
-An exchange takes ``latency + bytes / bandwidth``, the bytes those that one rank sends over
-the link: the cost of a message of LogGP, with one latency for all that does not grow with
-the bytes (Alexandrov et al., SPAA 1995). Both are fitted to medians of several repetitions
-by least squares on the relative errors, so that short messages decide the latency and long
-ones the bandwidth. Libraries change their way with the length of the message, so no two
-numbers fit all: the medians themselves are kept as a curve too. A repetition goes through
-all sizes and kinds of exchange, as a model does, so that what disturbs the machine for a
-while disturbs one repetition of all, and connections do not get used to one size.
+Two more kinds are measured. In one, every other rank (for the slow link, every rank of
+every other node) sends only to the next one, because real exchanges are unequal. The other
+is an all-gather of all ranks, which is another algorithm.
+
+An exchange takes ``latency + bytes / bandwidth``, with the bytes that one rank sends over
+the link. This is the cost of a message in LogGP, with one latency for everything that does
+not grow with the bytes (Alexandrov et al., SPAA 1995). Both are fitted to medians of
+several repetitions by least squares on the relative errors. So short messages decide the
+latency and long ones the bandwidth. Libraries change their algorithm with the length of the
+message, so two numbers do not fit all: the medians themselves are also kept, as a curve.
+
+A repetition goes through all sizes and kinds of exchange, as a model does. So a disturbance
+of the machine affects one repetition of all of them, and connections do not adapt to one
+size.
 """
 
 import time

@@ -209,14 +209,14 @@ class ImportOptions:
         Experts of every layer, where no checkpoint says.
     skip_layers
         MoE layers that were not recorded, by the model's own numbers.
-    tell
+    warn
         Takes each sentence that the user should read.
     """
 
     model_directory: Path | None = None
     num_experts: int | None = None
     skip_layers: tuple[int, ...] = ()
-    tell: Callable[[str], None] = lambda _: None
+    warn: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
         if self.model_directory is None and self.skip_layers:
@@ -304,7 +304,7 @@ def import_file(
             tokens, model = _of_moe_layers(tokens, model, options)
             spec = model.spec
         for remark in tokens.remarks:
-            options.tell(remark)
+            options.warn(remark)
         _require_captured(tokens, spec)
         tokens, num_reordered = ordered_by_weight(tokens)
         provenance: dict[str, Any] = {
@@ -362,7 +362,7 @@ def _of_moe_layers(
         if layer not in columns or not tokens.experts[:, columns.index(layer)].any()
     ]
     if empty:
-        options.tell(told_of_hash_layers(empty))
+        options.warn(hash_layers_warning(empty))
         model = model.without(empty)
     known = {*(model.spec.layer_ids or ()), *empty, *options.skip_layers}
     for column, layer in enumerate(columns):
@@ -378,7 +378,7 @@ def _of_moe_layers(
     return replace(tokens, experts=tokens.experts[:, kept], weights=weights), model
 
 
-def told_of_hash_layers(layers: Sequence[int]) -> str:
+def hash_layers_warning(layers: Sequence[int]) -> str:
     """Return the note that layers without a router are left out."""
     return (
         f"layers {', '.join(map(str, layers))} choose experts by a hash of the token, "

@@ -169,12 +169,12 @@ def sample_trace(trace: Trace, out: Path, num_sequences: int, seed: int) -> Trac
 
 
 def merge_traces(
-    traces: Sequence[Trace], out: Path, tell: Callable[[str], None] = lambda _: None
+    traces: Sequence[Trace], out: Path, warn: Callable[[str], None] = lambda _: None
 ) -> TraceHeader:
     """Write all tokens of traces of one model as one trace.
 
     Sequences are renumbered: those of a later trace follow those of the earlier ones, by
-    an offset that the provenance records. What not all traces hold is left out. ``tell``
+    an offset that the provenance records. What not all traces hold is left out. ``warn``
     takes a warning where one does not say which model or tokenizer it is of.
 
     Raises
@@ -184,7 +184,7 @@ def merge_traces(
     PlacerError
         If they have too many domains or sequences in all.
     """
-    both = Combination(tell)
+    both = Combination(warn)
     for trace in traces:
         both.add(str(trace.directory), trace.model, trace.tokenizer_sha256)
     if len({trace.sha256 for trace in traces}) < len(traces):

@@ -27,20 +27,20 @@ _NEEDS_MODEL = "name the model, because a row has one entry per layer: --model D
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _RequestFields:
     """How an engine is asked for routed experts, and for the ids of tokens."""
 
     experts: str
     ids: str
 
 
-_SGLANG = _Asked(
+_SGLANG = _RequestFields(
     experts="start SGLang with --enable-return-routed-experts, and ask for "
     '"return_routed_experts": true in every request',
     ids='ask for "return_prompt_token_ids": true (/generate), with "return_token_ids": '
     "true (OpenAI)",
 )
-_VLLM = _Asked(
+_VLLM = _RequestFields(
     experts="start vLLM with --enable-return-routed-experts; requests need no field",
     ids='ask for "return_token_ids": true in every request',
 )
@@ -122,7 +122,7 @@ def read_vllm_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
     return _read(file, _vllm_found, _VLLM)
 
 
-def _read(file: Path, found_in: _Finder, asked: _Asked) -> ImportedTokens:
+def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedTokens:
     sequences: list[_Sequence] = []
     num_without = 0
     for where, value in json_values(file):
@@ -179,7 +179,7 @@ def _joined(sequences: Sequence[_Sequence], remarks: tuple[str, ...]) -> Importe
 
 
 def _remarks(
-    sequences: Sequence[_Sequence], num_without: int, asked: _Asked
+    sequences: Sequence[_Sequence], num_without: int, asked: _RequestFields
 ) -> Iterator[str]:
     if num_without:
         yield (

@@ -31,7 +31,7 @@ def loads(
     out.unlink(missing_ok=True)
     told = [] if told is None else told
     import_loads(
-        read, "x", path, out, ImportOptions(model_directory=model, tell=told.append)
+        read, "x", path, out, ImportOptions(model_directory=model, warn=told.append)
     )
     return [row.tolist() for row in Affinity.read(out).load]
 

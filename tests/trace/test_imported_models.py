@@ -53,7 +53,7 @@ def imported(
 ) -> tuple[Trace, list[str]]:
     np.savez(tmp_path / "a.npz", experts=experts, sequence_ids=np.arange(200) // 20)
     told: list[str] = []
-    given = ImportOptions(tell=told.append, **options)
+    given = ImportOptions(warn=told.append, **options)
     import_file(read_npz, "npz", tmp_path / "a.npz", tmp_path / "t", given)
     return Trace(tmp_path / "t"), told
 

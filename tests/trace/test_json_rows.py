@@ -53,7 +53,7 @@ def read(reader: Any, path: Path, values: Any, **options: Any) -> tuple[Chunk, l
         values = "".join(json.dumps(one) + "\n" for one in values)
     path.write_text(values)
     told: list[str] = []
-    given = ImportOptions(tell=told.append, **options)
+    given = ImportOptions(warn=told.append, **options)
     import_file(reader, "x", path, path.with_suffix(".trace"), given)
     return Trace(path.with_suffix(".trace")).read(), told
 

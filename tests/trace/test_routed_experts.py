@@ -144,7 +144,7 @@ IDS = {
 def told(read: Any, path: Path, model: Path) -> tuple[Chunk, list[str]]:
     """Import, and return the tokens and what the user was told."""
     remarks: list[str] = []
-    options = ImportOptions(model_directory=model, tell=remarks.append)
+    options = ImportOptions(model_directory=model, warn=remarks.append)
     import_file(read, "x", path, path.with_suffix(".trace"), options)
     return Trace(path.with_suffix(".trace")).read(), remarks
 
