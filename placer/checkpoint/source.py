@@ -306,7 +306,7 @@ def _unheld(
                 if _OF_RANK.search(first) and _OF_RANK.search(shard.name):
                     raise PlacerError(
                         f"{first} and {shard.name} both hold {name}: they are parts for "
-                        "tensor-parallel ranks, as those of Grok-2",
+                        "tensor-parallel ranks, like those of Grok-2",
                         "give a checkpoint whose files are merged",
                     )
                 raise PlacerError(

@@ -56,6 +56,6 @@ def require_same_tokenizer(
         )
     unknown, known = (one_name, other_name) if one is None else (other_name, one_name)
     return (
-        f"{unknown} does not say which tokenizer made its token ids, {known} does: they "
-        "are taken to be the same"
+        f"{unknown} does not say which tokenizer made its token ids, but {known} does: "
+        "placer assumes that it is the same one"
     )

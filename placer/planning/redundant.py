@@ -287,11 +287,11 @@ def ladder_line(choice: RedundantChoice) -> str:
     """Return the sentence on the redundant experts that were tried, and taken."""
     steps = []
     for step in choice.ladder:
-        words = f"{step.redundant_experts}: {step.value:.6g}"
+        words = f"{step.value:.6g} with {step.redundant_experts}"
         if step.bytes_per_rank:
             words += f" for {step.bytes_per_rank / 2**30:.2f} GiB per rank"
         steps.append(f"{words} (misses a cap)" if step.excess else words)
     return (
-        f"{choice.redundant_experts} redundant experts, because {choice.stopped_because}; "
-        f"{choice.objective_name}, quick plans: " + "; ".join(steps)
+        f"{choice.redundant_experts} redundant experts, because {choice.stopped_because}. "
+        f"Quick plans, {choice.objective_name}: " + "; ".join(steps)
     )

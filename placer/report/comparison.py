@@ -111,7 +111,7 @@ def certificate_lines(plan: Plan) -> list[str]:
             f"{report.predicted_imbalance:.4f}"
         )
     if report.pairs is not None:
-        lines.append(_line("pairs", report.pairs))
+        lines.append(_line("pair objective", report.pairs))
     return lines
 
 
@@ -359,7 +359,7 @@ def _inner_cap_line(plan: Plan, inner_cap: InnerCap) -> str:
 
 
 def _line(status: str, found: SolverReport | Certificate) -> str:
-    reached = f"{status}: {found.objective_name} {found.objective:g}"
+    reached = f"{status}: {found.objective_name} = {found.objective:g}"
     if found.bound is None or found.gap is None:
         return f"{reached}, bound {found.bound_method}"
     return f"{reached}, bound {found.bound:g}, gap {found.gap:.1%} ({found.bound_method})"

@@ -281,7 +281,7 @@ def test_a_ladder_does_not_blame_the_load_for_received_copies(
     )
     told: list[str] = []
     solve_request(request, told.append, nobody)
-    assert "0: 0.753866 (misses a cap)" in told[0]
+    assert "0.753866 with 0 (misses a cap)" in told[0]
     assert "load" not in told[0]
 
 
@@ -351,7 +351,7 @@ def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
     )
     told: list[str] = []
     solve_request(request, told.append, nobody, Session.begun(time_limit=0.0))
-    because = "0 redundant experts, because no time was left to try 2;"
+    because = "0 redundant experts, because no time was left to try 2."
     assert told[0].startswith(because)
     assert "save " not in told[0]
 
