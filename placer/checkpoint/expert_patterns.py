@@ -18,9 +18,16 @@ _MARKS = re.compile(r"[\\*?()|^$+{\[]")
 # A name that begins with the number of an expert; others name ``experts`` before it.
 _BARE_NUMBER = re.compile(r"\d+\.\w+")
 # What language models are below, in checkpoints and in engines.
-_ROOTS = ("", "model.", "model.language_model.", "language_model.model.")
-_LAYERS = re.compile(r"^.*?(?=layers\.\d)")
+ROOTS = ("", "model.", "model.language_model.", "language_model.model.", "language_model.")
+LAYERS = re.compile(r"^.*?(?=layers\.\d)")
+# How other families call the blocks of experts and their projections.
+_OTHER_BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "moe", "mixer", "ffn")
+_OTHER_PARTS = (
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"),
+    *("linear_fc1", "linear_fc2", "weight"),
+)
 _Match = Callable[[str], object]
+_Groups = list[tuple[list[tuple[int, str]], IntArray]]
 
 
 def is_pattern(text: str) -> bool:
@@ -60,13 +67,18 @@ class ExpertModules:
         """Return whether a pattern picks any expert."""
         return any(self._outcome(text, way)[0] for way in range(len(_ways(text))))
 
+    def picks_alike_elsewhere(self, text: str) -> bool:
+        """Return whether a pattern is for names of another family, and picks all alike."""
+        outcomes = [self._tried(way, self._others) for way in _ways(text)]
+        return any(picks for picks, _ in outcomes) and not any(odd for _, odd in outcomes)
+
     def _outcome(self, text: str, way: int) -> tuple[bool, bool]:
         if (text, way) not in self._outcomes:
-            self._outcomes[text, way] = self._tried(_ways(text)[way])
+            self._outcomes[text, way] = self._tried(_ways(text)[way], self._groups)
         return self._outcomes[text, way]
 
     @cached_property
-    def _groups(self) -> list[tuple[list[tuple[int, str]], IntArray]]:
+    def _groups(self) -> _Groups:
         """Names of one part of all experts of a layer, with the numbers of the experts."""
         groups: dict[tuple[int, str], dict[int, str]] = {}
         for name in self._names:
@@ -85,15 +97,31 @@ class ExpertModules:
             for (layer, _), found in groups.items()
         ]
 
-    def _tried(self, match: _Match) -> tuple[bool, bool]:
+    @cached_property
+    def _others(self) -> _Groups:
+        """The same of names that experts have in other families."""
+        return [
+            (
+                [
+                    (expert, f"model.layers.{layer}.{block}.experts.{expert}.{part}")
+                    for expert in range(len(numbers))
+                ],
+                numbers,
+            )
+            for layer, numbers in self._new_numbers.items()
+            for block in _OTHER_BLOCKS
+            for part in _OTHER_PARTS
+        ]
+
+    def _tried(self, match: _Match, groups: _Groups) -> tuple[bool, bool]:
         """Return whether a pattern picks any expert, and whether it would pick others."""
-        for root in (None, *_ROOTS):
+        for root in (None, *ROOTS):
             picks = False
-            for names, numbers in self._groups:
+            for names, numbers in groups:
                 picked = {
                     expert
                     for expert, name in names
-                    if match(name if root is None else _LAYERS.sub(root, name, count=1))
+                    if match(name if root is None else LAYERS.sub(root, name, count=1))
                 }
                 picks |= bool(picked)
                 if picked != {int(numbers[expert]) for expert in picked}:

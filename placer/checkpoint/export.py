@@ -107,6 +107,8 @@ class ExportJob:
         What ``placer.json`` says, or said.
     restoring
         Whether this is the inverse.
+    stale
+        Notes that keep the old numbers of experts: no engine reads them.
     warning
         A warning if only shapes were compared, or ``None``.
     """
@@ -118,6 +120,7 @@ class ExportJob:
     configs: Mapping[str, bytes]
     record: ExportRecord
     restoring: bool
+    stale: tuple[Path, ...] = ()
     warning: str | None = None
 
     @property
@@ -310,6 +313,7 @@ class _Changes:
     tensors: TensorChanges
     configs: Mapping[str, bytes]
     metadata: Mapping[str, Mapping[str, str]]
+    stale: tuple[Path, ...]
 
 
 def _changes(
@@ -335,6 +339,7 @@ def _changes(
             shard.name: renumbering.metadata(shard.metadata, shard.path)
             for shard in source.shards
         },
+        stale=renumbering.stale(source.directory, source.other_files),
     )
 
 
@@ -393,6 +398,7 @@ def _job(
         configs=changes.configs,
         record=record,
         restoring=restoring,
+        stale=() if restoring else changes.stale,
         warning=warning,
     )
 

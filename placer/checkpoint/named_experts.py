@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.arrays import IntArray
-from placer.checkpoint.expert_patterns import ExpertModules, is_pattern
+from placer.checkpoint.expert_patterns import LAYERS, ROOTS, ExpertModules, is_pattern
 from placer.checkpoint.shard import replace_texts
 from placer.errors import PlacerError
 from placer.model.tensor_layout import TensorLayout
@@ -31,6 +31,8 @@ _OF_TOKENIZERS = (
 _NAMED = re.compile(r"\bexperts?[^A-Za-z0-9]{1,8}\d")
 # GPTQModel marks names by +: and -:; a pattern may end in .*, which no number is part of.
 _PLAIN = re.compile(r"(?P<before>(?:[-+]:)?)(?P<name>[\w.]+?)(?P<after>(?:\.\*)?)")
+# What may be a name or a pattern in a text of any kind.
+_WORDS = re.compile(r"""[^\s"',;]*experts?[^\s"',;]*""")
 # A name without the number of a layer.
 _IN_ANY_LAYER = re.compile(
     r"(?P<before>(?:[A-Za-z_]+\.)*experts\.)(?P<number>\d+)(?P<after>(?:\.\w+)*)"
@@ -40,6 +42,13 @@ _MEASURES = {
     *("num", "n", "count", "counts", "size", "sizes", "width", "dim", "per", "capacity"),
     *("period", "offset", "interval", "freq", "step", "topk"),
 }
+# Numbers in a text, several.
+_LISTED = re.compile(r"\s*\d+(?:[\s,;]+\d+)+\s*")
+# Keys of numbers of layers.
+_OF_LAYERS = ("_layers", "layer_ids", "layer_idx", "layer_indices")
+# Texts that people and tools read, not engines: recipes and logs of quantisers.
+_NOTES = (".yaml", ".yml", ".csv", ".txt", ".toml", ".jsonl", ".log", ".orig", ".bak")
+_MOST_NOTED = 1 << 24
 
 
 def description_files(files: Iterable[Path]) -> list[Path]:
@@ -99,6 +108,29 @@ class Renumbering:
                 found[relative.as_posix()] = renumbered.encode()
         return found
 
+    def stale(self, directory: Path, files: Iterable[Path]) -> tuple[Path, ...]:
+        """Return the files that name experts by their old numbers after an export.
+
+        They are copied as they are, because no engine reads them.
+        """
+        found = []
+        for relative in files:
+            path = directory / relative
+            small = path.is_file() and path.stat().st_size <= _MOST_NOTED
+            if relative.name.endswith(_NOTES) and small and self._is_stale(path):
+                found.append(relative)
+        return tuple(found)
+
+    def _is_stale(self, path: Path) -> bool:
+        """Return whether a text names experts whose numbers change."""
+        for word in set(_WORDS.findall(read_text(path))):
+            try:
+                if any(old != new for old, new in self._replaced([word], path).items()):
+                    return True
+            except PlacerError:
+                return True
+        return False
+
     def metadata(self, metadata: Mapping[str, str], path: Path) -> dict[str, str]:
         """Return the texts of a shard's metadata that change, keys included.
 
@@ -134,6 +166,8 @@ class Renumbering:
             elif is_pattern(text) or _NAMED.search(text):
                 # What seems to name an expert, and picks none, is not understood.
                 lost = _NAMED.search(text) and not self._modules.picks(text)
+                if lost and is_pattern(text):
+                    lost = not self._modules.picks_alike_elsewhere(text)
                 if lost or self._modules.picks_others(text):
                     raise _refused(text, source)
         return replaced
@@ -143,10 +177,10 @@ class Renumbering:
         plain = _PLAIN.fullmatch(text)
         if plain is None or "expert" not in text:
             return None
-        # Some lists leave out the name of the model, and all leave out the name of the
-        # parameter.
-        for prefix in ("", "model."):
-            place = self._layout.classify(f"{prefix}{plain['name']}.weight")
+        for root, own in self._roots(plain["name"]):
+            # Lists of modules leave out the name of the parameter.
+            rest = plain["name"][len(own) :]
+            place = self._layout.classify(f"{root}{rest}.weight")
             if place is None:
                 continue
             if place.kind is None:
@@ -157,9 +191,22 @@ class Renumbering:
             if place.expert >= len(numbers):
                 return None
             name = place.template.replace("{expert}", str(numbers[place.expert]))
-            name = name.removeprefix(prefix).removesuffix(".weight")
+            name = own + name.removeprefix(root).removesuffix(".weight")
             return f"{plain['before']}{name}{plain['after']}"
         return None
+
+    def _roots(self, name: str) -> Iterator[tuple[str, str]]:
+        """Yield what to put in place of the beginning of a name, and that beginning.
+
+        Some lists leave out the name of the model, and some have that of an engine's class.
+        """
+        yield "", ""
+        yield "model.", ""
+        found = LAYERS.match(name)
+        if found is not None and found[0] in ROOTS:
+            for block in self._layout.blocks:
+                if (root := LAYERS.match(block.replace("{layer}", "0"))) is not None:
+                    yield root[0], found[0]
 
     def _require_no_numbers(self, value: Any, source: Path, keys: tuple[str, ...]) -> None:
         """Refuse numbers of experts that are no part of a name, such as MoNE's."""
@@ -169,10 +216,14 @@ class Renumbering:
         words = {word for key in keys for word in key.lower().split("_")}
         if not words & {"expert", "experts"} or words & _MEASURES:
             return
+        if keys[-1].lower().endswith(_OF_LAYERS):
+            return
         if isinstance(value, dict):
             numbers = [int(key) for key in value if key.isdecimal()]
         elif isinstance(value, list):
             numbers = [one for one in _flat(value) if type(one) is int]
+        elif isinstance(value, str) and _LISTED.fullmatch(value):
+            numbers = [int(one) for one in re.findall(r"\d+", value)]
         else:
             return
         if numbers and len(set(numbers)) == len(numbers) and max(numbers) < self._most:

@@ -32,7 +32,7 @@ from placer.model.tensor_layout import (
 )
 from placer.placement import Placement, Plan
 from placer.placement.all_layers import plan_of
-from placer.run.files import read_text, sha256_file
+from placer.run.files import read_bytes, read_text, sha256_file
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model
 
@@ -148,8 +148,8 @@ def _require_same_files(original: Path, exported: Path) -> None:
     The record says what makes the original's headers, sizes and configs of those here.
     """
     job = prepare_restore(exported)
-    found = job.source.file_sha256
-    expected = CheckpointSource.open(original).file_sha256
+    source = CheckpointSource.open(original)
+    found, expected = job.source.file_sha256, source.file_sha256
     for name in sorted((found.keys() ^ expected.keys()) - {RECORD_NAME}):
         raise VerificationError(
             f"{exported} {'lacks' if name in expected else 'has'} {name}, which {original} "
@@ -162,6 +162,15 @@ def _require_same_files(original: Path, exported: Path) -> None:
                 f"{exported / name} is not that of {original}: SHA-256 {found[name][:12]} "
                 f"against {expected[name][:12]}",
                 _NOT_THE_SAME,
+            )
+    restored = {**{work.name: work.header for work in job.shards}, **job.configs}
+    before = {shard.name: shard.header for shard in source.shards}
+    before |= {name: read_bytes(original / name) for name in job.configs}
+    for name, content in restored.items():
+        if content != before.get(name):
+            raise VerificationError(
+                f"{name} restored from {exported} is not that of {original}",
+                f"{original} changed after it was exported: export it again",
             )
 
 

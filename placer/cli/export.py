@@ -288,6 +288,11 @@ def _write(job: "ExportJob | RanksJob", out: Path, options: "ExportOptions") -> 
         warn(report.warning)
     if line := left_out_line(job.source.left_out):
         note(line)
+    if stale := getattr(job, "stale", ()):
+        note(
+            f"{', '.join(map(str, stale))}: copied as they are, with the old numbers of "
+            "experts, because engines do not read them"
+        )
     if report.num_resumed:
         note(f"{report.num_resumed} shards were finished by an earlier run")
     return {"out": str(out)} | report.to_json()

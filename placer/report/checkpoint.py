@@ -33,6 +33,8 @@ class Checkpoint:
         ``experts``, ``router`` and ``other``.
     num_shards
         Files of tensors.
+    left_out
+        Files that an export leaves out, relative to the directory.
     record
         ``placer.json``, if placer exported the checkpoint.
     """
@@ -40,6 +42,7 @@ class Checkpoint:
     model: ModelSpec
     groups: Mapping[str, TensorGroup]
     num_shards: int
+    left_out: tuple[Path, ...]
     record: Mapping[str, Any] | None
 
     @property
@@ -64,6 +67,7 @@ class Checkpoint:
             model=model,
             groups=_groups(Architecture.of(config, directory), source),
             num_shards=len(source.shards),
+            left_out=source.left_out,
             record=read_json(record, "export record") if record.is_file() else None,
         )
 

@@ -322,6 +322,7 @@ def _summarize_checkpoint(checkpoint: Checkpoint) -> Summary:
     facts = _model_facts(checkpoint.model) | {
         "num_shards": checkpoint.num_shards,
         "num_bytes": checkpoint.num_bytes,
+        "left_out_by_export": [path.as_posix() for path in checkpoint.left_out],
         "exported_by_placer": checkpoint.record is not None,
     }
     if checkpoint.record is not None:

@@ -48,6 +48,10 @@ def model_with(tmp_path: Path, files: dict[str, Any], **config: Any) -> Path:
             "quant_model_description.json",
             {"model.layers.1.mlp.experts.5.down_proj.weight": "W8A8_DYNAMIC"},
         ),
+        (
+            "hf_quant_config.json",
+            {"exclude_modules": ["language_model.model.layers.1.mlp.experts.5.up_proj"]},
+        ),
         ("anything.json", [["-:model.layers.1.mlp.experts.5.down_proj.*", "lm_head"]]),
     ],
 )
@@ -84,6 +88,9 @@ def test_every_description_file_is_renumbered(
         "model.layers.1.mlp.experts[4].up_proj",
         "model.layers.1.mlp.experts_4.up_proj",
         "5.down_proj",
+        r"re:.*experts\.[0-3]\.w1",
+        r"re:.*experts\.3\.unheard_of",
+        "mtp.layers.1.mlp.experts.3.up_proj",
         r"re:^language_model\.model\.layers\.1\.mlp\.experts\.[4-7]\.",
     ],
 )
@@ -111,6 +118,9 @@ def test_a_pattern_that_would_pick_other_experts_is_refused(
         r"re:.*layers\.1\.mlp\.experts\.([4-9]|1[01])\..*",
         "model.layers.1.*",
         "re:.*mlp.gate$",
+        # of other families
+        r"re:.*block_sparse_moe[.]experts[.][0-9]+[.]w[123]",
+        r"re:.*experts\.\d+\.linear_fc1",
     ],
 )
 def test_a_pattern_that_picks_the_same_experts_stays(
@@ -134,6 +144,7 @@ def test_a_pattern_that_picks_the_same_experts_stays(
             "quantization_config.expert_bits",
         ),
         ({"pruned_experts": [1, 9]}, "pruned_experts"),
+        ({"hot_experts": "3, 7"}, "hot_experts"),
     ],
 )
 def test_numbers_of_experts_that_are_no_part_of_a_name_are_refused(
@@ -154,6 +165,7 @@ def test_numbers_of_experts_that_are_no_part_of_a_name_are_refused(
         {"moe_num_experts_per_layer": [1, 2]},
         {"expert_widths": [768, 1024]},
         {"expert_layer_period": 1},
+        {"expert_layers": [0, 1]},
     ],
 )
 def test_counts_and_sizes_are_no_numbers_of_experts(
@@ -203,3 +215,41 @@ def test_patterns_are_tried_on_every_projection(
         model = model_with(folder, {}, quantization_config=lists)
         with pytest.raises(PlacerError, match="names single experts"):
             prepare_export(permuting_plan(model, write_plan)[1], model)
+
+
+RECIPE = "stage:\n  ignore: ['re:.*layers.1.mlp.experts.{}.down_proj', lm_head]\n"
+
+
+def test_notes_that_name_experts_are_copied_and_told(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """llm-compressor's recipe and GPTQModel's log, which engines do not read."""
+    model = model_with(tmp_path, {})
+    (model / "recipe.yaml").write_text(RECIPE.format("4"))
+    (model / "all.yaml").write_text(RECIPE.format(r"\d+"))
+    (model / "quant_log.csv").write_text("layer,module\n1,mlp.experts.4.down_proj\n")
+    (model / "README.md").write_text("mlp.experts.4.down_proj stays in BF16\n")
+    job = prepare_export(permuting_plan(model, write_plan)[1], model)
+    assert job.stale == (Path("quant_log.csv"), Path("recipe.yaml"))
+    job.write(tmp_path / "out")
+    assert (tmp_path / "out" / "recipe.yaml").read_text() == RECIPE.format("4")
+
+
+@pytest.mark.parametrize("what", ["config", "metadata"])
+def test_verify_finds_an_original_that_changed_since(
+    what: str, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    model = model_with(tmp_path, {}, quantization_config={"ignore": ["lm_head"]})
+    plan = permuting_plan(model, write_plan)[1]
+    export_checkpoint(plan, model, tmp_path / "out")
+    if what == "config":
+        config = (model / "config.json").read_text()
+        (model / "config.json").write_text(config.replace("lm_head", "*experts*"))
+    else:
+        raw = (model / "model.safetensors").read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = b'{"__metadata__":{"ignore":"lm_head"},' + raw[9 : 8 + length]
+        new = len(header).to_bytes(8, "little") + header + raw[8 + length :]
+        (model / "model.safetensors").write_bytes(new)
+    with pytest.raises(VerificationError, match="is not that of"):
+        verify(model, tmp_path / "out", plan, [], 0)
