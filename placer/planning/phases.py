@@ -47,7 +47,7 @@ def phase_warning(trace: Trace, selection: Selection, served: Iterable[str]) -> 
     given = f"--phase {phase}" if selection.phase else str(trace.directory)
     return (
         f"{others[0]} is judged by {phase} tokens, which may use other experts: {given} "
-        f"has no tokens of {others[0]}"
+        f"has no {others[0]} tokens"
     )
 
 

@@ -188,7 +188,7 @@ def _answer(
         question=question,
         options=plans[best],
         verdict=min((one for found in by_size for one in found), key=RANKED.index),
-        sentence=f"{phase}: {_verdict_words(by_size, shapes)}, best is {best}: "
+        sentence=f"{phase}: {_verdict_words(by_size, shapes)}; best placement {best}: "
         + gains.words(best),
         candidates=candidates,
         break_even=break_evens(figures[best], figures["contiguous"], question.cost_model()),

@@ -90,7 +90,7 @@ def test_partners_are_worth_placing(tmp_path: Path) -> None:
         for name, copies in (("contiguous", 1.5), (CAPPED, 0.75)):
             for one in answer.candidates[name]:
                 assert one.sent_per_token == pytest.approx(copies, abs=0.05)
-        assert f"worth it, best is {answer.best}: copies sent -5" in answer.sentence
+        assert f"worth it; best placement {answer.best}: copies sent -5" in answer.sentence
     assert "--policy fixed" in next_command(advice, trace.directory)
     few, filled = advice.warnings
     assert few == "20 held-out sequences are too few to trust: 30 are needed"
@@ -107,7 +107,7 @@ def test_the_verdict_is_that_of_the_best_plan_that_is_shown(tmp_path: Path) -> N
         assert sent[GUARDED] == pytest.approx(1.5, abs=0.01)
         assert sent[CAPPED] == pytest.approx(0.75, abs=0.01)
         assert (answer.verdict, answer.best) == ("worth it", CAPPED)
-        assert "worth it, best is placed (cap 1.10): copies sent -" in answer.sentence
+        assert "worth it; best placement placed (cap 1.10): copies sent -" in answer.sentence
     command = next_command(advice, trace.directory)
     assert command is not None and "--max-imbalance 1.1 --relax-cap" in command
     even = advised(write(tmp_path / "even", partners())).best
@@ -287,7 +287,7 @@ def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
     assert advice.verdict == "worth it"
     for answer in advice.answers:
         assert len(answer.break_even) == len(answer.candidates[answer.best])
-        assert f"best is {answer.best}: layer -" in answer.sentence
+        assert f"best placement {answer.best}: layer -" in answer.sentence
     with pytest.raises(UsageError, match="needs the size of an expert"):
         advised(trace, replace(timed, expert=None))
 
