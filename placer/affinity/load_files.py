@@ -13,19 +13,17 @@ from placer.affinity.loads import (
     whole_counts,
 )
 from placer.errors import PlacerError
+from placer.run.archives import UNREADABLE, load_array, unreadable_reason
 from placer.run.documents import parse_json
 from placer.run.files import (
     read_bytes,
     require_file,
-    require_fitting_archive,
-    unreadable_reason,
 )
 from placer.trace.csv_rows import (
     read_table,
     require_whole,
 )
 from placer.trace.imported import (
-    UNREADABLE,
     BoundModel,
 )
 from placer.trace.sglang_dump import load_dump
@@ -77,8 +75,7 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
 def _npy(file: Path) -> Any:
     require_file(file, "counts")
     try:
-        require_fitting_archive(file)
-        return np.load(file, allow_pickle=False)
+        return load_array(file)
     except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npy array: {unreadable_reason(error)}", _MATRIX_LAYOUT

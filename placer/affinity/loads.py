@@ -16,6 +16,7 @@ from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.model.spec import MAX_EXPERTS
+from placer.run.archives import UNREADABLE
 from placer.run.documents import read_json
 from placer.run.files import (
     require_file,
@@ -23,7 +24,6 @@ from placer.run.files import (
 )
 from placer.trace.imported import (
     BY_ITSELF,
-    UNREADABLE,
     BoundModel,
     ImportOptions,
     hash_layers_warning,

@@ -9,7 +9,6 @@ dense branch and its coefficient do not depend on the order of experts.
 
 import argparse
 import codecs
-import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +23,9 @@ from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
 from placer.errors import (
     PlacerError,
-    VerificationError,
 )
 from placer.placement import Plan
+from placer.run.archives import load_torch
 from placer.run.documents import (
     SCHEMA_VERSION,
     Document,
@@ -46,7 +45,6 @@ from placer.run.writing import (
     atomic_directory,
     require_free_space,
 )
-from placer.trace.imported import UNREADABLE
 
 KIND = "deepspeed"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
@@ -54,9 +52,7 @@ _MAIN_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
 _EXPERT_KEY = re.compile(
     r"((?:.*\.)?deepspeed_moe)\.experts\.deepspeed_experts\.(\d+)\.(.+)"
 )
-# How torch names what it does not load, among its advice.
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-_GATE = ".gate.wg.weight"
+GATE = ".gate.wg.weight"
 
 
 class DeepspeedRecord(Document, frozen=True, kw_only=True):
@@ -144,6 +140,11 @@ class DeepspeedCheckpoint:
                 )
             if path.is_dir():
                 continue
+            if not path.is_file():
+                raise PlacerError(
+                    f"{path} is not a file: a pipe, a device or a socket",
+                    "move it out of the directory",
+                )
             if found := _EXPERT_FILE.fullmatch(path.name):
                 experts[int(found[1]), int(found[2]), found[3]] = path
             elif _MAIN_FILE.fullmatch(path.name):
@@ -187,11 +188,7 @@ def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedRe
     plan = Plan.read(plan_path)
     source = DeepspeedCheckpoint.open(directory)
     if source.num_experts != plan.model.num_experts:
-        raise PlacerError(
-            f"{plan_path} is for {list(plan.model.num_experts)} experts per MoE layer, "
-            f"{directory} has {list(source.num_experts)}",
-            f"solve a plan for this model; to see the plan: placer inspect {plan_path}",
-        )
+        raise other_shape(plan, plan_path, source)
     if (source.directory / RECORD_NAME).exists():
         raise PlacerError(
             f"{directory} was already permuted by placer",
@@ -218,48 +215,23 @@ def restore_deepspeed(directory: Path, out: Path) -> DeepspeedReport:
         If the directory holds no record, or one of another checkpoint.
     """
     source = DeepspeedCheckpoint.open(directory)
-    rows = _recorded(source.directory / RECORD_NAME, source.num_experts)
-    return _write(source, [np.argsort(row) for row in rows], out, None)
-
-
-def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
-    """Compare every tensor under the plan's permutation; return how many there are.
-
-    Raises
-    ------
-    VerificationError
-        At the first difference.
-    """
-    plan = Plan.read(plan_path)
-    old, new = (DeepspeedCheckpoint.open(one) for one in (original, exported))
-    if old.expert_files.keys() != new.expert_files.keys():
-        raise VerificationError(
-            f"{exported} has different files of experts than {original}"
-        )
-    count = 0
-    for (layer, expert, rank), path in new.expert_files.items():
-        moved = int(plan.placement.permutation(layer)[expert])
-        theirs = old.expert_files[layer, moved, rank]
-        expected = {
-            key.replace(f"deepspeed_experts.{moved}.", f"deepspeed_experts.{expert}."): one
-            for key, one in _load(theirs).items()
-        }
-        count += _compare(path, _load(path), expected)
-    prefixes = {prefix: n for n, prefix in enumerate(_prefixes(old))}
-    for ours, theirs in zip(new.main_files, old.main_files, strict=True):
-        found, expected = _load(ours)["module"], dict(_load(theirs)["module"])
-        for prefix, layer in prefixes.items():
-            expected[prefix + _GATE] = expected[prefix + _GATE][
-                plan.placement.permutation(layer)
-            ]
-        count += _compare(ours, found, expected)
-    return count
+    read = recorded(source.directory / RECORD_NAME, source.num_experts)
+    return _write(source, [np.argsort(row) for row in read.permutation], out, None)
 
 
 def is_deepspeed(directory: Path) -> bool:
     """Return whether a directory holds a DeepSpeed checkpoint."""
     return (directory / "latest").is_file() or any(
         directory.glob("mp_rank_*_model_states.pt")
+    )
+
+
+def other_shape(plan: Plan, plan_path: Path, source: DeepspeedCheckpoint) -> PlacerError:
+    """Return the error of a plan that has other numbers of experts."""
+    return PlacerError(
+        f"{plan_path} is for {list(plan.model.num_experts)} experts per MoE layer, "
+        f"{source.directory} has {list(source.num_experts)}",
+        f"solve a plan for this model; to see the plan: placer inspect {plan_path}",
     )
 
 
@@ -271,15 +243,15 @@ def _write(
 ) -> DeepspeedReport:
     files = (*source.expert_files.values(), *source.main_files, *source.other_files)
     require_free_space(out, sum(path.stat().st_size for path in files))
-    prefixes = list(_prefixes(source))
+    prefixes = list(moe_prefixes(source))
     with atomic_directory(out) as partial:
         for (layer, expert, rank), path in source.expert_files.items():
             moved = int(rows[layer][expert])
-            content = _load(source.expert_files[layer, moved, rank])
+            content = load_states(source.expert_files[layer, moved, rank])
             _save(partial / path.name, _renumbered(path, content, moved, expert))
         num_gates = 0
         for path in source.main_files:
-            content = _load(path)
+            content = load_states(path)
             num_gates += _permute_gates(path, content, prefixes, rows)
             _save(partial / path.name, content)
         for path in source.other_files:
@@ -324,7 +296,7 @@ def _permute_gates(
         raise PlacerError(f"{path} has no module", "give a checkpoint of DeepSpeed")
     if content.get("optimizer"):
         raise _optimizer(path)
-    gates = {prefix + _GATE: row for prefix, row in zip(prefixes, rows, strict=True)}
+    gates = {prefix + GATE: row for prefix, row in zip(prefixes, rows, strict=True)}
     for key in module:
         if "deepspeed_moe." in key and key not in gates:
             raise PlacerError(
@@ -344,7 +316,7 @@ def _permute_gates(
     return len(gates)
 
 
-def _prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
+def moe_prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
     """Yield the module of each MoE layer, as the keys of its expert 0 name it."""
     for layer in range(len(source.num_experts)):
         path = next(
@@ -352,7 +324,7 @@ def _prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
             for (n, expert, _), path in source.expert_files.items()
             if (n, expert) == (layer, 0)
         )
-        match = _EXPERT_KEY.fullmatch(next(iter(_load(path)), ""))
+        match = _EXPERT_KEY.fullmatch(next(iter(load_states(path)), ""))
         if match is None:
             raise PlacerError(
                 f"{path} holds no tensor of an expert", "fetch the checkpoint again"
@@ -360,18 +332,14 @@ def _prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
         yield match[1]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    import torch
-
+def load_states(path: Path) -> dict[str, Any]:
+    """Load one file; the bytes of tensors stay on disk until they are read."""
     require_file(path, "file")
     try:
-        with torch.serialization.safe_globals(_client_state()):
-            value = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (*UNREADABLE, pickle.UnpicklingError) as error:
-        found = _GLOBAL.search(str(error))
-        reason = f"it holds {found[1]}" if found else str(error).partition("\n")[0]
+        value = load_torch(path, allowed=_client_state(), mapped=True)
+    except PlacerError as error:
         raise PlacerError(
-            f"{path} does not load with weights_only: {reason}",
+            f"{path} does not load with weights_only: {error}",
             "save it again without client state: engine.save_checkpoint(DIR)",
         ) from error
     if not isinstance(value, dict):
@@ -400,48 +368,18 @@ def _save(path: Path, value: Mapping[str, Any]) -> None:
         torch.save(value, stream)
 
 
-def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
-    if odd := min(found.keys() ^ expected.keys(), default=None):
-        state = "lacks" if odd in expected else "has the unexpected"
-        raise VerificationError(
-            f"{path} {state} key {odd}",
-            "export it again: placer export deepspeed PLAN ORIGINAL --out NEW",
-        )
-    for key, value in expected.items():
-        if not _same(found[key], value):
-            raise VerificationError(
-                f"{path}: {key} differs from the original under the plan",
-                "export it again: placer export deepspeed PLAN ORIGINAL --out NEW",
-            )
-    return len(expected)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Compare tensors byte by byte: NaN is then equal to itself, in any dtype."""
-    import torch
-
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return bool(one == other)
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    left, right = (
-        tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)
-    )
-    return torch.equal(left, right)
-
-
-def _recorded(path: Path, num_experts: tuple[int, ...]) -> list[IntArray]:
+def recorded(path: Path, num_experts: tuple[int, ...]) -> DeepspeedRecord:
+    """Read ``placer.json`` of an export with so many experts in each MoE layer."""
     where, again = f"export record {path}", "take it from an unchanged copy"
     value = of_this_version(read_json(path, "export record"), where, again)
     read = validated(value, DeepspeedRecord, where, again)
-    rows = [np.asarray(row, dtype=np.int64) for row in read.permutation]
     if [sorted(row) for row in read.permutation] != [list(range(n)) for n in num_experts]:
         raise PlacerError(
             f"{where}: permutation does not fit a DeepSpeed checkpoint of "
             f"{list(num_experts)} experts",
             again,
         )
-    return rows
+    return read
 
 
 def _tag_folder(directory: Path) -> Path:
@@ -480,7 +418,7 @@ def _num_experts(
 
 def _is_empty_optimizer(path: Path) -> bool:
     """Return whether a file is one that DeepSpeed writes where there is no optimizer."""
-    return "optim_states" in path.name and not any(_load(path).values())
+    return "optim_states" in path.name and not any(load_states(path).values())
 
 
 def _unclassified(path: Path) -> PlacerError:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from placer.checkpoint.source import weight_files
 from placer.errors import PlacerError
+from placer.run.archives import load_torch
 from placer.run.documents import read_json
 from placer.run.files import require_file
 
@@ -69,11 +70,7 @@ def read_tensor(path: Path, name: str) -> "torch.Tensor":
 
 @lru_cache(maxsize=1)
 def _torch_tensors(path: Path) -> "dict[str, torch.Tensor]":
-    import torch
-
-    found: dict[str, torch.Tensor] = torch.load(
-        path, weights_only=True, map_location="cpu", mmap=True
-    )
+    found: dict[str, torch.Tensor] = load_torch(path, mapped=True)
     return found
 
 

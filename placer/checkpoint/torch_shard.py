@@ -5,8 +5,8 @@ their bytes are copied from their place; the pickle next to them is read with
 ``weights_only`` and without reading tensors.
 """
 
-import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from placer.checkpoint.shard import (
     compose_header,
 )
 from placer.errors import PlacerError
+from placer.run.archives import load_torch
 from placer.run.files import require_file
-from placer.trace.imported import UNREADABLE
 
 if TYPE_CHECKING:
     import torch
@@ -85,26 +85,22 @@ def _require_stored(path: Path) -> None:
             order = b"little"
             if "byteorder" in members:
                 order = archive.read(members["byteorder"])
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, zlib.error) as error:
         raise _refused(
             path, f"it is not an archive of PyTorch 1.6 or later: {error}"
         ) from error
     if order != b"little":
         raise _refused(path, f"its tensors are {order.decode(errors='replace')}-endian")
-    if any(one.compress_type != zipfile.ZIP_STORED for one in members.values()):
-        raise _refused(path, "it is compressed")
 
 
 def _load_without_data(path: Path) -> dict[str, Any]:
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
         with FakeTensorMode():
-            value = torch.load(path, weights_only=True, map_location="cpu")
-    except (*UNREADABLE, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise _refused(path, f"it does not load with weights_only: {reason}") from error
+            value = load_torch(path)
+    except PlacerError as error:
+        raise _refused(path, f"it does not load with weights_only: {error}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise _refused(path, "it holds no dict of tensors by name")
     return value

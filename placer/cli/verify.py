@@ -52,7 +52,8 @@ def verify(
     if exported.is_file():
         _verify_map(original, exported, plan, as_json)
         return
-    from placer.checkpoint.deepspeed import is_deepspeed, verify_deepspeed
+    from placer.checkpoint.deepspeed import is_deepspeed
+    from placer.checkpoint.verify_deepspeed import verify_deepspeed
     from placer.checkpoint.verify_ranks import is_ranks
 
     if is_deepspeed(exported):

@@ -28,7 +28,7 @@ from typing import (
 import msgspec
 
 from placer.errors import PlacerError
-from placer.run.files import read_bytes
+from placer.run.files import MAX_DOCUMENT_BYTES, read_bytes
 
 #: The version of every kind of file that placer writes; version 1 is still read.
 SCHEMA_VERSION: Final = 2
@@ -48,7 +48,13 @@ LayerKey = Annotated[str, msgspec.Meta(pattern="^(0|[1-9][0-9]*)$")]
 # Real documents nest less than ten levels, and hold no number of 128 bits.
 _MOST_LEVELS = 64
 _MOST_BITS = 128
+# What takes seconds to decode: a map for 94 layers of 1,024 slots has half of it.
+_MOST_YAML = 1 << 21
+_MOST_TOML = 1 << 20
+# Values beyond one per character that a document may have through aliases.
+_FEW_VALUES = 1 << 20
 _SHOWN = 60
+_UNREADABLE_YAML = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -102,7 +108,7 @@ def parse_toml(text: str | bytes, where: str) -> dict[str, Any]:
     PlacerError
         As that function does.
     """
-    value: dict[str, Any] = _parsed(tomllib.loads, text, where, "TOML")
+    value: dict[str, Any] = _parsed(_load_toml, text, where, "TOML", _MOST_TOML)
     return value
 
 
@@ -114,7 +120,7 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     PlacerError
         As that function does.
     """
-    return _parsed(_load_yaml, text, where, "YAML")
+    return _parsed(_load_yaml, text, where, "YAML", _MOST_YAML)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -227,11 +233,17 @@ def of_this_version(
 
 
 def _parsed(
-    decode: Callable[[str], Any], text: str | bytes, where: str, language: str
+    decode: Callable[[str], Any],
+    text: str | bytes,
+    where: str,
+    language: str,
+    most: int = MAX_DOCUMENT_BYTES,
 ) -> Any:
     try:
+        if len(text) > most:
+            raise ValueError(f"it has {len(text):,} bytes, placer reads at most {most:,}")
         value = decode(text if isinstance(text, str) else text.decode("utf-8"))
-        _require_bounds(value)
+        _require_bounds(value, len(text) + _FEW_VALUES)
     except RecursionError:
         reason = f"it nests deeper than {_MOST_LEVELS} levels"
     except UnicodeDecodeError as error:
@@ -253,6 +265,16 @@ def _no_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     return found
 
 
+def _load_toml(text: str) -> dict[str, Any]:
+    # The time that a dotted key takes grows with the square of its length.
+    parts = 0
+    for part in text.split("."):
+        parts = 0 if re.search(r"[\s,=]", part.strip()) else parts + 1
+        if parts > _MOST_LEVELS:
+            raise RecursionError
+    return tomllib.loads(text)
+
+
 def _load_yaml(text: str) -> Any:
     import yaml
 
@@ -268,32 +290,37 @@ def _load_yaml(text: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, TypeError) as error:  # a key that is a list
-        raise ValueError(" ".join(str(error).split())) from error
+    # A key that is a list, and tags on what is no such value: !!int "" and so on.
+    except (yaml.YAMLError, *_UNREADABLE_YAML) as error:
+        raise ValueError(" ".join((str(error) or repr(error)).split())) from error
 
 
-def _require_bounds(value: Any) -> None:
-    """Refuse what nests too deep, and numbers and texts that later code cannot take."""
+def _require_bounds(value: Any, most: int) -> None:
+    """Refuse what nests too deep, and numbers and texts that later code cannot take.
+
+    ``most`` bounds the values: by aliases of YAML one object stands in many places, and a
+    short text can mean more values than memory holds.
+    """
     level = [value]
-    seen: set[int] = set()  # aliases of YAML: one object in many places
     for _ in range(_MOST_LEVELS):
         inner: list[Any] = []
         for one in level:
-            if isinstance(one, dict | list):
-                if id(one) in seen:
-                    continue
-                seen.add(id(one))
-            if isinstance(one, dict):
-                inner += one
-                inner += one.values()
-            elif isinstance(one, list):
-                inner += one
-            elif isinstance(one, str):
-                # Half of a surrogate pair, which JSON can spell, is no character.
-                if not one.isascii() and re.search("[\ud800-\udfff]", one):
-                    raise ValueError(f"{ascii(one)[:_SHOWN]} is not a text")
-            elif isinstance(one, int) and one.bit_length() > _MOST_BITS:
-                raise ValueError(f"it holds a number of more than {_MOST_BITS} bits")
+            kind = type(one)
+            if kind is int:
+                if one.bit_length() > _MOST_BITS:
+                    raise ValueError(f"it holds a number of more than {_MOST_BITS} bits")
+            elif kind is list:
+                most -= len(one)
+                inner += one if most >= 0 else ()
+            elif kind is dict:
+                most -= 2 * len(one)
+                inner += one if most >= 0 else ()
+                inner += one.values() if most >= 0 else ()
+            # Half of a surrogate pair, which JSON can spell, is no character.
+            elif kind is str and not one.isascii() and re.search("[\ud800-\udfff]", one):
+                raise ValueError(f"{ascii(one)[:_SHOWN]} is not a text")
+        if most < 0:
+            raise ValueError("its aliases stand for far more values than it has")
         level = inner
         if not level:
             return

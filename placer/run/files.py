@@ -4,25 +4,15 @@ import hashlib
 import json
 import os
 import stat
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from placer.errors import PlacerError
 
 _READ_BYTES = 1 << 20
-#: Most bytes of a document, such as a plan or a config, that are read at once.
-MAX_DOCUMENT_BYTES = 1 << 28
-
-
-def unreadable_reason(error: Exception) -> str:
-    """Return why bytes cannot be read, without the advice of NumPy to unpickle them."""
-    if "pickle" in str(error):
-        return (
-            "it does not hold a plain array, or it holds pickled objects, which "
-            "placer never loads"
-        )
-    return str(error)
+#: Most bytes of a document, such as a plan or a config: the index of 200,000 tensors has a
+#: third of it, and more takes many seconds to decode.
+MAX_DOCUMENT_BYTES = 1 << 26
 
 
 def require_file(path: Path, what: str) -> None:
@@ -100,31 +90,6 @@ def read_text(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") -
             f"{what} {path} is not UTF-8: byte {error.start} is {byte:#04x}",
             f"convert it: iconv -f ENCODING -t UTF-8 {path}",
         ) from error
-
-
-def require_fitting_archive(path: Path) -> None:
-    """Refuse a zip archive that would unpack to more than this machine's memory.
-
-    ``zipfile`` never unpacks more of a member than the directory of the archive says.
-
-    Raises
-    ------
-    PlacerError
-        If it does; a file that is no zip archive passes.
-    """
-    with open_regular(path) as stream:
-        if not zipfile.is_zipfile(stream):
-            return
-        stream.seek(0)
-        with zipfile.ZipFile(stream) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-    memory = memory_bytes()
-    if size > memory:
-        raise PlacerError(
-            f"{path} unpacks to {size:,} bytes, but this machine has {memory:,} bytes of "
-            "memory",
-            "split it into smaller files",
-        )
 
 
 def memory_bytes() -> int:

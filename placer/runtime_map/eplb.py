@@ -12,9 +12,10 @@ import numpy as np
 
 from placer.arrays import IntArray
 from placer.errors import PlacerError
-from placer.model import ModelSpec
+from placer.model import ModelSpec, require_same_model
+from placer.run.archives import UNREADABLE, load_arrays, unreadable_reason
 from placer.run.documents import Document, NumRanks, parse_json, validated
-from placer.run.files import require_file, require_fitting_archive, unreadable_reason
+from placer.run.files import require_file
 from placer.run.writing import write_tensors
 from placer.runtime_map.runtime import MapSource, ParsedMap, Runtime
 
@@ -52,17 +53,39 @@ def _write(source: MapSource, path: Path, suffix: str) -> None:
         with path.open("wb") as stream:
             np.savez(stream, **arrays)
         return
-    header = EplbHeader(
+    write_tensors(path, arrays, _header_of(source).to_json())
+
+
+def _header_of(source: MapSource) -> EplbHeader:
+    return EplbHeader(
         kind="eplb",
         model=source.model,
         num_ranks=source.placement.num_ranks,
         num_nodes=source.placement.num_nodes,
     )
-    write_tensors(path, arrays, header.to_json())
+
+
+def _require_header(found: EplbHeader, expected: EplbHeader, path: Path) -> None:
+    """Refuse a header that is not the plan's; what a model is called means nothing."""
+    pairs: list[tuple[Document, Document, tuple[str, ...]]] = [
+        (found, expected, ("num_ranks", "num_nodes"))
+    ]
+    require_same_model(found.model, str(path), expected.model, "the plan's model")
+    if found.model.bound and expected.model.bound:
+        pairs.append((found.model, expected.model, ("n_group", "topk_group")))
+    for one, other, names in pairs:
+        for name in names:
+            ours, theirs = getattr(one, name), getattr(other, name)
+            if ours != theirs:
+                raise PlacerError(
+                    f"its header has {name} {ours}, in the plan it is {theirs}"
+                )
 
 
 def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
     found = _load(path, suffix)
+    if suffix != ".npz" and (header := _header(path)) is not None:
+        _require_header(header, _header_of(source), path)
     if sorted(found) != sorted(_NAMES):
         raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)}")
     odd = [name for name in _NAMES if found[name].dtype != np.int64]
@@ -90,26 +113,30 @@ def _parse(path: Path, suffix: str) -> ParsedMap:
     if phy2log.ndim != 2 or logcnt.ndim != 2 or phy2log.dtype != np.int64:
         raise PlacerError("phy2log or logcnt is not a matrix of int64")
     sizes = (logcnt.shape[1],) * len(phy2log)
-    model = None if suffix == ".npz" else _header_model(path)
+    if 0 in phy2log.shape:
+        raise PlacerError(f"phy2log has shape {list(phy2log.shape)}: it has no slot")
+    header = None if suffix == ".npz" else _header(path)
+    model = None if header is None else header.model
     return ParsedMap(rows=phy2log.tolist(), num_experts=sizes, model=model)
 
 
-def _header_model(path: Path) -> ModelSpec | None:
-    """Return the model that placer wrote next to the arrays."""
+def _header(path: Path) -> EplbHeader | None:
+    """Return what placer wrote next to the arrays; files of others have no metadata."""
     from safetensors import safe_open
 
     with safe_open(path, "np") as opened:
-        text = (opened.metadata() or {}).get("placer")
-    if text is None:
+        metadata = opened.metadata()
+    if not metadata:
         return None
+    if set(metadata) != {"placer"}:
+        raise PlacerError(f"its metadata has {sorted(metadata)}, expected ['placer']")
+    text = metadata["placer"]
     where, again = f"map {path}", f"placer export eplb PLAN --out {path}"
     header = parse_json(text, f"the header of {where}")
-    return validated(header, EplbHeader, where, again).model
+    return validated(header, EplbHeader, where, again)
 
 
 def _load(path: Path, suffix: str) -> dict[str, Any]:
-    import zipfile
-
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -117,10 +144,8 @@ def _load(path: Path, suffix: str) -> dict[str, Any]:
     try:
         if suffix != ".npz":
             return load_file(path)
-        require_fitting_archive(path)
-        with np.load(path, allow_pickle=False) as opened:
-            return {name: opened[name] for name in opened.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        return load_arrays(path)[0]
+    except (SafetensorError, *UNREADABLE) as error:
         raise PlacerError(f"it cannot be loaded: {unreadable_reason(error)}") from error
 
 

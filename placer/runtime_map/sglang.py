@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
+from placer.run.archives import load_torch
 from placer.run.documents import read_json
 from placer.run.files import require_file
 from placer.runtime_map.runtime import (
@@ -28,7 +29,6 @@ from placer.runtime_map.runtime import (
     require_same_width,
     require_valid_rows,
 )
-from placer.trace.imported import UNREADABLE
 
 _KEY = "physical_to_logical_map"
 
@@ -85,16 +85,10 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
 
 
 def _load_pt(path: Path) -> dict[str, Any]:
-    import pickle
-
     import torch
 
     require_file(path, "map")
-    try:
-        value = torch.load(path, weights_only=True, map_location="cpu")
-    except (*UNREADABLE, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PlacerError(f"it cannot be loaded with weights_only: {reason}") from error
+    value = load_torch(path)
     if not isinstance(value, dict):
         raise PlacerError(f"it holds {type(value).__name__}, not a dict")
     rows = value.get(_KEY)

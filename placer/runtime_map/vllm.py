@@ -21,6 +21,7 @@ from placer.runtime_map.runtime import (
     Runtime,
     require_rows,
     require_same_width,
+    require_valid_rows,
 )
 
 _ROWS = "physical_to_logical_map"
@@ -67,7 +68,7 @@ def _class_of(source: MapSource) -> str:
 
 def _maps(path: Path) -> dict[str, Any]:
     value = read_json(path, "map")
-    if value.get("version") != 2:
+    if type(value.get("version")) is not int or value["version"] != 2:
         raise PlacerError(f"its version is {value.get('version')!r}, not 2")
     return require_object(value.get("model_maps"), "model_maps")
 
@@ -81,7 +82,18 @@ def _rows_of(maps: dict[str, Any], name: str) -> list[list[int]]:
 
 
 def _read_das(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
-    return _of_model(_rows_of(_maps(path), _class_of(source)), source)
+    maps, name = _maps(path), _class_of(source)
+    drafts = _MTP_CLASSES.get(name)
+    if source.num_mtp_layers and drafts is not None:
+        filled = _rows_of(maps, drafts)
+        if len(filled) != source.num_mtp_layers:
+            raise PlacerError(
+                f"{drafts} has {len(filled)} rows, the model "
+                f"{source.num_mtp_layers} layers of multi-token prediction"
+            )
+        sizes = source.placement.num_experts[:1] * len(filled)
+        require_valid_rows(filled, sizes, source.placement.num_ranks)
+    return _of_model(_rows_of(maps, name), source)
 
 
 def _parse_das(path: Path, _suffix: str) -> ParsedMap:

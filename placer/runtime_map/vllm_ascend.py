@@ -48,6 +48,7 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
                 f"moe_layer_count is {value['moe_layer_count']} and {len(layers)} layers "
                 f"are listed; the model has {source.model.num_layers} MoE layers"
             )
+        require_integers([value["moe_layer_count"]], "moe_layer_count")
         rows = [_layer(one, ordinal, source) for ordinal, one in enumerate(layers)]
     except (KeyError, TypeError) as error:
         raise PlacerError(f"it lacks a field: {error}") from error
@@ -72,6 +73,9 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
     """Return the slots of a layer, device after device."""
     devices = value["device_list"]
     size = source.placement.num_ranks
+    ids = [one["device_id"] for one in devices]
+    numbers = [value["layer_id"], value["device_count"], *ids]
+    require_integers(numbers, f"layer_id, device_count or device_id of layer {ordinal}")
     if value["layer_id"] != ordinal:
         raise PlacerError(f"layer_id {value['layer_id']} is at place {ordinal}")
     if not value["device_count"] == len(devices) == size:
@@ -79,7 +83,7 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
             f"layer {ordinal} has device_count {value['device_count']} and {len(devices)} "
             f"devices; the plan has {size} ranks"
         )
-    if [one["device_id"] for one in devices] != list(range(size)):
+    if ids != list(range(size)):
         raise PlacerError(f"layer {ordinal}: device_id does not count from 0")
     held = [
         require_integers(one["device_expert"], f"layer {ordinal}, device_expert")

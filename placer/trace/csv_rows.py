@@ -1,5 +1,6 @@
 """Reading routing from a CSV file: one row per token and layer."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.run.files import open_regular
+from placer.run.archives import UNREADABLE
+from placer.run.files import memory_bytes, open_regular
 from placer.trace.imported import (
-    UNREADABLE,
     BoundModel,
     ImportedTokens,
 )
@@ -22,6 +23,8 @@ from placer.trace.token_rows import (
 if TYPE_CHECKING:
     import pandas as pd
 
+# Bytes of the first line; pandas takes a line of any length, and all columns that it names.
+_MOST_HEADER = 1 << 20
 _LAYOUT = (
     "the header is sequence_id,position,layer,e0,e1,..., and may have token_id, phase and "
     "w0,w1,... (docs/importing.md)"
@@ -91,6 +94,12 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
 
     try:
         with open_regular(file) as stream:
+            if os.fstat(stream.fileno()).st_size > memory_bytes():
+                raise ValueError("it is larger than the memory of this machine")
+            head = stream.readline(_MOST_HEADER)
+            if b"\0" in head or len(head) == _MOST_HEADER:
+                raise ValueError("its first line is no header: it is too long, or binary")
+            stream.seek(0)
             table = pd.read_csv(stream)
     except UNREADABLE as error:
         raise PlacerError(f"it is not a CSV file: {error}", layout) from error

@@ -4,10 +4,6 @@ Every reader of a foreign format ends in :class:`ImportedTokens`; what is wrong 
 records is caught here, once.
 """
 
-import lzma
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,23 +52,6 @@ _INTEGERS = (
     "positions",
     "phase",
     "domain_of_sequence",
-)
-# What NumPy, pandas and Python's archives raise at bytes that are damaged, or whose header
-# promises more than is there.
-UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    lzma.LZMAError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
 )
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from placer.errors import PlacerError
+from placer.run.archives import UNREADABLE, unreadable_reason
 from placer.run.documents import parse_json
-from placer.run.files import open_regular, unreadable_reason
-from placer.trace.imported import UNREADABLE
+from placer.run.files import memory_bytes, open_regular
 
 
 def json_values(file: Path) -> Iterator[tuple[str, Any]]:
@@ -20,7 +20,11 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
     """
     try:
         with open_regular(file) as stream:
-            for number, line in enumerate(stream, start=1):
+            most = memory_bytes() // 8
+            lines = iter(lambda: stream.readline(most), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) == most:
+                    raise ValueError(f"line {number} has more than {most:,} bytes")
                 if not line.strip():
                     continue
                 where = f"line {number}"
@@ -29,10 +33,17 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                 except PlacerError:
                     if number > 1:
                         raise
-                    where, value = "the file", _whole(line, stream.read())
+                    where, value = "the file", _whole(line, _rest(stream, most))
                 yield from ((where, one) for one in _items(value))
     except UNREADABLE as error:
         raise PlacerError(f"it cannot be read: {unreadable_reason(error)}") from error
+
+
+def _rest(stream: BinaryIO, most: int) -> bytes:
+    rest = stream.read(most)
+    if len(rest) == most:
+        raise ValueError(f"one document may have {most:,} bytes at most")
+    return rest
 
 
 def _whole(first: bytes, rest: bytes) -> Any:

@@ -7,12 +7,13 @@ and ``domain_names`` [D]. ExFlow
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.run.files import require_fitting_archive, unreadable_reason
-from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
+from placer.run.archives import UNREADABLE, load_array, load_arrays, unreadable_reason
+from placer.trace.imported import BoundModel, ImportedTokens
 
 _ARRAYS = (
     "experts",
@@ -22,6 +23,7 @@ _ARRAYS = (
     "weights",
     "domain_of_sequence",
 )
+_DOMAIN_NAMES = "domain_names"
 # ExFlow's rows have no sequences; blocks of this many rows make folds possible.
 _EXFLOW_SEQUENCE = 256
 
@@ -36,16 +38,9 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
     """
     remedy = "save it with numpy.savez(FILE, experts=..., sequence_ids=...)"
     try:
-        require_fitting_archive(file)
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in _ARRAYS if name in archive.files}
-            has_names = "domain_names" in archive.files
-            names = archive["domain_names"] if has_names else np.zeros(0, dtype=str)
-            found = list(archive.files)
-        for name, one in {**arrays, "domain_names": names}.items():
-            # Of a member that is not an array NumPy returns the bytes.
-            if not isinstance(one, np.ndarray):
-                raise ValueError(f"{name} is not an array")
+        loaded, found = load_arrays(file, {*_ARRAYS, _DOMAIN_NAMES})
+        names = loaded.pop(_DOMAIN_NAMES, np.zeros(0, dtype=str))
+        arrays: dict[str, Any] = {**loaded}
     except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npz archive of plain arrays: {unreadable_reason(error)}", remedy
@@ -70,8 +65,7 @@ def read_exflow(file: Path, model: BoundModel | None) -> ImportedTokens:
         If it is not an array of two axes.
     """
     try:
-        require_fitting_archive(file)
-        experts = np.load(file, allow_pickle=False)
+        experts = load_array(file)
     except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npy array: {unreadable_reason(error)}",

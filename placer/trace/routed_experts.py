@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
+from placer.run.archives import UNREADABLE, unreadable_reason
 from placer.run.documents import require_object
-from placer.run.files import unreadable_reason
-from placer.trace.imported import UNREADABLE, BoundModel, ImportedTokens
+from placer.trace.imported import BoundModel, ImportedTokens
 from placer.trace.json_lines import json_values
 
 Array = npt.NDArray[Any]
@@ -249,6 +249,8 @@ def _vllm_found(response: Mapping[str, Any]) -> _Found:
             continue
         content = io.BytesIO(_decoded(choice["routed_experts"]))
         experts = np.load(content, allow_pickle=False)
+        if not isinstance(experts, np.ndarray):  # an archive, which is not unpacked
+            raise PlacerError("routed_experts is not one array")
         if experts.ndim != 3:
             raise PlacerError(f"routed_experts has shape {list(experts.shape)}")
         found.append((choice, experts))

@@ -5,7 +5,6 @@ A ``.pt`` file (``expert_distribution_recorder_*.pt``; SGLang 0.4.6 and later,
 physical to logical experts when it was dumped. Ids in it are physical.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.run.files import require_file
-from placer.trace.imported import UNREADABLE, Array, BoundModel, ImportedTokens
+from placer.run.archives import UNREADABLE, load_torch
+from placer.trace.imported import Array, BoundModel, ImportedTokens
 
 _DECODE = 2  # SGLang's ForwardMode.DECODE
 _RECORD_AGAIN = "record in mode per_token: --expert-distribution-recorder-mode per_token"
@@ -72,23 +71,10 @@ def load_dump(file: Path, record_again: str) -> Any:
     PlacerError
         If it cannot be read so; the hint is ``record_again``.
     """
-    import torch
-
-    require_file(file, "file")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to run the code.
-        raise PlacerError(
-            "it is not a .pt file, or it holds more than tensors and plain values, and "
-            "placer runs no code from files",
-            record_again,
-        ) from error
-    except UNREADABLE as error:
-        reason = str(error).splitlines() or [repr(error)]
-        raise PlacerError(
-            f"it is not a readable .pt file: {reason[0]}", record_again
-        ) from error
+        return load_torch(file)
+    except PlacerError as error:
+        raise PlacerError(error.message, record_again) from error
 
 
 def _tokens_of(file: Path) -> Mapping[str, Any]:

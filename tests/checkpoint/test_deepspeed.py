@@ -6,6 +6,7 @@ loads them rank by rank as ``load_moe_state_dict`` does, and runs the layers.
 
 import argparse
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch
 from placer.checkpoint.deepspeed import (
     export_deepspeed,
     restore_deepspeed,
-    verify_deepspeed,
 )
+from placer.checkpoint.verify_deepspeed import verify_deepspeed
 from placer.cli.main import main
 from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
@@ -272,3 +273,62 @@ def test_the_command_line_exports_verifies_and_restores(
         restore_deepspeed(tmp_path / "out", tmp_path / "again")
     with pytest.raises(PlacerError, match="already permuted"):
         export_deepspeed(plan, tmp_path / "out", tmp_path / "again")
+
+
+def edit_record(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "placer.json"
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def edit_state(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "mp_rank_00_model_states.pt"
+    value = torch.load(path, weights_only=True)
+    change(value)
+    torch.save(value, path)
+
+
+def swap_first(value: dict) -> None:
+    row = value["permutation"][0]
+    row[0], row[1] = row[1], row[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: edit_record(f, swap_first), r"permutation\[0\] is"),
+        (lambda f: edit_record(f, lambda v: v.update(plan_sha256="0" * 64)), "is of the"),
+        (lambda f: (f / "placer.json").unlink(), "has no placer.json"),
+        (lambda f: edit_state(f, lambda v: v.update(global_steps=11)), "global_steps"),
+        (lambda f: edit_state(f, lambda v: v.update(global_steps=True)), "global_steps"),
+        (lambda f: edit_state(f, lambda v: v.update(more=1)), "more"),
+        (lambda f: edit_state(f, lambda v: v["num_experts"].reverse()), "num_experts"),
+        (lambda f: (f / "zero_to_fp32.py").write_text("# goes along\n"), "zero_to_fp32"),
+        (lambda f: (f / "more.txt").write_text(""), "has more.txt"),
+        (lambda f: (f / "zero_to_fp32.py").unlink(), "lacks zero_to_fp32"),
+        (lambda f: (f / "mp_rank_01_model_states.pt").unlink(), "lacks mp_rank_01"),
+        (lambda f: os.mkfifo(f / "pipe"), "pipe is not a file"),
+    ],
+)
+def test_every_file_and_field_is_compared(
+    change: Callable[[Path], object],
+    reason: str,
+    checkpoint: Path,
+    plan: Path,
+    tmp_path: Path,
+) -> None:
+    export_deepspeed(plan, checkpoint, tmp_path / "out")
+    verify_deepspeed(checkpoint, tmp_path / "out", plan)
+    change(tmp_path / "out")
+    with pytest.raises(PlacerError, match=reason):
+        verify_deepspeed(checkpoint, tmp_path / "out", plan)
+
+
+def test_another_model_s_plan_is_refused(
+    checkpoint: Path, plan: Path, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    export_deepspeed(plan, checkpoint, tmp_path / "out")
+    other = make_plan(write_plan, (4, 4))
+    with pytest.raises(PlacerError, match=r"is for \[4, 4\] experts per MoE layer"):
+        verify_deepspeed(checkpoint, tmp_path / "out", other)
