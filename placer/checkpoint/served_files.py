@@ -56,7 +56,7 @@ def served_files(
     Raises
     ------
     PlacerError
-        If a link to be copied leads out of the checkpoint.
+        If a link to be copied leads out of the checkpoint, or something in it is no file.
     """
     served: list[Path] = []
     left_out: list[Path] = []
@@ -66,6 +66,11 @@ def served_files(
             continue
         if relative.as_posix() in weights or (path.is_dir() and not path.is_symlink()):
             continue
+        if path.exists() and not path.is_file() and not path.is_symlink():
+            raise PlacerError(
+                f"{path} is a pipe, a device or a socket, which cannot be copied",
+                "move it out of the checkpoint",
+            )
         (left_out if _holds_weights(path) else served).append(relative)
     folders = {Path(name).parts[0] for name in weights if len(Path(name).parts) > 1}
     dropped = {one.parts[0] for one in left_out if len(one.parts) > 1} - folders

@@ -7,6 +7,7 @@ from typing import Any
 
 from placer.errors import PlacerError
 from placer.run.documents import parse_json, read_json
+from placer.run.files import open_regular
 
 CONFIG_NAME = "config.json"
 #: Mistral's own config, of checkpoints in ``consolidated`` files.
@@ -106,7 +107,7 @@ def tensor_shapes(directory: Path, names: Collection[str]) -> dict[str, list[int
 def _header(path: Path) -> dict[str, Any] | None:
     """Return the header of a safetensors file, ``None`` where it cannot be read."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > _MAX_HEADER_BYTES:
                 return None

@@ -88,7 +88,9 @@ def load_array(path: Path) -> Any:
     import numpy as np
 
     require_fitting_archive(path)
-    return np.load(path, allow_pickle=False)
+    value = np.load(path, allow_pickle=False)
+    _require_elements(value)
+    return value
 
 
 def load_arrays(
@@ -128,7 +130,14 @@ def load_arrays(
         # Of a member that is not an array NumPy returns the bytes.
         if not isinstance(value, np.ndarray):
             raise ValueError(f"{name} is not an array")
+        _require_elements(value)
     return arrays, found
+
+
+def _require_elements(value: Any) -> None:
+    """Refuse many rows of nothing, which take no byte in a file, but do in a program."""
+    if not getattr(value, "size", 1) and max(value.shape) > _FEW_VALUES:
+        raise ValueError(f"an array of shape {list(value.shape)} holds nothing")
 
 
 def load_torch(path: Path, *, allowed: Sequence[Any] = (), mapped: bool = False) -> Any:

@@ -49,7 +49,7 @@ LayerKey = Annotated[str, msgspec.Meta(pattern="^(0|[1-9][0-9]*)$")]
 _MOST_LEVELS = 64
 _MOST_BITS = 128
 # What takes seconds to decode: a map for 94 layers of 1,024 slots has half of it.
-_MOST_YAML = 1 << 21
+_MOST_YAML = 1 << 20
 _MOST_TOML = 1 << 20
 # Values beyond one per character that a document may have through aliases.
 _FEW_VALUES = 1 << 20
@@ -320,7 +320,7 @@ def _require_bounds(value: Any, most: int) -> None:
             elif kind is str and not one.isascii() and re.search("[\ud800-\udfff]", one):
                 raise ValueError(f"{ascii(one)[:_SHOWN]} is not a text")
         if most < 0:
-            raise ValueError("its aliases stand for far more values than it has")
+            raise ValueError("its aliases make far more values than it has")
         level = inner
         if not level:
             return

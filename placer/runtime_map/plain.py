@@ -16,6 +16,7 @@ from placer.run.documents import (
     NumRanks,
     of_this_version,
     read_json,
+    shown,
     validated,
 )
 from placer.run.files import read_text
@@ -60,7 +61,7 @@ def _csv_lines(path: Path) -> list[tuple[str, ...]]:
     except (ValueError, csv.Error) as error:
         raise PlacerError(f"it is not a CSV with a header: {error}") from error
     if header != _COLUMNS:
-        raise PlacerError(f"its columns are {header}, not {_COLUMNS}")
+        raise PlacerError(f"its columns are {shown(header)}, not {shown(_COLUMNS)}")
     return lines
 
 
@@ -97,7 +98,9 @@ def _read_csv(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
     # Line by line: rank, slot and layer number must be those of the plan too.
     for number, pair in enumerate(zip(lines, _csv_rows(source), strict=False), 2):
         if pair[0] != pair[1]:
-            raise PlacerError(f"line {number} is {pair[0]}, in the plan {pair[1]}")
+            raise PlacerError(
+                f"line {number} is {shown(pair[0])}, in the plan {shown(pair[1])}"
+            )
     return rows
 
 

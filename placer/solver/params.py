@@ -4,13 +4,13 @@ Counts of steps, never seconds: the same parameters and seed give the same plan.
 """
 
 import math
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from placer.errors import PlacerError, UsageError
-from placer.run.files import read_text
+from placer.run.documents import parse_toml
+from placer.run.files import read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,18 +150,17 @@ class SolverParams:
         UsageError
             If it names what is not a parameter, or gives it a value that cannot be meant.
         """
+        where = f"parameter file {path}"
         try:
-            given = tomllib.loads(read_text(path, what="parameter file"))
-        except tomllib.TOMLDecodeError as error:
-            raise PlacerError(
-                f"parameter file {path} is not valid TOML: {error}",
-                "write one parameter per line, for example: num_sweeps = 32",
-            ) from error
+            given = parse_toml(read_bytes(path, what="parameter file"), where)
+        except PlacerError as error:
+            again = "write one parameter per line, for example: num_sweeps = 32"
+            raise PlacerError(error.message, again) from error
         known = {field.name for field in fields(cls)}
         for name in given:
             if name not in known:
                 raise UsageError(
-                    f"parameter file {path} gives {name}, which is not a parameter",
+                    f"parameter file {path} gives {name[:60]}, which is not a parameter",
                     f"choose among {', '.join(sorted(known))}",
                 )
         values: dict[str, Any] = {

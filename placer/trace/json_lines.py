@@ -7,7 +7,11 @@ from typing import Any, BinaryIO
 from placer.errors import PlacerError
 from placer.run.archives import UNREADABLE, unreadable_reason
 from placer.run.documents import parse_json
-from placer.run.files import memory_bytes, open_regular
+from placer.run.files import open_regular
+
+# Of one line: routed experts of 100,000 tokens and 60 layers, in base64, take a third.
+_MOST_BYTES = 1 << 30
+_LOOKED_AT = 1 << 16
 
 
 def json_values(file: Path) -> Iterator[tuple[str, Any]]:
@@ -20,11 +24,13 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
     """
     try:
         with open_regular(file) as stream:
-            most = memory_bytes() // 8
-            lines = iter(lambda: stream.readline(most), b"")
+            if b"\0" in stream.read(_LOOKED_AT):
+                raise ValueError("it is not text: it holds a zero byte")
+            stream.seek(0)
+            lines = iter(lambda: stream.readline(_MOST_BYTES), b"")
             for number, line in enumerate(lines, start=1):
-                if len(line) == most:
-                    raise ValueError(f"line {number} has more than {most:,} bytes")
+                if len(line) == _MOST_BYTES:
+                    raise ValueError(f"line {number} has {_MOST_BYTES:,} bytes or more")
                 if not line.strip():
                     continue
                 where = f"line {number}"
@@ -33,16 +39,16 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                 except PlacerError:
                     if number > 1:
                         raise
-                    where, value = "the file", _whole(line, _rest(stream, most))
+                    where, value = "the file", _whole(line, _rest(stream))
                 yield from ((where, one) for one in _items(value))
     except UNREADABLE as error:
         raise PlacerError(f"it cannot be read: {unreadable_reason(error)}") from error
 
 
-def _rest(stream: BinaryIO, most: int) -> bytes:
-    rest = stream.read(most)
-    if len(rest) == most:
-        raise ValueError(f"one document may have {most:,} bytes at most")
+def _rest(stream: BinaryIO) -> bytes:
+    rest = stream.read(_MOST_BYTES)
+    if len(rest) == _MOST_BYTES:
+        raise ValueError(f"one document has {_MOST_BYTES:,} bytes or more")
     return rest
 
 

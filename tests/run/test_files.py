@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from placer.errors import PlacerError
-from placer.run import files
+from placer.run import archives
+from placer.run.archives import require_fitting_archive
 from placer.run.documents import read_json
 from placer.run.files import (
     open_regular,
     read_bytes,
     read_text,
-    require_fitting_archive,
     sha256_file,
 )
 from placer.trace.npz import read_npz
@@ -88,8 +88,8 @@ def test_an_archive_beyond_the_memory_is_refused_before_it_is_unpacked(
         size = sum(one.file_size for one in archive.infolist())
     assert size > 16_000 > 8 * path.stat().st_size
     require_fitting_archive(path)
-    monkeypatch.setattr(files, "memory_bytes", lambda: size - 1)
+    monkeypatch.setattr(archives, "memory_bytes", lambda: size - 1)
     with pytest.raises(
-        PlacerError, match=rf"unpacks to {size:,} bytes, .* has {size - 1:,} bytes"
+        PlacerError, match=rf"unpacks to {size:,}; .* and {size - 1:,} bytes, the memory"
     ):
         read_npz(path, None)
