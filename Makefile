@@ -14,7 +14,7 @@ COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines check bench bench-network docs notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines faults bytes stress check bench bench-network docs notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -29,6 +29,15 @@ test: $(INSTALLED)  ## Run the tests
 
 test-engines: $(ENGINES)  ## Install real engines, run the tests in which they serve an export
 	@$(BIN)/python -m pytest tests/engines
+
+faults: $(INSTALLED)  ## Kill every writer, let each of its calls fail, at every moment (an hour)
+	@PLACER_FAULTS=all $(BIN)/python -m pytest tests/faults
+
+bytes: $(INSTALLED)  ## Compare the bytes of all outputs over surroundings, one by one
+	@PLACER_BYTES=all $(BIN)/python -m pytest tests/bytes
+
+stress: $(INSTALLED)  ## Measure 5 million tokens and 200,000 tensors (8 GB of memory, 10 of disk)
+	@PLACER_STRESS=all $(BIN)/python -m pytest -s tests/stress
 
 check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated documentation, notebooks
 	@$(BIN)/ruff format --check .

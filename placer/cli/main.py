@@ -110,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("PLACER_DEBUG"):
             raise
+        if _lacks_memory(error):
+            hint = "use a machine with more memory, or fewer tokens: placer trace sample"
+            _fail("memory ran out", [hint, *_notes(error)], 1)
         reason = str(error).strip().partition("\n")[0]
         sys.stderr.write(
             f"placer failed: {type(error).__name__}: {reason}; "
@@ -166,10 +169,27 @@ def _run(argv: Sequence[str] | None) -> None:
     """Run the command line; a worker that fails because another one did says nothing."""
     try:
         app(args=list(argv) if argv is not None else None, prog_name="placer")
+    except SystemExit as ended:
+        # typer makes a silent exit of Ctrl-C, and drops what was kept for the next run.
+        cause = ended.__context__ and ended.__context__.__cause__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise
     except Exception:
         if fails_first():
             raise
         sys.exit(1)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether memory ran out; the loader and torch say so in words alone."""
+    words = (
+        "failed to map segment",
+        "can't allocate memory",
+        "Cannot allocate memory",
+        "can't start new thread",
+    )
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _explain(error: OSError) -> tuple[str, str | None]:

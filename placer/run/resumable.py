@@ -120,7 +120,9 @@ def _begun(
                 # A line was cut off: its part is written again.
                 os.write(stream.fileno(), b"\n")
             parts = [part for line in lines[1:] if (part := _parsed(line)) is not None]
-            return {part.pop("part"): part for part in parts if "part" in part}
+            found = {part.pop("part"): part for part in parts if "part" in part}
+            _remove_unfinished(partial, found)
+            return found
         if own and len(lines) > 1 and not force:
             raise PlacerError(
                 f"{partial} was begun with other input or other options",
@@ -136,6 +138,13 @@ def _begun(
         stream.truncate(0)
         raise
     return {}
+
+
+def _remove_unfinished(partial: Path, finished: Mapping[str, object]) -> None:
+    """Remove what was half written when a run was killed: nobody knows its names."""
+    for path in partial.rglob("*"):
+        if not path.is_dir() and path.relative_to(partial).as_posix() not in finished:
+            path.unlink()
 
 
 def _inode(path: Path) -> int:

@@ -9,9 +9,9 @@ renamed last, so a command that fails or is ended leaves nothing that looks comp
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -136,10 +136,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     place = _place(path)
     require_target(path, directory=False, force=True)
     with _parents_of(place):
-        descriptor, name = tempfile.mkstemp(prefix=f".{place.name[:40]}.", dir=place.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        temporary = _temporary(place)
         try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
             yield temporary
             # Temporary files may be read only by their owner.
             temporary.chmod(0o666 & ~_umask())
@@ -162,8 +161,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     with claimed(path, directory=True) as claim:
         place = _place(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name[:40]}.", dir=place.parent))
+        temporary = _temporary(place)
         try:
+            temporary.mkdir(0o700)
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             rename_directory(temporary, place, claim)
@@ -178,19 +178,19 @@ def rename_directory(written: Path, out: Path, claim: Claim) -> None:
         if path.is_dir() or path.is_file():
             flush_to_disk(path)
     require_target(out, directory=True, force=claim.force)
-    old = None
-    if os.path.lexists(out):
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent))
-        out.rename(old)
+    old = _temporary(out) if os.path.lexists(out) else None
     try:
-        written.rename(out)
-    except BaseException:
         if old is not None:
+            out.rename(old)
+        written.rename(out)
+        flush_to_disk(out.parent)
+    except BaseException:
+        if old is not None and not os.path.lexists(out):
             old.rename(out)
         raise
-    flush_to_disk(out.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    finally:
+        if old is not None and os.path.lexists(out):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(
@@ -266,6 +266,14 @@ def journal_head(out: Path) -> dict[str, Any]:
 def _place(out: Path) -> Path:
     """Return where ``out`` is; what it is itself is not followed where it is a link."""
     return out.parent.resolve() / out.name
+
+
+def _temporary(place: Path) -> Path:
+    """Return a name beside ``place`` that nobody can guess.
+
+    It is known before anything has it: a signal cannot come between the two.
+    """
+    return place.with_name(f".{place.name[:40]}.{secrets.token_hex(8)}")
 
 
 def _relation(out: Path, source: Path) -> str | None:

@@ -158,7 +158,8 @@ def record(
     provenance = _provenance(directory, corpora, options)
     part = part_of(worker, out)
     with together(worker):
-        if part.exists():
+        # Alone, the part is the trace: what --force replaces is not gone on with.
+        if not worker.alone and part.exists():
             num_chunks = _chunks_of_part(part, provenance)
         else:
             with TraceWriter(
