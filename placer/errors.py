@@ -73,7 +73,9 @@ def one_of(
     for one in known:
         if one == value:
             return one
-    raise UsageError(f"{option} {value} {problem}", f"choose {' or '.join(known)}")
+    *others, last = known
+    choices = f"{', '.join(others)} or {last}" if others else last
+    raise UsageError(f"{option} {value} {problem}", f"choose {choices}")
 
 
 def require_amount(option: str, number: float) -> None:

@@ -183,21 +183,21 @@ class Affinity:
             If it is not an affinity file, truncated, of another schema version, or holds
             counts that contradict each other or are not those that were written.
         """
-        require_file(path, "affinity")
+        require_file(path, "affinity file")
         again = f"count again: placer affinity TRACE --out {path} --force"
         try:
             with safe_open(path, "np") as opened:
-                header = file_header(opened.metadata(), f"affinity {path}")
+                header = file_header(opened.metadata(), f"affinity file {path}")
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             # A dtype that NumPy does not have, such as bfloat16, is a TypeError.
-            raise PlacerError(f"affinity {path} cannot be read: {error}", again) from error
+            raise PlacerError(f"affinity file {path} cannot be read: {error}", again) from error
         if header.get("kind") != KIND:
             raise PlacerError(
                 f"{path} is not an affinity file",
                 "write one: placer affinity TRACE --out AFFINITY",
             )
-        where = f"affinity {path}"
+        where = f"affinity file {path}"
         header = of_this_version(header, where, again, unsealed)
         stated = validated(header, AffinityFile, where, again)
         try:

@@ -253,7 +253,10 @@ def _parsed(
         reason = str(error)
     else:
         return value
-    raise PlacerError(f"{where} is not valid {language}: {reason}", "write the file again")
+    raise PlacerError(
+        f"{where} is not valid {language}: {reason}",
+        "check that the path names the right file, or write it again",
+    )
 
 
 def _no_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

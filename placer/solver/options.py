@@ -22,7 +22,7 @@ Objective = Literal["traffic", "balance"]
 PROOFS: tuple[Proof, ...] = get_args(Proof)
 
 #: What is wrong with a value that the solver does not know.
-NOT_SOLVED = "cannot be solved for"
+NOT_SOLVED = "is not possible here"
 
 #: The cap on max/mean rank load where none is given.
 MAX_IMBALANCE = 1.10

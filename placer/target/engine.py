@@ -304,7 +304,7 @@ def solvable_choice(replica_choice: str | None) -> SolvableReplicaChoice | None:
     """
     if replica_choice is None:
         return None
-    known, problem = SOLVABLE_REPLICA_CHOICES, "cannot be solved for"
+    known, problem = SOLVABLE_REPLICA_CHOICES, "is not possible here"
     return one_of("--replica-choice", replica_choice, known, problem)
 
 

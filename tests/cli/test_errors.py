@@ -101,7 +101,7 @@ CASES = [
     (1, "is damaged: SHA-256", "solve truncated --gpus-per-node 2 --out out"),
     (1, "affinity .* cannot be read", "solve blob --gpus-per-node 2 --out out"),
     (2, "8 experts do not divide over 3", "solve trace --gpus-per-node 3 --out out"),
-    (2, "cannot be solved for", "solve trace --gpus-per-node 2 --policy oracle --out out"),
+    (2, "is not possible here", "solve trace --gpus-per-node 2 --policy oracle --out out"),
     (2, "--objective cost", "solve trace --gpus-per-node 2 --objective cost --out out"),
     (2, "at least 1", "solve trace --gpus-per-node 2 --max-imbalance 0.5 --out out"),
     (2, "--batch-size", "record model --corpus text --batch-size 0 --out out"),

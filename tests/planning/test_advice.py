@@ -107,7 +107,9 @@ def test_the_verdict_is_that_of_the_best_plan_that_is_shown(tmp_path: Path) -> N
         assert sent[GUARDED] == pytest.approx(1.5, abs=0.01)
         assert sent[CAPPED] == pytest.approx(0.75, abs=0.01)
         assert (answer.verdict, answer.best) == ("worth it", CAPPED)
-        assert "worth it; best placement placed (cap 1.10): copies sent -" in answer.sentence
+        assert (
+            "worth it; best placement placed (cap 1.10): copies sent -" in answer.sentence
+        )
     command = next_command(advice, trace.directory)
     assert command is not None and "--max-imbalance 1.1 --relax-cap" in command
     even = advised(write(tmp_path / "even", partners())).best
