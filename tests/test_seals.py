@@ -90,6 +90,6 @@ def test_the_error_names_layer_expert_and_both_values(affinity: Path) -> None:
 
     rewrite(affinity, change)
     row = int(before[2].sum())
-    match = rf"transition\.1, row 2 adds up to {row + 3}, .* to {row}$"
+    match = rf"transition\.1, row 2 adds up to {row + 3}, .* requires {row}$"
     with pytest.raises(PlacerError, match=match):
         Affinity.read(affinity)
