@@ -50,7 +50,7 @@ class Bench:
     Attributes
     ----------
     planted
-        The fault of ``planted.py`` that disturbed runs have.
+        The fault of ``planted.py`` that runs have.
     """
 
     lab: Lab
@@ -73,9 +73,9 @@ class Bench:
         return self.folder / f"out{self.command.suffix}"
 
     def run(self, fault: Fault | None = None, *more: str) -> Ran:
-        """Run the command; runs with a fault have the planted one too."""
+        """Run the command, with the planted fault once it is known what is expected."""
         words = self.command.line(self.inputs, self.out, *more)
-        planted = self.planted if fault else ""
+        planted = self.planted if self.expected else ""
         return self.lab.run(words, self.folder, fault, planted=planted)
 
     def lost(self) -> list[str]:
