@@ -423,8 +423,7 @@ class RequestRouter:
 
     Only ranks that the request would not load beyond the cap are possible. Of these, the
     request goes to the rank with the best score over the first tokens of its prompt (of
-    equally good ones, to the least loaded). It stays there until it is finished.
-    Safe to use from several threads.
+    equally good ones, to the least loaded), and stays there. Safe with several threads.
 
     Parameters
     ----------

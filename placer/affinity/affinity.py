@@ -191,7 +191,9 @@ class Affinity:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             # A dtype that NumPy does not have, such as bfloat16, is a TypeError.
-            raise PlacerError(f"affinity file {path} cannot be read: {error}", again) from error
+            raise PlacerError(
+                f"affinity file {path} cannot be read: {error}", again
+            ) from error
         if header.get("kind") != KIND:
             raise PlacerError(
                 f"{path} is not an affinity file",

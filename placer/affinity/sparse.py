@@ -112,7 +112,13 @@ class SparseCounts:
         return rows * self.num_columns + self.indices
 
     def add(self, other: "SparseCounts") -> "SparseCounts":
-        """Return the sum; the taller matrix decides the number of rows."""
+        """Return the sum; the taller matrix decides the number of rows.
+
+        Raises
+        ------
+        PlacerError
+            If the two have counts over different numbers of experts.
+        """
         if self.num_columns != other.num_columns:
             raise PlacerError(
                 f"counts over {self.num_columns} and {other.num_columns} experts "

@@ -317,7 +317,13 @@ def _permute_gates(
 
 
 def moe_prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
-    """Yield the module of each MoE layer, as the keys of its expert 0 name it."""
+    """Yield the module of each MoE layer, as the keys of its expert 0 name it.
+
+    Raises
+    ------
+    PlacerError
+        If the file holds no tensor of an expert.
+    """
     for layer in range(len(source.num_experts)):
         path = next(
             path
@@ -333,7 +339,13 @@ def moe_prefixes(source: DeepspeedCheckpoint) -> Iterator[str]:
 
 
 def load_states(path: Path) -> dict[str, Any]:
-    """Load one file; the bytes of tensors stay on disk until they are read."""
+    """Load one file; the bytes of tensors stay on disk until they are read.
+
+    Raises
+    ------
+    PlacerError
+        If it does not load with ``weights_only``, or holds no dict.
+    """
     require_file(path, "file")
     try:
         value = load_torch(path, allowed=_client_state(), mapped=True)
@@ -369,7 +381,13 @@ def _save(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def recorded(path: Path, num_experts: tuple[int, ...]) -> DeepspeedRecord:
-    """Read ``placer.json`` of an export with so many experts in each MoE layer."""
+    """Read ``placer.json`` of an export with so many experts in each MoE layer.
+
+    Raises
+    ------
+    PlacerError
+        If it cannot be read, or its permutation does not fit.
+    """
     where, again = f"export record {path}", "take it from an unchanged copy"
     value = of_this_version(read_json(path, "export record"), where, again)
     read = validated(value, DeepspeedRecord, where, again)

@@ -114,6 +114,11 @@ def require_inside(directory: Path, path: Path) -> None:
 
     The cache of Hugging Face is made of links too: ``snapshots/REVISION/FILE`` points to
     ``blobs``, next to ``snapshots``.
+
+    Raises
+    ------
+    PlacerError
+        If the target is outside the checkpoint.
     """
     if not path.is_symlink():
         return

@@ -82,7 +82,13 @@ class Architecture:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path) -> "Architecture":
-        """Return the family of a config; ``source`` names it in the error."""
+        """Return the family of a config; ``source`` names it in the error.
+
+        Raises
+        ------
+        PlacerError
+            If placer does not know or support the family.
+        """
         model_type = config.get("model_type")
         known: list[str] = []
         for architecture in known_architectures():
@@ -185,7 +191,13 @@ class Architecture:
         return bool(self._language_config(config).get(key) == value)
 
     def num_hidden_layers(self, config: Mapping[str, Any]) -> int:
-        """Return the number of hidden layers, dense ones included."""
+        """Return the number of hidden layers, dense ones included.
+
+        Raises
+        ------
+        PlacerError
+            If the config gives no valid number.
+        """
         if self.layers == "layers_block_type":
             return len(block_types(self._language_config(config)))
         number = self.config_value(config, "num_layers")

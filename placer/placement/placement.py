@@ -167,7 +167,13 @@ class Placement:
         num_ranks: int,
         num_nodes: int,
     ) -> Self:
-        """Read the inverse of :meth:`to_json`."""
+        """Read the inverse of :meth:`to_json`.
+
+        Raises
+        ------
+        PlacerError
+            If a row holds a value that is not an integer, or the rows are no placement.
+        """
         for layer, row in enumerate(rows):
             if not all(type(value) is int for value in row):
                 raise PlacerError(
@@ -190,7 +196,13 @@ def holders(row: IntArray, num_experts: int, num_ranks: int) -> BoolArray:
 
 
 def require_divisible_ranks(num_ranks: int, num_nodes: int) -> None:
-    """Refuse a number of ranks that does not divide over the nodes."""
+    """Refuse a number of ranks that does not divide over the nodes.
+
+    Raises
+    ------
+    UsageError
+        If it does not.
+    """
     if num_nodes < 1 or num_ranks < 1 or num_ranks % num_nodes:
         raise UsageError(
             f"{num_ranks} ranks do not divide over {num_nodes} nodes",
@@ -199,7 +211,13 @@ def require_divisible_ranks(num_ranks: int, num_nodes: int) -> None:
 
 
 def require_divisible_slots(num_slots: int, num_ranks: int, layer: int) -> None:
-    """Refuse a number of slots that does not divide over the ranks."""
+    """Refuse a number of slots that does not divide over the ranks.
+
+    Raises
+    ------
+    UsageError
+        If it does not.
+    """
     if num_slots % num_ranks:
         fitting = [r for r in range(1, num_slots + 1) if num_slots % r == 0]
         raise UsageError(

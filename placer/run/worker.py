@@ -51,7 +51,13 @@ class Worker:
 
     @classmethod
     def of_environment(cls) -> Self:
-        """Read the variables that torchrun sets; without them there is one worker."""
+        """Read the variables that torchrun sets; without them there is one worker.
+
+        Raises
+        ------
+        UsageError
+            If only some of the variables are set, or they are not numbers.
+        """
         try:
             return cls(
                 index=int(os.environ.get("RANK", 0)),

@@ -228,7 +228,13 @@ def write_tensors(
 
 
 def require_free_space(path: Path, num_bytes: int) -> None:
-    """Refuse to start writing ``num_bytes`` at ``path`` where they cannot fit."""
+    """Refuse to start writing ``num_bytes`` at ``path`` where they cannot fit.
+
+    Raises
+    ------
+    PlacerError
+        With the bytes that are needed and that are free.
+    """
     place = path.absolute()
     while not place.exists():
         place = place.parent

@@ -208,7 +208,13 @@ def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
 
 
 def require_plan(rows: Any, source: MapSource) -> None:
-    """Refuse rows that are no placement, or not the plan's placement."""
+    """Refuse rows that are no placement, or not the plan's placement.
+
+    Raises
+    ------
+    PlacerError
+        With layer, slot and both experts.
+    """
     placed = source.placement
     found = require_valid_rows(rows, placed.num_experts, placed.num_ranks).to_json()
     for layer, (row, expected) in enumerate(zip(found, placed.to_json(), strict=True)):

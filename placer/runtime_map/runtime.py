@@ -222,7 +222,13 @@ def require_valid_rows(
 
 
 def require_integers(values: Any, what: str) -> list[int]:
-    """Return a list of integers that a file holds, or refuse it as ``what``."""
+    """Return a list of integers that a file holds, or refuse it as ``what``.
+
+    Raises
+    ------
+    PlacerError
+        If the value is not a list of whole numbers of at most 31 bits.
+    """
     if not isinstance(values, list) or not all(type(one) is int for one in values):
         raise PlacerError(f"{what} is not a list of whole numbers")
     if any(abs(one) >= 1 << 31 for one in values):
@@ -231,14 +237,26 @@ def require_integers(values: Any, what: str) -> list[int]:
 
 
 def require_rows(values: Any, what: str) -> list[list[int]]:
-    """Return lists of integers that a file holds, or refuse them as ``what``."""
+    """Return lists of integers that a file holds, or refuse them as ``what``.
+
+    Raises
+    ------
+    PlacerError
+        If the value is not a list of such lists.
+    """
     if not isinstance(values, list) or not values:
         raise PlacerError(f"{what} is not a list of layers")
     return [require_integers(row, f"{what}, row {n}") for n, row in enumerate(values)]
 
 
 def require_same_width(rows: Sequence[Sequence[int]], num_slots: int, what: str) -> None:
-    """Refuse rows that do not all have ``num_slots`` slots."""
+    """Refuse rows that do not all have ``num_slots`` slots.
+
+    Raises
+    ------
+    PlacerError
+        With the first row that has another number.
+    """
     for number, row in enumerate(rows):
         if len(row) != num_slots:
             raise PlacerError(f"{what} {number} has {len(row)} slots, not {num_slots}")

@@ -108,7 +108,13 @@ def unknown_dense_layers(
 def require_replica_choice(
     placement: Placement, replica_choice: ReplicaChoice | None
 ) -> None:
-    """Refuse a placement with replicas if the replica choice is unknown."""
+    """Refuse a placement with replicas if the replica choice is unknown.
+
+    Raises
+    ------
+    UsageError
+        If it is unknown.
+    """
     if replica_choice is None and placement.has_replicas:
         raise UsageError(
             "experts have several replicas, but the replica choice is unknown",

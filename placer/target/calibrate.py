@@ -135,7 +135,13 @@ class Calibration:
         return {name: fit for name, fit in both.items() if fit is not None}
 
     def hardware(self, name: str) -> Hardware:
-        """Return the hardware for the cost model; notes list what was not measured."""
+        """Return the hardware for the cost model; notes list what was not measured.
+
+        Raises
+        ------
+        ValueError
+            If no link was measured.
+        """
         fast, slow = (self.fast or self.slow), (self.slow or self.fast)
         if fast is None or slow is None:
             raise ValueError("at least one link is measured")

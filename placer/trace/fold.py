@@ -30,7 +30,13 @@ class Fold:
 
     @classmethod
     def parse(cls, text: str, *, inverted: bool = False) -> Self:
-        """Read ``K/N``."""
+        """Read ``K/N``.
+
+        Raises
+        ------
+        UsageError
+            If the text has another form, or K is not below N.
+        """
         part, slash, parts = text.partition("/")
         if not slash or not part.isdecimal() or not parts.isdecimal():
             raise UsageError(

@@ -91,6 +91,11 @@ def jsonl_reader(keys: Keys) -> Reader:
     ``experts`` is a list of ids, or one id; ``weights`` has one for each of them, or one
     for every expert of the layer. ``sequence`` may be text. Without it the tokens are cut
     into blocks of 256.
+
+    Raises
+    ------
+    PlacerError
+        From the reader: if keys are missing, or rows do not fit together.
     """
 
     def read(file: Path, model: BoundModel | None) -> ImportedTokens:
@@ -118,6 +123,12 @@ def requests_reader(keys: Keys) -> Reader:
     The layers are the keys of the object itself, or of one object in it. Under a layer is
     a list with a list of ids for each token; or, where a model says how many experts a
     token has, one list of all ids.
+
+    Raises
+    ------
+    PlacerError
+        From the reader: if layers are missing, or a layer has no list of ids for each
+        token.
     """
 
     def read(file: Path, model: BoundModel | None) -> ImportedTokens:

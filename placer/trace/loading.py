@@ -42,7 +42,13 @@ def load_model(
 def load_causal_model(
     directory: Path, *, dtype: Dtype, device: str, device_map: str | None = None
 ) -> Any:
-    """Load a model as :func:`load_model` does, without its tokenizer."""
+    """Load a model as :func:`load_model` does, without its tokenizer.
+
+    Raises
+    ------
+    PlacerError
+        If transformers is missing, or cannot load the model.
+    """
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
