@@ -1,5 +1,7 @@
 """Reading counts that are bare: matrices of numbers, and CSV."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from placer.affinity.loads import (
     most_experts,
     require_expert,
     whole_counts,
+    whole_floats,
 )
 from placer.errors import PlacerError
-from placer.run.archives import UNREADABLE, load_array, unreadable_reason
+from placer.run.archives import UNREADABLE, load_array, load_arrays, unreadable_reason
 from placer.run.documents import parse_json
 from placer.run.files import (
     read_bytes,
@@ -26,6 +29,7 @@ from placer.trace.csv_rows import (
 from placer.trace.imported import (
     BoundModel,
 )
+from placer.trace.json_rows import layer_number
 from placer.trace.sglang_dump import load_dump
 
 _CSV_LAYOUT = (
@@ -36,9 +40,26 @@ _CSV_SLOTS = (
     "check --model or --num-experts; if the ids are slots of an engine with redundant "
     "experts, first add up the counts of each expert's slots"
 )
-_MATRIX_LAYOUT = "a matrix of counts is .npy, .pt or .json: [L, E] (docs/importing.md)"
+_MATRIX_LAYOUT = (
+    "a matrix of counts is .npy, .npz, .pt or .json: [L, E] (docs/importing.md)"
+)
 # What files call the matrix where it is not all that they hold.
-_NAMES = ("logical_count", "expert_counts", "counts", "load")
+_NAMES = (
+    *("logical_count", "expert_counts", "counts", "load", "loads", "expert_load"),
+    *("expert_load_window", "expert_load_view", "expert_count", "count"),
+)
+# Columns of counts of one expert in one layer.
+_CSV_NAMES = {
+    "layer_idx": "layer_id",
+    "layer_index": "layer_id",
+    "expert_idx": "expert_id",
+    "expert_index": "expert_id",
+    **dict.fromkeys(("load", "tokens", "num_tokens", "token_count", "counts"), "count"),
+}
+
+
+# A column of every expert.
+_WIDE = re.compile(r"e(?:xpert)?_?\d+")
 
 
 def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
@@ -54,15 +75,21 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     """
     if file.suffix == ".npy":
         return matrix_loads(_npy(file), "the array")
-    if file.suffix == ".json":
+    if file.suffix == ".npz":
+        value = _npy(file)
+    elif file.suffix == ".json":
         value = parse_json(read_bytes(file, what="counts"), f"counts {file.name}")
-    elif file.suffix == ".pt":
+    elif file.suffix in (".pt", ".pth"):
         value = load_dump(file, _MATRIX_LAYOUT)
     else:
         raise PlacerError(f"its suffix is {file.suffix or 'none'}", _MATRIX_LAYOUT)
     if not isinstance(value, dict):
         return matrix_loads(value, "the matrix")
+    if value and all(layer_number(key) is not None for key in value):
+        return _of_layers(value)
     name = next((name for name in _NAMES if name in value), None)
+    if name is None and file.suffix == ".npz" and len(value) == 1:
+        (name,) = value
     if name is None:
         raise PlacerError(
             f"it holds {', '.join(map(str, value)) or 'nothing'}, and none of "
@@ -72,10 +99,30 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     return matrix_loads(value[name], name)
 
 
+def _of_layers(value: Mapping[Any, Any]) -> CountedLoads:
+    """Return counts by layer: lists of all experts, or the count of each expert."""
+    by_layer = {}
+    for key, counts in value.items():
+        if isinstance(counts, dict):
+            experts = [layer_number(expert) for expert in counts]
+            if None in experts or not experts:
+                raise PlacerError(f"layer {key} names experts by {', '.join(counts)}")
+            row = np.zeros(1 + max(e for e in experts if e is not None), dtype=np.int64)
+            for expert, count in zip(experts, counts.values(), strict=True):
+                row[expert] = whole_counts(whole_floats(np.asarray(count)), f"layer {key}")
+        else:
+            row = whole_counts(whole_floats(np.asarray(counts)), f"layer {key}")
+        by_layer[layer_number(key) or 0] = row
+    numbers = sorted(by_layer)
+    if numbers == [*range(len(numbers))] and len({len(r) for r in by_layer.values()}) == 1:
+        return matrix_loads([by_layer[n] for n in numbers], "the matrix")
+    return CountedLoads(by_layer=by_layer, of_moe_layers=False)
+
+
 def _npy(file: Path) -> Any:
     require_file(file, "counts")
     try:
-        return load_array(file)
+        return load_arrays(file)[0] if file.suffix == ".npz" else load_array(file)
     except UNREADABLE as error:
         raise PlacerError(
             f"no readable .npy array: {unreadable_reason(error)}", _MATRIX_LAYOUT
@@ -97,9 +144,17 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
         If a column is missing, a value is not a whole number, the model has no such expert,
         or an expert has two counts.
     """
-    table = read_table(file, _CSV_LAYOUT)
+    table = read_table(file, _CSV_LAYOUT).rename(columns=_CSV_NAMES)
+    wide = [name for name in map(str, table.columns) if _WIDE.fullmatch(name)]
+    if wide and "expert" not in table and "expert_id" not in table:
+        name = next((one for one in ("layer", "layer_id") if one in table), None)
+        require_whole(table, [name or "layer", *wide], _CSV_LAYOUT)
+        layers = table[name].tolist()
+        return _of_layers(dict(zip(layers, table[wide].to_numpy(), strict=True)))
     names = ("layer_id", "expert_id") if "layer_id" in table else ("layer", "expert")
     has_count = "count" in table or len(table.columns) > 2
+    if "count" in table:
+        table["count"] = whole_floats(table["count"].to_numpy())
     require_whole(table, [*names, *(["count"] if has_count else [])], _CSV_LAYOUT)
     layer, expert = (
         whole_counts(table[name].to_numpy(), f"column {name}") for name in names

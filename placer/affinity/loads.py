@@ -155,9 +155,7 @@ def matrix_loads(value: Any, what: str) -> CountedLoads:
         raw = np.asarray(value)
     except UNREADABLE as error:
         raise PlacerError(f"{what} is not an array: {error}") from error
-    if np.issubdtype(raw.dtype, np.floating) and (raw == np.floor(raw)).all():
-        raw = raw.astype(np.int64) if np.abs(raw).max(initial=0) < 2**53 else raw
-    counts = whole_counts(raw, what)
+    counts = whole_counts(whole_floats(raw), what)
     if counts.ndim not in (2, 3) or not counts.size:
         raise PlacerError(
             f"{what} has shape {list(counts.shape)}, expected [L, E] or [passes, L, E]"
@@ -247,6 +245,13 @@ def _of_slots(
     total = np.zeros(max(slots, default=0) + 1, dtype=np.int64)
     np.add.at(total, np.asarray(slots, dtype=np.int64), counts)
     return total
+
+
+def whole_floats(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return floats that are all whole numbers as int64, anything else as it is."""
+    if not np.issubdtype(values.dtype, np.floating) or (values != np.floor(values)).any():
+        return values
+    return values.astype(np.int64) if np.abs(values).max(initial=0) < 2**53 else values
 
 
 def whole_counts(values: npt.NDArray[Any], what: str) -> IntArray:

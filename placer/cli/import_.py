@@ -33,7 +33,7 @@ _FORMATS = (
 )
 _LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads", "load-matrix")
 # Files whose keys a user may name.
-_KEYED = ("jsonl", "json-requests")
+_KEYED = ("csv", "jsonl", "json-requests")
 _MAP = "-map"
 _MAP_FORMATS = tuple(f"{name}{_MAP}" for name in MAPS)
 
@@ -190,7 +190,7 @@ def _import_tokens(
     format_: str, file: Path, out: Path, options: "ImportOptions", keys: str | None
 ) -> dict[str, object]:
     from placer.trace import Trace
-    from placer.trace.csv_rows import read_csv
+    from placer.trace.csv_rows import csv_reader
     from placer.trace.doubts import (
         UNORDERED,
         doubts,
@@ -218,7 +218,7 @@ def _import_tokens(
     readers = (
         read_npz,
         read_exflow,
-        read_csv,
+        csv_reader(named),
         jsonl_reader(named),
         requests_reader(named),
         read_sglang_routed,
@@ -339,6 +339,6 @@ def _require_unused(format_: str, given: dict[str, object], *allowed: str) -> No
         if value is not None and name not in allowed:
             fitting = {
                 "--map": "trtllm-statistic",
-                "--keys": " and ".join(_KEYED),
+                "--keys": ", ".join(_KEYED),
             }.get(name, "tokens and loads")
             raise UsageError(f"{name} is for {fitting}, not for {format_}", f"drop {name}")

@@ -1,7 +1,8 @@
 """Reading routing from a CSV file: one row per token and layer."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,21 @@ from placer.trace.imported import (
     BoundModel,
     ImportedTokens,
 )
+from placer.trace.json_rows import NO_KEYS, Keys, row_ids
 from placer.trace.token_rows import (
     TokenRows,
     phase_numbers,
     whole_tokens,
 )
+
+# Columns of the layout, by what they mean.
+_COLUMNS = {
+    "sequence": "sequence_id",
+    "token": "position",
+    "layer": "layer",
+    "token_id": "token_id",
+    "phase": "phase",
+}
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +42,12 @@ _LAYOUT = (
 )
 
 
-def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
+def csv_reader(keys: Keys) -> Callable[[Path, BoundModel | None], ImportedTokens]:
+    """Return :func:`read_csv` with columns that the user names."""
+    return lambda file, model: read_csv(file, model, keys)
+
+
+def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> ImportedTokens:
     """Read columns ``sequence_id, position, layer, e0, e1, ...``.
 
     ``token_id``, ``phase`` (prefill or decode, or 0 or 1) and the router weights ``w0,
@@ -45,7 +61,7 @@ def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
         If a column is missing, a value is not a whole number, or a token lacks a layer or
         has one twice.
     """
-    table = read_table(file, _LAYOUT)
+    table = usual_columns(read_table(file, _LAYOUT), keys)
     num_experts, num_weights = (
         sum(name[:1] == letter and name[1:].isdecimal() for name in table.columns)
         for letter in "ew"
@@ -71,6 +87,34 @@ def read_csv(file: Path, model: BoundModel | None) -> ImportedTokens:
         phase=phase,
     )
     return whole_tokens(rows, model, _LAYOUT)
+
+
+def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
+    """Return a table with the columns of the layout, by what the header's names mean.
+
+    Experts may stand in columns such as ``expert_0``, or all in one, as ``"3 7"``.
+    """
+    row = dict.fromkeys(map(str, table.columns))
+    named = {
+        column: name
+        for meaning, column in _COLUMNS.items()
+        if column not in row or meaning in keys.named
+        if (name := keys.found(meaning, row)) is not None
+    }
+    table = table.rename(columns={name: column for column, name in named.items()})
+    if "e0" in table:
+        return table
+    listed = keys.found("experts", row)
+    if listed is not None:
+        ids = [row_ids(one) for one in table.pop(listed).tolist()]
+        if len({len(one) for one in ids}) > 1:
+            raise PlacerError(f"column {listed} has other numbers of ids in other rows")
+        for n, column in enumerate(zip(*ids, strict=True)):
+            table[f"e{n}"] = column
+        return table
+    pattern = re.compile(r"(expert|weight)s?_?(\d+)")
+    found = {name: m for name in row if (m := pattern.fullmatch(name))}
+    return table.rename(columns={n: f"{m[1][0]}{int(m[2])}" for n, m in found.items()})
 
 
 def _require_numbers(table: "pd.DataFrame", columns: Sequence[str]) -> None:
@@ -100,7 +144,13 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
             if b"\0" in head or len(head) == _MOST_HEADER:
                 raise ValueError("its first line is no header: it is too long, or binary")
             stream.seek(0)
-            table = pd.read_csv(stream)
+            separator = next((mark for mark in "\t;" if mark.encode() in head), ",")
+            table = pd.read_csv(
+                stream,
+                sep="," if b"," in head else separator,
+                encoding="utf-8-sig",
+                skipinitialspace=True,
+            )
     except UNREADABLE as error:
         raise PlacerError(f"it is not a CSV file: {error}", layout) from error
     # Of longer rows pandas silently makes the first values an index.

@@ -1,8 +1,10 @@
 """JSON values of a file: one to a line, or one in all."""
 
+import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 from placer.errors import PlacerError
 from placer.run.archives import UNREADABLE, unreadable_reason
@@ -12,10 +14,13 @@ from placer.run.files import open_regular
 # Of one line: routed experts of 100,000 tokens and 60 layers, in base64, take a third.
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 1 << 16
+# Of gzip: routing in text is packed to a tenth.
+_MOST_PACKED = 100
+_LITTLE_BYTES = 1 << 26
 
 
 def json_values(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each value, or each item of a list, and its line.
+    """Yield each value, or each item of a list, and its line; the file may be gzipped.
 
     Raises
     ------
@@ -23,7 +28,9 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
         If a line is not valid JSON, and the file as a whole is none.
     """
     try:
-        with open_regular(file) as stream:
+        with open_regular(file) as opened:
+            stream = _unzipped(opened)
+            most = max(_LITTLE_BYTES, _MOST_PACKED * os.fstat(opened.fileno()).st_size)
             if b"\0" in stream.read(_LOOKED_AT):
                 raise ValueError("it is not text: it holds a zero byte")
             stream.seek(0)
@@ -31,6 +38,10 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, start=1):
                 if len(line) == _MOST_BYTES:
                     raise ValueError(f"line {number} has {_MOST_BYTES:,} bytes or more")
+                if stream is not opened and stream.tell() > most:
+                    raise ValueError(
+                        f"it unpacks to more than {_MOST_PACKED} times its size"
+                    )
                 if not line.strip():
                     continue
                 where = f"line {number}"
@@ -45,11 +56,20 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
         raise PlacerError(f"it cannot be read: {unreadable_reason(error)}") from error
 
 
-def _rest(stream: BinaryIO) -> bytes:
+def _rest(stream: IO[bytes]) -> bytes:
     rest = stream.read(_MOST_BYTES)
     if len(rest) == _MOST_BYTES:
         raise ValueError(f"one document has {_MOST_BYTES:,} bytes or more")
     return rest
+
+
+def _unzipped(stream: IO[bytes]) -> IO[bytes]:
+    """Return what a gzip file holds, and any other file as it is."""
+    start = stream.read(2)
+    stream.seek(0)
+    if start != b"\x1f\x8b":
+        return stream
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=stream))
 
 
 def _whole(first: bytes, rest: bytes) -> Any:

@@ -18,14 +18,34 @@ from placer.trace.token_rows import TokenRows, phase_numbers, whole_tokens
 Array = npt.NDArray[Any]
 # Keys that public logs of routing have, by what they mean.
 _USUAL: Mapping[str, tuple[str, ...]] = {
-    "layer": ("layer", "layer_id", "layer_idx"),
-    "token": ("token_idx", "token", "position", "token_index"),
-    "experts": ("topk_ids", "experts", "expert_ids", "topk_experts"),
-    "weights": ("weights", "topk_weights", "gating_probs"),
-    "sequence": ("sequence_id", "request_id", "seq_id", "req_id"),
+    "layer": (
+        *("layer", "layer_id", "layer_idx", "layer_index", "layer_number", "layer_name"),
+        "moe_layer",
+    ),
+    "token": (
+        *("token_idx", "token_index", "token_position", "token_pos", "position", "pos"),
+        "token",
+    ),
+    "experts": (
+        *("topk_ids", "experts", "expert_ids", "topk_experts", "topk_idx"),
+        *("topk_indices", "selected_experts", "expert_indices", "router_indices"),
+        *("expert_idx", "expert_id", "expert"),
+    ),
+    "weights": (
+        *("weights", "topk_weights", "gating_probs", "topk_weight", "routing_weights"),
+        "router_weights",
+    ),
+    "sequence": (
+        *("sequence_id", "request_id", "seq_id", "req_id", "rid", "sequence", "req"),
+        *("sample_id", "prompt_id"),
+    ),
     "token_id": ("token_id", "input_id"),
     "phase": ("phase",),
 }
+# The layer of a row that was made of a row of all layers; no file has such a key.
+_LAYER = " layer"
+_MISSING = object()
+_LISTED_IDS = re.compile(r"[\[(]?\s*\d+(?:[\s,;|]+\d+)*\s*[\])]?")
 _NEEDED = ("layer", "token", "experts")
 # Keys of the object of layers, in the object of a request.
 _REQUEST_KEYS = ("layers", "experts", "routed_experts", "topk_ids")
@@ -77,11 +97,12 @@ class Keys:
         """
         if (key := self.named.get(meaning)) is None:
             return next((one for one in _USUAL[meaning] if one in row), None)
-        if key not in row:
+        if not _has(row, key):
             raise PlacerError(f"it has no key {key}; it has {', '.join(row)}", _LAYOUT)
         return key
 
 
+NO_KEYS = Keys(named={})
 Reader = Callable[[Path, BoundModel | None], ImportedTokens]
 
 
@@ -101,6 +122,8 @@ def jsonl_reader(keys: Keys) -> Reader:
     def read(file: Path, model: BoundModel | None) -> ImportedTokens:
         rows = list(_objects(file))
         names = {meaning: keys.found(meaning, rows[0]) for meaning in _USUAL}
+        if names["layer"] is None and names["experts"] is not None:
+            rows, names["layer"] = _by_layer(rows, names), _LAYER
         if missing := [meaning for meaning in _NEEDED if names[meaning] is None]:
             raise PlacerError(
                 f"a row has no key for {' or '.join(missing)}: its keys are "
@@ -164,20 +187,49 @@ def _objects(file: Path) -> Iterator[dict[str, Any]]:
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     for number, row in enumerate(rows, start=1):
-        if name not in row:
+        if not _has(row, name):
             raise PlacerError(f"row {number} has no key {name}, which others have", _LAYOUT)
-    return [row[name] for row in rows]
+    return [_value(row, name) for row in rows]
+
+
+def _has(row: Mapping[str, Any], key: str) -> bool:
+    """Return whether a row has a key; a dot goes into an object in it."""
+    return _value(row, key, _MISSING) is not _MISSING
+
+
+def _value(row: Mapping[str, Any], key: str, missing: Any = None) -> Any:
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        value = value.get(part, missing) if isinstance(value, dict) else missing
+    return value
+
+
+def _by_layer(
+    rows: Sequence[Mapping[str, Any]], names: Mapping[str, str | None]
+) -> list[dict[str, Any]]:
+    """Return a row for each layer, of rows whose experts are a list with one list each."""
+    spread = [key for key in (names["experts"], names["weights"]) if key is not None]
+    made = []
+    for row in rows:
+        lists = [_value(row, key) for key in spread]
+        if not all(isinstance(one, list) for one in lists):
+            return list(map(dict, rows))
+        if not all(isinstance(one, list) for part in lists for one in part):
+            return list(map(dict, rows))
+        made += [
+            {**row, _LAYER: layer, **dict(zip(spread, parts, strict=True))}
+            for layer, parts in enumerate(zip(*lists, strict=False))
+        ]
+    return made
 
 
 def _tokens(
     columns: Mapping[str, Sequence[Any]], model: BoundModel | None
 ) -> ImportedTokens:
     token = _whole(columns["token"], "token")
-    experts = _whole(
-        [one if isinstance(one, list) else [one] for one in columns["experts"]],
-        "experts",
-        ndim=2,
-    )
+    experts = _whole([row_ids(one) for one in columns["experts"]], "experts", ndim=2)
     remarks = []
     if "sequence" in columns:
         sequence = _numbered(columns["sequence"])
@@ -192,13 +244,26 @@ def _tokens(
     rows = TokenRows(
         sequence=sequence,
         position=token,
-        layer=_whole(columns["layer"], "layer"),
+        layer=_whole([_layer_of(one) for one in columns["layer"]], "layer"),
         experts=experts,
         weights=None if weights is None else _weights(weights, experts),
         token_ids=None if ids is None else _whole(ids, "token_id"),
         phase=None if phase is None else phase_numbers(phase, _LAYOUT),
     )
     return whole_tokens(rows, model, _LAYOUT, remarks)
+
+
+def row_ids(value: Any) -> list[Any]:
+    """Return ids of one row: a list, one id, or several in a text."""
+    if isinstance(value, str) and _LISTED_IDS.fullmatch(value):
+        return [int(one) for one in re.findall(r"\d+", value)]
+    return value if isinstance(value, list) else [value]
+
+
+def _layer_of(value: Any) -> Any:
+    """Return the number of a layer, which may be that of its module's name."""
+    number = layer_number(value) if isinstance(value, str) else None
+    return value if number is None else number
 
 
 def _numbered(names: Sequence[Any]) -> Array:
@@ -233,6 +298,8 @@ def _whole(values: Sequence[Any], what: str, ndim: int = 1) -> Array:
         array = np.asarray(values)
     except ValueError as error:  # rows of different lengths
         raise PlacerError(f"{what} differ in length from row to row", _LAYOUT) from error
+    if array.dtype.kind == "f" and (array == np.floor(array)).all():
+        array = array.astype(np.int64)  # as pandas writes columns with gaps
     if array.ndim != ndim or not np.issubdtype(array.dtype, np.integer):
         raise PlacerError(f"{what} holds a value that is not a whole number", _LAYOUT)
     return array
@@ -242,11 +309,11 @@ def _request(
     value: Mapping[str, Any], number: int, keys: Keys, model: BoundModel | None
 ) -> TokenRows:
     layers: Any = value
-    if not all(_layer_number(key) is not None for key in value):
+    if not all(layer_number(key) is not None for key in value):
         key = keys.named.get("experts") or next(
             (one for one in _REQUEST_KEYS if one in value), ""
         )
-        layers = value.get(key)
+        layers = _named_layers(_value(value, key))
     if not isinstance(layers, dict) or not layers:
         raise PlacerError(
             f"request {number} has no layers; its keys are {', '.join(value)}",
@@ -254,7 +321,7 @@ def _request(
         )
     parts = []
     for key, ids in layers.items():
-        layer = _layer_number(key)
+        layer = layer_number(key)
         if layer is None:
             raise PlacerError(f"request {number}: {key} is not a layer", _REQUESTS_LAYOUT)
         try:
@@ -287,7 +354,26 @@ def _request(
     )
 
 
-def _layer_number(key: str) -> int | None:
+def _named_layers(layers: Any) -> Any:
+    """Return a list of layers, or of tokens with a list for each layer, by layer number."""
+    if not isinstance(layers, list) or not layers:
+        return layers
+    if isinstance(layers[0], dict):
+        keys = NO_KEYS
+        names = {
+            meaning: keys.found(meaning, layers[0]) for meaning in ("layer", "experts")
+        }
+        return {str(one.get(names["layer"])): one.get(names["experts"]) for one in layers}
+    try:
+        ids = np.asarray(layers)
+    except ValueError:  # lists of different lengths
+        return layers
+    if ids.ndim != 3:
+        return layers
+    return {str(layer): ids[:, layer].tolist() for layer in range(ids.shape[1])}
+
+
+def layer_number(key: Any) -> int | None:
     """Return the number of ``3``, ``layer_3`` or ``model.layers.3.mlp``."""
-    found = re.findall(r"\d+", key)
+    found = re.findall(r"\d+", str(key))
     return int(found[0]) if len(found) == 1 else None

@@ -88,6 +88,8 @@ class _Counted:
     start: int | None = None
 
 
+# Keys of a response itself.
+_OF_RESPONSE = {"choices", "meta_info", "outputs", "routed_experts"}
 _Finder = Callable[[Mapping[str, Any]], _Found]
 
 
@@ -127,7 +129,7 @@ def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedToken
     num_without = 0
     for where, value in json_values(file):
         try:
-            found = found_in(require_object(value, "it"))
+            found = found_in(_response_in(require_object(value, "it")))
             sequences += found.sequences
             num_without += found.num_without
         except PlacerError as error:
@@ -148,6 +150,18 @@ def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedToken
         raise PlacerError(f"responses have different layers or top-k: {sorted(shapes)}")
     remarks = tuple(_remarks(sequences, num_without, asked))
     return _joined(sequences, remarks)
+
+
+def _response_in(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the response in a log of requests or in the output of a batch.
+
+    OpenAI's batches, and vLLM's ``run_batch``, keep it in ``response.body``.
+    """
+    for key in ("response", "body"):
+        inner = value.get(key)
+        if isinstance(inner, dict) and not _OF_RESPONSE & value.keys():
+            value = inner
+    return value
 
 
 def _joined(sequences: Sequence[_Sequence], remarks: tuple[str, ...]) -> ImportedTokens:
@@ -213,7 +227,10 @@ def _sglang_found(response: Mapping[str, Any], model: BoundModel) -> _Found:
     for choice, text in zip(choices, texts, strict=True):
         if text is None:
             continue
-        raw = np.frombuffer(_decoded(text), dtype="<i4")
+        if isinstance(text, list):
+            raw = _listed(text)
+        else:
+            raw = np.frombuffer(_decoded(text), dtype="<i4")
         _require_whole_rows(raw.size, model)
         found.append((choice, raw.reshape(-1, num_layers, top_k)))
     counted = _of_choices(
@@ -242,13 +259,16 @@ def _sglang_text(holder: Mapping[str, Any]) -> Any:
 
 
 def _vllm_found(response: Mapping[str, Any]) -> _Found:
-    choices = response.get("choices") or [{}]
+    choices = response.get("choices") or response.get("outputs") or [{}]
     found = []
     for choice in choices:
-        if choice.get("routed_experts") is None:
+        routed = choice.get("routed_experts")
+        if routed is None:
             continue
-        content = io.BytesIO(_decoded(choice["routed_experts"]))
-        experts = np.load(content, allow_pickle=False)
+        if isinstance(routed, list):
+            experts = _listed(routed)
+        else:
+            experts = np.load(io.BytesIO(_decoded(routed)), allow_pickle=False)
         if not isinstance(experts, np.ndarray):  # an archive, which is not unpacked
             raise PlacerError("routed_experts is not one array")
         if experts.ndim != 3:
@@ -328,6 +348,14 @@ def _require_whole_rows(num_ids: int, model: BoundModel) -> None:
             f"layers x top-{model.spec.top_k}",
             "check that --model is the model that was served",
         )
+
+
+def _listed(routed: list[Any]) -> Array:
+    """Return ids that somebody wrote down as lists."""
+    experts = np.asarray(routed)
+    if not np.issubdtype(experts.dtype, np.integer):
+        raise PlacerError("routed_experts holds a value that is not a whole number")
+    return experts
 
 
 def _decoded(text: Any) -> bytes:

@@ -73,6 +73,46 @@ def test_matrices_that_are_none(
     assert caught.value.hint
 
 
+LAYERS = {n + 1: row for n, row in enumerate(COUNTS)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        LAYERS,
+        {f"layer_{n}": row for n, row in LAYERS.items()},
+        {f"model.layers.{n}.mlp": row for n, row in LAYERS.items()},
+        {n: dict(enumerate(row)) for n, row in LAYERS.items()},
+        {"expert_load": COUNTS},
+    ],
+)
+def test_counts_by_layer(tmp_path: Path, model: Path, value: Any) -> None:
+    """Layers are the model's own: layer 0 is dense."""
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(value))
+    assert loads(read_load_matrix, path, model) == COUNTS
+
+
+@pytest.mark.parametrize("name", ["arr_0", "load", "anything"])
+def test_archives_of_a_matrix(tmp_path: Path, model: Path, name: str) -> None:
+    np.savez(tmp_path / "m.npz", **{name: np.asarray(COUNTS)})
+    assert loads(read_load_matrix, tmp_path / "m.npz", model) == COUNTS
+
+
+def test_csv_under_other_names(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "m.csv"
+    lines = [f"{n},{e},{c}.0" for n, row in LAYERS.items() for e, c in enumerate(row)]
+    path.write_text("\n".join(["layer_idx,expert_idx,tokens", *lines]))
+    assert loads(read_csv_loads, path, model) == COUNTS
+    path.write_text(path.read_text().replace(".0", ".5"))
+    with pytest.raises(PlacerError, match="not a whole number"):
+        loads(read_csv_loads, path, model)
+    wide = ["layer," + ",".join(f"expert_{e}" for e in range(len(COUNTS[0])))]
+    wide += [",".join(map(str, (n, *row))) for n, row in LAYERS.items()]
+    path.write_text("\n".join(wide))
+    assert loads(read_csv_loads, path, model) == COUNTS
+
+
 def test_pickles_in_a_matrix_are_never_loaded(tmp_path: Path, model: Path) -> None:
     np.save(tmp_path / "m.npy", np.asarray([{}], dtype=object), allow_pickle=True)
     with pytest.raises(PlacerError, match="no readable"):

@@ -1,5 +1,6 @@
 """JSON of other programs becomes the tokens that it was written from, whatever its keys."""
 
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from placer.errors import PlacerError, UsageError
 from placer.trace import Chunk, Trace
-from placer.trace.csv_rows import read_csv
+from placer.trace.csv_rows import csv_reader, read_csv
 from placer.trace.imported import ImportOptions, import_file
 from placer.trace.json_rows import Keys, jsonl_reader, requests_reader
 
@@ -221,3 +222,113 @@ def test_csv_carries_phase_and_weights(tmp_path: Path) -> None:
             tmp_path / "b.csv",
             text.replace("prefill", "2").replace("decode", "1"),
         )
+
+
+def same(chunk: Chunk) -> None:
+    """The tokens are those that every file here was written from."""
+    assert [ids.tolist() for ids in chunk.experts] == EXPERTS.transpose(1, 0, 2).tolist()
+    assert chunk.sequence_ids.tolist() == REQUEST
+    assert chunk.positions.tolist() == TOKEN
+
+
+def of_tokens(change: Any) -> list[dict[str, Any]]:
+    return [
+        {"rid": REQUEST[t], "pos": TOKEN[t], **change(t, layer)}
+        for t in range(5)
+        for layer in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        (lambda t, n: {"layer_number": n, "topk_idx": EXPERTS[t, n].tolist()}, None),
+        (
+            lambda t, n: {"layer": f"model.layers.{n}.mlp", "experts": list(EXPERTS[t, n])},
+            None,
+        ),
+        (lambda t, n: {"layer": n, "experts": str(EXPERTS[t, n].tolist())}, None),
+        (lambda t, n: {"layer": n, "experts": " ".join(map(str, EXPERTS[t, n]))}, None),
+        (
+            lambda t, n: {
+                "layer": float(n),
+                "experts": EXPERTS[t, n].astype(float).tolist(),
+            },
+            None,
+        ),
+        (
+            lambda t, n: {"at": {"layer": n}, "moe": {"ids": EXPERTS[t, n].tolist()}},
+            "layer=at.layer,experts=moe.ids",
+        ),
+    ],
+)
+def test_rows_as_others_write_them(change: Any, keys: str | None, tmp_path: Path) -> None:
+    values = json.loads(json.dumps(of_tokens(change), default=int))
+    chunk, _ = read(jsonl_reader(Keys.parse(keys)), tmp_path / "x.jsonl", values)
+    same(chunk)
+
+
+def test_rows_of_all_layers(tmp_path: Path) -> None:
+    values = [
+        {"rid": REQUEST[t], "pos": TOKEN[t], "topk_ids": EXPERTS[t].tolist()}
+        for t in range(5)
+    ]
+    same(read(jsonl_reader(Keys.parse(None)), tmp_path / "x.jsonl", values)[0])
+
+
+def test_gzipped_lines(tmp_path: Path) -> None:
+    values = of_tokens(lambda t, n: {"layer": n, "experts": EXPERTS[t, n].tolist()})
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps(v) + "\n" for v in values).encode()))
+    import_file(jsonl_reader(Keys.parse(None)), "x", path, tmp_path / "t", ImportOptions())
+    same(Trace(tmp_path / "t").read())
+
+
+def test_a_gzip_that_unpacks_to_far_too_much_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress((b" " * 999 + b"\n") * 70_000))
+    with pytest.raises(PlacerError, match="more than 100 times its size"):
+        import_file(
+            jsonl_reader(Keys.parse(None)), "x", path, tmp_path / "t", ImportOptions()
+        )
+
+
+@pytest.mark.parametrize("layout", ["tokens", "layers", "nested"])
+def test_requests_as_others_write_them(layout: str, tmp_path: Path) -> None:
+    values: list[Any] = []
+    for number in (0, 1):
+        ids = EXPERTS[np.asarray(REQUEST) == number]
+        layers = [{"layer_id": n, "topk_ids": ids[:, n].tolist()} for n in (0, 1)]
+        values.append(
+            {
+                "tokens": {"id": "x", "routed_experts": ids.tolist()},
+                "layers": {"id": "x", "layers": layers},
+                "nested": {
+                    "moe": {"by": {f"layer_{n}": ids[:, n].tolist() for n in (0, 1)}}
+                },
+            }[layout]
+        )
+    keys = Keys.parse("experts=moe.by" if layout == "nested" else None)
+    same(read(requests_reader(keys), tmp_path / "x.jsonl", values)[0])
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "keys"),
+    [
+        ("rid,pos,layer_id,expert_0,expert_1", "{r},{p},{n},{a},{b}", None),
+        ("request_id,token_idx,layer,topk_ids", '{r},{p},{n},"[{a}, {b}]"', None),
+        ("r,p,n,x", "{r},{p},{n},{a} {b}", "sequence=r,token=p,layer=n,experts=x"),
+        ("sequence_id\tposition\tlayer\te0\te1", "{r}\t{p}\t{n}\t{a}\t{b}", None),
+        ("\ufeffsequence_id, position, layer, e0, e1", "{r}, {p}, {n}, {a}, {b}", None),
+    ],
+)
+def test_csv_as_others_write_it(
+    header: str, cells: str, keys: str | None, tmp_path: Path
+) -> None:
+    lines = [
+        cells.format(r=REQUEST[t], p=TOKEN[t], n=n, a=EXPERTS[t, n, 0], b=EXPERTS[t, n, 1])
+        for n in (1, 0)
+        for t in range(5)
+    ]
+    text = "\n".join([header, *lines]) + "\n"
+    same(read(csv_reader(Keys.parse(keys)), tmp_path / "x.csv", text)[0])

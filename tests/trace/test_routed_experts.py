@@ -367,6 +367,45 @@ def test_dense_layers_need_the_model(tmp_path: Path, tiny_model: Path) -> None:
         )
 
 
+def as_lists(response: dict[str, Any], experts: np.ndarray) -> dict[str, Any]:
+    for holder in (response.get("meta_info"), *response.get("choices", ())):
+        if holder is not None:
+            holder["routed_experts"] = experts.tolist()
+    return response
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("how", ["lists", "batch", "log", "offline"])
+def test_responses_that_somebody_wrote_down(
+    engine: str, how: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Lists in place of base64, OpenAI's batch output, a log, vLLM's offline outputs."""
+    experts = [routed(0), routed(1)]
+    build = vllm_response if engine == "vllm" else sglang_response
+    responses = [build(one) for one in experts]
+    if how == "lists":
+        responses = [as_lists(r, e) for r, e in zip(responses, experts, strict=True)]
+    elif how == "batch":
+        responses = [{"id": "b", "response": {"body": r}} for r in responses]
+    elif how == "log":
+        responses = [{"request": {"prompt": "x"}, "response": r} for r in responses]
+    elif engine == "vllm":
+        for response in responses:
+            response["outputs"] = response.pop("choices")
+            del response["usage"]
+    path = write(tmp_path / "x.jsonl", *responses)
+    read = read_vllm_routed if engine == "vllm" else read_sglang_routed
+    import_file(read, "x", path, tmp_path / "t", ImportOptions(model_directory=tiny_model))
+    check(tmp_path / "t", experts)
+
+
+def test_lists_that_hold_no_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    response = as_lists(vllm_response(routed(0)), routed(0).astype(str))
+    path = write(tmp_path / "x.jsonl", response)
+    with pytest.raises(PlacerError, match="not a whole number"):
+        import_file(read_vllm_routed, "x", path, tmp_path / "t", ImportOptions())
+
+
 def test_pickles_inside_are_never_loaded(tiny_model: Path, tmp_path: Path) -> None:
     content = io.BytesIO()
     np.save(content, np.asarray([{}], dtype=object), allow_pickle=True)
