@@ -86,9 +86,7 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
     found = _load(path, suffix)
     if suffix != ".npz" and (header := _header(path)) is not None:
         _require_header(header, _header_of(source), path)
-    if sorted(found) != sorted(_NAMES):
-        raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)}")
-    odd = [name for name in _NAMES if found[name].dtype != np.int64]
+    odd = [name for name, array in found.items() if array.dtype != np.int64]
     phy2log = found["phy2log"]
     if odd or phy2log.ndim != 2 or len(phy2log) != source.model.num_layers:
         raise PlacerError(
@@ -99,7 +97,7 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
     if phy2log.min(initial=0) < 0 or phy2log.max(initial=0) >= num_experts:
         raise PlacerError(f"phy2log holds an expert outside 0..{num_experts - 1}")
     for name, expected in _arrays(phy2log, num_experts).items():
-        if not np.array_equal(found[name], expected):
+        if name in found and not np.array_equal(found[name], expected):
             raise PlacerError(f"{name} does not match phy2log")
     rows: list[list[int]] = phy2log.tolist()
     return rows
@@ -107,12 +105,11 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
 
 def _parse(path: Path, suffix: str) -> ParsedMap:
     found = _load(path, suffix)
-    if not {"phy2log", "logcnt"} <= set(found):
-        raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)}")
-    phy2log, logcnt = found["phy2log"], found["logcnt"]
-    if phy2log.ndim != 2 or logcnt.ndim != 2 or phy2log.dtype != np.int64:
+    phy2log, logcnt = found["phy2log"], found.get("logcnt")
+    is_odd = logcnt is not None and logcnt.ndim != 2
+    if phy2log.ndim != 2 or is_odd or phy2log.dtype != np.int64:
         raise PlacerError("phy2log or logcnt is not a matrix of int64")
-    sizes = (logcnt.shape[1],) * len(phy2log)
+    sizes = None if logcnt is None else (logcnt.shape[1],) * len(phy2log)
     if 0 in phy2log.shape:
         raise PlacerError(f"phy2log has shape {list(phy2log.shape)}: it has no slot")
     header = None if suffix == ".npz" else _header(path)
@@ -137,16 +134,18 @@ def _header(path: Path) -> EplbHeader | None:
 
 
 def _load(path: Path, suffix: str) -> dict[str, Any]:
+    """Return all three arrays, or only ``phy2log``."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     require_file(path, "map")
     try:
-        if suffix != ".npz":
-            return load_file(path)
-        return load_arrays(path)[0]
+        found = load_arrays(path)[0] if suffix == ".npz" else load_file(path)
     except (SafetensorError, *UNREADABLE) as error:
         raise PlacerError(f"it cannot be loaded: {unreadable_reason(error)}") from error
+    if sorted(found) not in (["phy2log"], sorted(_NAMES)):
+        raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)} or only phy2log")
+    return found
 
 
 EPLB = Runtime(

@@ -145,6 +145,20 @@ def test_a_damaged_array_is_refused(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("with_model", [True, False])
+def test_phy2log_is_enough(with_model: bool, model: Path, tmp_path: Path) -> None:
+    """EPLB's other two arrays follow from it."""
+    rows = np.array([[7, 2, 0, 3, 5, 6, 1, 4, 7, 2, 0, 3]] * 2)
+    np.savez(tmp_path / "map.npz", phy2log=rows)
+    folder = model if with_model else None
+    plan, _ = import_map("eplb", tmp_path / "map.npz", TWO_NODES, folder, tmp_path / "out")
+    assert plan.placement.num_experts == (8, 8)
+    assert [sorted(row) for row in plan.placement.to_json()] == [sorted(rows[0])] * 2
+    np.savez(tmp_path / "two.npz", phy2log=rows, logcnt=rows)
+    with pytest.raises(PlacerError, match="or only phy2log"):
+        import_map("eplb", tmp_path / "two.npz", TWO_NODES, folder, tmp_path / "never")
+
+
 MAPS_OF_ENGINES = {
     "vllm-ascend": (
         ".json",
