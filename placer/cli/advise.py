@@ -1,5 +1,6 @@
 """``placer advise``: whether placing experts is worth it."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -83,7 +84,7 @@ def advise(
     from placer.affinity import Affinity
     from placer.errors import require_left_out
     from placer.placement.topology import Topology
-    from placer.planning.advice import advise_on_loads, next_command
+    from placer.planning.advice import advise_on_loads, next_command, timing_command
     from placer.planning.question import Question, predictable_policy, usual_engines
     from placer.planning.trace_advice import advise_on_trace
     from placer.planning.verdict import grouped
@@ -136,9 +137,21 @@ def advise(
             advice = advise_on_trace(trace, questions, progress)
     for line in advice.warnings:
         warn(line)
-    command = next_command(advice, source)
+    command, timing = next_command(advice, source), None
+    if hardware is not None:
+        given = {
+            "--tokens-per-rank": tokens_per_rank,
+            "--batching": batching,
+            "--hardware": hardware,
+            "--model": model,
+            "--hidden-size": hidden_size,
+            "--expert-size": expert_size,
+            "--weight-bytes": None if weight_bytes is None else f"{weight_bytes:g}",
+        }
+        words = [(name, str(value)) for name, value in given.items() if value is not None]
+        timing = timing_command(advice, source, [*chain.from_iterable(words)])
     if as_json:
-        print_json(advice.to_json() | {"next": command})
+        print_json(advice.to_json() | {"next": command, "then": timing})
         return
     for names, sentence in grouped((one.engine, one.sentence) for one in advice.answers):
         print_verdict(", ".join(names) or None, sentence)
@@ -151,3 +164,5 @@ def advise(
         print_line(f"- {reason}")
     if command is not None:
         print_line(f"next: {command}")
+    if timing is not None:
+        print_line(f"then, for its predicted time: {timing}")

@@ -11,14 +11,17 @@ from placer.affinity import Affinity
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
+from placer.placement.solver_report import SolverReport
 from placer.planning.advised_plans import (
     BALANCED,
     Relief,
     balanced_options,
+    judging_command,
     solve_command,
     with_more_replicas,
 )
 from placer.planning.question import Question, loadable
+from placer.planning.served import split_groups_of, whole_groups
 from placer.planning.verdict import grouped
 from placer.run.progress import Progress
 from placer.serving.homes import Batching
@@ -200,6 +203,7 @@ def advise_on_loads(
         answers=answers,
         reasons=(
             "counts without tokens do not show how much traffic placement can save",
+            *_group_reasons(balanced, answers),
             *_relief_reasons(relieved, source),
         ),
         redundant_experts=asked[0].redundant_experts,
@@ -215,19 +219,39 @@ class _Balanced:
     def __init__(self, affinity: Affinity) -> None:
         self.affinity = affinity
         self._loads = [counts.astype(np.float64) for counts in affinity.load]
-        self._made: dict[SolveOptions, Placement] = {}
+        self._made: dict[SolveOptions, tuple[Placement, SolverReport]] = {}
+
+    def solved(self, options: SolveOptions) -> tuple[Placement, SolverReport]:
+        """Return the placement for some options, and its report."""
+        if options not in self._made:
+            self._made[options] = solve(self.affinity, options)
+        return self._made[options]
 
     def plan(self, options: SolveOptions) -> Placement:
         """Return the placement for some options."""
-        if options not in self._made:
-            self._made[options] = solve(self.affinity, options)[0]
-        return self._made[options]
+        return self.solved(options)[0]
 
     def imbalance(self, placement: Placement, question: Question) -> float:
         """Return the max/mean rank load to expect, mean over layers."""
         choice, layer_ids = question.replica_choice or "hash", question.layer_ids
         by_layer = predicted_imbalance(placement, self._loads, choice, layer_ids)
         return float(np.mean(by_layer))
+
+
+def _group_reasons(balanced: _Balanced, answers: Sequence[Answer]) -> list[str]:
+    """Return what router groups do to each plan, once for the engines that share it."""
+    told = []
+    for one in answers:
+        placement, report = balanced.solved(one.options)
+        engine, preserved = one.question.known_engine, one.options.preserve_groups
+        said = whole_groups(report, preserved=preserved) or split_groups_of(
+            balanced.affinity.model, placement, engine, one.question.policy
+        )
+        if said is not None:
+            told.append((one.engine, said))
+    return [
+        f"{', '.join(names)}{': ' if names else ''}{said}" for names, said in grouped(told)
+    ]
 
 
 def _relief_reasons(relieved: Sequence[Relief], source: Path) -> list[str]:
@@ -298,3 +322,13 @@ def next_command(advice: Advice, source: Path) -> str | None:
     if best.verdict == "not worth it":
         return None
     return solve_command(best.question, best.options, source)
+
+
+def timing_command(advice: Advice, source: Path, options: Sequence[str]) -> str | None:
+    """Return the command that predicts times of the plan of :func:`next_command`.
+
+    ``options`` as :func:`judging_command` takes them. ``None`` where there is no such plan.
+    """
+    if next_command(advice, source) is None:
+        return None
+    return judging_command((advice.relief or advice.best).question, source, options)

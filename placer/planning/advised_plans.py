@@ -145,6 +145,20 @@ def solve_command(
     return " ".join([*parts, f"--out {shlex.quote(out)}"])
 
 
+def judging_command(
+    question: Question, source: Path, options: Sequence[str], plan: str = "plan.json"
+) -> str:
+    """Return the command that predicts times of the plan of :func:`solve_command`.
+
+    ``options`` are those of batches, hardware and the size of an expert.
+    """
+    parts = ["placer simulate", plan, shlex.quote(str(source))]
+    parts += [Selection(PROFILE, question.phase).complement().options]
+    if question.known_engine is not None:
+        parts += [f"--engine {question.known_engine.name}"]
+    return " ".join([*parts, shlex.join(options)])
+
+
 def _goal(question: Question, options: SolveOptions) -> Sequence[str]:
     if options.objective == "balance":
         return ["--objective balance"]

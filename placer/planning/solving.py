@@ -4,6 +4,7 @@ What is asked is settled first; where predicted time decides what to solve for, 
 chosen next; then it is solved.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from placer.planning.layer_time import TimeChoice, choose_by_time
 from placer.planning.planner import plan_for, plan_from_affinity, plan_from_trace
 from placer.planning.question import Question
 from placer.planning.request import SolveRequest, Tell
-from placer.planning.served import solved_for, split_groups
+from placer.planning.served import solved_for, split_groups, whole_groups
 from placer.planning.settling import is_balanced, settle, started
 from placer.run.session import Session
 from placer.solver.balance.router_groups import are_whole, limits_nodes
 from placer.solver.options import SolveOptions
 from placer.trace import EVERYTHING, Trace
 
-# Splitting router groups for less is not worth a word: the next load differs by more.
-_LEAST_GAIN = 0.005
+# Fewer copies than this more are not worth a warning.
+_CLEARLY_MORE = 1.005
+_NODES = "remote_node_copies_per_token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,14 +201,8 @@ def _tell_groups(
 ) -> None:
     """Tell what router groups on nodes cost, or what it means that they are split."""
     model, num_nodes, engine = plan.model, plan.placement.num_nodes, request.engine
-    split = plan.solver.imbalance_without_groups
-    if split is not None:
-        whole = plan.solver.objective
-        told = f"router groups stay whole: imbalance {whole:.4f}"
-        if split < whole * (1 - _LEAST_GAIN):
-            told += f", {split:.4f} if they are split"
-            told += "" if options.preserve_groups else " (--ignore-groups)"
-        note(told)
+    if kept := whole_groups(plan.solver, preserved=options.preserve_groups):
+        note(kept)
     elif num_nodes == 1 or not limits_nodes(model):
         return
     elif engine is not None and not solved_for(engine, plan.policy).groups_count:
@@ -215,12 +211,42 @@ def _tell_groups(
     elif are_whole(plan.placement, model.n_group, num_nodes):
         return
     elif not is_balanced(request, options):
-        note(
-            "router groups are split over nodes where the load cap, "
-            f"{plan.max_imbalance:g}, needs it. To keep them whole (a rank may then be "
-            "busier): --preserve-groups"
-        )
+        _tell_split(plan, note, warn)
     else:
         if (said := split_groups(plan)) is not None:
             uneven = model.n_group % num_nodes
             warn(said + f" ({num_nodes} nodes do not divide the groups)" * bool(uneven))
+
+
+def _tell_split(plan: Plan, note: Tell, warn: Tell) -> None:
+    """Tell what a plan that splits router groups gains and costs, and the other option.
+
+    A warning where a token visits more nodes than from the contiguous placement.
+    """
+    remedy = "To keep them whole (a rank may then be busier): --preserve-groups"
+    told = (
+        "router groups are split over nodes where the load cap, "
+        f"{plan.max_imbalance:g}, needs it"
+    )
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    if own is None:
+        note(f"{told}. {remedy}")
+        return
+    policy, baselines = plan.policy_without_table, plan.metrics["baselines"]
+    # EPLB packs whole groups into nodes where these divide them.
+    names = ["contiguous", *["eplb"] * (not plan.model.n_group % plan.placement.num_nodes)]
+    whole = {name: baselines[name][policy] for name in names if name in baselines}
+    beside = ", ".join(f"{_pair(one)} ({name})" for name, one in whole.items())
+    told += (
+        ". Copies between nodes per token and layer, and imbalance: "
+        f"{_pair(own[policy])}; with whole groups {beside}. {remedy}"
+    )
+    base = whole.get("contiguous")
+    if base is not None and own[policy][_NODES] > _CLEARLY_MORE * base[_NODES]:
+        warn(f"tokens visit more nodes than from the contiguous placement: {told}")
+    else:
+        note(told)
+
+
+def _pair(figures: Mapping[str, float]) -> str:
+    return f"{figures[_NODES]:.3f} and {figures['load_imbalance_mean']:.3f}"

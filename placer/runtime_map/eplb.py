@@ -2,7 +2,8 @@
 
 ``phy2log`` [L, P], the expert in each slot; ``log2phy`` [L, E, X], the slots of each expert
 in ascending order, padded with -1 up to X, the most copies that any has; ``logcnt`` [L, E],
-how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``).
+how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``). The
+last two follow from ``phy2log``, so a file may hold only that one.
 """
 
 from pathlib import Path

@@ -302,6 +302,27 @@ def test_loads_alone_judge_balance(tmp_path: Path) -> None:
     assert advise_on_loads(counted, [QUESTION], tmp_path).verdict == "not worth it"
 
 
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_loads_alone_name_router_groups(
+    nodes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What keeping them whole costs, or that more nodes than groups must split them."""
+    model = ModelSpec(num_experts=(12,), top_k=2, n_group=4, topk_group=1)
+    loads = np.array([40, 40, 40, *[10] * 9]) * 100
+    counts = Affinity(
+        model=model, num_tokens=10_500, load=(loads,), coactivation=(), transition=(),
+        token_expert=None, sequence_expert=None, provenance={},
+    )  # fmt: skip
+    counts.write(tmp_path / "grouped.aff")
+    words = ["advise", str(tmp_path / "grouped.aff"), "--nodes", str(nodes)]
+    assert run([*words, "--gpus-per-node", "2" if nodes == 2 else "1"]) == 0
+    out = capsys.readouterr().out
+    if nodes == 2:  # 120 and 30 of 210 against 60 and 45 are on the two nodes
+        assert re.search(r"- router groups stay whole: imbalance (\S+), (\S+) if they", out)
+    else:
+        assert "- the 4 router groups are split over 3 nodes: a token can then visit" in out
+
+
 @pytest.fixture
 def hot_loads(tmp_path: Path) -> Path:
     """Eight experts on eight ranks: without replicas all placements are as uneven."""
@@ -354,6 +375,27 @@ def test_the_command_prints_the_verdict(
     printed = json.loads(capsys.readouterr().out)
     assert printed["verdict"] == "worth it"
     assert printed["next"].startswith("placer solve")
+
+
+def test_with_hardware_the_plan_can_be_timed_as_it_was_advised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The printed commands make the plan of the verdict, and predict its time."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "t", partners())
+    sizes = ["--hidden-size", "7168", "--expert-size", "256", "--weight-bytes", "2"]
+    sizes = ["--tokens-per-rank", "4096", "--hardware", "h100", *sizes]
+    words = ["advise", "t", "--gpus-per-node", "4", "--engine", "trtllm-onesided", *sizes]
+    assert run([*words, "--json"]) == 0
+    advised = json.loads(capsys.readouterr().out)
+    assert run(shlex.split(advised["next"])[1:]) == 0
+    timing = shlex.split(advised["then"])[1:]
+    assert timing[-len(sizes) :] == sizes
+    capsys.readouterr()
+    assert run([*timing, "--json"]) == 0
+    timed = json.loads(capsys.readouterr().out)["batches"]["plan"][0]["time"]["total_us"]
+    (answer,) = advised["answers"]
+    assert timed == pytest.approx(answer["candidates"][answer["best"]][0]["time_us"], 1e-3)
 
 
 THREE = replace(QUESTION, topology=Topology(gpus_per_node=3))

@@ -154,15 +154,52 @@ def test_splitting_groups_is_offered_where_it_can_be_had(
 def test_a_plan_for_traffic_says_why_groups_are_split(
     grouped_request: Callable[..., SolveRequest], policy: str
 ) -> None:
-    told: list[str] = []
+    """With the figures of both options; a warning where nodes get more to receive."""
+    notes: list[str] = []
+    warnings: list[str] = []
     options = replace(QUICK, topology=NODES, policy=policy)
-    solve_request(grouped_request(options=options), told.append, lambda _: None)
-    (line,) = [one for one in told if "router groups are split" in one]
+    plan = solve_request(
+        grouped_request(options=options), notes.append, warnings.append
+    ).plan
+    (line,) = [one for one in notes + warnings if "router groups are split" in one]
     assert "load cap, 1.1" in line and line.endswith("--preserve-groups")
-    told.clear()
-    whole = grouped_request(options=replace(options, preserve_groups=True))
-    solve_request(whole, told.append, lambda _: None)
-    assert not any("router groups are split" in one for one in told)
+    placed = {"": plan.metrics["profile"], **plan.metrics["baselines"]}
+    nodes, even = "remote_node_copies_per_token", "load_imbalance_mean"
+    figures = {
+        name: f"{found[policy][nodes]:.3f} and {found[policy][even]:.3f}"
+        for name, found in placed.items()
+    }
+    whole = f"{figures['contiguous']} (contiguous), {figures['eplb']} (eplb)."
+    assert f"imbalance: {figures['']}; with whole groups {whole}" in line
+    base = placed["contiguous"][policy][nodes]
+    more = placed[""][policy][nodes] > 1.005 * base
+    assert (line in warnings) == more == line.startswith("tokens visit more nodes than")
+    notes.clear(), warnings.clear()
+    kept = grouped_request(options=replace(options, preserve_groups=True))
+    solve_request(kept, notes.append, warnings.append)
+    assert not any("router groups are split" in one for one in notes + warnings)
+
+
+def test_more_nodes_than_from_contiguous_are_said_first(tmp_path: Path) -> None:
+    """Each token uses the two experts of one group; half use the same group."""
+    group = np.random.default_rng(0).choice(4, 2000, p=(0.55, 0.15, 0.15, 0.15))
+    pairs = np.stack([2 * group, 2 * group + 1], axis=1).astype(np.uint8)
+    model = ModelSpec(num_experts=(8,), top_k=2, n_group=4, topk_group=1)
+    with TraceWriter(directory=tmp_path / "t", model=model) as writer:
+        sequences = (np.arange(2000) // 50).astype(np.int32)
+        positions = (np.arange(2000) % 50).astype(np.int32)
+        writer.append(Chunk(experts=(pairs,), sequence_ids=sequences, positions=positions))
+        writer.finish()
+    request = SolveRequest(
+        source=tmp_path / "t",
+        selection=Selection(),
+        options=replace(QUICK, topology=Topology(num_nodes=2, gpus_per_node=1)),
+        exchange="per-node",
+    )
+    warnings: list[str] = []
+    solve_request(request, lambda _: None, warnings.append)
+    first = warnings[0]
+    assert first.startswith("tokens visit more nodes than from the contiguous placement")
 
 
 @pytest.mark.parametrize("policy", ["token", "request"])
