@@ -111,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("PLACER_DEBUG"):
             raise
         if _lacks_memory(error):
-            hint = "use a machine with more memory, or fewer tokens: placer trace sample"
+            hint = (
+                "use a machine with more memory, or fewer tokens: "
+                "placer trace sample TRACE --sequences N --out SMALL"
+            )
             _fail("memory ran out", [hint, *_notes(error)], 1)
         reason = str(error).strip().partition("\n")[0]
         sys.stderr.write(
