@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from placer.errors import PlacerError
-from placer.run import archives
+from placer.run import archives, files
 from placer.run.archives import require_fitting_archive
 from placer.run.documents import read_json
 from placer.run.files import (
+    MAX_DOCUMENT_BYTES,
+    canonical_json,
+    memory_bytes,
     open_regular,
     read_bytes,
     read_text,
@@ -93,3 +96,44 @@ def test_an_archive_beyond_the_memory_is_refused_before_it_is_unpacked(
         PlacerError, match=rf"unpacks to {size:,}; .* and {size - 1:,} bytes, the memory"
     ):
         read_npz(path, None)
+
+
+def test_what_is_missing_and_what_is_no_file_are_told_apart(
+    odd_files: dict[str, Path],
+) -> None:
+    for kind, words in (("nothing", "does not exist"), ("directory", "is not a file")):
+        with pytest.raises(PlacerError, match=words):
+            read_bytes(odd_files[kind])
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+    odd_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the path and the opening, somebody replaces the file."""
+    monkeypatch.setattr(files, "require_file", lambda path, what: None)
+    with pytest.raises(PlacerError, match="is not a file"):
+        open_regular(odd_files["pipe"])
+    own = odd_files["directory"] / "own"
+    own.touch()
+    with open_regular(own) as stream:
+        assert not os.get_inheritable(stream.fileno())
+
+
+def test_a_document_has_at_most_64_mebibytes(tmp_path: Path) -> None:
+    """A sparse file: nothing of it is read."""
+    assert MAX_DOCUMENT_BYTES == 64 * 1024 * 1024
+    path = tmp_path / "sparse"
+    path.touch()
+    os.truncate(path, MAX_DOCUMENT_BYTES + 1)
+    with pytest.raises(PlacerError, match="placer reads at most 67,108,864"):
+        read_bytes(path)
+
+
+def test_the_memory_is_that_of_this_machine() -> None:
+    text = Path("/proc/meminfo").read_text().split()
+    assert memory_bytes() == int(text[text.index("MemTotal:") + 1]) * 1024
+
+
+def test_canonical_json_has_one_text() -> None:
+    one = canonical_json({"b": [1, None, True], "a": "\u00e4"})
+    assert one == '{"a":"\u00e4","b":[1,null,true]}'
