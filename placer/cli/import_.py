@@ -123,7 +123,7 @@ def import_(
       sglang-stat       .pt file of SGLang's recorder in mode stat
       trtllm-statistic  the directory that EXPERT_STATISTIC_PATH names
       csv-loads         columns layer, expert, count (or layer_id, expert_id)
-      load-matrix       counts [layers, experts] as .npy, .pt or .json
+      load-matrix       counts [layers, experts] as .npy, .npz, .pt or .json
 
     A map that placer export wrote, or that an engine uses, becomes a plan. It needs
     --gpus-per-node. It also needs --model if the map does not say which layers are MoE
