@@ -243,6 +243,17 @@ def require_same_model(
     UsageError
         If fingerprints or shapes differ.
     """
+    for larger, smaller, name in ((one, other, other_name), (other, one, one_name)):
+        lacking = _layers_lacking(larger, smaller)
+        if lacking:
+            layers = ", ".join(map(str, lacking))
+            raise UsageError(
+                f"{one_name} and {other_name} are of one model, but {name} lacks its MoE "
+                f"layers {layers}: they were not recorded, or left out at import",
+                "import the other file again without these layers: --skip-layers "
+                f"{layers.replace(' ', '')}. Or solve on the trace that lacks them: maps "
+                "and checkpoints of such a plan have all layers",
+            )
     for field in ("num_experts", "top_k"):
         left, right = getattr(one, field), getattr(other, field)
         if left != right and left and right:
@@ -263,6 +274,21 @@ def require_same_model(
         f"{one_name} and {other_name} match by shape only: one of them is not bound to a "
         "checkpoint"
     )
+
+
+def _layers_lacking(larger: ModelSpec, smaller: ModelSpec) -> list[int]:
+    """Return the layers by which the larger model exceeds the smaller; none if they differ.
+
+    Both must be bound to a checkpoint: layers are compared by the model's own numbers.
+    """
+    if not (larger.bound and smaller.bound):
+        return []
+    kept = {*(smaller.layer_ids or ())}
+    lacking = [layer for layer in larger.layer_ids or () if layer not in kept]
+    if not lacking or len(lacking) == larger.num_layers:
+        return []
+    part = larger.without_layers(lacking)
+    return lacking if part.fingerprint == smaller.fingerprint else []
 
 
 def common_model(models: Iterable[ModelSpec]) -> ModelSpec:
