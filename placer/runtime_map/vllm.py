@@ -25,7 +25,8 @@ from placer.runtime_map.runtime import (
 )
 
 _ROWS = "physical_to_logical_map"
-# Classes that draft tokens, in vLLM's model_executor/models and the plugin's models/hy_v4.
+# Classes that draft tokens (vllm 0.32.0: model_executor/models/registry.py). That the plugin
+# looks a map up by them was not tried.
 _MTP_CLASSES = {
     "DeepseekV3ForCausalLM": "DeepSeekMTP",
     "Glm4MoeForCausalLM": "Glm4MoeMTP",
