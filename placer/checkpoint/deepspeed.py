@@ -447,6 +447,11 @@ def _unclassified(path: Path) -> PlacerError:
             f"{path} is from an old DeepSpeed: one file holds all layers of an expert",
             "load and save the checkpoint with a later DeepSpeed",
         )
+    if re.fullmatch(r"layer_\d+-model_(\d+-model_)?states\.pt", path.name):
+        return PlacerError(
+            f"{path} is of a pipeline-parallel checkpoint: its routers are apart by layer",
+            "save it without pipeline parallelism: placer reads routers of mp_rank files",
+        )
     return PlacerError(
         f"{path} belongs to no expert and to no model-parallel rank",
         "if it does not belong to the checkpoint, move it out of the directory",

@@ -194,7 +194,9 @@ def test_verify_counts_all_tensors_and_finds_a_change(
         ("expp_rank_0_mp_rank_00_optim_states.pt", "optimizer states"),
         ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer states"),
         ("expert_0_mp_rank_00_model_states.pt", "one file holds all layers of an expert"),
-        ("layer_00-model_states.pt", "belongs to no expert"),
+        ("layer_00-model_states.pt", "pipeline-parallel checkpoint"),
+        ("layer_03-model_00-model_states.pt", "pipeline-parallel checkpoint"),
+        ("other_states.pt", "belongs to no expert"),
     ],
 )
 def test_what_cannot_be_permuted_is_refused_with_the_reason(
