@@ -62,13 +62,17 @@ def learning(
     from placer.placement.topology import Topology
     from placer.planning.learning import DEFAULT_TOKENS, learning_curve
     from placer.run.session import Session
-    from placer.solver.options import NOT_SOLVED, SolveOptions
+    from placer.solver.caps import Caps
+    from placer.solver.goal import NOT_SOLVED, Goal
+    from placer.solver.options import SolveOptions
     from placer.trace import Trace
 
     options = SolveOptions(
         topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
-        policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
-        max_imbalance=max_imbalance,
+        goal=Goal(
+            policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
+            caps=Caps(max_imbalance=max_imbalance),
+        ),
     )
     chosen = parse_selection(fold or (None if not_fold else "0/2"), not_fold, phase)
     sizes = tuple(tokens) if tokens else DEFAULT_TOKENS

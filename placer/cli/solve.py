@@ -331,13 +331,17 @@ def solve(
     from placer.placement.policy import POLICIES
     from placer.placement.world import EP_GROUPS, group_topology, world_layout
     from placer.planning.frontier import parse_caps
-    from placer.planning.request import SolveRequest
+    from placer.planning.request import ServedNow, SolveRequest
     from placer.planning.solving import solve_frontier, solve_request
     from placer.report.comparison import closing_lines, plan_notes, plan_warnings
     from placer.run.session import Session
-    from placer.solver.options import NOT_SOLVED, PROOFS, SolveOptions
+    from placer.solver.caps import Caps
+    from placer.solver.goal import NOT_SOLVED, Goal
+    from placer.solver.options import PROOFS, SolveOptions
     from placer.solver.params import SolverParams
     from placer.solver.problem.scenarios import ROBUST
+    from placer.solver.start import Start
+    from placer.target.engine import SOLVABLE_EXCHANGES, solvable_choice
 
     paths = [source, topology, model, start, Path(hardware) if hardware else None]
     claim(context, out, paths, force=force, directory=frontier is not None)
@@ -353,6 +357,26 @@ def solve(
         effort = replace(effort, num_sweeps=num_sweeps)
     if num_rounds is not None:
         effort = replace(effort, num_rounds=num_rounds)
+    served_now = None if start is None else ServedNow.read(start)
+    one_of("--objective", objective, ("traffic", "balance", "time"), NOT_SOLVED)
+    goal = Goal(
+        objective="balance" if objective == "balance" else "traffic",
+        policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
+        exchange=None
+        if exchange is None
+        else one_of("--exchange", exchange, SOLVABLE_EXCHANGES, NOT_SOLVED),
+        redundant_experts=_number(redundant_experts),
+        replica_choice=solvable_choice(replica_choice),
+        caps=Caps(
+            max_imbalance=max_imbalance,
+            max_home_imbalance=max_home_imbalance,
+            max_received_copies=max_received_copies,
+            relax=relax_cap,
+        ),
+        robust=one_of("--robust", robust, ROBUST, NOT_SOLVED),
+        overflow_price=overflow_price,
+        receive_price=receive_price,
+    )
     request = SolveRequest(
         source=source,
         selection=parse_selection(fold, not_fold, phase),
@@ -365,25 +389,20 @@ def solve(
                 layout=layout,
                 cost_file=topology,
             ),
-            policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
-            max_imbalance=max_imbalance,
-            max_home_imbalance=max_home_imbalance,
-            max_received_copies=max_received_copies,
-            relax_cap=relax_cap,
-            robust=one_of("--robust", robust, ROBUST, NOT_SOLVED),
-            overflow_price=overflow_price,
-            receive_price=receive_price,
+            goal=goal,
+            start=Start(
+                placement=None if served_now is None else served_now.plan.placement,
+                migration_cost=migration_cost,
+                pins=tuple(map(Pin.parse, pin or [])),
+                preserve_groups=preserve_groups,
+                ignore_groups=ignore_groups,
+            ),
             proof=one_of("--proof", proof, PROOFS, NOT_SOLVED),
-            pins=tuple(map(Pin.parse, pin or [])),
-            preserve_groups=preserve_groups,
-            ignore_groups=ignore_groups,
             params=effort,
         ),
-        objective=objective,
+        by_time=objective == "time",
         engine=engine,
-        exchange=exchange,
-        replica_choice=replica_choice,
-        redundant_experts=_number_or_auto(redundant_experts),
+        chooses_redundant=redundant_experts == "auto",
         redundant_gain=redundant_gain,
         redundant_memory=redundant_memory,
         hardware=hardware,
@@ -391,8 +410,7 @@ def solve(
         hidden_size=hidden_size,
         expert_size=expert_size,
         weight_bytes=weight_bytes,
-        start=start,
-        migration_cost=migration_cost,
+        served_now=served_now,
         layout=layout,
         priced_links=(inter_cost, intra_cost, topology) != (None, None, None),
         require_optimal=require_optimal,
@@ -460,15 +478,16 @@ def _show(solved: "Solved", start: Path | None) -> None:
             )
 
 
-def _number_or_auto(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal():
+def _number(redundant: str) -> int:
+    """Return the slots to begin with: of ``auto``, none."""
+    if redundant == "auto":
+        return 0
+    if not redundant.isdecimal():
         raise UsageError(
-            f"--redundant-experts {text} is not a number and not auto",
+            f"--redundant-experts {redundant} is not a number and not auto",
             "for example --redundant-experts 8",
         )
-    return int(text)
+    return int(redundant)
 
 
 def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) -> None:

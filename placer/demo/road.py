@@ -24,6 +24,7 @@ from placer.run.writing import claimed
 from placer.runtime_map import export_map
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import balanced
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.table import build_table
 from placer.trace import EVERYTHING, Chunk, Trace
@@ -156,7 +157,7 @@ def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
         f"--out {path}"
     )
     options = SolveOptions(
-        topology=Topology(gpus_per_node=NUM_RANKS), policy=policy
+        topology=Topology(gpus_per_node=NUM_RANKS), goal=Goal(policy=policy)
     ).guarded()
     session = Session()
     plan = plan_from_trace(profile, options, EVERYTHING, session)

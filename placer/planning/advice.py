@@ -243,7 +243,7 @@ def _group_reasons(balanced: _Balanced, answers: Sequence[Answer]) -> list[str]:
     told = []
     for one in answers:
         placement, report = balanced.solved(one.options)
-        engine, preserved = one.question.known_engine, one.options.preserve_groups
+        engine, preserved = one.question.known_engine, one.options.start.preserve_groups
         said = whole_groups(report, preserved=preserved) or split_groups_of(
             balanced.affinity.model, placement, engine, one.question.policy
         )

@@ -14,15 +14,18 @@ from placer.placement.topology import Topology
 from placer.planning.question import Question
 from placer.planning.served import Loading, loads_map, require_loadable, solved_for
 from placer.solver.balance.replicas import redundant_experts_that_fit
-from placer.solver.options import MAX_IMBALANCE, Objective, SolveOptions
+from placer.solver.caps import MAX_IMBALANCE, Caps
+from placer.solver.goal import Goal, Objective
+from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
+from placer.solver.start import Start
 from placer.trace import Fold, Selection
 
 PROFILE = Fold(0, 2)
 # Enough to see what there is to gain; `placer solve` gets the rest.
 QUICK = SolveOptions(
     topology=Topology(gpus_per_node=1),
-    relax_cap=True,
+    goal=Goal(caps=Caps(relax=True)),
     proof="none",
     params=SolverParams(num_rounds=3, num_sweeps=3, num_starts=1, num_tokens=16_384),
 )
@@ -40,7 +43,7 @@ CAPPED = f"placed (cap {MAX_IMBALANCE:.2f})"
 def balanced_options(question: Question, model: ModelSpec) -> SolveOptions:
     """Return what ``placer solve --objective balance`` solves for."""
     asked = _options(question, model, "balance")
-    return replace(asked, policy="fixed", exchange="per-rank")
+    return replace(asked, goal=asked.goal.balanced)
 
 
 def with_more_replicas(
@@ -76,12 +79,13 @@ def advised_plans(question: Question, model: ModelSpec) -> dict[str, SolveOption
     if question.sent is None or question.topology.num_ranks == 1:
         return plans
     placed = _options(question, model, "traffic")
-    if placed.objective == "balance":  # as it is solved for this engine
+    if placed.goal.objective == "balance":  # as it is solved for this engine
         return plans
     placed = placed.guarded()
-    if placed.below_eplb:
+    if placed.goal.caps.below_eplb:
         plans[GUARDED] = placed
-        placed = replace(placed, below_eplb=False, max_imbalance=MAX_IMBALANCE)
+        capped = Caps(max_imbalance=MAX_IMBALANCE, relax=True)
+        placed = replace(placed, goal=replace(placed.goal, caps=capped))
     plans[CAPPED] = placed
     return plans
 
@@ -107,14 +111,19 @@ def _options(question: Question, model: ModelSpec, objective: Objective) -> Solv
     return replace(
         QUICK,
         topology=question.topology,
-        objective=served.objective,
-        policy=question.policy,
-        # On one node both count the same copies.
-        exchange=served.exchange if question.topology.num_nodes > 1 else "per-rank",
-        redundant_experts=question.redundant_experts,
-        replica_choice=served.replica_choice,
-        preserve_groups=loading.keeps_groups,
-        ignore_groups=not (loading.keeps_groups or served.groups_count),
+        goal=replace(
+            QUICK.goal,
+            objective=served.objective,
+            policy=question.policy,
+            # On one node both count the same copies.
+            exchange=served.exchange if question.topology.num_nodes > 1 else "per-rank",
+            redundant_experts=question.redundant_experts,
+            replica_choice=served.replica_choice,
+        ),
+        start=Start(
+            preserve_groups=loading.keeps_groups,
+            ignore_groups=not (loading.keeps_groups or served.groups_count),
+        ),
     )
 
 
@@ -133,13 +142,14 @@ def solve_command(
     parts += [f"--gpus-per-node {topology.gpus_per_node}"]
     if topology.num_nodes > 1:
         parts += [f"--nodes {topology.num_nodes}"]
-    parts += _goal(question, options)
-    if options.redundant_experts:
-        parts += [f"--redundant-experts {options.redundant_experts}"]
+    parts += _goal_words(question, options.goal)
+    goal = options.goal
+    if goal.redundant_experts:
+        parts += [f"--redundant-experts {goal.redundant_experts}"]
     if engine is not None:
         parts += [f"--engine {engine.name}"]
-    elif options.replica_choice is not None and not source.is_file():
-        parts += [f"--replica-choice {options.replica_choice}"]
+    elif goal.replica_choice is not None and not source.is_file():
+        parts += [f"--replica-choice {goal.replica_choice}"]
     if not source.is_file():
         parts += [Selection(PROFILE, question.phase).options]
     return " ".join([*parts, f"--out {shlex.quote(out)}"])
@@ -159,15 +169,15 @@ def judging_command(
     return " ".join([*parts, shlex.join(options)])
 
 
-def _goal(question: Question, options: SolveOptions) -> Sequence[str]:
-    if options.objective == "balance":
+def _goal_words(question: Question, goal: Goal) -> Sequence[str]:
+    if goal.objective == "balance":
         return ["--objective balance"]
-    parts = [f"--policy {options.policy}"]
+    parts = [f"--policy {goal.policy}"]
     if (exchange := _exchange(question)) is not None:
         parts += [f"--exchange {exchange}"]
-    if options.max_imbalance is not None:
+    if goal.caps.words:
         # Not a cap that the user asks for: where it is out of reach, the best will do.
-        parts += [f"--max-imbalance {options.max_imbalance:g} --relax-cap"]
+        parts += [*goal.caps.words, "--relax-cap"]
     return parts
 
 

@@ -4,7 +4,7 @@ A quick plan under each is made from half of the profile's sequences. The other 
 which takes less time with two-batch overlap; the whole profile is then solved that way.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from placer.affinity import count_affinity
@@ -40,8 +40,8 @@ class CapChoice:
     def told(self) -> str:
         """A sentence on the choice."""
         change = f"{abs(1 - self.relative_time):.1%}"
-        cap = f"a load cap of {self.options.load_cap:g}"
-        if self.options.below_eplb:
+        cap = f"a load cap of {self.options.goal.caps.load_cap:g}"
+        if self.options.goal.caps.below_eplb:
             predicted = f"{change} {'less' if self.relative_time < 1 else 'more'} time"
             return (
                 "the busiest rank is kept at or below EPLB's. With two-batch overlap, "
@@ -57,7 +57,7 @@ class CapChoice:
     def to_json(self) -> dict[str, Any]:
         """Return the choice as JSON values."""
         return {
-            "below_eplb": self.options.below_eplb,
+            "below_eplb": self.options.goal.caps.below_eplb,
             "relative_overlapped_time": self.relative_time,
         }
 
@@ -93,9 +93,12 @@ def choose_cap(
     inner, heldout = judged_halves(profile, "--hardware")
     affinity = count_affinity([inner], model, {})
     overlapped = []
-    for below, what in ((True, "EPLB's load"), (False, f"cap {options.load_cap:g}")):
+    for below, what in (
+        (True, "EPLB's load"),
+        (False, f"cap {options.goal.caps.load_cap:g}"),
+    ):
         session.tell(f"quick plan, {what}")
-        quick = replace(options.quick(), below_eplb=below)
+        quick = options.quick().below_eplb(below)
         with session.choosing(0.5 if below else 1.0) as half:
             placement, _ = solve_to_choose(affinity, quick, inner, half)
         times = batch_times(model, placement, heldout, options, question)
@@ -103,5 +106,5 @@ def choose_cap(
     ratios = [free / even for even, free in zip(*overlapped, strict=True)]
     relative = round(sum(ratios) / len(ratios), 6)
     return CapChoice(
-        options=replace(options, below_eplb=relative > 1 - _MARGIN), relative_time=relative
+        options=options.below_eplb(relative > 1 - _MARGIN), relative_time=relative
     )

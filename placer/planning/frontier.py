@@ -15,7 +15,6 @@ from placer.planning.request import Tell
 from placer.run.session import Session
 from placer.run.writing import atomic_directory
 from placer.simulation.sent import RANK_COPIES, Sent, Wire
-from placer.solver.missed_receive_cap import require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.trace import Selection, Trace
 
@@ -118,16 +117,15 @@ def write_frontier(
         for number, cap in enumerate(caps):
             if points and session.deadline.passed():
                 break
-            asked = options.under(cap)
+            asked = replace(options, goal=options.goal.under(cap))
             share = session.part(1 / (len(caps) - number))
             plan = plan_from_trace(trace, asked, selection, share)
             if plan.solver.relaxed_layers:
                 missed = _relaxed(plan, options, stopped=share.deadline.stopped)
                 if warn is not None:
                     warn(missed)
-            require_receive_cap(
+            options.goal.caps.under(cap, relax=options.goal.caps.relax).require_received(
                 plan.solver.relaxed_receive_layers.values(),
-                replace(asked, relax_cap=options.relax_cap),
                 plan.placement.num_layers,
                 stopped=share.deadline.stopped,
             )
@@ -159,7 +157,7 @@ def _relaxed(plan: Plan, options: SolveOptions, *, stopped: bool) -> str:
         + (" in the time given" if stopped else "")
         + f": the worst layer reached {worst:.4f}"
     )
-    if not options.relax_cap:
+    if not options.goal.caps.relax:
         raise NoSolutionError(
             missed,
             "use the best reached with --relax-cap, or leave out caps below "

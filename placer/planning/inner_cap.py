@@ -22,7 +22,8 @@ from placer.placement.solver_report import CapTrial, InnerCap
 from placer.run.session import Session
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import load_caps
-from placer.solver.options import OVERFLOW_PRICE, SolveOptions
+from placer.solver.goal import OVERFLOW_PRICE
+from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk
 
@@ -65,25 +66,26 @@ def choose_inner_cap(
     session = session or Session()
     deadline = session.deadline
     load_caps(expert_loads(model, profile), options, deadline)
-    halves = inner_halves(profile, f"--robust {options.robust}")
-    quick = options.quick()
-    price = OVERFLOW_PRICE if options.overflow_price is None else options.overflow_price
+    goal, load_cap = options.goal, options.goal.caps.load_cap
+    halves = inner_halves(profile, f"--robust {goal.robust}")
+    price = OVERFLOW_PRICE if goal.overflow_price is None else goal.overflow_price
 
     def try_all(trials: Sequence[tuple[float, float]]) -> Iterator[CapTrial]:
         for cap, price in trials:
             session.tell(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
-            tried = replace(quick.under(cap), overflow_price=price)
-            yield _trial(model, halves, tried, price, session)
+            tried = replace(goal.under(cap), overflow_price=price)
+            quick = replace(options.quick(), goal=tried)
+            yield _trial(model, halves, quick, price, session)
             if deadline.passed():
                 return
 
-    caps = [round(1 + share * (options.load_cap - 1), 6) for share in _SHARES]
+    caps = [round(1 + share * (load_cap - 1), 6) for share in _SHARES]
     trials = list(try_all([(cap, price) for cap in caps]))
-    found = loosest_that_holds(options.load_cap, trials)
-    if found.holds or options.overflow_price is not None or deadline.passed():
+    found = loosest_that_holds(load_cap, trials)
+    if found.holds or goal.overflow_price is not None or deadline.passed():
         return found
     costlier = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
-    return cheapest_that_holds(options.load_cap, trials, costlier)
+    return cheapest_that_holds(load_cap, trials, costlier)
 
 
 def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
@@ -228,7 +230,7 @@ def _trial(
         prices.append(report.objective)
     profile, judged = float(np.mean(own)), float(np.mean(other))
     return CapTrial(
-        max_imbalance=options.load_cap,
+        max_imbalance=options.goal.caps.load_cap,
         overflow_price=price,
         objective=round(float(np.mean(prices)), 6),
         profile_imbalance=round(profile, 6),
@@ -244,10 +246,10 @@ def _imbalance(
     found = simulate(
         placement,
         tokens,
-        replica_choice=options.replica_choice,
+        replica_choice=options.goal.replica_choice,
         layer_ids=model.layer_ids,
     )
-    return found.get(options.policy, found["fixed"]).load_imbalance_mean
+    return found.get(options.goal.policy, found["fixed"]).load_imbalance_mean
 
 
 def expert_loads(model: ModelSpec, tokens: Chunk) -> list[FloatArray]:

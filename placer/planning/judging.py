@@ -67,7 +67,7 @@ class Judging:
         """
         sizes, topology = self.model.num_experts, self.options.topology
         num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
-        more, n_group = self.options.redundant_experts, self.model.n_group
+        more, n_group = self.options.goal.redundant_experts, self.model.n_group
         found = {
             "contiguous": contiguous(sizes, num_ranks, num_nodes, more),
             "eplb": pack_loads(load, topology, more, n_group),
@@ -86,7 +86,7 @@ class Judging:
         """
         found: dict[str, Figures] = {}
         known: dict[str, Figures] = {}
-        rating = 0.0 if self.options.content_policy is None else _RATING
+        rating = 0.0 if self.options.goal.content_policy is None else _RATING
         tokens = self.profile.num_tokens + (self.heldout.num_tokens if self.heldout else 0)
         share = tokens / self.judged.num_tokens
         began, seconds = time.monotonic(), 0.0
@@ -132,7 +132,7 @@ class Judging:
                 placement,
                 tokens,
                 table=table,
-                replica_choice=self.options.replica_choice,
+                replica_choice=self.options.goal.replica_choice,
                 layer_ids=self.model.layer_ids,
                 deadline=deadline,
             )
@@ -141,14 +141,14 @@ class Judging:
 
     def _table(self, placement: Placement, deadline: Deadline) -> Table | None:
         """Return the placement's table, where the policy takes its homes from one."""
-        if self.options.content_policy is None:
+        if self.options.goal.content_policy is None:
             return None
         return build_table(
             placement,
             self.profile,
-            vocab_size=vocabulary_of(self.profile, self.options.content_policy),
-            max_home_imbalance=self.options.max_home_imbalance,
-            replica_choice=self.options.replica_choice,
+            vocab_size=vocabulary_of(self.profile, self.options.goal.content_policy),
+            max_home_imbalance=self.options.goal.caps.max_home_imbalance,
+            replica_choice=self.options.goal.replica_choice,
             layer_ids=self.model.layer_ids,
             deadline=deadline,
         )
@@ -165,8 +165,8 @@ class Judging:
         OutOfTimeError
             If there is no time for all of them.
         """
-        options, tokens = self.options, self.judged
-        topology, policy = options.topology, options.policy
+        goal, topology, tokens = self.options.goal, self.options.topology, self.judged
+        policy = goal.policy
         if topology.cost is None and topology.num_nodes == 1:
             return {}
         if policy == "token" or policy == "request":  # mypy narrows no set
@@ -176,10 +176,10 @@ class Judging:
             experts=layer_tokens(tokens),
             topology=topology,
             policy=policy,
-            exchange=options.exchange,
+            exchange=goal.counted,
             load=load,
             max_load=tuple(one.sum(axis=1) for one in load),
-            replica_choice=options.replica_choice,
+            replica_choice=goal.replica_choice,
             layer_ids=self.model.layer_ids,
         )
         paced = deadline.paced(placements.items(), len(placements))

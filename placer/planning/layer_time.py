@@ -148,7 +148,7 @@ def choose_by_time(
         if len(figures) > 1 and session.deadline.passed():
             break
         session.tell(f"quick plan, {name}")
-        quick = replace(one, relax_cap=True, proof="none", params=QUICK.params)
+        quick = replace(one, goal=one.goal.relaxed, proof="none", params=QUICK.params)
         placement, _ = solve_to_choose(affinity, quick, inner, session)
         figures[name] = _figures(model, placement, heldout, options, question)
     name = choose(figures)
@@ -156,7 +156,7 @@ def choose_by_time(
     fastest = min((one for one in asked if one in figures), key=lambda one: relative[one])
     return TimeChoice(
         name=name,
-        options=asked.get(name) or _balance(options),
+        options=asked.get(name) or replace(options, goal=options.goal.balanced),
         figures=figures,
         break_even=break_evens(figures[fastest], figures[BALANCED], question.cost_model()),
     )
@@ -173,7 +173,7 @@ def worth_by_time(model: ModelSpec, profile: Chunk, question: Question) -> Worth
 
     def worth(options: SolveOptions, session: Session) -> tuple[float, str, float]:
         _require_comparable(options, question)
-        quick = replace(options.quick(), relax_cap=True)
+        quick = replace(options.quick(), goal=options.goal.relaxed)
         placement, report = solve_to_choose(affinity, quick, inner, session)
         made = (placement, _balanced(affinity, options, session))
         figures = [_figures(model, one, heldout, options, question) for one in made]
@@ -228,48 +228,31 @@ def _straggler_words(figures: Sequence[BatchFigures]) -> str:
 
 
 def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
-    found = {}
+    found, caps = {}, options.goal.caps
     for share in _CAPS:
-        cap = round(1 + share * (options.load_cap - 1), 6)
+        cap = round(1 + share * (caps.load_cap - 1), 6)
+        # A tighter cap than was asked for may be relaxed, to no more than was asked.
+        under = options.goal.under(cap, relax=caps.relaxes_load_cap or share < 1)
         for more in _RECEIVE_PRICES:
-            price = options.receive_price + more
-            # A tighter cap than was asked for may be relaxed, to no more than was asked.
-            found[f"cap {cap:g}, receive price {price:g}"] = replace(
-                options.under(cap, relax_cap=options.relaxes_load_cap or share < 1),
-                receive_price=price,
-            )
+            price = under.receive_price + more
+            goal = replace(under, receive_price=price)
+            found[f"cap {cap:g}, receive price {price:g}"] = replace(options, goal=goal)
     return found
-
-
-def _balance(options: SolveOptions) -> SolveOptions:
-    """Return options for balance alone, which knows neither homes nor copies sent."""
-    return replace(
-        options,
-        objective="balance",
-        policy="fixed",
-        max_home_imbalance=None,
-        exchange="per-rank",
-        receive_price=0.0,
-        robust="none",
-    )
 
 
 def _require_comparable(options: SolveOptions, question: Question) -> None:
     if question.hardware is None:
         raise UsageError("--objective time needs the hardware", "give --hardware h100")
-    if options.constrained:
+    if options.start.constrains:
         raise UsageError(
             "--objective time compares new plans, and cannot keep --start, --pin or "
             "--preserve-groups",
             "solve with --objective traffic",
         )
-    if options.max_received_copies is not None:
-        raise UsageError(
-            f"--max-received-copies {options.max_received_copies:g} cannot be used with "
-            "--objective time, which may choose the load balancer: it has no such cap. "
-            "Predicted time already counts the busiest receiver",
-            "drop it, or solve with --objective traffic",
-        )
+    options.goal.caps.require_no_receive_cap(
+        "--objective time, which may choose the load balancer: it has no such cap. "
+        "Predicted time already counts the busiest receiver"
+    )
 
 
 def judged_halves(profile: Chunk, option: str = "--objective time") -> tuple[Chunk, Chunk]:
@@ -280,7 +263,7 @@ def judged_halves(profile: Chunk, option: str = "--objective time") -> tuple[Chu
 
 def _balanced(affinity: Affinity, options: SolveOptions, session: Session) -> Placement:
     """Return the load balancer's plan, made as the whole profile's would be."""
-    asked = replace(_balance(options), relax_cap=True)
+    asked = replace(options, goal=options.goal.balanced.relaxed)
     placement, _ = solve_to_choose(affinity, asked, None, session)
     return placement
 
@@ -307,7 +290,7 @@ def _figures(
     cost = question.cost_model()
     served = replace(
         question.batch_options(),
-        replica_choice=options.replica_choice,
+        replica_choice=options.goal.replica_choice,
         layer_ids=model.layer_ids,
     )
     return tuple(

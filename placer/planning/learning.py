@@ -68,10 +68,10 @@ def learning_curve(
     PlacerError
         If the trace is damaged or a fold empty.
     """
-    if options.content_policy is not None:
+    policy = options.goal.policy
+    if options.goal.content_policy is not None:
         raise UsageError(
-            "this curve solves plans from pairs, which cannot serve --policy "
-            f"{options.policy}",
+            f"this curve solves plans from pairs, which cannot serve --policy {policy}",
             "choose fixed or follow",
         )
     session = session or Session()
@@ -83,17 +83,17 @@ def learning_curve(
             f"{min(tokens)}",
             f"give --tokens {max(profile.num_tokens // 2, 1)}, or record more text",
         )
-    options = replace(options, relax_cap=True)
+    options = replace(options, goal=options.goal.relaxed)
     topology = options.topology
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
     plans = [
         solve_to_choose(count_affinity([part], trace.model, {}), options, None, session)[0]
         for part in parts
     ]
-    reference = simulate(base, heldout)[options.policy].remote_rank_copies_per_token
+    reference = simulate(base, heldout)[policy].remote_rank_copies_per_token
     points = []
     for part, placement in zip(parts, plans, strict=True):
-        figures = simulate(placement, heldout)[options.policy]
+        figures = simulate(placement, heldout)[policy]
         copies = figures.remote_rank_copies_per_token
         points.append(
             LearningPoint(

@@ -23,9 +23,7 @@ from placer.planning.judging import Figures, Judging
 from placer.run.deadline import Deadline, OutOfTimeError
 from placer.run.files import sha256_file, sha256_json
 from placer.run.session import Session
-from placer.solver.balance.load_caps import above_load_cap, require_load_cap
 from placer.solver.balance.replicas import require_room
-from placer.solver.missed_receive_cap import require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.trace import Chunk, Selection, Trace
@@ -56,9 +54,9 @@ def plan_from_trace(
     """
     session = session or Session()
     deadline = session.deadline
-    require_room(
-        trace.model.num_experts, options.topology.num_ranks, options.redundant_experts
-    )
+    more = options.goal.redundant_experts
+    options.require_replica_choice()
+    require_room(trace.model.num_experts, options.topology.num_ranks, more)
     affinity = count_affinity(trace.chunks(selection), trace.model, {})
     judging = _judging(trace, options, selection)
     end = deadline.extended(_MORE_SECONDS)
@@ -133,9 +131,9 @@ def _plan(
     return Plan(
         model=model,
         placement=placement,
-        policy=options.policy,
-        exchange=options.exchange,
-        max_imbalance=options.load_cap,
+        policy=options.goal.policy,
+        exchange=options.goal.counted,
+        max_imbalance=options.goal.caps.load_cap,
         solver=report,
         metrics=metrics,
         provenance={**_provenance(options, placement), **source},
@@ -182,20 +180,19 @@ def _solve(
     session: Session,
 ) -> tuple[Placement, SolverReport]:
     """Solve, a robust plan under the cap that halves of the profile ask for."""
-    if options.robust == "none" or options.objective == "balance":
+    goal = options.goal
+    if goal.robust == "none" or goal.objective == "balance":
         return solve(affinity, options, session, profile)
     with session.choosing() as quick:
         inner_cap = choose_inner_cap(model, profile, options, quick)
-    inner = replace(
-        options.under(inner_cap.max_imbalance), overflow_price=inner_cap.overflow_price
-    )
+    tuned = goal.under(inner_cap.max_imbalance)
+    inner = replace(options, goal=replace(tuned, overflow_price=inner_cap.overflow_price))
     placement, report = solve(affinity, inner, session, profile)
     # A cap that nobody asked for may be missed; what was asked for may not.
-    missed = above_load_cap(report.relaxed_layers, options)
-    require_load_cap(missed.values(), options, placement.num_layers)
-    require_receive_cap(
+    missed = goal.caps.missed_load(report.relaxed_layers)
+    options.require_load(missed.values(), placement.num_layers)
+    goal.caps.require_received(
         report.relaxed_receive_layers.values(),
-        options,
         placement.num_layers,
         stopped=session.deadline.stopped,
     )
@@ -217,10 +214,10 @@ def _costs(topology: Topology) -> dict[str, Any]:
 
 
 def _provenance(options: SolveOptions, placement: Placement) -> dict[str, Any]:
-    start = options.start
+    start = options.start.placement
     from_start = start and {
         "start_map_sha256": sha256_json(start.to_json()),
-        "migration_cost": options.migration_cost,
+        "migration_cost": options.start.migration_cost,
         "moved_experts": num_moved(start, placement),
     }
     versions = {"placer": __version__, **_costs(options.topology)}

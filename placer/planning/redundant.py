@@ -139,7 +139,7 @@ def choose_redundant_experts(
 ) -> RedundantChoice:
     """Climb the ladder while the next step saves ``least_gain`` of the objective.
 
-    Unless ``relax_cap`` is asked for, what counts first is how far a plan is above the
+    Unless caps may be relaxed, what counts first is how far a plan is above the
     caps; below them, the objective.
 
     Parameters
@@ -164,7 +164,7 @@ def choose_redundant_experts(
     UsageError
         If ``least_gain`` is not such a share, or other options leave no choice.
     """
-    if options.start is not None:
+    if options.start.placement is not None:
         raise UsageError(
             "--redundant-experts auto chooses the number of slots, but with --start the "
             "number is that of the plan",
@@ -185,7 +185,8 @@ def choose_redundant_experts(
             because = f"no time was left to try {number}"
             break
         session.tell(f"{number} redundant experts, quick plan")
-        value, name, excess = worth(replace(options, redundant_experts=number), session)
+        goal = replace(options.goal, redundant_experts=number)
+        value, name, excess = worth(replace(options, goal=goal), session)
         step = Step(
             redundant_experts=number,
             value=round(value, 9),
@@ -195,7 +196,7 @@ def choose_redundant_experts(
         steps.append(step)
         little = None
         if chosen is not None:
-            counts_caps = not options.relax_cap
+            counts_caps = not options.goal.caps.relax
             little = _too_little(chosen, step, least_gain, counts_caps=counts_caps)
         if little is not None:
             because = little
@@ -265,7 +266,7 @@ def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
     """Return a function that judges a step by the objective on the profile."""
 
     def worth(options: SolveOptions, session: Session) -> tuple[float, str, float]:
-        quick = replace(options.quick(), relax_cap=True)
+        quick = replace(options.quick(), goal=options.goal.relaxed)
         _, report = solve_to_choose(affinity, quick, profile, session)
         return report.objective, report.objective_name, excess(report, options)
 
@@ -274,13 +275,9 @@ def worth_on_profile(affinity: Affinity, profile: Chunk | None) -> Worth:
 
 def excess(report: SolverReport, options: SolveOptions) -> float:
     """Return by what share of the cap layers exceed it, summed over the layers and caps."""
-    total = sum(value / options.load_cap - 1 for value in report.relaxed_layers.values())
-    if options.max_received_copies is not None:
-        total += sum(
-            value / options.max_received_copies - 1
-            for value in report.relaxed_receive_layers.values()
-        )
-    return total
+    return options.goal.caps.excess(
+        report.relaxed_layers.values(), report.relaxed_receive_layers.values()
+    )
 
 
 def ladder_line(choice: RedundantChoice) -> str:

@@ -13,7 +13,7 @@ from placer.placement import Placement, Plan, SolverReport
 from placer.placement.topology import Topology
 from placer.runtime_map.engine_family import known_families, without_copies
 from placer.solver.balance.router_groups import are_whole, limits_nodes, most_nodes
-from placer.solver.options import NOT_SOLVED, Objective
+from placer.solver.goal import NOT_SOLVED, Objective
 from placer.target.engine import (
     SOLVABLE_EXCHANGES,
     Engine,
@@ -36,7 +36,7 @@ class Served:
     Attributes
     ----------
     objective, exchange, replica_choice
-        As in ``SolveOptions``.
+        As in ``Goal``.
     groups_count
         Whether a token costs less where its router groups are on few nodes.
     notes

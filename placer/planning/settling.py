@@ -12,8 +12,6 @@ from typing import Any
 from placer.affinity import Affinity, count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec, require_same_model
-from placer.placement.placement import Placement
-from placer.placement.plan import Plan
 from placer.planning.layer_time import worth_by_time
 from placer.planning.phases import phase_warning
 from placer.planning.question import Question, plain_engine, predictable_policy
@@ -36,8 +34,8 @@ from placer.planning.served import (
 from placer.run.session import Session
 from placer.simulation.cost import ExpertShape, find_expert_shape
 from placer.solver.balance.router_groups import blocks_of_groups
-from placer.solver.options import Objective, SolveOptions
-from placer.target.engine import Engine
+from placer.solver.options import SolveOptions
+from placer.target.engine import Engine, solvable_choice
 from placer.target.hardware import Hardware
 from placer.trace import Trace
 from placer.trace.doubts import doubtful_follow, doubts
@@ -97,11 +95,12 @@ def settle(
     provenance: dict[str, Any] = (
         {} if request.engine is None else {"engine": request.engine}
     )
-    if request.redundant_experts is None:
+    if request.chooses_redundant:
         by = question if request.by_time else None
         with session.choosing() as quick:
             chosen = _choose_redundant(request, options, by, expert, quick)
-        options = replace(options, redundant_experts=chosen.redundant_experts)
+        goal = replace(options.goal, redundant_experts=chosen.redundant_experts)
+        options = replace(options, goal=goal)
         note(ladder_line(chosen))
         provenance["redundant_experts"] = chosen.to_json()
     if request.layout is not None:
@@ -111,23 +110,23 @@ def settle(
 
 def started(request: SolveRequest, note: Tell) -> SolveRequest:
     """Return the request for the engine of the plan to start from, unless one is named."""
-    if request.start is None:
+    now, goal = request.served_now, request.options.goal
+    if now is None:
         return request
-    start = Plan.read(request.start)
-    before, choice = start.engine, start.recorded_choice
+    before, choice = now.plan.engine, now.plan.recorded_choice
     if before is None and request.engine is None and request.has_replicas:
-        if choice is None or request.replica_choice is not None:
+        if choice is None or goal.replica_choice is not None:
             return request
-        note(f"solved for --replica-choice {choice}, as recorded in {request.start}")
-        return replace(request, replica_choice=choice)
+        note(f"solved for --replica-choice {choice}, as recorded in {now.path}")
+        return request.with_goal(replace(goal, replica_choice=solvable_choice(choice)))
     if before is None or before.name == request.engine:
         return request
-    names_wire = request.exchange is not None or request.replica_choice is not None
+    names_wire = goal.exchange is not None or goal.replica_choice is not None
     if request.engine is None and not names_wire:
-        note(f"solved for --engine {before.name}, as recorded in {request.start}")
+        note(f"solved for --engine {before.name}, as recorded in {now.path}")
         return replace(request, engine=before.name)
     other = "no engine" if request.engine is None else f"--engine {request.engine}"
-    note(f"solved for {other}, but {request.start} was solved for --engine {before.name}")
+    note(f"solved for {other}, but {now.path} was solved for --engine {before.name}")
     return request
 
 
@@ -146,15 +145,16 @@ def _loading(request: SolveRequest) -> Loading:
 
 def _served(request: SolveRequest) -> Served:
     """Return what is solved for, as the engine or else the options have it."""
-    objective: Objective = "balance" if request.objective == "balance" else "traffic"
+    goal = request.options.goal
+    objective = goal.objective
     if request.holds_loads_alone and request.engine is not None and not request.by_time:
         objective = "balance"
     return solved_for(
         request.engine,
-        request.options.policy,
+        goal.policy,
         objective,
-        request.exchange,
-        request.replica_choice or _even_choice(request),
+        goal.exchange,
+        goal.replica_choice or _even_choice(request),
         has_replicas=request.has_replicas,
         command=_command(request, str(request.source)),
     )
@@ -171,7 +171,7 @@ def _doubts(request: SolveRequest) -> Iterator[str]:
         return
     trace = Trace(request.source)
     yield from doubts(trace, request.selection)
-    yield from doubtful_follow(trace, request.options.policy)
+    yield from doubtful_follow(trace, request.options.goal.policy)
     if request.engine is not None:
         phases = Engine.named(request.engine).phases
         other = phase_warning(trace, request.selection, phases)
@@ -189,9 +189,9 @@ def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> S
         If something is asked for that may split them: the export would refuse the plan.
     """
     splitting = {
-        "--ignore-groups": request.options.ignore_groups,
-        "--start": options.start is not None,
-        "--pin": bool(options.pins),
+        "--ignore-groups": request.options.start.ignore_groups,
+        "--start": options.start.placement is not None,
+        "--pin": bool(options.start.pins),
     }
     for option in (name for name, is_given in splitting.items() if is_given):
         raise UsageError(
@@ -203,7 +203,8 @@ def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> S
         "router groups are kept whole (--preserve-groups), because a permuted checkpoint "
         "needs it"
     )
-    return replace(options, preserve_groups=True, ignore_groups=False)
+    start = replace(options.start, preserve_groups=True, ignore_groups=False)
+    return replace(options, start=start)
 
 
 def _require_no_tokens(request: SolveRequest, options: SolveOptions) -> None:
@@ -212,7 +213,8 @@ def _require_no_tokens(request: SolveRequest, options: SolveOptions) -> None:
         return
     engine = [] if request.engine is None else ["--engine", request.engine]
     hint = f"solve from the trace itself: {_command(request, 'TRACE', *engine)}"
-    if replace(options, exchange="per-rank").traffic_alone is None:
+    per_rank = replace(options.goal, exchange="per-rank")
+    if replace(options, goal=per_rank).only_for_traffic is None:
         balance = _command(request, str(request.source), *engine, "--objective", "balance")
         hint += f"; or balance the load: {balance}"
     raise UsageError(f"{option} needs the tokens of a trace, not only counts", hint)
@@ -227,17 +229,18 @@ def _even_choice(request: SolveRequest) -> str | None:
 def _command(request: SolveRequest, source: str, *more: str) -> str:
     """Return the request as a command, except for what the hints are about."""
     topology, number = request.options.topology, request.redundant_experts
+    goal, now = request.options.goal, request.served_now
     words = ["placer", "solve", source, *more]
     words += ["--nodes", str(topology.num_nodes)]
     words += ["--gpus-per-node", str(topology.gpus_per_node)]
-    words += request.options.words
+    words += goal.words
     words += ["--redundant-experts", "auto" if number is None else str(number)]
     for option, value in {
-        "--replica-choice": request.replica_choice,
-        "--start": request.start,
+        "--replica-choice": goal.replica_choice,
+        "--start": None if now is None else now.path,
     }.items():
         words += [] if value is None else [option, str(value)]
-    words += ["--preserve-groups"] * request.options.preserve_groups
+    words += ["--preserve-groups"] * request.options.start.preserve_groups
     return shlex.join([*words, "--out", "PLAN"])
 
 
@@ -245,13 +248,14 @@ def _options(
     request: SolveRequest, served: Served, loading: Loading, note: Tell, warn: Tell
 ) -> SolveOptions:
     """Complete the options; refuse those that the source or the objective cannot serve."""
-    options = _completed(request, served, _served_now(request, warn))
+    _require_same_model(request, warn)
+    options = _completed(request, served)
     if loading.keeps_groups:
         options = _whole_groups(request, options, note)
     if not is_balanced(request, options):
         if request.holds_counts:
             _require_no_tokens(request, options)
-        if request.options.ignore_groups:
+        if request.options.start.ignore_groups:
             raise UsageError(
                 "--ignore-groups is only for balancing: plans for traffic may split "
                 "router groups anyway",
@@ -261,26 +265,23 @@ def _options(
     return options if request.by_time else options.guarded()
 
 
-def _completed(
-    request: SolveRequest, served: Served, start: Placement | None
-) -> SolveOptions:
-    """Complete the options; those that nobody asked for keep their defaults."""
-    return replace(
-        request.options,
+def _completed(request: SolveRequest, served: Served) -> SolveOptions:
+    """Complete the options by what the engine decides."""
+    options, start = request.options, request.options.start
+    goal = replace(
+        options.goal,
         objective=served.objective,
         exchange=served.exchange,
         replica_choice=served.replica_choice,
-        redundant_experts=request.redundant_experts or 0,
-        ignore_groups=request.options.ignore_groups
-        or not (served.groups_count or request.options.preserve_groups),
-        start=start,
-        migration_cost=request.migration_cost,
     )
+    split = not (served.groups_count or start.preserve_groups)
+    start = replace(start, ignore_groups=start.ignore_groups or split)
+    return replace(options, goal=goal, start=start)
 
 
 def is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
     """Return whether load is all that is solved for."""
-    return options.objective == "balance" or request.holds_loads_alone
+    return options.goal.objective == "balance" or request.holds_loads_alone
 
 
 def _told(request: SolveRequest, served: Served) -> Iterator[str]:
@@ -290,7 +291,7 @@ def _told(request: SolveRequest, served: Served) -> Iterator[str]:
         is_priced = sends is None or sends.exchange == served.exchange
         effect = "only price the copies of the plan" if is_priced else "have no effect"
         yield f"balancing ignores link costs: they {effect}"
-    if request.replica_choice is None and _even_choice(request) is not None:
+    if request.options.goal.replica_choice is None and _even_choice(request) is not None:
         yield (
             "no engine is named: placer assumes that replicas share their expert's load "
             "evenly, as under --replica-choice hash"
@@ -301,22 +302,21 @@ def _told(request: SolveRequest, served: Served) -> Iterator[str]:
         yield request.layout.describe()
 
 
-def _served_now(request: SolveRequest, warn: Tell) -> Placement | None:
-    """Return the placement to start from, which must be of the source's model."""
-    if request.start is None:
-        return None
-    now, start, source = Plan.read(request.start), str(request.start), str(request.source)
-    matched = require_same_model(now.model, start, _model_of(request), source)
+def _require_same_model(request: SolveRequest, warn: Tell) -> None:
+    """Refuse a plan to start from that is not of the source's model."""
+    if (now := request.served_now) is None:
+        return
+    model, source = _model_of(request), str(request.source)
+    matched = require_same_model(now.plan.model, str(now.path), model, source)
     if matched is not None:
         warn(matched)
-    return now.placement
 
 
 def _question(
     request: SolveRequest, options: SolveOptions, note: Tell
 ) -> tuple[Question | None, ExpertShape | None]:
     """Return what predicted time is asked, and the size of an expert where that counts."""
-    by_time = request.by_time and options.objective == "traffic"
+    by_time = request.by_time and options.goal.objective == "traffic"
     if by_time and request.holds_counts:
         raise UsageError(
             f"{request.source} holds counts; --objective time needs tokens",
@@ -332,8 +332,8 @@ def _question(
         return None, expert
     question = Question(
         topology=options.topology,
-        policy=predictable_policy(options.policy),
-        engine=plain_engine("token all-to-all", options.exchange)
+        policy=predictable_policy(options.goal.policy),
+        engine=plain_engine("token all-to-all", options.goal.counted)
         if request.engine is None
         else Engine.named(request.engine),
         hardware=None if request.hardware is None else Hardware.named(request.hardware),
@@ -346,18 +346,18 @@ def _chooses_cap(request: SolveRequest, options: SolveOptions, note: Tell) -> bo
     """Return whether predicted time chooses the load cap; tell why it does not."""
     if not request.chooses_cap:
         return False
-    if options.content_policy is not None:
+    if options.goal.content_policy is not None:
         note(
-            f"--hardware has no effect here: batches of --policy {options.policy} cannot "
-            "be predicted"
+            "--hardware has no effect here: batches of --policy "
+            f"{options.goal.policy} cannot be predicted"
         )
         return False
-    if not options.below_eplb:
+    if not options.goal.caps.below_eplb:
         note(
             "--hardware has no effect here: it decides whether a rank may be busier than "
             "under EPLB, and this solve does not use EPLB's load as its cap"
         )
-    return options.below_eplb
+    return options.goal.caps.below_eplb
 
 
 def _expert_shape(request: SolveRequest) -> ExpertShape | None:
@@ -404,5 +404,5 @@ def _choose_redundant(
         memory,
         gain,
         session,
-        blocks_of_groups(model, options) if options.preserve_groups else 1,
+        blocks_of_groups(model, options) if options.start.preserve_groups else 1,
     )

@@ -5,7 +5,7 @@ chosen next; then it is solved.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from placer.errors import NotProvedError, UsageError
@@ -153,7 +153,8 @@ def solve_frontier(
             "--require-optimal is for one plan, --frontier writes several",
             "drop one; frontier.csv has the bound of each",
         )
-    request.options.require_no_load_cap("--frontier")
+    goal = request.options.goal
+    goal.caps.require_no_load_cap("--frontier")
     if request.holds_counts:
         raise UsageError(
             "--frontier trades traffic for balance: it needs the tokens of a trace",
@@ -164,9 +165,9 @@ def solve_frontier(
         raise _no_frontier(f"--objective {request.objective}")
     session = session or Session()
     request = started(request, note)
-    loosest = request.options.under(caps[-1], relax_cap=request.options.relax_cap)
-    settled = settle(replace(request, options=loosest), note, warn, session)
-    if settled.options.objective != "traffic":
+    loosest = request.options.goal.under(caps[-1], relax=goal.caps.relax)
+    settled = settle(request.with_goal(loosest), note, warn, session)
+    if settled.options.goal.objective != "traffic":
         raise _no_frontier(f"--engine {request.engine}")
     points = write_frontier(
         Trace(request.source),
@@ -201,7 +202,7 @@ def _tell_groups(
 ) -> None:
     """Tell what router groups on nodes cost, or what it means that they are split."""
     model, num_nodes, engine = plan.model, plan.placement.num_nodes, request.engine
-    if kept := whole_groups(plan.solver, preserved=options.preserve_groups):
+    if kept := whole_groups(plan.solver, preserved=options.start.preserve_groups):
         note(kept)
     elif num_nodes == 1 or not limits_nodes(model):
         return

@@ -14,9 +14,7 @@ from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.placement.solver_report import SolverReport
 from placer.run.session import Session
-from placer.solver.balance.load_caps import above_load_cap, require_load_cap
 from placer.solver.balance.replicas import require_room
-from placer.solver.missed_receive_cap import require_receive_cap
 from placer.solver.options import SolveOptions
 from placer.solver.proof.reports import content_report, copies_report, pair_report
 from placer.solver.search.first_placement import Profile, first_placement, profiled
@@ -50,17 +48,19 @@ def solve(
     ------
     NoSolutionError
         If a layer cannot meet the load cap, or was not brought under the cap on received
-        copies, and ``relax_cap`` is false.
+        copies, and caps may not be relaxed.
     UsageError
         If slots do not divide over the ranks, or an option needs tokens.
     """
     began = time.monotonic()
     session = session or Session()
     deadline = session.deadline
+    goal = options.goal
+    options.require_replica_choice()
     require_room(
-        affinity.model.num_experts, options.topology.num_ranks, options.redundant_experts
+        affinity.model.num_experts, options.topology.num_ranks, goal.redundant_experts
     )
-    if options.objective == "balance" or not affinity.has_links:
+    if goal.objective == "balance" or not affinity.has_links:
         return solve_loads(affinity, options, session)
     if tokens is None and options.needs_tokens is not None:
         raise UsageError(
@@ -82,7 +82,7 @@ def solve(
         relaxed_layers=_by_name(found.relaxed),
         relaxed_receive_layers=_by_name(found.relaxed_receive),
         eplb_caps=None
-        if not options.below_eplb
+        if not goal.caps.below_eplb
         else profile.imbalance(found.max_load, options.topology.num_ranks),
         above_eplb_layers=_by_name(found.above_eplb),
     )
@@ -138,16 +138,15 @@ def _by_copies(
     placement, stopped = found.placement, session.deadline.stopped
     reached = found.evaluate() if content is None else content
     above_eplb: dict[int, float] = {}
-    if options.redundant_experts > 0 or options.constrained:
-        relaxed = above_load_cap(dict(enumerate(reached.imbalance)), options)
-        require_load_cap(relaxed.values(), options, placement.num_layers, stopped=stopped)
-        if options.below_eplb:
+    caps = options.goal.caps
+    if options.goal.redundant_experts > 0 or options.start.constrains:
+        relaxed = caps.missed_load(dict(enumerate(reached.imbalance)))
+        options.require_load(relaxed.values(), placement.num_layers, stopped=stopped)
+        if caps.below_eplb:
             missed = reached.missed_load_cap()
             above_eplb = {n: missed[n] for n in missed.keys() - relaxed.keys()}
     relaxed_receive = reached.missed_receive_cap()
-    require_receive_cap(
-        relaxed_receive.values(), options, placement.num_layers, stopped=stopped
-    )
+    caps.require_received(relaxed_receive.values(), placement.num_layers, stopped=stopped)
     if content is not None:
         used = len(found.traffic.experts[0])
         sample = used if used < judged.num_tokens else None
@@ -167,7 +166,7 @@ def _by_copies(
     return _Solved(
         placement=placement,
         report=report,
-        max_load=[float(caps[0]) for caps in found.traffic.max_load],
+        max_load=[float(one[0]) for one in found.traffic.max_load],
         relaxed=relaxed,
         relaxed_receive=relaxed_receive,
         above_eplb=above_eplb,

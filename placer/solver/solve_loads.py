@@ -21,7 +21,6 @@ from placer.solver.balance.load_balance import (
     LoadBalance,
     balance_loads,
 )
-from placer.solver.balance.load_caps import above_load_cap, require_load_cap
 from placer.solver.balance.router_groups import blocks_of_groups
 from placer.solver.options import SolveOptions
 from placer.solver.proof.reports import status
@@ -45,10 +44,9 @@ def solve_loads(
     began = time.monotonic()
     _require_no_traffic(options)
     found, split = _balanced(affinity, options, session.deadline)
-    missed = above_load_cap(dict(enumerate(found.imbalance)), options)
-    require_load_cap(
+    missed = options.goal.caps.missed_load(dict(enumerate(found.imbalance)))
+    options.require_load(
         missed.values(),
-        options,
         found.placement.num_layers,
         without_groups=None if split is None else max(split.imbalance),
     )
@@ -57,7 +55,9 @@ def solve_loads(
     return found.placement, SolverReport(
         status=reached,
         termination=session.deadline.termination(proved=reached == "optimal"),
-        objective_name=OBJECTIVE_OF_REPLICAS if options.redundant_experts else OBJECTIVE,
+        objective_name=OBJECTIVE_OF_REPLICAS
+        if options.goal.redundant_experts
+        else OBJECTIVE,
         objective=objective,
         bound=bound,
         gap=gap(objective, bound),
@@ -76,13 +76,14 @@ def _balanced(
 ) -> tuple[LoadBalance, LoadBalance | None]:
     """Balance; with groups kept, without them too."""
     model, topology = affinity.model, options.topology
-    if options.start is not None:
+    start = options.start
+    if start.placement is not None:
         require_same_shape(
-            options.start,
+            start.placement,
             model.num_experts,
             topology.num_ranks,
             topology.num_nodes,
-            options.redundant_experts,
+            options.goal.redundant_experts,
         )
     loads = [counts.astype(np.float64) for counts in affinity.load]
     num_blocks = blocks_of_groups(model, options)
@@ -90,8 +91,8 @@ def _balanced(
     def balanced(num_blocks: int) -> LoadBalance:
         asked = replace(
             Balancing.of(options, model, num_blocks),
-            start=options.start,
-            migration_cost=options.migration_cost,
+            start=start.placement,
+            migration_cost=start.migration_cost,
         )
         return balance_loads(loads, asked, deadline)
 
@@ -102,9 +103,9 @@ def _balanced(
 
 def _require_no_traffic(options: SolveOptions) -> None:
     """Refuse options that loads alone cannot serve."""
-    if (option := options.traffic_alone) is None:
+    if (option := options.only_for_traffic) is None:
         return
-    if options.objective == "balance":
+    if options.goal.objective == "balance":
         raise UsageError(
             f"{option} is for traffic, not for --objective balance", f"drop {option}"
         )

@@ -19,6 +19,8 @@ from placer.placement.placement import Placement
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.simulation.simulate import simulate
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.trace import Chunk
@@ -77,10 +79,11 @@ def solved(
     if child == 0:
         options = SolveOptions(
             topology=Topology(num_nodes=num_nodes, gpus_per_node=num_ranks // num_nodes),
-            max_imbalance=1.10,
-            relax_cap=True,
-            exchange="per-node",
-            policy=policy,  # type: ignore[arg-type]
+            goal=Goal(
+                exchange="per-node",
+                policy=policy,
+                caps=Caps(max_imbalance=1.10, relax=True),
+            ),
             proof="none",
         )
         began = time.perf_counter()

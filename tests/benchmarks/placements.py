@@ -23,9 +23,12 @@ from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
+from placer.run.session import Session
 from placer.run.writing import atomic_file
 from placer.simulation.metrics import PolicyTally
 from placer.simulation.simulate import DEFAULT_BATCH_SIZE, count
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
@@ -33,6 +36,7 @@ from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluator import evaluate
 from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk, Fold, Selection, Trace
+from tests.plans import changed
 from tests.referee import load_referee, referee_result
 
 # The referee's own rule: figures are checked against it.
@@ -115,16 +119,17 @@ class Solved(Case):
         has_proof = self.seed == 0 and self.variant == "capped"
         options = SolveOptions(
             topology=self.topology,
-            policy=self.policy,
-            exchange="per-rank" if self.num_nodes == 1 else "per-node",
-            redundant_experts=self.redundant_experts(self.variant),
-            replica_choice=_REPLICA_CHOICE,
-            relax_cap=True,
+            goal=Goal(
+                policy=self.policy,
+                exchange="per-rank" if self.num_nodes == 1 else "per-node",
+                redundant_experts=self.redundant_experts(self.variant),
+                replica_choice=_REPLICA_CHOICE,
+                caps=Caps(relax=True),
+            ),
             proof="quick" if has_proof else "none",
-            seed=self.seed,
-            **({"max_imbalance": 1.10} | VARIANTS[self.variant]),
         )
-        plan = plan_from_trace(trace, options, self.profile)
+        options = changed(options, **{"max_imbalance": 1.10} | VARIANTS[self.variant])
+        plan = plan_from_trace(trace, options, self.profile, Session(seed=self.seed))
         pairs = plan.solver.pairs
         return plan.placement, {
             "gap": plan.solver.gap,

@@ -32,6 +32,8 @@ from placer.placement.world import (
 )
 from placer.planning.planner import plan_from_trace
 from placer.solver.balance.replicas import with_replicas
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.kernels.moves import anneal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
@@ -54,6 +56,7 @@ from placer.trace import (
     Selection,
     Trace,
 )
+from tests.plans import changed
 from tests.solver.enumeration import every_placement, random_problem
 
 SIZES = (8, 8, 8)
@@ -152,7 +155,9 @@ def test_plans_on_a_ring_are_the_best_there_are(
     path = ((0, 1, 5), (1, 0, 1), (5, 1, 0))
     chunk = make_chunk(num_tokens=50, num_experts=(6,), top_k=2, seed=seed)
     topology = Topology(gpus_per_node=3, cost=path)
-    options = SolveOptions(topology=topology, max_imbalance=3.0, proof="none")
+    options = SolveOptions(
+        topology=topology, goal=Goal(caps=Caps(max_imbalance=3.0)), proof="none"
+    )
     affinity = count_affinity([chunk], ModelSpec(num_experts=(6,), top_k=2), {})
     placement, report = solve(affinity, options, None, chunk)
     orders = set(itertools.permutations((0, 0, 1, 1, 2, 2)))
@@ -193,7 +198,9 @@ def test_a_plan_for_pairs_is_cheaper_on_them_than_one_for_nodes(
     prices = []
     for topology in (pairs, nodes):
         options = SolveOptions(
-            topology=topology, policy="follow", relax_cap=True, proof="none"
+            topology=topology,
+            goal=Goal(policy="follow", caps=Caps(relax=True)),
+            proof="none",
         )
         placement, _ = solve(affinity, options, None, chunk)
         prices.append(price_of_copies(chunk, placement, "follow", "per-rank", pairs))
@@ -208,7 +215,7 @@ def test_a_plan_for_pairs_is_cheaper_on_them_than_one_for_nodes(
         {"policy": "follow"},
         {"exchange": "per-node"},
         {"policy": "follow", "redundant_experts": 4, "replica_choice": "local-first"},
-        {"preserve_groups": True, "relax_cap": True, "max_imbalance": 2.0},
+        {"preserve_groups": True, "relax": True, "max_imbalance": 2.0},
     ],
     ids=["fixed", "follow", "per-node", "replicas", "groups"],
 )
@@ -230,11 +237,9 @@ def test_a_matrix_of_two_classes_gives_the_plan_of_two_classes(
     )
     found = []
     for topology in (classes, matrix):
-        options = SolveOptions(
-            topology=topology,
-            params=SolverParams(num_rounds=3, num_sweeps=3),
-            **({"relax_cap": True} | changes),
-        )
+        params = SolverParams(num_rounds=3, num_sweeps=3)
+        options = SolveOptions(topology=topology, params=params)
+        options = changed(options, **{"relax": True} | changes)
         placement, report = solve(affinity, options, None, chunk)
         found.append((placement.to_json(), msgspec.structs.replace(report, seconds=None)))
     assert found[0] == found[1]
@@ -486,7 +491,9 @@ def test_prices_of_a_plan_are_those_of_what_was_held_out(
 ) -> None:
     trace = make_trace(num_experts=(16, 16), num_tokens=80, num_sequences=6)
     topology = Topology(num_nodes=2, gpus_per_node=4, cost=PAIRS)
-    options = SolveOptions(topology=topology, policy=policy, relax_cap=True, proof="none")
+    options = SolveOptions(
+        topology=topology, goal=Goal(policy=policy, caps=Caps(relax=True)), proof="none"
+    )
     plan = plan_from_trace(trace, options, Selection(Fold(0, 2)))
     heldout = trace.read(Selection(Fold(1, 2)))
     expected = {

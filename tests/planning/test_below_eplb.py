@@ -19,7 +19,7 @@ from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.trace import Chunk, Trace
-from tests.plans import unsolved_plan
+from tests.plans import changed, unsolved_plan
 
 SIZES = (16,) * 3
 RANKS = 4
@@ -78,7 +78,7 @@ def busiest(placement: Placement, chunk: Chunk) -> list[float]:
 
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
 def test_no_layer_has_a_busier_rank_than_eplb(chunk: Chunk, policy: str) -> None:
-    asked = replace(OPTIONS, policy=policy)
+    asked = changed(OPTIONS, policy=policy)
     limit = busiest_of_eplb(chunk, 0)
     free, _ = solved(chunk, asked)
     assert any(np.array(busiest(free, chunk)) > limit), "1.10 alone would allow more"
@@ -90,7 +90,7 @@ def test_no_layer_has_a_busier_rank_than_eplb(chunk: Chunk, policy: str) -> None
 
 def test_copies_of_experts_are_no_busier_than_those_of_eplb(chunk: Chunk) -> None:
     """By hash, copies share an expert's load evenly."""
-    asked = replace(OPTIONS, redundant_experts=4, replica_choice="hash")
+    asked = changed(OPTIONS, redundant_experts=4, replica_choice="hash")
     limit = busiest_of_eplb(chunk, 4)
     placement, report = solved(chunk, asked.guarded())
     assert all(np.array(busiest(placement, chunk)) <= np.array(limit) + 1e-6)
@@ -98,9 +98,9 @@ def test_copies_of_experts_are_no_busier_than_those_of_eplb(chunk: Chunk) -> Non
 
 
 def test_what_is_given_or_links_that_differ_void_the_comparison() -> None:
-    assert OPTIONS.guarded().below_eplb
+    assert OPTIONS.guarded().goal.caps.below_eplb
     # On one node that sends the same.
-    assert replace(OPTIONS, exchange="per-node").guarded().below_eplb
+    assert changed(OPTIONS, exchange="per-node").guarded().goal.caps.below_eplb
     for other in (
         {"max_imbalance": 1.1},
         {"topology": Topology(num_nodes=2, gpus_per_node=2)},
@@ -108,10 +108,10 @@ def test_what_is_given_or_links_that_differ_void_the_comparison() -> None:
         {"preserve_groups": True},
         {"objective": "balance"},
         {"max_received_copies": 2.0},
-        {"start": random(SIZES, RANKS)},
+        {"placement": random(SIZES, RANKS)},
         {"robust": "bootstrap"},
     ):
-        assert not replace(OPTIONS, **other).guarded().below_eplb
+        assert not changed(OPTIONS, **other).guarded().goal.caps.below_eplb
 
 
 def test_the_command_tells_which_cap_resulted(

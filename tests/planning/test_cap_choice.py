@@ -56,11 +56,11 @@ def question(bandwidth: float) -> Question:
 def test_links_decide_whether_copies_or_load_count() -> None:
     """Of slow links only copies count; of links next to infinitely fast only load."""
     slow = choose_cap(MODEL, partners(), OPTIONS, question(1e6))
-    assert not slow.options.below_eplb
+    assert not slow.options.goal.caps.below_eplb
     assert slow.relative_time < 0.8, "together, partners take half of the copies"
     assert "predicted to take" in slow.told
     fast = choose_cap(MODEL, partners(), OPTIONS, question(1e18))
-    assert fast.options.below_eplb
+    assert fast.options.goal.caps.below_eplb
     assert "at or below EPLB's" in fast.told
 
 
@@ -82,7 +82,7 @@ def test_a_gain_within_the_error_of_quick_plans_decides_nothing(
         lambda *_: [SimpleNamespace(overlapped=next(seconds))],
     )
     found = choose_cap(MODEL, partners(800), OPTIONS, question(1e6))
-    assert found.options.below_eplb == is_below
+    assert found.options.goal.caps.below_eplb == is_below
     assert told in found.told
 
 

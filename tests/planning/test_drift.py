@@ -17,6 +17,8 @@ from placer.placement.topology import Topology
 from placer.planning.drift import NUM_GROUPS, check_on_loads, check_plan, improving_command
 from placer.planning.planner import plan_from_affinity, plan_from_trace
 from placer.simulation.simulate import simulate
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from tests.plans import unsolved_plan
@@ -47,7 +49,9 @@ def write(directory: Path, apart: int, seed: int, num_sequences: int = 80) -> Tr
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    options = SolveOptions(topology=Topology(gpus_per_node=4), proof="none", relax_cap=True)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4), goal=Goal(caps=Caps(relax=True)), proof="none"
+    )
     return plan_from_trace(
         write(tmp_path / "profile", 4, 0), options, Selection(Fold(0, 2))
     )
@@ -161,7 +165,9 @@ def test_on_loads_balance_alone_is_judged(
     counted(EVEN).write(tmp_path / "then")
     counted(HOT).write(tmp_path / "now")
     path, codes = tmp_path / "plan.json", []
-    options = SolveOptions(topology=Topology(gpus_per_node=4), objective="balance")
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4), goal=Goal(objective="balance")
+    )
     plan = plan_from_affinity(tmp_path / "then", options)
     plan.write(path)
     report = check_on_loads(plan, counted(HOT), "now")

@@ -15,13 +15,12 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
 from placer.placement.topology import Topology
-from placer.planning.request import SolveRequest
 from placer.planning.solving import solve_request
 from placer.runtime_map import export_map
 from placer.solver.options import SolveOptions
 from placer.target.engine import Engine, known_engines
-from placer.trace import EVERYTHING, Chunk, TraceWriter
-from tests.plans import unsolved_plan
+from placer.trace import Chunk, TraceWriter
+from tests.plans import changed, request_for, unsolved_plan
 
 CONFIG = {
     "model_type": "deepseek_v3",
@@ -79,15 +78,9 @@ def test_what_is_solved_for_an_engine_can_be_exported_for_it(
             (4, 3), (0, 4, 1), ("fixed", "follow"), ("", "preserve_groups", "ignore_groups")
         ):
             topology = Topology(gpus_per_node=ranks)
-            options = replace(QUICK, topology=topology, policy=policy)
-            options = replace(options, **({groups: True} if groups else {}))
-            request = SolveRequest(
-                source=source,
-                selection=EVERYTHING,
-                options=options,
-                engine=name,
-                redundant_experts=more,
-            )
+            options = changed(QUICK, topology=topology, policy=policy)
+            options = changed(options, **({groups: True} if groups else {}))
+            request = request_for(source, options, engine=name, redundant_experts=more)
             try:
                 plan = solve_request(request, silent, silent).plan
             except UsageError:
@@ -108,10 +101,9 @@ def test_counts_that_cannot_tell_copies_between_nodes_offer_to_balance(
     make_chunk: Callable[..., Chunk], tmp_path: Path
 ) -> None:
     """The hint keeps engine, nodes and redundant experts; what it says can be solved."""
-    request = SolveRequest(
-        source=counts(tmp_path / "a.aff", make_chunk()),
-        selection=EVERYTHING,
-        options=replace(QUICK, topology=Topology(num_nodes=2, gpus_per_node=2)),
+    request = request_for(
+        counts(tmp_path / "a.aff", make_chunk()),
+        replace(QUICK, topology=Topology(num_nodes=2, gpus_per_node=2)),
         engine="sglang-deepep",
         redundant_experts=4,
     )
@@ -122,7 +114,8 @@ def test_counts_that_cannot_tell_copies_between_nodes_offer_to_balance(
         "--nodes 2 --gpus-per-node 2 --redundant-experts 4 --out PLAN",
     ):
         assert words in error.value.hint
-    plan = solve_request(replace(request, objective="balance"), silent, silent).plan
+    balance = request.with_goal(replace(request.options.goal, objective="balance"))
+    plan = solve_request(balance, silent, silent).plan
     assert plan.placement.redundant_experts == 4
 
 
@@ -151,13 +144,8 @@ def test_a_plan_to_start_from_brings_its_engine(
     plan = unsolved_plan(ModelSpec(num_experts=(8,), top_k=2), now, engine="sglang-none")
     plan.write(tmp_path / "now.json")
     lines: list[str] = []
-    request = SolveRequest(
-        source=tmp_path / "trace",
-        selection=EVERYTHING,
-        options=QUICK,
-        start=tmp_path / "now.json",
-        **asked,
-    )
+    start = tmp_path / "now.json"
+    request = request_for(tmp_path / "trace", QUICK, start=start, **asked)
     found = solve_request(request, lines.append, silent).plan
     assert found.provenance.get("engine") == engine
     assert [one for one in lines if one.startswith("solved for ")] == [

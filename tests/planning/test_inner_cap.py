@@ -23,17 +23,18 @@ from placer.planning.inner_cap import (
     predicted_imbalance,
 )
 from placer.planning.planner import plan_from_trace
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.solve import solve
 from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
+from tests.plans import changed
 
 SIZES = (8, 8, 8)
 ROBUST = SolveOptions(
     topology=Topology(gpus_per_node=2),
-    robust="bootstrap",
-    max_imbalance=1.2,
-    relax_cap=True,
+    goal=Goal(robust="bootstrap", caps=Caps(max_imbalance=1.2, relax=True)),
     proof="none",
     params=SolverParams(num_sweeps=2),
 )
@@ -131,10 +132,10 @@ def test_prices_are_tried_where_no_cap_holds_and_none_is_asked_for(
     make_chunk: Callable[..., Chunk],
 ) -> None:
     chunk = make_chunk(num_tokens=300, num_experts=SIZES, num_sequences=12)
-    strict = replace(ROBUST, max_imbalance=1.01)
+    strict = changed(ROBUST, max_imbalance=1.01)
     found = choose_inner_cap(model(), chunk, strict)
     assert [one.overflow_price for one in found.trials] == [10, 10, 10, 20, 40]
-    asked = choose_inner_cap(model(), chunk, replace(strict, overflow_price=15.0))
+    asked = choose_inner_cap(model(), chunk, changed(strict, overflow_price=15.0))
     assert [one.overflow_price for one in asked.trials] == [15, 15, 15]
     assert asked.overflow_price == 15
 
@@ -155,7 +156,7 @@ def test_trials_are_plans_of_one_half_judged_on_the_other(
     chunk = make_chunk(num_tokens=300, num_experts=SIZES, num_sequences=12)
     trial = choose_inner_cap(model(), chunk, ROBUST).trials[1]
     assert trial.max_imbalance == pytest.approx(1 + 0.6 * 0.2)
-    quick = replace(
+    quick = changed(
         ROBUST,
         max_imbalance=trial.max_imbalance,
         params=SolverParams(num_rounds=0, num_sweeps=1, num_starts=1),
@@ -198,7 +199,7 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
 ) -> None:
     trace = make_trace(num_experts=SIZES, num_sequences=12, num_tokens=300)
     plan = plan_from_trace(
-        trace, replace(ROBUST, max_imbalance=1.05), Selection(Fold(0, 2))
+        trace, changed(ROBUST, max_imbalance=1.05), Selection(Fold(0, 2))
     )
     plan.write(tmp_path / "plan.json")
     read = Plan.read(tmp_path / "plan.json")
@@ -208,7 +209,7 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
     assert inner is not None
     assert inner.max_imbalance < 1.05, "few tokens: what is balanced here is not there"
     assert (
-        plan_from_trace(trace, replace(ROBUST, robust="none"), EVERYTHING).solver.inner_cap
+        plan_from_trace(trace, changed(ROBUST, robust="none"), EVERYTHING).solver.inner_cap
         is None
     )
 
@@ -224,7 +225,7 @@ def test_a_plan_keeps_what_was_asked_beside_what_was_solved_under(
             {
                 "topology": Topology(gpus_per_node=4),
                 "max_imbalance": 1.0,
-                "relax_cap": False,
+                "relax": False,
             },
             NoSolutionError,
             "--max-imbalance 1.0 is out of reach",
@@ -240,4 +241,4 @@ def test_profiles_that_tell_nothing_are_refused(
 ) -> None:
     trace = make_trace(**{"num_experts": SIZES, "num_sequences": 12, **changes})
     with pytest.raises(error, match=match):
-        plan_from_trace(trace, replace(ROBUST, **options), EVERYTHING)
+        plan_from_trace(trace, changed(ROBUST, **options), EVERYTHING)

@@ -22,6 +22,8 @@ from placer.serving.homes import batch_shapes
 from placer.simulation import simulate
 from placer.simulation.cost import ExpertShape
 from placer.solver.balance.load_caps import balanced
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.table import build_table
 from placer.target.engine import Engine, engines_named
@@ -97,7 +99,9 @@ def test_sequences_that_the_plan_was_solved_on_are_named(make_trace, plan_of):
 def test_a_plan_from_counts_has_seen_the_traces_that_were_counted(make_trace, tmp_path):
     counted, other = make_trace("counted"), make_trace("other", seed=1)
     affinity_of_traces([counted], Selection(Fold(0, 2))).write(tmp_path / "counts")
-    options = SolveOptions(topology=Topology(gpus_per_node=4), relax_cap=True)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4), goal=Goal(caps=Caps(relax=True))
+    )
     plan_from_affinity(tmp_path / "counts", options).write(tmp_path / "plan.json")
 
     def warnings(trace):

@@ -36,11 +36,13 @@ from placer.simulation.batch_figures import (
 from placer.simulation.cost import ExpertShape, PredictedTime
 from placer.solver.balance import exact_balance
 from placer.solver.balance.router_groups import are_whole
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.target.engine import Engine
 from placer.target.hardware import Hardware
 from placer.trace import Chunk, TraceWriter
+from tests.plans import changed
 
 MODEL = ModelSpec(num_experts=(8, 8), top_k=2)
 FOUR = Topology(gpus_per_node=4)
@@ -163,11 +165,11 @@ def test_the_choice_agrees_with_every_candidates_figures() -> None:
 
 def test_the_load_cap_is_never_exceeded() -> None:
     with pytest.raises(NoSolutionError, match="out of reach"):
-        capped = replace(OPTIONS, max_imbalance=1.1)
+        capped = changed(OPTIONS, max_imbalance=1.1)
         choose_by_time(MODEL, tokens((9, 1, 1, 1)), capped, QUESTION)
     # Experts e and e + 4 together save all copies, and put 1.5 times the mean on a rank.
     profile = tokens((3, 2, 2, 1))
-    found = choose_by_time(MODEL, profile, replace(OPTIONS, max_imbalance=1.3), QUESTION)
+    found = choose_by_time(MODEL, profile, changed(OPTIONS, max_imbalance=1.3), QUESTION)
     placement, _ = solve(count_affinity([profile], MODEL, {}), found.options, None, profile)
     for layer, ids in enumerate(profile.experts):
         load = np.bincount(placement.expert_rank(layer)[ids].ravel(), minlength=4)
@@ -180,12 +182,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
     one = tokens()
     one = one.select(one.sequence_ids == 0)
     with pytest.raises(UsageError, match="only one"):
-        choose_by_time(MODEL, one, replace(OPTIONS, relax_cap=True), QUESTION)
+        choose_by_time(MODEL, one, changed(OPTIONS, relax=True), QUESTION)
     served = Placement.from_expert_rank([np.arange(8) // 2] * 2, 4)
     with pytest.raises(UsageError, match="compares new plans"):
-        choose_by_time(MODEL, one, replace(OPTIONS, start=served), QUESTION)
+        choose_by_time(MODEL, one, changed(OPTIONS, placement=served), QUESTION)
     # The load balancer may be chosen, and knows no such cap.
-    capped = replace(OPTIONS, max_received_copies=1.0)
+    capped = changed(OPTIONS, max_received_copies=1.0)
     with pytest.raises(UsageError, match="--max-received-copies 1 cannot be used with"):
         choose_by_time(MODEL, tokens(), capped, QUESTION)
     with pytest.raises(UsageError, match="--max-received-copies 1 cannot be used with"):
@@ -250,7 +252,7 @@ def test_the_load_balancer_that_is_judged_is_the_one_that_is_delivered(
     model, profile = grouped()
     topology = Topology(num_nodes=4, gpus_per_node=2)
     options = SolveOptions(
-        topology=topology, redundant_experts=8, replica_choice="hash"
+        topology=topology, goal=Goal(redundant_experts=8, replica_choice="hash")
     ).quick()
     served: list[Placement] = []
 
@@ -264,7 +266,7 @@ def test_the_load_balancer_that_is_judged_is_the_one_that_is_delivered(
     judged, *others = served
     assert are_whole(judged, 8, 4)
     inner, _ = layer_time.judged_halves(profile)
-    asked = replace(options, objective="balance")
+    asked = changed(options, objective="balance")
     delivered, _ = solve(count_affinity([inner], model, {}), asked)
     assert judged.to_json() == delivered.to_json()
     assert not any(are_whole(one, 8, 4) for one in others), "for traffic they are split"
@@ -284,7 +286,9 @@ def test_the_deadline_stops_the_load_balancer_too(monkeypatch: pytest.MonkeyPatc
         positions=(np.arange(1450) % 29).astype(np.int32),
     )
     model, topology = ModelSpec(num_experts=(8,), top_k=1), Topology(gpus_per_node=8)
-    options = SolveOptions(topology=topology, redundant_experts=8, replica_choice="hash")
+    options = SolveOptions(
+        topology=topology, goal=Goal(redundant_experts=8, replica_choice="hash")
+    )
     question = replace(QUESTION, topology=topology, shapes=batch_shapes((64,)))
     monkeypatch.setattr(exact_balance, "repeatable_solver", never)
     deadline = Deadline(seconds=0.0)

@@ -11,15 +11,17 @@ from placer.errors import UsageError
 from placer.placement import Placement
 from placer.placement.topology import Topology
 from placer.planning.learning import _parts, learning_curve, moved_share
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.search.pair_search import Search
 from placer.trace import Fold, Selection, Trace
+from tests.plans import changed
 
 OPTIONS = SolveOptions(
     topology=Topology(gpus_per_node=2),
-    policy="follow",
-    max_imbalance=2.0,
+    goal=Goal(policy="follow", caps=Caps(max_imbalance=2.0)),
     params=SolverParams(num_rounds=2),
 )
 
@@ -54,7 +56,7 @@ def test_a_fold_smaller_than_the_parts_is_refused(make_trace: Callable[..., Trac
 def test_homes_from_tables_are_refused(
     make_trace: Callable[..., Trace], policy: str
 ) -> None:
-    options = replace(OPTIONS, policy=policy)
+    options = changed(OPTIONS, policy=policy)
     with pytest.raises(UsageError, match=f"--policy {policy}") as error:
         learning_curve(make_trace(), options, Selection(Fold(0, 2)), tokens=(100,))
     assert error.value.hint == "choose fixed or follow"

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,16 @@ from placer.planning.redundant import (
 )
 from placer.run.session import Session
 from placer.simulation.cost import ExpertShape
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.trace import Chunk, Trace
+from tests.plans import changed
 
 FOUR = SolveOptions(
-    topology=Topology(gpus_per_node=4), relax_cap=True, replica_choice="local-first"
+    topology=Topology(gpus_per_node=4),
+    goal=Goal(replica_choice="local-first", caps=Caps(relax=True)),
 )
 NO_LIMIT = Memory()
 
@@ -47,9 +50,9 @@ def chosen(
         (16, 16),
         options,
         lambda one, deadline: (
-            values[one.redundant_experts],
+            values[one.goal.redundant_experts],
             "a value",
-            (excess or {}).get(one.redundant_experts, 0.0),
+            (excess or {}).get(one.goal.redundant_experts, 0.0),
         ),
         NO_LIMIT,
         least_gain,
@@ -123,7 +126,7 @@ def test_the_smallest_beyond_which_little_is_gained(
 def test_above_the_caps_a_step_must_come_nearer_to_them() -> None:
     """What is saved does not count there, unless caps may be relaxed."""
     values = {0: 100.0, 4: 99.0, 8: 98.0, 16: 97.0}
-    strict = replace(FOUR, relax_cap=False)
+    strict = changed(FOUR, relax=False)
     nearer = {0: 0.4, 4: 0.1}
     assert chosen(values, strict, excess=nearer) == (8, [0, 4, 8, 16])
     assert chosen(values, FOUR, excess=nearer) == (0, [0, 4])
@@ -153,8 +156,8 @@ def test_values_are_objectives_of_quick_plans(make_chunk: Callable[..., Chunk]) 
     model = ModelSpec(num_experts=(8, 8, 8), top_k=2)
     affinity = count_affinity([chunk], model, {})
     worth = worth_on_profile(affinity, chunk)
-    value, name, _ = worth(replace(FOUR, redundant_experts=4), Session())
-    quick = replace(FOUR.quick(), redundant_experts=4)
+    value, name, _ = worth(changed(FOUR, redundant_experts=4), Session())
+    quick = changed(FOUR.quick(), redundant_experts=4)
     _, report = solve(affinity, quick, None, chunk)
     assert (value, name) == (report.objective, report.objective_name)
 

@@ -22,24 +22,20 @@ from placer.report.comparison import plan_warnings
 from placer.run.session import Session
 from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.simulate import simulate
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.search import alternation
 from placer.table.build import build_table
 from placer.table.table import Table
 from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
-from tests.plans import unsolved_plan
+from tests.plans import changed, request_for, unsolved_plan
 
-QUICK = SolveOptions(topology=Topology(gpus_per_node=2), relax_cap=True).quick()
+QUICK = SolveOptions(
+    topology=Topology(gpus_per_node=2), goal=Goal(caps=Caps(relax=True))
+).quick()
 NODES = Topology(num_nodes=2, gpus_per_node=2)
 GROUPED = ModelSpec(num_experts=(8, 8), top_k=2, n_group=4, topk_group=2)
-
-
-def with_options(asked: dict[str, Any]) -> dict[str, Any]:
-    """Move what ``SolveOptions`` holds of what is asked into its options."""
-    names = {"max_imbalance", "overflow_price"} & asked.keys()
-    options = replace(asked.get("options", QUICK), **{n: asked[n] for n in names})
-    rest = {name: value for name, value in asked.items() if name not in names}
-    return rest | {"options": options}
 
 
 @pytest.fixture
@@ -47,13 +43,8 @@ def request_of(make_trace: Callable[..., Trace]) -> Callable[..., SolveRequest]:
     """Return a builder of requests for one trace on two ranks."""
     trace = make_trace(num_experts=(8, 8), num_sequences=8)
 
-    def build(**asked: object) -> SolveRequest:
-        fields = {
-            "source": trace.directory,
-            "selection": Selection(Fold(0, 2)),
-            "options": QUICK,
-        }
-        return SolveRequest(**(fields | with_options(asked)))
+    def build(options: SolveOptions = QUICK, **asked: object) -> SolveRequest:
+        return request_for(trace.directory, options, Selection(Fold(0, 2)), **asked)
 
     return build
 
@@ -85,9 +76,8 @@ def grouped_request(
         writer.append(make_chunk(num_experts=(8, 8), num_sequences=8))
         writer.finish()
 
-    def build(**asked: object) -> SolveRequest:
-        fields = {"source": path, "selection": Selection(), "options": QUICK}
-        return SolveRequest(**(fields | with_options(asked)))
+    def build(options: SolveOptions = QUICK, **asked: object) -> SolveRequest:
+        return request_for(path, options, **asked)
 
     return build
 
@@ -107,7 +97,8 @@ def test_a_plan_for_vllm_can_be_exported_where_routers_have_groups(
     assert any("router groups stay whole" in line for line in told), "balanced inside them"
     require_whole_groups(GROUPED, [plan.placement.permutation(layer) for layer in (0, 1)])
     with pytest.raises(UsageError, match="vLLM loads no map") as error:
-        solve_request(replace(request, redundant_experts=2), nobody, nobody, nobody)
+        more = replace(request.options.goal, redundant_experts=2)
+        solve_request(request.with_goal(more), nobody, nobody, nobody)
     assert "--redundant-experts 0" in error.value.hint
 
 
@@ -120,8 +111,8 @@ def test_what_may_split_the_groups_of_a_permuted_checkpoint_is_refused(
     unsolved_plan(GROUPED, split).write(tmp_path / "start.json")
     asked: dict[str, dict[str, object]] = {
         "--start": {"start": tmp_path / "start.json"},
-        "--pin": {"options": replace(QUICK, pins=(Pin.parse("0:3=0"),))},
-        "--ignore-groups": {"options": replace(QUICK, ignore_groups=True)},
+        "--pin": {"options": changed(QUICK, pins=(Pin.parse("0:3=0"),))},
+        "--ignore-groups": {"options": changed(QUICK, ignore_groups=True)},
     }
     for engine in ("vllm-deepep-ht", "vllm-agrs"):
         request = grouped_request(engine=engine, **asked[option])
@@ -134,7 +125,7 @@ def test_what_may_split_the_groups_of_a_permuted_checkpoint_is_refused(
     ("asked", "offered"),
     [
         ({}, True),
-        ({"options": replace(QUICK, topology=NODES, preserve_groups=True)}, False),
+        ({"options": changed(QUICK, topology=NODES, preserve_groups=True)}, False),
         ({"engine": "vllm-agrs"}, False),
     ],
 )
@@ -157,7 +148,7 @@ def test_a_plan_for_traffic_says_why_groups_are_split(
     """With the figures of both options; a warning where nodes get more to receive."""
     notes: list[str] = []
     warnings: list[str] = []
-    options = replace(QUICK, topology=NODES, policy=policy)
+    options = changed(QUICK, topology=NODES, policy=policy)
     plan = solve_request(
         grouped_request(options=options), notes.append, warnings.append
     ).plan
@@ -175,7 +166,7 @@ def test_a_plan_for_traffic_says_why_groups_are_split(
     more = placed[""][policy][nodes] > 1.005 * base
     assert (line in warnings) == more == line.startswith("tokens visit more nodes than")
     notes.clear(), warnings.clear()
-    kept = grouped_request(options=replace(options, preserve_groups=True))
+    kept = grouped_request(options=changed(options, preserve_groups=True))
     solve_request(kept, notes.append, warnings.append)
     assert not any("router groups are split" in one for one in notes + warnings)
 
@@ -208,7 +199,7 @@ def test_hardware_decides_nothing_under_a_table(
 ) -> None:
     told: list[str] = []
     request = request_of(
-        options=replace(QUICK, policy=policy),
+        options=changed(QUICK, policy=policy),
         hardware="h100",
         hidden_size=64,
         expert_size=64,
@@ -309,10 +300,10 @@ def test_nodes_that_an_engine_takes_otherwise_are_warned_of(
 def test_a_ladder_does_not_blame_the_load_for_received_copies(
     request_of: Callable[..., SolveRequest],
 ) -> None:
-    options = replace(QUICK, max_received_copies=0.1)
+    options = changed(QUICK, max_received_copies=0.1)
     request = request_of(
         options=options,
-        redundant_experts=None,
+        chooses_redundant=True,
         replica_choice="local-first",
         max_imbalance=2.0,
     )
@@ -326,10 +317,10 @@ def test_redundant_experts_of_a_frontier_are_chosen_under_its_loosest_cap(
     request_of: Callable[..., SolveRequest], tmp_path: Path
 ) -> None:
     """The default cap of 1.10 is out of reach of 8 experts on 8 ranks; 8 is not."""
-    options = replace(QUICK, topology=Topology(gpus_per_node=8), relax_cap=False)
+    options = changed(QUICK, topology=Topology(gpus_per_node=8), relax=False)
     request = request_of(
         options=options,
-        redundant_experts=None,
+        chooses_redundant=True,
         replica_choice="local-first",
         redundant_gain=0.99,
     )
@@ -358,7 +349,7 @@ def test_tables_that_time_did_not_allow_are_told(
 
     monkeypatch.setattr(judging, "build_table", noted)
     monkeypatch.setattr(alternation, "build_table", noted)
-    options = replace(QUICK, policy=policy)
+    options = changed(QUICK, policy=policy)
     whole = solve_request(request_of(options=options), lambda _: None, nobody).plan
     assert list(whole.metrics["baselines"]) == ["contiguous", "eplb", "balanced"]
     assert "sample" not in whole.solver.objective_name
@@ -382,7 +373,7 @@ def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
     """The first step is the only one: nothing is known of the next."""
     request = request_of(
         options=QUICK,
-        redundant_experts=None,
+        chooses_redundant=True,
         replica_choice="local-first",
         max_imbalance=2.0,
     )
@@ -396,7 +387,7 @@ def test_steps_that_time_did_not_allow_are_not_said_to_save_little(
 def test_a_proof_that_is_required_and_missing_is_an_error(
     request_of: Callable[..., SolveRequest],
 ) -> None:
-    by_table = request_of(options=replace(QUICK, policy="token"), require_optimal=True)
+    by_table = request_of(options=changed(QUICK, policy="token"), require_optimal=True)
     with pytest.raises(NotProvedError, match="bound None"):
         solve_request(by_table, nobody, nobody)
 

@@ -32,14 +32,17 @@ from placer.run.session import Session
 from placer.simulation.simulate import simulate
 from placer.solver.balance import load_caps as balance
 from placer.solver.balance.eplb import pack_loads
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.search.pair_search import Search
 from placer.solver.solve import solve
 from placer.trace import EVERYTHING, Chunk, Trace
+from tests.plans import changed
 
 SIZES = (16,) * 4
-OPTIONS = SolveOptions(topology=Topology(gpus_per_node=4), relax_cap=True)
+OPTIONS = SolveOptions(topology=Topology(gpus_per_node=4), goal=Goal(caps=Caps(relax=True)))
 COPIES = "remote_rank_copies_per_token"
 
 
@@ -61,7 +64,7 @@ def solved(
 
 def test_a_limit_of_no_time_gives_the_start(chunk: Chunk) -> None:
     start = random(SIZES, 4, seed=1)
-    placement, report = solved(chunk, replace(OPTIONS, start=start), 0.0)
+    placement, report = solved(chunk, changed(OPTIONS, placement=start), 0.0)
     assert not report.reproducible
     for layer in range(len(SIZES)):
         assert (placement.holds(layer) == start.holds(layer)).all()
@@ -95,7 +98,7 @@ def test_an_interrupt_among_router_groups_is_told(
 
     monkeypatch.setattr(Search, "_round", interrupt)
     model = ModelSpec(num_experts=SIZES, top_k=3, n_group=4)
-    options = replace(OPTIONS, preserve_groups=True)
+    options = changed(OPTIONS, preserve_groups=True)
     _, report = solve(count_affinity([chunk], model, {}), options, None, chunk)
     assert not report.reproducible
 
@@ -117,7 +120,7 @@ def test_without_a_limit_the_clock_decides_nothing(
 ) -> None:
     """Every look at a clock finds a day gone: choices, search and proof stay the same."""
     trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
-    asked = [OPTIONS.guarded(), replace(OPTIONS, robust="bootstrap", proof="full")]
+    asked = [OPTIONS.guarded(), changed(OPTIONS, robust="bootstrap", proof="full")]
 
     def written(name: str) -> list[bytes]:
         found = []
@@ -173,7 +176,7 @@ def test_tables_that_were_built_in_vain_say_what_the_next_would_take(
 
     monkeypatch.setattr(Judging, "figures", late)
     trace = make_trace(num_tokens=60, num_experts=SIZES, top_k=3)
-    options = replace(OPTIONS, policy="token")
+    options = changed(OPTIONS, policy="token")
     profile = trace.read()
     judging = Judging(model=trace.model, options=options, profile=profile, heldout=None)
     whole = Deadline(seconds=10.0)
@@ -190,7 +193,7 @@ def test_tokens_too_many_for_one_rating_are_searched_by_a_few(
     deadline.needs(2000.0)
     told: list[str] = []
     params = replace(OPTIONS.quick().params, num_hurried_tokens=100)
-    options = replace(OPTIONS, policy="token", params=params)
+    options = changed(OPTIONS, policy="token", params=params)
     _, report = solve(
         affinity, options, Session(progress=told.append, deadline=deadline), many
     )
@@ -207,7 +210,7 @@ def test_copies_without_time_for_a_mixture_are_those_of_eplb_or_better(
     hot = tuple(np.where(np.arange(400)[:, None] % 2, ids, 3) for ids in chunk.experts)
     chunk = replace(chunk, experts=hot)
     affinity = count_affinity([chunk], ModelSpec(num_experts=(16, 16), top_k=1), {})
-    options = replace(
+    options = changed(
         OPTIONS,
         policy="token",
         redundant_experts=4,
@@ -245,7 +248,7 @@ def test_without_time_nothing_is_measured_and_the_plan_says_so(
     make_trace: Callable[..., Trace], policy: str
 ) -> None:
     trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
-    options = replace(OPTIONS, policy=policy)
+    options = changed(OPTIONS, policy=policy)
     late = Deadline(seconds=0.0, began=time.monotonic() - 1000)
     plan = plan_from_trace(trace, options, EVERYTHING, Session(deadline=late))
     assert plan.metrics == {"profile": None, "heldout": None, "baselines": {}}
@@ -291,7 +294,7 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
 ) -> None:
     """No time: one quick plan each is made, of whatever there is, and the plan says so."""
     trace = make_trace(num_tokens=300, num_experts=SIZES, top_k=3)
-    robust = replace(OPTIONS, robust="bootstrap")
+    robust = changed(OPTIONS, robust="bootstrap")
     plan = plan_from_trace(trace, robust, EVERYTHING, Session.begun(time_limit=0.0))
     assert not plan.solver.reproducible
     assert len(plan.solver.inner_cap.trials) == 1
@@ -302,7 +305,7 @@ def test_choices_by_quick_plans_count_and_tell_that_they_were_cut(
     model = ModelSpec(num_experts=SIZES, top_k=3)
     profile = trace.read()
     worth = worth_on_profile(count_affinity([profile], model, {}), profile)
-    served = replace(OPTIONS, replica_choice="local-first")
+    served = changed(OPTIONS, replica_choice="local-first")
     for seconds, steps in ((0.0, [0]), (1000.0, [0, 4, 8])):
         session = Session.begun(time_limit=seconds)
         with session.choosing() as quick:

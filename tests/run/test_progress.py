@@ -14,19 +14,22 @@ from placer.planning.planner import plan_from_trace
 from placer.report.comparison import plan_warnings
 from placer.run.progress import GapLine
 from placer.run.session import Session
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.proof.reports import early_copies_bound, early_pair_bound
 from placer.solver.solve import solve
 from placer.trace import EVERYTHING, Chunk, Trace
+from tests.plans import changed
 from tests.solver.enumeration import every_placement
 from tests.solver.search.test_copies_cost import follow_tokens
 
 SIZES = (16,) * 3
 OPTIONS = SolveOptions(
     topology=Topology(gpus_per_node=4),
-    relax_cap=True,
+    goal=Goal(caps=Caps(relax=True)),
     params=SolverParams(num_rounds=3, num_sweeps=2),
 )
 LINE = re.compile(
@@ -55,11 +58,9 @@ def chunk(make_chunk: Callable[..., Chunk]) -> Chunk:
     "options",
     [
         OPTIONS,
-        replace(OPTIONS, policy="follow"),
-        replace(
-            OPTIONS,
-            exchange="per-node",
-            topology=Topology(num_nodes=2, gpus_per_node=2),
+        changed(OPTIONS, policy="follow"),
+        changed(
+            OPTIONS, exchange="per-node", topology=Topology(num_nodes=2, gpus_per_node=2)
         ),
     ],
     ids=["fixed", "follow", "per-node"],
@@ -102,7 +103,7 @@ def test_early_bounds_are_below_every_placement(
     caps = [1.3 * load.sum() / topology.num_ranks for load in affinity.load]
     problem = placement_problem(affinity, policy, topology, caps)
     every = list(every_placement(problem))
-    options = SolveOptions(topology=topology, policy=policy)
+    options = SolveOptions(topology=topology, goal=Goal(policy=policy))
     least = min(follow_tokens(chunk, one, policy, topology) for one in every)
     scale = topology.num_ranks * chunk.num_tokens * len(sizes)
     assert 0 < early_copies_bound(problem, chunk, options) <= least / scale + 1e-12
@@ -114,17 +115,17 @@ def test_there_is_no_early_bound_where_caps_may_be_broken(chunk: Chunk) -> None:
     caps = [load.sum() for load in affinity.load]
     problem = placement_problem(affinity, "fixed", OPTIONS.topology, caps)
     assert early_copies_bound(problem, chunk, OPTIONS) is not None
-    replicas = replace(OPTIONS, redundant_experts=4, replica_choice="hash")
+    replicas = changed(OPTIONS, redundant_experts=4, replica_choice="hash")
     assert early_copies_bound(problem, chunk, replicas) is None
     placed, _ = solved(chunk, OPTIONS)
-    started = replace(OPTIONS, start=placed)
+    started = changed(OPTIONS, placement=placed)
     assert early_copies_bound(problem, chunk, started) is None
 
 
 def test_the_gap_is_that_of_the_copies_and_its_bound_never_falls(chunk: Chunk) -> None:
     """What is priced beside the copies has no bound: it would only look like a gap."""
     lines: list[str] = []
-    _, report = solved(chunk, replace(OPTIONS, receive_price=5.0), lines.append)
+    _, report = solved(chunk, changed(OPTIONS, receive_price=5.0), lines.append)
     copies = [found for found in map(LINE.fullmatch, lines) if "copies" in found["what"]]
     objectives = [float(found["objective"]) for found in copies]
     assert objectives == pytest.approx([report.objective] * len(copies), rel=0.05)
@@ -157,7 +158,7 @@ def test_without_a_bound_it_is_said_why(chunk: Chunk) -> None:
     assert stopped.bound_method == "none: stopped before the copies were proved"
     for unproved in (
         replace(OPTIONS, proof="none"),
-        replace(OPTIONS, policy="follow", exchange="per-node"),
+        changed(OPTIONS, policy="follow", exchange="per-node"),
     ):
         for seconds in (None, 0.0):
             _, report = solved(chunk, unproved, time_limit=seconds)

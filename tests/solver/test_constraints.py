@@ -18,13 +18,16 @@ from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.simulation.simulate import simulate
 from placer.solver.balance.router_groups import are_whole, group_kinds
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.trace import Chunk, Fold, Selection, Trace
+from tests.plans import changed
 
 TWO = Topology(gpus_per_node=2)
 FOUR = Topology(gpus_per_node=4)
-PLAIN = SolveOptions(topology=TWO, max_imbalance=2.0, proof="none")
+PLAIN = SolveOptions(topology=TWO, goal=Goal(caps=Caps(max_imbalance=2.0)), proof="none")
 
 
 def solved(chunk: Chunk, options: SolveOptions, n_group: int = 1) -> Placement:
@@ -63,7 +66,7 @@ def test_pins_hold_and_the_rest_is_the_best_beside_them(
 ) -> None:
     chunk = make_chunk(num_tokens=60, num_experts=(6, 6), seed=seed)
     pins = (Pin.parse("0:0=1"), Pin.parse("0:5=1"), Pin.parse("1:2=0"))
-    found = ranks_of(solved(chunk, replace(PLAIN, pins=pins)))
+    found = ranks_of(solved(chunk, changed(PLAIN, pins=pins)))
     assert (found[0][0], found[0][5], found[1][2]) == (1, 1, 0)
     allowed = [
         [one for one in halves() if one[0] == 1 and one[5] == 1],
@@ -106,7 +109,7 @@ def test_groups_stay_whole_and_their_experts_sit_best(
 ) -> None:
     """Two groups of four experts on four ranks: each group fills two ranks."""
     chunk = make_chunk(num_tokens=60, num_experts=(8, 8), top_k=3, seed=seed)
-    options = replace(PLAIN, topology=FOUR, max_imbalance=4.0, preserve_groups=True)
+    options = changed(PLAIN, topology=FOUR, max_imbalance=4.0, preserve_groups=True)
     placement = solved(chunk, options, n_group=2)
     for row in placement.physical_to_logical_map:
         blocks = (row // 4).reshape(2, 4)
@@ -130,7 +133,7 @@ def test_several_groups_on_a_rank_follow_their_pairs(
     chunk = make_chunk(num_tokens=200, num_experts=(8,))
     experts = np.stack([2 * first + 1, 2 * ((first + 2) % 4)], axis=1).astype(np.uint8)
     chunk = replace(chunk, experts=(experts,))
-    placement = solved(chunk, replace(PLAIN, preserve_groups=True), n_group=4)
+    placement = solved(chunk, changed(PLAIN, preserve_groups=True), n_group=4)
     rows = placement.physical_to_logical_map[0].reshape(2, 4).tolist()
     assert sorted(rows) == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
@@ -153,7 +156,7 @@ def test_groups_that_cannot_be_kept_are_told(
 ) -> None:
     chunk = make_chunk(num_tokens=200, num_experts=(12,))
     with pytest.raises(UsageError, match=match):
-        solved(chunk, replace(PLAIN, preserve_groups=True, **changes), n_group)
+        solved(chunk, changed(PLAIN, preserve_groups=True, **changes), n_group)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -165,7 +168,7 @@ def test_a_start_is_left_only_for_what_pays(
     start = Placement.from_expert_rank([np.repeat([0, 1], 3)], 2)
     before = distinct_ranks(chunk, ranks_of(start))
     for cost in (0.0, 1.5, 4.0, 1000.0):
-        options = replace(PLAIN, start=start, migration_cost=cost)
+        options = changed(PLAIN, placement=start, migration_cost=cost)
         found = solved(chunk, options)
 
         def price(ranks: np.ndarray, cost: float = cost) -> float:
@@ -184,16 +187,16 @@ def test_a_start_of_another_shape_is_refused(make_chunk: Callable[..., Chunk]) -
     chunk = make_chunk(num_tokens=60, num_experts=(6,))
     start = Placement.from_expert_rank([np.repeat([0, 1, 2], 2)], 3)
     with pytest.raises(UsageError, match="has 3 ranks, the options ask for 2"):
-        solved(chunk, replace(PLAIN, start=start))
+        solved(chunk, changed(PLAIN, placement=start))
     start = Placement.from_expert_rank([np.repeat([0, 1], 3)], 2)
     with pytest.raises(UsageError, match="slots per layer"):
         more = {"redundant_experts": 2, "replica_choice": "hash"}
-        solved(chunk, replace(PLAIN, start=start, **more))
+        solved(chunk, changed(PLAIN, placement=start, **more))
     with pytest.raises(UsageError, match="is the cost of leaving a plan"):
-        replace(PLAIN, migration_cost=1.0)
+        changed(PLAIN, migration_cost=1.0)
     with pytest.raises(UsageError, match="needs the tokens of a trace"):
         model = ModelSpec(num_experts=(6,), top_k=2)
-        solve(count_affinity([chunk], model, {}), replace(PLAIN, start=start))
+        solve(count_affinity([chunk], model, {}), changed(PLAIN, placement=start))
 
 
 def crowded_chunk(make_chunk: Callable[..., Chunk]) -> Chunk:
@@ -224,7 +227,7 @@ def test_a_start_above_the_cap_is_brought_under_it_whatever_it_costs(
 ) -> None:
     chunk = crowded_chunk(make_chunk)
     assert max_imbalance(chunk, ranks_of(CROWDED)) > 1.6
-    options = replace(PLAIN, policy=policy, start=CROWDED, max_imbalance=1.25)
+    options = changed(PLAIN, policy=policy, placement=CROWDED, max_imbalance=1.25)
     found = ranks_of(solved(chunk, options))
     assert max_imbalance(chunk, found) <= 1.25
     if policy == "fixed":
@@ -237,9 +240,9 @@ def test_a_start_above_the_cap_is_brought_under_it_whatever_it_costs(
 def test_a_table_s_placement_pays_for_its_moves(make_chunk: Callable[..., Chunk]) -> None:
     """Moves that cost more than all copies are not made, however few copies are left."""
     chunk = make_chunk(num_tokens=200, num_experts=(6, 6), num_sequences=10)
-    options = replace(PLAIN, policy="token", start=CROWDED)
+    options = changed(PLAIN, policy="token", placement=CROWDED)
     assert num_moved(CROWDED, solved(chunk, options)) > 0
-    dear = replace(options, migration_cost=1000.0)
+    dear = changed(options, migration_cost=1000.0)
     assert num_moved(CROWDED, solved(chunk, dear)) == 0
 
 
@@ -251,8 +254,8 @@ def test_a_bound_holds_for_what_pins_keep_above_the_cap(
     """Only one placement has these pins, so it is the optimum: no bound may be above."""
     chunk = crowded_chunk(make_chunk)
     pins = tuple(Pin(layer=n, expert=e, rank=0) for n in range(2) for e in range(3))
-    options = replace(
-        PLAIN, policy=policy, pins=pins, max_imbalance=1.25, relax_cap=True, proof=proof
+    options = changed(
+        PLAIN, policy=policy, pins=pins, max_imbalance=1.25, relax=True, proof=proof
     )
     model = ModelSpec(num_experts=(6, 6), top_k=2)
     placement, report = solve(count_affinity([chunk], model, {}), options, None, chunk)
@@ -276,19 +279,19 @@ def test_groups_with_copies_stay_whole_and_no_rank_gets_busier(
         make_chunk(num_tokens=600, num_experts=(16, 16)),
         experts=tuple(one[:, :2].astype(np.uint8) for one in ids),
     )
-    options = replace(
+    options = changed(
         PLAIN,
         topology=Topology(gpus_per_node=8),
         preserve_groups=True,
         redundant_experts=8,
         replica_choice=rule,
         max_imbalance=1.1,
-        relax_cap=True,
+        relax=True,
     )
     model = ModelSpec(num_experts=(16, 16), top_k=2, n_group=4)
     affinity = count_affinity([chunk], model, {})
     placement, report = solve(affinity, options, None, chunk)
-    even, balance = solve(affinity, replace(options, objective="balance"))
+    even, balance = solve(affinity, changed(options, objective="balance"))
     assert are_whole(placement, 4, 4) and are_whole(even, 4, 4)
     assert set(report.relaxed_layers) == {"0", "1"}
     if rule == "hash":  # the load does not depend on the homes
@@ -314,12 +317,12 @@ def test_whole_groups_reach_the_evenest_load_there_is(
         best = max(least_busiest(one, 2) for one in load.reshape(n_group, -1))
     else:
         best = least_busiest(load.reshape(n_group, -1).sum(axis=1), num_ranks)
-    options = replace(
+    options = changed(
         PLAIN,
         topology=Topology(gpus_per_node=num_ranks),
         preserve_groups=True,
         max_imbalance=1.0,
-        relax_cap=True,
+        relax=True,
     )
     placement = solved(chunk, options, n_group)
     assert np.bincount(placement.expert_rank(0), load).max() == best
@@ -338,12 +341,12 @@ def test_experts_that_only_copies_fill_the_ranks_with_are_placed(
 ) -> None:
     """Ten experts on four ranks with two copies; contiguous is 0 to 9 and 0 and 1 again."""
     trace = make_trace(num_experts=(10, 10), num_sequences=40, num_tokens=800)
-    options = replace(
+    options = changed(
         PLAIN, topology=FOUR, redundant_experts=2, replica_choice="hash", max_imbalance=2.0
     )
     for policy in ("fixed", "follow"):
         plan = plan_from_trace(
-            trace, replace(options, policy=policy), Selection(Fold(0, 2))
+            trace, changed(options, policy=policy), Selection(Fold(0, 2))
         )
         assert [len(row) for row in plan.placement.physical_to_logical_map] == [12, 12]
         assert set(plan.metrics["baselines"]) == {"contiguous", "eplb"}

@@ -18,6 +18,8 @@ from placer.planning.frontier import write_frontier
 from placer.planning.planner import plan_from_trace
 from placer.simulation import simulate
 from placer.solver.balance.replicas import with_replicas
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
@@ -27,6 +29,7 @@ from placer.solver.search.evaluator import evaluate
 from placer.solver.search.refine import refined
 from placer.solver.solve import solve
 from placer.trace import EVERYTHING, Chunk, Trace
+from tests.plans import changed
 from tests.solver.enumeration import every_placement
 from tests.solver.search.test_copies_cost import follow_tokens, problem_of
 from tests.solver.search.test_refine import next_home, server
@@ -94,7 +97,8 @@ def test_of_all_placements_under_both_caps_the_cheapest_is_found(
         if copies <= cap
     )
     options = SolveOptions(
-        topology=topology, policy=policy, max_imbalance=1.4, max_received_copies=cap
+        topology=topology,
+        goal=Goal(policy=policy, caps=Caps(max_imbalance=1.4, max_received_copies=cap)),
     )
     placement, report = solved(chunk, sizes, options)
     ranks = [placement.expert_rank(layer) for layer in range(len(sizes))]
@@ -105,7 +109,7 @@ def test_of_all_placements_under_both_caps_the_cheapest_is_found(
     assert follow_tokens(chunk, ranks, policy, topology) == pytest.approx(best)
     assert report.status == "optimal"
     with pytest.raises(NoSolutionError, match="proved") as caught:
-        solved(chunk, sizes, replace(options, max_received_copies=min(most) - 1e-6))
+        solved(chunk, sizes, changed(options, max_received_copies=min(most) - 1e-6))
     assert "--relax-cap" in caught.value.hint
 
 
@@ -208,14 +212,16 @@ def test_a_cap_out_of_reach_is_refused_or_recorded(
     hot[1][:, 0], hot[1][:, 1] = 0, 1 + hot[1][:, 1] % 15
     chunk = replace(chunk, experts=tuple(hot))
     options = SolveOptions(
-        topology=ONE_NODE, max_imbalance=3.0, max_received_copies=2.0, proof="none",
+        topology=ONE_NODE,
+        goal=Goal(caps=Caps(max_imbalance=3.0, max_received_copies=2.0)),
+        proof="none",
         params=SolverParams(num_sweeps=3),
-    )  # fmt: skip
+    )
     with pytest.raises(NoSolutionError, match="in 1 of 2 MoE layers") as caught:
         solved(chunk, (16, 16), options)
     assert "--relax-cap" in caught.value.hint
     for robust in ("none", "bootstrap"):
-        asked = replace(options, relax_cap=True, robust=robust)
+        asked = changed(options, relax=True, robust=robust)
         placement, report = solved(chunk, (16, 16), asked)
         ranks = [placement.expert_rank(layer) for layer in range(2)]
         counts = received(chunk, ranks, "fixed", 4)
@@ -230,9 +236,11 @@ def test_the_plan_tells_the_cap_and_what_was_reached(
     """What the solver says of ``follow`` is what a simulation of the profile counts."""
     trace = make_trace(num_tokens=600, num_experts=(16, 16), top_k=4)
     options = SolveOptions(
-        topology=ONE_NODE, policy="follow", max_imbalance=1.4, max_received_copies=2.2,
-        proof="none", params=SolverParams(num_sweeps=4),
-    )  # fmt: skip
+        topology=ONE_NODE,
+        goal=Goal(policy="follow", caps=Caps(max_imbalance=1.4, max_received_copies=2.2)),
+        proof="none",
+        params=SolverParams(num_sweeps=4),
+    )
     plan = plan_from_trace(trace, options, EVERYTHING)
     assert plan.provenance["max_received_copies"] == 2.2
     assert not plan.solver.relaxed_receive_layers
@@ -253,29 +261,37 @@ def test_options_that_cannot_keep_it_are_refused(
     make_chunk: Callable[..., Chunk],
 ) -> None:
     with pytest.raises(UsageError, match="must be above 0"):
-        SolveOptions(topology=ONE_NODE, max_received_copies=0.0)
+        SolveOptions(topology=ONE_NODE, goal=Goal(caps=Caps(max_received_copies=0.0)))
     with pytest.raises(UsageError, match="must be above 0"):
-        SolveOptions(topology=ONE_NODE, max_received_copies=float("nan"))
+        SolveOptions(
+            topology=ONE_NODE, goal=Goal(caps=Caps(max_received_copies=float("nan")))
+        )
     with pytest.raises(UsageError, match="homes of a table"):
-        SolveOptions(topology=ONE_NODE, policy="token", max_received_copies=1.1)
-    asked = SolveOptions(topology=ONE_NODE, max_received_copies=1.1)
+        SolveOptions(
+            topology=ONE_NODE, goal=Goal(policy="token", caps=Caps(max_received_copies=1.1))
+        )
+    asked = SolveOptions(topology=ONE_NODE, goal=Goal(caps=Caps(max_received_copies=1.1)))
     counts = count_affinity([make_chunk()], ModelSpec(num_experts=(8,) * 3, top_k=2), {})
     with pytest.raises(UsageError, match="--max-received-copies needs the tokens"):
         solve(counts, asked)
     with pytest.raises(UsageError, match="--max-received-copies is for traffic"):
-        solve(counts, replace(asked, objective="balance"))
+        solve(counts, changed(asked, objective="balance"))
 
 
 def test_robust_plans_are_held_to_it(make_trace: Callable[..., Trace]) -> None:
     """The inner cap may be missed, what was asked for may not."""
     trace = make_trace(num_tokens=300, num_experts=(8, 8), top_k=2)
     options = SolveOptions(
-        topology=ONE_NODE, max_imbalance=2.0, max_received_copies=1.4, proof="none",
-        robust="bootstrap", params=SolverParams(num_sweeps=1),
-    )  # fmt: skip
+        topology=ONE_NODE,
+        goal=Goal(
+            robust="bootstrap", caps=Caps(max_imbalance=2.0, max_received_copies=1.4)
+        ),
+        proof="none",
+        params=SolverParams(num_sweeps=1),
+    )
     with pytest.raises(NoSolutionError, match=r"--max-received-copies 1\.4 was"):
         plan_from_trace(trace, options, EVERYTHING)
-    plan = plan_from_trace(trace, replace(options, relax_cap=True), EVERYTHING)
+    plan = plan_from_trace(trace, changed(options, relax=True), EVERYTHING)
     assert plan.solver.relaxed_receive_layers
 
 
@@ -284,15 +300,17 @@ def test_plans_of_a_frontier_are_held_to_it(
 ) -> None:
     """A frontier relaxes its own load caps, not a cap that was asked for beside them."""
     trace = make_trace(num_tokens=300, num_experts=(16, 16), top_k=3)
-    options = SolveOptions(topology=ONE_NODE, max_received_copies=0.5).quick()
+    options = SolveOptions(
+        topology=ONE_NODE, goal=Goal(caps=Caps(max_received_copies=0.5))
+    ).quick()
     with pytest.raises(NoSolutionError, match=r"in 2 of 2 MoE layers under .* 1\.2;"):
         write_frontier(trace, options, EVERYTHING, [1.2, 1.5], tmp_path / "curve")
     assert not (tmp_path / "curve").exists()
-    relaxed = replace(options, relax_cap=True)
+    relaxed = changed(options, relax=True)
     write_frontier(trace, relaxed, EVERYTHING, [1.2, 1.5], tmp_path / "curve")
     plan = Plan.read(tmp_path / "curve" / "plan-1.2.json")
     assert sorted(plan.solver.relaxed_receive_layers) == ["0", "1"]
-    reachable = replace(options, max_received_copies=2.5)
+    reachable = changed(options, max_received_copies=2.5)
     write_frontier(trace, reachable, EVERYTHING, [1.2, 1.5], tmp_path / "held")
     assert not Plan.read(tmp_path / "held" / "plan-1.2.json").solver.relaxed_receive_layers
 

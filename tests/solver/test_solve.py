@@ -15,6 +15,8 @@ from placer.placement.topology import Topology
 from placer.planning import planner
 from placer.planning.planner import plan_from_trace
 from placer.solver.balance.load_caps import balance_layer, greedy_balance
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import placement_problem
@@ -87,7 +89,9 @@ def test_search_finds_the_optimum_of_tiny_problems_and_the_bound_stays_below(
         if feasible(chunk, list(choice), 2, cap)
     }
     best = min(costs.values())
-    options = SolveOptions(topology=topology, policy=policy, max_imbalance=cap)
+    options = SolveOptions(
+        topology=topology, goal=Goal(policy=policy, caps=Caps(max_imbalance=cap))
+    )
     placement, report = solve(affinity, options)
     found = tuple(tuple(placement.expert_rank(n).tolist()) for n in range(3))
     assert report.objective == costs[found], "the reported objective is the placement's own"
@@ -107,7 +111,8 @@ def test_exact_bound_where_groups_are_planted() -> None:
     affinity = count_affinity([chunk], ModelSpec(num_experts=(4, 4), top_k=2), {})
     for policy, pairs in (("fixed", 2), ("follow", 2 * 2 + 2)):
         _, report = solve(
-            affinity, SolveOptions(topology=Topology(gpus_per_node=2), policy=policy)
+            affinity,
+            SolveOptions(topology=Topology(gpus_per_node=2), goal=Goal(policy=policy)),
         )
         assert (report.objective, report.bound, report.gap) == (pairs, pairs, 0)
         assert report.status == "optimal"
@@ -172,14 +177,18 @@ def test_impossible_cap_names_layers_and_best_reachable(
 ) -> None:
     chunk = make_chunk(num_tokens=200)
     affinity = count_affinity([chunk], ModelSpec(num_experts=(8, 8, 8), top_k=2), {})
-    options = SolveOptions(topology=Topology(gpus_per_node=8), max_imbalance=1.01)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=8), goal=Goal(caps=Caps(max_imbalance=1.01))
+    )
     with pytest.raises(
         NoSolutionError, match="out of reach in 3 of 3 MoE layers"
     ) as caught:
         solve(affinity, options)
     assert caught.value.exit_code == 3
     assert "--relax-cap" in caught.value.hint
-    relaxed = SolveOptions(topology=options.topology, max_imbalance=1.01, relax_cap=True)
+    relaxed = SolveOptions(
+        topology=options.topology, goal=Goal(caps=Caps(max_imbalance=1.01, relax=True))
+    )
     _, report = solve(affinity, relaxed)
     busiest = chunk.experts[1].ravel()
     expected = np.bincount(busiest).max() / (len(busiest) / 8)
@@ -200,7 +209,8 @@ def test_ranks_that_do_not_divide_the_slots_are_refused(
 def test_same_seed_same_bytes(make_trace: Callable[..., Trace], tmp_path: Path) -> None:
     trace = make_trace(num_sequences=12)
     options = SolveOptions(
-        topology=Topology(gpus_per_node=4), policy="follow", max_imbalance=1.3
+        topology=Topology(gpus_per_node=4),
+        goal=Goal(policy="follow", caps=Caps(max_imbalance=1.3)),
     )
     for name in ("one.json", "two.json"):
         plan_from_trace(trace, options, Selection(Fold(0, 2))).write(tmp_path / name)
@@ -211,7 +221,9 @@ def test_heldout_sequences_are_not_seen(make_trace: Callable[..., Trace]) -> Non
     """The placement of a fold is that of a trace which holds nothing but the fold."""
     trace = make_trace(num_sequences=12)
     only = count_affinity(trace.chunks(Selection(Fold(0, 2))), trace.model, {})
-    options = SolveOptions(topology=Topology(gpus_per_node=4), max_imbalance=1.3)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=4), goal=Goal(caps=Caps(max_imbalance=1.3))
+    )
     alone, _ = solve(only, options)
     plan = plan_from_trace(trace, options, Selection(Fold(0, 2)))
     assert plan.placement.to_json() == alone.to_json()

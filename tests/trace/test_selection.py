@@ -20,13 +20,17 @@ from placer.planning.planner import plan_from_trace
 from placer.planning.tables import TableOptions, make_table
 from placer.replay.replay import ReplayOptions, _batches
 from placer.simulation import simulate
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
 from placer.trace.rewrite import split_trace
 
 DECODE = Selection(phase="decode")
 EVEN_DECODE = Selection(Fold(0, 2), "decode")
-OPTIONS = SolveOptions(topology=Topology(gpus_per_node=4), proof="none", relax_cap=True)
+OPTIONS = SolveOptions(
+    topology=Topology(gpus_per_node=4), goal=Goal(caps=Caps(relax=True)), proof="none"
+)
 
 
 def call(*words: object) -> Result:

@@ -73,13 +73,13 @@ class Balancing:
     @classmethod
     def of(cls, options: SolveOptions, model: ModelSpec, num_blocks: int = 1) -> Self:
         """Return what the options ask of a balanced plan made anew."""
-        topology = options.topology
+        topology, goal = options.topology, options.goal
         return cls(
             num_ranks=topology.num_ranks,
             num_nodes=topology.num_nodes,
-            redundant_experts=options.redundant_experts,
-            max_imbalance=options.load_cap,
-            replica_choice=options.replica_choice or "hash",
+            redundant_experts=goal.redundant_experts,
+            max_imbalance=goal.caps.load_cap,
+            replica_choice=goal.replica_choice or "hash",
             layer_ids=model.layer_ids,
             n_group=model.n_group if num_blocks > 1 else 1,
             num_blocks=num_blocks,

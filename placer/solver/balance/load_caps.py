@@ -1,8 +1,7 @@
-"""The cap on load: what of it can be met, where a search may start, and what misses it."""
+"""The cap on load: what of it can be met, and where a search may start."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from ortools.sat.python import cp_model
@@ -18,9 +17,6 @@ from placer.solver.problem.pairs import rank_load
 
 # Deterministic time of CP-SAT, so that the answer does not depend on the machine.
 _DETERMINISTIC_TIME = 4.0
-_TOLERANCE = 1e-9  # of a cap on max/mean
-
-Layer = TypeVar("Layer", int, str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -134,8 +130,9 @@ def load_caps(
     NoSolutionError
         If a cap is out of reach and may not be relaxed.
     """
-    num_ranks, max_imbalance = options.topology.num_ranks, options.load_cap
-    relax_cap = options.relaxes_load_cap or options.redundant_experts > 0
+    num_ranks, goal = options.topology.num_ranks, options.goal
+    max_imbalance = goal.caps.load_cap
+    relax_cap = goal.caps.relaxes_load_cap or goal.redundant_experts > 0
     caps, start, relaxed = [], [], {}
     for layer, load in enumerate(loads):
         if relax_cap and len(load) % num_ranks:
@@ -164,64 +161,6 @@ def load_caps(
             f"{np.ceil(worst * 1000) / 1000:g}",
         )
     return caps, start, relaxed
-
-
-def above_load_cap(
-    imbalance: Mapping[Layer, float], options: SolveOptions
-) -> dict[Layer, float]:
-    """Return the layers above ``options.load_cap``, with what they reached."""
-    return {
-        layer: float(value)
-        for layer, value in imbalance.items()
-        if value > options.load_cap + _TOLERANCE
-    }
-
-
-def require_load_cap(
-    reached: Collection[float],
-    options: SolveOptions,
-    num_layers: int,
-    *,
-    stopped: bool = False,
-    without_groups: float | None = None,
-) -> None:
-    """Refuse layers above the load cap, unless caps may be relaxed.
-
-    Parameters
-    ----------
-    reached
-        What the layers above the cap reached.
-    options
-        What was asked for; a plan may be solved with caps relaxed that nobody asked for.
-    num_layers
-        Of the plan.
-    stopped
-        Whether the search was.
-    without_groups
-        What the worst layer reaches with split router groups, where they were kept whole.
-
-    Raises
-    ------
-    NoSolutionError
-        If there are such layers.
-    """
-    if not reached or options.relaxes_load_cap:
-        return
-    worst = max(reached)
-    when = ", when the search was stopped" if stopped else ""
-    groups, other = "", "ask for more --redundant-experts"
-    if options.preserve_groups or without_groups is not None:
-        groups, other = " and whole router groups", "split the groups where the engine may"
-    if without_groups is not None:
-        way = "without --preserve-groups" if options.preserve_groups else "--ignore-groups"
-        other = f"split the groups, which reaches {without_groups:.4f} ({way})"
-    raise NoSolutionError(
-        f"--max-imbalance {options.load_cap} was not reached in {len(reached)} of "
-        f"{num_layers} MoE layers with {options.redundant_experts} redundant "
-        f"experts{groups}{when}; worst {worst:.4f}",
-        f"take the best reached with --relax-cap, {other}, or ask for "
-        f"--max-imbalance {np.ceil(worst * 1000) / 1000:g}",
-    )
 
 
 def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:

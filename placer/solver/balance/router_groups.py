@@ -74,17 +74,19 @@ def blocks_of_groups(model: ModelSpec, options: SolveOptions) -> int:
         If ``preserve_groups`` asks for what the ranks do not allow.
     """
     num_ranks, num_nodes = options.topology.num_ranks, options.topology.num_nodes
-    if options.preserve_groups:
+    start = options.start
+    if start.preserve_groups:
         _require_groups(model.n_group, num_ranks)
         return min(model.n_group, num_ranks)
     fits = model.n_group % num_nodes == 0 and not any(
         size % model.n_group
-        or (size + options.redundant_experts) // num_ranks > size // num_nodes
+        or (size + options.goal.redundant_experts) // num_ranks > size // num_nodes
         for size in model.num_experts
     )
-    if options.ignore_groups or not limits_nodes(model) or not fits:
+    if start.ignore_groups or not limits_nodes(model) or not fits:
         return 1
-    if options.start is not None and not are_whole(options.start, model.n_group, num_nodes):
+    placed = start.placement
+    if placed is not None and not are_whole(placed, model.n_group, num_nodes):
         return 1
     return num_nodes
 
@@ -109,7 +111,7 @@ def place_groups(affinity: Affinity, options: SolveOptions, session: Session) ->
     caps, start = [], []
     for counts in affinity.load:
         load = counts.reshape(n_group, -1).sum(axis=1).astype(np.float64)
-        cap = options.most_load(load.sum(), blocks)
+        cap = options.goal.caps.most_load(load.sum(), blocks)
         found = balance_layer(load, blocks, cap, deadline)
         caps.append(max(cap, found.max_load))
         start.append(found.expert_rank)

@@ -78,7 +78,7 @@ def copies_report(
     deadline, objective = session.deadline, round(reached.copies, 6)
     report: dict[str, Any] = {
         "status": "optimal" if optimal else "feasible",
-        "objective_name": COPIES_NAME[options.policy],
+        "objective_name": COPIES_NAME[options.goal.policy],
         "objective": objective,
         "bound": objective,
         "gap": 0.0,
@@ -87,7 +87,7 @@ def copies_report(
     }
     if optimal:
         return report
-    if options.redundant_experts:
+    if options.goal.redundant_experts:
         why = "none: no bound is valid with replicas"
         return report | {"bound": None, "gap": None, "bound_method": why}
     problem = problem.admitting(_ranks(placement))
@@ -129,7 +129,7 @@ def content_report(
     of_few = "" if sample is None else f", on a sample of {sample:,} tokens"
     return {
         "status": "feasible",
-        "objective_name": COPIES_NAME[options.policy] + of_few,
+        "objective_name": COPIES_NAME[options.goal.policy] + of_few,
         "objective": round(cost.copies, 6),
         "bound": None,
         "gap": None,
@@ -152,8 +152,8 @@ def early_copies_bound(
     """
     rows = judged.num_tokens * problem.num_layers
     large = _num_experts(problem) > _EARLY_EXPERTS or rows > _EARLY_ROWS
-    unbound = options.redundant_experts or options.constrained or options.content_policy
-    if large or unbound:
+    goal = options.goal
+    if large or goal.redundant_experts or goal.content_policy or options.start.constrains:
         return None
     return _copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
 
@@ -201,7 +201,7 @@ def _copies_bound(
 
     ``told`` takes what was done and the bound so far, and says whether to go on.
     """
-    topology = options.topology
+    topology, exchange = options.topology, options.goal.counted
     if not _has_copies_bound(options):
         return None
     sets = token_sets([judged])
@@ -214,11 +214,11 @@ def _copies_bound(
         return CopiesCertificate(sets, problem.load, caps, num_groups)
 
     ranks, nodes = of_groups(topology.num_ranks), None
-    if options.exchange == "per-node" and topology.num_nodes > 1:
+    if exchange == "per-node" and topology.num_nodes > 1:
         nodes = of_groups(topology.num_nodes)
 
     def bound() -> float:
-        if options.exchange == "per-rank":
+        if exchange == "per-rank":
             return ranks.cost_bound(policy, topology) / scale
         to_rank, to_node = copy_prices(topology, "per-node")
         price = float(to_rank[-1].min()) * sum(ranks.bounds)
@@ -239,7 +239,7 @@ def _copies_bound(
 
 def _has_copies_bound(options: SolveOptions) -> bool:
     """Return whether there is a bound of the copies of this policy and exchange."""
-    return options.exchange == "per-rank" or options.policy == "fixed"
+    return options.goal.counted == "per-rank" or options.goal.policy == "fixed"
 
 
 def _steps(problem: PlacementProblem, options: SolveOptions) -> tuple[int, ...]:

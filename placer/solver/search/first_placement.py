@@ -14,7 +14,6 @@ from placer.arrays import IntArray
 from placer.errors import NoSolutionError, UsageError
 from placer.placement.imbalance import imbalance
 from placer.placement.migration import require_same_shape
-from placer.placement.pins import with_pins
 from placer.placement.placement import Placement
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
@@ -97,13 +96,14 @@ def profiled(
         If an option needs sweeps and there are none.
     """
     loads = [counts.astype(np.float64) for counts in affinity.load]
-    topology, redundant_experts = options.topology, options.redundant_experts
+    topology, goal = options.topology, options.goal
+    redundant_experts = goal.redundant_experts
     by_load, at_most = None, None
-    if options.below_eplb or redundant_experts:
+    if goal.caps.below_eplb or redundant_experts:
         require_room(affinity.model.num_experts, topology.num_ranks, redundant_experts)
         by_load = (
             _balanced_copies(affinity, options, session.deadline)
-            if options.preserve_groups
+            if options.start.preserve_groups
             else pack_loads(loads, topology, redundant_experts)
         )
         if not redundant_experts:
@@ -147,34 +147,36 @@ def first_placement(
     NoSolutionError
         If no placement is under the cap on received copies, where that is proved.
     """
-    topology = options.topology
-    if options.start is not None:
+    topology, start = options.topology, options.start
+    redundant_experts = options.goal.redundant_experts
+    if start.placement is not None:
         require_same_shape(
-            options.start,
+            start.placement,
             profile.affinity.model.num_experts,
             topology.num_ranks,
             topology.num_nodes,
-            options.redundant_experts,
+            redundant_experts,
         )
-        return with_pins(options.start, options.pins), False
-    if options.preserve_groups:
+        return start.pinned(start.placement), False
+    if start.preserve_groups:
         placed = profile.by_load or place_groups(profile.affinity, options, session)
         return placed, False
-    if options.redundant_experts and profile.is_uneven:
+    if redundant_experts and profile.is_uneven:
         copied = _balanced_copies(profile.affinity, options, session.deadline)
-        return with_pins(copied, options.pins), False
+        return start.pinned(copied), False
     placement, optimal = _place_pairs(profile, problem, options, session)
-    if options.redundant_experts:
+    if redundant_experts:
         loads = [counts.astype(np.float64) for counts in profile.affinity.load]
-        placement = with_replicas(placement, loads, options.redundant_experts)
-    return with_pins(placement, options.pins), optimal
+        placement = with_replicas(placement, loads, redundant_experts)
+    return start.pinned(placement), optimal
 
 
 def _balanced_copies(
     affinity: Affinity, options: SolveOptions, deadline: Deadline
 ) -> Placement:
     """Return a balanced start, where copies cannot be added to a placement without them."""
-    blocks = blocks_of_groups(affinity.model, options) if options.preserve_groups else 1
+    whole = options.start.preserve_groups
+    blocks = blocks_of_groups(affinity.model, options) if whole else 1
     asked = Balancing.of(options, affinity.model, blocks)
     loads = [counts.astype(np.float64) for counts in affinity.load]
     return balance_loads(loads, asked, deadline).placement
@@ -221,8 +223,10 @@ def _exact_copies(
     problem: PlacementProblem, judged: Chunk, options: SolveOptions, max_operations: float
 ) -> ExactPlacement | None:
     """Minimise copies exactly, where few assignments and nothing else asked allow it."""
-    cap = options.max_received_copies
-    if replace(options, max_received_copies=None).needs_tokens is not None:
+    goal = options.goal
+    cap = goal.caps.max_received_copies
+    without = replace(goal, caps=replace(goal.caps, max_received_copies=None))
+    if replace(options, goal=without).needs_tokens is not None:
         return None
     policy = options.start_policies(judged.experts[0].shape[1])[0]
     cost = CopiesCost.of([judged], policy, options.topology)
@@ -230,7 +234,7 @@ def _exact_copies(
     try:
         return solve_exactly(problem, cost, None, max_operations, limit)
     except NoSolutionError:
-        if options.relax_cap:  # the search then comes as near to the cap as it can
+        if goal.caps.relax:  # the search then comes as near to the cap as it can
             return None
         raise
 

@@ -7,53 +7,27 @@ import numpy as np
 
 from placer.arrays import BoolArray, FloatArray
 from placer.placement.migration import move_prices
-from placer.placement.pins import (
-    pinned_kinds,
-    with_pins,
-)
+from placer.placement.pins import pinned_kinds
 from placer.placement.placement import Placement
-from placer.placement.policy import (
-    ContentPolicy,
-    Policy,
-)
+from placer.placement.policy import ContentPolicy, Policy
 from placer.run.progress import GapLine
 from placer.run.session import Session
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.balance.router_groups import group_kinds
-from placer.solver.options import (
-    OVERFLOW_PRICE,
-    SolveOptions,
-)
+from placer.solver.goal import OVERFLOW_PRICE
+from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.problem.scenarios import load_scenarios
-from placer.solver.problem.traffic import (
-    TrafficProblem,
-    sample_sequences,
-)
+from placer.solver.problem.traffic import TrafficProblem, sample_sequences
 from placer.solver.proof.reports import early_copies_bound
-from placer.solver.search.alternation import (
-    Alternation,
-    vocabulary_of,
-)
-from placer.solver.search.caution import (
-    is_above,
-    kept_under_cap,
-)
+from placer.solver.search.alternation import Alternation, vocabulary_of
+from placer.solver.search.caution import is_above, kept_under_cap
 from placer.solver.search.drawn import best_as_drawn
-from placer.solver.search.evaluation import (
-    Evaluation,
-    Rated,
-)
+from placer.solver.search.evaluation import Evaluation, Rated
 from placer.solver.search.evaluator import evaluate
-from placer.solver.search.first_placement import (
-    Profile,
-    first_placement,
-)
-from placer.solver.search.refine import (
-    refined,
-    repaired,
-)
+from placer.solver.search.first_placement import Profile, first_placement
+from placer.solver.search.refine import refined, repaired
 from placer.trace import Chunk
 
 
@@ -105,11 +79,11 @@ def minimised(
     The second value is what the copies cost from those homes, which no other policy has.
     """
     search = _Search(profile=profile, judged=judged, options=options, session=session)
-    content = options.content_policy
+    content = options.goal.content_policy
     if content is not None:
         return _minimised_for_tables(search, content)
     (policy,) = options.start_policies(profile.affinity.model.top_k)
-    minimise = _minimised_as_drawn if options.has_draws else _minimised
+    minimise = _minimised_as_drawn if options.goal.has_draws else _minimised
     return minimise(search, policy), None
 
 
@@ -137,7 +111,7 @@ def _minimised_for_tables(
             vocab_size=vocab_size,
             params=options.params,
             seed=search.session.seed,
-            max_home_imbalance=options.max_home_imbalance,
+            max_home_imbalance=options.goal.caps.max_home_imbalance,
             caution=caution,
         )
         end = _alternate(found.placement, alternation, search.session)
@@ -146,16 +120,16 @@ def _minimised_for_tables(
     first, *others = options.start_policies(search.profile.affinity.model.top_k)
     found, alternation, end = alternated(first)
     ends = [end]
-    if options.start is not None:
+    if (given := options.start.pinned_placement) is not None:
         # What is best for the first homes may be worse for those of a table.
-        ends.append(alternation.rated(with_pins(options.start, options.pins)))
-    above = is_above(end.cost).any() and options.redundant_experts
+        ends.append(alternation.rated(given))
+    above = is_above(end.cost).any() and options.goal.redundant_experts
     if above and search.profile.by_load is not None:
-        given = alternation.rated(with_pins(search.profile.by_load, options.pins))
+        by_load = alternation.rated(options.start.pinned(search.profile.by_load))
         if deadline.passed():  # a mixture takes a rating more
-            ends.append(given)
+            ends.append(by_load)
         else:
-            ends[0] = alternation.mixture(ends[0], given, deadline)
+            ends[0] = alternation.mixture(ends[0], by_load, deadline)
     for policy in others:
         if not deadline.passed():
             ends.append(alternated(policy)[2])
@@ -172,17 +146,19 @@ def _minimised_carefully(search: _Search, policy: Policy) -> Found:
     But in layers that no placement without replicas brings under the cap, which need the
     relief.
     """
-    options = search.options
-    is_placed_with_copies = options.preserve_groups or search.profile.is_uneven
-    if options.start is not None or is_placed_with_copies or not options.redundant_experts:
+    options, goal, start = search.options, search.options.goal, search.options.start
+    is_placed_with_copies = start.preserve_groups or search.profile.is_uneven
+    is_given = start.placement is not None
+    if is_given or is_placed_with_copies or not goal.redundant_experts:
         return _minimised(search, policy)
-    bare = replace(options, redundant_experts=0, max_received_copies=None, relax_cap=True)
+    caps = replace(goal.caps, max_received_copies=None, relax=True)
+    bare = replace(options, goal=replace(goal, redundant_experts=0, caps=caps))
     found = _minimised(replace(search, options=bare), policy)
     load = [counts.astype(np.float64) for counts in search.profile.affinity.load]
     copied = with_replicas(
         found.placement,
         load,
-        options.redundant_experts,
+        goal.redundant_experts,
         ~_needs_relief(search.profile, options),
     )
     return replace(
@@ -198,7 +174,7 @@ def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
     """Return ``[L]``: layers whose load cap is out of reach without replicas."""
     num_ranks = options.topology.num_ranks
     total = np.array([load.sum() for load in profile.affinity.load])
-    asked = np.array([options.most_load(pairs, num_ranks) for pairs in total])
+    asked = np.array([options.goal.caps.most_load(pairs, num_ranks) for pairs in total])
     needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
     return needed
 
@@ -211,7 +187,7 @@ def _first_caution(
     Tokens go where copies of their experts are, and take the load there with them;
     requests, which use most experts, hardly do, and ``hash`` does not look at homes.
     """
-    is_moved = content == "token" and options.replica_choice != "hash"
+    is_moved = content == "token" and options.goal.replica_choice != "hash"
     share = options.params.caution_of_tables if is_moved else 0.0
     return np.where(_needs_relief(profile, options), 0.0, share)
 
@@ -263,10 +239,10 @@ def _tried_for_draws(search: _Search, found: Found) -> list[Placement]:
         caution = np.where(needs_relief, less, more)
         problem = replace(found.traffic, caution=caution)
         tried.append(_refine(tried[-1], problem, once, found.line, search.session))
-    if options.start is not None:
-        tried.append(with_pins(options.start, options.pins))
+    if (given := options.start.pinned_placement) is not None:
+        tried.append(given)
     if search.profile.by_load is not None:
-        tried.append(with_pins(search.profile.by_load, options.pins))
+        tried.append(options.start.pinned(search.profile.by_load))
     return tried
 
 
@@ -284,7 +260,7 @@ def _minimised(search: _Search, policy: Policy) -> Found:
     problem = search.profile.problem(policy, options)
     placement, optimal = first_placement(search.profile, problem, options, search.session)
     traffic = _traffic_problem(search, problem, policy)
-    if options.preserve_groups:
+    if options.start.preserve_groups:
         # Whole groups may be above the cap: then no rank gets busier than they make it.
         traffic = _capped_by(placement, np.maximum, traffic, options)
     line = GapLine(tell=search.session.progress, num_decimals=4)
@@ -301,46 +277,48 @@ def _traffic_problem(
     search: _Search, problem: PlacementProblem, policy: Policy
 ) -> TrafficProblem:
     profile, judged, options = search.profile, search.judged, search.options
+    goal, start = options.goal, options.start
     sizes = tuple(len(load) for load in problem.load)
     n_group = profile.affinity.model.n_group
     load = load_scenarios(
         profile.tokens or judged,
         sizes,
-        options.robust,
+        goal.robust,
         search.session.seed,
         options.params.num_resamples,
     )
     caps = problem.max_load
-    if options.redundant_experts:
+    if goal.redundant_experts:
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
-        caps = tuple(options.most_load(one[0].sum(), num_ranks) for one in load)
+        caps = tuple(goal.caps.most_load(one[0].sum(), num_ranks) for one in load)
     traffic = TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
         policy=policy,
-        exchange=options.exchange,
+        exchange=goal.counted,
         load=load,
         max_load=tuple(np.full(len(one), cap) for one, cap in zip(load, caps, strict=True)),
         overflow_price=OVERFLOW_PRICE
-        if options.overflow_price is None
-        else options.overflow_price,
-        receive_price=options.receive_price,
+        if goal.overflow_price is None
+        else goal.overflow_price,
+        receive_price=goal.receive_price,
         home_price=options.params.home_price,
         move_price=_move_price(judged, profile.tokens, options),
         kind=pinned_kinds(
-            group_kinds(sizes, n_group) if options.preserve_groups else None,
+            group_kinds(sizes, n_group) if start.preserve_groups else None,
             sizes,
-            options.pins,
+            start.pins,
         ),
-        replica_choice=options.replica_choice,
+        replica_choice=goal.replica_choice,
         layer_ids=profile.affinity.model.layer_ids,
-        max_home_imbalance=options.max_home_imbalance
-        if options.policy == "follow"
+        max_home_imbalance=goal.caps.max_home_imbalance
+        if goal.policy == "follow"
         else None,
-        max_received_copies=options.max_received_copies,
+        max_received_copies=goal.caps.max_received_copies,
     )
-    if profile.by_load is None or not options.below_eplb or not options.redundant_experts:
+    below = goal.caps.below_eplb and goal.redundant_experts
+    if profile.by_load is None or not below:
         return traffic
     return _capped_by(profile.by_load, np.minimum, traffic, options)
 
@@ -364,12 +342,13 @@ def _capped_by(
 def _move_price(
     judged: Chunk, profile: Chunk | None, options: SolveOptions
 ) -> tuple[FloatArray, ...] | None:
-    if options.start is None or not options.migration_cost:
+    start = options.start
+    if start.placement is None or not start.migration_cost:
         return None
     whole = judged if profile is None else profile
     # Judged by a sample, a move is worth that share of it.
     share = judged.num_tokens / whole.num_tokens
-    return move_prices(options.start, options.migration_cost * share)
+    return move_prices(start.placement, start.migration_cost * share)
 
 
 def _refine(

@@ -23,6 +23,7 @@ from placer.solver.balance.router_groups import are_whole
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.solve import solve
+from tests.plans import changed
 
 LOADS = st.lists(st.integers(0, 50), min_size=4, max_size=4).filter(any)
 
@@ -104,7 +105,7 @@ def loads_alone(load: list[int]) -> Affinity:
 
 def options(**changes: object) -> SolveOptions:
     topology = Topology(num_nodes=1, gpus_per_node=2)
-    return replace(SolveOptions(topology=topology), **changes)
+    return changed(SolveOptions(topology=topology), **changes)
 
 
 def test_loads_alone_are_solved_for_balance_with_a_bound() -> None:
@@ -118,7 +119,7 @@ def test_a_cap_out_of_reach_is_told_or_relaxed() -> None:
     hot = loads_alone([90, 1, 5, 4])
     with pytest.raises(NoSolutionError, match=r"worst 1\.82"):
         solve(hot, options(max_imbalance=1.1))
-    for asked in ({"max_imbalance": 1.1, "relax_cap": True}, {}):
+    for asked in ({"max_imbalance": 1.1, "relax": True}, {}):
         _, report = solve(hot, options(**asked))
         assert report.relaxed_layers == {"0": pytest.approx(1.82)}
 
@@ -191,12 +192,12 @@ def test_router_groups_stay_on_nodes_unless_they_are_ignored() -> None:
         replica_choice="sglang-static",
     )
     kept, report = solve(affinity, asked)
-    split, without = solve(affinity, replace(asked, ignore_groups=True))
+    split, without = solve(affinity, changed(asked, ignore_groups=True))
     assert are_whole(kept, 8, 4) and not are_whole(split, 8, 4)
     assert report.imbalance_without_groups == without.objective < report.objective
     assert without.imbalance_without_groups is None
     with pytest.raises(UsageError, match="exclude each other"):
-        replace(asked, ignore_groups=True, preserve_groups=True)
+        changed(asked, ignore_groups=True, preserve_groups=True)
 
 
 def test_a_cap_that_whole_groups_miss_names_what_split_ones_reach() -> None:
@@ -208,10 +209,10 @@ def test_a_cap_that_whole_groups_miss_names_what_split_ones_reach() -> None:
         replica_choice="hash",
         max_imbalance=1.5,
     )
-    _, report = solve(affinity, replace(asked, ignore_groups=True))
+    _, report = solve(affinity, changed(asked, ignore_groups=True))
     for more, way in (({}, "--ignore-groups"), ({"preserve_groups": True}, "without")):
         with pytest.raises(NoSolutionError, match="whole router groups") as error:
-            solve(affinity, replace(asked, **more))
+            solve(affinity, changed(asked, **more))
         assert f"reaches {report.objective:.4f} ({way}" in error.value.hint
         assert "--redundant-experts" not in error.value.hint
 

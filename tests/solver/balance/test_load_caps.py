@@ -12,6 +12,8 @@ from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.solver.balance import load_caps as balance
 from placer.solver.balance.load_caps import balance_layer, least_max_load, load_caps
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 
 LOADS = st.lists(st.integers(0, 50), min_size=6, max_size=6)
@@ -61,7 +63,9 @@ def test_no_time_is_left_for_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance, "_minimise_max_load", None)
     load = np.asarray([453, 248, 367, 310, 264, 315, 328, 383], float)
     late = Deadline(seconds=0.0)
-    options = SolveOptions(topology=Topology(gpus_per_node=2), max_imbalance=1.0)
+    options = SolveOptions(
+        topology=Topology(gpus_per_node=2), goal=Goal(caps=Caps(max_imbalance=1.0))
+    )
     with pytest.raises(NoSolutionError, match="when the search was stopped"):
         load_caps([load], options, late)
     assert late.stopped

@@ -20,6 +20,8 @@ from placer.planning.planner import plan_from_trace
 from placer.planning.tables import TableOptions, make_table
 from placer.run.deadline import Deadline
 from placer.solver.balance.requests import place_requests
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
@@ -30,6 +32,7 @@ from placer.solver.search.refine import refined
 from placer.solver.solve import solve
 from placer.table.build import DEFAULT_SHRINKAGE
 from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace, TraceWriter
+from tests.plans import changed
 
 TWO = Topology(gpus_per_node=2)
 
@@ -190,7 +193,9 @@ def write(directory: Path, chunk: Chunk, num_experts: int = 8) -> Trace:
 def test_planted_topics_are_found_and_the_plan_says_so(tmp_path: Path, policy: str) -> None:
     trace = write(tmp_path / "trace", topics(64, seed=1))
     options = SolveOptions(
-        topology=Topology(gpus_per_node=4), policy=policy, proof="none", max_imbalance=1.3
+        topology=Topology(gpus_per_node=4),
+        goal=Goal(policy=policy, caps=Caps(max_imbalance=1.3)),
+        proof="none",
     )
     plan = plan_from_trace(trace, options, Selection(Fold(part=0, parts=2)))
     for layer in range(3):
@@ -228,14 +233,13 @@ def test_a_plan_that_is_served_is_never_made_worse(
     affinity = count_affinity([chunk], ModelSpec(num_experts=(8, 8, 8), top_k=2), {})
     options = SolveOptions(
         topology=Topology(gpus_per_node=4),
-        policy="token",
-        max_imbalance=2.0,
+        goal=Goal(policy="token", caps=Caps(max_imbalance=2.0)),
         proof="none",
         params=SolverParams(num_sweeps=8),
     )
     judge = alternation(chunk, 8, 4, policy="token")
     start, _ = solve(affinity, options, None, chunk)
-    again = replace(options, start=start, params=SolverParams(num_sweeps=1))
+    again = changed(options, placement=start, params=SolverParams(num_sweeps=1))
     end, _ = solve(affinity, again, None, chunk)
     assert judge.rated(end).cost.price <= judge.rated(start).cost.price
 
@@ -253,7 +257,7 @@ def test_without_token_ids_there_are_no_homes(make_chunk: Callable[..., Chunk]) 
     whole = make_chunk()
     model = ModelSpec(num_experts=(8, 8, 8), top_k=2)
     affinity = count_affinity([whole], model, {})
-    options = SolveOptions(topology=TWO, policy="token")
+    options = SolveOptions(topology=TWO, goal=Goal(policy="token"))
     blind = Chunk(
         experts=whole.experts, sequence_ids=whole.sequence_ids, positions=whole.positions
     )
@@ -269,7 +273,7 @@ def test_follow_pays_for_every_token_above_the_cap_on_homes(
 ) -> None:
     chunk = make_chunk(num_tokens=300, seed=4)
     plain = replace(alternation(chunk, 8, 4, policy="token").traffic, policy="follow")
-    capped = replace(plain, max_home_imbalance=1.1)
+    capped = changed(plain, max_home_imbalance=1.1)
     limits = SolverParams(num_sweeps=8)
     start = Placement.from_expert_rank([np.arange(8) // 2] * 3, 4, 1)
 
@@ -296,10 +300,14 @@ def test_follow_pays_for_every_token_above_the_cap_on_homes(
 @pytest.mark.parametrize("policy", ["fixed", "request"])
 def test_a_cap_on_homes_is_refused_where_it_means_nothing(policy: str) -> None:
     with pytest.raises(UsageError, match="--max-home-imbalance") as caught:
-        SolveOptions(topology=TWO, policy=policy, max_home_imbalance=1.5)
+        SolveOptions(
+            topology=TWO, goal=Goal(policy=policy, caps=Caps(max_home_imbalance=1.5))
+        )
     assert "--policy" in str(caught.value.hint)
     with pytest.raises(UsageError, match="must be above 1"):
-        SolveOptions(topology=TWO, policy="token", max_home_imbalance=1.0)
+        SolveOptions(
+            topology=TWO, goal=Goal(policy="token", caps=Caps(max_home_imbalance=1.0))
+        )
 
 
 def test_a_cap_on_homes_evens_them_out(make_trace: Callable[..., Trace]) -> None:
@@ -308,9 +316,7 @@ def test_a_cap_on_homes_evens_them_out(make_trace: Callable[..., Trace]) -> None
     for cap in (None, 1.05):
         options = SolveOptions(
             topology=TWO,
-            policy="token",
-            max_imbalance=1.5,
-            max_home_imbalance=cap,
+            goal=Goal(policy="token", caps=Caps(max_imbalance=1.5, max_home_imbalance=cap)),
             proof="none",
         )
         plan = plan_from_trace(trace, options, EVERYTHING)
@@ -324,7 +330,9 @@ def test_a_plan_for_tokens_is_judged_with_its_table_or_says_what_it_lacks(
     trace = write(tmp_path / "trace", topics(64, seed=2))
     fold = Selection(Fold(part=0, parts=2))
     options = SolveOptions(
-        topology=Topology(gpus_per_node=4), policy="token", proof="none", max_imbalance=1.3
+        topology=Topology(gpus_per_node=4),
+        goal=Goal(policy="token", caps=Caps(max_imbalance=1.3)),
+        proof="none",
     )
     plan = plan_from_trace(trace, options, fold)
     path, table = tmp_path / "plan.json", tmp_path / "table.safetensors"

@@ -1,7 +1,6 @@
 """Load caps of redundant experts whose copies serve as tables and draws will have it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from placer.run.session import Session
 from placer.serving.replica_choice import sglang_static_ranks
 from placer.simulation import simulate
 from placer.solver.balance.replicas import with_replicas
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
@@ -31,6 +32,7 @@ from placer.solver.search.evaluation import Evaluation, Rated
 from placer.solver.search.evaluator import evaluate
 from placer.solver.solve import solve
 from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
+from tests.plans import changed
 
 SIZES = (16,) * 4
 RANKS = 4
@@ -76,10 +78,12 @@ def test_copies_bear_the_load_that_the_homes_of_tables_ask_of_them(
     chunk = make_chunk(num_tokens=3000, num_experts=SIZES, top_k=4, num_sequences=40)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        policy=policy,
-        max_imbalance=1.05,
-        redundant_experts=RANKS,
-        replica_choice="local-first",
+        goal=Goal(
+            policy=policy,
+            redundant_experts=RANKS,
+            replica_choice="local-first",
+            caps=Caps(max_imbalance=1.05),
+        ),
         proof="none",
     )
     placement, _ = solved(chunk, options)
@@ -125,9 +129,11 @@ def test_copies_bear_the_load_that_sglang_draws(
     chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4)
     options = SolveOptions(
         topology=Topology(num_nodes=num_nodes, gpus_per_node=8 // num_nodes),
-        max_imbalance=1.1,
-        redundant_experts=8,
-        replica_choice="sglang-static",
+        goal=Goal(
+            redundant_experts=8,
+            replica_choice="sglang-static",
+            caps=Caps(max_imbalance=1.1),
+        ),
         proof="none",
     )
     placement, _ = solved(chunk, options)
@@ -371,10 +377,12 @@ def test_a_rank_that_only_copies_relieve_is_relieved(policy: str, rule: str) -> 
     assert loads_of(chunk, 16, 0).max() > 1.15 * 1500 * 4 / 8
     options = SolveOptions(
         topology=Topology(gpus_per_node=8),
-        policy=policy,
-        max_imbalance=1.15,
-        redundant_experts=8,
-        replica_choice=rule,
+        goal=Goal(
+            policy=policy,
+            redundant_experts=8,
+            replica_choice=rule,
+            caps=Caps(max_imbalance=1.15),
+        ),
         proof="none",
     )
     solved(chunk, options, Session(seed=2))  # or it says that the cap was not reached
@@ -387,13 +395,15 @@ def test_few_experts_with_copies_are_not_called_optimal(
     chunk = make_chunk(num_tokens=600, num_experts=(8, 8), top_k=2)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        max_imbalance=1.2,
-        redundant_experts=RANKS,
-        replica_choice="sglang-static",
+        goal=Goal(
+            redundant_experts=RANKS,
+            replica_choice="sglang-static",
+            caps=Caps(max_imbalance=1.2),
+        ),
     )
     _, report = solved(chunk, options)
     assert (report.status, report.bound, report.gap) == ("feasible", None, None)
-    _, capped = solved(chunk, replace(options, max_received_copies=1.3))
+    _, capped = solved(chunk, changed(options, max_received_copies=1.3))
     assert capped.most_received_copies <= 1.3
 
 
@@ -404,15 +414,17 @@ def test_a_plan_that_sglang_serves_is_never_made_worse(
     chunk = make_chunk(num_tokens=600, num_experts=SIZES, top_k=4)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        policy=policy,
-        max_imbalance=1.2,
-        redundant_experts=RANKS,
-        replica_choice="sglang-static",
+        goal=Goal(
+            policy=policy,
+            redundant_experts=RANKS,
+            replica_choice="sglang-static",
+            caps=Caps(max_imbalance=1.2),
+        ),
         proof="none",
         params=SolverParams(num_sweeps=8),
     )
     start, report = solved(chunk, options)
-    again = replace(options, start=start, params=SolverParams(num_sweeps=1))
+    again = changed(options, placement=start, params=SolverParams(num_sweeps=1))
     assert solved(chunk, again, Session(seed=1))[1].objective <= report.objective
 
 
@@ -426,10 +438,12 @@ def test_a_search_that_has_no_time_still_repairs_what_it_has(
     chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        policy=policy,
-        max_imbalance=1.25,
-        redundant_experts=RANKS,
-        replica_choice=rule,
+        goal=Goal(
+            policy=policy,
+            redundant_experts=RANKS,
+            replica_choice=rule,
+            caps=Caps(max_imbalance=1.25),
+        ),
         proof="none",
     )
     _, report = solved(chunk, options, Session.begun(time_limit=0.001))
@@ -455,13 +469,14 @@ def test_caution_from_the_first_round_meets_a_cap_that_tables_exceed_without_it(
     """Without it, two of the three layers stay above the cap."""
     options = SolveOptions(
         topology=Topology(gpus_per_node=8),
-        policy="token",
-        max_imbalance=1.1,
-        redundant_experts=8,
-        replica_choice="sglang-static",
+        goal=Goal(
+            policy="token",
+            redundant_experts=8,
+            replica_choice="sglang-static",
+            caps=Caps(max_imbalance=1.1, relax=True),
+        ),
         proof="none",
         params=SolverParams(num_sweeps=4),
-        relax_cap=True,
     )
     assert not solved(topics(), options)[1].relaxed_layers
 
@@ -471,10 +486,12 @@ def test_hash_needs_no_caution_for_homes(make_chunk: Callable[..., Chunk]) -> No
     chunk = make_chunk(num_tokens=1500, num_experts=SIZES, top_k=4, num_sequences=40)
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        policy="token",
-        max_imbalance=1.1,
-        redundant_experts=RANKS,
-        replica_choice="hash",
+        goal=Goal(
+            policy="token",
+            redundant_experts=RANKS,
+            replica_choice="hash",
+            caps=Caps(max_imbalance=1.1),
+        ),
         proof="none",
     )
     placement, _ = solved(chunk, options)
@@ -491,9 +508,9 @@ def test_copies_that_do_not_fit_are_refused_before_the_search(
     monkeypatch.setattr(searched, lambda *_, **__: pytest.fail("it searched"))
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        policy="token",
-        redundant_experts=RANKS + 2,
-        replica_choice="local-first",
+        goal=Goal(
+            policy="token", redundant_experts=RANKS + 2, replica_choice="local-first"
+        ),
         proof="none",
     )
     with pytest.raises(UsageError, match="do not divide over 4 ranks"):
@@ -511,9 +528,9 @@ def test_plans_report_what_copies_serve_by_their_own_rule(
         writer.finish()
     options = SolveOptions(
         topology=Topology(gpus_per_node=RANKS),
-        max_imbalance=1.2,
-        redundant_experts=RANKS,
-        replica_choice=rule,
+        goal=Goal(
+            redundant_experts=RANKS, replica_choice=rule, caps=Caps(max_imbalance=1.2)
+        ),
         proof="none",
     )
     fold = Selection(Fold(part=0, parts=2))

@@ -11,6 +11,8 @@ from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.simulation import simulate
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import PlacementProblem
@@ -156,8 +158,7 @@ def test_tokens_are_not_counted_in_pairs_where_layers_cannot_be_enumerated(
     monkeypatch.setattr(CopiesCost, "of", refuse)
     options = SolveOptions(
         topology=ONE_NODE[4],
-        policy="follow",
-        max_imbalance=4.0,
+        goal=Goal(policy="follow", caps=Caps(max_imbalance=4.0)),
         proof="none",
         params=SolverParams(num_rounds=1, num_sweeps=1),
     )

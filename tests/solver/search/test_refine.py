@@ -16,6 +16,8 @@ from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.run.session import Session
 from placer.solver.balance.replicas import with_replicas
+from placer.solver.caps import Caps
+from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.layer_profile import layer_tokens
@@ -25,6 +27,7 @@ from placer.solver.search.evaluator import Evaluator, evaluate
 from placer.solver.search.refine import _Refinement, refined
 from placer.solver.solve import solve
 from placer.trace import Chunk
+from tests.plans import changed
 
 SIZES = (8, 8, 8)
 TOPOLOGIES = {
@@ -111,10 +114,12 @@ def next_home(ranks: list[int]) -> int:
 def follow_with_replicas(*, num_ranks: int, max_imbalance: float) -> SolveOptions:
     return SolveOptions(
         topology=Topology(gpus_per_node=num_ranks),
-        policy="follow",
-        max_imbalance=max_imbalance,
-        redundant_experts=num_ranks,
-        replica_choice="local-first",
+        goal=Goal(
+            policy="follow",
+            redundant_experts=num_ranks,
+            replica_choice="local-first",
+            caps=Caps(max_imbalance=max_imbalance),
+        ),
         proof="none",
     )
 
@@ -219,7 +224,7 @@ WHOLE = follow_with_replicas(num_ranks=8, max_imbalance=1.1).quick()
 
 @pytest.mark.parametrize(
     ("options", "last"),
-    [(replace(WHOLE, max_received_copies=3.2), "no line"), (CUT, "copies, sweep 6")],
+    [(changed(WHOLE, max_received_copies=3.2), "no line"), (CUT, "copies, sweep 6")],
     ids=["whole", "cut"],
 )
 def test_what_moves_break_further_on_is_repaired(
@@ -243,7 +248,7 @@ def test_what_moves_break_further_on_is_repaired(
     placement, report = solved()
     assert report.reproducible == (options is not CUT)
     found = loads_of_followed_homes(chunk, placement)
-    assert max(imbalance(load) for load in found) < options.max_imbalance + 0.02
+    assert max(imbalance(load) for load in found) < options.goal.caps.load_cap + 0.02
     monkeypatch.setattr(_Refinement, "repair", lambda *_: None)
     with pytest.raises(NoSolutionError, match="was not reached") as caught:
         solved()
@@ -303,9 +308,12 @@ def test_the_cap_is_never_left(make_chunk: Callable[..., Chunk], policy: str) ->
     chunk = make_chunk(num_tokens=2000)
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=2), {})
     options = SolveOptions(
-        topology=Topology(gpus_per_node=4), policy=policy, max_imbalance=1.05,
-        robust="bootstrap", proof="none", relax_cap=True,
-    )  # fmt: skip
+        topology=Topology(gpus_per_node=4),
+        goal=Goal(
+            policy=policy, robust="bootstrap", caps=Caps(max_imbalance=1.05, relax=True)
+        ),
+        proof="none",
+    )
     placement, report = solve(affinity, options, tokens=chunk)
     for layer, load in enumerate(affinity.load):
         held = np.bincount(placement.expert_rank(layer), load, minlength=4)
@@ -343,9 +351,10 @@ def test_robust_plans_bear_other_loads_better(make_chunk: Callable[..., Chunk]) 
 
     def overflow(robust: str) -> float:
         options = SolveOptions(
-            topology=Topology(gpus_per_node=4), max_imbalance=1.10, robust=robust,
-            proof="none", relax_cap=True,
-        )  # fmt: skip
+            topology=Topology(gpus_per_node=4),
+            goal=Goal(robust=robust, caps=Caps(max_imbalance=1.10, relax=True)),
+            proof="none",
+        )
         placement, _ = solve(affinity, options, tokens=chunk)
         over = 0.0
         for layer, loads in enumerate(scenarios):
@@ -365,9 +374,10 @@ def test_a_price_on_the_busiest_receiver_evens_it_out(
 
     def busiest(price: float) -> int:
         options = SolveOptions(
-            topology=Topology(gpus_per_node=4), max_imbalance=2.0, receive_price=price,
+            topology=Topology(gpus_per_node=4),
+            goal=Goal(receive_price=price, caps=Caps(max_imbalance=2.0)),
             proof="none",
-        )  # fmt: skip
+        )
         placement, _ = solve(affinity, options, tokens=chunk)
         ranks = placement.expert_rank(0)[chunk.experts[0]]
         return max(int((ranks == r).any(axis=1).sum()) for r in range(4))
@@ -409,14 +419,14 @@ def test_a_cap_missed_with_replicas_is_refused_or_recorded(
     affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=2), {})
     options = SolveOptions(
         topology=Topology(gpus_per_node=4),
-        max_imbalance=1.0,
-        redundant_experts=4,
-        replica_choice="local-first",
+        goal=Goal(
+            redundant_experts=4, replica_choice="local-first", caps=Caps(max_imbalance=1.0)
+        ),
     )
     with pytest.raises(NoSolutionError, match="was not reached in") as caught:
         solve(affinity, options, tokens=chunk)
     assert "--relax-cap" in caught.value.hint
-    _, report = solve(affinity, replace(options, relax_cap=True), tokens=chunk)
+    _, report = solve(affinity, changed(options, relax=True), tokens=chunk)
     assert report.relaxed_layers
     assert report.bound is None
 
