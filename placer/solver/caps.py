@@ -107,13 +107,19 @@ class Caps:
         """Whether to use the best reachable if the load cap is out of reach."""
         return self.relax or not self.gives_load_cap
 
-    def most_load(self, pairs: float, num_ranks: int) -> float:
-        """Return the pairs that a rank may serve of all pairs of a layer."""
-        return self.load_cap * pairs / num_ranks
-
     def under(self, load_cap: float, *, relax: bool = True) -> Self:
         """Return the same with another cap on load."""
         return replace(self, max_imbalance=load_cap, relax=relax)
+
+    @property
+    def without_homes(self) -> Self:
+        """The same without the cap on homes."""
+        return replace(self, max_home_imbalance=None)
+
+    @property
+    def without_received(self) -> Self:
+        """The same without the cap on received copies."""
+        return replace(self, max_received_copies=None)
 
     def require_no_load_cap(self, option: str) -> None:
         """Refuse a cap on load beside an option that has caps of its own.

@@ -110,7 +110,7 @@ class Goal:
             objective="balance",
             policy="fixed",
             exchange="per-rank",
-            caps=replace(self.caps, max_home_imbalance=None),
+            caps=self.caps.without_homes,
             receive_price=0.0,
             robust="none",
         )

@@ -147,7 +147,7 @@ def capped_problem(
         policy=policy,
         load=load,
         max_load=tuple(np.array([1.3 * one.sum() / 4]) for one in load),
-        max_received_copies=cap,
+        caps=Caps(max_received_copies=cap),
         **options,
     )
 

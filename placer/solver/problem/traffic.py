@@ -4,7 +4,7 @@ Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks, k expe
 token, S load scenarios.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from placer.arrays import FloatArray, Int16Array, IntArray
 from placer.errors import UsageError
 from placer.placement.topology import Topology
+from placer.solver.caps import Caps
 from placer.solver.kernels.layer import Prices
 from placer.solver.params import SolverParams
 from placer.target.engine import SolvableExchange, SolvableReplicaChoice
@@ -59,12 +60,10 @@ class TrafficProblem:
     layer_ids
         ``[L]``: the model's own layer number of each MoE layer, for ``sglang-static``;
         ``None``: no layer is dense.
-    max_home_imbalance
-        Cap on the tokens of a home rank over the mean, in every layer of ``follow``, or
-        ``None``. Every token above it costs ``home_price`` copies.
-    max_received_copies
-        Cap on R x the copies that a rank receives per token, in every layer, or ``None``:
-        a limit that no move may break, as that of the load is.
+    caps
+        Those on homes, where every token above costs ``home_price`` copies, and on received
+        copies, a limit that no move may break, as that of the load is. That on load is in
+        ``max_load``.
     caution
         ``[L]``: what each copy counts beyond what it serves, from 0 to 1, all that it
         might: its expert's load where homes are given, the most that a draw can give it
@@ -85,8 +84,7 @@ class TrafficProblem:
     kind: tuple[IntArray, ...] | None = None
     replica_choice: SolvableReplicaChoice | None = None
     layer_ids: tuple[int, ...] | None = None
-    max_home_imbalance: float | None = None
-    max_received_copies: float | None = None
+    caps: Caps = field(default_factory=Caps)
     caution: FloatArray | None = None
 
     @property
@@ -104,6 +102,11 @@ class TrafficProblem:
         """Whether copies depend on draws that are known only after placing all experts."""
         return self.replica_choice == "sglang-static" and self.caution is not None
 
+    @property
+    def limits_received(self) -> bool:
+        """Whether received copies have a cap."""
+        return self.caps.max_received_copies is not None
+
     def layer_prices(self, layer: int) -> Prices:
         """Return what things cost in one layer, scaled by R."""
         num_ranks = self.topology.num_ranks
@@ -111,10 +114,11 @@ class TrafficProblem:
         linear = np.zeros((self.load[layer].shape[1], num_ranks), dtype=np.int64)
         if self.move_price is not None:
             linear = np.rint(self.move_price[layer] * num_ranks).astype(np.int64)
-        max_homes, crowd = 0.0, 0.0
+        max_homes, crowd, received = 0.0, 0.0, self.caps.max_received_copies or 0.0
         # After the last layer a token is nowhere at home.
-        if self.max_home_imbalance is not None and layer + 1 < self.num_layers:
-            max_homes = self.max_home_imbalance * self.num_tokens / num_ranks
+        follows = self.policy == "follow" and layer + 1 < self.num_layers
+        if follows and self.caps.max_home_imbalance is not None:
+            max_homes = self.caps.max_home_imbalance * self.num_tokens / num_ranks
             crowd = self.home_price * num_ranks
         return Prices(
             to_rank=to_rank,
@@ -125,7 +129,9 @@ class TrafficProblem:
             max_load=np.asarray(self.max_load[layer], dtype=np.float64),
             overflow=self.overflow_price * num_ranks,
             receive=self.receive_price * num_ranks,
-            max_receive=(self.max_received_copies or 0.0) * self.num_tokens / num_ranks,
+            max_receive=(self.caps.max_received_copies or 0.0)
+            * self.num_tokens
+            / num_ranks,
             max_homes=max_homes,
             crowd=crowd,
             ranks_per_node=self.topology.gpus_per_node,

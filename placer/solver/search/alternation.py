@@ -10,7 +10,7 @@ Legend of the shapes: L MoE layers, T tokens, E logical experts, R ranks.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from placer.run.deadline import Deadline
 from placer.serving.homes import fixed_homes
 from placer.serving.replica_choice import serving_layers
 from placer.solver.balance.requests import place_requests
+from placer.solver.caps import Caps
 from placer.solver.params import SolverParams
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.caution import Caution, kept_under_cap
@@ -73,8 +74,8 @@ class Alternation:
         How long to refine, all rounds together.
     seed
         Seed of the parts and of the refinements.
-    max_home_imbalance
-        Cap on the homes of a ``token`` table, or ``None``.
+    caps
+        That on homes holds for a ``token`` table.
     caution
         ``[L]``: of the first round, where there are replicas; ``None``: none.
     """
@@ -85,7 +86,7 @@ class Alternation:
     vocab_size: int
     params: SolverParams
     seed: int = 0
-    max_home_imbalance: float | None = None
+    caps: Caps = field(default_factory=Caps)
     caution: FloatArray | None = None
 
     def run(
@@ -226,7 +227,7 @@ class Alternation:
             placement,
             others,
             vocab_size=self.vocab_size,
-            max_home_imbalance=self.max_home_imbalance,
+            max_home_imbalance=self.caps.max_home_imbalance,
             replica_choice=self.traffic.replica_choice,
             layer_ids=self.traffic.layer_ids,
         )

@@ -180,8 +180,7 @@ class Evaluator:
         else:
             home = np.full(num_rows, num_ranks, dtype=np.int16)
         following = NO_LAYER
-        limited = problem.max_received_copies is not None and problem.policy == "follow"
-        if limited and has_next:
+        if problem.limits_received and problem.policy == "follow" and has_next:
             state = self.states[layer + 1]
             following = (problem.experts[layer + 1], state.choices, state.num_choices)
         has_even_homes = self._has_even_homes(layer)

@@ -225,7 +225,7 @@ def _exact_copies(
     """Minimise copies exactly, where few assignments and nothing else asked allow it."""
     goal = options.goal
     cap = goal.caps.max_received_copies
-    without = replace(goal, caps=replace(goal.caps, max_received_copies=None))
+    without = replace(goal, caps=goal.caps.without_received)
     if replace(options, goal=without).needs_tokens is not None:
         return None
     policy = options.start_policies(judged.experts[0].shape[1])[0]

@@ -12,6 +12,7 @@ from placer.placement.placement import Placement
 from placer.placement.policy import ContentPolicy, Policy
 from placer.run.progress import GapLine
 from placer.run.session import Session
+from placer.solver.balance.load_caps import most_load
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.balance.router_groups import group_kinds
 from placer.solver.goal import OVERFLOW_PRICE
@@ -111,7 +112,7 @@ def _minimised_for_tables(
             vocab_size=vocab_size,
             params=options.params,
             seed=search.session.seed,
-            max_home_imbalance=options.goal.caps.max_home_imbalance,
+            caps=options.goal.caps,
             caution=caution,
         )
         end = _alternate(found.placement, alternation, search.session)
@@ -151,7 +152,7 @@ def _minimised_carefully(search: _Search, policy: Policy) -> Found:
     is_given = start.placement is not None
     if is_given or is_placed_with_copies or not goal.redundant_experts:
         return _minimised(search, policy)
-    caps = replace(goal.caps, max_received_copies=None, relax=True)
+    caps = replace(goal.caps.without_received, relax=True)
     bare = replace(options, goal=replace(goal, redundant_experts=0, caps=caps))
     found = _minimised(replace(search, options=bare), policy)
     load = [counts.astype(np.float64) for counts in search.profile.affinity.load]
@@ -173,8 +174,8 @@ def _minimised_carefully(search: _Search, policy: Policy) -> Found:
 def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
     """Return ``[L]``: layers whose load cap is out of reach without replicas."""
     num_ranks = options.topology.num_ranks
-    total = np.array([load.sum() for load in profile.affinity.load])
-    asked = np.array([options.goal.caps.most_load(pairs, num_ranks) for pairs in total])
+    loads = profile.affinity.load
+    asked = np.array([most_load(load, num_ranks, options) for load in loads])
     needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
     return needed
 
@@ -291,7 +292,7 @@ def _traffic_problem(
     if goal.redundant_experts:
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
-        caps = tuple(goal.caps.most_load(one[0].sum(), num_ranks) for one in load)
+        caps = tuple(most_load(one[0], num_ranks, options) for one in load)
     traffic = TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
@@ -312,10 +313,8 @@ def _traffic_problem(
         ),
         replica_choice=goal.replica_choice,
         layer_ids=profile.affinity.model.layer_ids,
-        max_home_imbalance=goal.caps.max_home_imbalance
-        if goal.policy == "follow"
-        else None,
-        max_received_copies=goal.caps.max_received_copies,
+        # Homes of tables are capped where the tables are built.
+        caps=goal.caps if goal.content_policy is None else goal.caps.without_homes,
     )
     below = goal.caps.below_eplb and goal.redundant_experts
     if profile.by_load is None or not below:

@@ -273,7 +273,7 @@ def test_follow_pays_for_every_token_above_the_cap_on_homes(
 ) -> None:
     chunk = make_chunk(num_tokens=300, seed=4)
     plain = replace(alternation(chunk, 8, 4, policy="token").traffic, policy="follow")
-    capped = changed(plain, max_home_imbalance=1.1)
+    capped = replace(plain, caps=Caps(max_home_imbalance=1.1))
     limits = SolverParams(num_sweeps=8)
     start = Placement.from_expert_rank([np.arange(8) // 2] * 3, 4, 1)
 
