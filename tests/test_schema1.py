@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from placer.affinity import Affinity
-from placer.checkpoint.export import restore_checkpoint
+from placer.checkpoint.export import prepare_restore
 from placer.checkpoint.ranks import RankRecord
 from placer.checkpoint.record import ExportRecord
 from placer.errors import PlacerError
@@ -99,7 +99,7 @@ def test_a_checkpoint(tmp_path: Path) -> None:
     found = record.to_json()
     assert found.pop("file_sha256") == {} and found.pop("sha256")
     assert found == old | {"schema_version": 2}
-    back = restore_checkpoint(OLD / "checkpoint", tmp_path / "back")
+    back = prepare_restore(OLD / "checkpoint").write(tmp_path / "back")
     assert "config.json" in back.unchecked, "no small file was hashed then"
     for path in (OLD / "model").iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()

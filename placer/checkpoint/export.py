@@ -299,13 +299,6 @@ def export_checkpoint(
     return prepare_export(plan_path, directory).write(out, options)
 
 
-def restore_checkpoint(
-    directory: Path, out: Path, options: ExportOptions | None = None
-) -> ExportReport:
-    """Prepare and write the original: :func:`prepare_restore`, :meth:`ExportJob.write`."""
-    return prepare_restore(directory).write(out, options)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Changes:
     """What becomes of tensors, of configs, and of the metadata of each shard."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_restore
 from placer.checkpoint.verify import verify
 from placer.errors import PlacerError
 from placer.model import ModelSpec
@@ -95,7 +95,7 @@ def check(model: Path, load: type[Any], write_plan: WritePlan, tmp_path: Path) -
         report = verify(model, tmp_path / "out", plan, ["any text of 20 tokens"], 20)
         assert report.num_tokens == 20
         assert report.num_ties < 5
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     assert hashes(tmp_path / "back") == hashes(model)
     groups = Checkpoint.read(model).groups
     weights = 2 if spec.model_type == "nemotron_h" else 3  # not gated

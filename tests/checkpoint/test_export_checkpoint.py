@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from placer.checkpoint.export import export_checkpoint, prepare_export, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_export, prepare_restore
 from placer.checkpoint.writing import ExportOptions
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.model import ModelSpec
@@ -110,7 +110,7 @@ def test_inverse_restores_every_file_bit_for_bit(
 ) -> None:
     before = hashes(model)
     export_checkpoint(make_plan(model), model, tmp_path / "out")
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     assert hashes(tmp_path / "back") == before
     assert hashes(model) == before, "the source is never touched"
 
@@ -130,7 +130,7 @@ def test_inverse_keeps_a_header_formatted_by_hand(
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     before = hashes(model)
     export_checkpoint(make_plan(model), model, tmp_path / "out")
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     assert hashes(tmp_path / "back") == before
 
 
@@ -381,7 +381,7 @@ def test_nothing_beside_experts_and_routers_is_guessed(
 
 def restored(directory: Path, out: Path, match: str, kind: type[PlacerError]) -> None:
     with pytest.raises(kind, match=match) as caught:
-        restore_checkpoint(directory, out)
+        prepare_restore(directory).write(out)
     assert caught.value.hint
     assert not out.exists()
     assert not list(out.parent.glob(f"*{out.name}?*"))
@@ -394,7 +394,7 @@ def test_a_changed_export_is_not_restored(
     out = tmp_path / "out"
     options = ExportOptions(with_hashes=True)
     export_checkpoint(make_plan(tiny_sharded_model), tiny_sharded_model, out, options)
-    assert restore_checkpoint(out, tmp_path / "good").unchecked == ()
+    assert prepare_restore(out).write(tmp_path / "good").unchecked == ()
     assert hashes(tmp_path / "good") == hashes(tiny_sharded_model)
     shard = min(out.glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())

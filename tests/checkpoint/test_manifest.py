@@ -14,7 +14,6 @@ from placer.checkpoint.export import (
     export_checkpoint,
     prepare_export,
     prepare_restore,
-    restore_checkpoint,
 )
 from placer.checkpoint.ranks import prepare_ranks
 from placer.checkpoint.verify import verify
@@ -99,7 +98,7 @@ def test_inverse_finds_every_flipped_bit_of_every_file(
 
     def restore() -> None:
         shutil.rmtree(tmp_path / "back", ignore_errors=True)
-        assert restore_checkpoint(out, tmp_path / "back").unchecked == ()
+        assert prepare_restore(out).write(tmp_path / "back").unchecked == ()
 
     assert unnoticed(out, restore, seed=1, each=4) == []
     restore()
@@ -115,12 +114,12 @@ def test_inverse_says_what_it_cannot_vouch_for(
     record = json.loads((out / "placer.json").read_text())
     shards = {path.name for path in out.glob("*.safetensors")}
     (out / "NOTES.md").write_text("ours")
-    back = restore_checkpoint(out, tmp_path / "back")
+    back = prepare_restore(out).write(tmp_path / "back")
     assert set(back.unchecked) == {"NOTES.md", *(shards - record["file_sha256"].keys())}
     assert not back.to_json()["contents_checked"]
     (out / "generation_config.json").unlink()
     with pytest.raises(VerificationError, match=r"generation_config\.json .* is missing"):
-        restore_checkpoint(out, tmp_path / "again")
+        prepare_restore(out).write(tmp_path / "again")
     with pytest.raises(VerificationError, match=r"has NOTES\.md, which .* does not have"):
         (out / "generation_config.json").write_text('{"eos_token_id": 2}')
         verify(model, out, plan, [], 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from placer.checkpoint.export import export_checkpoint, prepare_export, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_export, prepare_restore
 from placer.checkpoint.verify import verify
 from placer.errors import PlacerError, VerificationError
 from tests.checkpoint.test_quantised_layouts import (
@@ -66,7 +66,7 @@ def test_every_description_file_is_renumbered(
     expected = (model / file).read_text().replace("experts.5.", new)
     assert (out / file).read_text() == expected
     verify(model, out, plan, [], 0)
-    restore_checkpoint(out, tmp_path / "back")
+    prepare_restore(out).write(tmp_path / "back")
     assert (tmp_path / "back" / file).read_bytes() == (model / file).read_bytes()
     (out / file).write_bytes((model / file).read_bytes())
     with pytest.raises(VerificationError, match=file):
@@ -201,7 +201,7 @@ def test_names_in_the_metadata_of_a_shard_move_too(
         new[name] = ".".join(parts)
     assert json.loads(found.pop("tensor_names")) == list(new.values())
     assert found == {"format": "pt"} | {new[name]: kind for name in header}
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == path.read_bytes()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors import deserialize
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_restore
 from placer.checkpoint.verify import verify
 from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
@@ -299,7 +299,7 @@ def follow(layout: Layout, model: Path, write_plan: WritePlan, tmp_path: Path) -
     assert found != old
     report = verify(model, tmp_path / "out", plan, [], 0)
     assert report.num_tensors == len(old)
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     for file in model.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
@@ -410,7 +410,7 @@ def test_a_single_expert_that_was_not_quantised_moves_too(
     assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(names)
     text = (tmp_path / "out" / "hf_quant_config.json").read_bytes().decode()
     assert text == (json.dumps(modelopt, indent=4) + "\r\n").replace(ignored, moved)
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     for file in model.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 

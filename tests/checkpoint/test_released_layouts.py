@@ -12,7 +12,7 @@ import pytest
 from safetensors import deserialize
 from safetensors.numpy import load_file, save_file
 
-from placer.checkpoint.export import export_checkpoint, prepare_export, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_export, prepare_restore
 from placer.checkpoint.ranks import prepare_ranks
 from placer.checkpoint.source import CheckpointSource
 from placer.checkpoint.verify import verify
@@ -462,7 +462,7 @@ def test_a_router_of_gptq_has_a_column_per_expert(
         got = new[:, e * bits // 32] >> (e * bits % 32) & (2**bits - 1)
         assert np.array_equal(got, zeros[:, row[e]])
     assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(tensors)
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
         model / "model.safetensors"
     ).read_bytes()
@@ -571,7 +571,7 @@ def test_files_are_found_as_engines_find_them(
         name = "model.layers.0.mlp.experts.{}.up_proj.weight"
         assert found[name.format(e)] == old[name.format(source)][2]
     assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(old)
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     for path in (file, *([index] if index else [])):
         assert (tmp_path / "back" / path).read_bytes() == (model / path).read_bytes()
 

@@ -22,7 +22,6 @@ from placer.checkpoint.export import (
     export_checkpoint,
     prepare_export,
     prepare_restore,
-    restore_checkpoint,
 )
 from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
@@ -261,7 +260,7 @@ def test_an_interrupted_inverse_goes_on(plan: Path, model: Path, tmp_path: Path)
         prepare_restore(tmp_path / "out").write(
             tmp_path / "back", ExportOptions(num_workers=1), progress
         )
-    report = restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    report = prepare_restore(tmp_path / "out").write(tmp_path / "back")
     assert report.num_resumed >= 3
     assert hashes(tmp_path / "back") == hashes(model)
 
@@ -347,7 +346,7 @@ def test_unchanged_shards_are_linked_and_only_they(
     assert (out / linked[0]).samefile(model / linked[0])
     export_checkpoint(plan, model, tmp_path / "copied")
     assert hashes(out) == hashes(tmp_path / "copied")
-    restore_checkpoint(out, tmp_path / "back", ExportOptions(link=True))
+    prepare_restore(out).write(tmp_path / "back", ExportOptions(link=True))
     assert hashes(tmp_path / "back") == hashes(model)
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_restore
 from placer.model import ModelSpec
 from placer.placement import Placement
 
@@ -130,5 +130,5 @@ def test_experts_cross_shards_and_come_back(
                 ]
     assert new == expected
 
-    restore_checkpoint(folder / "out", folder / "back")
+    prepare_restore(folder / "out").write(folder / "back")
     assert contents(folder / "back") == contents(folder / "model")

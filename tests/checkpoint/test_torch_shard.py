@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from placer.checkpoint.export import export_checkpoint, restore_checkpoint
+from placer.checkpoint.export import export_checkpoint, prepare_restore
 from placer.checkpoint.ranks import prepare_ranks
 from placer.checkpoint.source import CheckpointSource
 from placer.checkpoint.torch_shard import open_torch_shard
@@ -79,7 +79,7 @@ def test_the_inverse_is_the_original_in_safetensors(
     torch_model: Path, tiny_model: Path, make_plan: MakePlan, tmp_path: Path
 ) -> None:
     export_checkpoint(make_plan(tiny_model), torch_model, tmp_path / "out")
-    restore_checkpoint(tmp_path / "out", tmp_path / "back")
+    prepare_restore(tmp_path / "out").write(tmp_path / "back")
     found, expected = tensors_of(tmp_path / "back"), tensors_of(tiny_model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

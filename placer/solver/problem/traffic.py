@@ -129,9 +129,7 @@ class TrafficProblem:
             max_load=np.asarray(self.max_load[layer], dtype=np.float64),
             overflow=self.overflow_price * num_ranks,
             receive=self.receive_price * num_ranks,
-            max_receive=(self.caps.max_received_copies or 0.0)
-            * self.num_tokens
-            / num_ranks,
+            max_receive=received * self.num_tokens / num_ranks,
             max_homes=max_homes,
             crowd=crowd,
             ranks_per_node=self.topology.gpus_per_node,
