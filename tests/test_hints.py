@@ -20,7 +20,7 @@ from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
 from placer.planning.served import require_loadable
-from placer.runtime_map import RUNTIMES, export_map
+from placer.runtime_map.maps import RUNTIMES, export_map
 from placer.target.engine import Engine, engines_named
 from placer.trace import Chunk, TraceWriter
 from tests.plans import unsolved_plan

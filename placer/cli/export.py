@@ -18,6 +18,7 @@ from placer.cli.output import (
     warn,
 )
 from placer.errors import UsageError, one_of
+from placer.runtime_map.formats import MAPS
 
 if TYPE_CHECKING:
     from placer.checkpoint.export import ExportJob
@@ -28,16 +29,6 @@ if TYPE_CHECKING:
 Facts = dict[str, object]
 # Printed on stderr, one line each.
 _TOLD = ("start", "warnings")
-MAPS = (
-    "sglang",
-    "trtllm",
-    "vllm-ascend",
-    "vllm-pr49572",
-    "vllm-das",
-    "eplb",
-    "csv",
-    "json",
-)
 # Written of counts, not of a plan.
 _COUNTS = "ktransformers"
 TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS, _COUNTS)
@@ -352,7 +343,7 @@ def _export_counts(counts: Path, model: Path | None, out: Path) -> Facts:
 def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:
     from placer.placement import Plan
     from placer.planning.served import split_groups
-    from placer.runtime_map import export_map
+    from placer.runtime_map.maps import export_map
 
     written = export_map(target, plan, model, out)
     split = split_groups(Plan.read(plan))

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from placer.cli.export import MAPS
 from placer.cli.output import (
     ForceOption,
     JsonOption,
@@ -17,6 +16,7 @@ from placer.cli.output import (
     warn,
 )
 from placer.errors import UsageError
+from placer.runtime_map.formats import MAPS
 
 if TYPE_CHECKING:
     from placer.trace.imported import ImportOptions

@@ -102,7 +102,7 @@ def verify(
 
 
 def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> None:
-    from placer.runtime_map import verify_map
+    from placer.runtime_map.maps import verify_map
 
     report = verify_map(exported, plan, original)
     if as_json:

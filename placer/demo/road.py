@@ -21,7 +21,7 @@ from placer.planning.planner import plan_from_trace
 from placer.report.html import write_html
 from placer.run.session import Session
 from placer.run.writing import claimed
-from placer.runtime_map import export_map
+from placer.runtime_map.maps import export_map
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import balanced
 from placer.solver.goal import Goal

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,6 @@ from placer.run.files import (
     require_file,
 )
 from placer.run.writing import atomic_file
-from placer.runtime_map import (
-    eplb,
-    plain,
-    sglang,
-    trtllm,
-    vllm,
-    vllm_ascend,
-)
 from placer.runtime_map.engine_family import (
     Start,
     known_families,
@@ -32,6 +25,7 @@ from placer.runtime_map.engine_family import (
     start_lines,
     without_copies,
 )
+from placer.runtime_map.formats import MAPS
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,
@@ -39,14 +33,8 @@ from placer.runtime_map.runtime import (
 )
 
 RUNTIMES: dict[str, Runtime] = {
-    "sglang": sglang.SGLANG,
-    "trtllm": trtllm.TRTLLM,
-    "vllm-ascend": vllm_ascend.VLLM_ASCEND,
-    "vllm-pr49572": vllm.PROPOSED,
-    "vllm-das": vllm.DAS,
-    "eplb": eplb.EPLB,
-    "csv": plain.CSV,
-    "json": plain.JSON,
+    name: getattr(import_module(f"placer.runtime_map.{module}"), attribute)
+    for name, (module, attribute) in MAPS.items()
 }
 
 

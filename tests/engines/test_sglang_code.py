@@ -17,7 +17,7 @@ from placer.affinity import Affinity
 from placer.cli.main import main
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
-from placer.runtime_map import export_map
+from placer.runtime_map.maps import export_map
 from placer.serving.replica_choice import sglang_static_ranks
 from placer.trace import Trace
 from tests.engines.sglang_code import ROOT, SglangCode

@@ -16,7 +16,7 @@ from placer.model import ModelSpec
 from placer.placement import Placement, Plan
 from placer.placement.topology import Topology
 from placer.planning.solving import solve_request
-from placer.runtime_map import export_map
+from placer.runtime_map.maps import export_map
 from placer.solver.options import SolveOptions
 from placer.target.engine import Engine, known_engines
 from placer.trace import Chunk, TraceWriter

@@ -14,8 +14,8 @@ import pytest
 from placer.cli.main import main
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
-from placer.runtime_map import RUNTIMES, export_map
 from placer.runtime_map.engine_family import Deployment, known_families, start_lines
+from placer.runtime_map.maps import RUNTIMES, export_map
 from placer.target.engine import EXCHANGES, REPLICA_CHOICES, known_engines
 from tests.plans import unsolved_plan
 

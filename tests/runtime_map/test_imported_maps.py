@@ -17,8 +17,8 @@ from placer.model import ModelSpec
 from placer.placement import Placement, Plan
 from placer.placement.engine_map import map_format
 from placer.placement.topology import Topology
-from placer.runtime_map import RUNTIMES, export_map
 from placer.runtime_map.imported import import_map
+from placer.runtime_map.maps import RUNTIMES, export_map
 from tests.plans import unsolved_plan
 
 # Dense layer 0, MoE layers 1 and 2, one MTP layer behind them.

@@ -12,7 +12,7 @@ from placer.cli.main import main
 from placer.errors import PlacerError, VerificationError
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
-from placer.runtime_map import export_map, verify_map
+from placer.runtime_map.maps import export_map, verify_map
 
 MakePlan = Callable[..., Path]
 

@@ -13,8 +13,8 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
-from placer.runtime_map import export_map, verify_map
 from placer.runtime_map.imported import import_map
+from placer.runtime_map.maps import export_map, verify_map
 from tests.plans import unsolved_plan
 
 # Layer 0 is dense; layer 3 drafts (MTP).

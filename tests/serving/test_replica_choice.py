@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from placer.model import ModelSpec
 from placer.placement import Placement
-from placer.runtime_map import export_map
+from placer.runtime_map.maps import export_map
 from placer.serving.homes import Batches
 from placer.serving.replica_choice import Server, hashed_row, sglang_static_ranks
 from placer.simulation import simulate

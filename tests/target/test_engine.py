@@ -6,10 +6,10 @@ import tomllib
 import numpy as np
 import pytest
 
-from placer.cli.export import MAPS
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.placement.reference import random
+from placer.runtime_map.formats import MAPS
 from placer.simulation import simulate
 from placer.target.engine import (
     EXCHANGES,
