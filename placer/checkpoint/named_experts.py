@@ -20,6 +20,7 @@ from placer.checkpoint.expert_patterns import LAYERS, ROOTS, ExpertModules, is_p
 from placer.checkpoint.shard import replace_texts
 from placer.errors import PlacerError
 from placer.model.tensor_layout import TensorLayout
+from placer.run.documents import parse_json, require_bounds
 from placer.run.files import read_text
 
 # JSON files of tokenizers and processors, which know of no module.
@@ -98,10 +99,7 @@ class Renumbering:
         for relative in description_files(files):
             path = directory / relative
             text = read_text(path)
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
-                continue  # JSON to no reader
+            value = _decoded(text, path)
             self._require_no_numbers(value, path, ())
             renumbered = replace_texts(text, self._replaced(_texts(value), path), path)
             if renumbered != text:
@@ -143,7 +141,7 @@ class Renumbering:
         """
         replaced: dict[str, str] = {}
         for text in dict.fromkeys((*metadata, *metadata.values())):
-            value = _decoded(text)
+            value = _decoded(text, path) if text.startswith(("{", "[")) else None
             if value is None:
                 replaced |= self._replaced([text], path)
             else:
@@ -243,14 +241,22 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _decoded(text: str) -> Any:
-    """Return the object or list that a text is in JSON, ``None`` if it is neither."""
-    if not text.startswith(("{", "[")):
-        return None
+def _decoded(text: str, source: Path) -> Any:
+    """Return what a text is in JSON; ``None`` if it is JSON to no reader.
+
+    Raises
+    ------
+    PlacerError
+        If it nests too deep.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        value = json.loads(text)
+    except ValueError:
         return None
+    except RecursionError:
+        value = parse_json(text, str(source))
+    require_bounds(value, str(source))
+    return value
 
 
 def _texts(value: Any) -> Iterator[str]:

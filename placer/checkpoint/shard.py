@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from placer.errors import PlacerError
+from placer.run.documents import parse_json
 from placer.run.files import open_regular
 
 _LENGTH_BYTES = 8
@@ -146,10 +147,9 @@ class Shard:
                 )
             raw = stream.read(length)
         try:
-            text = raw.decode().rstrip(" ")
-            header = json.loads(text, object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"its header is not valid JSON: {error}") from error
+            header = parse_json(raw, "its header")
+        except PlacerError as error:
+            raise _damaged(path, error.message) from error
         if not isinstance(header, dict):
             raise _damaged(path, "its header is not a JSON object")
         metadata = header.pop("__metadata__", {})
@@ -159,7 +159,7 @@ class Shard:
         return cls(
             path=path,
             name=path.name,
-            header_text=text,
+            header_text=raw.decode().rstrip(" "),
             header_bytes=length,
             tensors=tensors,
             metadata=metadata,
@@ -315,13 +315,6 @@ def _after_space(text: str, position: int) -> int:
     while text[position] in " \t\r\n":
         position += 1
     return position
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key appears twice")
-    return value
 
 
 def _require_texts(path: Path, metadata: Any) -> None:

@@ -164,6 +164,17 @@ def require_object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def require_bounds(value: Any, where: str) -> None:
+    """Refuse decoded JSON that nests too deep, as :func:`parse_json` does.
+
+    Raises
+    ------
+    PlacerError
+        If it does.
+    """
+    _parsed(lambda _: value, "", where, "JSON")
+
+
 def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
     """Return the content of a document of placer, as its type.
 

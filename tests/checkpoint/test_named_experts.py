@@ -73,6 +73,16 @@ def test_every_description_file_is_renumbered(
         verify(model, out, plan, [], 0)
 
 
+@pytest.mark.parametrize("levels", [80, 900, 100_000])
+def test_what_nests_too_deep_to_be_read_is_refused(
+    write_plan: WritePlan, tmp_path: Path, levels: int
+) -> None:
+    model = model_with(tmp_path, {"deep.json": []})
+    (model / "deep.json").write_text("[" * levels + "]" * levels)
+    with pytest.raises(PlacerError, match=r"deep\.json.*nests deeper than 64 levels"):
+        export_checkpoint(permuting_plan(model, write_plan)[1], model, tmp_path / "out")
+
+
 # Layer 0 keeps no set but whole groups; layer 1's row is
 # [1, 0, 2, 3, 8, 11, 9, 10, 5, 4, 6, 7]: it keeps {0, 1}, {2}, {3} and {4..11}.
 @pytest.mark.parametrize(

@@ -117,7 +117,15 @@ def test_a_header_longer_than_its_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 200_000, '{"a": 1, "a": 2}', "{", "\xff", "{}x", '{"a":' + "9" * 5000 + "}"],
+    [
+        "[" * 200_000,
+        '{"a":' + "[" * 80 + "]" * 80 + "}",
+        '{"a": 1, "a": 2}',
+        "{",
+        "\xff",
+        "{}x",
+        '{"a":' + "9" * 5000 + "}",
+    ],
 )
 def test_a_header_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     raw = text.encode("latin-1")
