@@ -10,6 +10,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import resources
 from inspect import isclass
 from pathlib import Path
 from types import UnionType
@@ -123,6 +124,27 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     return _parsed(_load_yaml, text, where, "YAML", _MOST_YAML)
 
 
+def read_data(package: str, name: str, kind: type[_T]) -> dict[str, _T]:
+    """Return the tables of a TOML file that is part of placer, each with its ``name``.
+
+    Raises
+    ------
+    PlacerError
+        If one has a field that is unknown, missing, or not what it must be.
+    """
+    text = (resources.files(package) / name).read_bytes()
+    return {
+        key: validated(
+            {"name": key} | require_object(value, f"{name}: {key}"),
+            kind,
+            f"{name}: {key}",
+            f"correct {package.replace('.', '/')}/{name}",
+            complete=False,
+        )
+        for key, value in parse_toml(text, name).items()
+    }
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object from a file.
 
@@ -175,7 +197,9 @@ def require_bounds(value: Any, where: str) -> None:
     _parsed(lambda _: value, "", where, "JSON")
 
 
-def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
+def validated(
+    value: Any, kind: type[_T], where: str, again: str, *, complete: bool = True
+) -> _T:
     """Return the content of a document of placer, as its type.
 
     Parameters
@@ -186,6 +210,8 @@ def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
         Its type.
     where, again
         What names it in the error, and the remedy.
+    complete
+        Whether fields that have a default must be written too.
 
     Raises
     ------
@@ -199,7 +225,7 @@ def validated(value: Any, kind: type[_T], where: str, again: str) -> _T:
         raise PlacerError(f"{where}: {_fault(value, kind)}", again) from None
     except PlacerError as error:
         raise PlacerError(f"{where}: {error}", error.hint or again) from error
-    if (absent := _absent(value, _plain(found))) is not None:
+    if complete and (absent := _absent(value, _plain(found))) is not None:
         raise PlacerError(f"{where}: {absent}", again)
     return found
 

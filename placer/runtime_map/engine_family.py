@@ -9,10 +9,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from placer.run.documents import parse_toml
+import msgspec
+
+from placer.run.documents import Document, read_data
 from placer.target.engine import (
     Engine,
     Exchange,
@@ -23,6 +24,8 @@ from placer.target.engine import (
 
 if TYPE_CHECKING:
     from placer.placement.plan import Plan
+
+_Text = TypeVar("_Text", "Conditional", "StaleFlag")
 
 _GPUS_OF_A_HOST = 8
 _PLACE = re.compile(r"\{(\w+)\}")
@@ -122,19 +125,19 @@ class Deployment:
         return _PLACE.sub(lambda found: str(values[found[1]]), text)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditional:
+class Conditional(Document, frozen=True, kw_only=True):
     """A text that is used if all its needs are met."""
 
     text: str
     needs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaleFlag(Conditional):
-    """An option with which the engine leaves the plan, and why (``text``)."""
+class StaleFlag(Document, frozen=True, kw_only=True):
+    """An option with which the engine leaves the plan, and why, if all needs are met."""
 
     flag: str
+    why: str
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,24 +177,23 @@ class Start:
         yield from (f"  do not use {flag}: {why}" for flag, why in self.stale.items())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineFamily:
+class EngineFamily(Document, frozen=True, kw_only=True):
     """A family of engines; the fields are those of the data file."""
 
     name: str
     title: str
     targets: tuple[str, ...]
-    default: str | None
     read_in: str
     command: str
+    default: str | None = None
     launcher: str = ""
     tail: str = ""
     flags: tuple[Conditional, ...] = ()
     options: tuple[Conditional, ...] = ()
     conditions: tuple[Conditional, ...] = ()
     stale: tuple[StaleFlag, ...] = ()
-    reads_map: Mapping[str, Sequence[str]]
-    unsafe_map: Mapping[str, str]
+    reads_map: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
+    unsafe_map: dict[str, str] = msgspec.field(default_factory=dict)
 
     def no_map_reason(
         self, model_type: str | None, architectures: Sequence[str] = ()
@@ -239,7 +241,7 @@ class EngineFamily:
         """
         engine = self.configuration(served, engine)
 
-        def holding(texts: Sequence[Conditional]) -> list[Any]:
+        def holding(texts: Sequence[_Text]) -> list[_Text]:
             return [
                 one
                 for one in texts
@@ -254,7 +256,7 @@ class EngineFamily:
         words = [served.fill(word) for text in texts for word in shlex.split(text)]
         command = shlex.join(words)
         stale = {
-            one.flag: served.fill(one.text)
+            one.flag: served.fill(one.why)
             for one in holding(self.stale)
             if one.flag not in command
         }
@@ -275,12 +277,7 @@ class EngineFamily:
 @cache
 def known_families() -> Mapping[str, EngineFamily]:
     """Return all families by name, in the order of the data file."""
-    folder = resources.files("placer.runtime_map")
-    text = (folder / "engine_families.toml").read_text(encoding="utf-8")
-    return {
-        name: _read_family(name, value)
-        for name, value in parse_toml(text, "engine_families.toml").items()
-    }
+    return read_data("placer.runtime_map", "engine_families.toml", EngineFamily)
 
 
 def start_lines(
@@ -362,23 +359,6 @@ def solve_again(plan: "Plan", engine: str) -> str:
         f"--gpus-per-node {placed.ranks_per_node} "
         f"--redundant-experts {placed.redundant_experts} --out NEW"
     )
-
-
-def _read_family(name: str, value: Mapping[str, Any]) -> EngineFamily:
-    texts = {
-        key: tuple(_read_conditional(one) for one in value.get(key, ()))
-        for key in ("flags", "options", "conditions", "stale")
-    }
-    defaults: dict[str, Any] = {"default": None, "reads_map": {}, "unsafe_map": {}}
-    rest = defaults | dict(value) | texts | {"targets": tuple(value["targets"])}
-    return EngineFamily(name=name, **rest)
-
-
-def _read_conditional(value: Mapping[str, Any]) -> Conditional:
-    needs = tuple(value.get("needs", ()))
-    if "flag" in value:
-        return StaleFlag(flag=value["flag"], text=value["why"], needs=needs)
-    return Conditional(text=value["text"], needs=needs)
 
 
 def without_copies(engine: str | None) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib import resources
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from placer.errors import UsageError, one_of
-from placer.run.documents import parse_toml
+from placer.run.documents import Document, read_data
 
 Exchange = Literal["per-expert", "per-rank", "per-node", "padded", "all-gather"]
 ReplicaChoice = Literal["local-first", "sglang-static", "hash", "cover"]
@@ -45,8 +44,7 @@ class PlacementEffect:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
+class Transfer(Document, frozen=True, kw_only=True):
     """One direction of a layer's communication.
 
     Attributes
@@ -60,10 +58,6 @@ class Transfer:
     exchange: Exchange
     element: Element
 
-    def __post_init__(self) -> None:
-        one_of("exchange", self.exchange, EXCHANGES)
-        one_of("element", self.element, get_args(Element))
-
     def copy_bytes(self, hidden_size: int) -> int:
         """Return the bytes of one copy of a hidden state, scales included."""
         if self.element == "bf16":
@@ -73,8 +67,7 @@ class Transfer:
         return -(-hidden_size // 2) + -(-hidden_size // _NVFP4_BLOCK)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
+class Engine(Document, frozen=True, kw_only=True):
     """How an engine serves a MoE layer.
 
     Attributes
@@ -132,13 +125,6 @@ class Engine:
     topologies: tuple[tuple[int, int], ...] = ()
     ranks_of_node: int = 0
     notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for phase in self.phases:
-            one_of("phase", phase, PHASES)
-        if self.replica_choice is not None:
-            one_of("replica_choice", self.replica_choice, REPLICA_CHOICES)
-        one_of("group_rule", self.group_rule, get_args(GroupRule))
 
     def misfit(self, num_nodes: int, ranks_per_node: int) -> str | None:
         """Return why it cannot run on these ranks, ``None`` if it can."""
@@ -240,10 +226,7 @@ def _lines_by_phase(engines: Sequence[Engine]) -> Iterator[str]:
 @cache
 def known_engines() -> Mapping[str, Engine]:
     """Return all engines by name, in the order of the data file."""
-    engines = parse_toml(
-        (resources.files("placer.target") / "engines.toml").read_bytes(), "engines.toml"
-    )
-    return {name: _read_engine(name, value) for name, value in engines.items()}
+    return read_data("placer.target", "engines.toml", Engine)
 
 
 def placement_effect(
@@ -383,18 +366,4 @@ def _per_expert_effect(
         changes_traffic=True,
         reason="an expert with c replicas is remote for 1 - c/R of its pairs: only the "
         "number of replicas matters, not their ranks",
-    )
-
-
-def _read_engine(name: str, value: Mapping[str, Any]) -> Engine:
-    read = ("dispatch", "combine", "phases", "notes", "topologies")
-    rest = {key: value[key] for key in value if key not in read}
-    return Engine(
-        name=name,
-        dispatch=Transfer(**value["dispatch"]),
-        combine=Transfer(**value["combine"]),
-        phases=tuple(value["phases"]),
-        notes=tuple(value["notes"]),
-        topologies=tuple((nodes, ranks) for nodes, ranks in value.get("topologies", ())),
-        **rest,
     )

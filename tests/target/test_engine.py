@@ -6,9 +6,11 @@ import tomllib
 import numpy as np
 import pytest
 
-from placer.errors import UsageError
+from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
 from placer.placement.reference import random
+from placer.run import documents
+from placer.run.documents import read_data
 from placer.runtime_map.formats import MAPS
 from placer.simulation import simulate
 from placer.target.engine import (
@@ -118,11 +120,29 @@ def test_an_unknown_engine_suggests_the_nearest(typed, meant):
     assert f"did you mean {meant}?" in error.value.hint
 
 
-def test_data_that_cannot_be_meant_is_refused():
-    with pytest.raises(UsageError, match="exchange broadcast is not known"):
-        Transfer(exchange="broadcast", element="bf16")
-    with pytest.raises(UsageError, match="element int3 is not known"):
-        Transfer(exchange="per-rank", element="int3")
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"dispatch": {"exchange": "broadcast", "element": "bf16"}},
+            "dispatch.exchange is",
+        ),
+        ({"combine": {"exchange": "per-rank", "element": "int3"}}, "combine.element is"),
+        ({"phases": ["training"]}, r"phases\[0\] is .*allowed are prefill, decode"),
+        ({"notes": "one"}, "notes is .*expected a list"),
+        ({"ranks_of_node": "8"}, "ranks_of_node is .*expected a whole number"),
+        ({"flag": "--x"}, "has the unknown field flag"),
+    ],
+)
+def test_data_that_cannot_be_meant_is_refused(
+    wrong: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the field: whoever adds an engine sees what is wrong with it."""
+    good = ENGINES["sglang-deepep"].to_json() | {"topologies": []}
+    value = {name: one for name, one in (good | wrong).items() if name != "name"}
+    monkeypatch.setattr(documents, "parse_toml", lambda *_: {"mine": value})
+    with pytest.raises(PlacerError, match=f"engines.toml: mine: .*{said}"):
+        read_data("placer.target", "engines.toml", Engine)
 
 
 def test_a_copy_counts_its_scales():
