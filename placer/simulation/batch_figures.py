@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from placer.placement.imbalance import imbalances
 from placer.placement.placement import Placement
 from placer.serving.homes import Batches, BatchShape
 from placer.simulation.cost import BreakEven, CostModel, PredictedTime, break_even
@@ -217,7 +218,7 @@ class _Tally:
         self.sent: list[tuple[float, ...]] = []
 
     def add(self, steps: LayerSteps) -> None:
-        self.straggler.append(steps.pairs.max(axis=1) / steps.pairs.mean(axis=1))
+        self.straggler.append(imbalances(steps.pairs))
         self.activated.append(steps.activated.max(axis=1))
         received = steps.dispatch.fast.received + steps.dispatch.slow.received
         self.bottleneck.append(received.max(axis=1) * received.shape[1])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 
 from placer.arrays import FloatArray, IntArray
-from placer.placement.imbalance import imbalance
+from placer.placement.imbalance import imbalance, imbalances
 from placer.serving.homes import Batches
 from placer.serving.layer_serving import RankArray, first_occurrence
 
@@ -143,7 +143,7 @@ class PolicyTally:
         homes = np.bincount(home, minlength=self.num_ranks).astype(np.float64)
         self._home_imbalance.append(imbalance(homes))
         full = load[: self.batches.num_full]
-        self._straggler.append(float((full.max(axis=1) / full.mean(axis=1)).mean()))
+        self._straggler.append(float(imbalances(full).mean()))
         busiest = received[: self.batches.num_full].max(axis=1)
         self._bottleneck.append(float(busiest.mean()) * self.num_ranks / self.batches.size)
 

@@ -67,22 +67,8 @@ class SolveOptions:
     ) -> None:
         """Refuse layers above the cap on load, unless it may be relaxed.
 
-        Parameters
-        ----------
-        reached
-            The imbalance of the layers above the cap.
-        num_layers
-            Of the plan.
-        stopped
-            Whether the search was.
-        without_groups
-            What the worst layer reaches with split router groups, where they were kept
-            whole.
-
-        Raises
-        ------
-        NoSolutionError
-            If there are such layers.
+        Parameters and errors are those of :meth:`Caps.require_load`; ``without_groups`` is
+        what the worst layer reaches with split router groups, where they were kept whole.
         """
         company = f"with {self.goal.redundant_experts} redundant experts"
         other_way, preserves = (
