@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -353,10 +352,6 @@ def solve(
         ep_groups=one_of("--ep-groups", ep_groups, EP_GROUPS),
     )
     effort = SolverParams() if params is None else SolverParams.read(params)
-    if num_sweeps is not None:
-        effort = replace(effort, num_sweeps=num_sweeps)
-    if num_rounds is not None:
-        effort = replace(effort, num_rounds=num_rounds)
     served_now = None if start is None else ServedNow.read(start)
     one_of("--objective", objective, ("traffic", "balance", "time"), NOT_SOLVED)
     goal = Goal(
@@ -398,7 +393,7 @@ def solve(
                 ignore_groups=ignore_groups,
             ),
             proof=one_of("--proof", proof, PROOFS, NOT_SOLVED),
-            params=effort,
+            params=effort.with_given({"num_sweeps": num_sweeps, "num_rounds": num_rounds}),
         ),
         by_time=objective == "time",
         engine=engine,
@@ -415,17 +410,18 @@ def solve(
         priced_links=(inter_cost, intra_cost, topology) != (None, None, None),
         require_optimal=require_optimal,
     )
-    session = Session.begun(time_limit=time_limit, seed=seed, began=began)
-    if frontier is not None:
-        caps = parse_caps(frontier)
-        with progress_line("solve") as progress:
-            session = replace(session, progress=progress)
+    caps = None if frontier is None else parse_caps(frontier)
+    with progress_line("solve") as progress:
+        session = Session.begun(
+            time_limit=time_limit, seed=seed, began=began, progress=progress
+        )
+        if caps is not None:
             points = solve_frontier(request, caps, out, note, warn, session)
+        else:
+            solved = solve_request(request, note, warn, session)
+    if caps is not None:
         _show_frontier(points, out, as_json)
         return
-    with progress_line("solve") as progress:
-        session = replace(session, progress=progress)
-        solved = solve_request(request, note, warn, session)
     solved.plan.write(out)
     warnings, notes = list(plan_warnings(solved.plan)), list(plan_notes(solved.plan))
     for line in warnings:

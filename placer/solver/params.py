@@ -4,7 +4,8 @@ Counts of steps, never seconds: the same parameters and seed give the same plan.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -168,6 +169,10 @@ class SolverParams:
             for name, value in given.items()
         }
         return cls(**values)
+
+    def with_given(self, values: Mapping[str, Any]) -> Self:
+        """Return the same with other values, of those that are not ``None``."""
+        return replace(self, **{n: v for n, v in values.items() if v is not None})
 
     def changed(self) -> dict[str, Any]:
         """Return the parameters that are not at their defaults."""
