@@ -20,8 +20,9 @@ from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
 from placer.planning.served import require_loadable
-from placer.runtime_map.maps import RUNTIMES, export_map
+from placer.runtime_map.maps import export_map
 from placer.target.engine import Engine, engines_named
+from placer.target.map_formats import MAPS
 from placer.trace import Chunk, TraceWriter
 from tests.plans import unsolved_plan
 
@@ -163,7 +164,7 @@ def told_of(step, engine, row, checkpoint, folder):
         return ""
     plan = folder / "plan.json"
     unsolved_plan(model, placed, engine=engine.name).write(plan)
-    out = folder / f"map{RUNTIMES[step].suffixes[0]}"
+    out = folder / f"map{MAPS[step].suffixes[0]}"
     return " ".join(export_map(step, plan, checkpoint, out).warnings)
 
 

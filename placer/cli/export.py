@@ -18,7 +18,7 @@ from placer.cli.output import (
     warn,
 )
 from placer.errors import UsageError, one_of
-from placer.runtime_map.formats import MAPS
+from placer.target.map_formats import MAPS
 
 if TYPE_CHECKING:
     from placer.checkpoint.export import ExportJob

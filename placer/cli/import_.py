@@ -16,7 +16,7 @@ from placer.cli.output import (
     warn,
 )
 from placer.errors import UsageError
-from placer.runtime_map.formats import MAPS
+from placer.target.map_formats import MAPS
 
 if TYPE_CHECKING:
     from placer.trace.imported import ImportOptions

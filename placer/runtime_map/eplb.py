@@ -150,7 +150,6 @@ def _load(path: Path, suffix: str) -> dict[str, Any]:
 
 
 EPLB = Runtime(
-    suffixes=(".safetensors", ".npz"),
     needs_model=False,
     write=_write,
     read=_read,

@@ -16,6 +16,7 @@ from placer.runtime_map.engine_family import known_families
 from placer.runtime_map.maps import RUNTIMES, require_plan
 from placer.runtime_map.runtime import MapSource, ParsedMap
 from placer.target.engine import known_engines
+from placer.target.map_formats import MAPS
 
 
 def import_map(
@@ -42,14 +43,12 @@ def import_map(
     PlacerError
         If the map breaks a rule of its runtime, or is not for this model or these ranks.
     """
-    runtime = RUNTIMES[name]
     require_file(path, "map")
-    if path.suffix not in runtime.suffixes:
+    suffixes = MAPS[name].suffixes
+    if path.suffix not in suffixes:
         raise UsageError(
-            f"{path} is not a {name} map: its name does not end in "
-            f"{' or '.join(runtime.suffixes)}",
-            f"placer import {name}-map FILE{runtime.suffixes[0]} --gpus-per-node M "
-            "--out PLAN",
+            f"{path} is not a {name} map: its name does not end in {' or '.join(suffixes)}",
+            f"placer import {name}-map FILE{suffixes[0]} --gpus-per-node M --out PLAN",
         )
     try:
         return _imported(name, path, topology, directory, out)

@@ -11,7 +11,6 @@ from placer.errors import (
     UsageError,
     VerificationError,
 )
-from placer.placement.engine_map import json_format
 from placer.run.documents import parse_json
 from placer.run.files import (
     read_text,
@@ -25,16 +24,16 @@ from placer.runtime_map.engine_family import (
     start_lines,
     without_copies,
 )
-from placer.runtime_map.formats import MAPS
 from placer.runtime_map.runtime import (
     MapSource,
     Runtime,
     require_valid_rows,
 )
+from placer.target.map_formats import MAPS, format_of_json, format_of_suffix
 
 RUNTIMES: dict[str, Runtime] = {
-    name: getattr(import_module(f"placer.runtime_map.{module}"), attribute)
-    for name, (module, attribute) in MAPS.items()
+    name: getattr(import_module(f"placer.runtime_map.{one.runtime[0]}"), one.runtime[1])
+    for name, one in MAPS.items()
 }
 
 
@@ -115,11 +114,12 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
             f"target {name} needs MODEL: its config says which layers are MoE layers",
             f"placer export {name} {plan_path} MODEL --out {out}",
         )
-    if out.suffix not in runtime.suffixes:
+    suffixes = MAPS[name].suffixes
+    if out.suffix not in suffixes:
         raise UsageError(
-            f"a map for {name} must have the suffix {' or '.join(runtime.suffixes)}, but "
+            f"a map for {name} must have the suffix {' or '.join(suffixes)}, but "
             f"{out} has {out.suffix or 'none'}",
-            f"--out {out.with_suffix(runtime.suffixes[0])}",
+            f"--out {out.with_suffix(suffixes[0])}",
         )
     source = MapSource.read(plan_path, directory)
     with atomic_file(out) as temporary:
@@ -221,17 +221,18 @@ def require_plan(rows: Any, source: MapSource) -> None:
 
 def _format_of(path: Path) -> str:
     """Return the name of a map's format; files of many engines end in ``.json``."""
-    fitting = [name for name, one in RUNTIMES.items() if path.suffix in one.suffixes]
-    if not fitting:
-        known = sorted({suffix for one in RUNTIMES.values() for suffix in one.suffixes})
+    if (name := format_of_suffix(path.suffix)) is None:
+        known = sorted({suffix for one in MAPS.values() for suffix in one.suffixes})
         raise UsageError(
             f"{path} is not a map: its name ends in none of {', '.join(known)}",
             "give a file that placer export wrote, or an exported checkpoint directory",
         )
     if path.suffix != ".json":
-        return fitting[0]
+        return name
     try:
         value = parse_json(read_text(path, what="map"), f"map {path}")
     except PlacerError as error:
         raise VerificationError(error.message, "export it again") from error
-    return json_format(value) or ("vllm-pr49572" if isinstance(value, list) else "sglang")
+    return format_of_json(value) or (
+        "vllm-pr49572" if isinstance(value, list) else "sglang"
+    )

@@ -146,14 +146,12 @@ def _placement_map(path: Path) -> PlacementMap:
 
 
 CSV = Runtime(
-    suffixes=(".csv",),
     needs_model=False,
     write=_write_csv,
     read=_read_csv,
     parse=_parse_csv,
 )
 JSON = Runtime(
-    suffixes=(".json",),
     needs_model=False,
     write=_write_json,
     read=_read_json,

@@ -181,8 +181,6 @@ class Runtime:
 
     Attributes
     ----------
-    suffixes
-        File names that it is known by, the usual one first.
     needs_model
         Whether it needs the model, and not only the plan.
     write
@@ -198,7 +196,6 @@ class Runtime:
         Who reads the file, where no released engine does; else ``None``.
     """
 
-    suffixes: tuple[str, ...]
     needs_model: bool
     write: Callable[[MapSource, Path, str], None]
     read: Callable[[MapSource, Path, str], Sequence[Sequence[int]]]

@@ -100,7 +100,6 @@ def _load_pt(path: Path) -> dict[str, Any]:
 
 
 SGLANG = Runtime(
-    suffixes=(".json", ".pt"),
     needs_model=True,
     write=_write,
     read=_read,

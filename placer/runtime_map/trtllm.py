@@ -111,7 +111,6 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
 
 
 TRTLLM = Runtime(
-    suffixes=(".yaml", ".yml"),
     needs_model=True,
     write=_write,
     read=_read,

@@ -116,7 +116,6 @@ def _of_model(rows: list[list[int]], source: MapSource) -> list[list[int]]:
 
 
 PROPOSED = Runtime(
-    suffixes=(".json",),
     needs_model=False,
     write=_write_rows,
     read=_read_rows,
@@ -125,7 +124,6 @@ PROPOSED = Runtime(
     "eplb_config.initial_expert_map_path",
 )
 DAS = Runtime(
-    suffixes=(".json",),
     needs_model=True,
     write=_write_das,
     read=_read_das,

@@ -94,7 +94,6 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
 
 
 VLLM_ASCEND = Runtime(
-    suffixes=(".json",),
     needs_model=True,
     write=_write,
     read=_read,

@@ -17,6 +17,7 @@ from placer.placement import Placement, Plan
 from placer.runtime_map.engine_family import Deployment, known_families, start_lines
 from placer.runtime_map.maps import RUNTIMES, export_map
 from placer.target.engine import EXCHANGES, REPLICA_CHOICES, known_engines
+from placer.target.map_formats import MAPS
 from tests.plans import unsolved_plan
 
 PLAIN = [*range(8)]
@@ -285,7 +286,7 @@ def test_copies_that_are_drawn_otherwise_are_told(
     """With the command that solves for the engine of the start line."""
     told = {"replica_choice": choice, "engine": engine}
     plan = solved(tiny_model, tmp_path, row=WITH_COPIES, **told)
-    out = tmp_path / f"map{RUNTIMES[target].suffixes[0]}"
+    out = tmp_path / f"map{MAPS[target].suffixes[0]}"
     written = export_map(target, plan, tiny_model, out)
     found = [one for one in written.warnings if "solved for replica choice" in one]
     assert bool(found) == (drawn is not None)

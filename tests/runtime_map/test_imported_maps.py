@@ -19,6 +19,7 @@ from placer.placement.engine_map import map_format
 from placer.placement.topology import Topology
 from placer.runtime_map.imported import import_map
 from placer.runtime_map.maps import RUNTIMES, export_map
+from placer.target.map_formats import MAPS
 from tests.plans import unsolved_plan
 
 # Dense layer 0, MoE layers 1 and 2, one MTP layer behind them.
@@ -36,7 +37,7 @@ CONFIG = {
     "vocab_size": 32,
 }
 TWO_NODES = Topology(num_nodes=2, gpus_per_node=2)
-FORMATS = [(name, suffix) for name, one in RUNTIMES.items() for suffix in one.suffixes]
+FORMATS = [(name, suffix) for name, one in MAPS.items() for suffix in one.suffixes]
 
 
 @pytest.fixture(scope="module")

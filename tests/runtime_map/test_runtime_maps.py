@@ -36,6 +36,7 @@ from placer.runtime_map.maps import (
     verify_map,
 )
 from placer.target.engine import Engine
+from placer.target.map_formats import MAPS
 
 WritePlan = Callable[..., Path]
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 6, 8, 4
@@ -60,7 +61,7 @@ ROWS = [
     [0, 4, 1, 5, 2, 6, 3, 7, 0, 1, 2, 3],
     [3, 1, 7, 5, 0, 2, 4, 6, 1, 3, 5, 0],
 ]
-SUFFIXES = [(name, suffix) for name, one in RUNTIMES.items() for suffix in one.suffixes]
+SUFFIXES = [(name, suffix) for name, one in MAPS.items() for suffix in one.suffixes]
 
 
 @pytest.fixture
@@ -413,7 +414,7 @@ def test_what_no_engine_could_read_is_refused_and_leaves_nothing(
 
 def test_formats_without_an_engine_need_no_model(plan: Path, tmp_path: Path) -> None:
     for name, one in RUNTIMES.items():
-        out = tmp_path / f"map{one.suffixes[0]}"
+        out = tmp_path / f"map{MAPS[name].suffixes[0]}"
         if one.needs_model:
             with pytest.raises(UsageError, match="needs MODEL") as caught:
                 export_map(name, plan, None, out)
@@ -513,7 +514,7 @@ def test_a_wrong_suffix_is_refused_with_the_right_one(
     for name in RUNTIMES:
         with pytest.raises(UsageError, match="suffix") as caught:
             export_map(name, plan, model, tmp_path / "map.bin")
-        assert caught.value.hint == f"--out {tmp_path}/map{RUNTIMES[name].suffixes[0]}"
+        assert caught.value.hint == f"--out {tmp_path}/map{MAPS[name].suffixes[0]}"
     (tmp_path / "map.bin").touch()
     with pytest.raises(UsageError, match="is not a map"):
         verify_map(tmp_path / "map.bin", plan, model)

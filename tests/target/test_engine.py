@@ -11,7 +11,6 @@ from placer.placement import Placement
 from placer.placement.reference import random
 from placer.run import documents
 from placer.run.documents import read_data
-from placer.runtime_map.formats import MAPS
 from placer.simulation import simulate
 from placer.target.engine import (
     EXCHANGES,
@@ -24,6 +23,7 @@ from placer.target.engine import (
     known_engines,
     placement_effect,
 )
+from placer.target.map_formats import MAPS
 from placer.trace import Chunk
 
 ENGINES = known_engines()
