@@ -18,17 +18,9 @@ from placer.affinity.loads import (
 from placer.errors import PlacerError
 from placer.run.archives import UNREADABLE, load_array, load_arrays, unreadable_reason
 from placer.run.documents import parse_json
-from placer.run.files import (
-    read_bytes,
-    require_file,
-)
-from placer.trace.csv_rows import (
-    read_table,
-    require_whole,
-)
-from placer.trace.imported import (
-    BoundModel,
-)
+from placer.run.files import read_bytes, require_file
+from placer.trace.csv_rows import read_table, require_whole
+from placer.trace.imported import BoundModel
 from placer.trace.json_rows import layer_number
 from placer.trace.sglang_dump import load_dump
 

@@ -18,16 +18,8 @@ from placer.model import ModelSpec
 from placer.model.spec import MAX_EXPERTS
 from placer.run.archives import UNREADABLE
 from placer.run.documents import read_json
-from placer.run.files import (
-    require_file,
-    sha256_file,
-)
-from placer.trace.imported import (
-    BY_ITSELF,
-    BoundModel,
-    ImportOptions,
-    hash_layers_warning,
-)
+from placer.run.files import require_file, sha256_file
+from placer.trace.imported import BY_ITSELF, BoundModel, ImportOptions, hash_layers_warning
 from placer.trace.sglang_dump import load_dump
 
 # The experts in the slots of a layer: its own layer number -> logical experts.

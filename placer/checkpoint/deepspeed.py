@@ -21,9 +21,7 @@ import numpy as np
 from placer import __version__
 from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
-from placer.errors import (
-    PlacerError,
-)
+from placer.errors import PlacerError
 from placer.placement import Plan
 from placer.run.archives import load_torch
 from placer.run.documents import (
@@ -35,16 +33,8 @@ from placer.run.documents import (
     read_json,
     validated,
 )
-from placer.run.files import (
-    canonical_json,
-    read_text,
-    require_file,
-    sha256_file,
-)
-from placer.run.writing import (
-    atomic_directory,
-    require_free_space,
-)
+from placer.run.files import canonical_json, read_text, require_file, sha256_file
+from placer.run.writing import atomic_directory, require_free_space
 
 KIND = "deepspeed"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")

@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from placer.checkpoint.served_files import (
-    require_inside,
-    served_files,
-)
+from placer.checkpoint.served_files import require_inside, served_files
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.torch_shard import open_torch_shard
 from placer.errors import PlacerError, SourceChangedError

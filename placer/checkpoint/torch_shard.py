@@ -10,11 +10,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from placer.checkpoint.shard import (
-    Shard,
-    TensorInfo,
-    compose_header,
-)
+from placer.checkpoint.shard import Shard, TensorInfo, compose_header
 from placer.errors import PlacerError
 from placer.run.archives import load_torch
 from placer.run.files import require_file

@@ -24,12 +24,7 @@ from placer.checkpoint.source import RECORD_NAME, CheckpointSource
 from placer.checkpoint.tensor_files import read_tensor, tensor_files
 from placer.errors import PlacerError, VerificationError
 from placer.model import Architecture, ModelSpec, read_config, require_same_model
-from placer.model.tensor_layout import (
-    TensorKind,
-    TensorLayout,
-    has_columns,
-    is_of_all,
-)
+from placer.model.tensor_layout import TensorKind, TensorLayout, has_columns, is_of_all
 from placer.placement import Placement, Plan
 from placer.placement.all_layers import plan_of
 from placer.run.files import read_bytes, read_text, sha256_file

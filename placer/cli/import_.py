@@ -191,27 +191,11 @@ def _import_tokens(
 ) -> dict[str, object]:
     from placer.trace import Trace
     from placer.trace.csv_rows import csv_reader
-    from placer.trace.doubts import (
-        UNORDERED,
-        doubts,
-    )
-    from placer.trace.imported import (
-        REORDERED,
-        import_file,
-    )
-    from placer.trace.json_rows import (
-        Keys,
-        jsonl_reader,
-        requests_reader,
-    )
-    from placer.trace.npz import (
-        read_exflow,
-        read_npz,
-    )
-    from placer.trace.routed_experts import (
-        read_sglang_routed,
-        read_vllm_routed,
-    )
+    from placer.trace.doubts import UNORDERED, doubts
+    from placer.trace.imported import REORDERED, import_file
+    from placer.trace.json_rows import Keys, jsonl_reader, requests_reader
+    from placer.trace.npz import read_exflow, read_npz
+    from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
     from placer.trace.sglang_dump import read_sglang_dump
 
     named = Keys.parse(keys)

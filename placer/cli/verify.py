@@ -5,13 +5,7 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import (
-    JsonOption,
-    print_json,
-    print_line,
-    print_table,
-    progress_line,
-)
+from placer.cli.output import JsonOption, print_json, print_line, print_table, progress_line
 
 
 def verify(

@@ -4,11 +4,7 @@ from placer.model.architecture import Architecture, known_architectures
 from placer.model.combination import Combination
 from placer.model.config_file import read_config
 from placer.model.spec import ModelSpec, common_model, expert_size, require_same_model
-from placer.model.tokenizer import (
-    recorded_tokenizer,
-    require_same_tokenizer,
-    tokenizer_of,
-)
+from placer.model.tokenizer import recorded_tokenizer, require_same_tokenizer, tokenizer_of
 
 __all__ = [
     "Architecture",

@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
-from placer.model.moe_layers import (
-    LayerRule,
-    block_types,
-    moe_layers,
-)
+from placer.model.moe_layers import LayerRule, block_types, moe_layers
 from placer.model.tensor_layout import TensorLayout
 from placer.run.documents import parse_toml
 

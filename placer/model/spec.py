@@ -8,19 +8,9 @@ import msgspec
 
 from placer.errors import PlacerError, UsageError
 from placer.model.architecture import Architecture
-from placer.model.config_file import (
-    read_config,
-    tensor_names,
-)
+from placer.model.config_file import read_config, tensor_names
 from placer.model.held_experts import held_experts
-from placer.run.documents import (
-    Count,
-    Document,
-    NumExperts,
-    Sha256,
-    Size,
-    TopK,
-)
+from placer.run.documents import Count, Document, NumExperts, Sha256, Size, TopK
 from placer.run.files import canonical_json, sha256_json
 
 #: Logical experts are named by at most 15 bits in a trace.

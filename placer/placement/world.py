@@ -13,22 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    one_of,
-)
-from placer.placement.topology import (
-    INTER_COST,
-    INTRA_COST,
-    Topology,
-    require_cost_matrix,
-)
+from placer.errors import PlacerError, UsageError, one_of
+from placer.placement.topology import INTER_COST, INTRA_COST, Topology, require_cost_matrix
 from placer.run.documents import parse_json
-from placer.run.files import (
-    read_text,
-    sha256_file,
-)
+from placer.run.files import read_text, sha256_file
 
 EpGroups = Literal["consecutive", "strided"]
 EP_GROUPS: tuple[EpGroups, ...] = get_args(EpGroups)

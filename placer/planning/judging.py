@@ -7,10 +7,7 @@ from typing import Any
 
 from placer.model import ModelSpec
 from placer.placement.placement import Placement
-from placer.placement.reference import (
-    Load,
-    contiguous,
-)
+from placer.placement.reference import Load, contiguous
 from placer.run.deadline import Deadline, OutOfTimeError
 from placer.simulation.simulate import simulate
 from placer.solver.balance.eplb import pack_loads

@@ -5,20 +5,13 @@ from typing import Any
 
 from placer.affinity import Affinity
 from placer.errors import PlacerError
-from placer.model.config_file import (
-    CONFIG_NAME,
-    PARAMS_NAME,
-    require_downloaded,
-)
+from placer.model.config_file import CONFIG_NAME, PARAMS_NAME, require_downloaded
 from placer.placement import Plan
 from placer.placement.engine_map import require_no_map
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
 from placer.run.documents import file_header, parse_json, read_json
-from placer.run.files import (
-    open_regular,
-    read_bytes,
-)
+from placer.run.files import open_regular, read_bytes
 from placer.table import Table
 from placer.trace import Trace
 

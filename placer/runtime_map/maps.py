@@ -6,16 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    VerificationError,
-)
+from placer.errors import PlacerError, UsageError, VerificationError
 from placer.run.documents import parse_json
-from placer.run.files import (
-    read_text,
-    require_file,
-)
+from placer.run.files import read_text, require_file
 from placer.run.writing import atomic_file
 from placer.runtime_map.engine_family import (
     Start,
@@ -24,11 +17,7 @@ from placer.runtime_map.engine_family import (
     start_lines,
     without_copies,
 )
-from placer.runtime_map.runtime import (
-    MapSource,
-    Runtime,
-    require_valid_rows,
-)
+from placer.runtime_map.runtime import MapSource, Runtime, require_valid_rows
 from placer.target.map_formats import MAPS, format_of_json, format_of_suffix
 
 RUNTIMES: dict[str, Runtime] = {

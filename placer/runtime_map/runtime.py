@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from placer.errors import PlacerError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-)
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.model import Architecture, ModelSpec, read_config
+from placer.placement import Placement, Plan
 from placer.placement.all_layers import plan_of
 
 

@@ -18,10 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import FloatArray
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.run.documents import parse_toml, validated
 from placer.run.files import read_text
 from placer.run.writing import atomic_file

@@ -9,17 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.run.documents import parse_json
-from placer.run.files import (
-    memory_bytes,
-    open_regular,
-    read_bytes,
-    sha256_file,
-)
+from placer.run.files import memory_bytes, open_regular, read_bytes, sha256_file
 from placer.trace.header import MAX_DOMAINS
 
 #: A text, or the messages of a chat, each with its role and content.

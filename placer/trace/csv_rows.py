@@ -11,16 +11,9 @@ import numpy as np
 from placer.errors import PlacerError
 from placer.run.archives import UNREADABLE
 from placer.run.files import memory_bytes, open_regular
-from placer.trace.imported import (
-    BoundModel,
-    ImportedTokens,
-)
+from placer.trace.imported import BoundModel, ImportedTokens
 from placer.trace.json_rows import NO_KEYS, Keys, row_ids
-from placer.trace.token_rows import (
-    TokenRows,
-    phase_numbers,
-    whole_tokens,
-)
+from placer.trace.token_rows import TokenRows, phase_numbers, whole_tokens
 
 # Columns of the layout, by what they mean.
 _COLUMNS = {

@@ -14,29 +14,11 @@ import numpy.typing as npt
 
 from placer import __version__
 from placer.errors import PlacerError, UsageError
-from placer.model import (
-    Architecture,
-    ModelSpec,
-    read_config,
-    tokenizer_of,
-)
-from placer.run.files import (
-    require_file,
-    sha256_file,
-)
-from placer.trace.chunk import (
-    Chunk,
-    expert_dtype,
-    require_ranges,
-)
-from placer.trace.expert_order import (
-    listed_by_id,
-    ordered_by_weight,
-)
-from placer.trace.header import (
-    MAX_DOMAINS,
-    TraceHeader,
-)
+from placer.model import Architecture, ModelSpec, read_config, tokenizer_of
+from placer.run.files import require_file, sha256_file
+from placer.trace.chunk import Chunk, expert_dtype, require_ranges
+from placer.trace.expert_order import listed_by_id, ordered_by_weight
+from placer.trace.header import MAX_DOMAINS, TraceHeader
 from placer.trace.writer import TraceWriter
 
 Array = npt.NDArray[Any]

@@ -8,10 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import PlacerError
-from placer.trace.imported import (
-    BoundModel,
-    ImportedTokens,
-)
+from placer.trace.imported import BoundModel, ImportedTokens
 
 Array = npt.NDArray[Any]
 # No model has as many: a larger number means something else.

@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from placer.checkpoint.deepspeed import (
-    export_deepspeed,
-    restore_deepspeed,
-)
+from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
 from placer.checkpoint.verify_deepspeed import verify_deepspeed
 from placer.cli.main import main
 from placer.errors import PlacerError, VerificationError

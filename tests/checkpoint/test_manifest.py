@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    prepare_export,
-    prepare_restore,
-)
+from placer.checkpoint.export import export_checkpoint, prepare_export, prepare_restore
 from placer.checkpoint.ranks import prepare_ranks
 from placer.checkpoint.verify import verify
 from placer.checkpoint.writing import ExportOptions

@@ -18,11 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from placer.checkpoint.export import (
-    export_checkpoint,
-    prepare_export,
-    prepare_restore,
-)
+from placer.checkpoint.export import export_checkpoint, prepare_export, prepare_restore
 from placer.checkpoint.writing import ExportOptions
 from placer.cli.main import main
 from placer.errors import PlacerError, UsageError

@@ -14,22 +14,12 @@ from typer.testing import CliRunner
 
 from placer.affinity import count_affinity
 from placer.cli.main import app
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec
 from placer.placement import Placement
-from placer.placement.reference import (
-    contiguous,
-    random,
-)
+from placer.placement.reference import contiguous, random
 from placer.placement.topology import Topology
-from placer.placement.world import (
-    WorldLayout,
-    group_topology,
-    read_costs,
-)
+from placer.placement.world import WorldLayout, group_topology, read_costs
 from placer.planning.planner import plan_from_trace
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.caps import Caps
@@ -41,21 +31,12 @@ from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.proof.certificate import PairCertificate
-from placer.solver.proof.copies import (
-    CopiesCertificate,
-    token_sets,
-)
+from placer.solver.proof.copies import CopiesCertificate, token_sets
 from placer.solver.search.evaluator import Evaluator, evaluate
 from placer.solver.search.layer_state import RULES
 from placer.solver.search.refine import refined
 from placer.solver.solve import solve
-from placer.trace import (
-    EVERYTHING,
-    Chunk,
-    Fold,
-    Selection,
-    Trace,
-)
+from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace
 from tests.plans import changed
 from tests.solver.enumeration import every_placement, random_problem
 

@@ -19,22 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from placer.cli.export import TARGETS
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    UsageError,
-    VerificationError,
-)
+from placer.errors import PlacerError, UsageError, VerificationError
 from placer.model import ModelSpec
-from placer.placement import (
-    Placement,
-    Plan,
-)
+from placer.placement import Placement, Plan
 from placer.runtime_map.engine_family import other_choices
-from placer.runtime_map.maps import (
-    RUNTIMES,
-    export_map,
-    verify_map,
-)
+from placer.runtime_map.maps import RUNTIMES, export_map, verify_map
 from placer.target.engine import Engine
 from placer.target.map_formats import MAPS
 

@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 
 from placer.cli.main import main
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.placement.reference import contiguous
 from placer.run.worker import Worker
 from placer.target.calibrate import (
@@ -25,10 +22,7 @@ from placer.target.calibrate import (
     calibrate,
     require_devices,
 )
-from placer.target.hardware import (
-    Hardware,
-    write_hardware,
-)
+from placer.target.hardware import Hardware, write_hardware
 from placer.target.link_fit import fit_link
 from placer.trace import Trace
 

@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placer.errors import PlacerError
-from placer.target.hardware import (
-    Curve,
-    Hardware,
-    Link,
-    LinkCurves,
-    write_hardware,
-)
+from placer.target.hardware import Curve, Hardware, Link, LinkCurves, write_hardware
 
 #: Half duplex: 1 s of start, then 1 s per byte one way and 2 s per byte both ways.
 HALF_DUPLEX = Link(

@@ -8,19 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from placer.errors import (
-    PlacerError,
-    UsageError,
-)
+from placer.errors import PlacerError, UsageError
 from placer.trace import Trace
-from placer.trace.corpus import (
-    Corpus,
-    name_corpora,
-)
-from placer.trace.record import (
-    RecordOptions,
-    record,
-)
+from placer.trace.corpus import Corpus, name_corpora
+from placer.trace.record import RecordOptions, record
 
 CHAT = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "two"}]
 

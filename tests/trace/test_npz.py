@@ -11,10 +11,7 @@ from placer.errors import PlacerError
 from placer.trace import Trace
 from placer.trace.header import TraceHeader
 from placer.trace.imported import ImportOptions, import_file
-from placer.trace.npz import (
-    read_exflow,
-    read_npz,
-)
+from placer.trace.npz import read_exflow, read_npz
 
 
 def import_npz(file: Path, out: Path, model: Path | None = None) -> TraceHeader:

@@ -13,10 +13,7 @@ from placer.errors import PlacerError
 from placer.trace import Chunk, Trace
 from placer.trace.imported import ImportOptions, import_file
 from placer.trace.npz import read_exflow
-from placer.trace.routed_experts import (
-    read_sglang_routed,
-    read_vllm_routed,
-)
+from placer.trace.routed_experts import read_sglang_routed, read_vllm_routed
 
 PROMPT, OUTPUT = [5, 6, 7], [8, 9]
 
