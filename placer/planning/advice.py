@@ -71,7 +71,7 @@ class Answer:
     Attributes
     ----------
     engine, phase
-        Name and phase; ``None`` where loads alone are known.
+        Name and phase; ``None`` where only loads are known.
     best
         Name of the candidate that gains most: what the verdict is about.
     question, options
@@ -163,8 +163,8 @@ def advise_on_loads(
 ) -> Advice:
     """Advise from counts: whether balancing pays, judged by loads only.
 
-    ``questions`` differ in the engine alone: it says which replica of an expert serves.
-    ``source`` is the file of the counts, which commands name. ``progress`` is told each
+    ``questions`` differ only in the engine: it says which replica of an expert serves.
+    ``source`` is the file of the counts, which commands name. ``progress`` gets each
     engine.
 
     Raises

@@ -33,7 +33,7 @@ QUICK = SolveOptions(
 # Balance further from even than this is worth a word on redundant experts.
 _FAR_FROM_EVEN = 1.1
 
-#: Plans by name: for balance alone; for traffic, no rank busier than EPLB's busiest; for
+#: Plans by name: for balance only; for traffic, no rank busier than EPLB's busiest; for
 #: traffic under the default cap.
 BALANCED = "balanced"
 GUARDED = "placed (EPLB's load)"
@@ -128,7 +128,7 @@ def _options(question: Question, model: ModelSpec, objective: Objective) -> Solv
 
 
 def _exchange(question: Question) -> str | None:
-    """Return the ``--exchange`` that ``placer solve`` takes where it is told no engine."""
+    """Return the ``--exchange`` that ``placer solve`` takes where no engine is named."""
     between = question.topology.num_nodes > 1 and question.known_engine is None
     return "per-node" if between else None
 

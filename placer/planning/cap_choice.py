@@ -82,7 +82,7 @@ def choose_cap(
     question
         Engine, hardware and size of an expert.
     session
-        Is told each plan; each quick plan has half of its time.
+        Reports each plan; each quick plan has half of its time.
 
     Raises
     ------

@@ -52,7 +52,7 @@ class Drift:
     now
         On the trace.
     error
-        Standard error of ``now`` over sequences, or ``None`` where loads alone are known.
+        Standard error of ``now`` over sequences, or ``None`` where only loads are known.
     allowed
         How much worse than ``then`` it may be.
     """
@@ -80,7 +80,7 @@ class DriftReport:
     Attributes
     ----------
     figures
-        Traffic and balance; from loads balance alone.
+        Traffic and balance; from loads, only balance.
     num_tokens, num_sequences
         What was judged; loads know no sequences.
     """
@@ -203,7 +203,7 @@ def improving_command(plan: Plan, path: Path, source: Path) -> str:
     """Return the command that improves a plan on newer traffic with few moves.
 
     It asks for what the plan was solved for; from counts, which say nothing of traffic, for
-    balance alone.
+    balance.
     """
     placement, choice, engine = plan.placement, plan.recorded_choice, plan.engine
     words = ["placer", "solve", str(source)]

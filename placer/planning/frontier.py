@@ -98,7 +98,7 @@ def write_frontier(
 ) -> list[FrontierPoint]:
     """Solve under every cap; write a directory of plans and ``frontier.csv``.
 
-    ``provenance`` is what every plan should say beside its own, and ``warn`` is told of
+    ``provenance`` is what every plan should say next to its own, and ``warn`` gets the
     load caps that are relaxed. Plans share what is left until the session's deadline, each
     as much as those after it. A cap whose search was stopped at the plan of the cap before
     has no plan of its own; after Ctrl-C the one that is searched for is the last.

@@ -2,7 +2,7 @@
 
 Ranks that are just under a cap on the profile are above it on other sequences, whose load
 is another. How much lower the cap of the solver must be, and if that is not enough how dear
-load above it in resampled profiles, is measured on the profile alone: quick plans of each
+load above it in resampled profiles, is measured only on the profile: quick plans of each
 half of its sequences, judged on the other half.
 """
 
@@ -54,7 +54,7 @@ def choose_inner_cap(
     options
         What to solve for, ``load_cap`` being the mean imbalance to keep to.
     session
-        Is told each cap; after its deadline no further one is tried.
+        Reports each cap; after its deadline no further one is tried.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def inner_halves(profile: Chunk, option: str) -> tuple[Chunk, Chunk]:
     Raises
     ------
     UsageError
-        If there is one sequence alone; ``option`` is what needs two.
+        If there is only one sequence; ``option`` is what needs two.
     """
     present, number = np.unique(profile.sequence_ids, return_inverse=True)
     if len(present) < 2:

@@ -127,7 +127,7 @@ def choose_by_time(
     question
         Engine, hardware and size of an expert.
     session
-        Is told each candidate; after its deadline no further one is tried.
+        Reports each candidate; after its deadline no further one is tried.
 
     Raises
     ------

@@ -155,7 +155,7 @@ def choose_redundant_experts(
     least_gain
         Share of the objective, above 0 and below 1.
     session
-        Is told each step; after its deadline no further step is tried.
+        Reports each step; after its deadline no further step is tried.
     num_blocks
         Blocks of ranks that share out the experts, where router groups stay whole.
 

@@ -52,7 +52,7 @@ class Settled:
     question
         What predicted time is asked, where it decides; else ``None``.
     provenance
-        What plans should say beside their own.
+        What plans should say next to their own.
     """
 
     options: SolveOptions
@@ -75,7 +75,7 @@ def settle(
     note, warn
         Called with what to know of it, one sentence each.
     session
-        Is told each quick plan; its deadline is that of the choice of a number of redundant
+        Reports each quick plan; its deadline is that of the choice of a number of redundant
         experts.
 
     Raises
@@ -175,7 +175,7 @@ def _doubts(request: SolveRequest) -> Iterator[str]:
     if request.engine is not None:
         phases = Engine.named(request.engine).phases
         other = phase_warning(trace, request.selection, phases)
-        # A plan for one of an engine's phases is made from its tokens alone.
+        # A plan for one of an engine's phases is made only from its tokens.
         if other is not None and len(phases) == 1:
             yield other
 
@@ -208,7 +208,7 @@ def _whole_groups(request: SolveRequest, options: SolveOptions, note: Tell) -> S
 
 
 def _require_no_tokens(request: SolveRequest, options: SolveOptions) -> None:
-    """Refuse what pairs of experts alone cannot serve; offer to balance the load."""
+    """Refuse what needs more than pairs of experts; offer to balance the load."""
     if (option := options.needs_tokens) is None:
         return
     engine = [] if request.engine is None else ["--engine", request.engine]
@@ -221,7 +221,7 @@ def _require_no_tokens(request: SolveRequest, options: SolveOptions) -> None:
 
 
 def _even_choice(request: SolveRequest) -> str | None:
-    """Return how copies share a load of which counts alone are known; ``None`` to ask."""
+    """Return how copies share a load of which only counts are known; ``None`` to ask."""
     is_even = request.holds_counts and request.has_replicas and request.engine is None
     return "hash" if is_even else None
 

@@ -59,7 +59,7 @@ def solve_request(
     note, warn
         Called with what to know of it, one sentence each.
     session
-        Who is told each step of a search, when to stop, and the seed.
+        Reports each step of a search; holds the deadline and the seed.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def _choose(
     question: Question,
     session: Session,
 ) -> TimeChoice | CapChoice:
-    """Choose by predicted time what to solve for, or the load cap alone."""
+    """Choose by predicted time what to solve for, or only the load cap."""
     trace = Trace(request.source)
     profile = trace.read(request.selection)
     choose = choose_by_time if request.by_time else choose_cap

@@ -1,7 +1,7 @@
 """Advice from recorded tokens.
 
 A quick plan and EPLB's placement are made from half of the sequences and judged on the
-other half, beside the contiguous placement that engines start with: for each engine, in
+other half, compared with the contiguous placement that engines start with: per engine, in
 batches of each size that it is run for.
 """
 
@@ -55,8 +55,8 @@ def advise_on_trace(
 ) -> Advice:
     """Advise from recorded tokens.
 
-    ``questions`` differ in the engine, and the size of an expert, alone. ``progress`` is
-    told each engine and phase.
+    ``questions`` differ only in the engine and the size of an expert. ``progress`` gets
+    each engine and phase.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def _candidate(found: BatchFigures, question: Question) -> Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Gains:
-    """What candidates save beside contiguous: shares, negative where they cost more."""
+    """What candidates save of contiguous: shares, negative where they cost more."""
 
     question: Question
     candidates: Mapping[str, tuple[Candidate, ...]]

@@ -18,7 +18,7 @@ _WORDS = {
     (0, 1): "no faster than {0}",
 }
 _BY_SIZE = "faster than {0} at some batch sizes, slower at others"
-#: What a verdict sets a plan beside, where they were simulated.
+#: What a verdict compares a plan with, where they were simulated.
 _REFERENCES = ("contiguous", "eplb")
 
 

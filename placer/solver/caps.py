@@ -122,7 +122,7 @@ class Caps:
         return replace(self, max_received_copies=None)
 
     def require_no_load_cap(self, option: str) -> None:
-        """Refuse a cap on load beside an option that has caps of its own.
+        """Refuse a cap on load next to an option that has its own caps.
 
         Raises
         ------

@@ -34,11 +34,11 @@ def solve(
     Parameters
     ----------
     affinity
-        Counts of the profile; loads alone are balanced.
+        Counts of the profile; only loads: they are balanced.
     options
         What to solve for.
     session
-        Who is told, when to stop, and the seed. Interrupted by Ctrl-C, the search gives the
+        Reports steps; holds deadline and seed. Interrupted by Ctrl-C, the search gives the
         best so far; the report then says that it is not reproducible.
     tokens
         The profile itself: the copies that it causes are minimised. Without it pairs of
@@ -100,7 +100,7 @@ class _Solved:
         ``[L]``: pairs that a rank may serve in each layer.
     relaxed, relaxed_receive, above_eplb
         By layer, what those reach that are above the cap on load, on received copies, or
-        EPLB's load alone.
+        only EPLB's load.
     """
 
     placement: Placement

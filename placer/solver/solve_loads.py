@@ -102,7 +102,7 @@ def _balanced(
 
 
 def _require_no_traffic(options: SolveOptions) -> None:
-    """Refuse options that loads alone cannot serve."""
+    """Refuse options that need more than loads."""
     if (option := options.only_for_traffic) is None:
         return
     if options.goal.objective == "balance":

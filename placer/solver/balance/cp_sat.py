@@ -21,6 +21,6 @@ def repeatable_solver(deterministic_time: float, deadline: Deadline) -> cp_model
     solver.parameters.max_deterministic_time = deterministic_time
     if (left := deadline.left()) is not None:
         solver.parameters.max_time_in_seconds = left
-    # A Ctrl-C that is caught ends this search alone, and nobody is told.
+    # A Ctrl-C that is caught ends only this search, and nothing reports it.
     solver.parameters.catch_sigint_signal = False
     return solver

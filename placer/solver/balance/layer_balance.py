@@ -26,7 +26,7 @@ _EXACT_VARIABLES = 4096
 # An imbalance this close to its bound is not worth an exact search.
 _CLOSE = 1.01
 # Copies are made by loads to these powers: below 1, fewer of hot experts and more of
-# others, which fit in beside them.
+# others, which fit in next to them.
 # Who serves depends on the ranks that copies are on; so often they are all moved on by one.
 _MOST_ROLLS = 16
 _POWERS = (1.0, 0.85, 0.7, 0.4)

@@ -58,7 +58,7 @@ def least_max_load(load: FloatArray, num_ranks: int) -> float:
     """Return the least load that the busiest rank can have, as a lower bound.
 
     One of R ranks has an even share. One has j + 1 of the j R + 1 heaviest experts, at
-    least the lightest j + 1 of them, and beside them at least the lightest of all.
+    least the lightest j + 1 of them, and also at least the lightest of all.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ def place_requests(
         Cap on a rank's pairs over the mean; a request that fits nowhere goes to the rank
         with the fewest.
     likeness
-        Weight of the cosine between a request and the sum of a rank's requests, beside
+        Weight of the cosine between a request and the sum of a rank's requests, next to
         the share of the request that the rank serves.
 
     Returns

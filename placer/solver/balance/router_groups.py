@@ -153,7 +153,7 @@ def _between_groups(
     """Return the problem of groups in blocks of ranks, as if groups were experts."""
     n_group = affinity.model.n_group
     blocks = min(n_group, topology.num_ranks)
-    # Blocks are ranks of their own; a node that holds less than one is not told apart.
+    # Blocks are ranks of their own; a node that holds less than one is not distinguished.
     num_nodes = topology.num_nodes if blocks % topology.num_nodes == 0 else 1
     between_blocks = Topology(
         num_nodes=num_nodes,

@@ -1,7 +1,7 @@
 """What the compiled loops read and change: the arrays of one layer.
 
 Legend of the shapes: T tokens, E logical experts, R ranks, N nodes, k experts per token,
-C most replicas of an expert, H homes told apart (1 where the home does not decide which
+C most replicas of an expert, H distinct homes (1 where the home does not decide which
 replica serves; else R), S load scenarios.
 """
 

@@ -124,12 +124,12 @@ def placement_problem(
     one copy per distinct rank of its experts, so only same-layer co-activation matters.
     ``follow`` counts ordered pairs within a layer, which decide how many ranks a token
     visits, and pairs of neighbouring layers, which decide how many of those it is already
-    on (ExFlow, arXiv 2401.08383, section IV, counts the latter alone).
+    on (ExFlow, arXiv 2401.08383, section IV, counts only the latter).
 
     Raises
     ------
     PlacerError
-        If the affinity holds loads alone.
+        If the affinity holds only loads.
     """
     if not affinity.has_links:
         raise PlacerError(

@@ -71,8 +71,8 @@ def copies_report(
 ) -> dict[str, Any]:
     """Return the fields of ``SolverReport`` that say what copies of ``judged`` cost.
 
-    Proofs stop at the session's deadline: any stop certifies. ``line`` is told their
-    bounds, and knows a bound where one was told before; of a plan that was stopped it is
+    Proofs stop at the session's deadline: any stop certifies. ``line`` gets their
+    bounds, and knows a bound where it got one before; of a plan that was stopped it is
     kept. ``reached`` is what the placement costs.
     """
     deadline, objective = session.deadline, round(reached.copies, 6)

@@ -98,7 +98,7 @@ class Alternation:
         """Return the best placement of all rounds, the given one included.
 
         The best by all that ``traffic`` prices less what pairs served at home are worth,
-        under the load cap where one is. ``progress`` is told the round and the price of its
+        under the load cap where one is. ``progress`` gets the round and the price of its
         copies (see :meth:`price`).
         """
         deadline = deadline or Deadline()

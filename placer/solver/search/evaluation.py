@@ -23,7 +23,7 @@ class Evaluation:
     copies
         Price of the copies, per token and MoE layer.
     price
-        The same with all that is priced beside them: other loads, the busiest receiver,
+        The same with all else that is priced: other loads, the busiest receiver,
         homes and moves.
     price_of_layer
         ``[L]``: the layers' parts of that price, times R x the tokens.

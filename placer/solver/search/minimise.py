@@ -45,7 +45,7 @@ class Found:
     problem, traffic
         The pairs and the copies that are minimised.
     line
-        Knows a bound of the copies where one was told.
+        Knows a bound of the copies where one was computed.
     """
 
     placement: Placement

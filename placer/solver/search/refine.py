@@ -43,8 +43,8 @@ def refined(
     """Return a placement that costs no more.
 
     Of a placement above a cap, one that is nearer to it, whatever it costs. Copies are
-    priced per token and MoE layer (cheapest copy 1), without what is priced beside them:
-    bounds are of them alone.
+    priced per token and MoE layer (cheapest copy 1), without what else is priced:
+    bounds are only of them.
 
     Parameters
     ----------
