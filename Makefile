@@ -14,7 +14,7 @@ COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines faults bytes stress check bench bench-network docs notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines faults bytes stress mutants check bench bench-network docs notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -25,7 +25,8 @@ demo: $(INSTALLED)  ## Run the whole road on the model and text that ship here
 	@$(BIN)/placer demo --out build/demo
 
 test: $(INSTALLED)  ## Run the tests
-	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks --ignore=tests/engines
+	@$(BIN)/python -m pytest tests --ignore=tests/benchmarks --ignore=tests/engines \
+	    --ignore=tests/bytes --ignore=tests/stress
 
 test-engines: $(ENGINES)  ## Install real engines, run the tests in which they serve an export
 	@$(BIN)/python -m pytest tests/engines
@@ -38,6 +39,9 @@ bytes: $(INSTALLED)  ## Compare the bytes of all outputs over surroundings, one 
 
 stress: $(INSTALLED)  ## Measure 5 million tokens and 200,000 tensors (8 GB of memory, 10 of disk)
 	@PLACER_STRESS=all $(BIN)/python -m pytest -s tests/stress
+
+mutants: $(INSTALLED)  ## Change the code in one place at a time: a test must fail (hours)
+	@$(BIN)/python tests/mutation/mutate.py
 
 check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated documentation, notebooks
 	@$(BIN)/ruff format --check .

@@ -74,7 +74,7 @@ def affinity_of_traces(
         both.add(str(trace.directory), trace.model, trace.tokenizer_sha256)
     provenance = {
         "placer": __version__,
-        "traces_sha256": hashes,
+        "traces_sha256": sorted(hashes),
         "tokenizer_sha256": both.tokenizer_sha256,
         **selection.to_json(),
     }

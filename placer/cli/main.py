@@ -186,13 +186,9 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def _lacks_memory(error: Exception) -> bool:
     """Return whether memory ran out; the loader and torch say so in words alone."""
-    words = (
-        "failed to map segment",
-        "can't allocate memory",
-        "Cannot allocate memory",
-        "can't start new thread",
-    )
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    words = ("failed to map segment", "allocate memory", "can't start new thread")
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in said for word in words)
 
 
 def _explain(error: OSError) -> tuple[str, str | None]:
