@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Where to look for torch besides PyPI, whose Linux build brings gigabytes of CUDA:
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
 TORCH_INDEX ?=
+# How long `make fuzz` may take.
+FUZZ_SECONDS ?= 120
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines faults bytes stress mutants check bench bench-network docs notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines fuzz faults bytes stress mutants check bench bench-network docs notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -53,6 +55,14 @@ check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated do
 	@$(BIN)/python docs/check_words.py
 	@$(COG) --check --diff --check-fail-msg='Write it anew: make docs' $(GENERATED)
 	@$(BIN)/nbstripout --verify $(NOTEBOOKS)
+
+# Half of the time structured mutation of every reader, half of it coverage-guided: the five
+# readers that parse bytes or JSON first. The seeds are fixed.
+fuzz: $(VENV)/.fuzz  ## Fuzz every reader for FUZZ_SECONDS (120)
+	@$(BIN)/python tests/fuzz/structured.py --seconds $$(($(FUZZ_SECONDS) / 2))
+	@for reader in shard plan 'trtllm map .yaml' 'sglang responses' config; do \
+	    $(BIN)/python tests/fuzz/guided.py "$$reader" \
+	        --seconds $$(($(FUZZ_SECONDS) / 10)) || exit 1; done
 
 bench: $(INSTALLED)  ## Measure: see tests/benchmarks
 	@echo 'The benchmarks are in tests/benchmarks.'
@@ -96,6 +106,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(VENV)/.deepspeed: $(INSTALLED)
 	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	@touch $@
+
+$(VENV)/.fuzz: $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'atheris>=3.0,<4'
 	@touch $@
 
 # Its file names all that it needs, and leaves out what a demo model does not.

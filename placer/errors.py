@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 Choice = TypeVar("Choice", bound=str)
+_MOST_CHARACTERS = 2000
 
 
 class PlacerError(Exception):
@@ -21,6 +22,8 @@ class PlacerError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        # A hostile file may have its say, such as a number of 5,000 digits, but no more.
+        message = message[:_MOST_CHARACTERS]
         super().__init__(message)
         self.message = message
         self.hint = hint

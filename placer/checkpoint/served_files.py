@@ -4,6 +4,7 @@ Weights that are not rewritten would contradict the rewritten ones. So what is
 copied is text, or of a kind that is known to hold no weights.
 """
 
+import os
 from pathlib import Path
 
 from placer.errors import PlacerError
@@ -120,7 +121,8 @@ def require_inside(directory: Path, path: Path) -> None:
     PlacerError
         If the target is outside the checkpoint.
     """
-    if not path.is_symlink():
+    # Unlike the method of Path it also takes names that no file system can hold.
+    if not os.path.islink(path):
         return
     own, target = directory.resolve(), path.resolve()
     blobs = own.parent.parent / "blobs"

@@ -17,10 +17,11 @@ MAX_DOCUMENT_BYTES = 1 << 26
 
 def require_file(path: Path, what: str) -> None:
     """Raise a :class:`PlacerError` unless ``path`` is a file."""
-    if not path.is_file():
+    # Unlike methods of Path these also take names that no file system can hold.
+    if not os.path.isfile(path):
         raise PlacerError(
             f"{what} {path} does not exist"
-            if not path.exists()
+            if not os.path.exists(path)
             else f"{what} {path} is not a file",
             f"check the path: ls -l {path.parent}",
         )
