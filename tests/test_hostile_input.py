@@ -37,6 +37,7 @@ from placer.runtime_map.maps import RUNTIMES
 from placer.solver.params import SolverParams
 from placer.table import Table
 from placer.target.hardware import Hardware
+from placer.target.map_formats import MAPS
 from placer.trace import Trace
 from placer.trace.csv_rows import read_csv
 from placer.trace.imported import import_file
@@ -90,7 +91,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     **{
         f"{name} map {suffix}": lambda path, one=one, suffix=suffix: one.parse(path, suffix)
         for name, one in RUNTIMES.items()
-        for suffix in one.suffixes
+        for suffix in MAPS[name].suffixes
     },
     **{
         f"matrix {suffix}": lambda path, suffix=suffix: read_load_matrix(

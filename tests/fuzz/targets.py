@@ -35,6 +35,7 @@ from placer.shuffle import ShuffleTable
 from placer.solver.params import SolverParams
 from placer.table import Table
 from placer.target.hardware import Hardware
+from placer.target.map_formats import MAPS
 from placer.trace import Trace
 from placer.trace.csv_rows import read_csv
 from placer.trace.imported import BoundModel
@@ -130,7 +131,7 @@ def _maps() -> dict[str, Target]:
     kinds = {".json": "json", ".pt": "torch", ".npz": "npz", ".safetensors": "safetensors"}
     with tempfile.TemporaryDirectory() as folder:
         for name, runtime in RUNTIMES.items():
-            for suffix in runtime.suffixes:
+            for suffix in MAPS[name].suffixes:
                 out = Path(folder) / f"{name}{suffix}"
                 export_map(name, plan, model, out)
                 seeds, kind = (out.read_bytes(),), kinds.get(suffix, "text")

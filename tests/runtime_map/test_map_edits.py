@@ -18,10 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from placer.errors import PlacerError
 from placer.runtime_map.maps import RUNTIMES, export_map, verify_map
+from placer.target.map_formats import MAPS
 
 OLD = Path(__file__).parents[1] / "data" / "schema1"
 PLAN, MODEL = OLD / "plan.json", OLD / "model"
-FORMATS = [(name, suffix) for name, one in RUNTIMES.items() for suffix in one.suffixes]
+FORMATS = [(name, suffix) for name, one in MAPS.items() for suffix in one.suffixes]
 
 
 def accepted(path: Path) -> bool:
