@@ -72,7 +72,7 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     elif file.suffix == ".json":
         value = parse_json(read_bytes(file, what="counts"), f"counts {file.name}")
     elif file.suffix in (".pt", ".pth"):
-        value = load_dump(file, _MATRIX_LAYOUT)
+        value = _for_numpy(load_dump(file, _MATRIX_LAYOUT))
     else:
         raise PlacerError(f"its suffix is {file.suffix or 'none'}", _MATRIX_LAYOUT)
     if not isinstance(value, dict):
@@ -89,6 +89,18 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
             _MATRIX_LAYOUT,
         )
     return matrix_loads(value[name], name)
+
+
+def _for_numpy(value: Any) -> Any:
+    """Return tensors of bfloat16, which NumPy lacks, as float32, which holds them all."""
+    import torch
+
+    if isinstance(value, dict):
+        return {key: _for_numpy(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_for_numpy(one) for one in value]
+    is_bfloat16 = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+    return value.float() if is_bfloat16 else value
 
 
 def _of_layers(value: Mapping[Any, Any]) -> CountedLoads:

@@ -243,7 +243,8 @@ def whole_floats(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return floats that are all whole numbers as int64, anything else as it is."""
     if not np.issubdtype(values.dtype, np.floating) or (values != np.floor(values)).any():
         return values
-    return values.astype(np.int64) if np.abs(values).max(initial=0) < 2**53 else values
+    largest = float(np.abs(values).max(initial=0))  # float16 cannot hold 2^53
+    return values.astype(np.int64) if largest < 2**53 else values
 
 
 def whole_counts(values: npt.NDArray[Any], what: str) -> IntArray:

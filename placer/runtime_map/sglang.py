@@ -3,7 +3,8 @@
 Facts from SGLang 0.5.23, ``srt/eplb/expert_location.py``: a ``.json`` or ``.pt`` file is
 passed on as keyword arguments, so it holds ``physical_to_logical_map`` and nothing else;
 one row per hidden layer of the model, dense layers included; slot p is on rank
-p // (P / ep_size). SGLang checks none of this itself.
+p // (P / ep_size). SGLang checks none of this itself. Rows by themselves, which SGLang does
+not load, are read where they are JSON: verification takes such a list for vLLM's.
 
 The order of slots inside a rank is the plan's. SGLang's static choice of a replica does not
 depend on it, because candidates are listed by slot and so by rank. That choice is the
@@ -18,8 +19,8 @@ from typing import Any
 
 from placer.errors import PlacerError
 from placer.run.archives import load_torch
-from placer.run.documents import read_json
-from placer.run.files import require_file
+from placer.run.documents import parse_json
+from placer.run.files import read_bytes, require_file
 from placer.runtime_map.runtime import (
     MapSource,
     ParsedMap,
@@ -61,7 +62,15 @@ def _parse(path: Path, suffix: str) -> ParsedMap:
 
 
 def _value(path: Path, suffix: str) -> Any:
-    value = _load_pt(path) if suffix == ".pt" else read_json(path, "map")
+    value = (
+        _load_pt(path)
+        if suffix == ".pt"
+        else parse_json(read_bytes(path, what="map"), f"map {path}")
+    )
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise PlacerError(f"it holds {type(value).__name__}, not an object or a list")
     if set(value) != {_KEY}:
         raise PlacerError(
             f"SGLang uses every key as an argument: {sorted(map(str, value))}, not "
@@ -90,7 +99,10 @@ def _load_pt(path: Path) -> dict[str, Any]:
     require_file(path, "map")
     value = load_torch(path)
     if not isinstance(value, dict):
-        raise PlacerError(f"it holds {type(value).__name__}, not a dict")
+        raise PlacerError(
+            f"it holds {type(value).__name__}, not a dict",
+            f"SGLang loads a dict: torch.save({{{_KEY!r}: value}}, FILE)",
+        )
     rows = value.get(_KEY)
     if isinstance(rows, torch.Tensor):
         if rows.dtype != torch.int64:

@@ -1,12 +1,14 @@
 """vllm-ascend: the file of ``eplb_config.expert_map_path``.
 
 Facts from ``vllm_ascend/eplb/core/eplb_utils.py`` and ``ascend_config.py``: layers and
-devices are read by their place in the lists, so ``layer_id`` counts MoE layers from 0; all
+devices are read by their place in the lists, never by ``layer_id`` or ``device_id``; all
 devices of a layer list the same number of experts; the redundancy is what is listed beyond
-the experts. A second copy on one device would hide the first.
+the experts. A second copy on one device would hide the first. Numbers may be the model's
+own, but must rise: where they contradict the places, what was meant is unknown.
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,11 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
                 f"are listed; the model has {source.model.num_layers} MoE layers"
             )
         require_integers([value["moe_layer_count"]], "moe_layer_count")
+        ids = _layer_ids(layers)
+        if ids not in (None, source.model.layer_ids):
+            raise PlacerError(
+                f"its layer_id are {[*ids]}, neither from 0 nor the MoE layers of the model"
+            )
         rows = [_layer(one, ordinal, source) for ordinal, one in enumerate(layers)]
     except (KeyError, TypeError) as error:
         raise PlacerError(f"it lacks a field: {error}") from error
@@ -58,15 +65,30 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
 
 def _parse(path: Path, _suffix: str) -> ParsedMap:
     try:
-        devices = [one["device_list"] for one in read_json(path, "map")["layer_list"]]
-        held = [[one["device_expert"] for one in layer] for layer in devices]
+        layers = read_json(path, "map")["layer_list"]
+        held = [[one["device_expert"] for one in layer["device_list"]] for layer in layers]
+        layer_ids = _layer_ids(layers)
     except (KeyError, TypeError) as error:
         raise PlacerError(f"it lacks a field: {error}") from error
     rows = [
         [expert for experts in require_rows(layer, f"layer {n}") for expert in experts]
         for n, layer in enumerate(held)
     ]
-    return ParsedMap(rows=rows)
+    return ParsedMap(rows=rows, layer_ids=layer_ids)
+
+
+def _layer_ids(layers: Any) -> tuple[int, ...] | None:
+    """Return the model's own numbers of the layers; ``None`` where they count from 0."""
+    ids = require_integers([one["layer_id"] for one in layers], "layer_id")
+    if ids == [*range(len(ids))]:
+        return None
+    if any(one >= other for one, other in pairwise([-1, *ids])):
+        raise PlacerError(
+            f"its layer_id are {ids}, but vllm-ascend reads layers by their place",
+            "if layer_id is right, sort them: "
+            "jq '.layer_list |= sort_by(.layer_id)' MAP > SORTED",
+        )
+    return tuple(ids)
 
 
 def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
@@ -74,17 +96,20 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
     devices = value["device_list"]
     size = source.placement.num_ranks
     ids = [one["device_id"] for one in devices]
-    numbers = [value["layer_id"], value["device_count"], *ids]
-    require_integers(numbers, f"layer_id, device_count or device_id of layer {ordinal}")
-    if value["layer_id"] != ordinal:
-        raise PlacerError(f"layer_id {value['layer_id']} is at place {ordinal}")
+    numbers = [value["device_count"], *ids]
+    require_integers(numbers, f"device_count or device_id of layer {ordinal}")
     if not value["device_count"] == len(devices) == size:
         raise PlacerError(
             f"layer {ordinal} has device_count {value['device_count']} and {len(devices)} "
             f"devices; the plan has {size} ranks"
         )
     if ids != list(range(size)):
-        raise PlacerError(f"layer {ordinal}: device_id does not count from 0")
+        raise PlacerError(
+            f"layer {ordinal}: device_id is {ids}, but vllm-ascend reads devices by their "
+            "place",
+            "if device_id is right, sort them: "
+            "jq '.layer_list[].device_list |= sort_by(.device_id)' MAP > SORTED",
+        )
     held = [
         require_integers(one["device_expert"], f"layer {ordinal}, device_expert")
         for one in devices

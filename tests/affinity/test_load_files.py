@@ -53,6 +53,26 @@ def test_matrices(tmp_path: Path, model: Path, matrix: Any, suffix: str) -> None
     assert loads(read_load_matrix, path, model) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", ["whole", "named", "layers", "object"])
+def test_float_tensors_of_whole_numbers(
+    tmp_path: Path, model: Path, dtype: torch.dtype, layout: str
+) -> None:
+    """NumPy has no bfloat16: what PyTorch counts in it is read all the same."""
+    matrix = torch.tensor(COUNTS, dtype=dtype)
+    values: dict[str, Any] = {
+        "whole": matrix,
+        "named": {"expert_load": matrix},
+        "layers": list(matrix),
+        "object": {str(n + 1): row for n, row in enumerate(matrix)},
+    }
+    torch.save(values[layout], tmp_path / "m.pt")
+    assert loads(read_load_matrix, tmp_path / "m.pt", model) == [*COUNTS]
+    torch.save(matrix + 0.5, tmp_path / "half.pt")
+    with pytest.raises(PlacerError, match="not a whole number"):
+        loads(read_load_matrix, tmp_path / "half.pt", model)
+
+
 @pytest.mark.parametrize(
     ("value", "match"),
     [

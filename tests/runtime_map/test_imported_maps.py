@@ -160,6 +160,81 @@ def test_phy2log_is_enough(with_model: bool, model: Path, tmp_path: Path) -> Non
         import_map("eplb", tmp_path / "two.npz", TWO_NODES, folder, tmp_path / "never")
 
 
+@pytest.mark.parametrize("with_model", [True, False])
+def test_rows_by_themselves_are_read_as_sglangs(
+    with_model: bool, model: Path, tmp_path: Path
+) -> None:
+    """SGLang loads only an object, so an export writes one again."""
+    rows = [[*range(8)], [7, 2, 0, 3, 5, 6, 1, 4], [3, 0, 2, 7, 4, 1, 6, 5]]
+    (tmp_path / "map.json").write_text(json.dumps(rows))
+    folder = model if with_model else None
+    path, plan = tmp_path / "map.json", tmp_path / "plan"
+    imported, _ = import_map("sglang", path, TWO_NODES, folder, plan)
+    assert imported.placement.to_json() == (rows[1:] if with_model else rows)
+    if with_model:
+        export_map("sglang", plan, model, tmp_path / "again.json")
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert again["physical_to_logical_map"][1:] == rows[1:]
+        assert run("verify", model, path, plan) != 0, "SGLang would not load the list"
+
+
+def ascend_map(layer_ids: list[int], device_ids: list[int], rows: list[list[int]]) -> str:
+    layers = [
+        {
+            "layer_id": number,
+            "device_count": 4,
+            "device_list": [
+                {"device_id": device, "device_expert": row[2 * n : 2 * n + 2]}
+                for n, device in enumerate(device_ids)
+            ],
+        }
+        for number, row in zip(layer_ids, rows, strict=True)
+    ]
+    return json.dumps({"moe_layer_count": len(layers), "layer_list": layers})
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+@pytest.mark.parametrize("layer_ids", [[0, 1], [1, 2]])
+def test_layers_of_vllm_ascend_may_have_the_models_numbers(
+    layer_ids: list[int], with_model: bool, model: Path, tmp_path: Path
+) -> None:
+    rows = [[7, 2, 0, 3, 5, 6, 1, 4], [3, 0, 2, 7, 4, 1, 6, 5]]
+    (tmp_path / "map.json").write_text(ascend_map(layer_ids, [0, 1, 2, 3], rows))
+    folder = model if with_model else None
+    path, plan = tmp_path / "map.json", tmp_path / "plan"
+    imported, _ = import_map("vllm-ascend", path, TWO_NODES, folder, plan)
+    assert imported.placement.to_json() == rows
+    if with_model:
+        assert run("verify", model, path, plan) == 0
+
+
+@pytest.mark.parametrize(
+    ("layer_ids", "device_ids", "told"),
+    [
+        ([1, 0], [0, 1, 2, 3], ["vllm-ascend reads layers by their place", "sort_by"]),
+        ([1, 1], [0, 1, 2, 3], ["vllm-ascend reads layers by their place"]),
+        ([1, 3], [0, 1, 2, 3], ["model's MoE layers are [1, 2]"]),
+        ([0, 1], [1, 0, 2, 3], ["vllm-ascend reads devices by their place", "sort_by"]),
+    ],
+)
+def test_numbers_of_vllm_ascend_that_contradict_their_places_are_refused(
+    layer_ids: list[int],
+    device_ids: list[int],
+    told: list[str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The engine ignores the numbers, so what was meant is unknown."""
+    path = tmp_path / "map.json"
+    path.write_text(ascend_map(layer_ids, device_ids, [[*range(8)], [*range(8)]]))
+    words = ("--nodes", 2, "--gpus-per-node", 2, "--model", model)
+    assert run("import", "vllm-ascend-map", path, *words, "--out", tmp_path / "never") == 1
+    found = capsys.readouterr().err
+    assert all(one in found for one in told), found
+    assert not (tmp_path / "never").exists()
+
+
 MAPS_OF_ENGINES = {
     "vllm-ascend": (
         ".json",
