@@ -56,9 +56,10 @@ check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated do
 	@$(COG) --check --diff --check-fail-msg='Write it anew: make docs' $(GENERATED)
 	@$(BIN)/nbstripout --verify $(NOTEBOOKS)
 
-# Half of the time structured mutation of every reader, half of it coverage-guided: the five
-# readers that parse bytes or JSON first. The seeds are fixed.
+# First a planted fault must be found. Then half of the time structured mutation of every
+# reader, half of it coverage-guided: the five that parse bytes or JSON first. Fixed seeds.
 fuzz: $(VENV)/.fuzz  ## Fuzz every reader for FUZZ_SECONDS (120)
+	@PLACER_FUZZ=all $(BIN)/python -m pytest -q tests/fuzz -k "planted or unchecked"
 	@$(BIN)/python tests/fuzz/structured.py --seconds $$(($(FUZZ_SECONDS) / 2))
 	@for reader in shard plan 'trtllm map .yaml' 'sglang responses' config; do \
 	    $(BIN)/python tests/fuzz/guided.py "$$reader" \
@@ -109,7 +110,7 @@ $(VENV)/.deepspeed: $(INSTALLED)
 	@touch $@
 
 $(VENV)/.fuzz: $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'atheris>=3.0,<4'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[fuzz]'
 	@touch $@
 
 # Its file names all that it needs, and leaves out what a demo model does not.

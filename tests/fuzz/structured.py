@@ -7,6 +7,7 @@ move it to ``tests/fuzz/found/READER/`` (spaces in the name of the reader become
 """
 
 import argparse
+import faulthandler
 import random
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from placer.errors import PlacerError
 KEPT = Path("build/fuzz")
 # Of the processor; the slowest reader of small files takes a tenth of a second.
 SECONDS = 5
+# Of the clock, on a busy machine.
+HANGS = 120
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    # A reader that never ends must not hold up the run: show where it is, and fail.
+    faulthandler.dump_traceback_later(given.seconds + HANGS, exit=True)
     found: dict[tuple[str, str], Fault] = {}
     number, end = 0, time.monotonic() + given.seconds
     for fault in fuzz(TARGETS, given.seed, None):
