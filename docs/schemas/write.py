@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from placer.affinity.affinity import AffinityFile
-from placer.checkpoint.deepspeed import DeepspeedRecord
+from placer.checkpoint.deepspeed_record import DeepspeedRecord
 from placer.checkpoint.ranks import RankRecord
 from placer.checkpoint.record import RecordFile
 from placer.placement.plan_file import PlanFile

@@ -12,47 +12,33 @@ import codecs
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from placer import __version__
 from placer.arrays import IntArray
-from placer.checkpoint.source import RECORD_NAME
-from placer.errors import PlacerError
+from placer.checkpoint.deepspeed_record import DeepspeedRecord
+from placer.checkpoint.source import (
+    RECORD_NAME,
+    FileState,
+    file_state,
+    require_states,
+)
+from placer.errors import PlacerError, VerificationError
 from placer.placement import Plan
 from placer.run.archives import load_torch
-from placer.run.documents import (
-    SCHEMA_VERSION,
-    Document,
-    ExpertId,
-    Sha256,
-    of_this_version,
-    read_json,
-    validated,
-)
-from placer.run.files import canonical_json, read_text, require_file, sha256_file
+from placer.run.files import read_text, require_file, sha256_file
 from placer.run.writing import atomic_directory, require_free_space
 
-KIND = "deepspeed"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _MAIN_FILE = re.compile(r"mp_rank_\d+_model_states\.pt")
 _EXPERT_KEY = re.compile(
     r"((?:.*\.)?deepspeed_moe)\.experts\.deepspeed_experts\.(\d+)\.(.+)"
 )
 GATE = ".gate.wg.weight"
-
-
-class DeepspeedRecord(Document, frozen=True, kw_only=True):
-    """The JSON object of its ``placer.json``; see ``docs/formats.md``."""
-
-    schema_version: Literal[2]
-    kind: Literal["deepspeed"]
-    placer: str
-    plan_sha256: Sha256
-    permutation: list[list[ExpertId]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +52,15 @@ class DeepspeedReport:
     num_expert_files, num_gates
         Files of experts, and gates whose rows were reordered; both over all model-parallel
         ranks.
+    unchecked
+        Of a restored checkpoint, the files of the export that no recorded hash vouches for;
+        ``None`` for an export.
     """
 
     num_layers: int
     num_expert_files: int
     num_gates: int
+    unchecked: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what a table of the export shows."""
@@ -78,6 +68,8 @@ class DeepspeedReport:
             "layers": self.num_layers,
             "expert_files": self.num_expert_files,
             "permuted_gates": self.num_gates,
+            "contents_checked": None if self.unchecked is None else not self.unchecked,
+            "unchecked_files": None if self.unchecked is None else list(self.unchecked),
         }
 
 
@@ -97,6 +89,8 @@ class DeepspeedCheckpoint:
         Files that come along as they are.
     num_experts
         ``[L]``: experts of each MoE layer.
+    states
+        Size, time of the last change (ns) and inode of every file.
     """
 
     directory: Path
@@ -104,6 +98,16 @@ class DeepspeedCheckpoint:
     main_files: tuple[Path, ...]
     other_files: tuple[Path, ...]
     num_experts: tuple[int, ...]
+    states: Mapping[Path, FileState]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files but placer's record."""
+        return (*self.expert_files.values(), *self.main_files, *self.other_files)
+
+    def name_of(self, path: Path) -> str:
+        """Return the name of a file in the directory."""
+        return path.relative_to(self.directory).as_posix()
 
     @classmethod
     def open(cls, directory: Path) -> "DeepspeedCheckpoint":
@@ -141,7 +145,7 @@ class DeepspeedCheckpoint:
                 main.append(path)
             elif path.suffix == ".pt" and not _is_empty_optimizer(path):
                 raise _unclassified(path)
-            elif path.name != RECORD_NAME:
+            elif path != directory / RECORD_NAME:
                 others.append(path)
         if not experts or not main:
             raise PlacerError(
@@ -149,12 +153,14 @@ class DeepspeedCheckpoint:
                 f"files of experts and {len(main)} of everything else",
                 "give the folder of a tag, with mp_rank_00_model_states.pt in it",
             )
+        files = (*experts.values(), *main, *others)
         return cls(
             directory=directory,
             expert_files=experts,
             main_files=tuple(main),
             other_files=tuple(others),
             num_experts=_num_experts(directory, experts),
+            states={path: file_state(path) for path in files},
         )
 
 
@@ -186,14 +192,19 @@ def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedRe
             "--out ORIGINAL",
         )
     rows = [plan.placement.permutation(n) for n in range(len(source.num_experts))]
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": KIND,
-        "placer": __version__,
-        "plan_sha256": sha256_file(plan_path),
-        "permutation": [row.tolist() for row in rows],
-    }
-    return _write(source, rows, out, record)
+    with _written(source, rows, out) as (partial, num_gates):
+        names = [source.name_of(path) for path in source.files]
+        record = DeepspeedRecord.of(
+            plan_sha256=sha256_file(plan_path),
+            permutation=[row.tolist() for row in rows],
+            file_sha256={name: sha256_file(partial / name) for name in names},
+        )
+        record.write(partial / RECORD_NAME)
+    return DeepspeedReport(
+        num_layers=len(rows),
+        num_expert_files=len(source.expert_files),
+        num_gates=num_gates,
+    )
 
 
 def restore_deepspeed(directory: Path, out: Path) -> DeepspeedReport:
@@ -203,10 +214,49 @@ def restore_deepspeed(directory: Path, out: Path) -> DeepspeedReport:
     ------
     PlacerError
         If the directory holds no record, or one of another checkpoint.
+    VerificationError
+        If a file is not what was exported.
     """
     source = DeepspeedCheckpoint.open(directory)
-    read = recorded(source.directory / RECORD_NAME, source.num_experts)
-    return _write(source, [np.argsort(row) for row in read.permutation], out, None)
+    record = DeepspeedRecord.read(source.directory / RECORD_NAME, source.num_experts)
+    unchecked = require_recorded(source, record)
+    rows = [np.argsort(row) for row in record.permutation]
+    with _written(source, rows, out) as (_, num_gates):
+        pass
+    return DeepspeedReport(
+        num_layers=len(rows),
+        num_expert_files=len(source.expert_files),
+        num_gates=num_gates,
+        unchecked=unchecked,
+    )
+
+
+def require_recorded(
+    source: DeepspeedCheckpoint, record: DeepspeedRecord
+) -> tuple[str, ...]:
+    """Compare all files of an export with the hashes in its record.
+
+    Returns
+    -------
+    tuple of str
+        The files of which no hash is recorded.
+
+    Raises
+    ------
+    VerificationError
+        With the first file that is missing or another one.
+    """
+    names = {source.name_of(path) for path in source.files}
+    for name, expected in sorted(record.file_sha256.items()):
+        found = sha256_file(source.directory / name) if name in names else None
+        if found != expected:
+            state = "is missing" if found is None else f"has SHA-256 {found[:12]}"
+            raise VerificationError(
+                f"{source.directory / name} is not what was exported: it {state}, "
+                f"{RECORD_NAME} says {expected[:12]}",
+                "put the exported file back, or restore from an unchanged copy",
+            )
+    return tuple(sorted(names - record.file_sha256.keys()))
 
 
 def is_deepspeed(directory: Path) -> bool:
@@ -225,37 +275,33 @@ def other_shape(plan: Plan, plan_path: Path, source: DeepspeedCheckpoint) -> Pla
     )
 
 
-def _write(
-    source: DeepspeedCheckpoint,
-    rows: Sequence[IntArray],
-    out: Path,
-    record: Mapping[str, Any] | None,
-) -> DeepspeedReport:
-    files = (*source.expert_files.values(), *source.main_files, *source.other_files)
-    require_free_space(out, sum(path.stat().st_size for path in files))
+@contextmanager
+def _written(
+    source: DeepspeedCheckpoint, rows: Sequence[IntArray], out: Path
+) -> Iterator[tuple[Path, int]]:
+    """Write all files, then yield their directory and the number of permuted gates.
+
+    The directory gets its name last, if the source is still what it was.
+    """
+    require_free_space(out, sum(size for size, _, _ in source.states.values()))
     prefixes = list(moe_prefixes(source))
     with atomic_directory(out) as partial:
         for (layer, expert, rank), path in source.expert_files.items():
             moved = int(rows[layer][expert])
             content = load_states(source.expert_files[layer, moved, rank])
-            _save(partial / path.name, _renumbered(path, content, moved, expert))
+            target = partial / source.name_of(path)
+            _save(target, _renumbered(path, content, moved, expert))
         num_gates = 0
         for path in source.main_files:
             content = load_states(path)
             num_gates += _permute_gates(path, content, prefixes, rows)
-            _save(partial / path.name, content)
+            _save(partial / source.name_of(path), content)
         for path in source.other_files:
-            target = partial / path.relative_to(source.directory)
+            target = partial / source.name_of(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        if record is not None:
-            text = canonical_json(record) + "\n"
-            (partial / RECORD_NAME).write_text(text, encoding="utf-8")
-    return DeepspeedReport(
-        num_layers=len(rows),
-        num_expert_files=len(source.expert_files),
-        num_gates=num_gates,
-    )
+        yield partial, num_gates
+        require_states(source.states)
 
 
 def _renumbered(
@@ -365,29 +411,10 @@ def _client_state() -> list[Any]:
 def _save(path: Path, value: Mapping[str, Any]) -> None:
     import torch
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Saved to a path, the archive would hold the name of that path.
     with path.open("wb") as stream:
         torch.save(value, stream)
-
-
-def recorded(path: Path, num_experts: tuple[int, ...]) -> DeepspeedRecord:
-    """Read ``placer.json`` of an export with so many experts in each MoE layer.
-
-    Raises
-    ------
-    PlacerError
-        If it cannot be read, or its permutation does not fit.
-    """
-    where, again = f"export record {path}", "take it from an unchanged copy"
-    value = of_this_version(read_json(path, "export record"), where, again)
-    read = validated(value, DeepspeedRecord, where, again)
-    if [sorted(row) for row in read.permutation] != [list(range(n)) for n in num_experts]:
-        raise PlacerError(
-            f"{where}: permutation does not fit a DeepSpeed checkpoint of "
-            f"{list(num_experts)} experts",
-            again,
-        )
-    return read
 
 
 def _tag_folder(directory: Path) -> Path:

@@ -83,7 +83,7 @@ class CheckpointSource:
             If there is no checkpoint, a file is damaged, the index and the shards
             contradict each other, or a link leads out of the checkpoint.
         """
-        states = {path: _state(path) for path in directory.rglob("*") if path.is_file()}
+        states = {path: file_state(path) for path in directory.rglob("*") if path.is_file()}
         index_name = _index_name(directory)
         if index_name == TORCH_INDEX_NAME:
             return cls._open_torch(directory, directory / TORCH_INDEX_NAME, states)
@@ -158,13 +158,7 @@ class CheckpointSource:
         SourceChangedError
             With the file and what changed.
         """
-        for path, before in self.states.items():
-            relative = path.relative_to(self.directory)
-            if not path.is_file():
-                raise self.changed(relative, "it was removed")
-            for what, old, new in zip(_STATE, before, _state(path), strict=True):
-                if old != new:
-                    raise self.changed(relative, f"{what} {old}, now {new}")
+        require_states(self.states)
         found = _hashes(self.directory, self.other_files)
         for name, sha256 in found.items():
             if sha256 != self.file_sha256[name]:
@@ -172,13 +166,34 @@ class CheckpointSource:
 
     def changed(self, relative: Path, what: str) -> SourceChangedError:
         """Return the error for a file that changed while it was read."""
-        return SourceChangedError(
-            f"{self.directory / relative} changed while it was read: {what}",
-            "export again when nothing writes to the checkpoint any more",
-        )
+        return _changed(self.directory / relative, what)
 
 
-def _state(path: Path) -> FileState:
+def require_states(states: Mapping[Path, FileState]) -> None:
+    """Refuse files that are not what they were.
+
+    Raises
+    ------
+    SourceChangedError
+        With the file and what changed.
+    """
+    for path, before in states.items():
+        if not path.is_file():
+            raise _changed(path, "it was removed")
+        for what, old, new in zip(_STATE, before, file_state(path), strict=True):
+            if old != new:
+                raise _changed(path, f"{what} {old}, now {new}")
+
+
+def _changed(path: Path, what: str) -> SourceChangedError:
+    return SourceChangedError(
+        f"{path} changed while it was read: {what}",
+        "export again when nothing writes to the checkpoint any more",
+    )
+
+
+def file_state(path: Path) -> FileState:
+    """Return what changes with a file, without a look at its content."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 

@@ -13,8 +13,9 @@ from placer.checkpoint.deepspeed import (
     load_states,
     moe_prefixes,
     other_shape,
-    recorded,
+    require_recorded,
 )
+from placer.checkpoint.deepspeed_record import DeepspeedRecord
 from placer.checkpoint.source import RECORD_NAME
 from placer.errors import VerificationError
 from placer.placement import Plan
@@ -27,6 +28,8 @@ _AGAIN = "export it again: placer export deepspeed PLAN ORIGINAL --out NEW"
 def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
     """Compare every tensor under the plan's permutation; return how many there are.
 
+    Then compare all files with the hashes that were recorded when they were written.
+
     Raises
     ------
     VerificationError
@@ -36,7 +39,7 @@ def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
     old, new = (DeepspeedCheckpoint.open(one) for one in (original, exported))
     if old.num_experts != plan.model.num_experts:
         raise other_shape(plan, plan_path, old)
-    _require_record(new.directory / RECORD_NAME, plan, plan_path)
+    record = _record_of(new, plan, plan_path)
     _require_same_names(old, new)
     count = 0
     for (layer, expert, rank), path in new.expert_files.items():
@@ -58,14 +61,23 @@ def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
     for ours, theirs in zip(new.other_files, old.other_files, strict=True):
         if sha256_file(ours) != sha256_file(theirs):
             raise VerificationError(f"{ours} is not that of {original}", _AGAIN)
+    unknown = require_recorded(new, record)
+    if record.file_sha256 and unknown:
+        raise VerificationError(
+            f"{new.directory / RECORD_NAME} has no SHA-256 of {unknown[0]}", _AGAIN
+        )
     return count
 
 
-def _require_record(path: Path, plan: Plan, plan_path: Path) -> None:
-    """Check that ``placer.json`` names the plan, and the permutation that it gives."""
+def _record_of(
+    exported: DeepspeedCheckpoint, plan: Plan, plan_path: Path
+) -> DeepspeedRecord:
+    """Read ``placer.json``, which must name the plan, and the permutation that it gives."""
+    path = exported.directory / RECORD_NAME
     if not path.is_file():
         raise VerificationError(f"{path.parent} has no {RECORD_NAME}", _AGAIN)
-    read, found = recorded(path, plan.model.num_experts), sha256_file(plan_path)
+    read = DeepspeedRecord.read(path, plan.model.num_experts)
+    found = sha256_file(plan_path)
     if read.plan_sha256 != found:
         raise VerificationError(
             f"{path} is of the plan with SHA-256 {read.plan_sha256[:12]}, but {plan_path} "
@@ -79,14 +91,14 @@ def _require_record(path: Path, plan: Plan, plan_path: Path) -> None:
                 f"{shown(planned)}",
                 _AGAIN,
             )
+    return read
 
 
 def _require_same_names(old: DeepspeedCheckpoint, new: DeepspeedCheckpoint) -> None:
     """Check that both have the same files of experts, gates and others."""
 
     def names(one: DeepspeedCheckpoint) -> set[str]:
-        paths = (*one.expert_files.values(), *one.main_files, *one.other_files)
-        return {str(path.relative_to(one.directory)) for path in paths}
+        return set(map(one.name_of, one.files))
 
     before, after = names(old), names(new)
     if odd := min(before ^ after, default=None):

@@ -190,8 +190,8 @@ def export(
         if not inverse:
             facts |= _start(target, plan, _required(out))
             note(f"prove it: placer verify {model} {out} {plan}")
-        elif unchecked := facts.pop("unchecked_files"):
-            note(f"not checked, because no hash of it was recorded: {unchecked}")
+    if inverse and (unchecked := facts.pop("unchecked_files")):
+        note(f"not checked, because no hash of it was recorded: {unchecked}")
     if as_json:
         print_json(facts)
         return

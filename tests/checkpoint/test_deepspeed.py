@@ -9,16 +9,18 @@ import json
 import os
 import random
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from placer.checkpoint import deepspeed
 from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
 from placer.checkpoint.verify_deepspeed import verify_deepspeed
 from placer.cli.main import main
-from placer.errors import PlacerError, VerificationError
+from placer.errors import PlacerError, SourceChangedError, VerificationError
 from placer.model import ModelSpec
 from placer.placement import Placement
 
@@ -267,6 +269,7 @@ def test_the_command_line_exports_verifies_and_restores(
     assert "tensors equal bit for bit" in capsys.readouterr().out
     record = tmp_path / "out" / "placer.json"
     value = json.loads(record.read_text())
+    assert "unchecked" not in capsys.readouterr().err
     record.write_text(json.dumps(value | {"permutation": [[0] * 4, list(range(8))]}))
     with pytest.raises(PlacerError, match="permutation does not fit"):
         restore_deepspeed(tmp_path / "out", tmp_path / "again")
@@ -275,8 +278,9 @@ def test_the_command_line_exports_verifies_and_restores(
 
 
 def edit_record(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the record as its author could: its own hash no longer shows it."""
     path = folder / "placer.json"
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text()) | {"sha256": None}
     change(value)
     path.write_text(json.dumps(value))
 
@@ -291,6 +295,10 @@ def edit_state(folder: Path, change: Callable[[dict], object]) -> None:
 def swap_first(value: dict) -> None:
     row = value["permutation"][0]
     row[0], row[1] = row[1], row[0]
+
+
+def forget_a_hash(value: dict) -> None:
+    del value["file_sha256"][min(value["file_sha256"])]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +316,10 @@ def swap_first(value: dict) -> None:
         (lambda f: (f / "zero_to_fp32.py").unlink(), "lacks zero_to_fp32"),
         (lambda f: (f / "mp_rank_01_model_states.pt").unlink(), "lacks mp_rank_01"),
         (lambda f: os.mkfifo(f / "pipe"), "pipe is not a file"),
+        (
+            lambda f: edit_record(f, forget_a_hash),
+            "placer.json has no SHA-256 of expp_rank",
+        ),
     ],
 )
 def test_every_file_and_field_is_compared(
@@ -331,3 +343,96 @@ def test_another_model_s_plan_is_refused(
     other = make_plan(write_plan, (4, 4))
     with pytest.raises(PlacerError, match=r"is for \[4, 4\] experts per MoE layer"):
         verify_deepspeed(checkpoint, tmp_path / "out", other)
+
+
+def test_the_record_holds_the_hash_of_every_file(
+    checkpoint: Path, plan: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "notes").mkdir()
+    (checkpoint / "notes" / "placer.json").write_text("{}")
+    out = tmp_path / "out"
+    export_deepspeed(plan, checkpoint, out)
+    files = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
+    own = files.pop("placer.json")
+    expected = {name: sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    record = json.loads(own.read_text())
+    assert record["file_sha256"] == expected
+    for name in ("zero_to_fp32.py", "notes/placer.json"):
+        original = (checkpoint / name).read_bytes()
+        assert expected[name] == sha256(original).hexdigest()
+    value = {name: one for name, one in record.items() if name != "sha256"}
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    assert record["sha256"] == sha256(text.encode()).hexdigest()
+
+
+def test_flipped_bits_of_every_file_are_found(
+    checkpoint: Path, plan: Path, tmp_path: Path
+) -> None:
+    """Padding of an archive too, which no comparison of tensors sees."""
+    out = tmp_path / "out"
+    export_deepspeed(plan, checkpoint, out)
+    rng = random.Random(0)
+    for path in sorted(out.iterdir()):
+        good = path.read_bytes()
+        for _ in range(6):
+            bad = bytearray(good)
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+            path.write_bytes(bad)
+            with pytest.raises(PlacerError):
+                verify_deepspeed(checkpoint, out, plan)
+            with pytest.raises(PlacerError):
+                restore_deepspeed(out, tmp_path / "back")
+            assert not (tmp_path / "back").exists()
+        path.write_bytes(good)
+    verify_deepspeed(checkpoint, out, plan)
+    assert restore_deepspeed(out, tmp_path / "back").unchecked == ()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_record_is_read_and_the_inverse_says_what_it_could_not_check(
+    version: int,
+    checkpoint: Path,
+    plan: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    export_deepspeed(plan, checkpoint, out)
+    record = out / "placer.json"
+    value = json.loads(record.read_text())
+    del value["file_sha256"], value["sha256"]
+    record.write_text(json.dumps(value | {"schema_version": version}))
+    assert verify_deepspeed(checkpoint, out, plan) == len(everything(out))
+    back = str(tmp_path / "back")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "deepspeed", str(out), "--inverse", "--out", back, "--json"])
+    assert ended.value.code == 0
+    said = capsys.readouterr()
+    assert "not checked, because no hash of it was recorded" in said.err
+    assert "mp_rank_00_model_states.pt" in said.err
+    assert json.loads(said.out)["contents_checked"] is False
+
+
+@pytest.mark.parametrize("restoring", [False, True])
+def test_a_source_that_changes_meanwhile_ends_it(
+    restoring: bool,
+    checkpoint: Path,
+    plan: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    export_deepspeed(plan, checkpoint, tmp_path / "out")
+    source = tmp_path / "out" if restoring else checkpoint
+    real = deepspeed._save
+
+    def save(path: Path, value: dict) -> None:
+        real(path, value)
+        (source / "zero_to_fp32.py").write_text("# changed\n")
+
+    monkeypatch.setattr(deepspeed, "_save", save)
+    with pytest.raises(SourceChangedError, match=r"zero_to_fp32\.py changed while"):
+        if restoring:
+            restore_deepspeed(source, tmp_path / "new")
+        else:
+            export_deepspeed(plan, source, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
