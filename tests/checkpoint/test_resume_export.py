@@ -381,7 +381,7 @@ def test_a_dry_run_lists_every_shard_and_writes_nothing(
 
 
 def test_less_than_one_worker_is_refused(plan: Path, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="0 workers"):
+    with pytest.raises(UsageError, match="workers must be at least 1, got 0"):
         export_checkpoint(plan, model, tmp_path / "out", ExportOptions(num_workers=0))
 
 
