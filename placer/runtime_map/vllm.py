@@ -25,8 +25,8 @@ from placer.runtime_map.runtime import (
 )
 
 _ROWS = "physical_to_logical_map"
-# Classes that draft tokens (vllm 0.32.0: model_executor/models/registry.py). That the plugin
-# looks a map up by them was not tried.
+# Classes that draft tokens (vllm 0.32.0: model_executor/models/registry.py). That the
+# plugin looks a map up by them was not tried.
 _MTP_CLASSES = {
     "DeepseekV3ForCausalLM": "DeepSeekMTP",
     "Glm4MoeForCausalLM": "Glm4MoeMTP",

@@ -1,4 +1,4 @@
-"""JSON values of a file: one to a line, or one in all."""
+"""JSON values of a file: one to a line, or one in all; lines of streams too."""
 
 import gzip
 import os
@@ -8,7 +8,7 @@ from typing import IO, Any, cast
 
 from placer.errors import PlacerError
 from placer.run.archives import UNREADABLE, unreadable_reason
-from placer.run.documents import parse_json
+from placer.run.documents import parse_json, require_object
 from placer.run.files import open_regular
 
 # Of one line: routed experts of 100,000 tokens and 60 layers, in base64, take a third.
@@ -17,10 +17,18 @@ _LOOKED_AT = 1 << 16
 # Of gzip: routing in text is packed to a tenth.
 _MOST_PACKED = 100
 _LITTLE_BYTES = 1 << 26
+# Lines of server-sent events that hold no data.
+_NO_DATA = (b":", b"event:", b"id:", b"retry:")
+
+
+class Streamed(dict[str, Any]):
+    """A part of a response, from a line ``data: {...}``; empty where the stream ended."""
 
 
 def json_values(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield each value, or each item of a list, and its line; the file may be gzipped.
+
+    Objects of a stream's lines, ``data: {...}``, are :class:`Streamed`.
 
     Raises
     ------
@@ -42,9 +50,12 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(
                         f"it unpacks to more than {_MOST_PACKED} times its size"
                     )
-                if not line.strip():
+                if not line.strip() or line.startswith(_NO_DATA):
                     continue
                 where = f"line {number}"
+                if line.startswith(b"data:"):
+                    yield where, _streamed(line.removeprefix(b"data:").strip(), where)
+                    continue
                 try:
                     value = parse_json(line, where)
                 except PlacerError:
@@ -54,6 +65,14 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                 yield from ((where, one) for one in _items(value))
     except UNREADABLE as error:
         raise PlacerError(f"it cannot be read: {unreadable_reason(error)}") from error
+
+
+def _streamed(line: bytes, where: str) -> Streamed:
+    return (
+        Streamed()
+        if line == b"[DONE]"
+        else Streamed(require_object(parse_json(line, where), where))
+    )
 
 
 def _rest(stream: IO[bytes]) -> bytes:

@@ -1,8 +1,9 @@
 """Reading the routed experts that SGLang and vLLM return with their responses.
 
 JSON responses as the servers send them: one to a line, a list to a line (SGLang's answer
-to a list of prompts), or one list. Row i is the token at position ``start + i``; the last
-token was never run, so it has none. Both record logical ids, and zeros for dense layers.
+to a list of prompts), one list, or the lines of streams. Row i is the token at position
+``start + i``; the last token was never run, so it has none. Both record logical ids, and
+zeros for dense layers.
 """
 
 import base64
@@ -21,6 +22,7 @@ from placer.run.archives import UNREADABLE, unreadable_reason
 from placer.run.documents import require_object
 from placer.trace.imported import BoundModel, ImportedTokens
 from placer.trace.json_lines import json_values
+from placer.trace.streams import whole_responses
 
 Array = npt.NDArray[Any]
 _NEEDS_MODEL = "name the model, because a row has one entry per layer: --model DIR"
@@ -127,7 +129,7 @@ def read_vllm_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
 def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedTokens:
     sequences: list[_Sequence] = []
     num_without = 0
-    for where, value in json_values(file):
+    for where, value in whole_responses(json_values(file)):
         try:
             found = found_in(_response_in(require_object(value, "it")))
             sequences += found.sequences

@@ -396,6 +396,90 @@ def test_responses_that_somebody_wrote_down(
     check(tmp_path / "t", experts)
 
 
+def as_stream(*chunks: dict[str, Any]) -> str:
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    return "".join([": ping\n\n", *lines, "data: [DONE]\n\n"])
+
+
+def vllm_chunks(experts: np.ndarray, name: str) -> list[dict[str, Any]]:
+    """As vLLM 0.30's scale_out/token_in_token_out/serving.py streams them."""
+    whole = vllm_response(experts)["choices"][0]
+    tokens = [{"index": 0, "token_ids": [one], "routed_experts": None} for one in OUTPUT]
+    tokens[-1]["routed_experts"] = whole["routed_experts"]
+    chunks = [{"request_id": name, "choices": [one]} for one in tokens]
+    chunks[0]["prompt_token_ids"] = PROMPT
+    return [*chunks, {"request_id": name, "choices": [], "usage": {"prompt_tokens": 3}}]
+
+
+def sglang_chunks(experts: np.ndarray, name: str, increments: bool) -> list[dict[str, Any]]:
+    """As SGLang 0.5.23's /generate streams them: all ids so far, or the new ones."""
+    whole = sglang_response(experts, id=name, completion_tokens=2)
+    meta = {"id": name, "prompt_tokens": 3, "completion_tokens": 1}
+    first = {"output_ids": OUTPUT[:1], "prompt_token_ids": PROMPT, "meta_info": meta}
+    return [first, {**whole, "output_ids": OUTPUT[1:] if increments else OUTPUT}]
+
+
+@pytest.mark.parametrize("how", ["vllm", "sglang", "sglang increments"])
+@pytest.mark.parametrize("order", ["in turn", "interleaved", "same id"])
+def test_streams_are_put_together(
+    how: str, order: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two responses, one after the other or their chunks in turn, are two sequences."""
+    given = [routed(0), routed(1)]
+    names = ["x", "x"] if order == "same id" else ["x", "y"]
+    if how == "vllm":
+        read: Any = read_vllm_routed
+        parts = [vllm_chunks(*one) for one in zip(given, names, strict=True)]
+    else:
+        read, increments = read_sglang_routed, "increments" in how
+        parts = [sglang_chunks(*one, increments) for one in zip(given, names, strict=True)]
+    if order == "interleaved":
+        text = as_stream(*(one for pair in zip(*parts, strict=True) for one in pair))
+    else:
+        text = "".join(as_stream(*chunks) for chunks in parts)
+    (tmp_path / "log").write_text(text)
+    options = ImportOptions(model_directory=tiny_model)
+    import_file(read, "x", tmp_path / "log", tmp_path / "t", options)
+    check(tmp_path / "t", given)
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_experts_of_sglangs_openai_stream(
+    num_choices: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """They come by themselves; with two choices SGLang does not say of which they are."""
+    experts = sglang_response(routed(0))["meta_info"]["routed_experts"]
+    ids = [
+        {
+            "id": "x",
+            "choices": [{"index": n, "token_ids": [one], "prompt_token_ids": PROMPT}],
+        }
+        for one in OUTPUT
+        for n in range(num_choices)
+    ]
+    last = {"id": "x", "choices": [], "sglext": {"routed_experts": experts}}
+    (tmp_path / "log").write_text(as_stream(*ids, last))
+    options = ImportOptions(model_directory=tiny_model)
+    import_file(read_sglang_routed, "x", tmp_path / "log", tmp_path / "t", options)
+    if num_choices == 1:
+        check(tmp_path / "t", [routed(0)])
+    else:
+        tokens = Trace(tmp_path / "t").read()
+        assert len(tokens.positions) == 4
+        assert (tokens.token_ids, tokens.phase) == (None, None)
+
+
+@pytest.mark.parametrize("line", ["data: {", "data: [1]", "data: 3"])
+def test_streams_that_are_cut_are_refused(
+    line: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "log").write_text(as_stream(*vllm_chunks(routed(0), "x")) + line + "\n")
+    options = ImportOptions(model_directory=tiny_model)
+    with pytest.raises(PlacerError, match=r"line \d+ is"):
+        import_file(read_vllm_routed, "x", tmp_path / "log", tmp_path / "t", options)
+    assert not (tmp_path / "t").exists()
+
+
 def test_lists_that_hold_no_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     response = as_lists(vllm_response(routed(0)), routed(0).astype(str))
     path = write(tmp_path / "x.jsonl", response)
