@@ -259,6 +259,7 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
 #: their layouts are written by hand (test_quantised_layouts, test_released_layouts).
 RELEASED = {
     "arctic",
+    "aria",
     "bailing_moe",
     "bailing_moe_v2",
     "deepseek",

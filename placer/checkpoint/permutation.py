@@ -184,6 +184,12 @@ class _Changes:
             raise self._unknown(name, reason)
 
     def _unknown(self, name: str, reason: str) -> PlacerError:
+        if ".lora_" in name:
+            return PlacerError(
+                f"tensor {name} is of a LoRA adapter: of experts by their old numbers",
+                "move the adapter's file out of the directory, or merge it into the "
+                "weights first (PEFT: merge_and_unload)",
+            )
         return PlacerError(
             f"tensor {name} cannot be classified: {reason}",
             f"add it to the data file of {self._architecture.model_types[0]} "

@@ -99,7 +99,10 @@ class Architecture:
         named = repr(model_type)
         for key in _LANGUAGE_KEYS:
             inner = config.get(key)
-            if not isinstance(inner, dict) or "model_type" not in inner:
+            if not isinstance(inner, dict):
+                continue
+            if "model_type" not in inner:
+                named += f", whose {key} has no model_type,"
                 continue
             if inner["model_type"] in known:
                 return cls.of(inner, source)._below(str(model_type), key)

@@ -130,6 +130,20 @@ def arctic() -> Layout:
     return layout
 
 
+def aria() -> Layout:
+    """rhymes-ai/Aria: all experts of a layer in fc1 and fc2, a router by another name."""
+    inner = {k: v for k, v in QWEN3.items() if not k.startswith("num_experts")}
+    inner |= {"model_type": "aria_moe_lm", "moe_num_experts": E, "moe_topk": 2}
+    config = {"model_type": "aria", "text_config": inner}
+    block = "language_model.model.layers.{}.mlp"
+    layout = Layout(config, [0, 1], block)
+    shared = block.format(0) + ".shared_experts.up_proj.weight"
+    layout.rest[shared] = ("BF16", [16, 16])
+    layout.rest["vision_tower.encoder.layers.0.mlp.fc1.weight"] = ("BF16", [16, 16])
+    experts = {f"experts.fc{n}.weight": ("BF16", [E, 16, 32]) for n in (1, 2)}
+    return layout.all_experts(experts, {"router.weight": ROUTER["gate.weight"]})
+
+
 def qwen4(model_type: str, block: str) -> Layout:
     layout = everywhere(model_type, block)
     layout.rest[block.format(0) + ".shared_expert_gate.weight"] = ("BF16", [1, 16])
@@ -159,6 +173,7 @@ SPARSE = "model.layers.{}.block_sparse_moe"
 VISION = "model.language_model.layers.{}.mlp"
 FAMILY_LAYOUTS = {
     "arctic": arctic,
+    "aria": aria,
     "bailing_moe": lambda: deepseek_like(
         "bailing_moe", bias="gate.expert_bias", num_experts=E
     ),
@@ -245,6 +260,25 @@ def test_a_model_around_an_unknown_or_refused_family_is_refused(tmp_path: Path) 
         layout.config["text_config"]["model_type"] = inner
         with pytest.raises(PlacerError, match=f"any_vl.*{inner}"):
             ModelSpec.from_checkpoint(write(layout, tmp_path / inner))
+
+
+def test_a_language_model_without_a_kind_is_named(tmp_path: Path) -> None:
+    layout = inside("internvl_chat", "llm_config", "language_model.model.", {})
+    del layout.config["llm_config"]["model_type"]
+    with pytest.raises(PlacerError, match="whose llm_config has no model_type"):
+        ModelSpec.from_checkpoint(write(layout, tmp_path / "model"))
+
+
+def test_an_adapter_of_experts_beside_the_weights_is_named(
+    write_plan: WritePlan, tmp_path: Path
+) -> None:
+    layout = everywhere("qwen3_moe", "model.layers.{}.mlp")
+    path = "base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"
+    layout.rest[path] = ("BF16", [2, 16])
+    model = write(layout, tmp_path / "model")
+    with pytest.raises(PlacerError, match="of a LoRA adapter") as caught:
+        prepare_export(permuting_plan(model, write_plan)[1], model)
+    assert "merge" in caught.value.hint
 
 
 def test_experts_outside_the_language_model_stop_the_export(

@@ -127,7 +127,7 @@ def test_every_model_type_is_one_that_transformers_has() -> None:
     named = {t for a in known_architectures() for t in a.model_types}
     others = {"ernie4_5_moe_vl", "longcat_flash_ngram"}  # refused by name
     assert named - set(CONFIG_MAPPING.keys()) - others == RELEASED - {
-        *("git", "glm4v_moe_text", "glm5_next", "glm5_next_text", "mistral4"),
+        *("aria", "git", "glm4v_moe_text", "glm5_next", "glm5_next_text", "mistral4"),
         *("qwen3_vl_moe_text", "qwen4_exp", "qwen4_exp_text", "step3p5", "step3p7"),
     }
 
