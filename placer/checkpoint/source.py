@@ -226,24 +226,25 @@ def weight_files(directory: Path) -> tuple[Path | None, list[Path]]:
 def _index_name(directory: Path) -> str:
     """Return the name of the index by which engines would load the directory.
 
-    Where there is no index it is the name that one would have.
+    Where there is no index it is the name that one would have. Several by other names are
+    none to an engine, which loads all files, so they must be of parts of one checkpoint.
 
     Raises
     ------
     PlacerError
-        If there are several, none of them by the usual name.
+        If there are several, none of them by the usual name, and they are not of parts.
     """
     if (directory / INDEX_NAME).is_file() or (directory / SINGLE_NAME).is_file():
         return INDEX_NAME
     # ModelSlim names its index after its files.
     found = {path.name for path in directory.glob("*.safetensors.index.json")}
     found.discard(_MISTRAL_INDEX_NAME)
-    if len(found) > 1:
+    if len(found) > 1 and not _of_parts([directory / name for name in sorted(found)]):
         raise PlacerError(
             f"{directory} has several indexes: {', '.join(sorted(found))}",
             f"keep only one of them, or rename the right one to {INDEX_NAME}",
         )
-    if found:
+    if len(found) == 1:
         return found.pop()
     if _further(directory, [], INDEX_NAME):
         return INDEX_NAME
@@ -252,6 +253,19 @@ def _index_name(directory: Path) -> str:
     ).is_file():
         return TORCH_INDEX_NAME
     return _MISTRAL_INDEX_NAME if any(directory.glob("consolidated*")) else INDEX_NAME
+
+
+def _of_parts(indexes: Sequence[Path]) -> bool:
+    """Return whether all files of indexes are there, and no two name the same tensor."""
+    maps = [_weight_map(path) for path in indexes]
+    files = {
+        path.parent / name
+        for path, one in zip(indexes, maps, strict=True)
+        for name in _shard_names(path, one, ".safetensors")
+    }
+    names = [name for one in maps for name in one]
+    is_top = all(file.is_file() and file.parent == indexes[0].parent for file in files)
+    return is_top and len(names) == len(set(names))
 
 
 def _further(directory: Path, names: Sequence[str], index_name: str) -> list[Path]:

@@ -623,3 +623,41 @@ def test_an_index_that_names_experts_that_no_file_holds_is_refused(
     (model / INDEX).write_text(json.dumps({"weight_map": listed}))
     with pytest.raises(PlacerError, match="weight_scale, which no file contains"):
         prepare_export(permuting_plan(model, write_plan)[1], model)
+
+
+@pytest.mark.parametrize("odd", [None, "shared tensor", "missing file"])
+def test_several_indexes_must_be_of_parts_of_one_checkpoint(
+    odd: str | None, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """Engines look for neither name: they load all files."""
+    model = tmp_path / "model"
+    for layer, name in enumerate(("a", "b")):
+        part = qwen3(BF16)()
+        part.layers = [layer]
+        if layer:
+            part.rest = {"lm_head.weight": ("BF16", [5, 16])}
+        folder = write(part, model if layer == 0 else tmp_path / "other")
+        listed = dict.fromkeys(read(folder), f"{name}.safetensors")
+        if layer and odd:
+            listed["model.embed_tokens.weight" if "tensor" in odd else "x"] = (
+                "b.safetensors" if "tensor" in odd else "c.safetensors"
+            )
+        (folder / "model.safetensors").rename(model / f"{name}.safetensors")
+        index = model / f"{name}.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": listed}))
+    rows, plan = permuting_plan(model, write_plan)
+    if odd:
+        with pytest.raises(PlacerError, match=r"several indexes: a\.safetensors"):
+            export_checkpoint(plan, model, tmp_path / "out")
+        return
+    export_checkpoint(plan, model, tmp_path / "out")
+    expert = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    for layer, name in enumerate(("a.safetensors", "b.safetensors")):
+        old, new = load_names(model / name), load_names(tmp_path / "out" / name)
+        assert old.keys() == new.keys()
+        for e, source in enumerate(rows[layer]):
+            assert new[expert.format(layer, e)] == old[expert.format(layer, source)]
+    assert verify(model, tmp_path / "out", plan, [], 0).num_tensors == len(
+        {*load_names(model / "a.safetensors"), *load_names(model / "b.safetensors")}
+    )
+    assert not [*(tmp_path / "out").glob("*.index.json")]
