@@ -19,7 +19,7 @@ from placer.affinity import Affinity
 from placer.affinity.from_traces import affinity_of_traces, merged_affinity
 from placer.cli.main import app
 from placer.errors import UsageError
-from placer.model import ModelSpec
+from placer.model import ModelSpec, tokenizer_of
 from placer.placement.reference import contiguous
 from placer.planning.judge import judge_plan
 from placer.planning.tables import TableOptions, make_table
@@ -223,3 +223,12 @@ def test_a_table_header_that_is_no_object_is_refused(tmp_path: Path) -> None:
         save_file({"a": np.zeros(1)}, tmp_path / "t", metadata={"placer": text})
         with pytest.raises(ValueError):
             ShuffleTable.read(tmp_path / "t")
+
+
+def test_other_files_of_a_tokenizer_are_hashed_where_there_is_no_json(
+    tmp_path: Path,
+) -> None:
+    assert tokenizer_of(tmp_path) is None
+    for name in ("tekken.json", "tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_bytes(name.encode())
+        assert tokenizer_of(tmp_path) == hashlib.sha256(name.encode()).hexdigest()

@@ -7,14 +7,18 @@ from typing import Any
 from placer.errors import UsageError
 from placer.run.files import sha256_file
 
-_TOKENIZER_NAME = "tokenizer.json"
+# Of transformers, SentencePiece and Mistral; a checkpoint can have several.
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 _FIELD = "tokenizer_sha256"
 
 
 def tokenizer_of(directory: Path) -> str | None:
-    """Return the SHA-256 of a checkpoint's ``tokenizer.json``, ``None`` without one."""
-    path = directory / _TOKENIZER_NAME
-    return sha256_file(path) if path.is_file() else None
+    """Return the SHA-256 of a checkpoint's ``tokenizer.json``, ``None`` without one.
+
+    Where there is none, of ``tokenizer.model``, or else of ``tekken.json``.
+    """
+    paths = (directory / name for name in _TOKENIZER_NAMES)
+    return next((sha256_file(path) for path in paths if path.is_file()), None)
 
 
 def recorded_tokenizer(provenance: Mapping[str, Any]) -> str | None:
@@ -31,7 +35,7 @@ def require_same_tokenizer(
     Parameters
     ----------
     one, other
-        SHA-256 of each ``tokenizer.json``, ``None`` where not known.
+        What :func:`tokenizer_of` returned for each, ``None`` where not known.
     one_name, other_name
         The files that hold the ids.
 
@@ -49,8 +53,9 @@ def require_same_tokenizer(
         return None
     if one is not None and other is not None:
         raise UsageError(
-            f"{one_name} and {other_name} are of different tokenizers: tokenizer.json has "
-            f"SHA-256 {one[:12]} against {other[:12]}, so one token id means two texts",
+            f"{one_name} and {other_name} are of different tokenizers: tokenizer.json (or "
+            "tokenizer.model, tekken.json) has SHA-256 "
+            f"{one[:12]} against {other[:12]}, so one token id may mean two texts",
             "use files of one tokenizer: record with one checkpoint, then write the table "
             "from that trace: placer tables PLAN TRACE --out TABLE",
         )
