@@ -18,7 +18,7 @@ from placer.model import ModelSpec
 from placer.model.spec import MAX_EXPERTS
 from placer.run.archives import UNREADABLE
 from placer.run.documents import read_json
-from placer.run.files import require_file, sha256_file
+from placer.run.files import require_file, sha256_file, utf8_name
 from placer.trace.imported import BY_ITSELF, BoundModel, ImportOptions, hash_layers_warning
 from placer.trace.sglang_dump import load_dump
 
@@ -109,7 +109,7 @@ def import_loads(
         provenance={
             "placer": __version__,
             "source": source,
-            "sha256": {file.name: sha256_file(file) for file in files if file.is_file()},
+            "sha256": {utf8_name(f.name): sha256_file(f) for f in files if f.is_file()},
         },
     )
     affinity.write(out)

@@ -22,7 +22,7 @@ from placer.checkpoint.copying import (
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.source import CheckpointSource
 from placer.errors import PlacerError, UsageError
-from placer.run.files import sha256_file, sha256_json
+from placer.run.files import sha256_file, sha256_json, utf8_name
 from placer.run.parallel import PROCESSES, Backend
 from placer.run.resumable import Journal, resumable_directory
 from placer.run.writing import require_free_space
@@ -290,7 +290,7 @@ def written_shards(
     # A source that was changed since is another one.
     whole = dict(identity) | {
         "options": [options.link, options.with_hashes],
-        "sources": {str(path): source.states[path][:2] for path in shards},
+        "sources": {utf8_name(path): source.states[path][:2] for path in shards},
     }
     sources = {path.parent for path in shards}
     with resumable_directory(out, sha256_json(whole), sources) as (partial, journal):

@@ -93,6 +93,14 @@ def read_text(path: Path, limit: int = MAX_DOCUMENT_BYTES, what: str = "file") -
         ) from error
 
 
+def utf8_name(path: Path | str) -> str:
+    """Return a name as UTF-8 can hold it: the same one in every locale.
+
+    Where Python takes names for ASCII, it has half characters in place of other bytes.
+    """
+    return os.fsencode(path).decode("utf-8", "replace").replace("\ufffd", "?")
+
+
 def memory_bytes() -> int:
     """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

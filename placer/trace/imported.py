@@ -15,7 +15,7 @@ import numpy.typing as npt
 from placer import __version__
 from placer.errors import PlacerError, UsageError
 from placer.model import Architecture, ModelSpec, read_config, tokenizer_of
-from placer.run.files import require_file, sha256_file
+from placer.run.files import require_file, sha256_file, utf8_name
 from placer.trace.chunk import Chunk, expert_dtype, require_ranges
 from placer.trace.expert_order import listed_by_id, ordered_by_weight
 from placer.trace.header import MAX_DOMAINS, TraceHeader
@@ -271,7 +271,7 @@ def import_file(
         provenance: dict[str, Any] = {
             "placer": __version__,
             "source": source,
-            "file": file.name,
+            "file": utf8_name(file.name),
             "sha256": sha256_file(file),
         }
         if options.model_directory is not None and tokens.token_ids is not None:

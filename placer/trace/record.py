@@ -13,7 +13,7 @@ import numpy.typing as npt
 from placer import __version__
 from placer.errors import PlacerError, UsageError, one_of
 from placer.model import Architecture, ModelSpec, read_config, tokenizer_of
-from placer.run.files import canonical_json
+from placer.run.files import canonical_json, utf8_name
 from placer.run.resumable import partial_path
 from placer.run.worker import ALONE, Worker, together
 from placer.trace.capture import RouterCapture, to_host
@@ -436,11 +436,6 @@ def _chunks_of(
         yield group
 
 
-def _readable(name: str) -> str:
-    """Return a file name as UTF-8 can hold it."""
-    return name.encode(errors="replace").decode()
-
-
 def _provenance(
     directory: Path, corpora: Sequence[Corpus], options: RecordOptions
 ) -> dict[str, Any]:
@@ -450,7 +445,7 @@ def _provenance(
         "corpora": [
             {
                 "domain": corpus.domain,
-                "name": _readable(corpus.path.name),
+                "name": utf8_name(corpus.path.name),
                 "sha256": corpus.sha256(),
             }
             for corpus in corpora
