@@ -181,10 +181,9 @@ def test_more_nodes_than_from_contiguous_are_said_first(tmp_path: Path) -> None:
         positions = (np.arange(2000) % 50).astype(np.int32)
         writer.append(Chunk(experts=(pairs,), sequence_ids=sequences, positions=positions))
         writer.finish()
-    request = SolveRequest(
-        source=tmp_path / "t",
-        selection=Selection(),
-        options=replace(QUICK, topology=Topology(num_nodes=2, gpus_per_node=1)),
+    request = request_for(
+        tmp_path / "t",
+        replace(QUICK, topology=Topology(num_nodes=2, gpus_per_node=1)),
         exchange="per-node",
     )
     warnings: list[str] = []
