@@ -171,6 +171,7 @@ def test_a_family_that_placer_cannot_run_is_not_recorded(
         ("mimo_v2_flash", {"moe_layer_freq": [0, 1, 1, 0]}, [1, 2]),
         ("glm4_moe_lite", {"first_k_dense_replace": 1}, [1, 2, 3]),
         ("hunyuan_v1_moe", {"moe_topk": [2, 2, 2, 2]}, [0, 1, 2, 3]),
+        ("hunyuan", {"num_experts_per_tok": 2}, [0, 1, 2, 3]),
         ("kimi_linear", {"first_k_dense_replace": 1, "moe_layer_freq": 1}, [1, 2, 3]),
     ],
 )
