@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from placer.checkpoint.export import export_checkpoint
+from placer.cli.main import main
 from placer.demo.road import _solve, run_demo, shipped_model
 from placer.demo.text import DOMAINS, documents
 from placer.model import ModelSpec
@@ -139,3 +140,17 @@ def test_the_demo_walks_the_whole_road(tiny_model: Path, tmp_path: Path) -> None
         "verify",
         "inspect",
     ]
+
+
+def test_without_transformers_the_demo_says_so_at_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--out", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "running a model needs transformers, which is not installed" in said.err
+    assert "hint: pip install 'placer[record]'" in said.err
+    # Nothing was recorded, counted or solved before.
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["text"]

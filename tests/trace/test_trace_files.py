@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -328,3 +329,22 @@ def test_a_resumed_writer_refuses_other_options_and_drops_damage(
         writer.finish()
     assert Trace(tmp_path / "t").header.domains == ("other",)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 51}, {"layer_ids": [0, 1, 3]}])
+def test_a_model_that_is_not_that_of_its_fingerprint_is_refused(
+    make_chunk: Callable[..., Chunk], tmp_path: Path, change: dict[str, object]
+) -> None:
+    facts = {"model_type": "qwen3_moe", "layer_ids": (0, 1, 2), "hidden_size": 4}
+    model = ModelSpec(num_experts=(8, 8, 8), top_k=2, vocab_size=50, **facts)
+    model = msgspec.structs.replace(model, fingerprint=model.bound_fingerprint())
+    with TraceWriter(directory=tmp_path / "trace", model=model) as writer:
+        writer.append(make_chunk())
+        writer.finish()
+    Trace(tmp_path / "trace")
+    path = tmp_path / "trace" / "trace.json"
+    value = json.loads(path.read_text())
+    value["model"] |= change
+    path.write_text(json.dumps(value))
+    with pytest.raises(PlacerError, match="fingerprint"):
+        Trace(path.parent)
