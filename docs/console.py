@@ -107,7 +107,7 @@ def engines() -> None:
     for engine in known_engines().values():
         cog.outl(
             f"\n**`{engine.name}`**: {engine.selected_by}. {' '.join(engine.notes)} "
-            f"Read in {engine.read_in}; see <{engine.source}>."
+            f"What it sends was read in {engine.read_in}; see <{engine.source}>."
         )
 
 

@@ -189,7 +189,7 @@ def export(
         facts = _write(job, _required(out), options)
         if not inverse:
             facts |= _start(target, plan, _required(out))
-            note(f"prove it: placer verify {model} {out} {plan}")
+            note(f"check it: placer verify {model} {out} {plan}")
     if inverse and (unchecked := facts.pop("unchecked_files")):
         note(f"not checked, because no hash of it was recorded: {unchecked}")
     if as_json:
@@ -237,7 +237,7 @@ def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) 
         model = _required_model("deepspeed", plan, model)
         report = export_deepspeed(plan, model, out)
         start = _start("deepspeed", plan, out)
-        note(f"prove it: placer verify {model} {out} {plan}")
+        note(f"check it: placer verify {model} {out} {plan}")
         note(
             "note: if the gate draws noise per expert (top2_2nd_expert_sampling, "
             "noisy_gate_policy), other experts get each draw: results are statistically "
