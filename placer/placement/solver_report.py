@@ -115,7 +115,8 @@ class SolverReport(Document, frozen=True, kw_only=True):
     reproducible
         Whether the same input and seed give the same plan.
     relaxed_layers
-        MoE layers whose load cap was out of reach and relaxed, with the value reached.
+        MoE layers above the load cap, with the value reached. The cap is out of reach
+        there, or the clock or Ctrl-C ended the search before it was met.
     relaxed_receive_layers
         The same of the cap on received copies.
     eplb_caps

@@ -193,25 +193,54 @@ def plan_notes(plan: Plan) -> Iterator[str]:
 
 
 def _relaxed_line(plan: Plan) -> Iterator[str]:
-    relaxed = plan.solver.relaxed_layers
-    if relaxed:
-        worst = max(relaxed, key=lambda n: relaxed[n])
-        given = plan.provenance.get("max_imbalance_given", True)
-        name = "--max-imbalance" if given else "the default load cap"
-        yield (
-            f"{name} {plan.max_imbalance:g} is out of reach in {len(relaxed)} of "
-            f"{plan.placement.num_layers} MoE layers and was relaxed there, at most to "
-            f"{relaxed[worst]:.4f} (layer {worst})"
-        )
+    relaxed, cap = plan.solver.relaxed_layers, plan.max_imbalance
+    if not relaxed:
+        return
+    worst = max(relaxed, key=lambda n: relaxed[n])
+    given = plan.provenance.get("max_imbalance_given", True)
+    name = f"{'--max-imbalance' if given else 'the default load cap'} {cap:g}"
+    where = f"in {len(relaxed)} of {plan.placement.num_layers} MoE layers"
+    most = f"at most to {_above(relaxed[worst], cap)} (layer {worst})"
+    ended = _ended_above_cap(plan)
+    if ended is None:
+        yield f"{name} is out of reach {where} and was relaxed there, {most}"
+        return
+    yield (
+        f"{ended} before {name} was met {where}: it was relaxed there, {most}. More time "
+        "may meet it: give a higher --time-limit, or none"
+    )
+
+
+def _ended_above_cap(plan: Plan) -> str | None:
+    """Say what ended the search while layers were above the load cap, if anything did.
+
+    A search brings layers under it where experts have replicas, or the start is not free.
+    Elsewhere what is out of reach is known before.
+    """
+    asked, ended = plan.provenance, plan.solver.termination
+    searched = plan.placement.has_replicas or asked.get("preserve_groups")
+    if not plan.solver.relaxed_layers or not (searched or "start_map_sha256" in asked):
+        return None
+    if ended == "time_limit":
+        return "the time limit ended the search"
+    return "Ctrl-C ended the search" if ended == "interrupted" else None
+
+
+def _above(value: float, cap: float) -> str:
+    """Return a value with as many digits as show that it is above the cap."""
+    digits = next((n for n in range(4, 9) if round(value, n) > cap), 9)
+    return f"{value:.{digits}f}"
 
 
 def _guard_line(plan: Plan) -> Iterator[str]:
     """Say which caps kept the plan no busier than EPLB, and how to choose others."""
-    caps, above = plan.solver.eplb_caps, plan.solver.above_eplb_layers
+    caps = plan.solver.eplb_caps
     if caps is None:
         return
+    relaxed = plan.solver.relaxed_layers.items()
+    above = {*plan.solver.above_eplb_layers, *(n for n, v in relaxed if v > caps[int(n)])}
     values = sorted({f"{min(caps):.2f}", f"{max(caps):.2f}"})
-    kept = f" ({len(above)} MoE layers are above it)" if above else ""
+    kept = f" ({len(above)} of {len(caps)} MoE layers are above it)" if above else ""
     # Time is predicted for tokens, and without a table.
     is_open = plan.metrics["profile"] is not None and "cap_by_time" not in plan.provenance
     timed = is_open and plan.policy == plan.policy_without_table
@@ -327,7 +356,7 @@ def closing_lines(plan: Plan) -> Iterator[str]:
 
 
 def _overload_remedy(plan: Plan, reached: float) -> str:
-    helps = []
+    helps = [] if _ended_above_cap(plan) is None else ["a higher --time-limit, or none"]
     solved_for = (plan.provenance["objective"], plan.provenance["robust"])
     # It keeps other sequences to the cap of the options, not to EPLB's load.
     if solved_for == ("traffic", "none") and reached > plan.max_imbalance:

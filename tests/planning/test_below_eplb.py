@@ -148,4 +148,19 @@ def test_layers_that_such_a_cap_does_not_hold_in_are_told() -> None:
         provenance={"max_received_copies": None},
     )
     (line,) = plan_notes(plan)
-    assert "slots: 1.02 times the mean load (1 MoE layers are above it)" in line
+    assert "slots: 1.02 times the mean load (1 of 1 MoE layers are above it)" in line
+
+
+def test_layers_above_the_load_cap_are_above_eplbs_too() -> None:
+    """Layer 0 is above 1.1, layer 1 only above EPLB's load, layer 2 keeps its cap."""
+    placement = Placement.from_expert_rank([np.array([0, 1])] * 4, 2, 1)
+    plan = unsolved_plan(ModelSpec(num_experts=(2,) * 4, top_k=1), placement)
+    solver = msgspec.structs.replace(
+        plan.solver,
+        eplb_caps=(1.02, 1.02, 1.02, 1.3),
+        relaxed_layers={"0": 1.25, "3": 1.3},
+        above_eplb_layers={"1": 1.03},
+    )
+    asked = {"max_received_copies": None, "max_imbalance_given": False}
+    (line,) = plan_notes(replace(plan, solver=solver, provenance=asked))
+    assert "(2 of 4 MoE layers are above it)" in line

@@ -73,6 +73,36 @@ def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
     assert "1.3000 (layer 1)" in relaxed
 
 
+def test_a_cap_that_the_clock_left_no_time_for_is_not_called_out_of_reach() -> None:
+    """Without redundant experts it is known before the search what can be reached."""
+    model = ModelSpec(num_experts=(4, 4), top_k=1)
+
+    def said(more: int, ended: str, reached: float = 1.3) -> str:
+        copied = Placement.from_json([[0, 1, 2, 0, 3, 1]] * 2, (4, 4), 2, 1)
+        placement = copied if more else contiguous((4, 4), 2)
+        plan = unsolved_plan(
+            model,
+            placement,
+            max_imbalance_given=False,
+            max_home_imbalance=None,
+            objective="traffic",
+        )
+        solver = msgspec.structs.replace(
+            plan.solver, relaxed_layers={"1": reached}, termination=ended
+        )
+        return next(iter(plan_warnings(replace(plan, solver=solver))))
+
+    assert said(2, "time_limit") == (
+        "the time limit ended the search before the default load cap 1.1 was met in 1 of "
+        "2 MoE layers: it was relaxed there, at most to 1.3000 (layer 1). More time may "
+        "meet it: give a higher --time-limit, or none"
+    )
+    assert said(2, "interrupted").startswith("Ctrl-C ended the search before")
+    for more, ended in ((2, "step_limit"), (0, "time_limit")):
+        assert "is out of reach in 1 of 2 MoE layers" in said(more, ended)
+    assert "at most to 1.10003 (layer 1)" in said(2, "step_limit", 1.10003)
+
+
 def test_without_a_cap_that_is_given_sequences_not_seen_are_compared_with_eplb() -> None:
     """EPLB has 1.10 on them: 1.12 is as even, whatever the profile's figure is."""
     model = ModelSpec(num_experts=(4, 4), top_k=1)
