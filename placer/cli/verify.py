@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import JsonOption, print_json, print_line, print_table, progress_line
+from placer.cli.output import (
+    JsonOption,
+    print_json,
+    print_line,
+    print_table,
+    progress_line,
+    warn,
+)
 
 
 def verify(
@@ -110,7 +117,13 @@ def _verify_map(original: Path, exported: Path, plan: Path, as_json: bool) -> No
         ("duplicates", "no rank holds two replicas of one expert"),
     ]
     print_table(("check", "result"), rows)
-    print_line("verified: the map is valid for its runtime and equals the plan")
+    if report.ignored is None:
+        print_line("verified: the map is valid for its runtime and equals the plan")
+        return
+    warn(report.ignored)
+    print_line(
+        "verified: the map equals the plan, but its engine ignores it for this model"
+    )
 
 
 def _verify_ranks(original: Path, exported: Path, plan: Path, as_json: bool) -> None:

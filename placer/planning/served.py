@@ -195,7 +195,9 @@ def require_loadable(
             _even_ways(model, architectures),
         )
     if redundant_experts != 0:
-        raise UsageError(f"{none}, so none could be served", without_copies(engine.name))
+        raise UsageError(
+            f"{none}, so none could be served", without_copies(engine.name, *ranks)
+        )
     notes = []
     if engine.map_format != "checkpoint":
         notes.append(

@@ -21,6 +21,7 @@ from placer.target.engine import (
     engines_named,
     known_engines,
 )
+from placer.trace.selection import Selection
 
 if TYPE_CHECKING:
     from placer.placement.plan import Plan
@@ -350,21 +351,36 @@ def other_choices(plan: "Plan", engines: Sequence[Engine | None]) -> Iterator[st
         )
 
 
-def solve_again(plan: "Plan", engine: str) -> str:
-    """Return the command that solves the plan again for another engine."""
+def solve_again(
+    plan: "Plan", engine: str | None = None, *, num_copies: int | None = None
+) -> str:
+    """Return the command that solves a plan again, on its ranks and tokens.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    engine
+        Name of another engine; ``None`` for the plan's own.
+    num_copies
+        Redundant experts per layer; ``None`` for as many as the plan has.
+    """
     placed, told = plan.placement, plan.provenance
-    source = "AFFINITY" if told.get("affinity_sha256") else "TRACE"
+    from_counts = told.get("affinity_sha256") is not None
+    name = engine or (None if plan.engine is None else plan.engine.name)
+    served_by = "" if name is None else f" --engine {name}"
+    tokens = "" if from_counts else Selection.from_json(told).options
+    copies = placed.redundant_experts if num_copies is None else num_copies
     return (
-        f"placer solve {source} --engine {engine} --nodes {placed.num_nodes} "
-        f"--gpus-per-node {placed.ranks_per_node} "
-        f"--redundant-experts {placed.redundant_experts} --out NEW"
+        f"placer solve {'AFFINITY' if from_counts else 'TRACE'}{served_by} --nodes "
+        f"{placed.num_nodes} --gpus-per-node {placed.ranks_per_node} "
+        f"--redundant-experts {copies}{tokens and ' '}{tokens} --out NEW"
     )
 
 
-def without_copies(engine: str | None) -> str:
-    """Return the command that solves again without redundant experts."""
-    served_by = "" if engine is None else f" --engine {engine}"
+def without_copies(engine: str, num_nodes: int, ranks_per_node: int) -> str:
+    """Return the command that solves without redundant experts, on these ranks."""
     return (
-        f"placer solve TRACE{served_by} --redundant-experts 0 --nodes N "
-        "--gpus-per-node M --out PLAN"
+        f"placer solve TRACE --engine {engine} --redundant-experts 0 --nodes {num_nodes} "
+        f"--gpus-per-node {ranks_per_node} --out PLAN"
     )

@@ -14,8 +14,8 @@ from placer.runtime_map.engine_family import (
     Start,
     known_families,
     other_choice,
+    solve_again,
     start_lines,
-    without_copies,
 )
 from placer.runtime_map.runtime import MapSource, Runtime, require_valid_rows
 from placer.target.map_formats import MAPS, format_of_json, format_of_suffix
@@ -39,9 +39,11 @@ class WrittenMap:
     num_slots
         Slots of all of them together.
     start
-        How engines are started with it; empty where the format belongs to none.
+        How engines are started with it; empty where the format belongs to none, and where
+        its engine ignores a map of this model.
     warnings
-        Warnings: what is wrong for this model, or if only shapes were compared.
+        Warnings: first that the engine ignores it, then what else is wrong for this model,
+        or if only shapes were compared.
     """
 
     runtime: str
@@ -63,6 +65,9 @@ class MapReport:
         MoE layers, slots of all of them together, and ranks.
     num_replicas
         Slots beyond one per expert.
+    ignored
+        Why its engine does not read it for this model, and what to serve instead; ``None``
+        where it does.
     """
 
     runtime: str
@@ -70,6 +75,7 @@ class MapReport:
     num_slots: int
     num_ranks: int
     num_replicas: int
+    ignored: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -114,13 +120,14 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
     with atomic_file(out) as temporary:
         runtime.write(source, temporary, out.suffix)
         require_plan(runtime.read(source, temporary, out.suffix), source)
-    rows = source.placement.physical_to_logical_map
+    rows, ignored = source.placement.physical_to_logical_map, _ignored(runtime, source)
+    start = start_lines(name, source.plan, str(directory or "MODEL"), str(out))
     return WrittenMap(
         runtime=name,
         num_layers=len(rows),
         num_slots=sum(len(row) for row in rows),
-        start=tuple(start_lines(name, source.plan, str(directory or "MODEL"), str(out))),
-        warnings=tuple(_warnings(runtime, source)),
+        start=() if ignored else tuple(start),
+        warnings=(*([ignored] if ignored else []), *_warnings(runtime, source)),
     )
 
 
@@ -160,6 +167,7 @@ def verify_map(path: Path, plan_path: Path, directory: Path) -> MapReport:
         num_slots=num_slots,
         num_ranks=source.placement.num_ranks,
         num_replicas=num_slots - sum(source.placement.num_experts),
+        ignored=_ignored(RUNTIMES[name], source),
     )
 
 
@@ -173,15 +181,23 @@ def _warnings(runtime: Runtime, source: MapSource) -> Iterator[str]:
         return
     if (drawn := other_choice(source.plan, runtime.family)) is not None:
         yield drawn
+
+
+def _ignored(runtime: Runtime, source: MapSource) -> str | None:
+    """Return why the engine does not read a map of this model, and what to serve."""
+    if runtime.family is None:
+        return None
     family = known_families()[runtime.family]
     reason = family.no_map_reason(source.model.model_type, source.architectures)
     if reason is None:
-        return
-    way_out = f"serve a permuted checkpoint, {source.checkpoint_command}"
-    if source.placement.has_replicas:
-        engine = family.default if source.plan.engine is None else source.plan.engine.name
-        way_out = f"{without_copies(engine)}, then {way_out}"
-    yield f"{reason}: {way_out}"
+        return None
+    if not source.placement.has_replicas:
+        return f"{reason}: serve a permuted checkpoint, {source.checkpoint_command()}"
+    engine = family.default if source.plan.engine is None else source.plan.engine.name
+    again = solve_again(source.plan, engine, num_copies=0)
+    return f"{reason}: {again}, then serve a permuted checkpoint, " + (
+        source.checkpoint_command("NEW")
+    )
 
 
 def require_plan(rows: Any, source: MapSource) -> None:

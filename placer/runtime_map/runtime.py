@@ -89,10 +89,10 @@ class MapSource:
         """The plan's placement."""
         return self.plan.placement
 
-    @property
-    def checkpoint_command(self) -> str:
-        """The command that writes the permuted checkpoint instead of a map."""
-        words = ("checkpoint", self.plan_path, self.directory or "MODEL", "--out", "DIR")
+    def checkpoint_command(self, plan: str | None = None) -> str:
+        """Return the command that writes a permuted checkpoint, of ``plan`` if given."""
+        path = self.plan_path if plan is None else plan
+        words = ("checkpoint", path, self.directory or "MODEL", "--out", "DIR")
         return shlex.join(("placer", "export", *map(str, words)))
 
     def uniform_rows(self, runtime: str) -> list[list[int]]:
@@ -111,7 +111,7 @@ class MapSource:
                 f"{runtime}'s map needs the same number of slots in every layer, got "
                 f"{widths} for {experts} experts",
                 "solve with --redundant-experts 0. If layers have different numbers of "
-                f"experts, serve a permuted checkpoint: {self.checkpoint_command}",
+                f"experts, serve a permuted checkpoint: {self.checkpoint_command()}",
             )
         return rows
 

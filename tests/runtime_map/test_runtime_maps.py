@@ -26,6 +26,7 @@ from placer.runtime_map.engine_family import other_choices
 from placer.runtime_map.maps import RUNTIMES, export_map, verify_map
 from placer.target.engine import Engine
 from placer.target.map_formats import MAPS
+from tests.plans import unsolved_plan
 
 WritePlan = Callable[..., Path]
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS = 6, 8, 4
@@ -439,16 +440,18 @@ def test_a_family_that_an_engine_ignores_is_told_with_the_way_out(
     written = export_map(name, plan, model, tmp_path / f"map{suffix}")
     if expected is None:
         assert written.warnings == ()
+        assert written.start
         return
     assert expected in written.warnings[0]
-    assert f"placer export checkpoint {plan} {model} --out DIR" in written.warnings[0]
+    assert written.start == (), "it would serve the map in vain"
+    assert f"placer export checkpoint NEW {model} --out DIR" in written.warnings[0]
 
 
 @pytest.mark.parametrize("num_copies", [0, 4])
 def test_gpt_oss_is_called_unsafe_under_sglang(
-    num_copies: int, model: Path, write_plan: WritePlan, tmp_path: Path
+    num_copies: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A permuted checkpoint is the way out, and it holds no redundant experts."""
+    """A permuted checkpoint of a new plan is the way out; verify says so again."""
     config = {
         "model_type": "gpt_oss",
         "num_hidden_layers": 2,
@@ -459,13 +462,28 @@ def test_gpt_oss_is_called_unsafe_under_sglang(
     }
     (model / "config.json").write_text(json.dumps(config))
     row = list(range(8)) if num_copies == 0 else [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
-    placement = Placement.from_json([row] * 2, (8, 8), NUM_RANKS, 1)
-    plan = write_plan(ModelSpec.from_checkpoint(model), placement)
-    written = export_map("sglang", plan, model, tmp_path / "map.json")
-    assert "loads them contiguously" in written.warnings[0]
-    assert "placer export checkpoint" in written.warnings[0]
-    again = "placer solve TRACE --engine sglang-deepep --redundant-experts 0"
-    assert (again in written.warnings[0]) == (num_copies > 0)
+    placement = Placement.from_json([row] * 2, (8, 8), NUM_RANKS, 2)
+    spec = ModelSpec.from_checkpoint(model)
+    plan = tmp_path / "plan.json"
+    unsolved_plan(spec, placement, fold="0/2").write(plan)
+    out = tmp_path / "map.json"
+    told = export_map("sglang", plan, model, out).warnings[0]
+    assert "loads them contiguously" in told
+    again = (
+        f"placer solve TRACE --engine sglang-deepep --nodes 2 --gpus-per-node "
+        f"{NUM_RANKS // 2} --redundant-experts 0 --fold 0/2 --out NEW"
+    )
+    assert (again in told) == (num_copies > 0)
+    permuted = "NEW" if num_copies else plan
+    assert told.endswith(f"placer export checkpoint {permuted} {model} --out DIR")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(model), str(out), str(plan)])
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert "valid for its runtime" not in printed.out
+    assert "its engine ignores it for this model" in printed.out
 
 
 def test_the_command_line_exports_and_verifies(
