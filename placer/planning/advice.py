@@ -195,6 +195,7 @@ def advise_on_loads(
     ]
     warnings = (
         *left_out,
+        *(one.node_doubt for one in asked),
         *unknown,
         "no sequences were held out: the plan is made from the same counts, and future "
         "load will be less even",

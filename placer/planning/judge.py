@@ -324,7 +324,10 @@ class _Judge:
         tallies = {
             name: self._counted(name, serving.replica_choice) for name in self.placements
         }
+        placed = plan.placement
+        shape = placed.num_nodes, placed.ranks_per_node
         own_warnings = (
+            None if serving.engine is None else serving.engine.doubt(*shape),
             unknown_dense_layers(plan.placement, serving.replica_choice, self.layer_ids),
             filled_warning(shapes, tokens.num_tokens, plan.placement.num_ranks),
             None if cost is None else cost.expert.assumption,

@@ -114,6 +114,11 @@ class Question:
         return self.engine or plain_engine("token all-to-all", "per-rank")
 
     @property
+    def node_doubt(self) -> str | None:
+        """A warning if the engine's kernels see other nodes than the topology has."""
+        return self.served.doubt(self.topology.num_nodes, self.topology.gpus_per_node)
+
+    @property
     def known_engine(self) -> Engine | None:
         """The engine that ``--engine`` names, or ``None``."""
         is_known = self.engine is not None and self.engine.name in known_engines()

@@ -94,6 +94,7 @@ def advise_on_trace(
     )
     warnings = (
         *left_out,
+        *(one.node_doubt for one in asked),
         *unknown,
         phase_warning(trace, Selection(phase=first.phase), batchings),
         sizes_warning([one.engine for one in asked], first.shapes),

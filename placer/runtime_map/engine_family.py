@@ -269,6 +269,7 @@ class EngineFamily(Document, frozen=True, kw_only=True):
             command=command,
             conditions=(
                 *_other_exchange(served, engine, self.title),
+                *_other_nodes(served, engine),
                 *(served.fill(one.text) for one in holding(self.conditions)),
             ),
             stale=stale,
@@ -310,6 +311,14 @@ def _other_exchange(served: Deployment, engine: Engine | None, title: str) -> It
         ranks = served.num_nodes, served.num_ranks // served.num_nodes
         sends = engine.misfit(*ranks) or f"this engine sends {engine.dispatch.exchange}"
     yield f"the plan is for an engine that sends {served.exchange}, and {sends}"
+
+
+def _other_nodes(served: Deployment, engine: Engine | None) -> Iterator[str]:
+    """Say if the engine's kernels see other nodes than the plan has."""
+    ranks_per_node = served.num_ranks // served.num_nodes
+    doubt = None if engine is None else engine.doubt(served.num_nodes, ranks_per_node)
+    if doubt is not None:
+        yield doubt
 
 
 def other_choice(plan: "Plan", name: str) -> str | None:

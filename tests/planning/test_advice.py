@@ -213,6 +213,22 @@ def test_a_family_is_answered_by_phase(tmp_path: Path) -> None:
     assert f"--engine {advice.best.engine}" in command
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_nodes_that_an_engine_takes_otherwise_are_told_before_the_solve(
+    nodes: int, tmp_path: Path
+) -> None:
+    """Of a trace and of its counts; once, whatever else the family has."""
+    trace = write(tmp_path / "trace", partners())
+    ranks = Topology(num_nodes=nodes, gpus_per_node=4 // nodes)
+    asked = [replace(QUESTION, topology=ranks, engine=e) for e in engines_named("sglang")]
+    counts = advise_on_loads(
+        count_affinity([trace.read()], MODEL, {}), asked[:2], tmp_path / "counts"
+    )
+    for advice in (advise_on_trace(trace, asked[:2]), counts):
+        told = [text for text in advice.warnings if "as one NVLink node" in text]
+        assert len(told) == nodes - 1
+
+
 def test_a_figure_that_rises_is_not_said_to_fall() -> None:
     assert percents([-0.042]) == "+4.2 %"
     assert percents([0.25, 0.25]) == "-25.0 %"

@@ -336,3 +336,11 @@ def test_a_checkpoint_is_served_with_the_exchange_of_the_plan(
     lowers = engine is not None or exchange is not None
     assert bool(told) == (lowers and sends not in ("per-expert", "all-gather"))
     assert not told or "this engine sends per-expert" in told[0]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_nodes_that_an_engine_takes_otherwise_stand_with_its_start(num_nodes):
+    served = Deployment(model="M", map="x.json", num_ranks=8, num_nodes=num_nodes)
+    start = known_families()["sglang"].start(served, ENGINES["sglang-deepep"])
+    told = [text for text in start.conditions if "every 8 ranks in a row" in text]
+    assert len(told) == num_nodes - 1

@@ -233,6 +233,15 @@ def test_of_a_family_those_are_left_out_that_do_not_run_on_the_nodes(copies):
         assert f"trtllm-{name} is left out: --engine trtllm-{name} runs" in result.stderr
 
 
+def test_nodes_that_an_engine_takes_otherwise_are_told(files):
+    plan, trace, _ = files
+    words = ("simulate", plan, trace, "--engine", "sglang-deepep", "--fold", "1/2")
+    assert "as one NVLink node" not in call(*words).stderr
+    value = json.loads(plan.read_text()) | {"num_nodes": 2, "sha256": None}
+    plan.write_text(json.dumps(value))
+    assert "every 4 ranks in a row as one NVLink node" in call(*words).stderr
+
+
 def test_a_permuted_checkpoint_that_splits_router_groups_is_not_simulated(files):
     plan, trace, _ = files
     value = json.loads(plan.read_text()) | {"sha256": None}
