@@ -15,6 +15,8 @@ from placer.placement import Placement, Plan
 from placer.placement.reference import random
 from placer.placement.topology import Topology
 from placer.report.comparison import plan_notes
+from placer.run.deadline import Deadline
+from placer.run.session import Session
 from placer.simulation.simulate import simulate
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
@@ -94,6 +96,25 @@ def test_copies_of_experts_are_no_busier_than_those_of_eplb(chunk: Chunk) -> Non
     limit = busiest_of_eplb(chunk, 4)
     placement, report = solved(chunk, asked.guarded())
     assert all(np.array(busiest(placement, chunk)) <= np.array(limit) + 1e-6)
+    assert not report.above_eplb_layers
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_a_search_without_time_is_no_further_above_its_caps_than_eplb(
+    chunk: Chunk, num_nodes: int
+) -> None:
+    """On two nodes EPLB's load is no cap, but its placement meets that of 1.10."""
+    topology = Topology(num_nodes=num_nodes, gpus_per_node=RANKS // num_nodes)
+    asked = changed(
+        OPTIONS, topology=topology, redundant_experts=4, replica_choice="hash"
+    ).guarded()
+    affinity = count_affinity([chunk], ModelSpec(num_experts=SIZES, top_k=3), {})
+    session = Session(deadline=Deadline(seconds=0.0))
+    placement, report = solve(affinity, asked, session, chunk)
+    assert report.termination == "time_limit"
+    limit = np.maximum(busiest_of_eplb(chunk, 4), 1.0 if num_nodes == 1 else 1.1)
+    assert all(np.array(busiest(placement, chunk)) <= limit + 1e-6)
+    assert not report.relaxed_layers
     assert not report.above_eplb_layers
 
 

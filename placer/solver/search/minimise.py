@@ -85,7 +85,34 @@ def minimised(
         return _minimised_for_tables(search, content)
     (policy,) = options.start_policies(profile.affinity.model.top_k)
     minimise = _minimised_as_drawn if options.goal.has_draws else _minimised
-    return minimise(search, policy), None
+    return _nearer_to_caps(search, minimise(search, policy)), None
+
+
+def _nearer_to_caps(search: _Search, found: Found) -> Found:
+    """Take EPLB's placement of layers that the clock left above their cap.
+
+    Only where that is nearer to the cap: balancing loads takes no time.
+    """
+    by_load, goal = search.profile.by_load, search.options.goal
+    if by_load is None or not goal.redundant_experts or not search.session.deadline.stopped:
+        return found
+    own = Rated(placement=found.placement, cost=found.evaluate())
+    above = is_above(own.cost)
+    if not above.any():
+        return found
+    even = search.options.start.pinned(by_load)
+    other = Rated(placement=even, cost=evaluate(found.traffic, even))
+    takes = above & other.cost.better_layers(own.cost)
+    both = zip(
+        takes,
+        even.physical_to_logical_map,
+        found.placement.physical_to_logical_map,
+        strict=True,
+    )
+    rows = tuple(new if is_taken else old for is_taken, new, old in both)
+    mixed = replace(found.placement, physical_to_logical_map=rows)
+    ends = [own, other, Rated(placement=mixed, cost=evaluate(found.traffic, mixed))]
+    return replace(found, placement=_best_of(ends).placement)
 
 
 def _minimised_for_tables(
