@@ -20,7 +20,7 @@ from placer.planning.advised_plans import (
     solve_command,
     with_more_replicas,
 )
-from placer.planning.question import Question, loadable
+from placer.planning.question import Question, filling_reason, loadable
 from placer.planning.served import split_groups_of, whole_groups
 from placer.planning.verdict import grouped
 from placer.run.progress import Progress
@@ -200,9 +200,11 @@ def advise_on_loads(
         "no sequences were held out: the plan is made from the same counts, and future "
         "load will be less even",
     )
+    filling = filling_reason(asked[0], affinity.model)
     advice = Advice(
         answers=answers,
         reasons=(
+            *([] if filling is None else [filling]),
             "counts without tokens do not show how much traffic placement can save",
             *_group_reasons(balanced, answers),
             *_relief_reasons(relieved, source),

@@ -173,6 +173,18 @@ class Question:
         )
 
 
+def filling_reason(question: Question, model: ModelSpec) -> str | None:
+    """Say that all placements have redundant experts, where only these fill the ranks."""
+    more, num_ranks = question.redundant_experts, question.topology.num_ranks
+    if not more:
+        return None
+    sizes = " and ".join(str(one) for one in dict.fromkeys(model.num_experts))
+    return (
+        f"{sizes} experts do not divide over {num_ranks} ranks: every placement, "
+        f"contiguous and EPLB's too, has {more} redundant expert{'s' * (more > 1)}"
+    )
+
+
 def loadable(
     questions: Sequence[Question], model: ModelSpec
 ) -> tuple[list[Question], list[str]]:

@@ -27,7 +27,7 @@ from placer.planning.advised_plans import (
     with_more_replicas,
 )
 from placer.planning.phases import no_batch_for, phase_warning, sizes_warning
-from placer.planning.question import Question, loadable
+from placer.planning.question import Question, filling_reason, loadable
 from placer.planning.verdict import grouped
 from placer.run.progress import Progress
 from placer.run.session import Session
@@ -320,6 +320,8 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
     ]
     if asked[0].topology.num_ranks == 1:
         reasons = ["with one rank nothing is sent"]
+    if (filling := filling_reason(asked[0], placements.model)) is not None:
+        reasons.append(filling)
     if asked[0].hardware is None:
         reasons.append(
             "without --hardware, verdicts judge traffic and the busiest rank's load, not "

@@ -441,6 +441,10 @@ def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(
         )
     ):
         assert advice.redundant_experts == 1
+        assert (
+            "8 experts do not divide over 3 ranks: every placement, contiguous and EPLB's "
+            "too, has 1 redundant expert"
+        ) in advice.reasons
         assert advice.verdict == "balance only"
         command = next_command(advice, source)
         assert command is not None and "--redundant-experts 1" in command
