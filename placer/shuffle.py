@@ -240,8 +240,7 @@ class ShuffleTable:
             RecursionError,
         ) as error:
             raise ValueError(
-                f"{path} is not a table ({error}): placer tables PLAN TRACE --out {path} "
-                "--force"
+                f"{path} is not a table ({error}): placer tables PLAN TRACE --out TABLE"
             ) from error
 
     @classmethod
@@ -254,7 +253,7 @@ class ShuffleTable:
             if kind != "table" or version not in _SCHEMA_VERSIONS:
                 raise ValueError(
                     f"{path} is {kind} of schema_version {version}, expected table of "
-                    f"1 or 2: placer tables PLAN TRACE --out {path} --force"
+                    f"1 or 2: placer tables PLAN TRACE --out TABLE"
                 )
             if tokenizer is not None and (stated := header["tokenizer_sha256"]) is not None:
                 found = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()

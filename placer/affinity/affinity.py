@@ -24,6 +24,7 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import require_file
+from placer.run.kinds import is_damaged, require_kind
 from placer.run.seals import require_seal_with, sealed_with, unsealed
 from placer.run.writing import write_tensors
 from placer.trace.selection import ProfileFacts
@@ -184,6 +185,8 @@ class Affinity:
             counts that contradict each other or are not those that were written.
         """
         require_file(path, "affinity file")
+        write = "write one: placer affinity TRACE --out AFFINITY"
+        require_kind(path, ["affinity"], write)
         again = f"count again: placer affinity TRACE --out {path} --force"
         try:
             with safe_open(path, "np") as opened:
@@ -191,14 +194,13 @@ class Affinity:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             # A dtype that NumPy does not have, such as bfloat16, is a TypeError.
+            # What is no affinity file may be precious: nothing is to replace it.
             raise PlacerError(
-                f"affinity file {path} cannot be read: {error}", again
+                f"affinity file {path} cannot be read: {error}",
+                again if is_damaged(path, KIND) else write,
             ) from error
         if header.get("kind") != KIND:
-            raise PlacerError(
-                f"{path} is not an affinity file",
-                "write one: placer affinity TRACE --out AFFINITY",
-            )
+            raise PlacerError(f"{path} is not an affinity file", write)
         where = f"affinity file {path}"
         header = of_this_version(header, where, again, unsealed)
         stated = validated(header, AffinityFile, where, again)

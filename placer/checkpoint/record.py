@@ -23,6 +23,7 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import canonical_json
+from placer.run.kinds import require_kind
 from placer.run.seals import require_seal, sealed, unsealed
 
 
@@ -120,6 +121,11 @@ class ExportRecord:
         PlacerError
             If there is none, it is of another schema version, or damaged.
         """
+        write = (
+            f"an export has {RECORD_NAME}. Write one: placer export checkpoint PLAN MODEL "
+            "--out DIR"
+        )
+        require_kind(directory, ["export"], write)
         path = directory / RECORD_NAME
         where, again = f"export record {path}", "take it from an unchanged copy"
         value = read_json(path, "export record")

@@ -85,7 +85,7 @@ def affinity(
     from placer.run.parallel import BACKENDS, Backend
     from placer.trace import EVERYTHING, Trace
 
-    claim(context, out, traces, force=force)
+    claim(context, out, traces, force=force, kinds=["affinity"])
 
     chosen = parse_selection(fold, not_fold, phase)
     if merge and chosen != EVERYTHING:

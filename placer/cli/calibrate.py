@@ -84,7 +84,7 @@ def calibrate(
         flags = [*["--json"] * as_json, *["--force"] * force]
         raise typer.Exit(start_workers(options.num_ranks, ["calibrate", *words, *flags]))
     if not worker.index:
-        claim(context, out, [], force=force)
+        claim(context, out, [], force=force, kinds=[])
     require_devices(options, worker.local_index + 1)
     if worker.index:
         measure(options, worker)

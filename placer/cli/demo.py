@@ -42,7 +42,7 @@ def demo(
     from placer.simulation.sent import Wire
 
     model = model or shipped_model()
-    claim(context, out, [model], force=force, directory=True)
+    claim(context, out, [model], force=force, kinds=[], directory=True)
     report = run_demo(model, out, note)
     verification = report.verification
     if as_json:

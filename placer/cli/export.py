@@ -158,7 +158,11 @@ def export(
     _require_options(target, [name for name, value in given.items() if value])
     if not dry_run:
         directory = target not in (*MAPS, _COUNTS)
-        claim(context, _required(out), [plan, model], force=force, directory=directory)
+        kinds = ("export", "ranks", "checkpoint") if directory else ()
+        inputs = [plan, model]
+        claim(
+            context, _required(out), inputs, force=force, kinds=kinds, directory=directory
+        )
     if target in MAPS:
         facts = _export_map(target, plan, model, _required(out))
     elif target == _COUNTS:

@@ -130,8 +130,10 @@ def import_(
     layers.
     """
     directory = format_ in _FORMATS
-    claim(context, out, [file, model, map_], force=force, directory=directory)
-    what = "trace"
+    what = "plan" if format_ in _MAP_FORMATS else "trace"
+    what = "affinity" if format_ in _LOAD_FORMATS else what
+    inputs = [file, model, map_]
+    claim(context, out, inputs, force=force, kinds=[what], directory=directory)
     given: dict[str, object] = {
         "--map": map_,
         "--keys": keys,
@@ -139,7 +141,6 @@ def import_(
         "--skip-layers": skip_layers,
     }
     if format_ in _MAP_FORMATS:
-        what = "plan"
         _require_unused(format_, given)
         facts = _import_map(format_, file, out, model, nodes or 1, gpus_per_node)
     elif nodes is not None or gpus_per_node is not None:
@@ -148,7 +149,6 @@ def import_(
             f"drop them, or choose a format among {', '.join(_MAP_FORMATS)}",
         )
     elif format_ in _LOAD_FORMATS:
-        what = "affinity"
         allowed = ("--map",) if format_ == "trtllm-statistic" else ()
         _require_unused(format_, given, *allowed, "--num-experts", "--skip-layers")
         options = _options(model, num_experts, skip_layers)

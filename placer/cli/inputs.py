@@ -17,6 +17,16 @@ _OUTPUTS = ("out", "html")
 # These may be names of the Hugging Face hub.
 _MODELS = ("model", "original", "path")
 _EXAMPLE_WIDTH = 74
+# The kinds (placer.run.kinds) that a path may be, by what the help calls it. Of others,
+# such as the folder that verify compares, the command itself says what is wrong.
+_KINDS = {
+    "TRACE": ("trace",),
+    "TRACE|AFFINITY": ("trace", "affinity"),
+    "PLAN": ("plan",),
+    "MODEL": ("checkpoint", "export"),
+    "ORIGINAL": ("checkpoint", "export"),
+    "EXPORTED": ("export", "ranks", "checkpoint"),
+}
 
 
 class InputCommand(TyperCommand):
@@ -54,6 +64,7 @@ class InputCommand(TyperCommand):
 
                 require_downloaded(path)
             raise PlacerError(f"{path} does not exist", _near(path))
+        _require_kinds(ctx)
         return super().invoke(ctx)
 
 
@@ -62,6 +73,30 @@ def _inputs(ctx: Any) -> Iterator[tuple[str, Path]]:
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(one, Path) and name not in _OUTPUTS:
                 yield name, one
+
+
+def _require_kinds(ctx: Any) -> None:
+    """Refuse arguments of another kind, such as swapped ones, and say the right order."""
+    from placer.run.kinds import require_kind
+
+    wanted = [
+        (one.name, str(one.metavar).strip("[]"))
+        for one in ctx.command.params
+        if one.param_type_name == "argument"
+    ]
+    order = f"the order is: {ctx.command_path} {' '.join(word for _, word in wanted)}"
+    for name, word in wanted:
+        kinds = _KINDS.get(word, ())
+        if word == "TRACE" and ctx.params.get("merge"):
+            kinds = ("affinity",)
+        if word == "PLAN" and ctx.params.get("inverse"):
+            kinds = ("export", "checkpoint")
+        if word == "PLAN" and ctx.params.get("target") == "ktransformers":
+            kinds = ("plan", "affinity")
+        value = ctx.params[name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if kinds and isinstance(one, Path):
+                require_kind(one, kinds, order)
 
 
 def _near(path: Path) -> str:

@@ -48,7 +48,7 @@ def inspect(
     from placer.report.load import load_for
 
     if html is not None:
-        claim(context, html, [path, load], force=force)
+        claim(context, html, [path, load], force=force, kinds=[])
     artifact = open_artifact(path)
     counted = None if load is None else load_for(artifact, path, load)
     if html is not None:

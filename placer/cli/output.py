@@ -105,13 +105,19 @@ def claim(
     inputs: Sequence[Path | None],
     *,
     force: bool,
+    kinds: Sequence[str],
     directory: bool = False,
 ) -> None:
-    """Claim what the command writes until it ends (:func:`placer.run.writing.claimed`)."""
+    """Claim what the command writes until it ends (:func:`placer.run.writing.claimed`).
+
+    ``kinds`` are the results (:data:`placer.run.kinds.KINDS`) that it may replace.
+    """
+    from placer.run.kinds import require_replaceable
     from placer.run.writing import claimed
 
     read = [path for path in inputs if path is not None]
     context.with_resource(claimed(out, read, directory=directory, force=force))
+    require_replaceable(out, kinds)
 
 
 def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":

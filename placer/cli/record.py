@@ -119,7 +119,7 @@ def record(
     worker = Worker.of_environment()
     if not worker.index:
         inputs = [model, *(corpus.path for corpus in corpora)]
-        claim(context, out, inputs, force=force, directory=True)
+        claim(context, out, inputs, force=force, kinds=["trace"], directory=True)
     with nullcontext() if worker.index else token_progress() as progress:
         header = record_trace(model, corpora, out, options, progress, worker)
     if worker.index:

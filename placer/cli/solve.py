@@ -343,7 +343,8 @@ def solve(
     from placer.target.engine import SOLVABLE_EXCHANGES, solvable_choice
 
     paths = [source, topology, model, start, Path(hardware) if hardware else None]
-    claim(context, out, paths, force=force, directory=frontier is not None)
+    kinds = ["plan" if frontier is None else "frontier"]
+    claim(context, out, paths, force=force, kinds=kinds, directory=frontier is not None)
     layout = world_layout(
         num_nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -89,7 +89,7 @@ def tables(
     from placer.planning.tables import TableOptions, make_table
     from placer.trace import Trace
 
-    claim(context, out, [plan, trace, embeddings], force=force)
+    claim(context, out, [plan, trace, embeddings], force=force, kinds=["table"])
 
     options = TableOptions(
         lookback=lookback,

@@ -68,7 +68,7 @@ def split(
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
 
-    claim(context, out, [trace], force=force, directory=True)
+    claim(context, out, [trace], force=force, kinds=["trace"], directory=True)
 
     chosen = parse_selection(fold, not_fold, phase)
     header = split_trace(Trace(trace), out, selection=chosen, domain=domain, period=period)
@@ -89,7 +89,7 @@ def sample(
     from placer.trace import Trace
     from placer.trace.rewrite import sample_trace
 
-    claim(context, out, [trace], force=force, directory=True)
+    claim(context, out, [trace], force=force, kinds=["trace"], directory=True)
 
     _show(out, sample_trace(Trace(trace), out, sequences, seed), as_json)
 
@@ -108,7 +108,7 @@ def merge(
     from placer.trace import Trace
     from placer.trace.rewrite import merge_traces
 
-    claim(context, out, traces, force=force, directory=True)
+    claim(context, out, traces, force=force, kinds=["trace"], directory=True)
 
     _show(out, merge_traces([Trace(path) for path in traces], out, warn), as_json)
 
@@ -147,7 +147,7 @@ def dedup(
     from placer.trace import Trace
     from placer.trace.dedup import KINDS, dedup_trace
 
-    claim(context, out, [trace], force=force, directory=True)
+    claim(context, out, [trace], force=force, kinds=["trace"], directory=True)
 
     wanted = {"prefixes": prefixes, "rows": rows, "warm_up": warm_up}
     kinds = tuple(kind for kind in KINDS if wanted[kind])

@@ -15,6 +15,7 @@ from placer.placement.policy import ContentPolicy
 from placer.placement.solver_report import SolverReport
 from placer.run.documents import SCHEMA_VERSION, of_this_version, read_json, validated
 from placer.run.files import sha256_file
+from placer.run.kinds import require_kind
 from placer.run.seals import require_seal, sealed
 from placer.run.writing import atomic_file
 from placer.target.engine import Engine, ReplicaChoice, choose_replicas, known_engines
@@ -148,11 +149,13 @@ class Plan:
             If it is not a plan, of another schema version, or its map is invalid.
         """
         require_no_map(path)
+        write = "write one: placer solve TRACE --gpus-per-node M --out PLAN"
+        require_kind(path, ["plan"], write)
         value = read_json(path, "plan")
         if "physical_to_logical_map" not in value:
             raise PlacerError(
                 f"{path} is not a plan: it has no physical_to_logical_map",
-                "write one: placer solve TRACE --gpus-per-node M --out PLAN",
+                write,
             )
         where = f"plan {path}"
         again = f"write it again: placer solve TRACE --gpus-per-node M --out {path} --force"

@@ -1,7 +1,6 @@
 """Opening a file or directory of placer, recognised by its content."""
 
 from pathlib import Path
-from typing import Any
 
 from placer.affinity import Affinity
 from placer.errors import PlacerError
@@ -10,8 +9,9 @@ from placer.placement import Plan
 from placer.placement.engine_map import require_no_map
 from placer.report.checkpoint import Checkpoint
 from placer.report.statistics import TraceStatistics
-from placer.run.documents import file_header, parse_json, read_json
-from placer.run.files import open_regular, read_bytes
+from placer.run.documents import read_json
+from placer.run.files import read_bytes
+from placer.run.kinds import placer_metadata, safetensors_header
 from placer.table import Table
 from placer.trace import Trace
 
@@ -21,7 +21,6 @@ _EXPECTED = (
     "expected a trace directory (trace.json), a checkpoint directory (config.json), "
     "plan.json, an affinity or a table"
 )
-_LENGTH_BYTES = 8
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -53,10 +52,10 @@ def _open_directory(path: Path) -> Artifact:
 
 
 def _open_file(path: Path) -> Artifact:
-    header = _safetensors_header(path)
+    header = safetensors_header(path)
     if header is None:
         return _open_json(path)
-    kind = _metadata(header, path).get("kind")
+    kind = placer_metadata(header, path).get("kind")
     if kind == "affinity":
         return Affinity.read(path)
     if kind == "table":
@@ -86,23 +85,3 @@ def _open_json(path: Path) -> Artifact:
             f"name the directory: placer inspect {path.parent}",
         )
     raise PlacerError(f"{path} is JSON, but not a plan", _EXPECTED)
-
-
-def _safetensors_header(path: Path) -> dict[str, Any] | None:
-    """Return the header of a safetensors file, or ``None`` if it is none."""
-    with open_regular(path) as stream:
-        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-        if length > path.stat().st_size - _LENGTH_BYTES:
-            return None
-        try:
-            header = parse_json(stream.read(length), f"the header of {path}")
-        except PlacerError:
-            return None
-    return header if isinstance(header, dict) else None
-
-
-def _metadata(header: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return what the one metadata key ``placer`` says, empty if it says nothing."""
-    metadata = header.get("__metadata__")
-    text = metadata.get("placer") if isinstance(metadata, dict) else None
-    return file_header({"placer": text}, path.name) if isinstance(text, str) else {}

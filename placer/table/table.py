@@ -22,6 +22,7 @@ from placer.run.documents import (
     validated,
 )
 from placer.run.files import require_file
+from placer.run.kinds import is_damaged, require_kind
 from placer.run.seals import require_seal_with, sealed_with, unsealed
 from placer.run.writing import write_tensors
 from placer.serving.layer_serving import rank_dtype
@@ -48,6 +49,7 @@ _DTYPES = {
 }
 _COMBINED = {one.name for one in fields(CombinedRule)}
 _OPTIONAL = {"token_score"} | _COMBINED
+_WRITE = "write one: placer tables PLAN TRACE --out TABLE"
 _REMEDY = "write it again: placer tables PLAN TRACE --out {path} --force"
 
 
@@ -266,11 +268,16 @@ class Table:
             rank that does not exist, or a confidence outside 0..1.
         """
         require_file(path, "table")
+        require_kind(path, [KIND], _WRITE)
         again = _REMEDY.format(path=path)
         try:
             header, value, tensors = _load(path)
         except (SafetensorError, OSError) as error:
-            raise PlacerError(f"table {path} cannot be read: {error}", again) from error
+            # What is no table may be precious: nothing is to replace it.
+            raise PlacerError(
+                f"table {path} cannot be read: {error}",
+                again if is_damaged(path, KIND) else _WRITE,
+            ) from error
         written = dict(tensors)
         lookback = tensors.pop("lookback")
         try:
@@ -305,7 +312,7 @@ def _load(path: Path) -> tuple[TableFile, dict[str, Any], dict[str, Any]]:
         if value.get("kind") != KIND:
             raise PlacerError(
                 f"{where}: this is not a token-shuffle table",
-                "write one: placer tables PLAN TRACE --out TABLE",
+                _WRITE,
             )
         value = of_this_version(value, where, again, unsealed)
         header = validated(value, TableFile, where, again)

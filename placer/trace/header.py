@@ -16,6 +16,7 @@ from placer.run.documents import (
     read_json,
     validated,
 )
+from placer.run.kinds import require_kind
 
 HEADER_NAME = "trace.json"
 # Their index is a byte.
@@ -123,6 +124,8 @@ class TraceHeader:
                 f"trace {directory} does not exist",
                 f"write one: placer record MODEL --corpus FILE --out {directory}",
             )
+        write = "write one: placer record MODEL --corpus FILE --out TRACE"
+        require_kind(directory, ["trace"], write)
         path = directory / HEADER_NAME
         where = f"trace header {path}"
         value = of_this_version(

@@ -104,7 +104,7 @@ def test_truncated_and_foreign_files_are_refused(
 @pytest.mark.parametrize(
     ("header", "tensors", "match"),
     [
-        ({"kind": "table"}, {}, "is not an affinity file"),
+        ({"kind": "table"}, {}, "is a table, not an affinity file"),
         ({"schema_version": 3}, {}, "written by a newer placer"),
         ({"model": {}}, {}, "model lacks num_experts"),
         ({"model": "x"}, {}, 'model is "x", expected an object'),

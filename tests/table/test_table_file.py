@@ -127,7 +127,7 @@ def test_hostile_tensors_are_refused(table, tmp_path, message):
 
 
 HOSTILE_HEADERS = {
-    "not a token-shuffle table": {"kind": "affinity"},
+    "is an affinity file, not a table": {"kind": "affinity"},
     "written by a newer placer": {"schema_version": 3},
     "it has the unknown field surprise": {"surprise": 1},
     'id_space is "physical", allowed are logical': {"id_space": "physical"},
