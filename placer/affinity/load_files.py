@@ -160,6 +160,15 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
     if "count" in table:
         table["count"] = whole_floats(table["count"].to_numpy())
     require_whole(table, [*names, *(["count"] if has_count else [])], _CSV_LAYOUT)
+    for name in (*names, *(["count"] if has_count else [])):
+        below = np.flatnonzero(table[name].to_numpy() < 0)
+        if below.size:
+            row, value = below[0] + 1, table[name].iloc[below[0]]
+            raise PlacerError(
+                f"row {row} after the header holds {value} in column {name}, which is not "
+                "a whole number of at least 0",
+                _CSV_LAYOUT,
+            )
     layer, expert = (
         whole_counts(table[name].to_numpy(), f"column {name}") for name in names
     )

@@ -127,6 +127,9 @@ def test_csv_under_other_names(tmp_path: Path, model: Path) -> None:
     path.write_text(path.read_text().replace(".0", ".5"))
     with pytest.raises(PlacerError, match="not a whole number"):
         loads(read_csv_loads, path, model)
+    path.write_text("layer,expert,count\n0,0,3\n0,1,-4\n")
+    with pytest.raises(PlacerError, match="row 2 after the header holds -4 in column cou"):
+        loads(read_csv_loads, path, model)
     wide = ["layer," + ",".join(f"expert_{e}" for e in range(len(COUNTS[0])))]
     wide += [",".join(map(str, (n, *row))) for n, row in LAYERS.items()]
     path.write_text("\n".join(wide))
