@@ -165,6 +165,8 @@ def _summarize_affinity(affinity: Affinity) -> Summary:
 
 def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
     placement, solver = plan.placement, plan.solver
+    # An imported map says nothing of what a solve decides.
+    is_solved = solver.status != "imported"
     rows = placement.physical_to_logical_map
     moved = [
         float(
@@ -181,18 +183,18 @@ def _summarize_plan(plan: Plan, load: Sequence[IntArray] | None) -> Summary:
         "redundant_experts": _one_or_list(
             [len(row) - size for row, size in zip(rows, placement.num_experts, strict=True)]
         ),
-        "policy": plan.policy,
-        "exchange": plan.exchange,
-        "max_imbalance": plan.max_imbalance,
+        "policy": plan.policy if is_solved else None,
+        "exchange": plan.exchange if is_solved else None,
+        "max_imbalance": plan.max_imbalance if is_solved else None,
         "status": solver.status,
-        "objective": solver.objective,
-        "objective_name": solver.objective_name,
+        "objective": solver.objective if is_solved else None,
+        "objective_name": solver.objective_name if is_solved else None,
         "bound": solver.bound,
         "gap": solver.gap,
-        "bound_method": solver.bound_method,
+        "bound_method": solver.bound_method if is_solved else None,
         "pairs_gap": None if solver.pairs is None else solver.pairs.gap,
-        "seed": solver.seed,
-        "reproducible": solver.reproducible,
+        "seed": solver.seed if is_solved else None,
+        "reproducible": solver.reproducible if is_solved else None,
         "experts_off_contiguous_rank": float(np.mean(moved)),
         "provenance": dict(plan.provenance),
     }

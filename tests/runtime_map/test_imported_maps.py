@@ -17,6 +17,7 @@ from placer.model import ModelSpec
 from placer.placement import Placement, Plan
 from placer.placement.engine_map import map_format
 from placer.placement.topology import Topology
+from placer.report.inspect import summarize
 from placer.runtime_map.imported import import_map
 from placer.runtime_map.maps import RUNTIMES, export_map
 from placer.target.map_formats import MAPS
@@ -171,6 +172,9 @@ def test_rows_by_themselves_are_read_as_sglangs(
     path, plan = tmp_path / "map.json", tmp_path / "plan"
     imported, _ = import_map("sglang", path, TWO_NODES, folder, plan)
     assert imported.placement.to_json() == (rows[1:] if with_model else rows)
+    shown = summarize(imported).facts
+    unsaid = ("exchange", "max_imbalance", "objective", "seed", "reproducible", "policy")
+    assert [shown[name] for name in unsaid] == [None] * len(unsaid), "the map says none"
     if with_model:
         export_map("sglang", plan, model, tmp_path / "again.json")
         again = json.loads((tmp_path / "again.json").read_text())
