@@ -182,15 +182,18 @@ def _answer(
     gains = _Gains(question=question, candidates=candidates)
     best = gains.best(list(plans))
     by_size = [gains.verdicts(best, n) for n in range(len(shapes))]
+    verdict = min((one for found in by_size for one in found), key=RANKED.index)
+    only_evens = verdict == "balance only" and not gains.beats_eplb(best)
     return Answer(
         engine=question.served.name,
         phase=phase,
         best=best,
         question=question,
         options=plans[best],
-        verdict=min((one for found in by_size for one in found), key=RANKED.index),
+        verdict=verdict,
         sentence=f"{phase}: {_verdict_words(by_size, shapes)}; best placement {best}: "
-        + gains.words(best),
+        + gains.words(best)
+        + "; EPLB's own map is as good" * only_evens,
         candidates=candidates,
         break_even=break_evens(figures[best], figures["contiguous"], question.cost_model()),
     )
@@ -249,6 +252,13 @@ class _Gains:
             return ("worth it",)
         is_even = self.of(name, "straggler")[place] >= least
         return ("balance only" if is_even else "not worth it",)
+
+    def beats_eplb(self, name: str) -> bool:
+        """Return whether a plan that balances saves anything of EPLB's time, or load."""
+        is_timed = self.question.hardware is not None
+        fields = _TIMES if is_timed else ("straggler",)
+        saved = [self.of(name, field, "eplb") for field in fields]
+        return float(np.mean(saved)) > 0
 
     def words(self, name: str) -> str:
         """Say what changes from contiguous to a plan, and from EPLB's placement."""
@@ -323,9 +333,11 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
     if (filling := filling_reason(asked[0], placements.model)) is not None:
         reasons.append(filling)
     if asked[0].hardware is None:
+        least = f"{100 * asked[0].least_gain:g} %"
         reasons.append(
-            "without --hardware, verdicts judge traffic and the busiest rank's load, not "
-            "time"
+            f"without --hardware, worth it: sends at least {least} less than contiguous, "
+            "even where the busiest rank's load rises; balance only: that load alone falls "
+            "by as much. EPLB is not weighed. --hardware weighs both, by predicted time"
         )
     return reasons
 

@@ -446,6 +446,16 @@ def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(
             "too, has 1 redundant expert"
         ) in advice.reasons
         assert advice.verdict == "balance only"
+        found = advice.best.candidates
+        if "eplb" in found:  # one hot expert: the same balance, which needs no plan
+            ratios = (
+                (one.straggler or 0) / (other.straggler or 1)
+                for one, other in zip(found[BALANCED], found["eplb"], strict=True)
+            )
+            is_as_good = np.mean(list(ratios)) >= 1
+            told = advice.best.sentence
+            assert told.endswith("; EPLB's own map is as good") == is_as_good
+            assert any("sends at least 3 % less than" in one for one in advice.reasons)
         command = next_command(advice, source)
         assert command is not None and "--redundant-experts 1" in command
         assert (f"--engine {engine}" in command) == (engine is not None)
