@@ -38,6 +38,7 @@ from placer.simulation.batch_figures import (
     ServedBatches,
     break_evens,
     filled_warning,
+    full_batches_note,
 )
 from placer.simulation.sent import NODE_COPIES
 from placer.solver.options import SolveOptions
@@ -71,6 +72,7 @@ def advise_on_trace(
         engines = [one.engine for one in questions if one.engine is not None]
         raise no_batch_for(engines, questions[0].shapes)
     first = asked[0]
+    num_ranks = first.topology.num_ranks
     selection = Selection(PROFILE, first.phase)
     profile, heldout = trace.read(selection), trace.read(selection.complement())
     heldout = heldout.first_sequences(MOST_JUDGED_TOKENS)
@@ -101,10 +103,13 @@ def advise_on_trace(
         *doubts(trace, Selection(phase=first.phase)),
         *doubtful_follow(trace, first.policy),
         few if number < FEWEST_SEQUENCES else None,
-        filled_warning(tuple(shapes), heldout.num_tokens, first.topology.num_ranks),
+        filled_warning(tuple(shapes), heldout.num_tokens, num_ranks),
         *assumed,
     )
     reasons = _reasons(asked, placements)
+    judged = full_batches_note(tuple(shapes), heldout.num_tokens, num_ranks)
+    if judged is not None:
+        reasons.append(judged)
     relief = _relief(advice.best, placements, served)
     if relief is not None:
         reasons.append(f"{relief.sentence}: {relief.command(trace.directory)}")

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from placer.planning.judge import PLAN, Judgement
-from placer.simulation.batch_figures import BatchFigures, times
+from placer.simulation.batch_figures import BatchFigures, full_batches_note, times
 from placer.simulation.cost import PredictedTime
 
 Row = TypeVar("Row", bound=Hashable)
@@ -127,6 +127,9 @@ def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:
         f"{judgement.num_layers} MoE layers, top-{judgement.top_k}, "
         f"{judgement.num_ranks} ranks"
     )
+    judged = full_batches_note(judgement.shapes, judgement.num_tokens, judgement.num_ranks)
+    if judged is not None:
+        yield judged
     engine, wire = judgement.serving.engine, judgement.wire
     if engine is not None:
         ways = (wire.dispatch, wire.combine)

@@ -207,6 +207,23 @@ def filled_warning(
     )
 
 
+def full_batches_note(
+    shapes: Sequence[BatchShape], num_tokens: int, num_ranks: int
+) -> str | None:
+    """Return how many tokens the batches judge, where the last ones are not full."""
+    told = []
+    for shape in shapes:
+        number, rest = divmod(num_tokens, shape.tokens(num_ranks))
+        if number and rest:
+            told.append(
+                f"{num_tokens - rest:,} of {num_tokens:,} tokens in {number:,} of "
+                f"{shape.tokens_per_rank:,} per rank"
+            )
+    if not told:
+        return None
+    return f"per batch, only full ones are judged: {'; '.join(told)}"
+
+
 class _Tally:
     """Figures of each batch, layer by layer."""
 

@@ -18,6 +18,7 @@ from placer.simulation.batch_figures import (
     BatchOptions,
     batch_steps,
     filled_warning,
+    full_batches_note,
 )
 from placer.simulation.steps import layer_steps
 from placer.target.engine import EXCHANGES
@@ -228,6 +229,16 @@ def test_batches_that_the_trace_does_not_fill_are_told():
     told = filled_warning(shapes, 79, 4)
     assert told.startswith(
         "79 tokens do not fill batches of 80 and 16,000, so tokens are repeated"
+    )
+
+
+def test_tokens_that_fill_no_whole_batch_are_told():
+    """On 4 ranks 90 tokens are two batches of 40 or one of 80, and none of 16,000."""
+    shapes = batch_shapes((10, 20, 4000))
+    assert full_batches_note(shapes, 80, 4) is None
+    assert full_batches_note(shapes, 90, 4) == (
+        "per batch, only full ones are judged: 80 of 90 tokens in 2 of 10 per rank; "
+        "80 of 90 tokens in 1 of 20 per rank"
     )
 
 
