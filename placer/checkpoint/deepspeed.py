@@ -21,6 +21,7 @@ import numpy as np
 
 from placer.arrays import IntArray
 from placer.checkpoint.deepspeed_record import DeepspeedRecord
+from placer.checkpoint.permuted_rows import rows_without_copies
 from placer.checkpoint.source import (
     RECORD_NAME,
     FileState,
@@ -191,7 +192,7 @@ def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedRe
             f"restore it first: placer export deepspeed {directory} --inverse "
             "--out ORIGINAL",
         )
-    rows = [plan.placement.permutation(n) for n in range(len(source.num_experts))]
+    rows = rows_without_copies(plan)
     with _written(source, rows, out) as (partial, num_gates):
         names = [source.name_of(path) for path in source.files]
         record = DeepspeedRecord.of(

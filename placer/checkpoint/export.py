@@ -18,9 +18,9 @@ from placer.arrays import IntArray
 from placer.checkpoint.named_experts import Renumbering
 from placer.checkpoint.permutation import (
     TensorChanges,
-    require_whole_groups,
     tensor_changes,
 )
+from placer.checkpoint.permuted_rows import permuted_rows
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.shard import rename_keys
 from placer.checkpoint.source import RECORD_NAME, CheckpointSource
@@ -240,8 +240,7 @@ def prepare_export(plan_path: Path, directory: Path) -> ExportJob:
             "restore it first: placer export checkpoint "
             f"{directory} --inverse --out ORIGINAL",
         )
-    permutation = tuple(plan.placement.permutation(n) for n in range(model.num_layers))
-    require_whole_groups(model, permutation)
+    permutation = permuted_rows(plan, plan_path, model, directory)
     source = CheckpointSource.open(directory)
     changes = _changes(source, model, permutation)
     record = ExportRecord(

@@ -281,7 +281,5 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
                 f"{model.model_type} picks among {model.n_group} groups of consecutive "
                 "experts, so a permuted checkpoint would route differently",
                 "solve again with whole groups: placer solve TRACE --preserve-groups "
-                "--gpus-per-node M --out PLAN; or, if the engine reads a map of this "
-                "model, which has no such limit: placer export sglang PLAN MODEL --out "
-                "map.json",
+                "--nodes N --gpus-per-node M --out NEW",
             )

@@ -132,8 +132,7 @@ class Placement:
                 f"MoE layer {layer} has {len(row)} slots for {self.num_experts[layer]} "
                 "experts: a permuted checkpoint cannot hold replicas",
                 "solve again without them: placer solve TRACE --redundant-experts 0 "
-                "--gpus-per-node M --out PLAN; or, if the engine reads a map of this "
-                "model: placer export sglang PLAN MODEL --out map.json",
+                f"--nodes {self.num_nodes} --gpus-per-node {self.ranks_per_node} --out NEW",
             )
         return row
 

@@ -238,14 +238,37 @@ def test_a_plan_bound_to_no_checkpoint_matches_by_shape_with_a_warning(
     assert record["source_fingerprint"] == ModelSpec.from_checkpoint(tiny_model).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("engine", "target"),
+    [
+        (None, "sglang"),
+        ("sglang-deepep", "sglang"),
+        ("trtllm-allgather", "trtllm"),
+        ("vllm-agrs", None),
+    ],
+)
 def test_replicas_are_refused_with_the_way_out(
-    tiny_model: Path, write_plan: Callable[..., Path], tmp_path: Path
+    engine: str | None,
+    target: str | None,
+    tiny_model: Path,
+    write_plan: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
+    """What the plan was solved for stays; a map is offered if its engine reads it."""
     rows = [[0, 1, 2, 3, 4, 4, 5, 6, 7, 0]] * 2
-    placement = Placement.from_json(rows, (8, 8), num_ranks=2, num_nodes=1)
-    plan = write_plan(ModelSpec.from_checkpoint(tiny_model), placement)
+    placement = Placement.from_json(rows, (8, 8), num_ranks=2, num_nodes=2)
+    spec = ModelSpec.from_checkpoint(tiny_model)
+    told = {"fold": "not 0/3"} | ({} if engine is None else {"engine": engine})
+    plan = write_plan(spec, placement, **told)
     error = refused(plan, tiny_model, tmp_path / "out", "cannot hold replicas")
-    assert "placer export sglang" in error.hint
+    served_by = "" if engine is None else f" --engine {engine}"
+    again = (
+        f"placer solve TRACE{served_by} --nodes 2 --gpus-per-node 1 --redundant-experts 0 "
+        "--not-fold 0/3 --out NEW"
+    )
+    assert again in error.hint
+    assert ("placer export" in error.hint) == (target is not None)
+    assert target is None or f"placer export {target} {plan} {tiny_model} " in error.hint
 
 
 @pytest.mark.parametrize(

@@ -481,5 +481,6 @@ def test_router_groups_are_kept_or_the_plan_is_refused(
         PlacerError, match=r"MoE layer 1: .*router groups \[0, 1\]"
     ) as caught:
         export_checkpoint(plan, model, tmp_path / "out")
-    assert "placer solve TRACE --preserve-groups" in caught.value.hint
-    assert "placer export sglang" in caught.value.hint
+    again = "placer solve TRACE --nodes 1 --gpus-per-node 4 --redundant-experts 0 --out NEW"
+    assert f"{again} --preserve-groups" in caught.value.hint
+    assert f"placer export sglang {plan} {model} --out map.json" in caught.value.hint

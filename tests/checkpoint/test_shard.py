@@ -147,4 +147,4 @@ def test_only_whole_router_groups_may_move() -> None:
     require_whole_groups(model, [np.asarray([3, 2, 0, 1, 7, 6, 4, 5])])
     with pytest.raises(PlacerError, match="mixes router groups") as caught:
         require_whole_groups(model, [np.asarray([0, 2, 1, 3, 4, 5, 6, 7])])
-    assert "placer export sglang" in caught.value.hint
+    assert "placer solve TRACE --preserve-groups" in caught.value.hint
