@@ -174,6 +174,11 @@ class Affinity:
         tensors = self.tensors()
         write_tensors(path, tensors, sealed_with(header, tensors))
 
+    @property
+    def known_tokens(self) -> int | None:
+        """Tokens that were counted; ``None`` of loads alone without a known top-k."""
+        return self.num_tokens if self.has_links or self.model.top_k else None
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read an affinity file.

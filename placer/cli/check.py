@@ -58,11 +58,14 @@ def check(
         phases = {"--phase": phase if phase != "all" else None}
         require_left_out(folds | phases, "a trace: counts have no tokens to select")
         counts = Affinity.read(source)
+        pairs = int(max(load.sum() for load in counts.load))
+        judged = f"{pairs:,} pairs of a token and an expert per layer"
         model, report = counts.model, check_on_loads(read, counts, str(source), tolerance)
         limit: str | None = "counts do not show traffic: only balance is judged"
     else:
         trace = Trace(source)
         model, report = trace.model, check_plan(read, trace, chosen, tolerance)
+        judged = f"{report.num_tokens:,} tokens"
         limit = other_phase(read, chosen)
         if read.solver.status == "imported":
             limit = (
@@ -105,4 +108,4 @@ def check(
             f"improve it with few moves: {improving_command(read, plan, source)}",
         )
     if not as_json:
-        print_line(f"the plan holds on {report.num_tokens:,} tokens")
+        print_line(f"the plan holds on {judged}")

@@ -272,7 +272,7 @@ def _import_loads(
         _warn_unbound("affinity file", affinity.model.num_experts[0], options)
     return {
         "out": str(out),
-        "num_tokens": affinity.num_tokens if affinity.model.top_k else None,
+        "num_tokens": affinity.known_tokens,
         "num_layers": affinity.model.num_layers,
         "num_experts": list(affinity.model.num_experts),
         "top_k": affinity.model.top_k or None,

@@ -82,11 +82,11 @@ class DriftReport:
     figures
         Traffic and balance; from loads, only balance.
     num_tokens, num_sequences
-        What was judged; loads know no sequences.
+        What was judged; loads know no sequences, nor tokens where top-k is unknown.
     """
 
     figures: tuple[Drift, ...]
-    num_tokens: int
+    num_tokens: int | None
     num_sequences: int | None
 
     @property
@@ -195,7 +195,7 @@ def check_on_loads(
         allowed=tolerance,
     )
     return DriftReport(
-        figures=(figure,), num_tokens=affinity.num_tokens, num_sequences=None
+        figures=(figure,), num_tokens=affinity.known_tokens, num_sequences=None
     )
 
 

@@ -143,7 +143,7 @@ def _summarize_trace(statistics: TraceStatistics) -> Summary:
 def _summarize_affinity(affinity: Affinity) -> Summary:
     information = [mutual_information(pairs) for pairs in affinity.transition]
     facts = _model_facts(affinity.model) | {
-        "num_tokens": affinity.num_tokens,
+        "num_tokens": affinity.known_tokens,
         "loads_alone": not affinity.has_links,
         "token_expert_pairs": int(sum(load.sum() for load in affinity.load)),
         "transition_pairs": int(sum(pairs.sum() for pairs in affinity.transition)),

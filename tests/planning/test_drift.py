@@ -16,6 +16,7 @@ from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.drift import NUM_GROUPS, check_on_loads, check_plan, improving_command
 from placer.planning.planner import plan_from_affinity, plan_from_trace
+from placer.report.inspect import summarize
 from placer.simulation.simulate import simulate
 from placer.solver.caps import Caps
 from placer.solver.goal import Goal
@@ -180,7 +181,10 @@ def test_on_loads_balance_alone_is_judged(
             main(["check", str(path), str(tmp_path / name)])
         codes.append(done.value.code)
     assert codes == [0, 6]
-    told = capsys.readouterr().err
+    printed = capsys.readouterr()
+    pairs = sum(EVEN)
+    assert f"holds on {pairs:,} pairs of a token and an expert per layer" in printed.out
+    told = printed.err
     assert "only balance is judged" in told
     command = shlex.split(told.split("with few moves: placer ")[1].splitlines()[0])
     command[command.index("COPIES")] = "1"
@@ -191,6 +195,14 @@ def test_on_loads_balance_alone_is_judged(
     new = Plan.read(tmp_path / "new.json")
     assert not check_on_loads(new, counted(HOT), "now").drifted
     assert new.provenance["moved_experts"] > 0
+
+
+def test_without_top_k_pairs_are_not_called_tokens(plan: Plan, tmp_path: Path) -> None:
+    model = ModelSpec(num_experts=(8,), top_k=0)
+    loads = replace(counted(EVEN), model=model, num_tokens=sum(EVEN))
+    assert summarize(loads).facts["num_tokens"] is None
+    assert check_on_loads(plan, loads, "now").num_tokens is None
+    assert summarize(counted(EVEN)).facts["num_tokens"] == sum(EVEN) // 2
 
 
 def test_tokens_of_counts_cannot_be_selected(plan: Plan, tmp_path: Path) -> None:
