@@ -341,7 +341,7 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
         least = f"{100 * asked[0].least_gain:g} %"
         reasons.append(
             f"without --hardware, worth it: sends at least {least} less than contiguous, "
-            "even where the busiest rank's load rises; balance only: that load alone falls "
+            "even where the busiest rank's load rises; balance only: only that load falls "
             "by as much. EPLB is not weighed. --hardware weighs both, by predicted time"
         )
     return reasons
