@@ -48,7 +48,7 @@ def check(
     from placer.errors import DriftError, require_left_out
     from placer.placement import Plan
     from placer.planning.drift import check_on_loads, check_plan, improving_command
-    from placer.planning.profile import layer_ids_of, other_phase
+    from placer.planning.profile import layer_ids_of, other_phase, profile_itself
     from placer.serving.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
@@ -75,7 +75,7 @@ def check(
     dense = unknown_dense_layers(
         read.placement, read.recorded_choice, layer_ids_of(read, model)
     )
-    for warning in (dense, limit):
+    for warning in (dense, limit, profile_itself(read, source, chosen)):
         if warning is not None:
             warn(warning)
     if as_json:

@@ -1,5 +1,6 @@
 """The profiles of plans and tables, to separate held-out sequences from seen ones."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy.typing as npt
 
 from placer.model import ModelSpec
 from placer.placement import Plan
+from placer.run.files import sha256_file
 from placer.table.table import Table
 from placer.trace import Selection, Trace
 
@@ -53,6 +55,35 @@ def other_phase(plan: Plan, judged: Selection) -> str | None:
     return (
         f"the plan was solved for {phase} tokens, but {judged.phase or 'all'} tokens are "
         f"judged: give --phase {phase}"
+    )
+
+
+def profile_itself(plan: Plan, source: Path, judged: Selection) -> str | None:
+    """Return a warning if a plan is checked on what it was solved on.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    source
+        The trace or affinity file that it is judged on.
+    judged
+        The tokens of a trace that are judged.
+    """
+    if source.is_file():
+        is_profile = plan.provenance.get("affinity_sha256") == sha256_file(source)
+    else:
+        fold = Selection.from_json(plan.provenance).fold
+        is_profile = (
+            not is_of_unknown_tokens(plan)
+            and made_from(plan, Trace(source))
+            and fold in (None, judged.fold)
+        )
+    if not is_profile:
+        return None
+    return (
+        f"{source} is what the plan was solved on, so it cannot show drift: give today's "
+        "traffic"
     )
 
 

@@ -16,6 +16,7 @@ from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.drift import NUM_GROUPS, check_on_loads, check_plan, improving_command
 from placer.planning.planner import plan_from_affinity, plan_from_trace
+from placer.planning.profile import profile_itself
 from placer.report.inspect import summarize
 from placer.simulation.simulate import simulate
 from placer.solver.caps import Caps
@@ -142,6 +143,15 @@ def test_the_command_exits_with_its_own_code(plan: Plan, tmp_path: Path) -> None
     assert codes == [0, 6]
 
 
+def test_the_profile_itself_is_told(plan: Plan, tmp_path: Path) -> None:
+    selection, other = Selection(Fold(0, 2)), Selection(Fold(1, 2))
+    profile = tmp_path / "profile"
+    assert "solved on" in str(profile_itself(plan, profile, selection))
+    assert profile_itself(plan, profile, other) is None
+    today = write(tmp_path / "today", 4, 2).directory
+    assert profile_itself(plan, today, selection) is None
+
+
 EVEN = [900, 100, 800, 200, 700, 300, 600, 400]
 HOT = [400, 100, 800, 200, 700, 300, 600, 900]
 
@@ -185,6 +195,8 @@ def test_on_loads_balance_alone_is_judged(
     pairs = sum(EVEN)
     assert f"holds on {pairs:,} pairs of a token and an expert per layer" in printed.out
     told = printed.err
+    assert told.count(f"{tmp_path / 'then'} is what the plan was solved on") == 1
+    assert "now is what the plan" not in told
     assert "only balance is judged" in told
     command = shlex.split(told.split("with few moves: placer ")[1].splitlines()[0])
     command[command.index("COPIES")] = "1"
