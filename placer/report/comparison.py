@@ -84,17 +84,21 @@ def _columns(
 def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
     """Return columns and rows of a plan's own policy: its baselines, then the plan.
 
-    No rows for a plan that was solved from counts only.
+    Only baselines where the time limit left no time to measure the plan, and no rows for a
+    plan that was solved from counts only.
     """
     own = plan.metrics["heldout"] or plan.metrics["profile"]
-    figures = {} if own is None else {**plan.metrics["baselines"], "placer": own}
+    figures = plan.metrics["baselines"] | ({} if own is None else {"placer": own})
     return comparison_table(figures, [plan.policy], Wire.of(plan, plan.engine))
 
 
 def plan_table_title(plan: Plan) -> str:
     """Return which tokens the table of a plan is about."""
-    heldout = plan.metrics["heldout"]
-    return "on the profile:" if heldout is None else "on held-out sequences:"
+    if plan.metrics["profile"] is None:
+        is_heldout = plan.provenance.get("fold") is not None
+    else:
+        is_heldout = plan.metrics["heldout"] is not None
+    return "on held-out sequences:" if is_heldout else "on the profile:"
 
 
 def certificate_lines(plan: Plan) -> list[str]:

@@ -1,5 +1,6 @@
 """What is told of a plan beside its figures."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Literal
 
@@ -14,6 +15,8 @@ from placer.report.comparison import (
     certificate_lines,
     closing_lines,
     plan_notes,
+    plan_table,
+    plan_table_title,
     plan_warnings,
     price_line,
 )
@@ -36,6 +39,20 @@ def test_prices_are_told_beside_those_of_baselines_that_cost_something() -> None
     line = price_line(plan_with(prices=prices))
     assert line is not None
     assert line.endswith("per token and layer: 0.5, 0.250 of contiguous's 2")
+
+
+def test_baselines_are_shown_where_there_was_no_time_to_measure_the_plan() -> None:
+    """They are measured first, on the sequences that are held out."""
+    whole = plan_with()
+    measured = defaultdict(lambda: 1.0)
+    baselines = {"eplb": {"fixed": measured}}
+    metrics = {"profile": None, "heldout": None, "baselines": baselines}
+    plan = replace(whole, metrics=whole.metrics | metrics)
+    _, rows = plan_table(plan)
+    assert [row[1] for row in rows] == ["eplb"]
+    for fold, title in ((None, "on the profile:"), ("0/2", "on held-out sequences:")):
+        plan = replace(plan, provenance={**plan.provenance, "fold": fold})
+        assert plan_table_title(plan) == title
 
 
 def test_load_above_its_cap_is_told_of_sequences_not_seen() -> None:
