@@ -146,6 +146,7 @@ def sizes_of(**num_bytes: int) -> Checkpoint:
         },
         num_shards=1,
         record=None,
+        left_out=(),
     )
 
 
