@@ -226,6 +226,9 @@ from pathlib import Path
 import placer.cli.main as cli
 from placer.placement import Plan
 
+# Where the tests run in the background of a shell, Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def write(self, path):
     from placer.run.writing import atomic_file
     with atomic_file(path) as temporary:
