@@ -125,8 +125,9 @@ class ExportRecord:
             f"an export has {RECORD_NAME}. Write one: placer export checkpoint PLAN MODEL "
             "--out DIR"
         )
-        require_kind(directory, ["export"], write)
         path = directory / RECORD_NAME
+        if not path.exists():
+            require_kind(directory, ["export"], write)
         where, again = f"export record {path}", "take it from an unchanged copy"
         value = read_json(path, "export record")
         value = of_this_version(value, where, again, _upgraded)

@@ -170,7 +170,10 @@ def test_csv_rows_stand_in_any_order(tmp_path: Path, model: Path) -> None:
         ("layer,expert,n\n0,1,2\n", "no column count"),
         ("layer,expert\n0,1\n", "layer 0 has counts, but the model's MoE layers are"),
         ("layer,expert,count\n0,1,0.5\n", "column count holds a value"),
-        ("layer,expert,count\n0,-1,3\n", "column expert holds a value"),
+        (
+            "layer,expert,count\n0,-1,3\n",
+            "row 1 after the header holds -1 in column expert",
+        ),
         ("layer,expert,count\n", "column layer holds a value|no counts"),
         ("layer,expert,count\n0,9,0,3\n", "more values than the header"),
         ("layer,expert,count\n0,999999999999999,1\n", "up to 999999999999999, the model"),
