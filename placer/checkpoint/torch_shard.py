@@ -6,13 +6,12 @@ their bytes are copied from their place; the pickle next to them is read with
 """
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from placer.checkpoint.shard import Shard, TensorInfo, compose_header
 from placer.errors import PlacerError
-from placer.run.archives import load_torch
+from placer.run.archives import UNREADABLE, load_torch
 from placer.run.files import require_file
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def _require_stored(path: Path) -> None:
             order = b"little"
             if "byteorder" in members:
                 order = archive.read(members["byteorder"])
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise _refused(
             path, f"it is not an archive of PyTorch 1.6 or later: {error}"
         ) from error

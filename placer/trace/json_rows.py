@@ -376,4 +376,5 @@ def _named_layers(layers: Any) -> Any:
 def layer_number(key: Any) -> int | None:
     """Return the number of ``3``, ``layer_3`` or ``model.layers.3.mlp``."""
     found = re.findall(r"\d+", str(key))
-    return int(found[0]) if len(found) == 1 else None
+    # int() refuses thousands of digits; no model has a layer of ten.
+    return int(found[0]) if len(found) == 1 and len(found[0]) < 10 else None
