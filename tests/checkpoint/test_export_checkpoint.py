@@ -462,4 +462,4 @@ def test_a_damaged_record_is_refused(
     del good["header_bytes"]
     path.write_text(json.dumps(good))
     restored(out, back, "header_bytes", PlacerError)
-    restored(tiny_model, back, "placer.json does not exist", PlacerError)
+    restored(tiny_model, back, "is a checkpoint, not an exported checkpoint", PlacerError)
