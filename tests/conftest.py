@@ -1,5 +1,6 @@
 """Small real things that many tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,16 +10,39 @@ import pytest
 from placer.model import ModelSpec
 from placer.trace import Chunk, Trace, TraceWriter
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+#: A real router trace, without token ids.
+GPT_OSS = Path(__file__).resolve().parents[1] / "traces" / "gpt-oss-20b"
 
 
 @pytest.fixture(scope="session")
-def shared_traces() -> Path:
-    """The folder of real router traces, which does not come with the repository."""
-    folder = SHARED / "traces"
-    if not folder.is_dir():
-        pytest.skip("the real traces are not here: no ../shared/traces beside the checkout")
-    return folder
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a finder of real router traces, as ``.npz``, by name.
+
+    ``gpt-oss-20b`` is written from the trace that ships here. All others, and its token
+    ids, do not ship: ``PLACER_TRACES`` names the folder of them, or the test is skipped.
+    """
+
+    def find(name: str, *, with_token_ids: bool = False) -> Path:
+        if name == GPT_OSS.name and not with_token_ids:
+            return shipped()
+        file = Path(os.environ.get("PLACER_TRACES", "")) / f"{name}.npz"
+        if "PLACER_TRACES" not in os.environ or not file.is_file():
+            pytest.skip(f"needs {name}.npz, which does not ship: set PLACER_TRACES=FOLDER")
+        return file
+
+    def shipped() -> Path:
+        file = tmp_path_factory.getbasetemp() / "shipped" / f"{GPT_OSS.name}.npz"
+        if not file.exists():
+            tokens = Trace(GPT_OSS).read()
+            file.parent.mkdir()
+            np.savez(
+                file,
+                experts=np.stack(tokens.experts, axis=1).astype(np.uint16),
+                sequence_ids=tokens.sequence_ids,
+            )
+        return file
+
+    return find
 
 
 @pytest.fixture(scope="module")

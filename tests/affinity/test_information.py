@@ -141,11 +141,11 @@ def test_layers_too_far_apart_are_refused(
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_truths_of_real_traces(
-    shared_traces: Path, tmp_path: Path, name: str
+    archive: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     """What the traces' own page states of neighbouring layers, with and without links."""
     linked, unlinked, tolerance = KNOWN[name]
-    import_file(read_npz, "npz", shared_traces / f"{name}.npz", tmp_path / "trace")
+    import_file(read_npz, "npz", archive(name), tmp_path / "trace")
     trace = Trace(tmp_path / "trace")
     chunk = trace.read()
 

@@ -9,7 +9,7 @@ sweeps, no proof.
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,9 @@ SERVED = [
 
 
 @pytest.mark.parametrize("trace", SIZES)
-def test_engines(trace: str, shared_traces: Path) -> None:
+def test_engines(trace: str, archive: Callable[[str], Path]) -> None:
     """Print the rows of one trace; engines with equal figures share one."""
-    recorded = _recorded(trace, shared_traces)
+    recorded = _recorded(trace, archive)
     told: dict[Served, list[dict[str, Any]]] = {}
     for served, seed in ((one, seed) for one in SERVED for seed in one.seeds):
         plan = _solved(recorded, served, seed)
@@ -124,11 +124,11 @@ def test_engines(trace: str, shared_traces: Path) -> None:
             print(f"| {' | '.join((*cells, *row))} |", flush=True)
 
 
-def _recorded(trace: str, shared_traces: Path) -> Path:
+def _recorded(trace: str, archive: Callable[[str], Path]) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     recorded = BUILD / trace
     if not recorded.exists():
-        _placer("import", "npz", shared_traces / f"{trace}.npz", "--out", recorded)
+        _placer("import", "npz", archive(trace), "--out", recorded)
     return recorded
 
 

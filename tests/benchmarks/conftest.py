@@ -19,7 +19,7 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "benchmarks"
 @pytest.fixture(scope="session")
 def measuring(
     request: pytest.FixtureRequest,
-    shared_traces: Path,
+    archive: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[[Case], Future[dict[str, Any]]]]:
     """The figures of the tests that were selected, as they are measured.
@@ -36,11 +36,10 @@ def measuring(
     folders = Folders(
         traces=tmp_path_factory.mktemp("traces"),
         results=BUILD / "placements" / sources_sha256()[:16],
-        referee=shared_traces.parent / "tools" / "score.py",
     )
     folders.results.mkdir(parents=True, exist_ok=True)
     for name in {case.trace for case in every}:
-        import_file(read_npz, "npz", shared_traces / f"{name}.npz", folders.traces / name)
+        import_file(read_npz, "npz", archive(name), folders.traces / name)
     # One process per core, so none has threads beside it.
     with pytest.MonkeyPatch.context() as patch:
         for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):

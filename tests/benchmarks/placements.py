@@ -37,7 +37,7 @@ from placer.solver.search.evaluator import evaluate
 from placer.target.engine import ReplicaChoice
 from placer.trace import Chunk, Fold, Selection, Trace
 from tests.plans import changed
-from tests.referee import load_referee, referee_result
+from tests.referee import referee_result
 
 # The referee's own rule: figures are checked against it.
 _REPLICA_CHOICE: ReplicaChoice = "local-first"
@@ -61,11 +61,10 @@ VARIANTS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folders:
-    """The traces, what is measured, and ``score.py``."""
+    """The traces, and what is measured."""
 
     traces: Path
     results: Path
-    referee: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +91,7 @@ class Case(ABC):
     @property
     @abstractmethod
     def is_refereed(self) -> bool:
-        """Whether ``score.py`` counts this placement too."""
+        """Whether the referee counts this placement too."""
 
     @abstractmethod
     def place(self, trace: Trace) -> tuple[Placement, dict[str, Any]]:
@@ -213,8 +212,7 @@ def _judged(case: Case, placement: Placement, folders: Folders) -> dict[str, Any
         _imbalance(placement, layer, load) for layer, load in enumerate(affinity.load)
     ]
     if case.is_refereed:
-        referee = load_referee(folders.referee)
-        expected = referee_result(referee, placement, heldout, DEFAULT_BATCH_SIZE)
+        expected = referee_result(placement, heldout, DEFAULT_BATCH_SIZE)
         found["referee_difference"] = max(
             abs(value - expected[policy][name])
             for policy in ("fixed", "follow")

@@ -10,8 +10,7 @@ from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.report.links import links_of
 from placer.trace import Chunk, Fold, Selection, Trace, TraceWriter
-from placer.trace.imported import import_file
-from placer.trace.npz import read_npz
+from tests.conftest import GPT_OSS
 
 
 def write(path: Path, layers: list[np.ndarray], **fields: object) -> Trace:
@@ -83,10 +82,9 @@ def test_one_layer_is_refused(make_trace: Callable[..., Trace]) -> None:
         links_of(make_trace(num_experts=(8,)))
 
 
-def test_the_known_figures_of_gpt_oss(shared_traces: Path, tmp_path: Path) -> None:
+def test_the_known_figures_of_gpt_oss() -> None:
     """1.48 bits between neighbouring top-1 experts, 0.009 with the links destroyed."""
-    import_file(read_npz, "npz", shared_traces / "gpt-oss-20b.npz", tmp_path / "t")
-    found = links_of(Trace(tmp_path / "t"), distances=(1,))
+    found = links_of(Trace(GPT_OSS), distances=(1,))
     observed, _, across, _ = found.information
     assert observed.top1 == pytest.approx(1.48, abs=0.005)
     assert across.top1 == pytest.approx(0.009, abs=0.0005)

@@ -1,9 +1,4 @@
-"""Agreement with an independent referee on slices of real router traces.
-
-Both are found beside the repository; where they are not, these tests are skipped.
-"""
-
-from pathlib import Path
+"""Agreement with an independent referee on slices of real router traces."""
 
 import numpy as np
 import pytest
@@ -15,25 +10,10 @@ from placer.simulation import simulate
 from placer.solver.balance.load_caps import balanced
 from placer.table import Table, build_table
 from placer.trace import Chunk
-from tests.referee import load_referee, referee_result
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
-SCORE = SHARED / "tools" / "score.py"
-
-pytestmark = pytest.mark.skipif(
-    not SCORE.is_file(), reason="the referee and its traces are not beside the repository"
-)
+from tests.referee import referee_result
 
 
-@pytest.fixture(scope="module")
-def referee():
-    return load_referee(SCORE)
-
-
-def read_slice(name, num_tokens, num_layers):
-    path = SHARED / "traces" / f"{name}.npz"
-    if not path.is_file():
-        pytest.skip(f"{name} is not beside the repository")
+def read_slice(path, num_tokens, num_layers):
     with np.load(path, allow_pickle=False) as data:
         experts = data["experts"][:num_tokens, :num_layers]
         sequence_ids = data["sequence_ids"][:num_tokens]
@@ -87,21 +67,23 @@ def gpt_oss_placements():
 
 @pytest.mark.parametrize("name", gpt_oss_placements())
 @pytest.mark.parametrize("batch_size", [4096, 100])
-def test_agrees_on_a_slice_of_gpt_oss_without_a_table(referee, name, batch_size):
-    tokens, placement = read_slice("gpt-oss-20b", 6_000, 8), gpt_oss_placements()[name]
+def test_agrees_on_a_slice_of_gpt_oss_without_a_table(archive, name, batch_size):
+    tokens = read_slice(archive("gpt-oss-20b"), 6_000, 8)
+    placement = gpt_oss_placements()[name]
     assert_agrees(
         simulate(placement, tokens, batch_size=batch_size, replica_choice="local-first"),
-        referee_result(referee, placement, tokens, batch_size),
+        referee_result(placement, tokens, batch_size),
     )
 
 
 @pytest.mark.parametrize("with_token_score", [False, True])
 @pytest.mark.parametrize("name", gpt_oss_placements())
 def test_agrees_on_a_slice_of_gpt_oss_with_a_table(
-    referee, tmp_path, name, with_token_score
+    archive, tmp_path, name, with_token_score
 ):
     """The table is built from the first sequences; the referee reads its file."""
-    every, placement = read_slice("gpt-oss-20b", 9_000, 8), gpt_oss_placements()[name]
+    every = read_slice(archive("gpt-oss-20b", with_token_ids=True), 9_000, 8)
+    placement = gpt_oss_placements()[name]
     middle = every.sequence_ids[4_000]
     profile = every.select(every.sequence_ids < middle)
     table = build_table(
@@ -122,15 +104,15 @@ def test_agrees_on_a_slice_of_gpt_oss_with_a_table(
             table=Table.read(path),
             replica_choice="local-first",
         ),
-        referee_result(referee, placement, tokens, 512, load_file(path)),
+        referee_result(placement, tokens, 512, load_file(path)),
     )
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
-def test_agrees_on_a_slice_of_deepseek(referee, num_nodes):
-    tokens = read_slice("deepseek-v2-lite-intent", 4_000, 6)
+def test_agrees_on_a_slice_of_deepseek(archive, num_nodes):
+    tokens = read_slice(archive("deepseek-v2-lite-intent"), 4_000, 6)
     placement = with_replicas(64, 6, 16, num_nodes, 1)
     assert_agrees(
         simulate(placement, tokens, batch_size=4096, replica_choice="local-first"),
-        referee_result(referee, placement, tokens, 4096),
+        referee_result(placement, tokens, 4096),
     )

@@ -165,9 +165,9 @@ def test_the_plain_rule_is_left_alone(make_chunk):
         assert np.array_equal(values, found[name])
 
 
-def test_it_beats_the_plain_rule_on_tokens_of_gpt_oss_not_seen(shared_traces):
+def test_it_beats_the_plain_rule_on_tokens_of_gpt_oss_not_seen(archive):
     """And a cap evens its homes; figures of both policies beside chance, 0.125."""
-    tokens = read_slice("gpt-oss-20b", 12_000, 6)
+    tokens = read_slice(archive("gpt-oss-20b", with_token_ids=True), 12_000, 6)
     even = tokens.sequence_ids % 2 == 0
     placement = contiguous((32,) * 6, 8)
     rates = {}

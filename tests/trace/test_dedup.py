@@ -1,5 +1,6 @@
 """What is removed is what a brute-force search finds twice, however the trace is cut."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -201,10 +202,10 @@ def test_same_input_same_bytes_and_provenance(tmp_path: Path) -> None:
 
 
 def test_a_quarter_of_the_held_out_rows_repeat_a_profile_row(
-    shared_traces: Path, tmp_path: Path
+    archive: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Known of deepseek-v2-lite-intent: 25 % of the odd sequences' rows."""
-    source = shared_traces / "deepseek-v2-lite-intent.npz"
+    source = archive("deepseek-v2-lite-intent")
     import_file(read_npz, "npz", source, tmp_path / "in")
     trace = Trace(tmp_path / "in")
     _, found = dedup_trace(trace, tmp_path / "out", fold=Fold(0, 2))

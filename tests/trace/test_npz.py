@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -169,11 +170,11 @@ def test_damaged_compressed_bytes_are_refused(tmp_path: Path) -> None:
     "name", ["gpt-oss-20b", "deepseek-v2-lite-intent", "deepseek-v2-lite-summary"]
 )
 def test_real_traces_are_imported_exactly(
-    shared_traces: Path, tmp_path: Path, name: str
+    archive: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    header = import_npz(shared_traces / f"{name}.npz", tmp_path / "t")
+    header = import_npz(archive(name), tmp_path / "t")
     tokens = Trace(tmp_path / "t").read()
-    with np.load(shared_traces / f"{name}.npz") as given:
+    with np.load(archive(name)) as given:
         order = np.argsort(given["sequence_ids"], kind="stable")
         experts = given["experts"]
         assert header.num_tokens == len(experts)
