@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
 from placer.model import require_same_model, require_same_tokenizer
@@ -33,12 +34,12 @@ from placer.simulation.batch_figures import (
 )
 from placer.simulation.cost import BreakEven, ExpertShape, cost_model
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
-from placer.simulation.sent import Sent, Wire
+from placer.simulation.sent import NODE_COPIES, PAIRS, RANK_COPIES, Sent, Wire
 from placer.simulation.simulate import count
 from placer.table.table import Table
 from placer.target.engine import Engine, ReplicaChoice
 from placer.target.hardware import Hardware
-from placer.trace import EVERYTHING, Chunk, Selection, Trace
+from placer.trace import EVERYTHING, Selection, StoredTokens, Trace
 from placer.trace.doubts import doubtful_follow
 
 PLAN = "plan"
@@ -216,9 +217,10 @@ def judge_plan(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
     table, assumed = read_table_of(table_path, plan_path, trace)
-    tokens = trace.read(selection)
+    tokens = StoredTokens.of(trace, selection)
     compared, missing = baseline_placements(plan, trace, selection, baselines)
-    judge = _Judge(plan, trace, tokens, {**compared, PLAN: plan.placement}, table)
+    placements = {**compared, PLAN: plan.placement}
+    judge = _Judge(plan, trace, tokens, placements, table, keep=len(asked) > 1)
     served = {shape for one in asked for shape in answered(one.engine, shapes)}
     warnings = (
         matched,
@@ -241,7 +243,7 @@ def judge_plan(
 
 
 def _warnings(
-    plan: Plan, trace: Trace, tokens: Chunk, table: Table | None
+    plan: Plan, trace: Trace, tokens: StoredTokens, table: Table | None
 ) -> tuple[str | None, ...]:
     """Return what limits the figures, whatever serves."""
     num_sequences = len(np.unique(tokens.sequence_ids))
@@ -285,9 +287,11 @@ class _Judge:
         self,
         plan: Plan,
         trace: Trace,
-        tokens: Chunk,
+        tokens: StoredTokens,
         placements: Mapping[str, Placement],
         table: Table | None,
+        *,
+        keep: bool,
     ) -> None:
         self.plan = plan
         self.trace = trace
@@ -295,8 +299,9 @@ class _Judge:
         self.placements = placements
         self.table = table
         self.layer_ids = layer_ids_of(plan, trace.model)
-        self._tallies: dict[tuple[str, ReplicaChoice | None], Tallies] = {}
-        self._batches = ServedBatches(tokens)
+        self._run_starts = _run_starts(tokens)
+        self._tallies: dict[tuple[str, ReplicaChoice | None], _Counted] = {}
+        self._batches = ServedBatches(tokens, keep=keep)
 
     def judgement(
         self, serving: Serving, shapes: Sequence[BatchShape], warnings: Sequence[str]
@@ -335,10 +340,8 @@ class _Judge:
         sent_policy = policy if self.table is None else plan.policy
         sent = wire.compared(sent_policy)
         return Judgement(
-            policies=_metrics(tallies[PLAN]),
-            baselines={
-                name: _metrics(one) for name, one in tallies.items() if name != PLAN
-            },
+            policies=tallies[PLAN].figures,
+            baselines={name: one.figures for name, one in tallies.items() if name != PLAN},
             num_tokens=tokens.num_tokens,
             num_sequences=len(np.unique(tokens.sequence_ids)),
             num_layers=plan.model.num_layers,
@@ -366,30 +369,32 @@ class _Judge:
             ),
         )
 
-    def _counted(self, name: str, choice: ReplicaChoice | None) -> Tallies:
+    def _counted(self, name: str, choice: ReplicaChoice | None) -> "_Counted":
         if (name, choice) not in self._tallies:
-            self._tallies[name, choice] = count(
+            tallies = count(
                 self.placements[name],
                 self.tokens,
                 table=self.table if name == PLAN else None,
                 replica_choice=choice,
                 layer_ids=self.layer_ids,
             )
+            self._tallies[name, choice] = _Counted.of(tallies, self._run_starts)
         return self._tallies[name, choice]
 
     def _ratios(
-        self, tallies: Mapping[str, Tallies], sent: Sent | None, sent_policy: str
+        self, tallies: Mapping[str, "_Counted"], sent: Sent | None, sent_policy: str
     ) -> dict[str, CopiesRatio]:
         """Relate what the plan sends to every baseline's; baselines have no table."""
         own, policy = tallies[PLAN], self.plan.policy_without_table
         if sent is None:
             return {}
+        starts, domain_ids = self._run_starts, self.tokens.domain_ids
         found = {
             name: copies_ratio(
-                sent.of_token(own[sent_policy]),
-                sent.of_token(others[policy]),
-                self.tokens.sequence_ids,
-                self.tokens.domain_ids,
+                own.sent[sent_policy, sent],
+                others.sent[policy, sent],
+                self.tokens.sequence_ids[starts],
+                None if domain_ids is None else domain_ids[starts],
                 self.trace.header.domains,
             )
             for name, others in tallies.items()
@@ -398,8 +403,37 @@ class _Judge:
         return {name: one for name, one in found.items() if one is not None}
 
 
-def _metrics(tallies: Tallies) -> dict[str, PolicyMetrics]:
-    return {policy: tally.metrics() for policy, tally in tallies.items()}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """The metrics of a placement, and by home policy what each run of tokens sent.
+
+    A run is of one sequence and one domain. ``sent`` holds ``[runs]`` int64.
+    """
+
+    figures: Figures
+    sent: Mapping[tuple[str, Sent], IntArray]
+
+    @classmethod
+    def of(cls, tallies: Tallies, run_starts: IntArray) -> "_Counted":
+        return cls(
+            figures={policy: tally.metrics() for policy, tally in tallies.items()},
+            sent={
+                (policy, sent): np.add.reduceat(
+                    sent.of_token(tally), run_starts, dtype=np.int64
+                )
+                for policy, tally in tallies.items()
+                for sent in (PAIRS, RANK_COPIES, NODE_COPIES)
+            },
+        )
+
+
+def _run_starts(tokens: StoredTokens) -> IntArray:
+    """Return the first token of every run of one sequence and one domain."""
+    changes = np.ones(tokens.num_tokens, dtype=np.bool_)
+    changes[1:] = tokens.sequence_ids[1:] != tokens.sequence_ids[:-1]
+    if tokens.domain_ids is not None:
+        changes[1:] |= tokens.domain_ids[1:] != tokens.domain_ids[:-1]
+    return np.flatnonzero(changes)
 
 
 def read_table_of(
@@ -440,7 +474,7 @@ def read_table_of(
 
 
 def _seen_by_table(
-    table: Table | None, trace: Trace, tokens: Chunk, *, at_least: int
+    table: Table | None, trace: Trace, tokens: StoredTokens, *, at_least: int
 ) -> str | None:
     """Say how many of the sequences a table was built from, if so many."""
     if table is None:

@@ -5,7 +5,7 @@ copies may serve a pair from a home; equal ones take turns. Here is ``local-firs
 other choices are in :mod:`placer.serving.replica_choice`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -21,6 +21,19 @@ RankArray = npt.NDArray[Any]
 # From a placement, [E, C] ranks of copies and whether there is such a copy, to [R, E, C]:
 # the copies that may serve a pair (home, expert).
 Allow = Callable[[Placement, RankArray, BoolArray], BoolArray]
+
+
+# Tokens that are worked on at a time, so that what is made of them stays in the cache.
+_BLOCK_TOKENS = 16384
+# No more blocks than this: what is counted in each of them has a size of its own.
+_MOST_BLOCKS = 64
+
+
+def blocks(num_tokens: int) -> Iterator[slice]:
+    """Yield slices of the tokens, in order: few enough, and short enough for the cache."""
+    size = max(_BLOCK_TOKENS, -(-num_tokens // _MOST_BLOCKS))
+    for begin in range(0, num_tokens, size):
+        yield slice(begin, begin + size)
 
 
 def rank_dtype(highest: int) -> type[np.generic]:
@@ -104,10 +117,12 @@ class LayerServing:
             only: RankArray = np.take(self.copy_rank[:, 0], experts)
             return only
         num_experts, num_copies = self.choices.shape[1:]
-        pair = home.astype(np.int64) * num_experts + experts
         turn = np.arange(experts.shape[1]) if turn is None else turn
-        place = pair * num_copies + turn % np.take(self.num_choices, pair)
-        taken: RankArray = np.take(self.choices, place)
+        taken: RankArray = np.empty(experts.shape, dtype=self.choices.dtype)
+        for part in blocks(experts.shape[1]):
+            pair = home[part].astype(np.int64) * num_experts + experts[:, part]
+            place = pair * num_copies + turn[part] % np.take(self.num_choices, pair)
+            taken[:, part] = np.take(self.choices, place)
         return taken
 
     def most_held_rank(self, experts: npt.NDArray[Any], preferred: RankArray) -> RankArray:
@@ -117,12 +132,13 @@ class LayerServing:
         """
         if not self.has_replicas:
             return preferred
-        held = self._held_pairs(experts)
-        most = held.max(axis=1)
-        at_preferred = held[np.arange(len(held)), preferred]
-        return np.where(at_preferred == most, preferred, held.argmax(axis=1)).astype(
-            preferred.dtype
-        )
+        best: RankArray = preferred.copy()
+        for part in blocks(len(preferred)):
+            held = self._held_pairs(experts[:, part])
+            at_preferred = held[np.arange(len(held)), preferred[part]]
+            better = at_preferred < held.max(axis=1)
+            best[part][better] = held.argmax(axis=1)[better]
+        return best
 
     def share_held(self, experts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Return ``[T, R]``: the share of a token's pairs that each home could serve.

@@ -1,7 +1,7 @@
 """Figures per batch: stragglers, activated experts, copies by link, predicted time."""
 
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from placer.serving.homes import Batches, BatchShape
 from placer.simulation.cost import BreakEven, CostModel, PredictedTime, break_even
 from placer.simulation.steps import Copies, LayerSteps, layer_steps
 from placer.target.engine import Exchange, ReplicaChoice
-from placer.trace import Chunk
+from placer.trace import Routing
 
 _DECIMALS = 5
 
@@ -112,26 +112,26 @@ class BatchSteps:
     shape, batches
         The batches.
     layers
-        L layers on all full batches.
+        L layers on all full batches: an iterator, unless they were kept.
     """
 
     shape: BatchShape
     batches: Batches
-    layers: tuple[LayerSteps, ...]
+    layers: Iterable[LayerSteps]
 
     def figures(self, cost: CostModel | None = None) -> BatchFigures:
         """Return what is reported of them, with a cost model also the time."""
-        tally = _Tally(self.batches)
+        tally, times = _Tally(self.batches), []
         for steps in self.layers:
             tally.add(steps)
-        time = None
-        if cost is not None:
-            time = PredictedTime.of([cost.layer_times(steps) for steps in self.layers])
+            if cost is not None:
+                times.append(cost.layer_times(steps))
+        time = None if cost is None else PredictedTime.of(times)
         return BatchFigures(shape=self.shape, metrics=tally.metrics(), time=time)
 
 
 def batch_steps(
-    placement: Placement, tokens: Chunk, shape: BatchShape, options: BatchOptions
+    placement: Placement, tokens: Routing, shape: BatchShape, options: BatchOptions
 ) -> BatchSteps:
     """Serve recorded tokens in batches of one shape.
 
@@ -150,14 +150,19 @@ def batch_steps(
         replica_choice=options.replica_choice,
         layer_ids=options.layer_ids,
     )
-    return BatchSteps(shape=shape, batches=batches, layers=tuple(layers))
+    return BatchSteps(shape=shape, batches=batches, layers=layers)
 
 
 class ServedBatches:
-    """Recorded tokens in batches, from several placements; nothing is served twice."""
+    """Recorded tokens in batches, from several placements.
 
-    def __init__(self, tokens: Chunk) -> None:
+    With ``keep`` nothing is served twice: all layers of all batches stay in memory.
+    Without, memory holds one layer at a time.
+    """
+
+    def __init__(self, tokens: Routing, *, keep: bool = True) -> None:
         self.tokens = tokens
+        self.keep = keep
         self._steps: dict[tuple[Hashable, BatchShape, BatchOptions], BatchSteps] = {}
 
     def figures(
@@ -169,9 +174,12 @@ class ServedBatches:
         cost: CostModel | None,
     ) -> BatchFigures:
         """Return the figures of a placement, given by its key, in batches of one shape."""
+        if not self.keep:
+            return batch_steps(placement, self.tokens, shape, options).figures(cost)
         place = key, shape, options
         if place not in self._steps:
-            self._steps[place] = batch_steps(placement, self.tokens, shape, options)
+            steps = batch_steps(placement, self.tokens, shape, options)
+            self._steps[place] = replace(steps, layers=tuple(steps.layers))
         return self._steps[place].figures(cost)
 
 

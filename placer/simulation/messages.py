@@ -29,12 +29,6 @@ class Messages:
     receiver: RankArray
     sent: BoolArray
 
-    def of(self, which: BoolArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Return token, sender and receiver of the messages that are ``which`` [k, T]."""
-        chosen = self.sent & which
-        token = np.broadcast_to(np.arange(chosen.shape[1]), chosen.shape)[chosen]
-        return token, self.sender[chosen], self.receiver[chosen]
-
     def between(self, num_ranks: int) -> IntArray:
         """Return ``[R, R]`` int64: messages from each rank to each."""
         pair = self.sender.astype(np.int64) * num_ranks + self.receiver

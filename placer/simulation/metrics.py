@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import BoolArray, Int32Array, IntArray
 from placer.placement.imbalance import imbalance, imbalances
 from placer.serving.homes import Batches
-from placer.serving.layer_serving import RankArray, first_occurrence
+from placer.serving.layer_serving import RankArray, blocks, first_occurrence
 
 _DECIMALS = 5
 
@@ -71,17 +71,17 @@ class PolicyTally:
     batches
         Which tokens share a batch.
     pairs_of_token
-        ``[T]`` int64: pairs of a token that were served elsewhere, in all layers counted.
+        ``[T]`` int32: pairs of a token that were served elsewhere, in all layers counted.
     copies_of_token, node_copies_of_token
-        ``[T]`` int64: rank copies and node copies that it sent.
+        ``[T]`` int32: rank copies and node copies that it sent.
     """
 
     num_ranks: int
     ranks_per_node: int
     batches: Batches
-    pairs_of_token: IntArray = field(init=False)
-    copies_of_token: IntArray = field(init=False)
-    node_copies_of_token: IntArray = field(init=False)
+    pairs_of_token: Int32Array = field(init=False)
+    copies_of_token: Int32Array = field(init=False)
+    node_copies_of_token: Int32Array = field(init=False)
     _num_pairs: int = 0
     _num_tokens: int = 0
     _rank_copies: int = 0
@@ -93,7 +93,7 @@ class PolicyTally:
     _bottleneck: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.copies_of_token = np.zeros(len(self.batches.order), dtype=np.int64)
+        self.copies_of_token = np.zeros(len(self.batches.order), dtype=np.int32)
         self.pairs_of_token = np.zeros_like(self.copies_of_token)
         self.node_copies_of_token = np.zeros_like(self.copies_of_token)
 
@@ -111,34 +111,48 @@ class PolicyTally:
         combine_home
             ``[T]``: where the outputs go; ``None`` for the home.
         """
-        at_home = ranks == home
-        first = first_occurrence(ranks)
-        remote = first & ~at_home
-        copies = remote.sum(axis=0, dtype=np.int64)
-        self.copies_of_token += copies
-        rank_copies = int(copies.sum())
         self._num_pairs += ranks.size
         self._num_tokens += len(home)
-        self.pairs_of_token += np.count_nonzero(~at_home, axis=0)
+        load = np.zeros((2, self.batches.num_batches, self.num_ranks), dtype=np.int64)
+        for part in blocks(len(home)):
+            back = None if combine_home is None else combine_home[part]
+            load += self._add_block(part, ranks[:, part], home[part], back)
+        self._add_balance(load.sum(axis=0), load[1], home)
+
+    def _add_block(
+        self, part: slice, ranks: RankArray, home: RankArray, back: RankArray | None
+    ) -> IntArray:
+        """Count some tokens; return ``[2, batches, R]``: pairs, then copies, received."""
+        first = first_occurrence(ranks)
+        away = ranks != home
+        remote = first & away
+        copies = np.count_nonzero(remote, axis=0)
+        self.pairs_of_token[part] += np.count_nonzero(away, axis=0)
+        self.copies_of_token[part] += copies
+        rank_copies = int(copies.sum())
         self._rank_copies += rank_copies
         self._combine += (
-            rank_copies
-            if combine_home is None
-            else int(np.count_nonzero(first & (ranks != combine_home)))
+            rank_copies if back is None else int(np.count_nonzero(first & (ranks != back)))
         )
         if self.ranks_per_node < self.num_ranks:
-            self._add_nodes(ranks, home, first)
-        self._add_balance(ranks, home, remote)
+            self._add_nodes(part, ranks, home, first)
+        shape = (2, self.batches.num_batches, self.num_ranks)
+        cell = self.batches.batch_of_token[part] * self.num_ranks + ranks
+        cell += remote * (shape[1] * shape[2])
+        return np.bincount(cell.ravel(), minlength=2 * shape[1] * shape[2]).reshape(shape)
 
-    def _add_nodes(self, ranks: RankArray, home: RankArray, first: RankArray) -> None:
+    def _add_nodes(
+        self, part: slice, ranks: RankArray, home: RankArray, first: BoolArray
+    ) -> None:
         node = ranks // self.ranks_per_node
         away = node != home // self.ranks_per_node
         self._crossing += int(np.count_nonzero(first & away))
-        self.node_copies_of_token += np.count_nonzero(first_occurrence(node) & away, axis=0)
+        self.node_copies_of_token[part] += np.count_nonzero(
+            first_occurrence(node) & away, axis=0
+        )
 
-    def _add_balance(self, ranks: RankArray, home: RankArray, remote: RankArray) -> None:
-        cell = self.batches.batch_of_token * self.num_ranks + ranks
-        load, received = self._per_batch(cell.ravel()), self._per_batch(cell[remote])
+    def _add_balance(self, load: IntArray, received: IntArray, home: RankArray) -> None:
+        """Add a layer's ``[batches, R]`` pairs and copies received."""
         self._load_imbalance.append(imbalance(load.sum(axis=0)))
         homes = np.bincount(home, minlength=self.num_ranks).astype(np.float64)
         self._home_imbalance.append(imbalance(homes))
@@ -146,12 +160,6 @@ class PolicyTally:
         self._straggler.append(float(imbalances(full).mean()))
         busiest = received[: self.batches.num_full].max(axis=1)
         self._bottleneck.append(float(busiest.mean()) * self.num_ranks / self.batches.size)
-
-    def _per_batch(self, cell: IntArray) -> FloatArray:
-        """Return ``[batches, R]``: how often each (batch, rank) occurs."""
-        shape = (self.batches.num_batches, self.num_ranks)
-        counts = np.bincount(cell, minlength=shape[0] * shape[1])
-        return counts.reshape(shape).astype(np.float64)
 
     def metrics(self) -> PolicyMetrics:
         """Return the metrics over all layers counted."""

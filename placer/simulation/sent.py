@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from placer.arrays import IntArray
+from placer.arrays import Int32Array
 from placer.placement.plan import Plan
 from placer.simulation.metrics import PolicyTally
 from placer.target.engine import (
@@ -35,7 +35,7 @@ class Sent:
     heading: str
     words: str
 
-    def of_token(self, tally: PolicyTally) -> IntArray:
+    def of_token(self, tally: PolicyTally) -> Int32Array:
         """Return ``[T]``: what each token sent in all layers."""
         return {
             PAIRS: tally.pairs_of_token,

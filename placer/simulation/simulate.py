@@ -16,7 +16,7 @@ from placer.table.homes import TableHomes
 from placer.table.lookup import request_homes
 from placer.table.table import Table
 from placer.target.engine import ReplicaChoice
-from placer.trace import Chunk
+from placer.trace import Routing
 
 #: Tokens of the batches that the metrics of home policies are defined by.
 DEFAULT_BATCH_SIZE = 4096
@@ -51,7 +51,7 @@ class ServingOptions(TypedDict, total=False):
 
 
 def simulate(
-    placement: Placement, tokens: Chunk, **options: Unpack[ServingOptions]
+    placement: Placement, tokens: Routing, **options: Unpack[ServingOptions]
 ) -> dict[str, PolicyMetrics]:
     """Serve recorded tokens from a placement and count what crosses the wire.
 
@@ -85,7 +85,7 @@ def simulate(
 
 
 def count(
-    placement: Placement, tokens: Chunk, **options: Unpack[ServingOptions]
+    placement: Placement, tokens: Routing, **options: Unpack[ServingOptions]
 ) -> dict[str, PolicyTally]:
     """Return the counts of :func:`simulate`, which documents parameters and errors."""
     table = options.get("table")
@@ -104,7 +104,10 @@ def count(
         server.layers(), placement.num_layers
     )
     for layer, serving in enumerate(paced):
-        experts = np.ascontiguousarray(tokens.experts[layer].T)
+        ids = tokens.experts[layer]
+        _require_known(ids, layer, placement.num_experts[layer])
+        experts = np.ascontiguousarray(ids.T)
+        del ids
         content.add(serving, experts)
         if shuffled is not None:
             shuffled.add(layer, serving, experts)
@@ -143,7 +146,7 @@ class _ContentPolicies:
 class _TablePolicies:
     """``token``, ``token_equal``, ``request`` and the combined rule: homes of a table."""
 
-    def __init__(self, content: _ContentPolicies, tokens: Chunk, table: Table) -> None:
+    def __init__(self, content: _ContentPolicies, tokens: Routing, table: Table) -> None:
         num_ranks = content.server.placement.num_ranks
         self._server = content.server
         self._homes = TableHomes(table, tokens.token_ids, content.fixed)
@@ -174,7 +177,7 @@ class _TablePolicies:
             self.tallies[name].add(serve(serving, experts, home), home)
 
 
-def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -> None:
+def _require_fitting(placement: Placement, tokens: Routing, table: Table | None) -> None:
     if len(tokens.experts) != placement.num_layers:
         raise PlacerError(
             f"{len(tokens.experts)} MoE layers were recorded, but the plan places "
@@ -186,14 +189,6 @@ def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -
             "no token is left to simulate",
             "choose another --fold or --phase, or record more text",
         )
-    for layer, (ids, size) in enumerate(
-        zip(tokens.experts, placement.num_experts, strict=True)
-    ):
-        if ids.min() < 0 or ids.max() >= size:
-            raise PlacerError(
-                f"MoE layer {layer}: expert id {ids.max()} is outside 0..{size - 1}",
-                "simulate a trace of the plan's model: placer inspect PLAN",
-            )
     if table is None:
         return
     for name, theirs, ours in (
@@ -205,3 +200,11 @@ def _require_fitting(placement: Placement, tokens: Chunk, table: Table | None) -
                 f"the table is for {theirs} {name}, the plan has {ours}",
                 "write the plan's own table: placer tables PLAN TRACE --out TABLE",
             )
+
+
+def _require_known(ids: npt.NDArray[np.generic], layer: int, num_experts: int) -> None:
+    if ids.min() < 0 or ids.max() >= num_experts:
+        raise PlacerError(
+            f"MoE layer {layer}: expert id {ids.max()} is outside 0..{num_experts - 1}",
+            "simulate a trace of the plan's model: placer inspect PLAN",
+        )

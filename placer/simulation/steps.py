@@ -15,11 +15,11 @@ from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.errors import UsageError
 from placer.placement.placement import Placement
 from placer.serving.homes import Batches, fixed_homes
-from placer.serving.layer_serving import RankArray, majority_rank
+from placer.serving.layer_serving import RankArray, blocks, majority_rank
 from placer.serving.replica_choice import Server
 from placer.simulation.messages import Messages, dispatch_messages
 from placer.target.engine import Exchange, ReplicaChoice
-from placer.trace import Chunk
+from placer.trace import Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,14 +39,6 @@ class LinkCopies:
     def busiest(self) -> FloatArray:
         """``[B, R]``: the more of the two, for links of two directions."""
         return np.maximum(self.sent, self.received)
-
-    @classmethod
-    def total(cls, parts: Sequence["LinkCopies"]) -> "LinkCopies":
-        """Add up the steps of one dispatch."""
-        return cls(
-            sent=np.sum([part.sent for part in parts], axis=0),
-            received=np.sum([part.received for part in parts], axis=0),
-        )
 
     def turned(self) -> "LinkCopies":
         """Return the copies of the combine."""
@@ -87,7 +79,7 @@ class LayerSteps:
 
 def layer_steps(
     placement: Placement,
-    tokens: Chunk,
+    tokens: Routing,
     batches: Batches,
     *,
     policy: str,
@@ -124,18 +116,26 @@ def layer_steps(
             f"batches of policy {policy} cannot be served", "choose fixed or follow"
         )
     server = Server(placement, replica_choice, batches, layer_ids)
-    counter = _Counter(placement, batches)
-    home = fixed_homes(tokens.sequence_ids, placement.num_ranks)
+    return _steps(server, tokens, exchanges, follows=policy == "follow")
+
+
+def _steps(
+    server: Server, tokens: Routing, exchanges: tuple[Exchange, Exchange], *, follows: bool
+) -> Iterator[LayerSteps]:
+    counter = _Counter(server.placement, server.batches)
+    home = fixed_homes(tokens.sequence_ids, server.placement.num_ranks)
     for layer, serving in enumerate(server.layers()):
         experts = np.ascontiguousarray(tokens.experts[layer].T)
         ranks = server.ranks(serving, experts, home)
-        back = majority_rank(ranks) if policy == "follow" else home
-        cell = batches.batch_of_token * placement.num_ranks + ranks
+        back = majority_rank(ranks) if follows else home
+        dispatch = counter.copies(exchanges[0], ranks, home)
+        same_way = back is home and exchanges[0] == exchanges[1]
+        combine = dispatch if same_way else counter.copies(exchanges[1], ranks, back)
         yield LayerSteps(
-            pairs=counter.per_rank(cell.ravel()),
+            pairs=counter.pairs(ranks),
             activated=counter.activated(layer, ranks, experts),
-            dispatch=counter.copies(exchanges[0], ranks, home),
-            combine=counter.copies(exchanges[1], ranks, back).turned(),
+            dispatch=dispatch,
+            combine=combine.turned(),
         )
         home = back
 
@@ -148,21 +148,25 @@ class _Counter:
         self.batches = batches
         self.num_ranks = placement.num_ranks
         self.width = placement.ranks_per_node
+        self.num_cells = batches.num_batches * placement.num_ranks
 
-    def per_rank(self, cell: AnyArray, weight: float = 1.0) -> FloatArray:
-        """Return ``[B, R]``: ``weight`` times the tokens of each batch x R + rank."""
-        shape = (self.batches.num_batches, self.num_ranks)
-        counts = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
-        tokens = counts[: self.batches.num_full].astype(np.float64)
-        return weight * self.batches.weight * tokens
+    def pairs(self, ranks: RankArray) -> FloatArray:
+        """Return ``[B, R]``: the pairs that each rank serves."""
+        counts = np.zeros(self.num_cells, dtype=np.int64)
+        for part in blocks(ranks.shape[1]):
+            cell = self._first_cell(part) + ranks[:, part]
+            counts += np.bincount(cell.ravel(), minlength=self.num_cells)
+        return self._full(counts)
 
     def activated(self, layer: int, ranks: RankArray, experts: AnyArray) -> IntArray:
         """Return ``[B, R]`` int64: slots that serve at least one pair."""
-        row = self.placement.physical_to_logical_map[layer]
-        slot = self.placement.slot_of(layer)[ranks, experts]
-        cell = self.batches.batch_of_token * len(row) + slot
-        used = np.zeros(self.batches.num_batches * len(row), dtype=np.bool_)
-        used[cell] = True
+        num_slots = len(self.placement.physical_to_logical_map[layer])
+        slot_of = self.placement.slot_of(layer)
+        used = np.zeros(self.batches.num_batches * num_slots, dtype=np.bool_)
+        for part in blocks(ranks.shape[1]):
+            pair = ranks[:, part].astype(np.int64) * slot_of.shape[1] + experts[:, part]
+            slot = np.take(slot_of, pair)
+            used[self.batches.batch_of_token[part] * num_slots + slot] = True
         by_slot = used.reshape(self.batches.num_batches, self.num_ranks, -1)
         by_rank: IntArray = by_slot[: self.batches.num_full].sum(axis=2)
         return by_rank
@@ -176,36 +180,47 @@ class _Counter:
             return self._to_all(home, 1.0)
         if exchange == "padded":
             return self._to_all(home, len(ranks) / self.num_ranks)
-        sent = [
-            self._sent(messages)
-            for messages in dispatch_messages(exchange, ranks, home, self.width)
-        ]
-        return Copies(
-            fast=LinkCopies.total([copies.fast for copies in sent]),
-            slow=LinkCopies.total([copies.slow for copies in sent]),
-        )
-
-    def _sent(self, messages: Messages) -> Copies:
-        """Count messages by link class."""
-        slow = messages.sender // self.width != messages.receiver // self.width
-        fast, across = (
-            LinkCopies(
-                sent=self.per_rank(self._cell(token, sender)),
-                received=self.per_rank(self._cell(token, receiver)),
+        # By link class: inside a node, between nodes, and pairs without a message.
+        sent, received = np.zeros((2, 3 * self.num_cells), dtype=np.int64)
+        for part in blocks(ranks.shape[1]):
+            first_cell = self._first_cell(part)
+            for message in dispatch_messages(
+                exchange, ranks[:, part], home[part], self.width
+            ):
+                kind = self._link_class(message) * self.num_cells + first_cell
+                for counts, rank in ((sent, message.sender), (received, message.receiver)):
+                    cell = (kind + rank).ravel()
+                    counts += np.bincount(cell, minlength=len(counts))
+        fast, slow = (
+            LinkCopies(sent=self._full(ours), received=self._full(theirs))
+            for ours, theirs in zip(
+                sent.reshape(3, -1)[:2], received.reshape(3, -1)[:2], strict=True
             )
-            for token, sender, receiver in (messages.of(~slow), messages.of(slow))
         )
-        return Copies(fast=fast, slow=across)
+        return Copies(fast=fast, slow=slow)
 
-    def _cell(self, token: IntArray, rank: RankArray) -> IntArray:
-        """Return batch x R + rank of some tokens."""
-        cell: IntArray = self.batches.batch_of_token[token] * self.num_ranks + rank
+    def _link_class(self, message: Messages) -> IntArray:
+        """Return ``[k, T]`` int64: 0 inside a node, 1 between nodes, 2 where nothing is."""
+        if self.width == self.num_ranks:
+            return np.where(message.sent, 0, 2)
+        across = message.sender // self.width != message.receiver // self.width
+        return np.where(message.sent, across.astype(np.int64), 2)
+
+    def _first_cell(self, part: slice) -> IntArray:
+        """Return ``[T]`` int64: batch x R of some tokens."""
+        cell: IntArray = self.batches.batch_of_token[part] * self.num_ranks
         return cell
+
+    def _full(self, counts: IntArray, weight: float = 1.0) -> FloatArray:
+        """Return ``[B, R]``: ``weight`` times the tokens of each batch x R + rank."""
+        by_batch = counts.reshape(self.batches.num_batches, self.num_ranks)
+        tokens = by_batch[: self.batches.num_full].astype(np.float64)
+        return weight * self.batches.weight * tokens
 
     def _to_all(self, home: RankArray, weight: float) -> Copies:
         """Count ``weight`` copies of each token to every other rank."""
         cell = self.batches.batch_of_token * self.num_ranks + home
-        own = self.per_rank(cell, weight)
+        own = self._full(np.bincount(cell, minlength=self.num_cells), weight)
         total = own.sum(axis=1, keepdims=True)
         node = own.reshape(len(own), -1, self.width).sum(axis=2)
         node = np.repeat(node, self.width, axis=1)

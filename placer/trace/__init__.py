@@ -8,6 +8,16 @@ from placer.trace.chunk import Chunk
 from placer.trace.fold import Fold
 from placer.trace.reader import Trace
 from placer.trace.selection import EVERYTHING, Selection
+from placer.trace.stored import Routing, StoredTokens
 from placer.trace.writer import TraceWriter
 
-__all__ = ["EVERYTHING", "Chunk", "Fold", "Selection", "Trace", "TraceWriter"]
+__all__ = [
+    "EVERYTHING",
+    "Chunk",
+    "Fold",
+    "Routing",
+    "Selection",
+    "StoredTokens",
+    "Trace",
+    "TraceWriter",
+]

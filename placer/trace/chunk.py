@@ -185,7 +185,7 @@ class Chunk:
                 "choose another --fold or --phase, or record more text",
             )
         first = parts[0]
-        order = _sequence_order([part.sequence_ids for part in parts])
+        order = sequence_order([part.sequence_ids for part in parts])
 
         def joined(values: list[AnyArray]) -> AnyArray:
             every: AnyArray = np.concatenate(values)
@@ -292,7 +292,7 @@ def require_ranges(tokens: object) -> None:
                 raise PlacerError(f"{name} holds {found}, expected {low} to {high}")
 
 
-def _sequence_order(parts: list[AnyArray]) -> IntArray | None:
+def sequence_order(parts: list[AnyArray]) -> IntArray | None:
     """Return the order of the tokens by the ids of their sequences, ``None`` if as given.
 
     Raises

@@ -60,6 +60,16 @@ class Trace:
         PlacerError
             If a chunk is damaged, or a phase is selected and the trace records none.
         """
+        for _, chunk in self.whole_chunks(start, stop):
+            if selection != EVERYTHING:
+                chunk = chunk.select(selection.keep(chunk))
+            if chunk.num_tokens:
+                yield chunk
+
+    def whole_chunks(
+        self, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Path, Chunk]]:
+        """Yield the file and the tokens of every chunk, as :meth:`chunks` verifies them."""
         last_sequence = -1
         if start:
             before = self._read(self.header.chunks[start - 1])
@@ -75,10 +85,7 @@ class Trace:
             last_sequence = (
                 int(chunk.sequence_ids[-1]) if chunk.num_tokens else last_sequence
             )
-            if selection != EVERYTHING:
-                chunk = chunk.select(selection.keep(chunk))
-            if chunk.num_tokens:
-                yield chunk
+            yield self.directory / info.file, chunk
 
     def read(self, selection: Selection = EVERYTHING) -> Chunk:
         """Return all selected tokens in memory as one chunk."""

@@ -11,6 +11,7 @@ from plain_oracle import PlainLayer, majority
 from placer.errors import UsageError
 from placer.placement import Placement
 from placer.placement.reference import contiguous
+from placer.serving import layer_serving
 from placer.serving.homes import Batches, BatchShape, batch_shapes, parse_tokens_per_rank
 from placer.simulation import simulate
 from placer.simulation.batch_figures import (
@@ -311,3 +312,41 @@ def test_all_exchanges_are_counted(make_chunk):
         found = figures_of(contiguous((8,) * 3, 4, 2), tokens, decode(16), options).metrics
         assert found.dispatch_slow_copies_per_token > 0
         assert found.combine_fast_copies_per_token > 0
+
+
+@pytest.mark.parametrize("choice", ["local-first", "hash", "cover"])
+@pytest.mark.parametrize("exchange", ["per-expert", "per-rank", "per-node", "padded"])
+def test_no_figure_depends_on_the_blocks_of_tokens(
+    make_chunk, monkeypatch, choice, exchange
+):
+    """Blocks of 7 tokens, which cut batches and sequences, count what one block counts."""
+    tokens = make_chunk()
+    row = np.array([*range(8), 0, 3, 5, 1])
+    placement = Placement(
+        physical_to_logical_map=(row,) * 3, num_experts=(8,) * 3, num_ranks=4, num_nodes=2
+    )
+    options = BatchOptions(
+        policy="follow", exchanges=(exchange, "per-rank"), replica_choice=choice
+    )
+
+    def figures():
+        batches = batch_steps(placement, tokens, decode(10), options).figures()
+        return batches, simulate(placement, tokens, replica_choice=choice, batch_size=90)
+
+    whole = figures()
+    monkeypatch.setattr(layer_serving, "_BLOCK_TOKENS", 7)
+    assert len(list(layer_serving.blocks(tokens.num_tokens))) > 50
+    assert figures() == whole
+
+
+def test_256_ranks_are_one_node(make_chunk):
+    """A byte holds their numbers, but not how many they are."""
+    tokens = make_chunk(num_experts=(256,) * 2)
+    placement, options = contiguous((256,) * 2, 256), BatchOptions(policy="fixed")
+    found = figures_of(placement, tokens, decode(1), options).metrics
+    known = simulate(placement, tokens)["fixed"]
+    assert found.dispatch_slow_copies_per_token == 0
+    assert found.num_batches == 1
+    ours = batch_steps(placement, tokens, decode(1), options)
+    sent = sum(float(step.dispatch.fast.sent.sum()) for step in ours.layers)
+    assert 0 < sent / (2 * 256) <= 2 >= known.remote_rank_copies_per_token

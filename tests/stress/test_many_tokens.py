@@ -18,7 +18,7 @@ RANKS = ("--nodes", 4, "--gpus-per-node", 8)
 # A trace is compared with its half or less: a start-up is no growth.
 SLACK = 1.35
 # What a command may hold of a trace, in times the trace's own bytes.
-MAY_HOLD = {"validate": 0.0, "affinity": 0.0, "sample": 0.0, "simulate": 3.0}
+MAY_HOLD = {"validate": 0.0, "affinity": 0.0, "sample": 0.0, "simulate": 0.5}
 # One chunk and what is made of it, at 58 layers.
 CHUNK_MIB = 1200
 
