@@ -1,12 +1,13 @@
 """What commands print: data on stdout, progress, warnings and hints on stderr."""
 
 import json
+import math
 import shlex
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -214,8 +215,19 @@ def given_command(context: typer.Context, *left_out: str) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    """Print one JSON object on stdout; null stands for a figure that is no number.
+
+    Python would write NaN and Infinity, which are not JSON.
+    """
+    sys.stdout.write(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(
