@@ -42,6 +42,19 @@ def test_320_ranks_from_loads(tmp_path: Path) -> None:
     assert all(len(row) == 640 for row in found.physical_to_logical_map)
     for row in found.physical_to_logical_map:
         assert set(np.asarray(row).tolist()) == set(range(512))
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": LAYERS,
+        "num_experts": 512,
+        "num_experts_per_tok": 8,
+        "hidden_size": 64,
+        "vocab_size": 100,
+    }
+    model, exported = tmp_path / "model", tmp_path / "map.json"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    told("export loads", "export", "sglang", plan, model, "--out", exported)
+    told("verify loads", "verify", model, exported, plan)
 
 
 def test_320_ranks_from_a_trace(tmp_path: Path) -> None:
@@ -50,6 +63,7 @@ def test_320_ranks_from_a_trace(tmp_path: Path) -> None:
     words = ("--time-limit", 120, "--proof", "none", "--replica-choice", "hash")
     told("solve trace", "solve", trace, *REDUNDANT, *words, "--out", plan)
     assert all(len(row) == 640 for row in Plan.read(plan).placement.physical_to_logical_map)
+    told("simulate trace", "simulate", plan, trace)
 
 
 def test_a_table_of_a_large_vocabulary(tmp_path: Path) -> None:
