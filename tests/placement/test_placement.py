@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
+from placer.placement.placement import rank_load
 
 
 def place(
@@ -121,3 +122,19 @@ def test_valid_is_what_brute_force_finds_valid(data: st.DataObject) -> None:
     else:
         with pytest.raises(PlacerError):
             place([row], (4,), 2)
+
+
+def test_what_a_placement_says_of_its_slots_by_hand() -> None:
+    """Two ranks: layer 0 has a slot more than experts, layer 1 two more."""
+    placement = place([[3, 2, 0, 2, 1, 4], [1, 0, 3, 2, 1, 0]], (5, 4), 2)
+    assert placement.redundant_experts == 1
+    assert placement.slot_of(0).tolist() == [[2, -1, 1, 0, -1], [-1, 4, 3, -1, 5]]
+    assert placement.filler_row().tolist() == [0, 1, 2, 3, 4, 0]
+    # Experts 0, 2 and 3 on rank 0, experts 1, 2 and 4 on rank 1: half of expert 2 each.
+    assert rank_load(placement, 0, np.array([1, 2, 4, 8, 16])).tolist() == [11, 20]
+
+
+def test_a_missing_expert_is_named_alone_where_none_stands_twice() -> None:
+    with pytest.raises(PlacerError) as caught:
+        place([[0, 2]], (4,), 2)
+    assert str(caught.value) == "MoE layer 0: expert 1 has no slot"

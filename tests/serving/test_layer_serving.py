@@ -6,7 +6,12 @@ import pytest
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.serving.homes import fixed_homes
-from placer.serving.layer_serving import LayerServing, first_occurrence, majority_rank
+from placer.serving.layer_serving import (
+    LayerServing,
+    first_occurrence,
+    majority_rank,
+    rank_dtype,
+)
 
 
 def columns(*tokens):
@@ -81,3 +86,52 @@ def test_many_ranks_do_not_overflow_their_dtype(num_ranks):
 def test_fixed_homes_follow_the_order_of_the_sequences_that_are_left():
     """Sequences 1, 3, 9 on two ranks: homes 0, 1, 0, whatever their ids."""
     assert fixed_homes(np.array([1, 1, 3, 9, 9]), 2).tolist() == [0, 0, 1, 0, 0]
+
+
+def test_a_byte_holds_256_ranks():
+    assert (rank_dtype(255), rank_dtype(256)) == (np.uint8, np.uint16)
+    for num_ranks, dtype in ((256, np.uint8), (257, np.uint16)):
+        serving = LayerServing.of(contiguous((num_ranks,), num_ranks), 0)
+        assert serving.copy_rank.dtype == serving.choices.dtype == dtype
+        last = np.array([[num_ranks - 1]])
+        assert serving.ranks(last, np.zeros(1, dtype)).tolist() == [[num_ranks - 1]]
+
+
+@pytest.fixture
+def replicated():
+    """Two nodes of two ranks: expert 0 on ranks 0, 1 and 2, experts 1 to 3 once."""
+    placement = Placement(
+        physical_to_logical_map=(np.array([1, 0, 0, 2, 3, 0, 4, 5]),),
+        num_experts=(6,),
+        num_ranks=4,
+        num_nodes=2,
+    )
+    return LayerServing.of(placement, 0)
+
+
+def test_tables_list_the_ranks_of_copies_and_repeat_the_last(replicated):
+    assert replicated.copy_rank.tolist() == [
+        [0, 1, 2],
+        [0, 0, 0],
+        [1, 1, 1],
+        [2, 2, 2],
+        [3, 3, 3],
+        [3, 3, 3],
+    ]
+    assert replicated.num_copies.tolist() == [3, 1, 1, 1, 1, 1]
+    assert replicated.num_choices.tolist() == [[1] * 6] * 4
+    # At home on ranks 0 to 2, and on rank 3's node there is only rank 2.
+    assert replicated.choices[:, 0].tolist() == [[0], [1], [2], [2]]
+
+
+def test_shares_and_counts_of_pairs_that_homes_could_serve(replicated):
+    """A pair of expert 0 counts for three ranks; a token of no group for none."""
+    chosen = columns((0, 1), (0, 4), (2, 3), (0, 5))
+    assert replicated.share_held(chosen).tolist() == [
+        [1, 0.5, 0.5, 0],
+        [0.5, 0.5, 0.5, 0.5],
+        [0, 0.5, 0.5, 0],
+        [0.5, 0.5, 0.5, 0.5],
+    ]
+    counted = replicated.count_held(chosen, np.array([1, 0, 0, -1]), 3)
+    assert counted.tolist() == [[1, 2, 2, 1], [2, 1, 1, 0], [0, 0, 0, 0]]
