@@ -16,7 +16,7 @@ COG := $(BIN)/cog -I docs --verbosity=1
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines fuzz faults bytes stress mutants check bench bench-network docs notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines fuzz faults bytes stress mutants check bench bench-network docs reproduce notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -74,6 +74,9 @@ bench-network: $(INSTALLED)  ## Measure on emulated networks, which takes root
 
 docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
 	@$(COG) -r $(GENERATED)
+
+reproduce: $(INSTALLED)  ## Solve and judge what the README's table says (3 minutes)
+	@$(BIN)/python docs/reproduce.py
 
 notebooks: $(INSTALLED)  ## Execute the notebooks into build/notebooks
 	@$(BIN)/python docs/run_notebooks.py --out build/notebooks $(NOTEBOOKS)
