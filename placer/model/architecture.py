@@ -19,9 +19,10 @@ from placer.run.documents import parse_toml
 _MOST_LAYERS = 10_000
 # Where models for images or sound keep the config of their language model, and what its
 # tensors are below (sglang 0.5.23: srt/utils/hf_transformers/common.py,
-# get_hf_text_config; srt/models/internvl.py, interns1.py, deepseek_vl2.py, minicpmv.py).
+# get_hf_text_config; srt/models/internvl.py, interns1.py, deepseek_vl2.py, minicpmv.py,
+# deepseek_ocr.py, whose language model has its own names).
 _LANGUAGE_KEYS = ("llm_config", "language_config", "text_config")
-_LANGUAGE_ROOTS = ("language_model.", "model.language_model.", "language.", "llm.")
+_LANGUAGE_ROOTS = ("language_model.", "model.language_model.", "language.", "llm.", "")
 
 
 def _all_alike(values: list[Any]) -> bool:

@@ -151,6 +151,79 @@ def qwen4(model_type: str, block: str) -> Layout:
     return layout
 
 
+def whole(
+    model_type: str, block: str, names: tuple[str, ...], bias: str | None, **config: Any
+) -> Layout:
+    """All experts of a layer in one tensor of each name."""
+    inner = {**QWEN3, "model_type": model_type + "_text", "num_local_experts": E}
+    whole_config = {"model_type": model_type, "text_config": inner | config}
+    layout = Layout(whole_config, [0, 1], block).all_experts(ROUTER)
+    layout.all_experts({f"experts.{name}": ("BF16", [E, 8, 16]) for name in names})
+    return layout if bias is None else layout.all_experts({bias: ("F32", [E])})
+
+
+def muse_spark() -> Layout:
+    """Latent experts stand between two projections of all of them."""
+    names = ("gate_up_proj", "down_proj")
+    layout = whole("muse_spark", VISION, names, "gate.e_score_correction_bias")
+    for name in ("pre_expert_proj", "pre_expert_norm", "experts.post_expert_norm"):
+        layout.rest[f"{VISION.format(1)}.{name}.weight"] = ("BF16", [16, 16])
+    return layout
+
+
+def inkling2() -> Layout:
+    """With the scales of MXFP8, which stand beside every tensor of experts."""
+    block = "model.llm.layers.{}.mlp"
+    layout = whole("inkling2", block, ("w13_weight", "w2_weight"), "gate.bias")
+    scales = {f"experts.w{n}_weight_scale": ("U8", [E, 8, 1]) for n in (13, 2)}
+    return layout.all_experts(scales)
+
+
+def alone(layout: Layout, block: str) -> Layout:
+    """The language model of a layout by itself."""
+    layout.config = layout.config["text_config"]
+    layout.rest = {
+        name.replace(layout.block.format(1), block.format(1)): shape
+        for name, shape in layout.rest.items()
+    }
+    layout.block = block
+    return layout
+
+
+def mistral_large4() -> Layout:
+    layout = deepseek_like("mistral_large4", "layers.{}", bias=None, nested=True)
+    layout.config["text_config"]["model_type"] = "mistral_large4_text"
+    layout.rest["layers.1.attention.indexer.wk.weight"] = ("BF16", [16, 16])
+    layout.rest["layers.0.feed_forward.w1.weight"] = ("BF16", [8, 16])
+    layout.rest["vision_encoder.layers.0.feed_forward.w1.weight"] = ("BF16", [8, 16])
+    return layout
+
+
+def k2_horizon(model_type: str) -> Layout:
+    """Its attention has experts of values, which no plan moves."""
+    layout = everywhere(model_type, "model.layers.{}.mlp")
+    layout.rest["model.layers.0.self_attn.v_experts.0.weight"] = ("BF16", [16, 16])
+    return layout.all_experts({"gate.bias": ("F32", [E])})
+
+
+def iquest_q1() -> Layout:
+    layout = Layout(
+        {
+            **QWEN3,
+            "model_type": "iquest_q1",
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [0],
+        },
+        [1, 2],
+        "model.layers.{}.mlp",
+    )
+    layout.rest["mtp_layers.0.mlp.experts.fc"] = ("BF16", [E, 8, 16])
+    layout.all_experts({"router.weight": ROUTER["gate.weight"]})
+    return layout.all_experts(
+        {f"experts.{n}": ("BF16", [E, 8, 16]) for n in ("fc", "proj")}
+    )
+
+
 def unsloth() -> Layout:
     """unsloth/gpt-oss-20b-unsloth-bnb-4bit: tensors of its own for every expert."""
     layout = Layout({**QWEN3, "model_type": "gpt_oss"}, [0, 1], "model.layers.{}.mlp")
@@ -180,7 +253,32 @@ FAMILY_LAYOUTS = {
     "bailing_moe_v2": lambda: deepseek_like(
         "bailing_moe_v2", bias="gate.expert_bias", num_experts=E
     ),
-    "deepseek": lambda: deepseek_like("deepseek", bias=None),
+    **{
+        name: lambda name=name: deepseek_like(name, bias="gate.expert_bias", num_experts=E)
+        for name in ("bailing_moe_linear", "llada2_moe", "param2moe")
+    },
+    **{
+        name: lambda name=name: deepseek_like(name)
+        for name in ("dots_vlm", "gigachat3_5", "pangu_ultra_moe", "deepseek_ocr2_text")
+    },
+    **{
+        name: lambda name=name: deepseek_like(name, bias=None)
+        for name in ("deepseek", "unlimited_language", "unlimited_ocr_text")
+    },
+    "inkling2": inkling2,
+    "inkling2_text": lambda: alone(inkling2(), "model.layers.{}.mlp"),
+    "iquest_q1": iquest_q1,
+    "k2_horizon": lambda: k2_horizon("k2_horizon"),
+    "minicpm": lambda: everywhere("minicpm", "model.layers.{}.mlp", names=W123),
+    "mistral_large4": mistral_large4,
+    "mistral_large4_text": lambda: alone(mistral_large4(), "layers.{}"),
+    "muse_spark": muse_spark,
+    "muse_spark_text": lambda: alone(muse_spark(), "model.layers.{}.mlp"),
+    "sdar_moe": lambda: everywhere("sdar_moe", "model.layers.{}.mlp"),
+    "xllm": lambda: k2_horizon("xllm"),
+    "xverse_moe": lambda: everywhere(
+        "xverse_moe", "model.layers.{}.mlp", "router.weight", moe_top_k=2
+    ),
     "git": lambda: everywhere("git", SPARSE, names=W123),
     "glm4v_moe_text": lambda: deepseek_like("glm4v_moe_text"),
     "glm5_next": lambda: deepseek_like("glm5_next", VISION, nested=True),
@@ -202,6 +300,8 @@ FAMILY_LAYOUTS = {
     "qwen4_exp_text": lambda: qwen4("qwen4_exp_text", "model.layers.{}.mlp"),
     "sarvam_mla": lambda: deepseek_like("sarvam_mla", bias="gate.expert_bias"),
     "sarvam_moe": lambda: deepseek_like("sarvam_moe", bias="gate.expert_bias"),
+    "step3_text": lambda: step("step3_text", "model.layers.{}.moe"),
+    "step3_vl": lambda: step("step3_vl", "model.layers.{}.moe"),
     "step3p5": lambda: step("step3p5", "model.layers.{}.moe"),
     "step3p7": lambda: step("step3p7", "model.language_model.layers.{}.moe"),
 }
@@ -241,6 +341,11 @@ WRAPPED = {
         {"model_type": "deepseek_v2", "n_routed_experts": E},
     ),
     "minicpmv": ("llm_config", "llm.model.", {}),
+    "deepseek-ocr": (
+        "language_config",
+        "model.",
+        {"model_type": "deepseek_v2", "n_routed_experts": E},
+    ),
 }
 
 

@@ -125,9 +125,14 @@ def test_a_vision_language_checkpoint_is_recorded_as_the_whole_model_routes(
 
 def test_every_model_type_is_one_that_transformers_has() -> None:
     named = {t for a in known_architectures() for t in a.model_types}
-    others = {"ernie4_5_moe_vl", "longcat_flash_ngram"}  # refused by name
+    others = {  # refused by name
+        *("PanguProMoE", "ernie4_5_moe_vl", "inkling_model", "interns1_pro"),
+        *("interns1_pro_text", "interns2_mobius", "longcat_flash_ngram"),
+    }
     assert named - set(CONFIG_MAPPING.keys()) - others == RELEASED - {
         *("aria", "git", "glm4v_moe_text", "glm5_next", "glm5_next_text", "mistral4"),
+        *("deepseek_ocr2_text", "inkling2", "inkling2_text", "mistral_large4"),
+        *("mistral_large4_text", "muse_spark", "muse_spark_text", "unlimited_ocr_text"),
         *("qwen3_vl_moe_text", "qwen4_exp", "qwen4_exp_text", "step3p5", "step3p7"),
     }
 
@@ -192,6 +197,10 @@ def test_released_configs_say_it_otherwise_than_transformers_writes_it(
         ("switch_transformers", "encoder-decoder"),
         ("nllb-moe", "encoder-decoder"),
         ("qwen3_omni_moe", "thinker"),
+        ("PanguProMoE", "same number of experts from each group"),
+        ("inkling_mm_model", "a row for each shared expert"),
+        ("interns2_mobius", "share the same experts"),
+        ("zaya", "skip all experts"),
     ],
 )
 def test_a_family_that_is_refused_is_named_with_the_reason(
