@@ -88,9 +88,12 @@ class Deadline:
         """Keep at least this many seconds for what follows."""
         self.needed = max(self.needed, seconds)
 
-    def needs_less(self, share: float) -> None:
-        """Keep a share of it, because the next work was made smaller to save time."""
-        self.needed *= share
+    def needs_less(self, share: float, *, fixed: float = 0.0) -> None:
+        """Keep a share of it, because the next work was made smaller to save time.
+
+        ``fixed`` seconds are taken by less work too.
+        """
+        self.needed = min(self.needed, fixed + self.needed * share)
         self.chosen_in_haste = True
 
     @contextmanager

@@ -161,6 +161,10 @@ def test_what_follows_can_be_made_smaller() -> None:
     short.needs_less(0.25)
     assert short.left() == pytest.approx(500, abs=1)
     assert not short.reproducible
+    short.needs_less(0.5, fixed=100.0)
+    assert short.needed == 350.0
+    short.needs_less(0.5, fixed=1000.0)
+    assert short.needed == 350.0, "less work takes no more"
 
 
 def test_tables_that_were_built_in_vain_say_what_the_next_would_take(

@@ -31,6 +31,9 @@ from placer.solver.search.first_placement import Profile, first_placement
 from placer.solver.search.refine import refined, repaired
 from placer.trace import Chunk
 
+# Loading the compiled loops of tables and of an evaluation, however few the tokens.
+_SECONDS_TO_LOAD = 0.6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Found:
@@ -124,7 +127,8 @@ def _minimised_for_tables(
         few = sample_sequences(
             search.judged, options.params.num_hurried_tokens, search.session.seed
         )
-        deadline.needs_less(few.num_tokens / search.judged.num_tokens)
+        share = few.num_tokens / search.judged.num_tokens
+        deadline.needs_less(share, fixed=_SECONDS_TO_LOAD)
         search = replace(search, judged=few)
     vocab_size = vocabulary_of(search.judged, content)
     caution = _first_caution(content, search.profile, options)
