@@ -106,6 +106,7 @@ def _near(path: Path) -> str:
         folder = folder.parent
     sought = path.relative_to(folder).parts[0]
     names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
+    names = [name for name in names if name != sought]  # a link to nothing
     if alike := get_close_matches(sought, sorted(names)):
         return f"did you mean {' or '.join(str(folder / name) for name in alike)}?"
     return f"check the path: ls -l {folder}"

@@ -39,6 +39,18 @@ def test_names_alike_are_offered(
     assert told == "placer: load.aff does not exist\nhint: did you mean loads.aff?\n"
 
 
+def test_a_link_to_nothing_is_not_offered_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "trace"
+    link.symlink_to("gone")
+    with pytest.raises(SystemExit):
+        main(["advise", str(link), "--gpus-per-node", "8"])
+    assert capsys.readouterr().err == (
+        f"placer: {link} does not exist\nhint: check the path: ls -l {tmp_path}\n"
+    )
+
+
 def test_a_folder_without_names_alike_is_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
