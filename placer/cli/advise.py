@@ -1,5 +1,6 @@
 """``placer advise``: whether placing experts is worth it."""
 
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated
@@ -137,19 +138,22 @@ def advise(
             advice = advise_on_trace(trace, questions, progress)
     for line in advice.warnings:
         warn(line)
-    command, timing = next_command(advice, source), None
+    batches: dict[str, object] = {
+        "--tokens-per-rank": tokens_per_rank,
+        "--batching": batching,
+    }
+    gain: dict[str, object] = {"--least-gain": f"{least_gain:g}"}
+    command = next_command(advice, source, _given(batches | gain))
+    timing = None
     if hardware is not None:
-        given = {
-            "--tokens-per-rank": tokens_per_rank,
-            "--batching": batching,
+        timed: dict[str, object] = {
             "--hardware": hardware,
             "--model": model,
             "--hidden-size": hidden_size,
             "--expert-size": expert_size,
             "--weight-bytes": None if weight_bytes is None else f"{weight_bytes:g}",
         }
-        words = [(name, str(value)) for name, value in given.items() if value is not None]
-        timing = timing_command(advice, source, [*chain.from_iterable(words)])
+        timing = timing_command(advice, source, _given(batches | timed))
     if as_json:
         print_json(advice.to_json() | {"next": command, "then": timing})
         return
@@ -166,3 +170,9 @@ def advise(
         print_line(f"next: {command}")
     if timing is not None:
         print_line(f"then, for its predicted time: {timing}")
+
+
+def _given(options: Mapping[str, object]) -> list[str]:
+    """Return the words of the options that have a value."""
+    words = ((name, str(value)) for name, value in options.items() if value is not None)
+    return [*chain.from_iterable(words)]

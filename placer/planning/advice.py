@@ -18,6 +18,7 @@ from placer.planning.advised_plans import (
     balanced_options,
     judging_command,
     solve_command,
+    weighing_command,
     with_more_replicas,
 )
 from placer.planning.question import Question, filling_reason, loadable
@@ -31,7 +32,13 @@ from placer.solver.balance.load_balance import predicted_imbalance
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 
-Verdict = Literal["not worth it", "balance only", "worth it"]
+Verdict = Literal[
+    "not worth it",
+    "EPLB does as well",
+    "less traffic, busier rank",
+    "balance only",
+    "worth it",
+]
 #: Verdicts by what there is to gain, ascending.
 RANKED: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -182,9 +189,9 @@ def advise_on_loads(
     asked, left_out = loadable(questions, affinity.model)
     balanced = _Balanced(affinity)
     found = []
-    for one in asked:
+    for number, one in enumerate(asked, 1):
         if progress is not None:
-            progress(one.served.name)
+            progress(f"{number} of {len(asked)}: {one.served.name}")
         found.append(_loads_answer(balanced, one))
     answers = tuple(answer for answer, _ in found)
     relieved = [one for _, one in found if one is not None]
@@ -317,13 +324,19 @@ def _relief(balanced: _Balanced, question: Question, without: float) -> Relief |
     return found if found.is_enough else None
 
 
-def next_command(advice: Advice, source: Path) -> str | None:
-    """Return the command that makes the best answer's plan, or ``None``: not worth it."""
+def next_command(advice: Advice, source: Path, options: Sequence[str] = ()) -> str | None:
+    """Return the command that makes the best answer's plan, or ``None``: not worth it.
+
+    Where less traffic is bought with a busier rank, that which weighs both: advice with
+    hardware. ``options`` are those of the batches and of the least gain, for the latter.
+    """
     if advice.relief is not None:
         return advice.relief.command(source)
     best = advice.best
     if best.verdict == "not worth it":
         return None
+    if best.verdict == "less traffic, busier rank":
+        return weighing_command(best.question, source, options)
     return solve_command(best.question, best.options, source)
 
 

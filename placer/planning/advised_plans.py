@@ -137,11 +137,8 @@ def solve_command(
     question: Question, options: SolveOptions, source: Path, out: str = "plan.json"
 ) -> str:
     """Return the command that solves for the options of one of :func:`advised_plans`."""
-    topology, engine = question.topology, question.known_engine
-    parts = ["placer solve", shlex.quote(str(source))]
-    parts += [f"--gpus-per-node {topology.gpus_per_node}"]
-    if topology.num_nodes > 1:
-        parts += [f"--nodes {topology.num_nodes}"]
+    engine = question.known_engine
+    parts = [*_begun("solve", question, source)]
     parts += _goal_words(question, options.goal)
     goal = options.goal
     if goal.redundant_experts:
@@ -167,6 +164,27 @@ def judging_command(
     if question.known_engine is not None:
         parts += [f"--engine {question.known_engine.name}"]
     return " ".join([*parts, shlex.join(options)])
+
+
+def weighing_command(question: Question, source: Path, options: Sequence[str]) -> str:
+    """Return the command that judges a question by predicted time.
+
+    ``options`` are those of the batches and of the least gain.
+    """
+    parts = [*_begun("advise", question, source), f"--policy {question.policy}"]
+    if question.known_engine is not None:
+        parts += [f"--engine {question.known_engine.name}"]
+    if question.phase is not None:
+        parts += [f"--phase {question.phase}"]
+    return " ".join([*parts, *options, "--hardware h100 --model MODEL"])
+
+
+def _begun(command: str, question: Question, source: Path) -> Sequence[str]:
+    """Return the first words of a command on a source for the topology."""
+    topology = question.topology
+    nodes = [f"--nodes {topology.num_nodes}"] if topology.num_nodes > 1 else []
+    ranks = f"--gpus-per-node {topology.gpus_per_node}"
+    return [f"placer {command}", shlex.quote(str(source)), ranks, *nodes]
 
 
 def _goal_words(question: Question, goal: Goal) -> Sequence[str]:

@@ -79,11 +79,15 @@ def advise_on_trace(
     placements = _Placements(trace, profile, first)
     served = _Served(heldout)
     answers = []
-    for question, phase in product(asked, PHASES):
-        if any(shape.batching == phase for shape in question.answered):
-            if progress is not None:
-                progress(f"{question.served.name}, {phase}")
-            answers.append(_answer(question, phase, placements, served))
+    parts = [
+        (question, phase)
+        for question, phase in product(asked, PHASES)
+        if any(shape.batching == phase for shape in question.answered)
+    ]
+    for number, (question, phase) in enumerate(parts, 1):
+        if progress is not None:
+            progress(f"{number} of {len(parts)}: {question.served.name}, {phase}")
+        answers.append(_answer(question, phase, placements, served))
     advice = Advice(answers=tuple(answers), redundant_experts=first.redundant_experts)
     number = len(np.unique(heldout.sequence_ids))
     few = f"{number} held-out sequences are too few to trust: {FEWEST_SEQUENCES} are needed"
@@ -188,7 +192,6 @@ def _answer(
     best = gains.best(list(plans))
     by_size = [gains.verdicts(best, n) for n in range(len(shapes))]
     verdict = min((one for found in by_size for one in found), key=RANKED.index)
-    only_evens = verdict == "balance only" and not gains.beats_eplb(best)
     return Answer(
         engine=question.served.name,
         phase=phase,
@@ -197,8 +200,7 @@ def _answer(
         options=plans[best],
         verdict=verdict,
         sentence=f"{phase}: {_verdict_words(by_size, shapes)}; best placement {best}: "
-        + gains.words(best)
-        + "; EPLB's own map is as good" * only_evens,
+        + gains.words(best),
         candidates=candidates,
         break_even=break_evens(figures[best], figures["contiguous"], question.cost_model()),
     )
@@ -242,28 +244,39 @@ class _Gains:
             return _first_of_most(times, least / 3)
         placed = [name for name in plans if name != BALANCED]
         sent = {name: self._mean(name, "sent_per_token") for name in placed}
-        if placed and sent[fewest := _first_of_most(sent, least)] >= least:
-            return fewest
+        less = {name: saved for name, saved in sent.items() if saved >= least}
+        beside = {name: self.of(name, "straggler", "eplb") for name in less}
+        calm = [name for name in less if not self._is_busier(*beside[name])]
+        # Of plans that are all busier, the first is the least so.
+        if chosen := calm or list(less)[:1]:
+            return _first_of_most({name: less[name] for name in chosen}, least)
         return _first_of_most({n: self._mean(n, "straggler") for n in plans}, least)
 
     def verdicts(self, name: str, place: int) -> tuple[Verdict, ...]:
         """Return the verdict on a plan in batches of one size: one for each way in time."""
-        least = self.question.least_gain
         found: Verdict = "balance only" if name == BALANCED else "worth it"
         if self.question.hardware is not None:
-            saved = [self.of(name, way)[place] for way in _TIMES]
-            return tuple(found if one >= least else "not worth it" for one in saved)
-        if name != BALANCED and self.of(name, "sent_per_token")[place] >= least:
-            return ("worth it",)
-        is_even = self.of(name, "straggler")[place] >= least
-        return ("balance only" if is_even else "not worth it",)
+            return tuple(self._saves(name, way, place, found) for way in _TIMES)
+        if name != BALANCED:
+            is_busier = self._is_busier(self.of(name, "straggler", "eplb")[place])
+            less: Verdict = "less traffic, busier rank" if is_busier else "worth it"
+            found = self._saves(name, "sent_per_token", place, less)
+            if found != "not worth it":
+                return (found,)
+        return (self._saves(name, "straggler", place, "balance only"),)
 
-    def beats_eplb(self, name: str) -> bool:
-        """Return whether a plan that balances saves anything of EPLB's time, or load."""
-        is_timed = self.question.hardware is not None
-        fields = _TIMES if is_timed else ("straggler",)
-        saved = [self.of(name, field, "eplb") for field in fields]
-        return float(np.mean(saved)) > 0
+    def _saves(self, name: str, field: str, place: int, gained: Verdict) -> Verdict:
+        """Return the verdict of a field: ``gained`` only where EPLB saves less of it."""
+        if self.of(name, field)[place] < self.question.least_gain:
+            return "not worth it"
+        return gained if self.of(name, field, "eplb")[place] > 0 else "EPLB does as well"
+
+    def _is_busier(self, *saved: float) -> bool:
+        """Return whether the busiest rank has clearly more load than EPLB's.
+
+        Clearly is by the smallest saving that counts: less of it would save nothing either.
+        """
+        return -float(np.mean(saved)) >= self.question.least_gain
 
     def words(self, name: str) -> str:
         """Say what changes from contiguous to a plan, and from EPLB's placement."""
@@ -337,12 +350,18 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
         reasons = ["with one rank nothing is sent"]
     if (filling := filling_reason(asked[0], placements.model)) is not None:
         reasons.append(filling)
+    least = f"{100 * asked[0].least_gain:g} %"
     if asked[0].hardware is None:
-        least = f"{100 * asked[0].least_gain:g} %"
         reasons.append(
-            f"without --hardware, worth it: sends at least {least} less than contiguous, "
-            "even where the busiest rank's load rises; balance only: only that load falls "
-            "by as much. EPLB is not weighed. --hardware weighs both, by predicted time"
+            f"worth it: sends at least {least} less than contiguous, and less than EPLB; "
+            f"the busiest rank has less than {least} more load than EPLB's. If it has "
+            "more: give --hardware to decide by predicted time. balance only: that load "
+            f"is at least {least} below contiguous's, and below EPLB's"
+        )
+    else:
+        reasons.append(
+            f"worth it, balance only: at least {least} less predicted time than "
+            "contiguous, and less than EPLB"
         )
     return reasons
 

@@ -80,17 +80,29 @@ def advised(trace: Trace, question: Question = QUESTION) -> Advice:
     return advise_on_trace(trace, [question])
 
 
+BUSIER = "less traffic, busier rank"
+
+
+def above_eplb(answer: Answer) -> list[float]:
+    """Return the load of the best plan's busiest rank over EPLB's, less one."""
+    both = zip(answer.candidates[answer.best], answer.candidates["eplb"], strict=True)
+    return [(one.straggler or 0) / (even.straggler or 1) - 1 for one, even in both]
+
+
 def test_partners_are_worth_placing(tmp_path: Path) -> None:
     trace = write(tmp_path / "t", partners())
     advice = advised(trace)
     assert advice.verdict == "worth it"
     # Apart: two ranks of four, at any home 2 x 3/4 copies; together half of that.
     for answer in advice.answers:
-        assert answer.verdict == "worth it"
+        # Two partners on one rank load it by two at once: it is busier in small batches.
+        is_busier = any(more >= 0.03 for more in above_eplb(answer))
+        assert answer.verdict == (BUSIER if is_busier else "worth it")
         for name, copies in (("contiguous", 1.5), (CAPPED, 0.75)):
             for one in answer.candidates[name]:
                 assert one.sent_per_token == pytest.approx(copies, abs=0.05)
-        assert f"worth it; best placement {answer.best}: copies sent -5" in answer.sentence
+        assert f"{answer.verdict}; best placement {answer.best}: " in answer.sentence
+        assert ": copies sent -5" in answer.sentence
     assert "--policy fixed" in next_command(advice, trace.directory)
     few, filled = advice.warnings
     assert few == "20 held-out sequences are too few to trust: 30 are needed"
@@ -106,11 +118,17 @@ def test_the_verdict_is_that_of_the_best_plan_that_is_shown(tmp_path: Path) -> N
         sent = {name: found[0].sent_per_token for name, found in answer.candidates.items()}
         assert sent[GUARDED] == pytest.approx(1.5, abs=0.01)
         assert sent[CAPPED] == pytest.approx(0.75, abs=0.01)
-        assert (answer.verdict, answer.best) == ("worth it", CAPPED)
-        assert (
-            "worth it; best placement placed (cap 1.10): copies sent -" in answer.sentence
-        )
-    command = next_command(advice, trace.directory)
+        assert min(above_eplb(answer)) >= 0.03
+        assert (answer.verdict, answer.best) == (BUSIER, CAPPED)
+        assert f"{BUSIER}; best placement {CAPPED}: copies sent -" in answer.sentence
+    command = next_command(advice, trace.directory, ["--least-gain", "0.03"])
+    assert command == (
+        f"placer advise {trace.directory} --gpus-per-node 4 --policy fixed "
+        "--least-gain 0.03 --hardware h100 --model MODEL"
+    )
+    tolerant = advised(trace, replace(QUESTION, least_gain=0.4))
+    assert (tolerant.verdict, tolerant.best.best) == ("worth it", CAPPED)
+    command = next_command(tolerant, trace.directory)
     assert command is not None and "--max-imbalance 1.1 --relax-cap" in command
     even = advised(write(tmp_path / "even", partners())).best
     assert even.best == GUARDED, "there EPLB's load costs nothing"
@@ -184,7 +202,10 @@ def test_router_groups_stay_as_whole_as_the_next_command_leaves_them(
 
 
 def test_without_an_engine_both_usual_exchanges_are_answered(tmp_path: Path) -> None:
-    """All-gather gains nothing from partners on one rank, the all-to-all half."""
+    """All-gather gains nothing from partners on one rank, the all-to-all half.
+
+    In small batches a rank with partners is busier.
+    """
     trace = write(tmp_path / "t", partners())
     questions = [replace(QUESTION, engine=one) for one in usual_engines(1)]
     advice = advise_on_trace(trace, questions)
@@ -193,7 +214,7 @@ def test_without_an_engine_both_usual_exchanges_are_answered(tmp_path: Path) -> 
         ("default all-gather", "prefill"): "not worth it",
         ("default all-gather", "decode"): "not worth it",
         ("token all-to-all", "prefill"): "worth it",
-        ("token all-to-all", "decode"): "worth it",
+        ("token all-to-all", "decode"): BUSIER,
     }
     command = next_command(advice, trace.directory)
     assert command is not None
@@ -281,7 +302,9 @@ def test_where_placement_cannot_change_traffic_balance_is_judged(tmp_path: Path)
     assert all(CAPPED not in one.candidates for one in advice.answers)
     trace = write(tmp_path / "h", hot())
     advice = advised(trace, question)
-    assert advice.verdict == "balance only"
+    for answer in advice.answers:
+        does_as_well = max(above_eplb(answer)) >= 0
+        assert answer.verdict == ("EPLB does as well" if does_as_well else "balance only")
     assert "--objective balance" in next_command(advice, trace.directory)
 
 
@@ -445,16 +468,10 @@ def test_where_only_copies_fill_the_ranks_the_fewest_are_advised(
             "8 experts do not divide over 3 ranks: every placement, contiguous and EPLB's "
             "too, has 1 redundant expert"
         ) in advice.reasons
-        assert advice.verdict == "balance only"
         found = advice.best.candidates
-        if "eplb" in found:  # one hot expert: the same balance, which needs no plan
-            ratios = (
-                (one.straggler or 0) / (other.straggler or 1)
-                for one, other in zip(found[BALANCED], found["eplb"], strict=True)
-            )
-            is_as_good = np.mean(list(ratios)) >= 1
-            told = advice.best.sentence
-            assert told.endswith("; EPLB's own map is as good") == is_as_good
+        does_as_well = "eplb" in found and max(above_eplb(advice.best)) >= 0
+        assert advice.verdict == ("EPLB does as well" if does_as_well else "balance only")
+        if "eplb" in found:
             assert any("sends at least 3 % less than" in one for one in advice.reasons)
         command = next_command(advice, source)
         assert command is not None and "--redundant-experts 1" in command
