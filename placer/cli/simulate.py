@@ -189,7 +189,7 @@ def _show(judgement: "Judgement") -> None:
     figures = judgement.to_json()
     policies = deployable(judgement.policies, judgement.policy)
     placements = {**figures["baselines"], "plan": figures["policies"]}
-    print_table(*comparison_table(placements, policies, judgement.wire))
+    print_table(*comparison_table(placements, policies, judgement.wire, per_batch=False))
     for title, columns, rows in batch_tables(judgement):
         print_table(columns, rows, title)
     for line in fact_lines(judgement, policies):

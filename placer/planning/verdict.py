@@ -65,8 +65,7 @@ def _verdicts(judgement: Judgement) -> Iterator[str]:
                 if times(plan)
             ),
         ]
-        if not times(plan):
-            parts.append(_balance_words(plan, others))
+        parts.append(_balance_words(plan, others))
         yield f"{phase}: {'; '.join(parts)}"
 
 

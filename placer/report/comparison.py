@@ -17,14 +17,20 @@ PolicyFigures = Mapping[str, Mapping[str, Any]]
 
 _RATIO = "of contiguous"
 _IMBALANCE = "load_imbalance_mean"
+_PER_BATCH = ("straggler_mean", "bottleneck_rank_copies_per_token")
 # Below that, more copies are noise.
 _CLEARLY_MORE = 1.001
 # Two placements that are as even on the profile differ by about so much on other sequences.
+# An interval over sequences would need the load of each; `placer simulate` can be asked.
 _CLEARLY_BUSIER = 1.02
 
 
 def comparison_table(
-    placements: Mapping[str, PolicyFigures], policies: Sequence[str], wire: Wire
+    placements: Mapping[str, PolicyFigures],
+    policies: Sequence[str],
+    wire: Wire,
+    *,
+    per_batch: bool = True,
 ) -> tuple[tuple[str, ...], list[list[object]]]:
     """Return columns and rows, policy by policy.
 
@@ -39,9 +45,14 @@ def comparison_table(
         Which home policies to show; a placement without one is left out there.
     wire
         What crosses the wire.
+    per_batch
+        Whether to show figures of batches of 4,096 tokens; not beside a table of batches of
+        other sizes.
     """
     compared = {one: wire.compared(one) is not None for one in policies}
     columns = _columns(wire, policies, compared=any(compared.values()))
+    if not per_batch:
+        columns = [one for one in columns if one[1] not in _PER_BATCH]
     rows: list[list[object]] = []
     for policy in policies:
         base = placements.get("contiguous", {}).get(policy, {}) if compared[policy] else {}
@@ -111,7 +122,7 @@ def certificate_lines(plan: Plan) -> list[str]:
         lines.append(f"imbalance with the homes of the profile's tokens: {reached:.4f}")
     if report.predicted_imbalance is not None:
         lines.append(
-            "predicted imbalance, if homes of tokens are random: "
+            "imbalance to expect when serving, where homes of tokens are random: "
             f"{report.predicted_imbalance:.4f}"
         )
     if report.pairs is not None:
@@ -141,7 +152,8 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
         yield from _relaxed_line(plan)
     if plan.metrics["profile"] is None and "trace_sha256" in plan.provenance:
         yield (
-            "the time limit left no time to measure the plan: placer simulate PLAN TRACE"
+            "the time limit left no time to measure the plan: it may send as much as the "
+            "contiguous placement, or more. To compare: placer simulate PLAN TRACE"
         )
     elif plan.metrics["profile"] is None:
         yield "solved from counts, which hold no tokens: no held-out figures are shown"
@@ -152,8 +164,8 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
         yield warning
     if not plan.solver.reproducible:
         yield (
-            "stopped before choices, search and proof were finished: this is the best "
-            "plan so far, and it cannot be reproduced"
+            "stopped before choices, search and proof were finished: more time may find a "
+            "better plan, and this one cannot be reproduced"
         )
         measured = plan.metrics["profile"] is not None
         if measured and "eplb" not in plan.metrics["baselines"]:
@@ -221,10 +233,16 @@ def _ended_above_cap(plan: Plan) -> str | None:
     A search brings layers under it where experts have replicas, or the start is not free.
     Elsewhere what is out of reach is known before.
     """
-    asked, ended = plan.provenance, plan.solver.termination
+    asked = plan.provenance
     searched = plan.placement.has_replicas or asked.get("preserve_groups")
     if not plan.solver.relaxed_layers or not (searched or "start_map_sha256" in asked):
         return None
+    return _ended_early(plan)
+
+
+def _ended_early(plan: Plan) -> str | None:
+    """Say what ended the search before it was done, if anything did."""
+    ended = plan.solver.termination
     if ended == "time_limit":
         return "the time limit ended the search"
     return "Ctrl-C ended the search" if ended == "interrupted" else None
@@ -275,6 +293,8 @@ def _cost_line(plan: Plan) -> Iterator[str]:
             reason = "the busiest rank is kept at or below EPLB's load"
         if plan.provenance["objective"] == "balance":
             reason = "the solver only balanced the load"
+        elif (ended := _ended_early(plan)) is not None:
+            reason = f"{ended} when the plan did little more than balance the load"
         yield (
             f"{sent.words} per token and layer: {mine:.3f}. This is {' and '.join(more)}, "
             f"because {reason}"

@@ -330,6 +330,7 @@ def test_time_is_predicted_for_plan_and_baselines(make_trace, plan_of):
     (_, prefill), (_, decode) = verdict_lines([judged])
     assert prefill.startswith("prefill: copies sent 1.000 of contiguous's")
     assert "as fast as contiguous (layer +0.0 %" in prefill
+    assert "; busiest rank " in prefill, "with times too"
     assert decode.startswith("decode: ")
     titles = [title for title, _, _ in batch_tables(judged)]
     assert titles == [
@@ -383,6 +384,10 @@ def test_ratios_and_table_are_of_what_the_engine_sends(
     assert columns[2:4] == (heading, "of contiguous")
     assert [row[2] for row in rows] == [one["fixed"][metric] for one in value.values()]
     assert judged.to_json()["sent"] == metric
+    args = value, ["fixed"], judged.wire
+    fewer = comparison_table(*args, per_batch=False)[0]
+    left_out = [one for one in columns if one not in fewer]
+    assert left_out in (["straggler"], ["straggler", "bottleneck"]), "a table shows them"
 
 
 def test_low_latency_kernels_send_pairs_that_no_placement_changes(two_node_plan):

@@ -308,3 +308,8 @@ def test_more_copies_than_a_baseline_are_told_with_the_reason() -> None:
     assert said.endswith("because the solver only balanced the load")
     _, said = told(3.0, eplb_caps=(1.02,))
     assert said.endswith("because the busiest rank is kept at or below EPLB's load")
+    (said,) = told(3.0, termination="time_limit")
+    assert said.endswith(
+        "because the time limit ended the search when the plan did little more than "
+        "balance the load"
+    )
