@@ -276,7 +276,7 @@ class _Gains:
 
         Clearly is by the smallest saving that counts: less of it would save nothing either.
         """
-        return -float(np.mean(saved)) >= self.question.least_gain
+        return -float(np.mean(saved)) > self.question.least_gain
 
     def words(self, name: str) -> str:
         """Say what changes from contiguous to a plan, and from EPLB's placement."""
@@ -354,7 +354,7 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
     if asked[0].hardware is None:
         reasons.append(
             f"worth it: sends at least {least} less than contiguous, and less than EPLB; "
-            f"the busiest rank has less than {least} more load than EPLB's. If it has "
+            f"the busiest rank has at most {least} more load than EPLB's. If it has "
             "more: give --hardware to decide by predicted time. balance only: that load "
             f"is at least {least} below contiguous's, and below EPLB's"
         )

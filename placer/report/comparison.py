@@ -20,6 +20,8 @@ _IMBALANCE = "load_imbalance_mean"
 _PER_BATCH = ("straggler_mean", "bottleneck_rank_copies_per_token")
 # Below that, more copies are noise.
 _CLEARLY_MORE = 1.001
+# A plan that sends this much of contiguous's saves next to nothing.
+_LITTLE_SAVED = 0.98
 # Two placements that are as even on the profile differ by about so much on other sequences.
 # An interval over sequences would need the load of each; `placer simulate` can be asked.
 _CLEARLY_BUSIER = 1.02
@@ -173,6 +175,7 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
                 "the time limit left no time to measure all baselines; to compare with "
                 "them: placer simulate PLAN TRACE"
             )
+    yield from _little_saved_line(plan)
     yield from _homes_line(plan)
     yield from _overload_line(plan)
     cap, profile = plan.provenance["max_home_imbalance"], plan.metrics["profile"]
@@ -293,11 +296,28 @@ def _cost_line(plan: Plan) -> Iterator[str]:
             reason = "the busiest rank is kept at or below EPLB's load"
         if plan.provenance["objective"] == "balance":
             reason = "the solver only balanced the load"
-        elif (ended := _ended_early(plan)) is not None:
-            reason = f"{ended} when the plan did little more than balance the load"
+        elif _ended_early(plan) is not None:
+            reason += ", and solving was stopped early"
         yield (
             f"{sent.words} per token and layer: {mine:.3f}. This is {' and '.join(more)}, "
             f"because {reason}"
+        )
+
+
+def _little_saved_line(plan: Plan) -> Iterator[str]:
+    """Say where a plan for traffic was stopped before it saved any."""
+    own = plan.metrics["heldout"] or plan.metrics["profile"]
+    sent = Wire.of(plan, plan.engine).compared(plan.policy)
+    base = plan.metrics["baselines"].get("contiguous", {}).get(plan.policy)
+    if own is None or sent is None or base is None or not base[sent.metric]:
+        return
+    ratio = own[plan.policy][sent.metric] / base[sent.metric]
+    is_balanced = plan.provenance["objective"] == "balance"
+    if ratio > _LITTLE_SAVED and not is_balanced and _ended_early(plan) is not None:
+        yield (
+            "stopped early, and the plan does little more than balance the load: "
+            f"{sent.words} {ratio:.3f} of contiguous's. More time may save more: give a "
+            "higher --time-limit, or none"
         )
 
 

@@ -309,7 +309,25 @@ def test_more_copies_than_a_baseline_are_told_with_the_reason() -> None:
     _, said = told(3.0, eplb_caps=(1.02,))
     assert said.endswith("because the busiest rank is kept at or below EPLB's load")
     (said,) = told(3.0, termination="time_limit")
-    assert said.endswith(
-        "because the time limit ended the search when the plan did little more than "
-        "balance the load"
-    )
+    assert said.endswith("because the load cap is 1.1, and solving was stopped early")
+
+
+def test_a_plan_that_was_stopped_before_it_saved_any_traffic_says_so() -> None:
+    plan = unsolved_plan(ModelSpec(num_experts=(4,), top_k=1), contiguous((4,), 2))
+
+    def told(copies: float, termination: str, objective: str = "traffic") -> list[str]:
+        one, other = (
+            {"fixed": {"remote_rank_copies_per_token": c, "load_imbalance_mean": 1.0}}
+            for c in (copies, 3.0)
+        )
+        metrics = {"profile": one, "heldout": None, "baselines": {"contiguous": other}}
+        asked = plan.provenance | {"objective": objective, "max_home_imbalance": None}
+        solver = msgspec.structs.replace(plan.solver, termination=termination)
+        found = replace(plan, metrics=metrics, provenance=asked, solver=solver)
+        return [line for line in plan_warnings(found) if "little more than" in line]
+
+    (said,) = told(2.985, "time_limit")
+    assert "copies sent 0.995 of contiguous's. More time may save more" in said
+    assert len(told(2.985, "interrupted")) == 1
+    assert told(2.9, "time_limit") == told(2.985, "step_limit") == []
+    assert told(2.985, "time_limit", "balance") == []
