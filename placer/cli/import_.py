@@ -36,6 +36,18 @@ _LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads", "load-matrix")
 _KEYED = ("csv", "jsonl", "json-requests")
 _MAP = "-map"
 _MAP_FORMATS = tuple(f"{name}{_MAP}" for name in MAPS)
+_KNOWN = (*_FORMATS, *_LOAD_FORMATS, *_MAP_FORMATS)
+
+
+def _require_order(context: typer.Context, file: Path) -> Path:
+    """Refuse a file and a format in each other's place."""
+    given = context.params.get("format_")
+    if str(file) in _KNOWN and given not in _KNOWN:
+        raise UsageError(
+            f"{given} is not a format, but {file} is: the format comes first",
+            f"placer import {file} {given} --out OUT",
+        )
+    return file
 
 
 def import_(
@@ -48,7 +60,10 @@ def import_(
             f"Maps: {', '.join(_MAP_FORMATS)}.",
         ),
     ],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to read.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="The file to read.", callback=_require_order),
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", help="The trace directory, affinity file or plan to write."),
@@ -159,7 +174,7 @@ def import_(
         options = _options(model, num_experts, skip_layers)
         facts = _import_tokens(format_, file, out, options, keys)
     else:
-        known = ", ".join((*_FORMATS, *_LOAD_FORMATS, *_MAP_FORMATS))
+        known = ", ".join(_KNOWN)
         raise UsageError(f"format {format_!r} is not known", f"known formats: {known}")
     if as_json:
         print_json(facts)

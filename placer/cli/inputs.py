@@ -3,8 +3,9 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ _OUTPUTS = ("out", "html")
 # These may be names of the Hugging Face hub.
 _MODELS = ("model", "original", "path")
 _EXAMPLE_WIDTH = 74
+# The share of letters that two names have in common, as difflib counts it.
+_ALIKE = 0.8
+_MOST_ALIKE = 3
 # The kinds (placer.run.kinds) that a path may be, by what the help calls it. Of others,
 # such as the folder that verify compares, the command itself says what is wrong.
 _KINDS = {
@@ -56,57 +60,102 @@ class InputCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Look for the inputs, then run."""
-        for name, path in _inputs(ctx):
-            if path.exists():
+        inputs = list(_inputs(ctx))
+        for one in inputs:
+            if one.path.exists():
                 continue
-            if name in _MODELS:
+            if one.name in _MODELS:
                 from placer.model.config_file import require_downloaded
 
-                require_downloaded(path)
-            raise PlacerError(f"{path} does not exist", _near(path))
-        _require_kinds(ctx)
+                require_downloaded(one.path)
+            raise PlacerError(f"{one.path} does not exist", _near(one))
+        _require_kinds(ctx, inputs)
         return super().invoke(ctx)
 
 
-def _inputs(ctx: Any) -> Iterator[tuple[str, Path]]:
-    for name, value in ctx.params.items():
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """A path that the command reads.
+
+    Attributes
+    ----------
+    name
+        Of the parameter in the code.
+    path
+        What was given.
+    kinds
+        What it may be (:data:`placer.run.kinds.KINDS`), empty where that is not known.
+    is_argument
+        Whether its place says what it is, so that it may be swapped with another.
+    """
+
+    name: str
+    path: Path
+    kinds: tuple[str, ...]
+    is_argument: bool
+
+
+def _inputs(ctx: Any) -> Iterator[_Input]:
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name)
+        kinds = _kinds(str(parameter.metavar).strip("[]"), ctx.params)
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(one, Path) and name not in _OUTPUTS:
-                yield name, one
+            if isinstance(one, Path) and parameter.name not in _OUTPUTS:
+                is_argument = parameter.param_type_name == "argument"
+                yield _Input(parameter.name, one, kinds, is_argument)
 
 
-def _require_kinds(ctx: Any) -> None:
-    """Refuse arguments of another kind, such as swapped ones, and say the right order."""
-    from placer.run.kinds import require_kind
+def _kinds(word: str, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kinds that help calls ``word``, with the options that are given."""
+    if word == "TRACE" and given.get("merge"):
+        return ("affinity",)
+    if word == "PLAN" and given.get("inverse"):
+        return ("export", "checkpoint")
+    if word == "PLAN" and given.get("target") == "ktransformers":
+        return ("plan", "affinity")
+    return _KINDS.get(word, ())
 
-    wanted = [
-        (one.name, str(one.metavar).strip("[]"))
+
+def _require_kinds(ctx: Any, inputs: Sequence[_Input]) -> None:
+    """Refuse inputs of another kind, such as swapped ones, and say the right order."""
+    from placer.placement.engine_map import require_no_map_as
+    from placer.run.kinds import named, require_kind
+
+    words = [
+        str(one.metavar).strip("[]")
         for one in ctx.command.params
         if one.param_type_name == "argument"
     ]
-    order = f"the order is: {ctx.command_path} {' '.join(word for _, word in wanted)}"
-    for name, word in wanted:
-        kinds = _KINDS.get(word, ())
-        if word == "TRACE" and ctx.params.get("merge"):
-            kinds = ("affinity",)
-        if word == "PLAN" and ctx.params.get("inverse"):
-            kinds = ("export", "checkpoint")
-        if word == "PLAN" and ctx.params.get("target") == "ktransformers":
-            kinds = ("plan", "affinity")
-        value = ctx.params[name]
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if kinds and isinstance(one, Path):
-                require_kind(one, kinds, order)
+    order = f"the order is: {ctx.command_path} {' '.join(words)}"
+    for one in inputs:
+        if one.kinds and one.is_argument:
+            require_kind(one.path, one.kinds, order)
+        if "trace" in one.kinds:
+            require_no_map_as(one.path, named(one.kinds))
 
 
-def _near(path: Path) -> str:
-    """Suggest similar names in the same folder, or how to look."""
-    folder = path.parent
+def _near(missing: _Input) -> str:
+    """Suggest names in the same folder that are alike, or how to look."""
+    from placer.run.kinds import kind_of
+
+    folder = missing.path.parent
     while not folder.exists():
         folder = folder.parent
-    sought = path.relative_to(folder).parts[0]
-    names = [one.name for one in folder.iterdir()] if folder.is_dir() else []
-    names = [name for name in names if name != sought]  # a link to nothing
-    if alike := get_close_matches(sought, sorted(names)):
-        return f"did you mean {' or '.join(str(folder / name) for name in alike)}?"
+    sought = missing.path.relative_to(folder).parts[0]
+    alike = [
+        str(one)
+        for one in sorted(folder.iterdir() if folder.is_dir() else ())
+        if one.name != sought  # it may be a link to nothing
+        and _is_alike(sought, one.name)
+        and (not missing.kinds or kind_of(one) in (None, *missing.kinds))
+    ]
+    if alike:
+        return f"did you mean {' or '.join(alike[:_MOST_ALIKE])}?"
     return f"check the path: ls -l {folder}"
+
+
+def _is_alike(sought: str, name: str) -> bool:
+    """Return whether one name may be meant by the other: a typing error or no suffix."""
+    one, other = Path(sought), Path(name)
+    likeness = SequenceMatcher(None, one.stem, other.stem).ratio()
+    return likeness == 1 or (one.suffix == other.suffix and likeness >= _ALIKE)

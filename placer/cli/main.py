@@ -27,12 +27,14 @@ from placer.cli.simulate import simulate
 from placer.cli.solve import solve
 from placer.cli.tables import tables
 from placer.cli.trace import trace_app
+from placer.cli.usage import UsageGroup
 from placer.cli.verify import verify
 from placer.errors import PlacerError
 from placer.run.worker import fails_first
 
 app = typer.Typer(
     name="placer",
+    cls=UsageGroup,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

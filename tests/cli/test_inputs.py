@@ -1,10 +1,14 @@
 """A missing input is the first thing that is told, whatever else is wrong."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from placer.cli.main import main
+from placer.trace import Trace
+
+Captured = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +53,40 @@ def test_a_link_to_nothing_is_not_offered_for_itself(
     assert capsys.readouterr().err == (
         f"placer: {link} does not exist\nhint: check the path: ls -l {tmp_path}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("sought", "present", "meant"),
+    [
+        ("nofile.txt", "before.txt", False),
+        ("plans.json", "plan.json", True),
+        ("plan", "plan.json", True),
+        ("plam.json", "plan.toml", False),
+    ],
+)
+def test_only_names_that_are_alike_are_offered(
+    sought: str, present: str, meant: bool, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / present).touch()
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / sought)])
+    assert (present in capsys.readouterr().err) == meant
+
+
+def test_a_file_of_another_kind_is_not_offered(
+    make_trace: Callable[..., Trace], tmp_path: Path, capsys: Captured
+) -> None:
+    trace = make_trace().directory
+    trace.rename(tmp_path / "demo1")
+    plan = tmp_path / "demo2"
+    plan.write_text('{"physical_to_logical_map": [], "solver": {}}')
+    with pytest.raises(SystemExit):
+        main(["advise", str(tmp_path / "demo"), "--gpus-per-node", "2"])
+    told = capsys.readouterr().err
+    assert f"did you mean {tmp_path / 'demo1'}?" in told
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "demo"), str(tmp_path / "demo1")])
+    assert f"did you mean {plan}?" in capsys.readouterr().err
 
 
 def test_a_folder_without_names_alike_is_listed(

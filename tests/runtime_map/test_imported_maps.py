@@ -307,6 +307,42 @@ def test_a_map_in_the_place_of_a_plan_is_answered_with_its_import(
     assert f"placer import {name}-map {path} --nodes N --gpus-per-node M --out PLAN" in told
 
 
+@pytest.mark.parametrize("name", MAPS_OF_ENGINES)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "solve MAP --gpus-per-node 2 --out new",
+        "advise MAP --gpus-per-node 2",
+        "trace links MAP",
+        "replay MODEL MODEL --trace MAP",
+    ],
+)
+def test_a_map_in_the_place_of_a_trace_is_called_a_map(
+    name: str, line: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suffix, text = MAPS_OF_ENGINES[name]
+    path = tmp_path / f"map{suffix}"
+    path.write_text(text)
+    words = [{"MAP": path, "MODEL": model}.get(word, word) for word in line.split()]
+    if "--trace" in words:
+        words[1] = tmp_path / "plan"
+        words[1].touch()
+    assert run(*words) == 1
+    told = capsys.readouterr().err
+    assert f"{path} is an engine's map ({name}-map), not a trace" in told
+    assert f"placer import {name}-map {path} --nodes N --gpus-per-node M --out PLAN" in told
+
+
+@pytest.mark.parametrize("name", ["counts.json", "rows.csv", "dump.pt"])
+def test_what_may_be_loads_is_not_called_a_map(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text("[[3, 4], [1, 0]]")
+    assert run("advise", path, "--gpus-per-node", 2) == 1
+    assert "map" not in capsys.readouterr().err.replace(str(path), "")
+
+
 ROWS = {3: [7, 2, 0, 3, 5, 6, 1, 4], 4: [7, 2, 0, 3, 5, 6, 1, 4]}
 ALIKE = dict.fromkeys(ROWS, ROWS[3])  # PyYAML writes the second as an alias of the first
 FILE = {"num_slots": 8, "layer_updates_per_iter": 0, "initial_global_assignments": ALIKE}
