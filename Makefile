@@ -11,16 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)/.deepspeed build/engines/vllm/.installed build/engines/sglang/.installed
-GENERATED := README.md docs/cli.md docs/families.md docs/engines.md docs/start/tutorial.md \
-    $(addprefix docs/guides/,record.md sglang.md vllm.md tensorrt-llm.md transformers.md \
-    slow-networks.md balance.md)
+GENERATED := README.md docs/cli.md docs/families.md docs/engines.md
 COG := $(BIN)/cog -I docs --verbosity=1
-# A dead link, or a page that no other lists, is an error.
-SITE := $(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs . build/site
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-engines fuzz faults bytes stress mutants check bench bench-network docs reproduce notebooks demo-model demo-traces clean
+.PHONY: help demo test test-engines test-reports fuzz faults bytes stress mutants check bench bench-network docs reproduce notebooks demo-model demo-traces clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -37,6 +33,9 @@ test: $(INSTALLED)  ## Run the tests
 test-engines: $(ENGINES)  ## Install real engines, run the tests in which they serve an export
 	@$(BIN)/python -m pytest tests/engines
 
+test-reports: $(INSTALLED) build/browser/.installed  ## Install headless Chromium, open every report in it
+	@$(BIN)/python -m pytest tests/report/test_pages.py
+
 faults: $(INSTALLED)  ## Kill every writer, let each of its calls fail, at every moment (an hour)
 	@PLACER_FAULTS=all $(BIN)/python -m pytest tests/faults
 
@@ -49,7 +48,7 @@ stress: $(INSTALLED)  ## Measure 5 million tokens and 200,000 tensors (8 GB of m
 mutants: $(INSTALLED)  ## Change the code in one place at a time: a test must fail (hours)
 	@$(BIN)/python tests/mutation/mutate.py
 
-check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, documentation, notebooks
+check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated documentation, notebooks
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -59,7 +58,6 @@ check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, documentatio
 	@$(BIN)/python docs/check_words.py
 	@$(COG) --check --diff --check-fail-msg='Write it anew: make docs' $(GENERATED)
 	@$(BIN)/nbstripout --verify $(NOTEBOOKS)
-	@$(SITE)
 
 # First a planted fault must be found. Then half of the time structured mutation of every
 # reader, half of it coverage-guided: the five that parse bytes or JSON first. Fixed seeds.
@@ -77,9 +75,8 @@ bench: $(INSTALLED)  ## Measure: see tests/benchmarks
 bench-network: $(INSTALLED)  ## Measure on emulated networks, which takes root
 	@$(BIN)/python -m pytest -s -rs tests/benchmarks/bench_network*.py
 
-docs: $(INSTALLED)  ## Run the commands that the documentation shows, build build/site
+docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
 	@$(COG) -r $(GENERATED)
-	@$(SITE)
 
 reproduce: $(INSTALLED)  ## Solve and judge what the README's table says (3 minutes)
 	@$(BIN)/python docs/reproduce.py
@@ -127,6 +124,16 @@ build/engines/vllm/.installed: tests/engines/vllm.txt
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement $<
+	@touch $@
+
+# Chromium comes as an npm package, and is only unpacked: nothing runs outside this folder.
+build/browser/.installed: tests/report/browser.txt tests/report/browser.npm tests/report/unpack_browser.py $(INSTALLED)
+	@rm -rf $(@D)
+	@mkdir -p $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D)/python \
+	    --requirement $<
+	@cd $(@D) && npm pack --silent "$$(cat $(CURDIR)/tests/report/browser.npm)" >/dev/null
+	@$(BIN)/python tests/report/unpack_browser.py $(@D)
 	@touch $@
 
 # Unpacked only, so the Python and the machine that it was built for do not matter.

@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 HERE = Path(__file__).resolve().parent
-EXTRAS = ("record", "html", "ray", "baselines")
+EXTRAS = ("record", "ray", "baselines")
 HEAD = """# Licences of dependencies
 
 placer is under the Apache License 2.0 and contains no code of others. What it needs is

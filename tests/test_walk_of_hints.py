@@ -56,7 +56,7 @@ SCENARIOS = [
     "import sglang-map SERVED.json --out NEW",
     "import csv-map MAP.json --gpus-per-node 4 --out NEW",
     "import npz ROWS.npz --out NEW",
-    "inspect TRACE --load TRACE",
+    "inspect TRACE TRACE",
     "trace dedup TRACE --out NEW",
 ]
 

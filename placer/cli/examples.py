@@ -58,7 +58,7 @@ EXAMPLES = {
     "check": ("placer check plan.json trace-of-today",),
     "inspect": (
         "placer inspect trace",
-        "placer inspect plan.json --load trace --html report.html",
+        "placer inspect plan.json trace --html report.html",
     ),
     "demo": ("placer demo --out placer-demo",),
     "validate": ("placer trace validate trace",),

@@ -13,6 +13,7 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_table,
+    warn,
 )
 
 
@@ -21,9 +22,19 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A trace, affinity file, plan, table or checkpoint."
+            metavar="PATH",
+            help="A trace, affinity file, plan, folder of plans, table, checkpoint, export "
+            "record, engine's map, or what simulate or trace learning prints with --json.",
         ),
     ],
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[TRACE|AFFINITY|PLAN]...",
+            help="With a plan: a trace or affinity file to show it on, and plans to "
+            "compare it with. Sequences of the trace that it was solved on are left out.",
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -31,39 +42,32 @@ def inspect(
             help="Also write a report with charts: one HTML file that works offline.",
         ),
     ] = None,
-    load: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TRACE|AFFINITY",
-            help="With a plan: show the load of its ranks on this trace or affinity file.",
-        ),
-    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a trace, affinity file, plan, table or checkpoint."""
-    from placer.report.artifact import open_artifact
-    from placer.report.html import write_html
+    """Show what a file or folder holds, the answer first."""
+    from placer.report.artifact import open_beside
+    from placer.report.html import write_page
     from placer.report.inspect import summarize
-    from placer.report.load import load_for
 
     if html is not None:
-        claim(context, html, [path, load], force=force, kinds=[])
-    artifact = open_artifact(path)
-    counted = None if load is None else load_for(artifact, path, load)
+        claim(context, html, [path, *(others or [])], force=force, kinds=[])
+    summary = summarize(open_beside(path, others or []))
     if html is not None:
-        write_html(html, path.name, artifact, counted)
+        write_page(html, path.name, summary)
         note(f"report written to {html}")
-    summary = summarize(artifact, counted)
     if as_json:
         print_json(summary.to_json())
         return
     print_line(f"{summary.kind} {path.name}")
+    print_line(summary.headline.verdict)
+    for text in summary.headline.misleading:
+        warn(text)
     facts = summary.flat_facts()
     width = max(map(len, facts))
     for name, value in facts.items():
         print_line(f"  {name:<{width}}  {_plain(value)}")
-    for section in summary.sections:
+    for section in summary.tables:
         print_line("")
         print_table(section.columns, section.rows, title=section.title)
 

@@ -18,7 +18,8 @@ from placer.placement.policy import Policy
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
-from placer.report.html import write_html
+from placer.report.html import write_page
+from placer.report.inspect import summarize
 from placer.run.session import Session
 from placer.run.writing import claimed
 from placer.runtime_map.maps import export_map
@@ -117,7 +118,7 @@ def _walk(model: Path, out: Path, say: Say) -> DemoReport:
     texts = [one.text for one in documents("heldout")]
     verification = verify(model, checkpoint, plan_path, texts, VERIFIED_TOKENS)
     say(f"placer inspect {plan_path} --html {out / 'report.html'}")
-    write_html(out / "report.html", plan_path.name, plans["fixed"], affinity.load)
+    write_page(out / "report.html", plan_path.name, summarize(plans["fixed"]))
     return DemoReport(
         figures=figures,
         verification=verification,

@@ -32,7 +32,7 @@ from placer.simulation.batch_figures import (
     break_evens,
     filled_warning,
 )
-from placer.simulation.cost import BreakEven, ExpertShape, cost_model
+from placer.simulation.cost import BreakEven, ExpertShape, cost_model, slowest_link
 from placer.simulation.metrics import PolicyMetrics, PolicyTally
 from placer.simulation.sent import NODE_COPIES, PAIRS, RANK_COPIES, Sent, Wire
 from placer.simulation.simulate import count
@@ -144,6 +144,8 @@ class Judgement:
             "sequences": self.num_sequences,
             "replica_choice": self.serving.replica_choice,
             "engine": None if self.serving.engine is None else self.serving.engine.name,
+            "policy": self.policy,
+            "bandwidth_gb_per_s": self._bandwidth(),
             "batches": {
                 name: [one.to_json() for one in figures]
                 for name, figures in self.batches.items()
@@ -160,6 +162,13 @@ class Judgement:
             },
             "warnings": list(self.warnings),
         }
+
+    def _bandwidth(self) -> float | None:
+        """Return GB/s of the link that break-evens are of, where hardware is named."""
+        hardware = self.serving.hardware
+        if hardware is None:
+            return None
+        return round(slowest_link(hardware, self.wire.num_nodes).bandwidth / 1e9, 3)
 
     def bytes_per_token(self) -> dict[str, dict[str, float]] | None:
         """Return bytes per token and layer: by placement, then way and link class.

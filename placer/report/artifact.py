@@ -1,13 +1,26 @@
 """Opening a file or directory of placer, recognised by its content."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from placer.affinity import Affinity
-from placer.errors import PlacerError
+from placer.checkpoint.record import ExportRecord
+from placer.checkpoint.source import RECORD_NAME
+from placer.errors import PlacerError, UsageError
+from placer.model import require_same_model
 from placer.model.config_file import CONFIG_NAME, PARAMS_NAME, require_downloaded
 from placer.placement import Plan
-from placer.placement.engine_map import require_no_map
+from placer.planning.frontier import TABLE_NAME
+from placer.report.beside import (
+    Beside,
+    beside_on_counts,
+    beside_on_trace,
+    beside_recorded,
+    heldout_of,
+    require_comparable,
+)
 from placer.report.checkpoint import Checkpoint
+from placer.report.results import EngineMap, Frontier, Result, result_of_json
 from placer.report.statistics import TraceStatistics
 from placer.run.documents import read_json
 from placer.run.files import read_bytes
@@ -15,16 +28,17 @@ from placer.run.kinds import placer_metadata, safetensors_header
 from placer.table import Table
 from placer.trace import Trace
 
-Artifact = TraceStatistics | Affinity | Plan | Table | Checkpoint
+Artifact = TraceStatistics | Affinity | Plan | Beside | Table | Checkpoint | Result
 
 _EXPECTED = (
     "expected a trace directory (trace.json), a checkpoint directory (config.json), "
-    "plan.json, an affinity or a table"
+    "plan.json, a folder of plans (frontier.csv), an affinity, a table, an engine's map, "
+    "placer.json of an export, or what simulate or trace learning prints with --json"
 )
 
 
 def open_artifact(path: Path) -> Artifact:
-    """Read a trace, affinity, plan, table or checkpoint.
+    """Read what placer writes, an engine's map or a checkpoint.
 
     Raises
     ------
@@ -34,13 +48,16 @@ def open_artifact(path: Path) -> Artifact:
     require_downloaded(path)
     if not path.exists():
         raise PlacerError(f"{path} does not exist", f"check the path: ls -l {path.parent}")
-    require_no_map(path)
-    return _open_directory(path) if path.is_dir() else _open_file(path)
+    if path.is_dir():
+        return _open_directory(path)
+    return EngineMap.read(path) or _open_file(path)
 
 
 def _open_directory(path: Path) -> Artifact:
     if (path / "trace.json").is_file():
         return TraceStatistics.of(Trace(path))
+    if (path / TABLE_NAME).is_file():
+        return Frontier.read(path)
     if any((path / name).is_file() for name in (CONFIG_NAME, PARAMS_NAME)):
         return Checkpoint.read(path)
     if (path / "journal.json").is_file():
@@ -79,9 +96,63 @@ def _open_json(path: Path) -> Artifact:
     value = read_json(path, "file")
     if "physical_to_logical_map" in value:
         return Plan.read(path)
+    if path.name == RECORD_NAME and "permutation" in value:
+        return ExportRecord.read(path.parent)
     if path.name in ("trace.json", "config.json"):
         raise PlacerError(
             f"{path} is the header of a directory",
             f"name the directory: placer inspect {path.parent}",
         )
-    raise PlacerError(f"{path} is JSON, but not a plan", _EXPECTED)
+    result = result_of_json(path)
+    if result is None:
+        raise PlacerError(f"{path} is JSON, but not a plan", _EXPECTED)
+    return result
+
+
+def open_beside(path: Path, others: Sequence[Path]) -> Artifact:
+    """Read an artifact; with a plan, also what it is shown on and compared with.
+
+    Parameters
+    ----------
+    path
+        What to look at.
+    others
+        With a plan: plans to compare with, and at most one trace or affinity file.
+
+    Raises
+    ------
+    UsageError
+        If they do not belong together.
+    PlacerError
+        If one is damaged, or they are of different models.
+    """
+    first = open_artifact(path)
+    if not others:
+        return first
+    plans, counted = [], []
+    for other in others:
+        found = Trace(other) if (other / "trace.json").is_file() else open_artifact(other)
+        if isinstance(found, Plan):
+            plans.append((other, found))
+        elif isinstance(found, Trace | Affinity):
+            counted.append((other, found))
+    if not isinstance(first, Plan) or len(plans) + len(counted) < len(others):
+        raise UsageError(
+            f"{others[0]} cannot be used with {path}: only a plan is shown on a trace or "
+            "an affinity file, or compared with plans",
+            "placer inspect PLAN TRACE",
+        )
+    if len(counted) > 1:
+        raise UsageError(
+            f"{counted[0][0]} and {counted[1][0]}: a plan is shown on one of them",
+            "placer inspect PLAN TRACE",
+        )
+    require_comparable([(path, first), *plans])
+    named = {other.name: plan for other, plan in plans}
+    if not counted:
+        return beside_recorded(first, named)
+    ((source, tokens),) = counted
+    require_same_model(first.model, str(path), tokens.model, str(source))
+    if isinstance(tokens, Affinity):
+        return beside_on_counts(first, named, tokens)
+    return beside_on_trace(first, named, tokens, heldout_of(first, tokens))

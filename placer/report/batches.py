@@ -187,7 +187,8 @@ def _balance_row(name: str, one: BatchFigures) -> list[object]:
 
 def _time_row(name: str, one: BatchFigures) -> list[object]:
     time = {} if one.time is None else one.time.to_json()
-    return [name, *_shape(one), *map(_rounded, time.values())]
+    shown = [value for key, value in time.items() if key != "latency_us"]
+    return [name, *_shape(one), *map(_rounded, shown)]
 
 
 def _rounded(microseconds: float) -> Decimal:

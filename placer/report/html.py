@@ -1,45 +1,31 @@
-"""The report: one HTML file with everything in it, which needs no network."""
+"""The report: one HTML file with everything in it, which needs no network and no script."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from placer import __version__
-from placer.arrays import IntArray
-from placer.report.artifact import Artifact
-from placer.report.figures import Drawing, draw, require_plotly
-from placer.report.inspect import Section, Summary, summarize
+from placer.report.chart import Chart, Section
+from placer.report.headline import Tile
+from placer.report.summary import Summary
+from placer.report.svg import drawn
 from placer.run.writing import atomic_file
 
-_CONFIG = {"displaylogo": False, "responsive": True}
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  color: #222; background: #fff; max-width: 1080px; margin: 0 auto;
-  padding: 24px 20px 64px; }
-h1 { font-size: 26px; margin: 0 0 4px; }
-h2 { font-size: 19px; margin: 40px 0 4px; }
-p { margin: 4px 0 12px; max-width: 72ch; color: #444; }
-nav { margin: 12px 0 24px; }
-nav a { margin-right: 16px; color: #0072b2; text-decoration: none; white-space: nowrap; }
-nav a:hover { text-decoration: underline; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #e6e6e6; }
-thead th { border-bottom: 2px solid #999; font-weight: 600; }
-td.number, th.number { text-align: right; }
-.facts th { font-weight: 500; color: #555; white-space: nowrap; }
-.facts td { overflow-wrap: anywhere; }
-footer { margin-top: 48px; color: #777; font-size: 13px; }
-"""
+# The chart that belongs to the top screen.
+_FIRST = "comparison"
+# Drawn, as not every font has one.
+_ARROW = (
+    '<svg class="arrow" role="img" aria-label="to" viewBox="0 0 20 12">'
+    '<path d="M1 6h16M12 1l5 5-5 5"/></svg>'
+)
+# Longer tables are folded.
+_MOST_ROWS = 8
 
 
-def write_html(
-    path: Path, name: str, artifact: Artifact, load: Sequence[IntArray] | None = None
-) -> None:
-    """Draw an artifact to one HTML file: the same artifact gives the same bytes.
+def write_page(path: Path, name: str, summary: Summary) -> None:
+    """Write one HTML file: the same content gives the same bytes.
 
     Parameters
     ----------
@@ -47,64 +33,119 @@ def write_html(
         Where to write.
     name
         What the page calls the artifact, such as its file name.
-    artifact
-        What to draw.
-    load
-        L arrays ``[E]``: for a plan, the pairs per expert whose rank loads are drawn.
-
-    Raises
-    ------
-    PlacerError
-        If plotly is not installed.
+    summary
+        What it shows.
     """
-    require_plotly()
-    text = page(name, summarize(artifact, load), draw(artifact, load))
+    text = page(name, summary)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def page(name: str, summary: Summary, drawings: Sequence[Drawing]) -> str:
-    """Return the whole page, with plotly's script in it once."""
-    from plotly.offline import get_plotlyjs
-
-    links = "".join(
-        f'<a href="#{drawing.name}">{escape(drawing.title)}</a>' for drawing in drawings
-    )
-    title = f"{summary.kind} {name}"
-    sections = "".join(_section(section) for section in summary.sections)
+def page(name: str, summary: Summary) -> str:
+    """Return the whole page: what matters first, how it was made last."""
+    title = escape(f"{summary.kind} {name}")
+    style = files("placer.report").joinpath("page.css").read_text(encoding="utf-8")
+    first = [chart for chart in summary.charts if chart.name == _FIRST]
+    rest = [chart for chart in summary.charts if chart.name != _FIRST]
+    links = "".join(f'<a href="#{one.name}">{escape(one.title)}</a>\n' for one in rest)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-<script>{get_plotlyjs()}</script>
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
-<nav>{links}</nav>
+<header>
+<h1>{title}</h1>
+<p class="verdict">{_sentence(summary.headline.verdict)}</p>
+{"".join(_banner(text) for text in summary.headline.misleading)}
+{_tiles(summary.headline.tiles)}
+{"".join(map(_chart, first))}
+</header>
+<nav aria-label="Charts">
+{links}<a href="#run-details">Run details</a>
+</nav>
+<main>
+{"".join(map(_chart, rest))}
+{"".join(map(_section, summary.sections))}
+<section class="wide">
+<h2 id="run-details">Run details</h2>
+<details><summary>Where this comes from</summary>
 {_facts(summary)}
-{"".join(_figure(drawing) for drawing in drawings)}
-{sections}
+</details>
+</section>
+</main>
 <footer>placer {__version__}. This page holds all of its data and needs no network.</footer>
 </body>
 </html>
 """
 
 
-def _facts(summary: Summary) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>\n"
-        for name, value in summary.flat_facts().items()
-        if value is not None
+def _banner(text: str) -> str:
+    return f'<p class="banner"><strong>Careful:</strong> {_sentence(text)}</p>\n'
+
+
+def _sentence(text: str) -> str:
+    """Keep numbers and their unit on one line."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
+def _tiles(tiles: tuple[Tile, ...]) -> str:
+    return f'<dl class="tiles">\n{"".join(map(_tile, tiles))}</dl>'
+
+
+def _tile(tile: Tile) -> str:
+    before = ""
+    if tile.before is not None:
+        before = f'<span class="before">{number(tile.before)}</span> {_ARROW} '
+    return (
+        f"<div><dt>{escape(tile.title)}</dt>"
+        f'<dd class="value">{before}<b>{number(tile.after)}</b></dd>'
+        f'<dd class="unit">{escape(tile.unit)}</dd></div>\n'
     )
-    return f'<table class="facts"><tbody>\n{rows}</tbody></table>\n'
+
+
+def _chart(chart: Chart) -> str:
+    wide = ' class="wide"' if len(chart.panels) > 1 else ""
+    return (
+        f'<section{wide}>\n<h2 id="{chart.name}">{escape(chart.title)}</h2>\n'
+        f"<p>{escape(chart.reading)}</p>\n"
+        f'<p class="unit">Unit: {escape(chart.unit)}. '
+        f"Baseline: {escape(chart.baseline)}.</p>\n"
+        f'<div class="panels">\n{"".join(_panels(chart))}</div>\n'
+        f"{'' if chart.table is None else _folded(chart.table)}</section>\n"
+    )
+
+
+def _panels(chart: Chart) -> Iterator[str]:
+    for title, panel in chart.panels:
+        heading = f"<h3>{escape(title)}</h3>" if title else ""
+        yield f'<div class="panel">{heading}{drawn(panel, title or chart.title)}</div>\n'
 
 
 def _section(section: Section) -> str:
+    """Long tables are folded, so that a page can be read through."""
+    title = escape(section.title[:1].upper() + section.title[1:])
+    shown = _folded(section) if len(section.rows) > _MOST_ROWS else _table(section)
+    return f'<section class="wide">\n<h2>{title}</h2>\n{shown}</section>\n'
+
+
+def _folded(section: Section) -> str:
+    title = escape(section.title)
+    return (
+        f"<details><summary>Table: {title} ({len(section.rows)} rows)</summary>\n"
+        f"{_table(section)}</details>\n"
+    )
+
+
+def _table(section: Section) -> str:
     head = "".join(
-        f"<th{_alignment(section, column)}>{escape(name)}</th>"
+        f'<th scope="col"{_alignment(section, column)}>{escape(name)}</th>'
         for column, name in enumerate(section.columns)
     )
     rows = "".join(
@@ -117,8 +158,7 @@ def _section(section: Section) -> str:
         for row in section.rows
     )
     return (
-        f"<h2>{escape(section.title[:1].upper() + section.title[1:])}</h2>\n"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}</tbody></table></div>\n"
     )
 
@@ -128,21 +168,20 @@ def _alignment(section: Section, column: int) -> str:
     return "" if textual else ' class="number"'
 
 
-def _figure(drawing: Drawing) -> str:
-    from plotly.io import to_html
+def _facts(summary: Summary) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_text(value))}</td></tr>\n'
+        for name, value in summary.flat_facts().items()
+        if value is not None
+    )
+    return f'<table class="facts"><tbody>\n{rows}</tbody></table>\n'
 
-    figure = to_html(
-        drawing.figure,
-        config=_CONFIG,
-        include_plotlyjs=False,
-        full_html=False,
-        div_id=f"figure-{drawing.name}",
-        default_height=f"{drawing.figure.layout.height}px",
-    )
-    return (
-        f'<h2 id="{drawing.name}">{escape(drawing.title)}</h2>\n'
-        f"<p>{escape(drawing.caption)}</p>\n{figure}\n"
-    )
+
+def number(value: float) -> str:
+    """Write a number of the top screen: counts in full, others with up to four digits."""
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:,.3f}"
 
 
 def _cell(value: Any) -> str:

@@ -18,7 +18,7 @@ turns, so that one computes while the other communicates: the longer of the two.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
@@ -221,7 +221,7 @@ class PredictedTime:
 
     def to_json(self) -> dict[str, float]:
         """Return microseconds by name."""
-        names = ("compute", "dispatch", "combine", "total", "total_p95", "overlapped")
+        names = [one.name for one in fields(self)]
         return {f"{name}_us": round(getattr(self, name) * 1e6, 3) for name in names}
 
 

@@ -12,7 +12,7 @@ from placer.trace import Trace
 
 COMMANDS = {
     "inspect": "inspect PIPE",
-    "inspect --load": "inspect PLAN --load PIPE",
+    "inspect on": "inspect PLAN PIPE",
     "import npz": "import npz PIPE --out OUT",
     "import exflow": "import exflow PIPE --out OUT",
     "import csv": "import csv PIPE --out OUT",

@@ -99,7 +99,7 @@ COMMANDS = {
     "export ktransformers": Command(
         words="export ktransformers COUNTS MODEL", suffix=".pt"
     ),
-    "inspect": Command(words="inspect PLAN_JSON --load TRACE", option="--html"),
+    "inspect": Command(words="inspect PLAN_JSON TRACE", option="--html"),
 }
 
 

@@ -118,7 +118,6 @@ def _import_all() -> None:
     for module in pkgutil.walk_packages(placer.__path__, "placer."):
         if module.name not in ("placer.baseline.metis", "placer.baseline.mtkahypar"):
             importlib.import_module(module.name)
-    import plotly.graph_objects  # noqa: F401
     from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM  # noqa: F401
 
 

@@ -285,7 +285,7 @@ def test_every_command_takes_what_an_engine_runs_now(
 
 
 @pytest.mark.parametrize("name", MAPS_OF_ENGINES)
-@pytest.mark.parametrize("command", ["check", "simulate", "inspect", "solve"])
+@pytest.mark.parametrize("command", ["check", "simulate", "solve"])
 def test_a_map_in_the_place_of_a_plan_is_answered_with_its_import(
     name: str,
     command: str,
@@ -300,7 +300,6 @@ def test_a_map_in_the_place_of_a_plan_is_answered_with_its_import(
     solve = (trace, "--gpus-per-node", 2, "--redundant-experts", 2, "--start", path)
     words: dict[str, tuple[Any, ...]] = {
         "solve": (*solve, "--out", tmp_path / "new"),
-        "inspect": (path,),
     }
     assert run(command, *words.get(command, (path, trace))) != 0
     told = capsys.readouterr().err
@@ -331,6 +330,20 @@ def test_a_map_in_the_place_of_a_trace_is_called_a_map(
     told = capsys.readouterr().err
     assert f"{path} is an engine's map ({name}-map), not a trace" in told
     assert f"placer import {name}-map {path} --nodes N --gpus-per-node M --out PLAN" in told
+
+
+@pytest.mark.parametrize("name", MAPS_OF_ENGINES)
+def test_a_map_is_inspected_as_it_is(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suffix, text = MAPS_OF_ENGINES[name]
+    path = tmp_path / f"map{suffix}"
+    path.write_text(text)
+    assert run("inspect", path, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kind"] == f"{name} map"
+    assert shown["facts"] == {"num_layers": 1, "num_slots": 10, "redundant_experts": 2}
+    assert f"placer import {name}-map" in shown["headline"]["verdict"]
 
 
 @pytest.mark.parametrize("name", ["counts.json", "rows.csv", "dump.pt"])
