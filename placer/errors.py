@@ -29,6 +29,10 @@ class PlacerError(Exception):
         self.hint = hint
 
 
+class PlacerWarning(UserWarning):
+    """What limits a result; commands print it on stderr."""
+
+
 class UsageError(PlacerError):
     """The command line is not valid."""
 

@@ -1,6 +1,5 @@
 """``placer export``: a plan in the form that an engine loads."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,28 +16,16 @@ from placer.cli.output import (
     progress_line,
     warn,
 )
-from placer.errors import UsageError, one_of
-from placer.target.map_formats import MAPS
+from placer.errors import UsageError
+from placer.target.map_formats import TARGETS
 
 if TYPE_CHECKING:
     from placer.checkpoint.export import ExportJob
     from placer.checkpoint.ranks import RanksJob
     from placer.checkpoint.writing import ExportOptions
-    from placer.runtime_map.engine_family import Start
 
-Facts = dict[str, object]
 # Printed on stderr, one line each.
 _TOLD = ("start", "warnings")
-# Written of counts, not of a plan.
-_COUNTS = "ktransformers"
-TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS, _COUNTS)
-_BACKEND = ("--backend", "--ray-address")
-# Maps take only --out.
-_OPTIONS = {
-    "checkpoint": ("--inverse", "--link", "--hash", "--workers", *_BACKEND, "--dry-run"),
-    "deepspeed": ("--inverse",),
-    "ranks": ("--experts-only", "--workers", *_BACKEND, "--dry-run"),
-}
 
 
 def export(
@@ -139,12 +126,15 @@ def export(
       json          one list of slots for each layer
       ktransformers .pt with counts; give an affinity file instead of PLAN
     """
-    if target not in TARGETS:
-        raise UsageError(
-            f"target {target!r} is not known",
-            f"targets: {', '.join(TARGETS)}; engines that read no map (vLLM, Megatron, "
-            "transformers) serve a permuted checkpoint",
-        )
+    from placer.api.exporting import (
+        export_kinds,
+        is_directory,
+        prepared,
+        require_options,
+        write_export,
+        writing_options,
+    )
+
     given = {
         "--inverse": inverse,
         "--link": link,
@@ -155,47 +145,41 @@ def export(
         "--experts-only": experts_only,
         "--dry-run": dry_run,
     }
-    _require_options(target, [name for name, value in given.items() if value])
-    if not dry_run:
-        directory = target not in (*MAPS, _COUNTS)
-        kinds = ("export", "ranks", "checkpoint") if directory else ()
-        inputs = [plan, model]
-        claim(
-            context, _required(out), inputs, force=force, kinds=kinds, directory=directory
+    require_options(target, given)
+    options = writing_options(
+        link=link,
+        with_hashes=with_hashes,
+        workers=workers,
+        backend=backend,
+        ray_address=ray_address,
+    )
+    if dry_run:
+        job = prepared(target, plan, model, inverse=inverse, experts_only=experts_only)
+        _print_shards(job, options, as_json)
+        return
+    if out is None:
+        raise UsageError("there is no --out", "say where to write it: --out PATH")
+    claim(
+        context,
+        out,
+        [plan, model],
+        force=force,
+        kinds=export_kinds(target),
+        directory=is_directory(target),
+    )
+    with progress_line("export") as progress:
+        facts = write_export(
+            target,
+            plan,
+            model,
+            out,
+            options,
+            inverse=inverse,
+            experts_only=experts_only,
+            progress=progress,
+            note=note,
+            warn=warn,
         )
-    if target in MAPS:
-        facts = _export_map(target, plan, model, _required(out))
-    elif target == _COUNTS:
-        facts = _export_counts(plan, model, _required(out))
-    elif target == "deepspeed":
-        facts = _export_deepspeed(plan, model, _required(out), inverse)
-    else:
-        from placer.checkpoint.writing import ExportOptions
-        from placer.run.parallel import BACKENDS, Backend
-
-        options = ExportOptions(
-            link=link,
-            with_hashes=with_hashes,
-            num_workers=workers,
-            # Backend refuses other names.
-            backend=Backend(
-                name=one_of("--backend", backend or "processes", BACKENDS),
-                address=ray_address,
-            ),
-        )
-        if target == "ranks":
-            job: ExportJob | RanksJob = _prepared_ranks(plan, model, experts_only)
-        else:
-            job = _prepared_checkpoint(plan, model, inverse)
-        if dry_run:
-            _print_shards(job, options, as_json)
-            return
-        facts = _write(job, _required(out), options)
-        if not inverse:
-            facts |= _start(target, plan, _required(out))
-            note(f"check it: placer verify {model} {out} {plan}")
-    if inverse and (unchecked := facts.pop("unchecked_files")):
-        note(f"not checked, because no hash of it was recorded: {unchecked}")
     if as_json:
         print_json(facts)
         return
@@ -205,92 +189,6 @@ def export(
         if name not in _TOLD and value is not None
     ]
     print_table((target, ""), rows)
-
-
-def _require_options(target: str, given: list[str]) -> None:
-    odd = [name for name in given if name not in _OPTIONS.get(target, ())]
-    if odd:
-        raise UsageError(
-            f"target {target} takes no {odd[0]}",
-            f"it takes {', '.join(('--out', *_OPTIONS.get(target, ())))}",
-        )
-
-
-def _required(out: Path | None) -> Path:
-    if out is None:
-        raise UsageError("there is no --out", "say where to write it: --out PATH")
-    return out
-
-
-def _prepared_checkpoint(plan: Path, model: Path | None, inverse: bool) -> "ExportJob":
-    from placer.checkpoint.export import prepare_export, prepare_restore
-
-    if not inverse:
-        return prepare_export(plan, _required_model("checkpoint", plan, model))
-    _require_no_model("checkpoint", model)
-    return prepare_restore(plan)
-
-
-def _export_deepspeed(plan: Path, model: Path | None, out: Path, inverse: bool) -> Facts:
-    from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
-
-    if inverse:
-        _require_no_model("deepspeed", model)
-        report, start = restore_deepspeed(plan, out), {}
-    else:
-        model = _required_model("deepspeed", plan, model)
-        report = export_deepspeed(plan, model, out)
-        start = _start("deepspeed", plan, out)
-        note(f"check it: placer verify {model} {out} {plan}")
-        note(
-            "note: if the gate draws noise per expert (top2_2nd_expert_sampling, "
-            "noisy_gate_policy), other experts get each draw: results are statistically "
-            "the same, but not number for number"
-        )
-    return {"out": str(out)} | report.to_json() | start
-
-
-def _require_no_model(target: str, model: Path | None) -> None:
-    if model is not None:
-        raise UsageError(
-            f"--inverse needs only the exported checkpoint, but MODEL {model} is given",
-            f"placer export {target} EXPORTED --inverse --out ORIGINAL",
-        )
-
-
-def _prepared_ranks(plan: Path, model: Path | None, experts_only: bool) -> "RanksJob":
-    from placer.checkpoint.ranks import prepare_ranks
-
-    model = _required_model("ranks", plan, model)
-    return prepare_ranks(plan, model, experts_only=experts_only)
-
-
-def _required_model(target: str, plan: Path, model: Path | None) -> Path:
-    if model is None:
-        raise UsageError(
-            f"target {target} copies the model's tensors, so it needs MODEL",
-            f"placer export {target} {plan} MODEL --out DIRECTORY",
-        )
-    return model
-
-
-def _write(job: "ExportJob | RanksJob", out: Path, options: "ExportOptions") -> Facts:
-    from placer.checkpoint.served_files import left_out_line
-
-    with progress_line("export") as progress:
-        report = job.write(out, options, progress)
-    if report.warning:
-        warn(report.warning)
-    if line := left_out_line(job.source.left_out):
-        note(line)
-    if stale := getattr(job, "stale", ()):
-        note(
-            f"{', '.join(map(str, stale))}: copied as they are, with the old numbers of "
-            "experts, because engines do not read them"
-        )
-    if report.num_resumed:
-        note(f"{report.num_resumed} shards were finished by an earlier run")
-    return {"out": str(out)} | report.to_json()
 
 
 def _print_shards(
@@ -310,57 +208,3 @@ def _print_shards(
         return
     print_table(("shard", "bytes", "how"), [tuple(row.values()) for row in rows])
     print_line(f"{total} bytes to write; nothing was written")
-
-
-def _start(target: str, plan: Path, out: Path) -> Facts:
-    """Say how to start the engines that serve an exported checkpoint."""
-    from placer.placement import Plan
-    from placer.runtime_map.engine_family import start_lines
-
-    starts = start_lines(target, Plan.read(plan), str(out))
-    _print_start(starts)
-    return {"start": [one.to_json() for one in starts]} if starts else {}
-
-
-def _print_start(starts: "Sequence[Start]") -> None:
-    for one in starts:
-        for line in one.lines():
-            note(line)
-
-
-def _export_counts(counts: Path, model: Path | None, out: Path) -> Facts:
-    from placer.runtime_map.logical_count import export_logical_count
-
-    if model is None:
-        raise UsageError(
-            f"target {_COUNTS} needs the model, which says which layers are MoE layers",
-            f"placer export {_COUNTS} AFFINITY MODEL --out counts.pt",
-        )
-    shape = export_logical_count(counts, model, out)
-    note(
-        "start KTransformers with --kt-expert-placement-strategy frequency "
-        f"--init-expert-location {out}"
-    )
-    return {"out": str(out), "shape": list(shape)}
-
-
-def _export_map(target: str, plan: Path, model: Path | None, out: Path) -> Facts:
-    from placer.placement import Plan
-    from placer.planning.served import split_groups
-    from placer.runtime_map.maps import export_map
-
-    written = export_map(target, plan, model, out)
-    split = split_groups(Plan.read(plan))
-    warnings = [*written.warnings, *([split] if split else [])]
-    for text in warnings:
-        warn(text)
-    _print_start(written.start)
-    if model is not None:
-        note(f"check it: placer verify {model} {out} {plan}")
-    return {
-        "out": str(out),
-        "layers": written.num_layers,
-        "slots": written.num_slots,
-        "start": [one.to_json() for one in written.start],
-        "warnings": warnings,
-    }

@@ -16,8 +16,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from placer.errors import UsageError
-
 if TYPE_CHECKING:
     from placer.trace import Fold, Selection
 
@@ -109,34 +107,29 @@ def claim(
     kinds: Sequence[str],
     directory: bool = False,
 ) -> None:
-    """Claim what the command writes until it ends (:func:`placer.run.writing.claimed`).
+    """Claim what the command writes until it ends (:func:`placer.api.files.writing`).
 
     ``kinds`` are the results (:data:`placer.run.kinds.KINDS`) that it may replace.
     """
-    from placer.run.kinds import require_replaceable
-    from placer.run.writing import claimed
+    from placer.api.files import writing
 
-    read = [path for path in inputs if path is not None]
-    context.with_resource(claimed(out, read, directory=directory, force=force))
-    require_replaceable(out, kinds)
+    context.with_resource(
+        writing(out, inputs, force=force, kinds=kinds, directory=directory)
+    )
 
 
 def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":
     """Return the fold that ``--fold`` or ``--not-fold`` asks for."""
     from placer.trace.fold import Fold
 
-    if fold is not None and not_fold is not None:
-        raise UsageError("--fold and --not-fold exclude each other", "give one of the two")
-    if not_fold is not None:
-        return Fold.parse(not_fold, inverted=True)
-    return None if fold is None else Fold.parse(fold)
+    return Fold.chosen(fold, not_fold)
 
 
 def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Selection":
     """Return the tokens that ``--fold``, ``--not-fold`` and ``--phase`` ask for."""
-    from placer.trace.selection import Selection, parse_phase
+    from placer.trace.selection import Selection
 
-    return Selection(parse_fold(fold, not_fold), parse_phase(phase))
+    return Selection.parse(fold, not_fold, phase)
 
 
 @contextmanager

@@ -41,6 +41,23 @@ def import_map(
     Raises
     ------
     PlacerError
+        As :func:`read_map` does.
+    """
+    plan, warning = read_map(name, path, topology, directory)
+    plan.write(out)
+    return plan, warning
+
+
+def read_map(
+    name: str, path: Path, topology: Topology, directory: Path | None
+) -> tuple[Plan, str | None]:
+    """Return the plan of a map, and whether only shapes were compared.
+
+    Parameters are those of :func:`import_map`.
+
+    Raises
+    ------
+    PlacerError
         If the map breaks a rule of its runtime, or is not for this model or these ranks.
     """
     require_file(path, "map")
@@ -51,7 +68,7 @@ def import_map(
             f"placer import {name}-map FILE{suffixes[0]} --gpus-per-node M --out PLAN",
         )
     try:
-        return _imported(name, path, topology, directory, out)
+        return _imported(name, path, topology, directory)
     except PlacerError as error:
         hint = error.hint or (
             f"check FORMAT, --nodes, --gpus-per-node and --model: {name}-map, "
@@ -61,7 +78,7 @@ def import_map(
 
 
 def _imported(
-    name: str, path: Path, topology: Topology, directory: Path | None, out: Path
+    name: str, path: Path, topology: Topology, directory: Path | None
 ) -> tuple[Plan, str | None]:
     runtime = RUNTIMES[name]
     parsed = runtime.parse(path, path.suffix)
@@ -115,7 +132,6 @@ def _imported(
         named = msgspec.structs.replace(model, fingerprint=None, layer_ids=parsed.layer_ids)
         source = replace(source, model=named)
     require_plan(runtime.read(source, path, path.suffix), source)
-    plan.write(out)
     return plan, warning
 
 

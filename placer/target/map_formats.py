@@ -51,6 +51,11 @@ MAPS = {
     ),
 }
 
+#: Written of counts, not of a plan.
+COUNTS = "ktransformers"
+#: What ``placer export`` writes.
+TARGETS = ("checkpoint", "ranks", "deepspeed", *MAPS, COUNTS)
+
 
 def format_of_suffix(suffix: str) -> str | None:
     """Return the first format of a suffix, ``None`` where there is none."""

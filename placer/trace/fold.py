@@ -45,6 +45,23 @@ class Fold:
         return cls(int(part), int(parts), inverted)
 
     @classmethod
+    def chosen(cls, fold: str | None, not_fold: str | None) -> Self | None:
+        """Read the options ``--fold`` and ``--not-fold``; ``None`` where neither is given.
+
+        Raises
+        ------
+        UsageError
+            If one has another form, or both are given.
+        """
+        if fold is not None and not_fold is not None:
+            raise UsageError(
+                "--fold and --not-fold exclude each other", "give one of the two"
+            )
+        if not_fold is not None:
+            return cls.parse(not_fold, inverted=True)
+        return None if fold is None else cls.parse(fold)
+
+    @classmethod
     def from_text(cls, text: str) -> Self:
         """Read the inverse of ``str``: ``K/N``, or ``not K/N``."""
         rest = text.removeprefix(_INVERTED)

@@ -45,6 +45,17 @@ class Selection:
     phase: Phase | None = None
 
     @classmethod
+    def parse(cls, fold: str | None, not_fold: str | None, phase: str) -> Self:
+        """Read the options ``--fold``, ``--not-fold`` and ``--phase``.
+
+        Raises
+        ------
+        UsageError
+            If one has another form, or both folds are given.
+        """
+        return cls(Fold.chosen(fold, not_fold), parse_phase(phase))
+
+    @classmethod
     def from_json(cls, recorded: Mapping[str, Any]) -> Self:
         """Read the inverse of :meth:`to_json`; fields that are missing select all."""
         fold, phase = recorded.get("fold"), recorded.get("phase")

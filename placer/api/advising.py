@@ -1,0 +1,273 @@
+"""``placer.advise``: whether placing experts is worth it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from placer.affinity import Affinity as Counts
+from placer.api.affinity import Affinity
+from placer.api.files import AnyPath, as_path, note, warn
+from placer.api.requests import SizeArguments
+from placer.api.shown import Shape, Shown
+from placer.api.trace import Trace
+from placer.errors import require_left_out
+from placer.placement.topology import Topology
+from placer.planning.advice import Advice as Answers
+from placer.planning.advice import advise_on_loads, next_command, timing_command
+from placer.planning.question import Question, predictable_policy, usual_engines
+from placer.planning.trace_advice import advise_on_trace
+from placer.planning.verdict import grouped
+from placer.report.batches import advice_table
+from placer.serving.homes import batch_shapes, parse_tokens_per_rank
+from placer.simulation.cost import find_expert_shape, require_no_sizes
+from placer.target.engine import engines_named
+from placer.target.hardware import Hardware
+from placer.trace import Trace as TraceDirectory
+from placer.trace.selection import parse_phase
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Advice(Shown):
+    """Whether to place by traffic, only balance, or do nothing.
+
+    :func:`placer.advise` makes one.
+
+    Attributes
+    ----------
+    contents
+        What the rest of placer works with; not part of the stable API.
+    next
+        The command that makes the plan; ``None`` where none is worth it.
+    then
+        The command that predicts its time; ``None`` without hardware.
+    """
+
+    contents: Answers
+    next: str | None
+    then: str | None
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of the answer with the most to gain."""
+        return self.contents.verdict
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """One sentence for each phase, and engines that have the same one."""
+        every = grouped((one.engine, one.sentence) for one in self.contents.answers)
+        return tuple(", ".join([*names, sentence]) for names, sentence in every)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """What holds for all answers, one sentence each."""
+        return self.contents.reasons
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What limits the figures, one sentence each."""
+        return self.contents.warnings
+
+    def to_frame(self) -> "DataFrame":
+        """Return one row for each engine, phase, candidate and size of batches.
+
+        Columns: ``engine``, ``phase``, ``verdict``, ``placement`` and the figures of
+        :class:`placer.planning.advice.Candidate`.
+        """
+        from pandas import DataFrame
+
+        return DataFrame(
+            [
+                {
+                    "engine": one["engine"],
+                    "phase": one["phase"],
+                    "verdict": one["verdict"],
+                    "placement": name,
+                    **figures,
+                }
+                for one in self.contents.to_json()["answers"]
+                for name, every in one["candidates"].items()
+                for figures in every
+            ]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer advise --json``."""
+        return self.contents.to_json() | {"next": self.next, "then": self.then}
+
+    def _shape(self) -> Shape:
+        columns, rows, alike = advice_table(self.contents)
+        lines = [*alike, *(f"- {reason}" for reason in self.reasons)]
+        if self.next is not None:
+            lines.append(f"next: {self.next}")
+        return Shape(
+            title=f"Advice: {self.verdict}",
+            facts={f"answer {n}": text for n, text in enumerate(self.sentences, 1)},
+            columns=columns,
+            rows=rows,
+            lines=lines,
+        )
+
+
+def advise(
+    source: Trace | Affinity,
+    *,
+    gpus_per_node: int,
+    nodes: int = 1,
+    engine: str | None = None,
+    policy: str = "fixed",
+    tokens_per_rank: str | Sequence[int] | None = None,
+    batching: str | None = None,
+    hardware: AnyPath | None = None,
+    least_gain: float = 0.03,
+    phase: str = "all",
+    progress: Callable[[str], None] | None = None,
+    **sizes: Unpack[SizeArguments],
+) -> Advice:
+    """Say whether to place by traffic, only balance, or do nothing, as ``placer advise``.
+
+    Parameters
+    ----------
+    source
+        A trace, or counts: those judge only balance.
+    gpus_per_node, nodes
+        Expert-parallel ranks on each node, and nodes.
+    engine
+        An engine, or a family of engines; by default the usual exchanges.
+    policy
+        ``fixed`` or ``follow``.
+    tokens_per_rank, batching
+        The batches: sizes, and ``decode`` or ``prefill`` for all of them.
+    hardware
+        Name or ``.toml`` file of hardware: then predicted time decides.
+    least_gain
+        Smallest saving that is worth a change.
+    phase
+        Only tokens of this phase: ``prefill``, ``decode`` or ``all``.
+    progress
+        Called with one line for each step.
+    **sizes
+        With ``hardware``: what sizes an expert, :class:`placer.SizeArguments`.
+
+    Raises
+    ------
+    PlacerError
+        If the trace is damaged.
+    UsageError
+        If an option is not known, or needs another one.
+
+    Examples
+    --------
+    >>> import placer
+    >>> trace = placer.open("traces/demo/traces/final")
+    >>> advice = placer.advise(trace, gpus_per_node=4)
+    >>> advice.next.split()[:2]
+    ['placer', 'solve']
+    """
+    found = advised(
+        source.contents,
+        source.path or Path("AFFINITY"),
+        gpus_per_node=gpus_per_node,
+        nodes=nodes,
+        engine=engine,
+        policy=policy,
+        tokens_per_rank=tokens_per_rank,
+        batching=batching,
+        hardware=hardware,
+        least_gain=least_gain,
+        phase=phase,
+        tell=note,
+        progress=progress,
+        **sizes,
+    )
+    for text in found.warnings:
+        warn(text)
+    return found
+
+
+def advised(
+    source: TraceDirectory | Counts,
+    path: Path,
+    *,
+    gpus_per_node: int,
+    nodes: int,
+    engine: str | None,
+    policy: str,
+    tokens_per_rank: str | Sequence[int] | None,
+    batching: str | None,
+    hardware: AnyPath | None,
+    least_gain: float,
+    phase: str,
+    tell: Callable[[str], None],
+    progress: Callable[[str], None] | None = None,
+    **sizes: Unpack[SizeArguments],
+) -> Advice:
+    """Return the advice of ``placer advise``, from its options.
+
+    ``path`` is what its commands name; ``tell`` gets a note on an option without effect.
+    The others are those of :func:`placer.advise`.
+
+    Raises
+    ------
+    PlacerError
+        As :func:`placer.advise`.
+    """
+    text = tokens_per_rank
+    if text is not None and not isinstance(text, str):
+        text = ",".join(map(str, text))
+    if isinstance(source, Counts):
+        require_left_out(
+            {
+                "--hardware": hardware,
+                "--tokens-per-rank": text,
+                "--batching": batching,
+                "--policy": None if policy == "fixed" else policy,
+            },
+            "a trace: an affinity file holds counts, which cannot be divided into batches",
+        )
+    model, hidden_size = as_path(sizes.get("model")), sizes.get("hidden_size")
+    expert_size, weight_bytes = sizes.get("expert_size"), sizes.get("weight_bytes")
+    if hardware is None:
+        require_no_sizes(None, hidden_size, expert_size, weight_bytes, "--hardware")
+        if model is not None:
+            tell("--model has no effect without --hardware: it sizes the experts")
+    is_trace = isinstance(source, TraceDirectory)
+    width = hidden_size or (source.model.hidden_size if is_trace else None)
+    named = None if hardware is None else Hardware.named(str(hardware))
+    shapes = batch_shapes(parse_tokens_per_rank(text), batching)
+    usual = usual_engines(nodes) if is_trace else (None,)
+    questions = [
+        Question(
+            topology=Topology(num_nodes=nodes, gpus_per_node=gpus_per_node),
+            policy=predictable_policy(policy),
+            engine=one,
+            hardware=named,
+            expert=find_expert_shape(model, width, expert_size, weight_bytes, one),
+            shapes=shapes,
+            least_gain=least_gain,
+            phase=parse_phase(phase),
+        )
+        for one in (usual if engine is None else engines_named(engine))
+    ]
+    if isinstance(source, Counts):
+        advice = advise_on_loads(source, questions, path, progress)
+    else:
+        advice = advise_on_trace(source, questions, progress)
+    given: Mapping[str, object] = {
+        "--tokens-per-rank": text,
+        "--batching": batching,
+        "--hardware": hardware,
+        "--model": model,
+        "--hidden-size": hidden_size,
+        "--expert-size": expert_size,
+        "--weight-bytes": None if weight_bytes is None else f"{weight_bytes:g}",
+    }
+    words = [(name, str(value)) for name, value in given.items() if value is not None]
+    timing = None
+    if hardware is not None:
+        timing = timing_command(advice, path, [*chain.from_iterable(words)])
+    return Advice(advice, next_command(advice, path), timing)

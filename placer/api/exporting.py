@@ -1,0 +1,392 @@
+"""Writing a plan in the form that an engine loads."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from placer.api.files import AnyPath, as_path, warn, writing
+from placer.api.shown import Shape, Shown
+from placer.errors import UsageError, one_of
+from placer.target.map_formats import COUNTS, MAPS, TARGETS
+
+if TYPE_CHECKING:
+    from placer.checkpoint.export import ExportJob
+    from placer.checkpoint.ranks import RanksJob
+    from placer.checkpoint.writing import ExportOptions
+    from placer.run.progress import Progress
+
+Facts = dict[str, Any]
+Tell = Callable[[str], None]
+_BACKEND = ("--backend", "--ray-address")
+# Maps take only --out.
+_OPTIONS = {
+    "checkpoint": ("--inverse", "--link", "--hash", "--workers", *_BACKEND, "--dry-run"),
+    "deepspeed": ("--inverse",),
+    "ranks": ("--experts-only", "--workers", *_BACKEND, "--dry-run"),
+}
+
+
+class ExportArguments(TypedDict, total=False):
+    """Options of ``placer export``; ``docs/cli.md`` describes each.
+
+    Attributes
+    ----------
+    link
+        Whether unchanged shards are hard links instead of copies.
+    hash
+        Whether the SHA-256 of each original shard is recorded.
+    workers
+        Shards that are written at the same time.
+    backend, ray_address
+        ``processes`` or ``ray``, and the address of the Ray cluster.
+    experts_only
+        With target ``ranks``: whether only experts are written.
+    force
+        Whether an earlier result at the same path is replaced.
+    """
+
+    link: bool
+    hash: bool
+    workers: int | None
+    backend: str | None
+    ray_address: str | None
+    experts_only: bool
+    force: bool
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Exported(Shown):
+    """What was written, and how an engine is started with it.
+
+    :meth:`placer.Plan.export` makes one.
+
+    Attributes
+    ----------
+    target
+        The target.
+    out
+        The file or directory.
+    facts
+        The JSON object of ``placer export --json``.
+    notes
+        How to start engines with it, and what else to know, one line each.
+    """
+
+    target: str
+    out: Path
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def _shape(self) -> Shape:
+        facts = {n: v for n, v in self.facts.items() if n not in ("start", "warnings")}
+        lines = [
+            *(f"warning: {one}" for one in self.facts.get("warnings", ())),
+            *self.notes,
+        ]
+        return Shape(title=f"Export: {self.target}", facts=facts, lines=lines)
+
+
+def export_plan(
+    target: str,
+    plan: Path,
+    model: AnyPath | None,
+    out: AnyPath,
+    **options: Unpack[ExportArguments],
+) -> Exported:
+    """Write the plan of a file: :meth:`placer.Plan.export`."""
+    force = options.pop("force", False)
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    require_options(target, named)
+    if target == COUNTS:
+        raise UsageError(
+            f"target {COUNTS} is written of counts, not of a plan",
+            f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
+        )
+    directory, notes = is_directory(target), list[str]()
+    claim = writing(
+        Path(out),
+        [plan, as_path(model)],
+        force=force,
+        kinds=export_kinds(target),
+        directory=directory,
+    )
+    with claim:
+        facts = write_export(
+            target,
+            plan,
+            as_path(model),
+            Path(out),
+            writing_options(
+                link=options.get("link", False),
+                with_hashes=options.get("hash", False),
+                workers=options.get("workers"),
+                backend=options.get("backend"),
+                ray_address=options.get("ray_address"),
+            ),
+            experts_only=options.get("experts_only", False),
+            note=notes.append,
+            warn=warn,
+        )
+    return Exported(target, Path(out), facts, tuple(notes))
+
+
+def is_directory(target: str) -> bool:
+    """Return whether a target is a directory, or else a file."""
+    return target not in (*MAPS, COUNTS)
+
+
+def export_kinds(target: str) -> tuple[str, ...]:
+    """Return the kinds of results that an export may replace."""
+    return ("export", "ranks", "checkpoint") if is_directory(target) else ()
+
+
+def require_options(target: str, given: Mapping[str, object]) -> None:
+    """Refuse a target that is not known, and options that are not for it.
+
+    Parameters
+    ----------
+    target
+        The target.
+    given
+        Values by the names of the command's options.
+
+    Raises
+    ------
+    UsageError
+        If it is refused.
+    """
+    if target not in TARGETS:
+        raise UsageError(
+            f"target {target!r} is not known",
+            f"targets: {', '.join(TARGETS)}; engines that read no map (vLLM, Megatron, "
+            "transformers) serve a permuted checkpoint",
+        )
+    allowed = _OPTIONS.get(target, ())
+    odd = [name for name, value in given.items() if value and name not in allowed]
+    if odd:
+        raise UsageError(
+            f"target {target} takes no {odd[0]}",
+            f"it takes {', '.join(('--out', *allowed))}",
+        )
+
+
+def writing_options(
+    *,
+    link: bool,
+    with_hashes: bool,
+    workers: int | None,
+    backend: str | None,
+    ray_address: str | None,
+) -> "ExportOptions":
+    """Return how shards are written.
+
+    Raises
+    ------
+    UsageError
+        If the backend is not known, or not for a Ray address.
+    """
+    from placer.checkpoint.writing import ExportOptions
+    from placer.run.parallel import BACKENDS, Backend
+
+    return ExportOptions(
+        link=link,
+        with_hashes=with_hashes,
+        num_workers=workers,
+        backend=Backend(
+            name=one_of("--backend", backend or "processes", BACKENDS), address=ray_address
+        ),
+    )
+
+
+def write_export(
+    target: str,
+    plan: Path,
+    model: Path | None,
+    out: Path,
+    options: "ExportOptions",
+    *,
+    note: Tell,
+    warn: Tell,
+    inverse: bool = False,
+    experts_only: bool = False,
+    progress: "Progress | None" = None,
+) -> Facts:
+    """Write what is asked, and return the JSON object of ``placer export --json``.
+
+    Parameters
+    ----------
+    target, plan, model, out
+        As in :meth:`placer.Plan.export`; with ``inverse``, ``plan`` is the exported
+        checkpoint.
+    options
+        How shards are written.
+    note, warn
+        Called with what to know, one line each.
+    inverse
+        Whether the original is restored.
+    experts_only
+        With target ``ranks``: whether only experts are written.
+    progress
+        Gets each step.
+
+    Raises
+    ------
+    PlacerError
+        As :meth:`placer.Plan.export`.
+    """
+    if target in MAPS:
+        return _export_map(target, plan, model, out, note, warn)
+    if target == COUNTS:
+        return _export_counts(plan, model, out, note)
+    if target == "deepspeed":
+        facts = _export_deepspeed(plan, model, out, inverse, note)
+    else:
+        job = prepared(target, plan, model, inverse=inverse, experts_only=experts_only)
+        facts = _write(job, out, options, progress, note, warn)
+        if not inverse:
+            facts |= _start(target, plan, out, note)
+            note(f"check it: placer verify {model} {out} {plan}")
+    if inverse and (unchecked := facts.pop("unchecked_files")):
+        note(f"not checked, because no hash of it was recorded: {unchecked}")
+    return facts
+
+
+def prepared(
+    target: str, plan: Path, model: Path | None, *, inverse: bool, experts_only: bool
+) -> "ExportJob | RanksJob":
+    """Return what ``checkpoint`` or ``ranks`` is to write, from headers only.
+
+    Raises
+    ------
+    PlacerError
+        If plan and model differ, or a file is damaged.
+    UsageError
+        If MODEL is missing, or given where it has no use.
+    """
+    from placer.checkpoint.export import prepare_export, prepare_restore
+    from placer.checkpoint.ranks import prepare_ranks
+
+    if target == "ranks":
+        named = _required_model(target, plan, model)
+        return prepare_ranks(plan, named, experts_only=experts_only)
+    if not inverse:
+        return prepare_export(plan, _required_model(target, plan, model))
+    _require_no_model(target, model)
+    return prepare_restore(plan)
+
+
+def _export_deepspeed(
+    plan: Path, model: Path | None, out: Path, inverse: bool, note: Tell
+) -> Facts:
+    from placer.checkpoint.deepspeed import export_deepspeed, restore_deepspeed
+
+    if inverse:
+        _require_no_model("deepspeed", model)
+        return {"out": str(out)} | restore_deepspeed(plan, out).to_json()
+    model = _required_model("deepspeed", plan, model)
+    report = export_deepspeed(plan, model, out)
+    start = _start("deepspeed", plan, out, note)
+    note(f"check it: placer verify {model} {out} {plan}")
+    note(
+        "note: if the gate draws noise per expert (top2_2nd_expert_sampling, "
+        "noisy_gate_policy), other experts get each draw: results are statistically "
+        "the same, but not number for number"
+    )
+    return {"out": str(out)} | report.to_json() | start
+
+
+def _require_no_model(target: str, model: Path | None) -> None:
+    if model is not None:
+        raise UsageError(
+            f"--inverse needs only the exported checkpoint, but MODEL {model} is given",
+            f"placer export {target} EXPORTED --inverse --out ORIGINAL",
+        )
+
+
+def _required_model(target: str, plan: Path, model: Path | None) -> Path:
+    if model is None:
+        raise UsageError(
+            f"target {target} copies the model's tensors, so it needs MODEL",
+            f"placer export {target} {plan} MODEL --out DIRECTORY",
+        )
+    return model
+
+
+def _write(
+    job: "ExportJob | RanksJob",
+    out: Path,
+    options: "ExportOptions",
+    progress: "Progress | None",
+    note: Tell,
+    warn: Tell,
+) -> Facts:
+    from placer.checkpoint.served_files import left_out_line
+
+    report = job.write(out, options, progress)
+    if report.warning:
+        warn(report.warning)
+    if line := left_out_line(job.source.left_out):
+        note(line)
+    if stale := getattr(job, "stale", ()):
+        note(
+            f"{', '.join(map(str, stale))}: copied as they are, with the old numbers of "
+            "experts, because engines do not read them"
+        )
+    if report.num_resumed:
+        note(f"{report.num_resumed} shards were finished by an earlier run")
+    return {"out": str(out)} | report.to_json()
+
+
+def _start(target: str, plan: Path, out: Path, note: Tell) -> Facts:
+    """Say how to start the engines that serve an exported checkpoint."""
+    from placer.placement import Plan
+    from placer.runtime_map.engine_family import start_lines
+
+    starts = start_lines(target, Plan.read(plan), str(out))
+    for one in starts:
+        for line in one.lines():
+            note(line)
+    return {"start": [one.to_json() for one in starts]} if starts else {}
+
+
+def _export_counts(counts: Path, model: Path | None, out: Path, note: Tell) -> Facts:
+    from placer.runtime_map.logical_count import export_logical_count
+
+    if model is None:
+        raise UsageError(
+            f"target {COUNTS} needs the model, which says which layers are MoE layers",
+            f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
+        )
+    shape = export_logical_count(counts, model, out)
+    note(
+        "start KTransformers with --kt-expert-placement-strategy frequency "
+        f"--init-expert-location {out}"
+    )
+    return {"out": str(out), "shape": list(shape)}
+
+
+def _export_map(
+    target: str, plan: Path, model: Path | None, out: Path, note: Tell, warn: Tell
+) -> Facts:
+    from placer.placement import Plan
+    from placer.planning.served import split_groups
+    from placer.runtime_map.maps import export_map
+
+    written = export_map(target, plan, model, out)
+    split = split_groups(Plan.read(plan))
+    warnings = [*written.warnings, *([split] if split else [])]
+    for text in warnings:
+        warn(text)
+    for one in written.start:
+        for line in one.lines():
+            note(line)
+    if model is not None:
+        note(f"check it: placer verify {model} {out} {plan}")
+    return {
+        "out": str(out),
+        "layers": written.num_layers,
+        "slots": written.num_slots,
+        "start": [one.to_json() for one in written.start],
+        "warnings": warnings,
+    }

@@ -1,0 +1,100 @@
+"""Files of the API: those that users name, and those of objects that were not written."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from placer.errors import PlacerError, PlacerWarning
+from placer.run.files import sha256_file
+from placer.run.kinds import require_replaceable
+from placer.run.writing import claimed
+
+AnyPath = str | Path
+
+
+def warn(text: str) -> None:
+    """Give a warning that a command would print."""
+    warnings.warn(text, PlacerWarning, stacklevel=2)
+
+
+def note(text: str) -> None:
+    """Log a note that a command would print: logger ``placer``, level INFO."""
+    logging.getLogger("placer").info(text)
+
+
+def as_path(path: AnyPath | None) -> Path | None:
+    """Return a path that is given."""
+    return None if path is None else Path(path)
+
+
+@contextmanager
+def writing(
+    out: Path,
+    inputs: Iterable[Path | None] = (),
+    *,
+    force: bool,
+    kinds: Iterable[str],
+    directory: bool = False,
+) -> Iterator[None]:
+    """Claim what is written inside the block.
+
+    Parameters
+    ----------
+    out
+        What will be written.
+    inputs
+        What is read; it is never replaced.
+    force
+        Whether an earlier result may be replaced.
+    kinds
+        The results (:data:`placer.run.kinds.KINDS`) that it may replace.
+    directory
+        Whether a directory is written, or a file.
+
+    Raises
+    ------
+    PlacerError
+        If ``out`` exists and may not be replaced, or another process is writing it.
+    UsageError
+        If ``out`` is an input, or one of the two is inside the other.
+    """
+    read = [path for path in inputs if path is not None]
+    with claimed(out, read, directory=directory, force=force):
+        require_replaceable(out, list(kinds))
+        yield
+
+
+def require_unchanged(path: Path, sha256: str) -> None:
+    """Refuse a file that is not the one that was opened.
+
+    Raises
+    ------
+    PlacerError
+        If it changed.
+    """
+    if sha256_file(path) != sha256:
+        raise PlacerError(
+            f"{path} changed after it was opened",
+            f"open it again: placer.open({str(path)!r})",
+        )
+
+
+@contextmanager
+def temporary_file(name: str, write: Callable[[Path], None], called: str) -> Iterator[Path]:
+    """Yield a file of an object that was not written, for the length of the block.
+
+    Errors call it as ``called``: its path is of no use to anyone.
+    """
+    with TemporaryDirectory(prefix="placer-") as folder:
+        path = Path(folder) / name
+        write(path)
+        try:
+            yield path
+        except PlacerError as error:
+            error.message = error.message.replace(str(path), called)
+            error.hint = error.hint and error.hint.replace(str(path), called)
+            error.args = (error.message,)
+            raise

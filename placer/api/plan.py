@@ -1,0 +1,291 @@
+"""A plan, as the API shows it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import numpy as np
+
+from placer.api.files import AnyPath, require_unchanged, temporary_file, writing
+from placer.api.shown import Shape, Shown, model_name, model_words
+from placer.arrays import IntArray
+from placer.model import ModelSpec
+from placer.placement import Plan as SolvedPlan
+from placer.placement.plan import plan_sha256
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from placer.api.exporting import ExportArguments, Exported
+    from placer.api.simulation import SimulateArguments, Simulation
+    from placer.api.trace import Trace
+    from placer.api.verifying import Verified
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Plan(Shown):
+    """A plan: which physical slot of which rank holds which logical expert.
+
+    :func:`placer.solve` makes one; :func:`placer.open` reads one.
+
+    Attributes
+    ----------
+    contents
+        What the rest of placer works with; not part of the stable API.
+    path
+        The file that it was read from, or ``None``.
+    sha256
+        SHA-256 of that file, or ``None``.
+    """
+
+    contents: SolvedPlan
+    path: Path | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def read(cls, path: AnyPath) -> Self:
+        """Read a plan.
+
+        Raises
+        ------
+        PlacerError
+            If it is none, or is damaged.
+        """
+        file = Path(path)
+        return cls(SolvedPlan.read(file), file, plan_sha256(file))
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model that it is for."""
+        return self.contents.model
+
+    @property
+    def num_ranks(self) -> int:
+        """Expert-parallel ranks, R."""
+        return self.contents.placement.num_ranks
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes; ranks are numbered node by node."""
+        return self.contents.placement.num_nodes
+
+    @property
+    def redundant_experts(self) -> int:
+        """Slots of a layer beyond one for each expert."""
+        return self.contents.placement.redundant_experts
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that it was solved for, or ``None``."""
+        return self.contents.provenance.get("engine")
+
+    @property
+    def policy(self) -> str:
+        """The home policy that it was solved for."""
+        return self.contents.policy
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What the plan records of itself: ``profile``, ``heldout`` and ``baselines``.
+
+        With the figures of ``placer simulate --json``, by home policy.
+        """
+        return self.contents.metrics
+
+    @property
+    def physical_to_logical_map(self) -> IntArray:
+        """``[L, P]`` int64: the logical expert in each physical slot.
+
+        Slot p belongs to rank ``p // (P / num_ranks)``. Where layers have fewer slots than
+        others, the places past them hold -1.
+        """
+        rows = self.contents.placement.physical_to_logical_map
+        full = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+        for layer, row in enumerate(rows):
+            full[layer, : len(row)] = row
+        return full
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What limits the plan's own figures, one sentence each."""
+        from placer.report.comparison import closing_lines, plan_warnings
+
+        return (*plan_warnings(self.contents), *closing_lines(self.contents))
+
+    def to_frame(self) -> "DataFrame":
+        """Return one row for each MoE layer and slot.
+
+        Columns: ``layer`` (from 0), ``slot``, ``rank``, ``node``, ``expert``.
+        """
+        from pandas import DataFrame
+
+        placed = self.contents.placement
+        rows = placed.physical_to_logical_map
+        sizes = [len(row) for row in rows]
+        slot = np.concatenate([np.arange(size) for size in sizes])
+        layer = np.repeat(np.arange(len(rows)), sizes)
+        rank = slot // (np.asarray(sizes) // placed.num_ranks)[layer]
+        return DataFrame(
+            {
+                "layer": layer,
+                "slot": slot,
+                "rank": rank,
+                "node": rank // placed.ranks_per_node,
+                "expert": np.concatenate(rows),
+            }
+        )
+
+    def simulate(
+        self, trace: "Trace", **options: Unpack["SimulateArguments"]
+    ) -> "Simulation":
+        """Measure the plan and baselines on a trace, as ``placer simulate`` does.
+
+        Judge it on sequences that it was not solved on: ``not_fold="0/2"`` after
+        ``fold="0/2"``.
+
+        Parameters
+        ----------
+        trace
+            What to measure on.
+        **options
+            Those of ``placer simulate``: :class:`placer.SimulateArguments`.
+
+        Raises
+        ------
+        PlacerError
+            If plan and trace are of different models.
+        UsageError
+            If a baseline, an engine or a hardware is unknown, or no engine is run for the
+            batches.
+        """
+        from placer.api.simulation import simulate
+
+        return simulate(self, trace, **options)
+
+    def export(
+        self,
+        target: str,
+        model: AnyPath | None,
+        out: AnyPath,
+        **options: Unpack["ExportArguments"],
+    ) -> "Exported":
+        """Write the plan in the form that an engine loads, as ``placer export`` does.
+
+        Parameters
+        ----------
+        target
+            ``checkpoint``, ``ranks``, ``deepspeed``, or a map: ``sglang``, ``trtllm``,
+            ``vllm-ascend``, ``vllm-pr49572``, ``vllm-das``, ``eplb``, ``csv``, ``json``.
+        model
+            The original model: a Hugging Face directory, for ``deepspeed`` the folder of a
+            tag. ``None`` for ``eplb``, ``csv`` and ``json``, which need none.
+        out
+            The file or directory to write.
+        **options
+            Those of ``placer export``: :class:`placer.ExportArguments`.
+
+        Raises
+        ------
+        PlacerError
+            If plan and model differ, the target cannot hold the plan, or ``out`` exists
+            and ``force`` is false.
+        UsageError
+            If the target is not known, or an option or a path is not for it.
+        """
+        from placer.api.exporting import export_plan
+
+        with self.as_file() as path:
+            return export_plan(target, path, model, out, **options)
+
+    def verify(
+        self,
+        model: AnyPath,
+        exported: AnyPath,
+        *,
+        corpus: Sequence[AnyPath] = (),
+        max_tokens: int = 2048,
+    ) -> "Verified":
+        """Check that an export of this plan computes what the original computes.
+
+        Parameters
+        ----------
+        model
+            The original.
+        exported
+            The checkpoint, ranks or map.
+        corpus
+            Text to run both models on; by default one that comes with placer.
+        max_tokens
+            Limit on the tokens to run; 0 compares tensors only.
+
+        Raises
+        ------
+        VerificationError
+            If it differs from what the plan promises.
+        PlacerError
+            If a file cannot be read.
+        """
+        from placer.api.verifying import verify_export
+
+        with self.as_file() as path:
+            return verify_export(
+                Path(model),
+                Path(exported),
+                path,
+                corpus=[Path(one) for one in corpus],
+                max_tokens=max_tokens,
+            )
+
+    def write(self, path: AnyPath, *, force: bool = False) -> None:
+        """Write ``plan.json``: the same plan gives the same bytes.
+
+        Raises
+        ------
+        PlacerError
+            If the file exists and ``force`` is false.
+        """
+        with writing(Path(path), force=force, kinds=["plan"]):
+            self.contents.write(Path(path))
+
+    @contextmanager
+    def as_file(self) -> Iterator[Path]:
+        """Yield its file, or a temporary one.
+
+        Raises
+        ------
+        PlacerError
+            If the file changed after it was opened.
+        """
+        if self.path is not None and self.sha256 is not None:
+            require_unchanged(self.path, self.sha256)
+            yield self.path
+            return
+        with temporary_file("plan.json", self.contents.write, "PLAN") as path:
+            yield path
+
+    def _shape(self) -> Shape:
+        from placer.report.comparison import plan_table, plan_table_title
+
+        plan, solver = self.contents, self.contents.solver
+        is_solved = solver.status != "imported"
+        columns, rows = plan_table(plan)
+        title = plan_table_title(plan).removesuffix(":")
+        ranks = f"{self.num_ranks} on {self.num_nodes} node{'s' * (self.num_nodes > 1)}"
+        return Shape(
+            title=f"Plan for {model_name(self.model)}",
+            facts={
+                "path": self.path,
+                "routing": model_words(self.model),
+                "ranks": ranks,
+                "redundant experts": self.redundant_experts or None,
+                "engine": self.engine,
+                "policy": self.policy if is_solved else None,
+                "solver": solver.status,
+                "gap to the bound": None if solver.gap is None else f"{solver.gap:.1%}",
+                "figures": title if rows else None,
+            },
+            columns=columns,
+            rows=rows,
+        )
