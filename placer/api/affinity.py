@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from placer.affinity import Affinity as Counts
-from placer.api.files import AnyPath, require_unchanged, temporary_file, writing
+from placer.api.files import AnyPath, UsedFile, require_unchanged, temporary_file, writing
 from placer.api.shown import Shape, Shown, layers_of, model_name, model_words
 from placer.arrays import IntArray
 from placer.model import ModelSpec
@@ -178,7 +178,7 @@ class Affinity(Shown):
             self.contents.write(Path(path))
 
     @contextmanager
-    def as_file(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[UsedFile]:
         """Yield its file, or a temporary one.
 
         Raises
@@ -188,10 +188,10 @@ class Affinity(Shown):
         """
         if self.path is not None and self.sha256 is not None:
             require_unchanged(self.path, self.sha256)
-            yield self.path
+            yield UsedFile(self.path)
             return
-        with temporary_file("a.safetensors", self.contents.write, "AFFINITY") as path:
-            yield path
+        with temporary_file("a.safetensors", self.contents.write, "AFFINITY") as file:
+            yield file
 
     def _shape(self) -> Shape:
         tokens = self.num_tokens

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from placer.api.files import AnyPath, as_path, warn, writing
+from placer.api.files import AnyPath, UsedFile, as_path, warn, writing
 from placer.api.shown import Shape, Shown
 from placer.errors import UsageError, one_of
 from placer.target.map_formats import COUNTS, MAPS, TARGETS
@@ -89,7 +89,7 @@ class Exported(Shown):
 
 def export_plan(
     target: str,
-    plan: Path,
+    plan: UsedFile,
     model: AnyPath | None,
     out: AnyPath,
     **options: Unpack[ExportArguments],
@@ -106,7 +106,7 @@ def export_plan(
     directory, notes = is_directory(target), list[str]()
     claim = writing(
         Path(out),
-        [plan, as_path(model)],
+        [plan.path, as_path(model)],
         force=force,
         kinds=export_kinds(target),
         directory=directory,
@@ -114,7 +114,7 @@ def export_plan(
     with claim:
         facts = write_export(
             target,
-            plan,
+            plan.path,
             as_path(model),
             Path(out),
             writing_options(
@@ -125,9 +125,11 @@ def export_plan(
                 ray_address=options.get("ray_address"),
             ),
             experts_only=options.get("experts_only", False),
-            note=notes.append,
-            warn=warn,
+            note=lambda text: notes.append(plan.words(text)),
+            warn=lambda text: warn(plan.words(text)),
         )
+    if "warnings" in facts:
+        facts["warnings"] = [plan.words(text) for text in facts["warnings"]]
     return Exported(target, Path(out), facts, tuple(notes))
 
 

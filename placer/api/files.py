@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,19 +83,33 @@ def require_unchanged(path: Path, sha256: str) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class UsedFile:
+    """A file of an object, and what sentences call it where it is a temporary one."""
+
+    path: Path
+    called: str | None = None
+
+    def words(self, text: str) -> str:
+        """Return a sentence without the path of a temporary file: it is of no use."""
+        return text if self.called is None else text.replace(str(self.path), self.called)
+
+
 @contextmanager
-def temporary_file(name: str, write: Callable[[Path], None], called: str) -> Iterator[Path]:
+def temporary_file(
+    name: str, write: Callable[[Path], None], called: str
+) -> Iterator[UsedFile]:
     """Yield a file of an object that was not written, for the length of the block.
 
-    Errors call it as ``called``: its path is of no use to anyone.
+    Errors call it as ``called``.
     """
     with TemporaryDirectory(prefix="placer-") as folder:
-        path = Path(folder) / name
-        write(path)
+        file = UsedFile(Path(folder) / name, called)
+        write(file.path)
         try:
-            yield path
+            yield file
         except PlacerError as error:
-            error.message = error.message.replace(str(path), called)
-            error.hint = error.hint and error.hint.replace(str(path), called)
+            error.message = file.words(error.message)
+            error.hint = error.hint and file.words(error.hint)
             error.args = (error.message,)
             raise

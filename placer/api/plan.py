@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from placer.api.files import AnyPath, require_unchanged, temporary_file, writing
+from placer.api.files import AnyPath, UsedFile, require_unchanged, temporary_file, writing
 from placer.api.shown import Shape, Shown, model_name, model_words
 from placer.arrays import IntArray
 from placer.model import ModelSpec
@@ -196,8 +196,8 @@ class Plan(Shown):
         """
         from placer.api.exporting import export_plan
 
-        with self.as_file() as path:
-            return export_plan(target, path, model, out, **options)
+        with self.as_file() as file:
+            return export_plan(target, file, model, out, **options)
 
     def verify(
         self,
@@ -229,11 +229,11 @@ class Plan(Shown):
         """
         from placer.api.verifying import verify_export
 
-        with self.as_file() as path:
+        with self.as_file() as file:
             return verify_export(
                 Path(model),
                 Path(exported),
-                path,
+                file.path,
                 corpus=[Path(one) for one in corpus],
                 max_tokens=max_tokens,
             )
@@ -250,7 +250,7 @@ class Plan(Shown):
             self.contents.write(Path(path))
 
     @contextmanager
-    def as_file(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[UsedFile]:
         """Yield its file, or a temporary one.
 
         Raises
@@ -260,10 +260,10 @@ class Plan(Shown):
         """
         if self.path is not None and self.sha256 is not None:
             require_unchanged(self.path, self.sha256)
-            yield self.path
+            yield UsedFile(self.path)
             return
-        with temporary_file("plan.json", self.contents.write, "PLAN") as path:
-            yield path
+        with temporary_file("plan.json", self.contents.write, "PLAN") as file:
+            yield file
 
     def _shape(self) -> Shape:
         from placer.report.comparison import plan_table, plan_table_title

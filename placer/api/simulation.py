@@ -1,7 +1,7 @@
 """A plan and baselines, measured on the same tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -213,9 +213,14 @@ class Simulation(Shown):
 
 def simulate(plan: Plan, trace: Trace, **options: Unpack[SimulateArguments]) -> Simulation:
     """Measure a plan and baselines on a trace: :meth:`placer.Plan.simulate`."""
-    with plan.as_file() as path:
-        judgements = judged(path, trace.contents, warn, **options)
-    found = Simulation(judgements)
+    with plan.as_file() as file:
+        judgements = judged(file.path, trace.contents, warn, **options)
+    found = Simulation(
+        tuple(
+            replace(one, warnings=tuple(map(file.words, one.warnings)))
+            for one in judgements
+        )
+    )
     for text in found.warnings:
         warn(text)
     return found

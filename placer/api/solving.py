@@ -90,9 +90,9 @@ def solve(
     session = Session.begun(
         time_limit=time_limit, seed=seed, began=began, progress=progress
     )
-    with source.as_file() as path:
+    with source.as_file() as file:
         request = solve_request(
-            path,
+            file.path,
             gpus_per_node=gpus_per_node,
             nodes=nodes,
             engine=engine,
@@ -105,7 +105,12 @@ def solve(
             phase=phase,
             **more,
         )
-        found = solved(request, note, warn, session)
+        found = solved(
+            request,
+            lambda text: note(file.words(text)),
+            lambda text: warn(file.words(text)),
+            session,
+        )
     for line in plan_warnings(found.plan):
         warn(line)
     return Plan(found.plan)

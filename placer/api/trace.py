@@ -11,7 +11,7 @@ import numpy as np
 from placer.affinity.from_traces import affinity_of_traces
 from placer.affinity.sums import ROWS
 from placer.api.affinity import Affinity
-from placer.api.files import AnyPath, warn
+from placer.api.files import AnyPath, UsedFile, warn
 from placer.api.shown import Shape, Shown, layers_of, model_name, model_words
 from placer.errors import one_of
 from placer.model import ModelSpec
@@ -192,9 +192,9 @@ class Trace(Shown):
         return DataFrame(columns)
 
     @contextmanager
-    def as_file(self) -> Iterator[Path]:
+    def as_file(self) -> Iterator[UsedFile]:
         """Yield its directory."""
-        yield self.path
+        yield UsedFile(self.path)
 
     def _shape(self) -> Shape:
         return Shape(
