@@ -48,7 +48,7 @@ def affinity_graph(affinity: Affinity, layer: int | None = None, least: int = 1)
     num_layers = affinity.model.num_layers
     if not affinity.has_links:
         raise PlacerError(
-            "the affinity holds loads alone, no pairs of experts",
+            "the affinity holds only loads, no pairs of experts",
             "count a trace: placer affinity TRACE --out AFFINITY",
         )
     if least < 1:

@@ -257,17 +257,23 @@ def advised(
         advice = advise_on_loads(source, questions, path, progress)
     else:
         advice = advise_on_trace(source, questions, progress)
-    given: Mapping[str, object] = {
-        "--tokens-per-rank": text,
-        "--batching": batching,
+    batches: dict[str, object] = {"--tokens-per-rank": text, "--batching": batching}
+    gain: dict[str, object] = {"--least-gain": f"{least_gain:g}"}
+    timed: dict[str, object] = {
         "--hardware": hardware,
         "--model": model,
         "--hidden-size": hidden_size,
         "--expert-size": expert_size,
         "--weight-bytes": None if weight_bytes is None else f"{weight_bytes:g}",
     }
-    words = [(name, str(value)) for name, value in given.items() if value is not None]
-    timing = None
-    if hardware is not None:
-        timing = timing_command(advice, path, [*chain.from_iterable(words)])
-    return Advice(advice, next_command(advice, path), timing)
+    return Advice(
+        advice,
+        next_command(advice, path, _given(batches | gain)),
+        None if hardware is None else timing_command(advice, path, _given(batches | timed)),
+    )
+
+
+def _given(options: Mapping[str, object]) -> list[str]:
+    """Return the words of the options that have a value."""
+    words = ((name, str(value)) for name, value in options.items() if value is not None)
+    return [*chain.from_iterable(words)]

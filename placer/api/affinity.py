@@ -205,6 +205,6 @@ class Affinity(Shown):
                 "phase": self.contents.provenance.get("phase"),
                 "holds": "loads, co-activation, transitions"
                 if self.contents.has_links
-                else "loads alone",
+                else "only loads",
             },
         )

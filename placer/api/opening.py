@@ -87,7 +87,8 @@ def open(
             return found
         case _:
             raise PlacerError(
-                f"{file} has no object of its own", f"look at it: placer inspect {file}"
+                f"{file} is of no kind that the API opens",
+                f"look at it: placer inspect {file}",
             )
 
 

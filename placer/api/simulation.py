@@ -197,7 +197,9 @@ class Simulation(Shown):
             figures = first.to_json()
             placements = {**figures["baselines"], PLAN: figures["policies"]}
             policies = deployable(first.policies, first.policy)
-            columns, rows = comparison_table(placements, policies, first.wire)
+            columns, rows = comparison_table(
+                placements, policies, first.wire, per_batch=False
+            )
             lines: list[str] = []
         else:
             (_, columns, rows), lines = summary_table(self.judgements)

@@ -173,7 +173,7 @@ class Trace(Shown):
         one_of("of", of, ("loads", "tokens"))
         if of == "loads":
             return self.affinity(fold=fold, not_fold=not_fold, phase=phase).to_frame()
-        from pandas import Categorical, DataFrame
+        from pandas import Categorical, DataFrame, Index
 
         tokens = self.contents.read(Selection.parse(fold, not_fold, phase))
         num_layers, num_tokens = len(tokens.experts), tokens.num_tokens
@@ -185,7 +185,7 @@ class Trace(Shown):
             columns["token_id"] = np.repeat(tokens.token_ids, num_layers)
         if tokens.domain_ids is not None:
             codes = np.repeat(tokens.domain_ids.astype(np.int16), num_layers)
-            columns["domain"] = Categorical.from_codes(codes, list(self.domains))
+            columns["domain"] = Categorical.from_codes(codes, Index(self.domains))
         columns["layer"] = np.tile(np.arange(num_layers), num_tokens)
         experts = np.stack(tokens.experts, axis=1).reshape(-1, self.top_k)
         columns |= {f"expert_{n}": experts[:, n] for n in range(self.top_k)}
