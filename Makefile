@@ -11,8 +11,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)/.deepspeed build/engines/vllm/.installed build/engines/sglang/.installed
-GENERATED := README.md docs/cli.md docs/families.md docs/engines.md
+GENERATED := README.md docs/cli.md docs/families.md docs/engines.md docs/start/tutorial.md \
+    $(addprefix docs/guides/,record.md sglang.md vllm.md tensorrt-llm.md transformers.md \
+    slow-networks.md balance.md)
 COG := $(BIN)/cog -I docs --verbosity=1
+# A dead link, or a page that no other lists, is an error.
+SITE := $(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs . build/site
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
@@ -48,7 +52,7 @@ stress: $(INSTALLED)  ## Measure 5 million tokens and 200,000 tensors (8 GB of m
 mutants: $(INSTALLED)  ## Change the code in one place at a time: a test must fail (hours)
 	@$(BIN)/python tests/mutation/mutate.py
 
-check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated documentation, notebooks
+check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, documentation, notebooks
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -58,6 +62,7 @@ check: $(INSTALLED)  ## Format, lint, types, imports, sizes, words, generated do
 	@$(BIN)/python docs/check_words.py
 	@$(COG) --check --diff --check-fail-msg='Write it anew: make docs' $(GENERATED)
 	@$(BIN)/nbstripout --verify $(NOTEBOOKS)
+	@$(SITE)
 
 # First a planted fault must be found. Then half of the time structured mutation of every
 # reader, half of it coverage-guided: the five that parse bytes or JSON first. Fixed seeds.
@@ -75,8 +80,9 @@ bench: $(INSTALLED)  ## Measure: see tests/benchmarks
 bench-network: $(INSTALLED)  ## Measure on emulated networks, which takes root
 	@$(BIN)/python -m pytest -s -rs tests/benchmarks/bench_network*.py
 
-docs: $(INSTALLED)  ## Run the commands that the documentation shows, keep their output
+docs: $(INSTALLED)  ## Run the commands that the documentation shows, build build/site
 	@$(COG) -r $(GENERATED)
+	@$(SITE)
 
 reproduce: $(INSTALLED)  ## Solve and judge what the README's table says (3 minutes)
 	@$(BIN)/python docs/reproduce.py

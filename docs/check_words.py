@@ -63,7 +63,7 @@ RETIRED_IN_TEXTS = {
 }
 # Its older entries keep the words of their time.
 _HISTORY = "CHANGELOG.md"
-_FILES = ("placer/**/*.py", "placer/**/*.toml", "docs/*.md", "*.md", "traces/*.md")
+_FILES = ("placer/**/*.py", "placer/**/*.toml", "docs/**/*.md", "*.md", "traces/*.md")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Real commands and their real output, for the cog blocks of the documentation.
 
-A block of README.md or docs/cli.md reads::
+A block of a page reads::
 
     <!-- [[[cog
     import console
@@ -10,7 +10,7 @@ A block of README.md or docs/cli.md reads::
 
 ``make docs`` fills in what the commands print, and ``make check`` fails where the text
 and the commands no longer agree. Commands run at the root of the repository; what they
-write belongs below ``build/``.
+write belongs below ``build/``. A command that several pages show runs once.
 """
 
 import os
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import cog
@@ -111,8 +112,12 @@ def engines() -> None:
         )
 
 
+@cache
 def clear(directory: str) -> None:
-    """Remove what an earlier run wrote below ``build/``: placer overwrites no directory."""
+    """Remove what an earlier run wrote below ``build/``: placer overwrites nothing.
+
+    What this run wrote is kept: pages that share a directory share its commands.
+    """
     path = (ROOT / directory).resolve()
     if not path.is_relative_to(ROOT / "build") or path == ROOT / "build":
         raise RuntimeError(f"{directory} is not below build/")
@@ -136,6 +141,7 @@ def command_names() -> list[tuple[str, ...]]:
     return found
 
 
+@cache
 def _run(command: str, exit_code: int = 0) -> str:
     """Return stdout and stderr in the order of printing, as a terminal would show them."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}

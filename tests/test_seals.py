@@ -15,8 +15,10 @@ from placer.affinity.from_traces import affinity_of_traces
 from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
+from placer.placement.reference import contiguous
 from placer.run.writing import write_tensors
-from placer.trace import EVERYTHING, Trace
+from placer.table import Table, build_table
+from placer.trace import EVERYTHING, Chunk, Trace
 
 
 def accepted(path: Path, read: Callable[[Path], object], seed: int, number: int) -> int:
@@ -53,6 +55,15 @@ def test_no_flipped_bit_of_a_plan_passes(
     placement = Placement.from_json([[3, 2, 1, 0]] * 2, (4, 4), num_ranks=2, num_nodes=1)
     path = write_plan(ModelSpec(num_experts=(4, 4), top_k=2), placement)
     assert accepted(path, Plan.read, seed=1, number=300) == 0
+
+
+def test_no_flipped_bit_of_a_table_passes(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    path = tmp_path / "table.safetensors"
+    placement = contiguous((8, 8, 8), 4)
+    build_table(placement, make_chunk(), vocab_size=60, with_token_score=True).write(path)
+    assert accepted(path, Table.read, seed=3, number=300) == 0
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -300,8 +300,9 @@ def solve(
         typer.Option(
             metavar="SECONDS",
             help="Stop after this time and write the best plan so far. Such a plan cannot "
-            "be reproduced. The limit covers the whole command: proofs and all plans "
-            "of --frontier too. Ctrl-C also stops and writes.",
+            "be reproduced. The limit covers the whole command, proofs and all plans of "
+            "--frontier too, but not the compilation of the first solve after an "
+            "installation. Ctrl-C also stops and writes.",
         ),
     ] = None,
     require_optimal: Annotated[

@@ -26,7 +26,11 @@ TARGETS = {
     "placer.run.files": ["tests/run/test_files.py"],
     "placer.run.documents": ["tests/run/test_documents.py"],
     "placer.run.writing": ["tests/run/test_writing.py"],
-    "placer.checkpoint.permutation": ["tests/checkpoint/test_named_experts.py"],
+    "placer.checkpoint.permutation": [
+        "tests/checkpoint/test_named_experts.py",
+        "tests/checkpoint/test_quantised_layouts.py",
+        "tests/checkpoint/test_released_layouts.py",
+    ],
     "placer.run.seals": ["tests/test_seals.py"],
     "placer.trace.chunk": ["tests/trace/test_trace_files.py"],
     "placer.trace.stored": ["tests/trace/test_stored.py"],

@@ -125,8 +125,8 @@ def test_valid_is_what_brute_force_finds_valid(data: st.DataObject) -> None:
 
 
 def test_what_a_placement_says_of_its_slots_by_hand() -> None:
-    """Two ranks: layer 0 has a slot more than experts, layer 1 two more."""
-    placement = place([[3, 2, 0, 2, 1, 4], [1, 0, 3, 2, 1, 0]], (5, 4), 2)
+    """Two ranks: layer 0 has a slot more than experts, layer 1 four more."""
+    placement = place([[3, 2, 0, 2, 1, 4], [1, 0, 3, 2, 1, 0, 2, 3]], (5, 4), 2)
     assert placement.redundant_experts == 1
     assert placement.slot_of(0).tolist() == [[2, -1, 1, 0, -1], [-1, 4, 3, -1, 5]]
     assert placement.filler_row().tolist() == [0, 1, 2, 3, 4, 0]

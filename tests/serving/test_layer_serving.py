@@ -8,6 +8,7 @@ from placer.placement.reference import contiguous
 from placer.serving.homes import fixed_homes
 from placer.serving.layer_serving import (
     LayerServing,
+    blocks,
     first_occurrence,
     majority_rank,
     rank_dtype,
@@ -135,3 +136,13 @@ def test_shares_and_counts_of_pairs_that_homes_could_serve(replicated):
     ]
     counted = replicated.count_held(chosen, np.array([1, 0, 0, -1]), 3)
     assert counted.tolist() == [[1, 2, 2, 1], [2, 1, 1, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 16384, 16385, 5_000_000])
+def test_blocks_are_all_tokens_once_and_few(num_tokens):
+    parts = list(blocks(num_tokens))
+    assert len(parts) <= 64
+    covered = [range(num_tokens)[part] for part in parts]
+    assert [one.start for one in covered[1:]] == [one.stop for one in covered[:-1]]
+    assert sum(map(len, covered)) == num_tokens
+    assert all(len(one) == 16384 for one in covered[:-1]) or len(parts) == 64

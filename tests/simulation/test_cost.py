@@ -12,10 +12,13 @@ from placer.placement.reference import contiguous
 from placer.serving.homes import BatchShape
 from placer.simulation.batch_figures import BatchOptions, batch_steps
 from placer.simulation.cost import (
+    BreakEven,
     CostModel,
     ExpertShape,
+    LayerTimes,
     PredictedTime,
     break_even,
+    cost_model,
     find_expert_shape,
 )
 from placer.target.engine import Engine, Transfer
@@ -135,11 +138,58 @@ def predicted(compute, transfer):
         (predicted(2, 2), predicted(2, 2), "never", None),
         (predicted(3, 3), predicted(2, 2), "never", None),
         (predicted(3, 2), predicted(2, 2), "never", None),
+        # Differences of less than a second.
+        (predicted(1.5, 1.5), predicted(2, 2), "always", None),
+        (predicted(2.5, 2.5), predicted(2, 2), "never", None),
+        (predicted(2.5, 1.5), predicted(2, 2), "below", 1000),
+        (predicted(1.5, 2.5), predicted(2, 2), "above", 1000),
     ],
 )
 def test_break_even_by_hand(plan, other, pays, bandwidth):
     found = break_even(plan, other, model_of())
     assert (found.pays, found.bandwidth) == (pays, bandwidth)
+
+
+def test_a_break_even_is_told_in_gigabytes_per_second():
+    found = BreakEven(pays="below", bandwidth=2.3456789e9)
+    assert found.words == "is faster below 2.35 GB/s"
+    assert found.to_json() == {"pays": "below", "bandwidth_gb_per_s": 2.346}
+    assert BreakEven(pays="never", bandwidth=None).to_json() == {
+        "pays": "never",
+        "bandwidth_gb_per_s": None,
+    }
+
+
+def test_times_of_batches_are_averaged_by_hand():
+    """21 batches of two layers: 1 to 21 s of computation, 2 or 4 s each way."""
+    layers = [
+        LayerTimes(
+            compute=np.arange(1.0, 22),
+            dispatch=np.full(21, way),
+            combine=way * np.ones(21),
+            fixed=0.5,
+        )
+        for way in (2.0, 4.0)
+    ]
+    found = PredictedTime.of(layers)
+    assert (found.compute, found.dispatch, found.combine) == (11, 3, 3)
+    assert (found.latency, found.total, found.transfer) == (0.5, 17, 5.5)
+    # Of 42 totals, 5 to 25 and 9 to 29, the 39th of 0 to 41, and 0.95 of a second more.
+    totals = sorted([*range(5, 26), *range(9, 30)])
+    assert found.total_p95 == pytest.approx(totals[38] + 0.95 * (totals[39] - totals[38]))
+    longer = [max(n, 2 * way) for way in (2, 4) for n in range(1, 22)]
+    assert found.overlapped == pytest.approx(sum(longer) / 42)
+    assert replace(found, compute=1.23456e-6).to_json()["compute_us"] == 1.235
+
+
+def test_a_cost_model_takes_hardware_and_the_size_of_an_expert():
+    assert cost_model(None, None, BF16, BF16, 1) is None
+    with pytest.raises(UsageError, match="needs the size of an expert"):
+        cost_model(SLOW_GPU, None, BF16, BF16, 1)
+    assert cost_model(SLOW_GPU, SMALL_EXPERT, BF16, BF16, 1) == model_of()
+    assert SMALL_EXPERT.num_bytes == 1200
+    # Where the size comes from makes it no other size.
+    assert replace(SMALL_EXPERT, assumption="bf16") == SMALL_EXPERT
 
 
 def test_at_the_break_even_bandwidth_both_take_the_same_time():

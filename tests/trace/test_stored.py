@@ -10,21 +10,22 @@ from placer.model import ModelSpec
 from placer.trace import Chunk, Fold, Selection, StoredTokens, Trace, TraceWriter
 
 MODEL = ModelSpec(num_experts=(8, 300), top_k=2, vocab_size=50)
+ONE_LAYER = ModelSpec(num_experts=(8,), top_k=2, vocab_size=50)
 
 
-def write(directory, *, of_sequences):
+def write(directory, *, of_sequences, model=MODEL):
     """Write a trace with a chunk for each list of sequences, three tokens each."""
     rng = np.random.default_rng(0)
-    with TraceWriter(directory=directory, model=MODEL, domains=("a", "b")) as writer:
+    with TraceWriter(directory=directory, model=model, domains=("a", "b")) as writer:
         for sequences in of_sequences:
             number = 3 * len(sequences)
-            first = [rng.integers(0, size - 1, number) for size in MODEL.num_experts]
+            first = [rng.integers(0, size - 1, number) for size in model.num_experts]
             dtypes = (np.uint8, np.int16)
             writer.append(
                 Chunk(
                     experts=tuple(
                         np.stack([one, one + 1], axis=1).astype(dtype)
-                        for one, dtype in zip(first, dtypes, strict=True)
+                        for one, dtype in zip(first, dtypes, strict=False)
                     ),
                     weights=tuple(np.full((number, 2), 0.5, np.float16) for _ in first),
                     token_ids=rng.integers(0, 50, number, np.int32),
@@ -58,6 +59,13 @@ def test_they_are_what_is_read_into_memory(tmp_path, of_sequences, selection):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(found.experts[1:][0], wanted.experts[1])
+
+
+def test_a_model_of_one_layer(tmp_path):
+    trace = write(tmp_path / "trace", of_sequences=[[0], [1]], model=ONE_LAYER)
+    found, wanted = StoredTokens.of(trace), trace.read()
+    assert len(found.experts) == 1
+    np.testing.assert_array_equal(found.experts[0], wanted.experts[0])
 
 
 def test_what_is_refused_in_memory_is_refused(tmp_path):
