@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from placer.errors import PlacerError
+from placer.model.family_file import FamilyFile
 from placer.model.moe_layers import LayerRule, block_types, moe_layers
 from placer.model.tensor_layout import TensorLayout
-from placer.run.documents import parse_toml
+from placer.run.documents import parse_toml, validated
 
 # More than any model has.
 _MOST_LAYERS = 10_000
@@ -297,51 +298,47 @@ def _nested(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-# What configs call these unless a family's file gives another name.
-_USUAL_KEYS = {
-    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "top_k": ("num_experts_per_tok",),
-    "num_layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "expert_size": (
-        "moe_intermediate_size",
-        "expert_ffn_hidden_size",
-        "intermediate_size",
-    ),
-    "vocab_size": ("vocab_size",),
-    "n_group": ("n_group", "num_expert_group"),
-    "topk_group": ("topk_group",),
-    "num_hash_layers": ("num_hash_layers",),
-    "num_mtp_layers": ("num_nextn_predict_layers", "mtp_num_hidden_layers"),
-}
-
-
 @cache
 def known_architectures() -> tuple[Architecture, ...]:
-    """Return all families, from the data files, by file name."""
+    """Return all families, from the data files, by file name.
+
+    Raises
+    ------
+    PlacerError
+        If a file has a field that is unknown, missing, or not what it must be.
+    """
     folder = resources.files("placer.model") / "architectures"
     files = sorted(
         (f for f in folder.iterdir() if f.name.endswith(".toml")), key=lambda f: f.name
     )
-    return tuple(_read_architecture(parse_toml(f.read_bytes(), f.name)) for f in files)
+    return tuple(read_architecture(f.read_bytes(), f.name) for f in files)
 
 
-def _read_architecture(value: Mapping[str, Any]) -> Architecture:
-    config, modules = dict(value.get("config", {})), dict(value.get("modules", {}))
-    layers = config.pop("layers", "all")
-    grouped_if = config.pop("grouped_if", None)
-    nested_in = config.pop("nested_in", None)
-    keys = _USUAL_KEYS | {field: tuple(names) for field, names in config.items()}
+def read_architecture(text: bytes, name: str) -> Architecture:
+    """Return the family of a data file; ``name`` is the file's, for errors.
+
+    Raises
+    ------
+    PlacerError
+        With the field, its value, and what is allowed.
+    """
+    read = validated(
+        parse_toml(text, name),
+        FamilyFile,
+        name,
+        f"correct placer/model/architectures/{name}",
+        complete=False,
+    )
     return Architecture(
-        model_types=tuple(value["model_types"]),
-        unsupported=value.get("unsupported"),
-        unrecorded=value.get("unrecorded"),
-        config=keys,
-        nested_in=nested_in,
-        layers=layers,
-        grouped_if=None if grouped_if is None else (grouped_if[0], grouped_if[1]),
-        experts_module=modules.get("experts", "model.layers.{layer}.mlp.experts"),
-        scores_module=modules.get("scores"),
-        router_module=modules.get("router", "model.layers.{layer}.mlp.gate"),
-        layout=TensorLayout.from_toml(value["tensors"]) if "tensors" in value else None,
+        model_types=read.model_types,
+        unsupported=read.unsupported,
+        unrecorded=read.unrecorded,
+        config=read.config.keys(),
+        nested_in=read.config.nested_in,
+        layers=read.config.layers,
+        grouped_if=read.config.grouped_if,
+        experts_module=read.modules.experts,
+        scores_module=read.modules.scores,
+        router_module=read.modules.router,
+        layout=None if read.tensors is None else TensorLayout.of(read.tensors),
     )

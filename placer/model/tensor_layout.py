@@ -11,7 +11,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
-from typing import Any, Self
+from typing import Self
+
+from placer.model.family_file import Tensors
 
 # What names single experts or a bias of theirs; ``shared_experts`` are no routed ones.
 NAMES_EXPERTS = re.compile(r"\bexperts?(?![a-z])")
@@ -112,9 +114,10 @@ class TensorLayout:
     mtp: tuple[str, ...] = ()
 
     @classmethod
-    def from_toml(cls, value: Mapping[str, Any]) -> Self:
-        """Read the ``tensors`` table of a family's data file."""
-        rules = {kind: tuple(value.get(kind, ())) for kind in TensorKind}
+    def of(cls, tensors: Tensors) -> Self:
+        """Return the layout that a family's data file names."""
+        rules: dict[TensorKind, tuple[str, ...]]
+        rules = {kind: getattr(tensors, kind) for kind in TensorKind}
         fused = [one.removesuffix(".weight") for one in rules[TensorKind.FUSED]]
         rules[TensorKind.FUSED] = (*(one + "{part}" for one in fused), *_SWITCHES)
         rules[TensorKind.REST] += tuple(one + part for one in fused for part in _SHAPES)
@@ -124,9 +127,9 @@ class TensorLayout:
             stem + part for stem in stems for part in ("weight_shape", "g_idx")
         )
         return cls(
-            blocks=tuple(value["block"]),
+            blocks=tensors.block,
             rules=rules,
-            mtp=tuple(value.get("mtp", ())),
+            mtp=tensors.mtp,
         )
 
     def below(self, roots: Sequence[str]) -> Self:
