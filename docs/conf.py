@@ -61,6 +61,8 @@ def markdown(notebook: dict[str, Any]) -> Iterator[str]:
             continue
         yield f"```python\n{source}\n```"
         for output in cell["outputs"]:
+            if output.get("name") == "stderr":
+                continue
             data = output.get("data", {})
             if "text/html" in data:
                 html = "".join(data["text/html"])

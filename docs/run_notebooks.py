@@ -1,11 +1,12 @@
 """Execute notebooks and keep the executed copies elsewhere.
 
-    python docs/run_notebooks.py --out build/notebooks notebooks/affinity.ipynb
+    python docs/run_notebooks.py --out build/notebooks notebooks/plan.ipynb
 
 The committed notebooks hold no output; a cell that raises makes this fail.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("notebooks", type=Path, nargs="+")
     args = parser.parse_args()
+    # As the command does: small matrices are slower on several threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     failures = 0
     for path in args.notebooks:
         try:
