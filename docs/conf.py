@@ -6,6 +6,7 @@ pages of ``build/pages``: with their output where ``make notebooks`` has run.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def setup(app: Any) -> None:
 def write_notebook_pages() -> None:
     """Write each notebook as Markdown, executed if it has been."""
     pages = ROOT / "build" / "pages"
-    pages.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(pages, ignore_errors=True)  # of notebooks that are no more
+    pages.mkdir(parents=True)
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         executed = ROOT / "build" / "notebooks" / path.name
         if executed.is_file() and executed.stat().st_mtime > path.stat().st_mtime:
@@ -57,7 +59,7 @@ def markdown(notebook: dict[str, Any]) -> Iterator[str]:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] != "code":
-            yield source
+            yield source.replace(".ipynb)", ".md)")  # another notebook's page
             continue
         yield f"```python\n{source}\n```"
         for output in cell["outputs"]:
