@@ -24,6 +24,11 @@ _COLUMNS = {
     "phase": "phase",
 }
 
+# A column of the first, second or further choice of a token, counted from 0 or 1.
+_NUMBERED = re.compile(
+    r"(?:(?P<weight>w(?:eights?)?)|e(?:xperts?)?|topk|top)(?:_ids?|_idx)?_?(?P<number>[\d]{1,3})"
+)
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -85,8 +90,13 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
 def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
     """Return a table with the columns of the layout, by what the header's names mean.
 
-    Experts may stand in columns such as ``expert_0``, or all in one, as ``"3 7"``.
+    Experts may stand in columns such as ``expert_0`` or ``topk_1``, counted from 0 or 1,
+    or all in one, as ``"3 7"``. Capital letters in names mean nothing.
     """
+    lower = {str(one): str(one).lower() for one in table.columns}
+    if len({*lower.values()}) == len(lower):
+        given = keys.named.values()
+        table = table.rename(columns={n: new for n, new in lower.items() if n not in given})
     row = dict.fromkeys(map(str, table.columns))
     named = {
         column: name
@@ -105,9 +115,14 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
         for n, column in enumerate(zip(*ids, strict=True)):
             table[f"e{n}"] = column
         return table
-    pattern = re.compile(r"(expert|weight)s?_?(\d+)")
-    found = {name: m for name in row if (m := pattern.fullmatch(name))}
-    return table.rename(columns={n: f"{m[1][0]}{int(m[2])}" for n, m in found.items()})
+    found = [(name, m) for name in row if (m := _NUMBERED.fullmatch(name))]
+    first = min((int(m["number"]) for _, m in found), default=0)
+    return table.rename(
+        columns={
+            name: f"{'w' if m['weight'] else 'e'}{int(m['number']) - first}"
+            for name, m in found
+        }
+    )
 
 
 def _require_numbers(table: "pd.DataFrame", columns: Sequence[str]) -> None:

@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 _CHUNK_TOKENS = 65_536
 # What the provenance calls rows that were listed in another order than by weight.
 REORDERED = "reordered_rows"
+# In place of an expert where there is none.
+_NO_EXPERT = -1
 # This many equal rows are no chance.
 _TELLING_TOKENS = 64
 _INTEGERS = (
@@ -94,7 +96,7 @@ class ImportedTokens:
                 raise PlacerError(f"{name} is {values.dtype}, expected integers")
         if self.weights is not None and not np.issubdtype(self.weights.dtype, np.floating):
             raise PlacerError(f"weights is {self.weights.dtype}, expected floats")
-        if self.experts.min() < 0:
+        if self.experts.min() < _NO_EXPERT:
             raise PlacerError(
                 f"experts must not be negative, but holds {self.experts.min()}"
             )
@@ -258,7 +260,7 @@ def import_file(
     require_file(file, "file")
     model = options.bound_model()
     try:
-        tokens = read(file, model)
+        tokens = _without_padding(read(file, model))
         if model is None:
             spec = _unbound(tokens, options.num_experts)
         else:
@@ -293,6 +295,39 @@ def import_file(
         hint = error.hint or f"check how it was recorded, and what {source} files hold"
         raise PlacerError(f"{file}: {error}", hint) from error
     return TraceHeader.read(out)
+
+
+def _without_padding(tokens: ImportedTokens) -> ImportedTokens:
+    """Leave out tokens without any expert; in layers without any, write zeros.
+
+    Engines write -1 for tokens that fill up a batch, and loggers for dense layers.
+    """
+    lacks = tokens.experts == _NO_EXPERT
+    if not lacks.any():
+        return tokens
+    real = ~lacks.all(axis=(1, 2))
+    if not real.any():
+        raise PlacerError("all expert ids are -1", "record tokens that were routed")
+    experts = tokens.experts[real].copy()
+    experts[:, (experts == _NO_EXPERT).all(axis=(0, 2))] = 0
+    if (partly := (experts == _NO_EXPERT).any(axis=(1, 2))).any():
+        raise PlacerError(
+            f"{int(partly.sum()):,} of {len(experts):,} tokens have -1 in place of some "
+            "experts",
+            "a trace holds as many experts for every token in every layer: leave these "
+            "tokens out, or record again without what dropped their experts",
+        )
+    parts: dict[str, Any] = {
+        name: None if (values := getattr(tokens, name)) is None else values[real]
+        for name in ("sequence_ids", "token_ids", "positions", "phase", "weights")
+    }
+    remarks = tokens.remarks
+    if padding := len(real) - int(real.sum()):
+        remarks += (
+            f"{padding:,} of {len(real):,} tokens have -1 in place of all experts, like "
+            "those that fill up a batch. They are left out",
+        )
+    return replace(tokens, experts=experts, remarks=remarks, **parts)
 
 
 def _unbound(tokens: ImportedTokens, num_experts: int | None) -> ModelSpec:

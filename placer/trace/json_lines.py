@@ -96,7 +96,15 @@ def _whole(first: bytes, rest: bytes) -> Any:
     try:
         return parse_json(first + rest, "the file")
     except PlacerError:
+        pass
+    try:
         return parse_json(first, "line 1")
+    except PlacerError as error:
+        raise PlacerError(
+            error.message,
+            "check that the path names the right file. If it holds several JSON documents "
+            "over many lines, put each on a line: jq -c . FILE > LINES",
+        ) from error
 
 
 def _items(value: Any) -> list[Any]:

@@ -51,6 +51,8 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
             raise PlacerError(f"lacks the array {name}; it holds {listed}", remedy)
     if names.ndim != 1:
         raise PlacerError(f"domain_names has shape {list(names.shape)}, expected [D]")
+    if "phase" in arrays and arrays["phase"].dtype == np.bool_:  # whether it is decode
+        arrays["phase"] = arrays["phase"].astype(np.uint8)
     return ImportedTokens(**arrays, domain_names=tuple(str(name) for name in names))
 
 

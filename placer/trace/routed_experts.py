@@ -90,8 +90,15 @@ class _Counted:
     start: int | None = None
 
 
-# Keys of a response itself.
-_OF_RESPONSE = {"choices", "meta_info", "outputs", "routed_experts"}
+# Keys of a response itself, and what they hold; ``routed_experts`` is any value.
+_OF_RESPONSE: Mapping[str, type] = {
+    "choices": list,
+    "outputs": list,
+    "meta_info": dict,
+    "sglext": dict,
+    "sgl_ext": dict,
+    "routed_experts": object,
+}
 _Finder = Callable[[Mapping[str, Any]], _Found]
 
 
@@ -116,7 +123,8 @@ def read_sglang_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
 def read_vllm_routed(file: Path, model: BoundModel | None) -> ImportedTokens:
     """Read responses of vLLM (0.30): base64 of ``.npy`` ``[N, hidden layers, k]``.
 
-    The ids are in ``choices[].routed_experts``; each choice becomes a sequence.
+    The ids are in ``choices[].routed_experts``; each choice becomes a sequence. vLLM 0.21
+    kept those of the prompt apart, in ``prompt_routed_experts`` of the response.
 
     Raises
     ------
@@ -131,9 +139,11 @@ def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedToken
     num_without = 0
     for where, value in whole_responses(json_values(file)):
         try:
-            found = found_in(_response_in(require_object(value, "it")))
-            sequences += found.sequences
-            num_without += found.num_without
+            value = require_object(value, "it")
+            for response in [*_responses_in(value)] or [value]:
+                found = found_in(response)
+                sequences += found.sequences
+                num_without += found.num_without
         except PlacerError as error:
             raise PlacerError(f"{where}: {error}", error.hint) from error
         except UNREADABLE as error:
@@ -154,16 +164,21 @@ def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedToken
     return _joined(sequences, remarks)
 
 
-def _response_in(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the response in a log of requests or in the output of a batch.
+def _responses_in(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the responses in a log of requests or in the output of a batch.
 
-    OpenAI's batches, and vLLM's ``run_batch``, keep it in ``response.body``.
+    OpenAI's batches, and vLLM's ``run_batch``, keep them in ``response.body``; logs of
+    other programs under any key, also in lists.
     """
-    for key in ("response", "body"):
-        inner = value.get(key)
-        if isinstance(inner, dict) and not _OF_RESPONSE & value.keys():
-            value = inner
-    return value
+    if any(
+        key in value and isinstance(value[key], kind) for key, kind in _OF_RESPONSE.items()
+    ):
+        yield value
+        return
+    for inner in value.values():
+        for one in inner if isinstance(inner, list) else [inner]:
+            if isinstance(one, dict):
+                yield from _responses_in(one)
 
 
 def _joined(sequences: Sequence[_Sequence], remarks: tuple[str, ...]) -> ImportedTokens:
@@ -229,10 +244,10 @@ def _sglang_found(response: Mapping[str, Any], model: BoundModel) -> _Found:
     for choice, text in zip(choices, texts, strict=True):
         if text is None:
             continue
-        if isinstance(text, list):
-            raw = _listed(text)
-        else:
+        if isinstance(text, str):
             raw = np.frombuffer(_decoded(text), dtype="<i4")
+        else:
+            raw = _written(text)
         _require_whole_rows(raw.size, model)
         found.append((choice, raw.reshape(-1, num_layers, top_k)))
     counted = _of_choices(
@@ -262,20 +277,20 @@ def _sglang_text(holder: Mapping[str, Any]) -> Any:
 
 def _vllm_found(response: Mapping[str, Any]) -> _Found:
     choices = response.get("choices") or response.get("outputs") or [{}]
+    of_prompt = response.get("prompt_routed_experts")
+    before = () if of_prompt is None else (_vllm_array(of_prompt),)
     found = []
     for choice in choices:
         routed = choice.get("routed_experts")
         if routed is None:
             continue
-        if isinstance(routed, list):
-            experts = _listed(routed)
-        else:
-            experts = np.load(io.BytesIO(_decoded(routed)), allow_pickle=False)
-        if not isinstance(experts, np.ndarray):  # an archive, which is not unpacked
-            raise PlacerError("routed_experts is not one array")
-        if experts.ndim != 3:
-            raise PlacerError(f"routed_experts has shape {list(experts.shape)}")
-        found.append((choice, experts))
+        experts = _vllm_array(routed)
+        if before and before[0].shape[1:] != experts.shape[1:]:
+            raise PlacerError(
+                f"prompt_routed_experts has shape {list(before[0].shape)}, routed_experts "
+                f"{list(experts.shape)}"
+            )
+        found.append((choice, np.concatenate([*before, experts])))
     counted = _of_choices(
         response.get("usage"), len(choices), [len(experts) for _, experts in found]
     )
@@ -291,6 +306,19 @@ def _vllm_found(response: Mapping[str, Any]) -> _Found:
         ),
         num_without=len(choices) - len(found),
     )
+
+
+def _vllm_array(routed: Any) -> Array:
+    """Return ``[N, L, k]``."""
+    if isinstance(routed, str):
+        experts = np.load(io.BytesIO(_decoded(routed)), allow_pickle=False)
+    else:
+        experts = _written(routed)
+    if not isinstance(experts, np.ndarray):  # an archive, which is not unpacked
+        raise PlacerError("routed_experts is not one array")
+    if experts.ndim != 3:
+        raise PlacerError(f"routed_experts has shape {list(experts.shape)}")
+    return experts
 
 
 def _of_choices(usage: Any, num_choices: int, rows: Sequence[int]) -> _Counted:
@@ -337,8 +365,13 @@ def _start(prompt: int | None, output: int | None, num_rows: int) -> int | None:
     if prompt is None or output is None:
         return None
     start = prompt + output - 1 - num_rows
-    if start < 0:
-        raise PlacerError(f"{num_rows} rows of experts for {prompt + output} tokens")
+    # Rows may lack at the start of the prompt only: all of the output was run.
+    if start < 0 or start > prompt:
+        raise PlacerError(
+            f"{num_rows} rows of experts for {prompt} tokens of a prompt and {output} of "
+            "its output, all of which but the last were run",
+            "check --model, and that each row is one token",
+        )
     return start
 
 
@@ -352,9 +385,15 @@ def _require_whole_rows(num_ids: int, model: BoundModel) -> None:
         )
 
 
-def _listed(routed: list[Any]) -> Array:
-    """Return ids that somebody wrote down as lists."""
-    experts = np.asarray(routed)
+def _written(routed: Any) -> Array:
+    """Return ids that somebody wrote down as lists, or as bytes with type and shape."""
+    if isinstance(routed, dict) and {"data", "dtype", "shape"} <= routed.keys():
+        experts = np.frombuffer(_decoded(routed["data"]), np.dtype(routed["dtype"]))
+        experts = experts.reshape(routed["shape"])
+    elif isinstance(routed, list):
+        experts = np.asarray(routed)
+    else:
+        raise PlacerError(f"routed_experts is {routed!r:.40}, not a text or a list")
     if not np.issubdtype(experts.dtype, np.integer):
         raise PlacerError("routed_experts holds a value that is not a whole number")
     return experts

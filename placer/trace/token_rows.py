@@ -101,7 +101,7 @@ def phase_numbers(values: Sequence[Any], layout: str) -> Array:
     PlacerError
         If a value is neither.
     """
-    named = [_PHASES.get(v, -1) if isinstance(v, str) else v for v in values]
+    named = [_PHASES.get(v.lower(), -1) if isinstance(v, str) else v for v in values]
     odd = [v for v, n in zip(values, named, strict=True) if n not in (0, 1)]
     if odd:
         raise PlacerError(

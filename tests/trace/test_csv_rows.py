@@ -49,6 +49,27 @@ def test_tokens_come_back_whatever_the_order(
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        "Sequence_ID,POSITION,Token_Id,Layer,E0,E1",
+        "request_id,position,token_id,layer,topk_1,topk_2",
+        "request_id,position,token_id,layer,expert_id_0,expert_id_1",
+    ],
+)
+def test_other_headers_mean_the_same(
+    header: str, make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk(num_tokens=60)
+    import_file(
+        read_csv, "csv", write(tmp_path / "t.csv", rows_of(chunk), header), tmp_path / "t"
+    )
+    read = Trace(tmp_path / "t").read()
+    for ids, expected in zip(read.experts, chunk.experts, strict=True):
+        assert np.array_equal(ids, expected)
+    assert read.token_ids.tolist() == chunk.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
     ("change", "header", "words"),
     [
         (lambda rows: rows[:-1], HEADER, "does not have each of the layers 0 to 2 once"),
@@ -56,7 +77,7 @@ def test_tokens_come_back_whatever_the_order(
         (lambda rows: rows, HEADER.replace("layer", "depth"), "has no column layer"),
         (lambda rows: rows, HEADER.replace("e1", "e2"), "has no column e1"),
         (lambda rows: [["x", *rows[0][1:]], *rows], HEADER, "column sequence_id holds"),
-        (lambda rows: [[*rows[0][:5], -1], *rows[1:]], HEADER, "must not be negative"),
+        (lambda rows: [[*rows[0][:5], -1], *rows[1:]], HEADER, "1 of 30 tokens have -1"),
         (lambda rows: [[*rows[0][:4], 1, 1], *rows[1:]], HEADER, "twice"),
         (lambda rows: rows, HEADER.removesuffix(",e1"), "more values than the header"),
         (

@@ -56,6 +56,47 @@ def test_import_keeps_ids_and_orders_by_sequence(tmp_path: Path) -> None:
     assert (header.model.fingerprint, header.model.layer_ids) == (None, None)
 
 
+def test_tokens_that_fill_up_a_batch_are_left_out(tmp_path: Path) -> None:
+    given = arrays()
+    experts = given["experts"].astype(np.int64)
+    experts[[3, 29]] = -1
+    told: list[str] = []
+    path = write(tmp_path / "a.npz", experts=experts, phase=given["sequence_ids"] > 2)
+    import_file(read_npz, "npz", path, tmp_path / "t", ImportOptions(warn=told.append))
+    tokens = Trace(tmp_path / "t").read()
+    order = np.argsort(given["sequence_ids"], kind="stable")
+    order = order[~np.isin(order, [3, 29])]
+    assert tokens.experts[1].tolist() == given["experts"][order, 1].tolist()
+    assert tokens.token_ids.tolist() == given["token_ids"][order].tolist()
+    assert tokens.phase.tolist() == (given["sequence_ids"][order] > 2).tolist()
+    assert "2 of 30 tokens have -1 in place of all experts" in told[0]
+
+
+def test_a_dense_layer_may_be_written_as_minus_one(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """The tiny model has 4 hidden layers, of which 1 and 3 have experts."""
+    given = arrays()["experts"].astype(np.int64)
+    experts = np.full((len(given), 4, 2), -1)
+    experts[:, [1, 3]] = given[:, :2]
+    path = write(tmp_path / "a.npz", experts=experts, weights=None)
+    assert import_npz(path, tmp_path / "t", tiny_model).model.layer_ids == (1, 3)
+    with pytest.raises(PlacerError, match="layer 0 is all zeros"):
+        import_npz(path, tmp_path / "u")
+
+
+@pytest.mark.parametrize(
+    ("places", "words"), [((3, 1, 0), "1 of 30 tokens have -1"), ((), "all expert ids are")]
+)
+def test_tokens_without_some_experts_are_refused(
+    places: tuple[int, ...], words: str, tmp_path: Path
+) -> None:
+    experts = arrays()["experts"].astype(np.int64)
+    experts[places] = -1
+    with pytest.raises(PlacerError, match=words):
+        import_npz(write(tmp_path / "a.npz", experts=experts), tmp_path / "t")
+
+
 def test_optional_arrays_may_be_absent(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.npz",

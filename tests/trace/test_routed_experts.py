@@ -132,6 +132,81 @@ def test_rows_missing_at_the_start_were_cached(tiny_model: Path, tmp_path: Path)
     assert tokens.phase.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_experts_of_the_prompt_may_be_kept_apart(
+    num_choices: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As vLLM 0.21 returned them: once for all choices of a prompt."""
+    given = [routed(0), routed(1)][:num_choices]
+    given[-1][:3] = given[0][:3]
+    response = vllm_response(*(one[3:] for one in given))
+    whole = vllm_response(given[0][:3])["choices"][0]["routed_experts"]
+    response["prompt_routed_experts"] = whole
+    options = ImportOptions(model_directory=tiny_model)
+    path = write(tmp_path / "a.jsonl", response)
+    import_file(read_vllm_routed, "x", path, tmp_path / "t", options)
+    check(tmp_path / "t", given)
+    response["prompt_routed_experts"] = vllm_response(routed(0)[:3, :3])["choices"][0][
+        "routed_experts"
+    ]
+    path = write(tmp_path / "b.jsonl", response)
+    with pytest.raises(PlacerError, match="prompt_routed_experts has shape"):
+        import_file(read_vllm_routed, "x", path, tmp_path / "u", options)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda one: {"request": {"text": "..."}, "output": one},
+        lambda one: {"time": 1, "result": {"data": [{"response": {"body": one}}]}},
+        lambda one: {"inputs": {"outputs": 3}, "outputs": {"any": [[1], one]}},
+    ],
+)
+def test_responses_are_found_under_any_key(
+    wrapped: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", wrapped(sglang_response(routed(0))))
+    options = ImportOptions(model_directory=tiny_model)
+    import_file(read_sglang_routed, "x", path, tmp_path / "t", options)
+    check(tmp_path / "t", [routed(0)])
+
+
+@pytest.mark.parametrize("read", [read_sglang_routed, read_vllm_routed])
+def test_experts_may_be_bytes_with_type_and_shape(
+    read: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As programs of reinforcement learning write them down."""
+    given = routed(0)
+    data = base64.b64encode(given.astype(np.int16).tobytes()).decode()
+    written = {"encoding": "base64", "dtype": "int16", "shape": given.shape, "data": data}
+    response = vllm_response(given)
+    response["choices"][0]["routed_experts"] = written
+    if read is read_sglang_routed:
+        response = sglang_response(given, routed_experts=written)
+    options = ImportOptions(model_directory=tiny_model)
+    import_file(read, "x", write(tmp_path / "a.jsonl", response), tmp_path / "t", options)
+    check(tmp_path / "t", [given])
+
+
+def test_rows_of_an_output_are_never_missing(tiny_model: Path, tmp_path: Path) -> None:
+    """Layers before tokens would else be taken for the last tokens of an output."""
+    path = write(tmp_path / "a.jsonl", vllm_response(routed(0)[:0]))
+    options = ImportOptions(model_directory=tiny_model)
+    with pytest.raises(PlacerError, match="0 rows of experts for 3 tokens of a prompt"):
+        import_file(read_vllm_routed, "x", path, tmp_path / "t", options)
+
+
+def test_several_documents_over_many_lines_are_answered_with_jq(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    text = json.dumps(vllm_response(routed(0)), indent=1)
+    (tmp_path / "a.json").write_text(f"{text}\n{text}\n")
+    options = ImportOptions(model_directory=tiny_model)
+    with pytest.raises(PlacerError, match="line 1 is not valid JSON") as caught:
+        import_file(read_vllm_routed, "x", tmp_path / "a.json", tmp_path / "t", options)
+    assert "jq -c ." in caught.value.hint
+
+
 IDS = {
     "token_ids": [8, 9],
     "prompt_token_ids": [5, 6, 7],
@@ -306,7 +381,7 @@ PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
         (vllm_response(np.zeros((4, 4, 2))), "lists an expert twice|is all zeros"),
         (vllm_response(PHYSICAL), "ids up to 15, the model has 8 experts"),
         (vllm_response(routed(0)[:, :3]), "experts has 3 layers"),
-        (vllm_response(routed(0).repeat(2, 0)), "8 rows of experts for 5 tokens"),
+        (vllm_response(routed(0).repeat(2, 0)), "8 rows of experts for 3 tokens"),
         (vllm_response(choices=[{"index": 0}]), "none of 1 outputs has routed_experts"),
         (vllm_response(choices=[{"routed_experts": 7}]), "routed_experts is 7, not a text"),
         (vllm_response(choices=[{"routed_experts": "%%"}]), "not base64"),
