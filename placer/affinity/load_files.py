@@ -88,6 +88,10 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
             f"{', '.join(_NAMES)}",
             _MATRIX_LAYOUT,
         )
+    if isinstance(value[name], dict) and all(
+        layer_number(key) is not None for key in value[name]
+    ):
+        return _of_layers(value[name])
     return matrix_loads(value[name], name)
 
 
@@ -148,7 +152,9 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
         If a column is missing, a value is not a whole number, the model has no such expert,
         or an expert has two counts.
     """
-    table = read_table(file, _CSV_LAYOUT).rename(columns=_CSV_NAMES)
+    table = (
+        read_table(file, _CSV_LAYOUT).rename(columns=str.lower).rename(columns=_CSV_NAMES)
+    )
     wide = [name for name in map(str, table.columns) if _WIDE.fullmatch(name)]
     if wide and "expert" not in table and "expert_id" not in table:
         name = next((one for one in ("layer", "layer_id") if one in table), None)

@@ -268,7 +268,9 @@ def _of_model(
     """Return L arrays ``[E]``, dense layers left out; refuse what the model cannot have."""
     every = tuple(sorted({*(model.spec.layer_ids or ()), *options.skip_layers}))
     counts = {n: row for n, row in counted.by_layer.items() if row.any()}
-    named = every if counted.of_moe_layers else None
+    # The model's own numbers, where they are no places among MoE layers.
+    is_own = set(counts) == set(every)
+    named = every if counted.of_moe_layers and not is_own else None
     if counted.of_moe_layers is None:
         named = options.columns(model, len(counted.by_layer))
         if named is None:

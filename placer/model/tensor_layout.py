@@ -16,7 +16,9 @@ from typing import Self
 from placer.model.family_file import Tensors
 
 # What names single experts or a bias of theirs; ``shared_experts`` are no routed ones.
-NAMES_EXPERTS = re.compile(r"\bexperts?(?![a-z])")
+NAMES_EXPERTS = re.compile(
+    r"\bexperts?(?![a-z])|\b(?:e_score_)?correction_bias\b|\bexpert_bias\b|\brouter_bias"
+)
 
 # What quantisers write next to a weight of all experts; the experts come first in all of
 # it. gpt-oss (MXFP4); ModelOpt (NVFP4, FP8); transformers 5 and its fbgemm_fp8 (FP8);

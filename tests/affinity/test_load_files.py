@@ -53,6 +53,29 @@ def test_matrices(tmp_path: Path, model: Path, matrix: Any, suffix: str) -> None
     assert loads(read_load_matrix, path, model) == expected
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("dense_row", [False, True])
+def test_layers_of_csv_are_places_or_the_models_own_numbers(
+    first: int, dense_row: bool, tmp_path: Path, model: Path
+) -> None:
+    """Numbers up to the last hidden layer are no places among the MoE layers behind it."""
+    lines = ["Layer,Expert,Count"]
+    lines += ["0,3,0"] if dense_row and first else []
+    lines += [
+        f"{layer + first},{expert},{count}"
+        for layer, row in enumerate(COUNTS)
+        for expert, count in enumerate(row)
+    ]
+    (tmp_path / "c.csv").write_text("\n".join(lines) + "\n")
+    assert loads(read_csv_loads, tmp_path / "c.csv", model) == COUNTS
+
+
+def test_layers_may_be_an_object_under_a_name(tmp_path: Path, model: Path) -> None:
+    value = {"model": "x", "load": {f"layer_{n}": row for n, row in enumerate(DENSE)}}
+    (tmp_path / "m.json").write_text(json.dumps(value))
+    assert loads(read_load_matrix, tmp_path / "m.json", model) == COUNTS
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", ["whole", "named", "layers", "object"])
 def test_float_tensors_of_whole_numbers(

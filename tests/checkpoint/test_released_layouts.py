@@ -396,6 +396,20 @@ def test_experts_outside_the_language_model_stop_the_export(
         prepare_export(permuting_plan(model, write_plan)[1], model)
 
 
+@pytest.mark.parametrize(
+    "name", ["e_score_correction_bias", "moe.expert_bias", "router_bias"]
+)
+def test_a_bias_of_experts_outside_their_block_stops_the_export(
+    name: str, write_plan: WritePlan, tmp_path: Path
+) -> None:
+    """Kolibri 1 has one there; left in its old order it would make another model."""
+    layout = everywhere("qwen3_moe", "model.layers.{}.mlp")
+    layout.rest[f"model.layers.1.{name}"] = ("F32", [E])
+    model = write(layout, tmp_path / "model")
+    with pytest.raises(PlacerError, match=f"{name} .*no rule of its family"):
+        prepare_export(permuting_plan(model, write_plan)[1], model)
+
+
 def test_an_expert_may_have_tensors_of_its_own_in_gpt_oss(
     write_plan: WritePlan, tmp_path: Path
 ) -> None:
