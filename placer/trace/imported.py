@@ -312,7 +312,7 @@ def _without_padding(tokens: ImportedTokens) -> ImportedTokens:
     experts[:, (experts == _NO_EXPERT).all(axis=(0, 2))] = 0
     if (partly := (experts == _NO_EXPERT).any(axis=(1, 2))).any():
         raise PlacerError(
-            f"{int(partly.sum()):,} of {len(experts):,} tokens have -1 in place of some "
+            f"{int(partly.sum()):,} of {len(experts):,} tokens have -1 instead of some "
             "experts",
             "a trace holds as many experts for every token in every layer: leave these "
             "tokens out, or record again without what dropped their experts",
@@ -324,7 +324,7 @@ def _without_padding(tokens: ImportedTokens) -> ImportedTokens:
     remarks = tokens.remarks
     if padding := len(real) - int(real.sum()):
         remarks += (
-            f"{padding:,} of {len(real):,} tokens have -1 in place of all experts, like "
+            f"{padding:,} of {len(real):,} tokens have -1 instead of all experts, like "
             "those that fill up a batch. They are left out",
         )
     return replace(tokens, experts=experts, remarks=remarks, **parts)

@@ -69,7 +69,7 @@ def test_tokens_that_fill_up_a_batch_are_left_out(tmp_path: Path) -> None:
     assert tokens.experts[1].tolist() == given["experts"][order, 1].tolist()
     assert tokens.token_ids.tolist() == given["token_ids"][order].tolist()
     assert tokens.phase.tolist() == (given["sequence_ids"][order] > 2).tolist()
-    assert "2 of 30 tokens have -1 in place of all experts" in told[0]
+    assert "2 of 30 tokens have -1 instead of all experts" in told[0]
 
 
 def test_a_dense_layer_may_be_written_as_minus_one(
