@@ -11,9 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ENGINES := $(VENV)/.deepspeed build/engines/vllm/.installed build/engines/sglang/.installed
-GENERATED := README.md docs/cli.md docs/families.md docs/engines.md docs/start/tutorial.md \
-    $(addprefix docs/guides/,record.md sglang.md vllm.md tensorrt-llm.md transformers.md \
-    slow-networks.md balance.md)
+GENERATED := README.md $(sort $(shell grep -rl --include='*.md' '\[\[\[cog' docs))
 COG := $(BIN)/cog -I docs --verbosity=1
 # A dead link, or a page that no other lists, is an error.
 SITE := $(BIN)/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs . build/site
