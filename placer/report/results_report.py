@@ -1,18 +1,12 @@
 """Reports of a frontier, a simulation, a learning curve, an engine's map and a record."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
 from placer.checkpoint.record import ExportRecord
 from placer.report.chart import (
     CONTIGUOUS,
-    EPLB,
     OTHER,
     PLACER,
-    Bar,
-    Bars,
     Chart,
     Line,
     Lines,
@@ -23,14 +17,12 @@ from placer.report.chart import (
 from placer.report.headline import Headline, Tile, change, over_mean
 from placer.report.plan_charts import title_of
 from placer.report.results import EngineMap, Frontier, Learning, Result, Simulation
+from placer.report.simulation_report import summarize_simulation
 from placer.report.summary import Summary
 
-_PLAN = "plan"
 # Plans that differ by less are as good on a learning curve.
 _NEAR = 0.01
 _IMBALANCE = "load_imbalance_mean"
-# Bandwidths of the curve, as multiples of the hardware's.
-_SPEEDS = tuple(2.0**n for n in range(-4, 4))
 
 
 def summarize_result(result: Result) -> Summary:
@@ -39,7 +31,7 @@ def summarize_result(result: Result) -> Summary:
         case Frontier():
             return _frontier(result)
         case Simulation():
-            return _simulation(result)
+            return summarize_simulation(result)
         case Learning():
             return _learning(result)
         case EngineMap():
@@ -148,271 +140,6 @@ def _frontier_chart(frontier: Frontier) -> Chart:
                 ),
             ),
         ),
-    )
-
-
-def _simulation(simulation: Simulation) -> Summary:
-    names = [*_references(simulation.baselines), _PLAN]
-    figures = {**simulation.baselines, _PLAN: simulation.policies}
-    policy = simulation.policy
-    rows = tuple(
-        (
-            _shown(name),
-            None if simulation.sent is None else figures[name][policy][simulation.sent],
-            figures[name][policy][_IMBALANCE],
-        )
-        for name in names
-    )
-    placements = Section(
-        title=f"placements under {policy}",
-        columns=("placement", "sent/token", "imbalance"),
-        rows=rows,
-    )
-    return Summary(
-        kind="simulation",
-        headline=_simulation_headline(simulation, rows),
-        facts={
-            "engine": simulation.engine,
-            "policy": policy,
-            "sent": simulation.sent,
-            "num_tokens": simulation.tokens,
-            "num_sequences": simulation.sequences,
-            "num_layers": simulation.layers,
-        },
-        sections=(placements, *_batch_sections(simulation, names)),
-        charts=(_simulation_bars(rows), *_time_charts(simulation, names)),
-    )
-
-
-def _references(names: Mapping[str, Any]) -> list[str]:
-    first = [name for name in (CONTIGUOUS, EPLB) if name in names]
-    return [*first, *(name for name in names if name not in first)]
-
-
-def _shown(name: str) -> str:
-    return PLACER if name == _PLAN else name
-
-
-def _simulation_headline(
-    simulation: Simulation, rows: Sequence[tuple[str, float | None, float]]
-) -> Headline:
-    by_name = {name: (sent, load) for name, sent, load in rows}
-    sent, load = by_name[PLACER]
-    base_sent, base_load = by_name.get(CONTIGUOUS, (None, None))
-    parts = [
-        f"{change(sent, theirs)} {title_of(name)}"
-        for name, (theirs, _) in by_name.items()
-        if name in (CONTIGUOUS, EPLB) and sent is not None and theirs is not None
-    ]
-    told = (
-        f"this plan sends {' and '.join(parts)}"
-        if parts
-        else "every placement sends the same"
-    )
-    tiles = []
-    if sent is not None:
-        tiles.append(
-            Tile(
-                title="What is sent",
-                unit="per token and layer",
-                before=base_sent,
-                after=sent,
-            )
-        )
-    tiles.append(
-        Tile(
-            title="Busiest rank",
-            unit="times the mean load, mean over layers",
-            before=base_load,
-            after=load,
-        )
-    )
-    plan, base = simulation.batches[_PLAN], simulation.batches.get(CONTIGUOUS)
-    if plan and plan[-1].time is not None:
-        before = None if base is None else base[-1].time
-        tiles.append(
-            Tile(
-                title=f"Predicted time, {plan[-1].batching} of "
-                f"{plan[-1].tokens_per_rank:,} tokens per rank",
-                unit="microseconds per layer, without overlap",
-                before=None if before is None else before.total_us,
-                after=plan[-1].time.total_us,
-            )
-        )
-    return Headline(
-        verdict=f"On {simulation.sequences:,} sequences, {told}. Its busiest rank "
-        f"has {over_mean(load)} more load than the mean.",
-        tiles=tuple(tiles),
-        misleading=tuple(simulation.warnings),
-    )
-
-
-def _batch_sections(simulation: Simulation, names: Sequence[str]) -> Iterator[Section]:
-    yield Section(
-        title="per batch",
-        columns=(
-            "placement",
-            "phase",
-            "tokens/rank",
-            "straggler",
-            "layer us",
-            "overlapped us",
-        ),
-        rows=tuple(
-            (
-                _shown(name),
-                one.batching,
-                one.tokens_per_rank,
-                one.straggler_mean,
-                None if one.time is None else one.time.total_us,
-                None if one.time is None else one.time.overlapped_us,
-            )
-            for name in names
-            for one in simulation.batches[name]
-        ),
-    )
-    rows = tuple(
-        (name, one.batching, one.tokens_per_rank, one.pays, one.bandwidth_gb_per_s)
-        for name, found in simulation.break_even.items()
-        for one in found
-    )
-    if rows:
-        yield Section(
-            title="break-even: for which bandwidth the plan is faster",
-            columns=("baseline", "phase", "tokens/rank", "faster", "GB/s per GPU"),
-            rows=rows,
-        )
-
-
-def _simulation_bars(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
-    panels = []
-    for title, column in (
-        ("sent per token and layer", 1),
-        ("busiest rank: load over the mean", 2),
-    ):
-        values = [(row[0], row[column]) for row in rows]
-        bars = tuple(
-            Bar(
-                label=title_of(name),
-                value=float(value),
-                text=f"{value:.3f}",
-                kind=kind_of_placement(name),
-            )
-            for name, value in values
-            if isinstance(value, float | int)
-        )
-        if bars:
-            panels.append((title, Bars(bars=bars)))
-    return Chart(
-        name="comparison",
-        title="Before and after",
-        reading="Shorter is better in both.",
-        unit="per token and layer; times the mean load",
-        baseline="the contiguous placement, and EPLB with as many slots",
-        panels=tuple(panels),
-    )
-
-
-def _time_charts(simulation: Simulation, names: Sequence[str]) -> Iterator[Chart]:
-    shown = [name for name in names if name in (CONTIGUOUS, EPLB, _PLAN)]
-    phases = dict.fromkeys(one.batching for one in simulation.batches[_PLAN])
-    if any(one.time is None for name in shown for one in simulation.batches[name]):
-        return
-    yield Chart(
-        name="time-by-batch",
-        title="Predicted time by size of the batch",
-        reading="Where the line of the plan is lower, its layers are faster at that size.",
-        unit="microseconds per layer, without overlap",
-        baseline="the contiguous placement",
-        panels=tuple(
-            (
-                phase,
-                _phase_panel([_by_batch(simulation, name, phase) for name in shown]),
-            )
-            for phase in phases
-        ),
-    )
-    if simulation.bandwidth_gb_per_s is not None:
-        yield _by_bandwidth(simulation, shown, simulation.bandwidth_gb_per_s)
-
-
-def _phase_panel(lines: Sequence[Line]) -> Bars | Lines:
-    """Draw times over sizes; bars where there is one size only."""
-    if len(lines[0].x) > 1:
-        return Lines(
-            x_title="tokens per rank",
-            y_title="microseconds",
-            log_x=True,
-            from_zero=True,
-            lines=tuple(lines),
-        )
-    (size,) = lines[0].x
-    return Bars(
-        bars=tuple(
-            Bar(
-                label=f"{line.label}, {size:,.0f} tokens",
-                value=line.y[0],
-                text=f"{line.y[0]:,.1f} us",
-                kind=line.kind,
-            )
-            for line in lines
-        )
-    )
-
-
-def _by_batch(simulation: Simulation, name: str, phase: str) -> Line:
-    ones = [one for one in simulation.batches[name] if one.batching == phase]
-    return Line(
-        label=title_of(_shown(name)),
-        kind=kind_of_placement(_shown(name)),
-        x=tuple(float(one.tokens_per_rank) for one in ones),
-        y=tuple(one.time.total_us for one in ones if one.time is not None),
-    )
-
-
-def _by_bandwidth(simulation: Simulation, names: Sequence[str], bandwidth: float) -> Chart:
-    """Draw time over bandwidth: transfers scale with it, computation and latency do not."""
-    panels = []
-    for number, shape in enumerate(simulation.batches[_PLAN]):
-        lines = []
-        for name in names:
-            time = simulation.batches[name][number].time
-            if time is None or time.latency_us is None:
-                continue
-            moved = time.dispatch_us + time.combine_us - time.latency_us
-            kept = time.compute_us + time.latency_us
-            lines.append(
-                Line(
-                    label=title_of(_shown(name)),
-                    kind=kind_of_placement(_shown(name)),
-                    x=tuple(bandwidth * speed for speed in _SPEEDS),
-                    y=tuple(kept + moved / speed for speed in _SPEEDS),
-                )
-            )
-        title = f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank"
-        words = [
-            f"{one.pays} {one.bandwidth_gb_per_s:,.3g} GB/s"
-            if one.bandwidth_gb_per_s is not None
-            else one.pays
-            for one in simulation.break_even.get(CONTIGUOUS, [])[number : number + 1]
-        ]
-        pays = f": faster than contiguous {words[0]}" if words else ""
-        axes = Lines(
-            x_title="GB/s per GPU and direction",
-            y_title="microseconds",
-            log_x=True,
-            from_zero=True,
-            lines=tuple(lines),
-        )
-        panels.append((title + pays, axes))
-    return Chart(
-        name="time-by-bandwidth",
-        title="Predicted time by bandwidth of the links",
-        reading="Where two lines cross is the break-even bandwidth: what sends less gains "
-        "most on slow links.",
-        unit="microseconds per layer, without overlap",
-        baseline=f"{bandwidth:,.3g} GB/s, the hardware that was named",
-        panels=tuple(panels),
     )
 
 
