@@ -60,11 +60,12 @@ def check(
         counts = Affinity.read(source)
         pairs = int(max(load.sum() for load in counts.load))
         judged = f"{pairs:,} pairs of a token and an expert per layer"
-        model, report = counts.model, check_on_loads(read, counts, str(source), tolerance)
+        report = check_on_loads(read, counts, str(source), tolerance, str(plan))
+        model = counts.model
         limit: str | None = "counts do not show traffic: only balance is judged"
     else:
         trace = Trace(source)
-        model, report = trace.model, check_plan(read, trace, chosen, tolerance)
+        model, report = trace.model, check_plan(read, trace, chosen, tolerance, str(plan))
         judged = f"{report.num_tokens:,} tokens"
         limit = other_phase(read, chosen)
         if read.solver.status == "imported":

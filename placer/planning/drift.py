@@ -100,6 +100,7 @@ def check_plan(
     trace: Trace,
     selection: Selection = EVERYTHING,
     tolerance: float = 0.02,
+    name: str = "PLAN",
 ) -> DriftReport:
     """Judge a plan on a trace and compare with what the plan records.
 
@@ -108,7 +109,7 @@ def check_plan(
     Bootstrap and Other Resampling Plans, 1982, chapter 2), which belong together.
 
     An imported plan records no figures: the balance on the later half of the sequences is
-    compared with that on the earlier half.
+    compared with that on the earlier half. Errors call the plan by `name`.
 
     Raises
     ------
@@ -117,7 +118,7 @@ def check_plan(
         trace has too few sequences.
     """
     _require_tolerance(tolerance)
-    require_same_model(plan.model, "the plan", trace.model, str(trace.directory))
+    require_same_model(plan.model, name, trace.model, str(trace.directory))
     tokens = trace.read(selection).first_sequences(_MOST_TOKENS)
     ids = np.unique(tokens.sequence_ids)
     before = None
@@ -155,7 +156,11 @@ def check_plan(
 
 
 def check_on_loads(
-    plan: Plan, affinity: Affinity, source: str, tolerance: float = 0.02
+    plan: Plan,
+    affinity: Affinity,
+    source: str,
+    tolerance: float = 0.02,
+    name: str = "PLAN",
 ) -> DriftReport:
     """Judge the balance of a plan on counted loads, which do not show traffic.
 
@@ -173,6 +178,8 @@ def check_on_loads(
         Where they were read, for errors.
     tolerance
         How much worse the imbalance may be.
+    name
+        Where the plan was read, for errors.
 
     Raises
     ------
@@ -180,7 +187,7 @@ def check_on_loads(
         If counts and plan are of different models, or the plan records no imbalance.
     """
     _require_tolerance(tolerance)
-    require_same_model(plan.model, "the plan", affinity.model, source)
+    require_same_model(plan.model, name, affinity.model, source)
     now = predicted_imbalance(
         plan.placement,
         [counts.astype(np.float64) for counts in affinity.load],

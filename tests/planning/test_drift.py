@@ -209,6 +209,21 @@ def test_on_loads_balance_alone_is_judged(
     assert new.provenance["moved_experts"] > 0
 
 
+def test_counts_of_another_model_are_refused_with_both_paths(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan.write(tmp_path / "plan.json")
+    model = ModelSpec(num_experts=(6,), top_k=2)
+    other = replace(counted(EVEN), model=model, load=(np.full(6, 10),), num_tokens=30)
+    other.write(tmp_path / "now")
+    with pytest.raises(SystemExit) as done:
+        main(["check", str(tmp_path / "plan.json"), str(tmp_path / "now")])
+    assert done.value.code == 2
+    told = capsys.readouterr().err
+    for name in ("plan.json", "now"):
+        assert f"placer inspect {tmp_path / name}" in told
+
+
 def test_without_top_k_pairs_are_not_called_tokens(plan: Plan, tmp_path: Path) -> None:
     model = ModelSpec(num_experts=(8,), top_k=0)
     loads = replace(counted(EVEN), model=model, num_tokens=sum(EVEN))
