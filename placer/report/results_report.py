@@ -16,7 +16,14 @@ from placer.report.chart import (
 )
 from placer.report.headline import Headline, Tile, change, over_mean
 from placer.report.plan_charts import title_of
-from placer.report.results import EngineMap, Frontier, Learning, Result, Simulation
+from placer.report.results import (
+    EngineMap,
+    Frontier,
+    Learning,
+    LearningPoint,
+    Result,
+    Simulation,
+)
 from placer.report.simulation_report import summarize_simulation
 from placer.report.summary import Summary
 
@@ -201,10 +208,7 @@ def _learning(learning: Learning) -> Summary:
     return Summary(
         kind="learning curve",
         headline=Headline(
-            verdict=f"{near.num_tokens:,} tokens give a plan that sends as little as "
-            f"one from {last.num_tokens:,} tokens ({last.ratio:.3f} of contiguous), and is "
-            f"as even ({last.load_imbalance_mean:.3f}), within {_NEAR:g}, on held-out "
-            "sequences.",
+            verdict=_learning_verdict(near, last),
             tiles=(
                 Tile(title="Tokens that suffice", unit="tokens", after=near.num_tokens),
                 Tile(
@@ -232,6 +236,22 @@ def _learning(learning: Learning) -> Summary:
                 panels=panels,
             ),
         ),
+    )
+
+
+def _learning_verdict(near: LearningPoint, last: LearningPoint) -> str:
+    reached = (
+        f"{last.ratio:.3f} of contiguous, busiest rank {last.load_imbalance_mean:.3f} times "
+        "the mean, on held-out sequences"
+    )
+    if near is last:
+        return (
+            f"No smaller part gives a plan as good as all {last.num_tokens:,} tokens "
+            f"({reached}): more tokens may still help."
+        )
+    return (
+        f"{near.num_tokens:,} tokens give a plan that is as good, within {_NEAR:g}, as one "
+        f"from {last.num_tokens:,} tokens ({reached})."
     )
 
 

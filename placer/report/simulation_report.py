@@ -267,7 +267,7 @@ def _by_bandwidth(simulation: Simulation, names: Sequence[str], bandwidth: float
             )
         title = f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank"
         words = [
-            f"{one.pays} {one.bandwidth_gb_per_s:,.3g} GB/s"
+            f"{one.pays} {one.bandwidth_gb_per_s:,.0f} GB/s"
             if one.bandwidth_gb_per_s is not None
             else one.pays
             for one in simulation.break_even.get(CONTIGUOUS, [])[number : number + 1]
