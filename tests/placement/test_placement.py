@@ -128,6 +128,12 @@ def test_what_a_placement_says_of_its_slots_by_hand() -> None:
     """Two ranks: layer 0 has a slot more than experts, layer 1 four more."""
     placement = place([[3, 2, 0, 2, 1, 4], [1, 0, 3, 2, 1, 0, 2, 3]], (5, 4), 2)
     assert placement.redundant_experts == 1
+    one_node = Placement(
+        physical_to_logical_map=placement.physical_to_logical_map,
+        num_experts=placement.num_experts,
+        num_ranks=2,
+    )
+    assert one_node.ranks_per_node == 2
     assert placement.slot_of(0).tolist() == [[2, -1, 1, 0, -1], [-1, 4, 3, -1, 5]]
     assert placement.filler_row().tolist() == [0, 1, 2, 3, 4, 0]
     # Experts 0, 2 and 3 on rank 0, experts 1, 2 and 4 on rank 1: half of expert 2 each.
