@@ -13,6 +13,7 @@ from placer.placement import Plan as SolvedPlan
 from placer.placement.topology import Topology
 from placer.report.artifact import open_artifact
 from placer.report.checkpoint import Checkpoint
+from placer.report.results import EngineMap
 from placer.run.kinds import kind_of
 from placer.runtime_map.imported import read_map
 from placer.table import Table as TokenTable
@@ -85,6 +86,11 @@ def open(
             return Table.read(file)
         case Checkpoint() as found:
             return found
+        case EngineMap() as found:
+            raise UsageError(
+                f"{file} is the map of an engine: say which ranks it is for",
+                f"placer.open({str(path)!r}, {found.format!r}, gpus_per_node=...)",
+            )
         case _:
             raise PlacerError(
                 f"{file} is of no kind that the API opens",

@@ -17,7 +17,6 @@ from placer.cli.output import (
     TokensPerRankOption,
     WeightBytesOption,
     given_command,
-    parse_selection,
     print_json,
     print_line,
     print_table,
@@ -27,7 +26,6 @@ from placer.cli.output import (
 
 if TYPE_CHECKING:
     from placer.planning.judge import Judgement
-    from placer.target.engine import Engine
 
 
 def simulate(
@@ -98,71 +96,37 @@ def simulate(
                       with --table: by the table's combined rule
       request         with --table: one home for each sequence
     """
-    from placer.placement import Plan
-    from placer.planning.judge import Serving, judge_plan
-    from placer.planning.served import architectures_of, servable
+    from placer.api.simulation import Simulation, judged
     from placer.planning.verdict import grouped, verdict_lines
     from placer.report.batches import summary_table
-    from placer.runtime_map.engine_family import other_choices
-    from placer.serving.homes import batch_shapes, parse_tokens_per_rank
-    from placer.simulation.cost import find_expert_shape, require_no_sizes
-    from placer.target.engine import engines_named
-    from placer.target.hardware import Hardware
     from placer.trace import Trace
 
-    read, solved = Trace(trace), Plan.read(plan)
-    if hardware is None:
-        # The bytes that are sent take the width of the hidden state, which not all know.
-        width_is_known = read.model.hidden_size is not None
-        require_no_sizes(
-            model if width_is_known else None,
-            hidden_size if width_is_known else None,
-            expert_size,
-            weight_bytes,
-            "--hardware",
-        )
-    engines: list[Engine | None] = [solved.engine]
-    left_out: list[str] = []
-    if engine is not None:
-        kept, left_out = servable(engines_named(engine), solved, architectures_of(model))
-        engines = [*kept]
-    for line in left_out:
-        warn(line)
-    if replica_choice is None:
-        for line in other_choices(solved, engines):
-            warn(line)
-    named = None if hardware is None else Hardware.named(hardware)
     command = given_command(context, "engine", "as_json")
-    judgements = judge_plan(
+    judgements = judged(
         plan,
-        read,
-        selection=parse_selection(fold, not_fold, phase),
-        table_path=table,
-        shapes=batch_shapes(parse_tokens_per_rank(tokens_per_rank), batching),
-        baselines=baseline,
-        servings=[
-            Serving(
-                engine=one,
-                replica_choice=solved.choose_replicas(one, replica_choice, command),
-                hardware=named,
-                expert=find_expert_shape(
-                    model,
-                    hidden_size or read.model.hidden_size,
-                    expert_size,
-                    weight_bytes,
-                    one,
-                ),
-                hidden_size=hidden_size,
-            )
-            for one in engines
-        ],
+        Trace(trace),
+        warn,
+        command,
+        table=table,
+        tokens_per_rank=tokens_per_rank,
+        batching=batching,
+        baseline=baseline,
+        engine=engine,
+        replica_choice=replica_choice,
+        hardware=hardware,
+        model=model,
+        hidden_size=hidden_size,
+        expert_size=expert_size,
+        weight_bytes=weight_bytes,
+        fold=fold,
+        not_fold=not_fold,
+        phase=phase,
     )
-    for warning in dict.fromkeys(text for one in judgements for text in one.warnings):
+    found = Simulation(judgements)
+    for warning in found.warnings:
         warn(warning)
-    values = [one.to_json() for one in judgements]
     if as_json:
-        many = len(engines) > 1
-        print_json({"engines": {v["engine"]: v for v in values}} if many else values[0])
+        print_json(found.to_json())
         return
     for names, line in grouped(verdict_lines(judgements)):
         print_verdict(", ".join(names) or None, line)

@@ -21,14 +21,12 @@ from placer.cli.output import (
     WeightBytesOption,
     claim,
     note,
-    parse_selection,
     print_json,
     print_line,
     print_table,
     progress_line,
     warn,
 )
-from placer.errors import UsageError, one_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -327,90 +325,58 @@ def solve(
     # Matrices are small here: more threads of NumPy's BLAS mostly wait for each other. It
     # reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from placer.placement.pins import Pin
-    from placer.placement.policy import POLICIES
-    from placer.placement.world import EP_GROUPS, group_topology, world_layout
+    from placer.api.requests import solve_request as asked
     from placer.planning.frontier import parse_caps
-    from placer.planning.request import ServedNow, SolveRequest
     from placer.planning.solving import solve_frontier, solve_request
     from placer.report.comparison import closing_lines, plan_notes, plan_warnings
     from placer.run.session import Session
-    from placer.solver.caps import Caps
-    from placer.solver.goal import NOT_SOLVED, Goal
-    from placer.solver.options import PROOFS, SolveOptions
-    from placer.solver.params import SolverParams
-    from placer.solver.problem.scenarios import ROBUST
-    from placer.solver.start import Start
-    from placer.target.engine import SOLVABLE_EXCHANGES, solvable_choice
 
     paths = [source, topology, model, start, Path(hardware) if hardware else None]
     kinds = ["plan" if frontier is None else "frontier"]
     claim(context, out, paths, force=force, kinds=kinds, directory=frontier is not None)
-    layout = world_layout(
-        num_nodes=nodes,
+    request = asked(
+        source,
+        nodes=nodes,
         gpus_per_node=gpus_per_node,
-        ep_size=ep_size,
-        tensor_parallel_size=tensor_parallel_size,
-        ep_groups=one_of("--ep-groups", ep_groups, EP_GROUPS),
-    )
-    effort = SolverParams() if params is None else SolverParams.read(params)
-    served_now = None if start is None else ServedNow.read(start)
-    one_of("--objective", objective, ("traffic", "balance", "time"), NOT_SOLVED)
-    goal = Goal(
-        objective="balance" if objective == "balance" else "traffic",
-        policy=one_of("--policy", policy, POLICIES, NOT_SOLVED),
-        exchange=None
-        if exchange is None
-        else one_of("--exchange", exchange, SOLVABLE_EXCHANGES, NOT_SOLVED),
-        redundant_experts=_number(redundant_experts),
-        replica_choice=solvable_choice(replica_choice),
-        caps=Caps(
-            max_imbalance=max_imbalance,
-            max_home_imbalance=max_home_imbalance,
-            max_received_copies=max_received_copies,
-            relax=relax_cap,
-        ),
-        robust=one_of("--robust", robust, ROBUST, NOT_SOLVED),
-        overflow_price=overflow_price,
-        receive_price=receive_price,
-    )
-    request = SolveRequest(
-        source=source,
-        selection=parse_selection(fold, not_fold, phase),
-        options=SolveOptions(
-            topology=group_topology(
-                num_nodes=nodes,
-                gpus_per_node=gpus_per_node,
-                inter_cost=inter_cost,
-                intra_cost=intra_cost,
-                layout=layout,
-                cost_file=topology,
-            ),
-            goal=goal,
-            start=Start(
-                placement=None if served_now is None else served_now.plan.placement,
-                migration_cost=migration_cost,
-                pins=tuple(map(Pin.parse, pin or [])),
-                preserve_groups=preserve_groups,
-                ignore_groups=ignore_groups,
-            ),
-            proof=one_of("--proof", proof, PROOFS, NOT_SOLVED),
-            params=effort.with_given({"num_sweeps": num_sweeps, "num_rounds": num_rounds}),
-        ),
-        by_time=objective == "time",
-        engine=engine,
-        chooses_redundant=redundant_experts == "auto",
-        redundant_gain=redundant_gain,
-        redundant_memory=redundant_memory,
+        objective=objective,
         hardware=hardware,
         model=model,
         hidden_size=hidden_size,
         expert_size=expert_size,
         weight_bytes=weight_bytes,
-        served_now=served_now,
-        layout=layout,
-        priced_links=(inter_cost, intra_cost, topology) != (None, None, None),
+        policy=policy,
+        engine=engine,
+        exchange=exchange,
+        max_imbalance=max_imbalance,
+        max_home_imbalance=max_home_imbalance,
+        max_received_copies=max_received_copies,
+        relax_cap=relax_cap,
+        inter_cost=inter_cost,
+        intra_cost=intra_cost,
+        topology=topology,
+        ep_size=ep_size,
+        tensor_parallel_size=tensor_parallel_size,
+        ep_groups=ep_groups,
+        redundant_experts=redundant_experts,
+        redundant_gain=redundant_gain,
+        redundant_memory=redundant_memory,
+        replica_choice=replica_choice,
+        robust=robust,
+        overflow_price=overflow_price,
+        receive_price=receive_price,
+        start=start,
+        migration_cost=migration_cost,
+        pin=pin,
+        preserve_groups=preserve_groups,
+        ignore_groups=ignore_groups,
+        proof=proof,
+        num_sweeps=num_sweeps,
+        num_rounds=num_rounds,
+        params=params,
         require_optimal=require_optimal,
+        fold=fold,
+        not_fold=not_fold,
+        phase=phase,
     )
     caps = None if frontier is None else parse_caps(frontier)
     with progress_line("solve") as progress:
@@ -474,18 +440,6 @@ def _show(solved: "Solved", start: Path | None) -> None:
                 f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: compared "
                 f"with the load balancer, the fastest plan for traffic {found.words}"
             )
-
-
-def _number(redundant: str) -> int:
-    """Return the slots to begin with: of ``auto``, none."""
-    if redundant == "auto":
-        return 0
-    if not redundant.isdecimal():
-        raise UsageError(
-            f"--redundant-experts {redundant} is not a number and not auto",
-            "for example --redundant-experts 8",
-        )
-    return int(redundant)
 
 
 def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) -> None:

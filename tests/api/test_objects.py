@@ -216,6 +216,9 @@ def test_a_map_is_opened_as_the_plan_that_it_is(
         read.physical_to_logical_map, plan.physical_to_logical_map
     )
     assert "imported" in repr(read)
+    with pytest.raises(placer.UsageError, match="is the map of an engine") as failed:
+        placer.open(tmp_path / "map.npz")
+    assert "'eplb', gpus_per_node=" in str(failed.value.hint)
 
 
 @pytest.mark.parametrize(
