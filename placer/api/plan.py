@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from placer.api.files import AnyPath, UsedFile, require_unchanged, temporary_file, writing
+from placer.api.files import (
+    AnyPath,
+    UsedFile,
+    as_path,
+    require_unchanged,
+    temporary_file,
+    warn,
+    writing,
+)
 from placer.api.shown import Shape, Shown, model_name, model_words
 from placer.arrays import IntArray
 from placer.model import ModelSpec
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
 
     from placer.api.exporting import ExportArguments, Exported
     from placer.api.simulation import SimulateArguments, Simulation
+    from placer.api.table import Table
     from placer.api.trace import Trace
     from placer.api.verifying import Verified
 
@@ -237,6 +246,67 @@ class Plan(Shown):
                 corpus=[Path(one) for one in corpus],
                 max_tokens=max_tokens,
             )
+
+    def table(
+        self,
+        trace: "Trace",
+        *,
+        fold: str | None = None,
+        not_fold: str | None = None,
+        phase: str | None = None,
+        lookback: int | None = None,
+        shrinkage: float = 4.0,
+        token_score: bool = False,
+        combined: bool = False,
+        embeddings: AnyPath | None = None,
+        max_home_imbalance: float | None = None,
+    ) -> "Table":
+        """Make the plan's token-shuffle table, as ``placer tables`` does.
+
+        Parameters
+        ----------
+        trace
+            A trace with token ids.
+        fold, not_fold, phase
+            The tokens to build it from; by default those that the plan was solved on.
+        lookback
+            Length of a history, in layers; up to 4 by default, fewer for many ranks.
+        shrinkage
+            Tokens of the layer's average that are added to every row.
+        token_score, combined
+            Whether it also holds second-best homes, and the combined rule.
+        embeddings
+            Checkpoint whose embedding predicts rows for ids that are not in the trace.
+        max_home_imbalance
+            Cap on the tokens of the fullest home rank over the mean.
+
+        Raises
+        ------
+        PlacerError
+            If plan and trace are of different models, or the trace has no token ids.
+        UsageError
+            If an option is out of range.
+        """
+        from placer.api.table import Table
+        from placer.planning.tables import TableOptions, make_table
+        from placer.trace import Fold
+
+        options = TableOptions(
+            lookback=lookback,
+            shrinkage=shrinkage,
+            with_token_score=token_score,
+            with_combined=combined,
+            embeddings=as_path(embeddings),
+            max_home_imbalance=max_home_imbalance,
+        )
+        chosen = Fold.chosen(fold, not_fold)
+        with self.as_file() as file:
+            made = make_table(
+                file.path, trace.contents, fold=chosen, phase=phase, options=options
+            )
+        for text in made.warnings:
+            warn(file.words(text))
+        return Table(made.table)
 
     def write(self, path: AnyPath, *, force: bool = False) -> None:
         """Write ``plan.json``: the same plan gives the same bytes.

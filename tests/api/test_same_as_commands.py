@@ -143,6 +143,25 @@ def test_simulate_has_the_figures_of_the_command(
     assert bool(timed) == ("hardware" in options)
 
 
+def test_a_table_has_the_bytes_of_the_command(trace: placer.Trace, tmp_path: Path) -> None:
+    plan = placer.solve(trace, gpus_per_node=4, fold="0/2", proof="none", policy="token")
+    plan.write(tmp_path / "plan.json")
+    options = {"lookback": 1, "token_score": True}
+    line = ("tables", tmp_path / "plan.json", trace.path, *words(options))
+    run(*line, "--out", tmp_path / "command")
+    made = plan.table(trace, **options)
+    made.write(tmp_path / "api")
+    assert (tmp_path / "api").read_bytes() == (tmp_path / "command").read_bytes()
+    read = placer.open(tmp_path / "api")
+    assert isinstance(read, placer.Table) and read.num_ranks == 4
+    frame = read.to_frame()
+    assert len(frame) == 3 * read.vocab_size
+    row = frame[(frame["layer"] == 2) & (frame["token_id"] == 7)].iloc[0]
+    assert row["rank"] == made.contents.token_rank[2, 7]
+    found = plan.simulate(trace, not_fold="0/2", table=tmp_path / "api")
+    assert {"token", "request"} <= set(found.to_frame()["policy"])
+
+
 def test_sizes_of_batches_may_be_numbers(trace: placer.Trace) -> None:
     plan = placer.solve(trace, gpus_per_node=4, proof="none")
     one, two = (plan.simulate(trace, tokens_per_rank=s) for s in ([8, 16], "8,16"))
