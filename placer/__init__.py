@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from placer.api.trace import Trace
     from placer.api.verifying import Verified
     from placer.errors import (
-        DriftError,
         NoSolutionError,
         NotProvedError,
         PlacerError,
@@ -45,7 +44,6 @@ _MODULES = {
     "Advice": "api.advising",
     "Affinity": "api.affinity",
     "Checkpoint": "report.checkpoint",
-    "DriftError": "errors",
     "ExportArguments": "api.exporting",
     "Exported": "api.exporting",
     "NoSolutionError": "errors",
@@ -72,7 +70,6 @@ __all__ = [
     "Advice",
     "Affinity",
     "Checkpoint",
-    "DriftError",
     "ExportArguments",
     "Exported",
     "NoSolutionError",
