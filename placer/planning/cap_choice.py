@@ -12,6 +12,7 @@ from placer.model import ModelSpec
 from placer.planning.layer_time import batch_times, judged_halves
 from placer.planning.question import Question
 from placer.run.session import Session
+from placer.solver.caps import MAX_IMBALANCE
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk
@@ -40,7 +41,7 @@ class CapChoice:
     def told(self) -> str:
         """A sentence on the choice."""
         change = f"{abs(1 - self.relative_time):.1%}"
-        cap = f"a load cap of {self.options.goal.caps.load_cap:g}"
+        cap = f"a load cap of {MAX_IMBALANCE:g}"
         if self.options.goal.caps.below_eplb:
             predicted = f"{change} {'less' if self.relative_time < 1 else 'more'} time"
             return (
@@ -93,10 +94,7 @@ def choose_cap(
     inner, heldout = judged_halves(profile, "--hardware")
     affinity = count_affinity([inner], model, {})
     overlapped = []
-    for below, what in (
-        (True, "EPLB's load"),
-        (False, f"cap {options.goal.caps.load_cap:g}"),
-    ):
+    for below, what in ((True, "EPLB's load"), (False, f"cap {MAX_IMBALANCE:g}")):
         session.tell(f"quick plan, {what}")
         quick = options.quick().below_eplb(below)
         with session.choosing(0.5 if below else 1.0) as half:

@@ -27,7 +27,7 @@ from placer.solver.options import SolveOptions
 from placer.solver.solve import solve_to_choose
 from placer.trace import Chunk
 
-# Shares of the imbalance asked for that quick plans may use.
+# Shares of the imbalance asked for that quick plans may use; the first is all of it.
 _SHARES = (1.0, 0.6, 0.2)
 _CAP_STEPS = 1000  # caps are rounded down to thousandths
 # Prices of a pair above the tightest cap, over the first one, where no cap holds.
@@ -40,7 +40,7 @@ def choose_inner_cap(
     options: SolveOptions,
     session: Session | None = None,
 ) -> InnerCap:
-    """Return the highest cap under which other sequences stay under ``load_cap``.
+    """Return the highest cap under which other sequences stay under the cap on load.
 
     Where none does, the tightest, at the least price of load above it under which they do,
     if no price is asked for.
@@ -52,7 +52,7 @@ def choose_inner_cap(
     profile
         The tokens to solve on; no others are looked at.
     options
-        What to solve for, ``load_cap`` being the mean imbalance to keep to.
+        What to solve for; the mean imbalance must keep to its cap on load.
     session
         Reports each cap; after its deadline no further one is tried.
 
@@ -61,12 +61,12 @@ def choose_inner_cap(
     UsageError
         If the profile is one sequence.
     NoSolutionError
-        If ``load_cap`` is out of reach on the whole profile, and may not be relaxed.
+        If the cap on load is out of reach on the whole profile, and may not be relaxed.
     """
     session = session or Session()
     deadline = session.deadline
     load_caps(expert_loads(model, profile), options, deadline)
-    goal, load_cap = options.goal, options.goal.caps.load_cap
+    goal = options.goal
     halves = inner_halves(profile, f"--robust {goal.robust}")
     price = OVERFLOW_PRICE if goal.overflow_price is None else goal.overflow_price
 
@@ -75,17 +75,18 @@ def choose_inner_cap(
             session.tell(f"cap {cap:g}, overflow price {price:g} on halves of the profile")
             tried = replace(goal.under(cap), overflow_price=price)
             quick = replace(options.quick(), goal=tried)
-            yield _trial(model, halves, quick, price, session)
+            yield _trial(model, halves, quick, (cap, price), session)
             if deadline.passed():
                 return
 
-    caps = [round(1 + share * (load_cap - 1), 6) for share in _SHARES]
+    caps = [goal.caps.tightened(share) for share in _SHARES]
+    asked = caps[0]
     trials = list(try_all([(cap, price) for cap in caps]))
-    found = loosest_that_holds(load_cap, trials)
+    found = loosest_that_holds(asked, trials)
     if found.holds or goal.overflow_price is not None or deadline.passed():
         return found
     costlier = list(try_all([(min(caps), times * price) for times in _TIMES[1:]]))
-    return cheapest_that_holds(load_cap, trials, costlier)
+    return cheapest_that_holds(asked, trials, costlier)
 
 
 def loosest_that_holds(max_imbalance: float, trials: Sequence[CapTrial]) -> InnerCap:
@@ -216,10 +217,10 @@ def _trial(
     model: ModelSpec,
     halves: tuple[Chunk, Chunk],
     options: SolveOptions,
-    price: float,
+    tried: tuple[float, float],
     session: Session,
 ) -> CapTrial:
-    """Solve on each half and judge on both."""
+    """Solve on each half under a cap, at a price above it, and judge on both."""
     own, other, prices = [], [], []
     for share, (solved, heldout) in zip((0.5, 1.0), (halves, halves[::-1]), strict=True):
         affinity = count_affinity([solved], model, {})
@@ -229,8 +230,9 @@ def _trial(
         other.append(_imbalance(model, placement, heldout, options))
         prices.append(report.objective)
     profile, judged = float(np.mean(own)), float(np.mean(other))
+    cap, price = tried
     return CapTrial(
-        max_imbalance=options.goal.caps.load_cap,
+        max_imbalance=cap,
         overflow_price=price,
         objective=round(float(np.mean(prices)), 6),
         profile_imbalance=round(profile, 6),

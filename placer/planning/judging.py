@@ -16,9 +16,8 @@ from placer.solver.options import SolveOptions
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.scenarios import load_scenarios
 from placer.solver.problem.traffic import TrafficProblem
-from placer.solver.search.alternation import vocabulary_of
+from placer.solver.search.alternation import table_for, vocabulary_of
 from placer.solver.search.evaluator import evaluate
-from placer.table.build import build_table
 from placer.table.table import Table
 from placer.trace import Chunk
 
@@ -140,11 +139,11 @@ class Judging:
         """Return the placement's table, where the policy takes its homes from one."""
         if self.options.goal.content_policy is None:
             return None
-        return build_table(
+        return table_for(
             placement,
             self.profile,
-            vocab_size=vocabulary_of(self.profile, self.options.goal.content_policy),
-            max_home_imbalance=self.options.goal.caps.max_home_imbalance,
+            vocabulary_of(self.profile, self.options.goal.content_policy),
+            self.options.goal.caps,
             replica_choice=self.options.goal.replica_choice,
             layer_ids=self.model.layer_ids,
             deadline=deadline,

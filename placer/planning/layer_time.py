@@ -230,7 +230,7 @@ def _straggler_words(figures: Sequence[BatchFigures]) -> str:
 def _candidates(options: SolveOptions) -> dict[str, SolveOptions]:
     found, caps = {}, options.goal.caps
     for share in _CAPS:
-        cap = round(1 + share * (caps.load_cap - 1), 6)
+        cap = caps.tightened(share)
         # A tighter cap than was asked for may be relaxed, to no more than was asked.
         under = options.goal.under(cap, relax=caps.relaxes_load_cap or share < 1)
         for more in _RECEIVE_PRICES:

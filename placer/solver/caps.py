@@ -94,7 +94,10 @@ class Caps:
 
     @property
     def load_cap(self) -> float:
-        """The cap on max/mean rank load, given or not."""
+        """The cap on max/mean rank load, given or not.
+
+        Only what turns it into pairs of a layer and what records it read this number.
+        """
         return MAX_IMBALANCE if self.max_imbalance is None else self.max_imbalance
 
     @property
@@ -103,9 +106,30 @@ class Caps:
         return self.max_imbalance is not None
 
     @property
+    def leaves_eplb(self) -> bool:
+        """Whether no cap is given that EPLB does not know."""
+        return not self.gives_load_cap and self.max_received_copies is None
+
+    @property
     def relaxes_load_cap(self) -> bool:
         """Whether to use the best reachable if the load cap is out of reach."""
         return self.relax or not self.gives_load_cap
+
+    def most_load(self, pairs: float, num_ranks: int) -> float:
+        """Return the pairs that a rank may serve of a layer's ``pairs``."""
+        return self.load_cap * pairs / num_ranks
+
+    def most_homes(self, num_tokens: int, num_ranks: int) -> float | None:
+        """Return the tokens that a rank may be home to, or ``None`` for any number."""
+        if self.max_home_imbalance is None:
+            return None
+        return self.max_home_imbalance * num_tokens / num_ranks
+
+    def tightened(self, share: float) -> float:
+        """Return a load cap that allows a share of this one's imbalance; 1: this one."""
+        if share == 1:
+            return self.load_cap
+        return round(1 + share * (self.load_cap - 1), 6)
 
     def under(self, load_cap: float, *, relax: bool = True) -> Self:
         """Return the same with another cap on load."""
@@ -150,6 +174,14 @@ class Caps:
                 f"{company}",
                 "drop it, or solve with --objective traffic",
             )
+
+    @property
+    def given_for_tokens(self) -> dict[str, bool]:
+        """The options of caps that need tokens, and whether each is given."""
+        return {
+            "--max-home-imbalance": self.max_home_imbalance is not None,
+            "--max-received-copies": self.max_received_copies is not None,
+        }
 
     def missed_load(self, imbalance: Mapping[Layer, float]) -> dict[Layer, float]:
         """Return the layers above the cap on load, with the imbalance that they reached."""

@@ -93,10 +93,9 @@ class SolveOptions:
         """
         topology, goal, caps = self.topology, self.goal, self.goal.caps
         alike = topology.num_nodes == 1 and topology.cost is None
-        given = caps.gives_load_cap or caps.max_received_copies is not None
         free = self.start.placement is None and not self.start.preserve_groups
         below = goal.objective == "traffic" and goal.robust == "none"
-        return self.below_eplb(below and alike and free and not given)
+        return self.below_eplb(below and alike and free and caps.leaves_eplb)
 
     def below_eplb(self, below: bool) -> Self:
         """Return the same options, with EPLB's load as a cap or without."""
@@ -134,8 +133,7 @@ class SolveOptions:
         goal, start = self.goal, self.start
         return {
             f"--policy {goal.policy}": goal.content_policy is not None,
-            "--max-home-imbalance": goal.caps.max_home_imbalance is not None,
-            "--max-received-copies": goal.caps.max_received_copies is not None,
+            **goal.caps.given_for_tokens,
             "--exchange per-node": goal.counted == "per-node",
             "--redundant-experts": goal.redundant_experts > 0,
             "--robust": goal.robust != "none",

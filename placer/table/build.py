@@ -43,7 +43,7 @@ from placer.table.embeddings import Embeddings
 from placer.table.hash_routing import TokenExperts, require_same_routing
 from placer.table.histories import HistoryRates, sums
 from placer.table.lookup import LayerTable, require_ids
-from placer.table.prices import even_prices
+from placer.table.prices import EvenHomes
 from placer.table.regression import EmbeddingRegression
 from placer.table.requests import request_scores
 from placer.table.table import Table, expert_rank_rows
@@ -130,7 +130,8 @@ def build_table(
     """
     if lookback is None:
         lookback = default_lookback(placement.num_ranks)
-    _require_options(lookback, shrinkage, max_home_imbalance, placement.num_ranks)
+    even = EvenHomes(num_ranks=placement.num_ranks, max_home_imbalance=max_home_imbalance)
+    _require_options(lookback, shrinkage, placement.num_ranks)
     ids = require_ids(tokens, vocab_size)
     token_experts = token_experts or {}
     for table in token_experts.values():
@@ -160,14 +161,14 @@ def build_table(
         fixed=fixed_homes(tokens.sequence_ids, placement.num_ranks),
         lookback=lookback,
         shrinkage=shrinkage,
-        max_home_imbalance=max_home_imbalance,
+        even=even,
     )
     combined = CombinedBuilder(
         placement=placement,
         tokens=tokens,
         token_ids=ids,
         shrinkage=shrinkage,
-        max_home_imbalance=max_home_imbalance,
+        even=even,
     )
     with_token_score |= with_combined
     layers = []
@@ -232,7 +233,7 @@ class _Builder:
     fixed: RankArray
     lookback: int
     shrinkage: float
-    max_home_imbalance: float | None
+    even: EvenHomes
 
     def layer(
         self, layer: int, experts: AnyArray, history: list[RankArray]
@@ -263,7 +264,7 @@ class _Builder:
         def homes(price: FloatArray) -> RankArray:
             return self._homes(chosen, histories, price)
 
-        price = even_prices(homes, self.placement.num_ranks, self.max_home_imbalance)
+        price = self.even.prices(homes)
         rows = self._rows(chosen, histories, price)
         if vocabulary is None:
             return rates[self.vocab_row], self._in_vocabulary(rows, prior)
@@ -290,7 +291,7 @@ class _Builder:
             chosen[known] = _best(rates, price, bonus)[0][self.token_ids[known]]
             return chosen
 
-        price = even_prices(homes, self.placement.num_ranks, self.max_home_imbalance)
+        price = self.even.prices(homes)
         token_rank, token_confidence = _best(rates, price, bonus)
         num_histories = self.placement.num_ranks**self.lookback
         return rates, LayerTable(
@@ -308,7 +309,7 @@ class _Builder:
         That of the expert listed first; under a cap drawn, so that prices can part equals.
         """
         shape = (experts.shape[1], self.placement.num_ranks)
-        if self.max_home_imbalance is not None:
+        if self.even.has_cap:
             return np.random.default_rng(0).random(shape)
         order = np.zeros(shape)
         for place in reversed(range(len(experts))):
@@ -385,7 +386,7 @@ class _Builder:
         """Give every id of the vocabulary its row."""
         token_rank = rows.token_rank[self.vocab_row]
         token_confidence = rows.token_confidence[self.vocab_row]
-        if self.max_home_imbalance is not None:
+        if self.even.has_cap:
             without = np.flatnonzero(self.vocab_row == len(rows.token_rank) - 1)
             turn = np.arange(len(without)) % self.placement.num_ranks
             token_rank[without] = turn
@@ -432,14 +433,7 @@ def default_lookback(num_ranks: int) -> int:
     return lookback
 
 
-def _require_options(
-    lookback: int, shrinkage: float, max_home_imbalance: float | None, num_ranks: int
-) -> None:
-    if max_home_imbalance is not None and not 1 < max_home_imbalance < np.inf:
-        raise UsageError(
-            f"--max-home-imbalance must be above 1, got {max_home_imbalance}",
-            "choose for example --max-home-imbalance 1.3",
-        )
+def _require_options(lookback: int, shrinkage: float, num_ranks: int) -> None:
     if lookback < 0 or num_ranks**lookback > _MOST_HISTORIES:
         raise UsageError(
             f"--lookback {lookback} needs {num_ranks}^{lookback} rows per layer, and the "

@@ -19,7 +19,7 @@ from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.placement.placement import Placement
 from placer.serving.layer_serving import LayerServing
 from placer.shuffle import CombinedRule, combined_scores
-from placer.table.prices import even_prices
+from placer.table.prices import EvenHomes
 from placer.trace import Chunk
 
 # Tokens that the penalty weighs as much as: 10 and 100 do as well.
@@ -49,15 +49,15 @@ class CombinedBuilder:
         ``[T]`` int64, -1 where unknown.
     shrinkage
         Tokens of the prior in every row of rates.
-    max_home_imbalance
-        Cap on the profile's tokens of the fullest home over the mean, or ``None``.
+    even
+        How even its homes must be.
     """
 
     placement: Placement
     tokens: Chunk
     token_ids: IntArray
     shrinkage: float
-    max_home_imbalance: float | None
+    even: EvenHomes
     _layers: list[dict[str, AnyArray]] = field(init=False, default_factory=list)
 
     def add(self, rates: FloatArray, *, exact: bool) -> None:
@@ -101,10 +101,8 @@ class CombinedBuilder:
             found["expert_score"],
             past,
         )
-        found["home_price"][:] = even_prices(
-            lambda price: (scores - price.astype(np.float32)).argmax(axis=1),
-            num_ranks,
-            self.max_home_imbalance,
+        found["home_price"][:] = self.even.prices(
+            lambda price: (scores - price.astype(np.float32)).argmax(axis=1)
         )
 
     def _rows_and_served(

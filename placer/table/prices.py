@@ -8,10 +8,12 @@ nothing, so no token leaves a home for more evenness than was asked.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from placer.arrays import AnyArray, FloatArray
+from placer.errors import UsageError
 
 # Prices move by this much of a rate per unit of imbalance, less from round to round, and
 # towards a share of the cap's distance to 1, so that they reach the cap itself.
@@ -21,33 +23,56 @@ _DECAY = 0.97
 _ROUNDS = 120
 
 
-def even_prices(
-    homes: Callable[[FloatArray], AnyArray],
-    num_ranks: int,
-    max_home_imbalance: float | None,
-) -> FloatArray:
-    """Return ``[R]``: the first prices that keep the cap, else the most even ones.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvenHomes:
+    """How even the homes of every layer of a table must be.
 
-    Parameters
+    Attributes
     ----------
-    homes
-        Returns the profile's homes ``[T]`` at prices.
     num_ranks
         R.
     max_home_imbalance
-        Cap on the tokens of the fullest home over the mean; ``None``: prices of 0.
+        Cap, above 1, on the tokens of the fullest home over the mean; ``None``: none.
+
+    Raises
+    ------
+    UsageError
+        If the cap is out of range.
     """
-    price = best_price = np.zeros(num_ranks)
-    if max_home_imbalance is None:
-        return price
-    aim = 1 + _AIM * (max_home_imbalance - 1)
-    lowest = np.inf
-    for step in _STEP * _DECAY ** np.arange(_ROUNDS):
-        home = homes(price)
-        crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
-        if crowd.max() < lowest:
-            lowest, best_price = crowd.max(), price
-        if lowest <= max_home_imbalance:
-            break
-        price = np.maximum(price + step * (crowd - aim), 0)
-    return best_price
+
+    num_ranks: int
+    max_home_imbalance: float | None
+
+    def __post_init__(self) -> None:
+        cap = self.max_home_imbalance
+        if cap is not None and not 1 < cap < np.inf:
+            raise UsageError(
+                f"--max-home-imbalance must be above 1, got {cap}",
+                "choose for example --max-home-imbalance 1.3",
+            )
+
+    @property
+    def has_cap(self) -> bool:
+        """Whether there is a cap."""
+        return self.max_home_imbalance is not None
+
+    def prices(self, homes: Callable[[FloatArray], AnyArray]) -> FloatArray:
+        """Return ``[R]``: the first prices that keep the cap, else the most even ones.
+
+        Without a cap all are 0. ``homes`` returns the profile's homes ``[T]`` at prices.
+        """
+        num_ranks, cap = self.num_ranks, self.max_home_imbalance
+        price = best_price = np.zeros(num_ranks)
+        if cap is None:
+            return price
+        aim = 1 + _AIM * (cap - 1)
+        lowest = np.inf
+        for step in _STEP * _DECAY ** np.arange(_ROUNDS):
+            home = homes(price)
+            crowd = np.bincount(home, minlength=num_ranks) * num_ranks / len(home)
+            if crowd.max() < lowest:
+                lowest, best_price = crowd.max(), price
+            if lowest <= cap:
+                break
+            price = np.maximum(price + step * (crowd - aim), 0)
+        return best_price

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from placer.table.prices import even_prices
+from placer.table.prices import EvenHomes
 
 
 def test_only_the_rank_above_the_cap_has_a_price_and_only_the_excess_leaves():
@@ -15,10 +15,13 @@ def test_only_the_rank_above_the_cap_has_a_price_and_only_the_excess_leaves():
     def homes(price):
         return (rates - price).argmax(axis=1)
 
-    price = even_prices(homes, 3, 1.5)
+    def prices(cap):
+        return EvenHomes(num_ranks=3, max_home_imbalance=cap).prices(homes)
+
+    price = prices(1.5)
     assert price[0] > 0
     assert price[1:].tolist() == [0, 0]
     assert 42 <= (homes(price) == 0).sum() <= 45  # 1.5 x 30, and not many fewer
     assert (homes(price)[:60] == 2).sum() == 0
-    assert even_prices(homes, 3, 2.0).tolist() == [0, 0, 0]
-    assert even_prices(homes, 3, None).tolist() == [0, 0, 0]
+    assert prices(2.0).tolist() == [0, 0, 0]
+    assert prices(None).tolist() == [0, 0, 0]

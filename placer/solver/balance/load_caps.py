@@ -96,11 +96,6 @@ def balance_layer(
     return _minimise_max_load(load, ranks, num_ranks, least, deadline)
 
 
-def most_load(load: FloatArray | IntArray, num_ranks: int, options: SolveOptions) -> float:
-    """Return the pairs that a rank may serve of a layer's load, ``[E]``."""
-    return options.goal.caps.load_cap * float(load.sum()) / num_ranks
-
-
 def load_caps(
     loads: Sequence[FloatArray],
     options: SolveOptions,

@@ -20,7 +20,7 @@ from placer.placement.policy import Policy
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.run.session import Session
-from placer.solver.balance.load_caps import balance_layer, most_load
+from placer.solver.balance.load_caps import balance_layer
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import PlacementProblem, placement_problem
 from placer.solver.search.pair_search import Search
@@ -111,7 +111,7 @@ def place_groups(affinity: Affinity, options: SolveOptions, session: Session) ->
     caps, start = [], []
     for counts in affinity.load:
         load = counts.reshape(n_group, -1).sum(axis=1).astype(np.float64)
-        cap = most_load(load, blocks, options)
+        cap = options.goal.caps.most_load(float(load.sum()), blocks)
         found = balance_layer(load, blocks, cap, deadline)
         caps.append(max(cap, found.max_load))
         start.append(found.expert_rank)

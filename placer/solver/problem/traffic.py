@@ -114,12 +114,12 @@ class TrafficProblem:
         linear = np.zeros((self.load[layer].shape[1], num_ranks), dtype=np.int64)
         if self.move_price is not None:
             linear = np.rint(self.move_price[layer] * num_ranks).astype(np.int64)
-        max_homes, crowd, received = 0.0, 0.0, self.caps.max_received_copies or 0.0
+        max_homes, crowd, received = None, 0.0, self.caps.max_received_copies or 0.0
         # After the last layer a token is nowhere at home.
         follows = self.policy == "follow" and layer + 1 < self.num_layers
-        if follows and self.caps.max_home_imbalance is not None:
-            max_homes = self.caps.max_home_imbalance * self.num_tokens / num_ranks
-            crowd = self.home_price * num_ranks
+        if follows:
+            max_homes = self.caps.most_homes(self.num_tokens, num_ranks)
+            crowd = 0.0 if max_homes is None else self.home_price * num_ranks
         return Prices(
             to_rank=to_rank,
             to_node=to_node,
@@ -130,7 +130,7 @@ class TrafficProblem:
             overflow=self.overflow_price * num_ranks,
             receive=self.receive_price * num_ranks,
             max_receive=received * self.num_tokens / num_ranks,
-            max_homes=max_homes,
+            max_homes=max_homes or 0.0,
             crowd=crowd,
             ranks_per_node=self.topology.gpus_per_node,
             caution=0.0 if self.caution is None else float(self.caution[layer]),

@@ -33,6 +33,8 @@ from placer.table.build import build_table
 from placer.table.homes import TableHomes
 from placer.table.lookup import known_ids, request_homes
 from placer.table.requests import request_scores
+from placer.table.table import Table
+from placer.target.engine import SolvableReplicaChoice
 from placer.trace import Chunk
 
 Homes = tuple[IntArray, ...]
@@ -54,6 +56,31 @@ def vocabulary_of(tokens: Chunk, policy: str) -> int:
             "follow",
         )
     return int(tokens.token_ids.max()) + 1
+
+
+def table_for(
+    placement: Placement,
+    tokens: Chunk,
+    vocab_size: int,
+    caps: Caps,
+    *,
+    replica_choice: SolvableReplicaChoice | None,
+    layer_ids: tuple[int, ...] | None,
+    deadline: Deadline | None = None,
+) -> Table:
+    """Build the table of a placement's homes, which keeps the cap on homes.
+
+    Parameters and errors are those of :func:`placer.table.build.build_table`.
+    """
+    return build_table(
+        placement,
+        tokens,
+        vocab_size=vocab_size,
+        max_home_imbalance=caps.max_home_imbalance,
+        replica_choice=replica_choice,
+        layer_ids=layer_ids,
+        deadline=deadline,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -223,11 +250,11 @@ class Alternation:
 
     def _looked_up(self, placement: Placement, others: Chunk, judged: Chunk) -> IntArray:
         """Return ``[L, T]``: the homes of tokens by the table of other ones."""
-        table = build_table(
+        table = table_for(
             placement,
             others,
-            vocab_size=self.vocab_size,
-            max_home_imbalance=self.caps.max_home_imbalance,
+            self.vocab_size,
+            self.caps,
             replica_choice=self.traffic.replica_choice,
             layer_ids=self.traffic.layer_ids,
         )

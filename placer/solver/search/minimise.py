@@ -12,7 +12,6 @@ from placer.placement.placement import Placement
 from placer.placement.policy import ContentPolicy, Policy
 from placer.run.progress import GapLine
 from placer.run.session import Session
-from placer.solver.balance.load_caps import most_load
 from placer.solver.balance.replicas import with_replicas
 from placer.solver.balance.router_groups import group_kinds
 from placer.solver.goal import OVERFLOW_PRICE
@@ -206,7 +205,8 @@ def _needs_relief(profile: Profile, options: SolveOptions) -> BoolArray:
     """Return ``[L]``: layers whose load cap is out of reach without replicas."""
     num_ranks = options.topology.num_ranks
     loads = profile.affinity.load
-    asked = np.array([most_load(load, num_ranks, options) for load in loads])
+    caps = options.goal.caps
+    asked = np.array([caps.most_load(float(load.sum()), num_ranks) for load in loads])
     needed: BoolArray = np.array(profile.max_load) > asked * (1 + 1e-9)
     return needed
 
@@ -323,7 +323,7 @@ def _traffic_problem(
     if goal.redundant_experts:
         # Caps that are out of reach without replicas may be met with them.
         num_ranks = options.topology.num_ranks
-        caps = tuple(most_load(one[0], num_ranks, options) for one in load)
+        caps = tuple(goal.caps.most_load(float(one[0].sum()), num_ranks) for one in load)
     traffic = TrafficProblem(
         experts=layer_tokens(judged),
         topology=options.topology,
