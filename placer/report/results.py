@@ -7,7 +7,7 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 
@@ -23,6 +23,7 @@ from placer.runtime_map.maps import RUNTIMES
 from placer.runtime_map.runtime import ParsedMap
 
 _IMBALANCE = "load_imbalance_mean"
+PLAN = "plan"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +164,19 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "fixed"
     bandwidth_gb_per_s: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse placements without the figures that are drawn of all of them."""
+        metrics = {_IMBALANCE} if self.sent is None else {_IMBALANCE, self.sent}
+        figures = {**self.baselines, PLAN: self.policies}
+        if figures.keys() != self.batches.keys():
+            raise PlacerError("baselines and batches are not of the same placements")
+        for name, policies in figures.items():
+            if not metrics <= policies.get(self.policy, {}).keys():
+                raise PlacerError(f"{name} has no figures of {', '.join(sorted(metrics))}")
+            shapes = [(one.batching, one.tokens_per_rank) for one in self.batches[name]]
+            if shapes != [(b.batching, b.tokens_per_rank) for b in self.batches[PLAN]]:
+                raise PlacerError(f"{name} has batches of other sizes than the plan")
+
 
 class LearningPoint(msgspec.Struct, frozen=True, kw_only=True):
     """A point of :class:`Learning`; see :mod:`placer.planning.learning`."""
@@ -178,7 +192,7 @@ class LearningPoint(msgspec.Struct, frozen=True, kw_only=True):
 class Learning(msgspec.Struct, frozen=True, kw_only=True):
     """What ``placer trace learning --json`` prints."""
 
-    points: list[LearningPoint]
+    points: Annotated[list[LearningPoint], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,8 +241,8 @@ def _learning(learning: Learning) -> Summary:
 
 def _learning_verdict(near: LearningPoint, last: LearningPoint) -> str:
     reached = (
-        f"{last.ratio:.3f} of contiguous, busiest rank {last.load_imbalance_mean:.3f} times "
-        "the mean, on held-out sequences"
+        f"{last.ratio:.3f} of contiguous, busiest rank {last.load_imbalance_mean:.3f} "
+        "times the mean, on held-out sequences"
     )
     if near is last:
         return (

@@ -17,10 +17,9 @@ from placer.report.chart import (
 )
 from placer.report.headline import Headline, Tile, change, over_mean
 from placer.report.plan_charts import title_of
-from placer.report.results import Simulation
+from placer.report.results import PLAN, Simulation
 from placer.report.summary import Summary
 
-_PLAN = "plan"
 _IMBALANCE = "load_imbalance_mean"
 # Bandwidths of the curve, as multiples of the hardware's.
 _SPEEDS = tuple(2.0**n for n in range(-4, 4))
@@ -28,8 +27,8 @@ _SPEEDS = tuple(2.0**n for n in range(-4, 4))
 
 def summarize_simulation(simulation: Simulation) -> Summary:
     """Return what a simulation holds: before and after, and predicted times."""
-    names = [*_references(simulation.baselines), _PLAN]
-    figures = {**simulation.baselines, _PLAN: simulation.policies}
+    names = [*_references(simulation.baselines), PLAN]
+    figures = {**simulation.baselines, PLAN: simulation.policies}
     policy = simulation.policy
     rows = tuple(
         (
@@ -66,7 +65,7 @@ def _references(names: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    return PLACER if name == _PLAN else name
+    return PLACER if name == PLAN else name
 
 
 def _simulation_headline(
@@ -103,7 +102,7 @@ def _simulation_headline(
             after=load,
         )
     )
-    plan, base = simulation.batches[_PLAN], simulation.batches.get(CONTIGUOUS)
+    plan, base = simulation.batches[PLAN], simulation.batches.get(CONTIGUOUS)
     if plan and plan[-1].time is not None:
         before = None if base is None else base[-1].time
         tiles.append(
@@ -190,8 +189,8 @@ def _simulation_bars(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
 
 
 def _time_charts(simulation: Simulation, names: Sequence[str]) -> Iterator[Chart]:
-    shown = [name for name in names if name in (CONTIGUOUS, EPLB, _PLAN)]
-    phases = dict.fromkeys(one.batching for one in simulation.batches[_PLAN])
+    shown = [name for name in names if name in (CONTIGUOUS, EPLB, PLAN)]
+    phases = dict.fromkeys(one.batching for one in simulation.batches[PLAN])
     if any(one.time is None for name in shown for one in simulation.batches[name]):
         return
     yield Chart(
@@ -249,7 +248,7 @@ def _by_batch(simulation: Simulation, name: str, phase: str) -> Line:
 def _by_bandwidth(simulation: Simulation, names: Sequence[str], bandwidth: float) -> Chart:
     """Draw time over bandwidth: transfers scale with it, computation and latency do not."""
     panels = []
-    for number, shape in enumerate(simulation.batches[_PLAN]):
+    for number, shape in enumerate(simulation.batches[PLAN]):
         lines = []
         for name in names:
             time = simulation.batches[name][number].time
