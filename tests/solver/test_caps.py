@@ -73,7 +73,9 @@ def modules_that_name(value: str) -> set[str]:
 
 
 def test_few_modules_read_a_cap() -> None:
-    """From the command line (or the API) to where it acts, at most five for each cap."""
+    """From the command line to where it acts, at most five for each cap."""
+    # placer table has an option of its own, and the API is another way in.
+    apart = {"cli/tables", "planning/tables"}
     assert modules_that_name("load_cap") == {
         "solver/goal",  # sets another one
         "solver/caps",
@@ -81,10 +83,9 @@ def test_few_modules_read_a_cap() -> None:
         "solver/balance/layer_balance",  # acts
         "planning/planner",  # records it
     }
-    other_option = {"cli/tables", "planning/tables"}  # that of placer table
-    assert modules_that_name("max_home_imbalance") - other_option == {
+    named = {one for one in modules_that_name("max_home_imbalance") if "api/" not in one}
+    assert named - apart == {
         "cli/solve",
-        "api/requests",
         "solver/caps",
         "solver/search/alternation",
         "table/build",
