@@ -75,7 +75,7 @@ class Frontier:
         if not names or not all(names):
             raise PlacerError(
                 f"{where} names no plan",
-                "solve again: placer solve TRACE --frontier CAPS --out DIR",
+                "placer solve TRACE --gpus-per-node M --frontier CAPS --out DIR",
             )
         plans: list[FrontierPlan] = []
         unmeasured: list[str] = []
@@ -233,11 +233,16 @@ def result_of_json(path: Path) -> Simulation | Learning | None:
         return None
     where = str(path)
     if {"batches", "policies", "baselines"} <= value.keys():
-        return validated(value, Simulation, where, "write it again: placer simulate --json")
+        return validated(
+            value, Simulation, where, "write it again: placer simulate PLAN TRACE --json"
+        )
     if value.keys() == {"fold", "phase", "points"}:
         known = {"points": value["points"]}
         return validated(
-            known, Learning, where, "write it again: placer trace learning --json"
+            known,
+            Learning,
+            where,
+            "write it again: placer trace learning TRACE --gpus-per-node M --json",
         )
     if "engines" in value and isinstance(value["engines"], dict):
         names = ", ".join(map(str, value["engines"]))
