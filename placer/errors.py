@@ -1,7 +1,8 @@
 """The errors of placer, each with the exit code that the command line documents."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TypeVar
 
 Choice = TypeVar("Choice", bound=str)
@@ -82,7 +83,15 @@ def one_of(
             return one
     *others, last = known
     choices = f"{', '.join(others)} or {last}" if others else last
-    raise UsageError(f"{option} {value} {problem}", f"choose {choices}")
+    raise UsageError(
+        f"{option} {value} {problem}", f"{meant(value, known)}choose {choices}"
+    )
+
+
+def meant(value: str, known: Iterable[str]) -> str:
+    """Return ``did you mean X? `` where one of the known names is like the value."""
+    near = get_close_matches(value.strip().lower(), [*known], n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def require_amount(option: str, number: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from placer.api.files import AnyPath, UsedFile, as_path, warn, writing
 from placer.api.shown import Shape, Shown
-from placer.errors import UsageError, one_of
+from placer.errors import UsageError, meant, one_of
 from placer.target.map_formats import COUNTS, MAPS, TARGETS
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def require_options(target: str, given: Mapping[str, object]) -> None:
     if target not in TARGETS:
         raise UsageError(
             f"target {target!r} is not known",
+            f"{meant(target, TARGETS)}"
             f"targets: {', '.join(TARGETS)}; engines that read no map (vLLM, Megatron, "
             "transformers) serve a permuted checkpoint",
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from placer.cli.choices import among
 from placer.cli.output import (
     ForceOption,
     JsonOption,
@@ -31,7 +32,12 @@ _TOLD = ("start", "warnings")
 def export(
     context: typer.Context,
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help=f"One of: {', '.join(TARGETS)}.")
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help=f"One of: {', '.join(TARGETS)}.",
+            autocompletion=among(*TARGETS),
+        ),
     ],
     plan: Annotated[
         Path,

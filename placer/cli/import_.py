@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from placer.cli.choices import among
 from placer.cli.output import (
     ForceOption,
     JsonOption,
@@ -15,7 +16,7 @@ from placer.cli.output import (
     print_table,
     warn,
 )
-from placer.errors import UsageError
+from placer.errors import UsageError, meant
 from placer.target.map_formats import MAPS
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def import_(
             metavar="FORMAT",
             help=f"Tokens: {', '.join(_FORMATS)}. Loads: {', '.join(_LOAD_FORMATS)}. "
             f"Maps: {', '.join(_MAP_FORMATS)}.",
+            autocompletion=among(*_KNOWN),
         ),
     ],
     file: Annotated[
@@ -175,7 +177,10 @@ def import_(
         facts = _import_tokens(format_, file, out, options, keys)
     else:
         known = ", ".join(_KNOWN)
-        raise UsageError(f"format {format_!r} is not known", f"known formats: {known}")
+        raise UsageError(
+            f"format {format_!r} is not known",
+            f"{meant(format_, _KNOWN)}known formats: {known}",
+        )
     if as_json:
         print_json(facts)
     else:

@@ -1,17 +1,23 @@
 """What all commands share: lists and examples in the help, and a look for the inputs."""
 
 import inspect
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+import typer.main
 from typer.core import TyperCommand
 
 from placer.cli.examples import EXAMPLES
+from placer.cli.headings import HEADINGS
+from placer.cli.output import is_quiet, set_quiet
 from placer.errors import PlacerError
 
 _OUTPUTS = ("out", "html")
@@ -34,7 +40,34 @@ _KINDS = {
 
 
 class InputCommand(TyperCommand):
-    """A command that shows examples, and fails at once if an input is missing."""
+    """A command that shows examples, and fails at once if an input is missing.
+
+    All have ``--quiet``: then only errors are printed, and the path of what was written.
+    """
+
+    def __init__(self, *args: Any, **extra: Any) -> None:
+        super().__init__(*args, **extra)
+        shared = typer.Typer(add_completion=False)
+        shared.command()(_shared_options)
+        self.params += typer.main.get_command(shared).params
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options, those of a long list under headings."""
+        headings = HEADINGS.get(str(self.name), {})
+        sections: dict[str, list[Any]] = {"Arguments": []}
+        sections |= {heading: [] for heading in headings}
+        sections["Options"] = []
+        of = {name: heading for heading, names in headings.items() for name in names}
+        for one in self.get_params(ctx):
+            record = one.get_help_record(ctx)
+            is_argument = one.param_type_name == "argument"
+            heading = "Arguments" if is_argument else of.get(str(one.name), "Options")
+            if record is not None:
+                sections[heading].append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """Write the docstring. Indented paragraphs are lists, whose lines are kept."""
@@ -60,6 +93,12 @@ class InputCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Look for the inputs, then run."""
+        try:
+            return self._run(ctx)
+        finally:
+            set_quiet(False)
+
+    def _run(self, ctx: Any) -> Any:
         inputs = list(_inputs(ctx))
         for one in inputs:
             if one.path.exists():
@@ -70,7 +109,31 @@ class InputCommand(TyperCommand):
                 require_downloaded(one.path)
             raise PlacerError(f"{one.path} does not exist", _near(one))
         _require_kinds(ctx, inputs)
-        return super().invoke(ctx)
+        result = super().invoke(ctx)
+        if is_quiet() and not ctx.params.get("as_json") and _is_first():
+            for name in _OUTPUTS:
+                if (written := ctx.params.get(name)) is not None:
+                    sys.stdout.write(f"{written}\n")
+        return result
+
+
+def _shared_options(
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            *("-q", "--quiet"),
+            help="Print only errors, and the path of the result.",
+            callback=set_quiet,
+            expose_value=False,
+        ),
+    ] = False,
+) -> None:
+    """Give all commands this option."""
+
+
+def _is_first() -> bool:
+    """Return whether this process speaks for all of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, slots=True)

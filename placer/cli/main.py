@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import platform
 import signal
 import sys
 from collections.abc import Sequence
@@ -39,13 +40,27 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+#: Their versions say what may differ between two machines.
+_BUILT_ON = ("torch", "ortools", "numba", "numpy")
+
+
 def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"placer {__version__}")
-        raise typer.Exit
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    typer.echo(f"placer {__version__}")
+    typer.echo(f"Python {platform.python_version()} on {platform.platform()}")
+    for name in _BUILT_ON:
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    raise typer.Exit
 
 
 @app.callback()
@@ -55,7 +70,7 @@ def _common(
         "--version",
         callback=_print_version,
         is_eager=True,
-        help="Print the version.",
+        help="Print the version, and those of Python and the solvers.",
     ),
 ) -> None:
     """Decide which rank holds which expert of a Mixture-of-Experts model.
@@ -106,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         message, hint = _explain(error)
         _fail(message, [hint, *_notes(error)], 1)
     except KeyboardInterrupt as error:
-        _fail("interrupted", _notes(error), 130)
+        _fail(f"interrupted{_nothing_kept(error)}", _notes(error), 130)
     except _Ended as error:
-        _fail("ended by a signal", _notes(error), error.exit_code)
+        _fail(f"ended by a signal{_nothing_kept(error)}", _notes(error), error.exit_code)
     except Exception as error:
         if os.environ.get("PLACER_DEBUG"):
             raise
@@ -158,6 +173,11 @@ def _end_by_exception() -> None:
 def _notes(error: BaseException) -> list[str]:
     """Return what was kept for the next run."""
     return getattr(error, "__notes__", [])
+
+
+def _nothing_kept(error: BaseException) -> str:
+    """Say so where no note tells what was kept: unfinished output is removed."""
+    return "" if _notes(error) else ": no result was written"
 
 
 def _prepare_streams() -> None:

@@ -16,12 +16,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from placer.cli.choices import among
+
 if TYPE_CHECKING:
     from placer.trace import Fold, Selection
 
 # Cells are never cut: whoever reads a path wants all of it.
 _WIDEST = 10_000
 _LINE = 100
+# Whether only errors and the path of the result are printed; each command sets it.
+_quiet = False
 # Seconds from line to line of progress where stderr is no terminal.
 _QUIET_S = 30.0
 
@@ -45,6 +49,7 @@ PhaseOption = Annotated[
     typer.Option(
         "--phase",
         help="Use only tokens of this phase: prefill, decode or all.",
+        autocompletion=among("prefill", "decode", "all"),
     ),
 ]
 ForceOption = Annotated[
@@ -92,6 +97,7 @@ BatchingOption = Annotated[
     str | None,
     typer.Option(
         metavar="decode|prefill",
+        autocompletion=among("decode", "prefill"),
         help="Make all batches in the same way at every size. decode: one token of "
         "each sequence in turn. prefill: whole sequences, one after another.",
     ),
@@ -132,6 +138,17 @@ def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Sele
     return Selection.parse(fold, not_fold, phase)
 
 
+def set_quiet(wanted: bool) -> None:
+    """Print only JSON, errors and the path of the result from now on, or all again."""
+    global _quiet
+    _quiet = wanted
+
+
+def is_quiet() -> bool:
+    """Return whether only errors and the path of the result are printed."""
+    return _quiet
+
+
 @contextmanager
 def progress_line(title: str) -> Iterator[Callable[[str], None]]:
     """Yield a function that takes each step and shows it on stderr.
@@ -139,6 +156,9 @@ def progress_line(title: str) -> Iterator[Callable[[str], None]]:
     A terminal has one changing line; a log gets a line with the current step from time to
     time.
     """
+    if _quiet:
+        yield lambda text: None
+        return
     if not sys.stderr.isatty():
         with _logged(title) as show:
             yield show
@@ -172,7 +192,7 @@ def _logged(title: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def token_progress() -> Iterator[Callable[[int], None] | None]:
     """Yield a function that shows finished tokens on stderr; ``None`` off a terminal."""
-    if not sys.stderr.isatty():
+    if _quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -197,7 +217,7 @@ def given_command(context: typer.Context, *left_out: str) -> str:
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in left_out:
+        if source is None or source.name != "COMMANDLINE" or name in ("quiet", *left_out):
             continue
         value = context.params[name]
         for one in value if isinstance(value, (list, tuple)) else [value]:
@@ -227,6 +247,8 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None
 ) -> None:
     """Print a table for people; numbers are right-aligned."""
+    if _quiet:
+        return
     table = Table(
         box=None, pad_edge=False, header_style="", title_justify="left", title=title
     )
@@ -241,6 +263,8 @@ def print_table(
 
 def print_line(text: str) -> None:
     """Print one line of data on stdout."""
+    if _quiet:
+        return
     sys.stdout.write(text + "\n")
 
 
@@ -252,11 +276,15 @@ def print_verdict(engine: str | None, text: str) -> None:
 
 def warn(text: str) -> None:
     """Print a warning on stderr."""
+    if _quiet:
+        return
     sys.stderr.write(f"warning: {text}\n")
 
 
 def note(text: str) -> None:
     """Print a hint on stderr."""
+    if _quiet:
+        return
     sys.stderr.write(f"{text}\n")
 
 

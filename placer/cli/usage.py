@@ -10,10 +10,30 @@ from placer.cli.examples import EXAMPLES
 from placer.errors import UsageError
 
 _DID_YOU_MEAN = ". Did you mean "
+#: The commands in working order, by topic.
+TOPICS = {
+    "Collect traffic": ("record", "import", "trace", "affinity"),
+    "Decide": ("advise", "solve", "tables"),
+    "Deploy": ("export", "verify"),
+    "Measure": ("simulate", "replay", "calibrate", "check"),
+    "Look": ("inspect", "demo"),
+}
 
 
 class UsageGroup(TyperGroup):
     """The group of all commands. What typer refuses is raised as a ``UsageError``."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands under topics, in working order."""
+        longest = max(map(len, self.commands))
+        room = formatter.width - 6 - longest
+        for topic, names in TOPICS.items():
+            rows = [
+                (name.ljust(longest), self.commands[name].get_short_help_str(room))
+                for name in names
+            ]
+            with formatter.section(topic):
+                formatter.write_dl(rows)
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         """Parse the options before the command."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from placer.baseline import BASELINES, BaselineProblem
-from placer.errors import UsageError
+from placer.errors import UsageError, meant
 from placer.placement import Placement, Plan
 from placer.placement.topology import Topology
 from placer.planning.profile import profile_of
@@ -31,7 +31,8 @@ def baseline_placements(
     unknown = sorted(set(names) - set(BASELINES))
     if unknown:
         raise UsageError(
-            f"--baseline {unknown[0]} is not known", f"choose among {', '.join(BASELINES)}"
+            f"--baseline {unknown[0]} is not known",
+            f"{meant(unknown[0], BASELINES)}choose among {', '.join(BASELINES)}",
         )
     ranks, nodes = plan.placement.num_ranks, plan.placement.num_nodes
     problem = BaselineProblem(

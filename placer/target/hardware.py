@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.arrays import FloatArray
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError, UsageError, meant
 from placer.run.documents import parse_toml, validated
 from placer.run.files import read_text
 from placer.run.writing import atomic_file
@@ -261,7 +261,8 @@ class Hardware:
         if path.suffix != ".toml":
             raise UsageError(
                 f"--hardware {name} is not known",
-                f"choose among {', '.join(known)}, or name a .toml file",
+                f"{meant(name, known)}choose among {', '.join(known)}, or name a .toml "
+                "file",
             )
         text = read_text(path, what="hardware file")
         try:

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from placer.arrays import BoolArray
-from placer.errors import PlacerError, UsageError
+from placer.errors import PlacerError, UsageError, meant
 from placer.run.documents import Sha256
 from placer.target.engine import PHASES, Phase
 from placer.trace.fold import Fold
@@ -131,4 +131,7 @@ def parse_phase(text: str) -> Phase | None:
     for phase in PHASES:
         if text == phase:
             return phase
-    raise UsageError(f"--phase {text} is not known", f"choose {', '.join(PHASES)} or all")
+    near = meant(text, (*PHASES, "all"))
+    raise UsageError(
+        f"--phase {text} is not known", f"{near}choose {', '.join(PHASES)} or all"
+    )

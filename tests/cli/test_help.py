@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import typer.main
 
+import placer
 from placer.cli.examples import EXAMPLES
+from placer.cli.headings import HEADINGS
 from placer.cli.main import app, main
+from placer.cli.usage import TOPICS
 
 HEAVY = ("numpy", "ortools", "pandas", "plotly", "safetensors", "torch", "transformers")
 
@@ -96,5 +99,51 @@ def test_lists_of_commands_show_whole_sentences(
 ) -> None:
     with pytest.raises(SystemExit):
         main([*words, "--help"])
-    listed = capsys.readouterr().out.partition("Commands:")[2]
-    assert not [line for line in listed.splitlines() if line.endswith("...")]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    children = getattr(COMMANDS[words], "commands", {})
+    listed = [
+        line
+        for line in lines
+        if line[2:].partition(" ")[0] in children and line[2:3] != " "
+    ]
+    assert len(listed) == len(children)
+    assert not [line for line in listed if line.endswith("...")]
+
+
+def test_every_command_stands_under_one_topic() -> None:
+    named = [name for names in TOPICS.values() for name in names]
+    assert sorted(named) == sorted(COMMANDS[()].commands)
+
+
+@pytest.mark.parametrize("words", [*HEADINGS])
+def test_headings_name_options_that_exist_once(words: str) -> None:
+    named = [name for names in HEADINGS[words].values() for name in names]
+    assert len(named) == len(set(named))
+    assert {*named} <= {one.name for one in COMMANDS[(words,)].params}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=name)
+def test_the_short_option_of_help_works_everywhere(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for option in ("-h", "--help"):
+        with pytest.raises(SystemExit) as done:
+            main([*words, option])
+        assert done.value.code == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and told[0].startswith("Usage: ")
+
+
+def test_the_version_names_what_plans_depend_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    first, python, *libraries = capsys.readouterr().out.splitlines()
+    assert first == f"placer {placer.__version__}"
+    assert python.startswith("Python 3.")
+    assert [line.partition(" ")[0] for line in libraries] == [
+        *("torch", "ortools", "numba", "numpy")
+    ]

@@ -2,12 +2,15 @@
 
 import re
 import shlex
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer.main
 
 from placer.cli.examples import EXAMPLES
 from placer.cli.main import app, main
+from placer.trace import Trace
 
 Captured = pytest.CaptureFixture[str]
 GROUP = typer.main.get_command(app)
@@ -35,7 +38,7 @@ def said(line: str, capsys: Captured) -> list[str]:
         ("check plan", "TRACE|AFFINITY is missing"),
         ("simulate", "PLAN is missing"),
         ("trace sample x --sequences 2", "--out is missing"),
-        ("inspect a b", "placer inspect was given an argument too many: b"),
+        ("verify a b c d", "placer verify was given an argument too many: d"),
         ("inspect a --zzz", "placer inspect has no option --zzz"),
         ("solve x --nodes 0", "--nodes must be at least 1, got 0"),
         ("solve x --gpus-per-node a", "--gpus-per-node must be a whole number, got a"),
@@ -71,6 +74,29 @@ def test_what_was_meant_is_offered(
     line: str, message: str, hint: str, capsys: Captured
 ) -> None:
     assert said(line, capsys) == [message, hint]
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("export sglnag plan.json", "sglang"),
+        ("import npy x", "npz"),
+        ("trace split . --phase decod", "decode"),
+    ],
+)
+def test_near_misses_of_values_are_offered(
+    line: str,
+    near: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_trace: Callable[..., Trace],
+    capsys: Captured,
+) -> None:
+    monkeypatch.chdir(make_trace().directory)
+    for name in ("plan.json", "x"):
+        Path(name).write_text("{}")
+    told = said(f"{line} --out {tmp_path / 'out'}", capsys)
+    assert told[1].startswith(f"did you mean {near}? ")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
