@@ -120,17 +120,17 @@ def _imported(
         },
     )
     source = MapSource.of(path, plan, directory)
-    if directory is None:
+    if not runtime.needs_model:
+        # Such a map may have been written for a plan that knew no layer numbers.
+        named = msgspec.structs.replace(model, fingerprint=None, layer_ids=parsed.layer_ids)
+        source = replace(source, model=named)
+    elif directory is None:
         ids = parsed.layer_ids or tuple(range(len(rows)))
         source = replace(
             source,
             model=msgspec.structs.replace(model, fingerprint=None, layer_ids=ids),
             num_hidden_layers=ids[-1] + 1,
         )
-    elif not runtime.needs_model:
-        # Such a map may have been written for a plan that knew no layer numbers.
-        named = msgspec.structs.replace(model, fingerprint=None, layer_ids=parsed.layer_ids)
-        source = replace(source, model=named)
     require_plan(runtime.read(source, path, path.suffix), source)
     return plan, warning
 

@@ -93,6 +93,22 @@ def test_what_is_exported_comes_back(
         assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "suffix"), [one for one in FORMATS if not RUNTIMES[one[0]].needs_model]
+)
+def test_the_map_of_a_plan_without_layer_numbers_comes_back(
+    name: str, suffix: str, tmp_path: Path
+) -> None:
+    """A trace that is not bound to a checkpoint may not say which layers it has."""
+    rows = [[0, 3, 1, 2, 7, 4, 5, 6], [7, 6, 5, 4, 3, 2, 1, 0]]
+    placed = Placement.from_json(rows, (8, 8), 4, 2)
+    unsolved_plan(ModelSpec(num_experts=(8, 8), top_k=2), placed).write(tmp_path / "plan")
+    path = tmp_path / f"map{suffix}"
+    export_map(name, tmp_path / "plan", None, path)
+    plan, _ = import_map(name, path, TWO_NODES, None, tmp_path / "again")
+    assert plan.placement.to_json() == rows
+
+
 def damaged(value: Any, rng: np.random.Generator) -> Any:
     """Return JSON with one number changed, or one item missing or doubled."""
     if isinstance(value, dict) and value:
