@@ -74,7 +74,7 @@ def modules_that_name(value: str) -> set[str]:
 
 def test_few_modules_read_a_cap() -> None:
     """From the command line to where it acts, at most five for each cap."""
-    # placer table has an option of its own, and the API is another way in.
+    # placer tables has an option of its own, and the API is another way in.
     apart = {"cli/tables", "planning/tables"}
     assert modules_that_name("load_cap") == {
         "solver/goal",  # sets another one
