@@ -100,7 +100,7 @@ def export_plan(
     require_options(target, named)
     if target == COUNTS:
         raise UsageError(
-            f"target {COUNTS} is written of counts, not of a plan",
+            f"target {COUNTS} is written from an affinity file, not from a plan",
             f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
         )
     directory, notes = is_directory(target), list[str]()
@@ -292,9 +292,9 @@ def _export_deepspeed(
     start = _start("deepspeed", plan, out, note)
     note(f"check it: placer verify {model} {out} {plan}")
     note(
-        "note: if the gate draws noise per expert (top2_2nd_expert_sampling, "
-        "noisy_gate_policy), other experts get each draw: results are statistically "
-        "the same, but not number for number"
+        "note: if the gate adds random noise (top2_2nd_expert_sampling, "
+        "noisy_gate_policy), each expert gets the noise of another one: results are the "
+        "same on average, but not number for number"
     )
     return {"out": str(out)} | report.to_json() | start
 

@@ -218,7 +218,7 @@ def _number(redundant: int | str) -> int:
         return 0
     if not str(redundant).isdecimal():
         raise UsageError(
-            f"--redundant-experts {redundant} is not a number and not auto",
+            f"--redundant-experts {redundant} is neither a number nor auto",
             "for example --redundant-experts 8",
         )
     return int(redundant)

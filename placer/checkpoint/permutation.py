@@ -186,7 +186,8 @@ class _Changes:
     def _unknown(self, name: str, reason: str) -> PlacerError:
         if ".lora_" in name:
             return PlacerError(
-                f"tensor {name} is of a LoRA adapter: of experts by their old numbers",
+                f"tensor {name} belongs to a LoRA adapter, which names experts by their "
+                "old numbers",
                 "move the adapter's file out of the directory, or merge it into the "
                 "weights first (PEFT: merge_and_unload)",
             )

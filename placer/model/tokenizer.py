@@ -53,9 +53,9 @@ def require_same_tokenizer(
         return None
     if one is not None and other is not None:
         raise UsageError(
-            f"{one_name} and {other_name} are of different tokenizers: tokenizer.json (or "
-            "tokenizer.model, tekken.json) has SHA-256 "
-            f"{one[:12]} against {other[:12]}, so one token id may mean two texts",
+            f"{one_name} and {other_name} have different tokenizers, so the same token id "
+            "may mean another text: SHA-256 of tokenizer.json (or tokenizer.model, "
+            f"tekken.json) is {one[:12]} and {other[:12]}",
             "use files of one tokenizer: record with one checkpoint, then write the table "
             "from that trace: placer tables PLAN TRACE --out TABLE",
         )

@@ -54,7 +54,8 @@ def _read(source: MapSource, path: Path, _suffix: str) -> list[list[int]]:
         ids = _layer_ids(layers)
         if ids not in (None, source.model.layer_ids):
             raise PlacerError(
-                f"its layer_id are {[*ids]}, neither from 0 nor the MoE layers of the model"
+                f"its values of layer_id are {[*ids]}. They neither count from 0 nor are "
+                "the MoE layers of the model"
             )
         rows = [_layer(one, ordinal, source) for ordinal, one in enumerate(layers)]
     except (KeyError, TypeError) as error:
@@ -84,7 +85,7 @@ def _layer_ids(layers: Any) -> tuple[int, ...] | None:
         return None
     if any(one >= other for one, other in pairwise([-1, *ids])):
         raise PlacerError(
-            f"its layer_id are {ids}, but vllm-ascend reads layers by their place",
+            f"its values of layer_id are {ids}, but vllm-ascend reads layers in order",
             "if layer_id is right, sort them: "
             "jq '.layer_list |= sort_by(.layer_id)' MAP > SORTED",
         )
@@ -105,8 +106,8 @@ def _layer(value: Any, ordinal: int, source: MapSource) -> list[int]:
         )
     if ids != list(range(size)):
         raise PlacerError(
-            f"layer {ordinal}: device_id is {ids}, but vllm-ascend reads devices by their "
-            "place",
+            f"layer {ordinal}: values of device_id are {ids}, but vllm-ascend reads "
+            "devices in order",
             "if device_id is right, sort them: "
             "jq '.layer_list[].device_list |= sort_by(.device_id)' MAP > SORTED",
         )

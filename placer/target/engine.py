@@ -151,8 +151,8 @@ class Engine(Document, frozen=True, kw_only=True):
         return (
             f"{self.name} treats every {taken} ranks in a row as one NVLink node, but the "
             f"nodes have {ranks_per_node} ranks: it may fail, or send other copies than "
-            f"placer counts. Safe are nodes of {self.ranks_of_node} ranks, and one node "
-            f"with fewer ({self.read_in.split('; ')[-1]})"
+            f"placer counts. Use nodes of {self.ranks_of_node} ranks, or one node with "
+            f"fewer ({self.read_in.split('; ')[-1]})"
         )
 
     def effect(self, policy: str, *, has_replicas: bool) -> PlacementEffect:

@@ -314,8 +314,8 @@ def _without_padding(tokens: ImportedTokens) -> ImportedTokens:
         raise PlacerError(
             f"{int(partly.sum()):,} of {len(experts):,} tokens have -1 instead of some "
             "experts",
-            "a trace holds as many experts for every token in every layer: leave these "
-            "tokens out, or record again without what dropped their experts",
+            "a trace holds the same number of experts for every token and layer: leave "
+            "these tokens out, or record again without what dropped their experts",
         )
     parts: dict[str, Any] = {
         name: None if (values := getattr(tokens, name)) is None else values[real]

@@ -364,12 +364,14 @@ def _start(prompt: int | None, output: int | None, num_rows: int) -> int | None:
     """Return the position of the first of the rows, which end before the last token."""
     if prompt is None or output is None:
         return None
-    start = prompt + output - 1 - num_rows
+    most = prompt + output - 1
+    start = most - num_rows
     # Rows may lack at the start of the prompt only: all of the output was run.
     if start < 0 or start > prompt:
         raise PlacerError(
             f"{num_rows} rows of experts for {prompt} tokens of a prompt and {output} of "
-            "its output, all of which but the last were run",
+            f"its output: expected {max(output - 1, 0)} to {most}, because the last token "
+            "is not run",
             "check --model, and that each row is one token",
         )
     return start

@@ -236,7 +236,7 @@ def test_a_plan_that_was_not_written_is_exported_and_verified(
     [
         ("vllm", {}, "target 'vllm' is not known"),
         ("sglang", {"link": True}, "target sglang takes no --link"),
-        ("ktransformers", {}, "written of counts"),
+        ("ktransformers", {}, "written from an affinity file"),
         ("ranks", {}, "so it needs MODEL"),
     ],
 )
@@ -254,7 +254,7 @@ def test_exports_that_are_refused(
     [
         ({"gpus_per_node": 4, "policy": "odd"}, "--policy odd"),
         ({"gpus_per_node": 4, "fold": "0/2", "not_fold": "0/2"}, "exclude each other"),
-        ({"gpus_per_node": 4, "redundant_experts": -1}, "is not a number and not auto"),
+        ({"gpus_per_node": 4, "redundant_experts": -1}, "is neither a number nor auto"),
         ({"gpus_per_node": 0}, "rank"),
         ({"gpus_per_node": 4, "seed": -1}, "--seed"),
     ],

@@ -381,7 +381,7 @@ def test_an_adapter_of_experts_beside_the_weights_is_named(
     path = "base_model.model.model.layers.0.mlp.experts.0.up_proj.lora_A.weight"
     layout.rest[path] = ("BF16", [2, 16])
     model = write(layout, tmp_path / "model")
-    with pytest.raises(PlacerError, match="of a LoRA adapter") as caught:
+    with pytest.raises(PlacerError, match="belongs to a LoRA adapter") as caught:
         prepare_export(permuting_plan(model, write_plan)[1], model)
     assert "merge" in caught.value.hint
 

@@ -193,7 +193,7 @@ def test_nodes_that_deepep_takes_otherwise_are_told(
     else:
         assert f"every {taken} ranks in a row" in doubt
         assert f"nodes have {ranks} ranks:" in doubt
-        assert "Safe are nodes of 8 ranks, and one node with fewer" in doubt
+        assert "Use nodes of 8 ranks, or one node with fewer" in doubt
         assert doubt.endswith("csrc/legacy/buffer.hpp, LEGACY_NUM_MAX_NVL_PEERS)")
     assert Engine.named("sglang-deepep-v2-hybrid").doubt(nodes, ranks) is None
 

@@ -231,10 +231,10 @@ def test_layers_of_vllm_ascend_may_have_the_models_numbers(
 @pytest.mark.parametrize(
     ("layer_ids", "device_ids", "told"),
     [
-        ([1, 0], [0, 1, 2, 3], ["vllm-ascend reads layers by their place", "sort_by"]),
-        ([1, 1], [0, 1, 2, 3], ["vllm-ascend reads layers by their place"]),
+        ([1, 0], [0, 1, 2, 3], ["vllm-ascend reads layers in order", "sort_by"]),
+        ([1, 1], [0, 1, 2, 3], ["vllm-ascend reads layers in order"]),
         ([1, 3], [0, 1, 2, 3], ["model's MoE layers are [1, 2]"]),
-        ([0, 1], [1, 0, 2, 3], ["vllm-ascend reads devices by their place", "sort_by"]),
+        ([0, 1], [1, 0, 2, 3], ["vllm-ascend reads devices in order", "sort_by"]),
     ],
 )
 def test_numbers_of_vllm_ascend_that_contradict_their_places_are_refused(
