@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from placer.arrays import IntArray
-from placer.errors import PlacerError
 from placer.intervals import FEWEST_SEQUENCES, CopiesRatio, copies_ratio
-from placer.model import require_same_model, require_same_tokenizer
+from placer.model import require_same_model
 from placer.placement import Placement, Plan
-from placer.placement.plan import plan_sha256
 from placer.planning.baseline_placements import baseline_placements
 from placer.planning.phases import answered, no_batch_for, phase_warning, sizes_warning
 from placer.planning.profile import (
@@ -23,6 +21,7 @@ from placer.planning.profile import (
     other_phase,
     profile_of,
 )
+from placer.planning.tables import read_table_of
 from placer.serving.homes import BatchShape, batch_shapes
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
@@ -443,43 +442,6 @@ def _run_starts(tokens: StoredTokens) -> IntArray:
     if tokens.domain_ids is not None:
         changes[1:] |= tokens.domain_ids[1:] != tokens.domain_ids[:-1]
     return np.flatnonzero(changes)
-
-
-def read_table_of(
-    table_path: Path | None, plan_path: Path, trace: Trace
-) -> tuple[Table | None, str | None]:
-    """Read a table, and make sure that it is the plan's own and of the trace's tokenizer.
-
-    Returns
-    -------
-    table, warning
-        No table without a path; a warning where only one of table and trace says which
-        tokenizer made its token ids.
-
-    Raises
-    ------
-    PlacerError
-        If the table was written for another plan file.
-    UsageError
-        If table and trace are of different tokenizers.
-    """
-    if table_path is None:
-        return None, None
-    table = Table.read(table_path)
-    expected = plan_sha256(plan_path)
-    if table.plan_sha256 != expected:
-        raise PlacerError(
-            f"table {table_path} was written for the plan with SHA-256 "
-            f"{str(table.plan_sha256)[:12]}, but {plan_path} has {expected[:12]}",
-            f"write the plan's own table: placer tables {plan_path} TRACE "
-            f"--out {table_path} --force",
-        )
-    return table, require_same_tokenizer(
-        table.tokenizer_sha256,
-        str(table_path),
-        trace.tokenizer_sha256,
-        str(trace.directory),
-    )
 
 
 def _seen_by_table(

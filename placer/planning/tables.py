@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from placer import __version__
+from placer.errors import PlacerError
 from placer.model import ModelSpec, require_same_model, require_same_tokenizer, tokenizer_of
 from placer.placement import Plan
 from placer.placement.plan import plan_sha256
@@ -239,3 +240,40 @@ def _largest_id(tokens: Chunk) -> int:
 
 def _num_ids(tokens: Chunk) -> int:
     return 0 if tokens.token_ids is None else len(set(tokens.token_ids.tolist()) - {-1})
+
+
+def read_table_of(
+    table_path: Path | None, plan_path: Path, trace: Trace
+) -> tuple[Table | None, str | None]:
+    """Read a table, and make sure that it is the plan's own and of the trace's tokenizer.
+
+    Returns
+    -------
+    table, warning
+        No table without a path; a warning where only one of table and trace says which
+        tokenizer made its token ids.
+
+    Raises
+    ------
+    PlacerError
+        If the table was written for another plan file.
+    UsageError
+        If table and trace are of different tokenizers.
+    """
+    if table_path is None:
+        return None, None
+    table = Table.read(table_path)
+    expected = plan_sha256(plan_path)
+    if table.plan_sha256 != expected:
+        raise PlacerError(
+            f"table {table_path} was written for the plan with SHA-256 "
+            f"{str(table.plan_sha256)[:12]}, but {plan_path} has {expected[:12]}",
+            f"write the plan's own table: placer tables {plan_path} TRACE "
+            f"--out {table_path} --force",
+        )
+    return table, require_same_tokenizer(
+        table.tokenizer_sha256,
+        str(table_path),
+        trace.tokenizer_sha256,
+        str(trace.directory),
+    )

@@ -20,7 +20,7 @@ from placer.model import (
 )
 from placer.placement import Placement, Plan
 from placer.placement.reference import contiguous
-from placer.planning.judge import read_table_of
+from placer.planning.tables import read_table_of
 from placer.replay.kinds import EXCHANGE_KINDS, FOLLOW, PER_NODE, SHUFFLE
 from placer.replay.outcome import ReplayedRun, ReplayOutcome, median_seconds
 from placer.replay.predict import predict_copies, predict_seconds
