@@ -156,6 +156,15 @@ def _left(bench: Bench) -> Iterator[str]:
         yield f"{left} is left"
 
 
+def _runs_again(bench: Bench) -> Iterator[str]:
+    """Say how a run without a fault does not write what is expected."""
+    if not bench.command.replaceable and bench.out.exists():
+        shutil.rmtree(bench.out)
+    again = bench.run(None, "--force")
+    if again.code or state_of(bench.out) != bench.expected:
+        yield f"run again: {again.code} {again.said}"
+
+
 def fail(bench: Bench, fault: Fault, *, must_fail: bool, force: bool) -> Iterator[str]:
     """Let a call fail: one sentence and nothing that looks complete, or no harm at all."""
     older = bench.put_older() if force else {}
@@ -172,11 +181,7 @@ def fail(bench: Bench, fault: Fault, *, must_fail: bool, force: bool) -> Iterato
         yield from _said_badly(ran)
         yield from _found(bench, older)
     yield from _left(bench)
-    if not bench.command.replaceable and bench.out.exists():
-        shutil.rmtree(bench.out)
-    again = bench.run(None, "--force")
-    if again.code or state_of(bench.out) != bench.expected:
-        yield f"run again: {again.code} {again.said}"
+    yield from _runs_again(bench)
     bench.clear()
 
 
@@ -249,11 +254,7 @@ def _after_signal(bench: Bench, ran: Ran, older: State, code: int) -> Iterator[s
         yield from _said_badly(ran)
     yield from _found(bench, older)
     yield from _left(bench)
-    if not bench.command.replaceable and bench.out.exists():
-        shutil.rmtree(bench.out)
-    again = bench.run(None, "--force")
-    if again.code or state_of(bench.out) != bench.expected:
-        yield f"run again: {again.code} {again.said}"
+    yield from _runs_again(bench)
 
 
 def lost_by_power_cut(calls: Calls, out: Path) -> list[str]:

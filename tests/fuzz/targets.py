@@ -81,6 +81,17 @@ def inside(name: str, read: Callable[[Path], Any]) -> Callable[[bytes, Path], An
     return file(name, lambda path: read(path.parent))
 
 
+def imported(
+    name: str,
+    read: Callable[[Path, BoundModel | None], Any],
+    content: bytes,
+    kind: str,
+    model: BoundModel | None = None,
+) -> Target:
+    """A file that ``placer import`` reads."""
+    return Target(file(name, lambda path: read(path, model)), (content,), kind)
+
+
 def chunk(content: bytes, folder: Path) -> Any:
     """A chunk with a header that vouches for it, as whoever forges one would write it."""
     header = json.loads((OLD / "trace" / "trace.json").read_text())
@@ -190,6 +201,14 @@ def _readers() -> dict[str, Target]:
     )
     counts = np.arange(16).reshape(2, 8)
     loads = "layer,expert,count\n" + "".join(f"{n},{e},3\n" for n in (0, 1) for e in (0, 1))
+    archive = npz_bytes(
+        experts=experts,
+        sequence_ids=np.zeros(6, np.int64),
+        token_ids=np.arange(6),
+        weights=np.full(experts.shape, 0.5),
+        domain_of_sequence=np.zeros(1, np.int64),
+        domain_names=np.array(["a"]),
+    )
     hardware = (
         b"bf16_flops = 1e12\nfp8_flops = 1e12\nmemory_bandwidth = 1e12\n"
         b'notes = ["a"]\nfast = { bandwidth = 1e9, latency = 1e-6 }\n'
@@ -262,71 +281,35 @@ def _readers() -> dict[str, Target]:
             (b"num_sweeps = 32\ncooling = 0.5\n",),
             "text",
         ),
-        "npz": Target(
-            file("r.npz", lambda path: read_npz(path, None)),
-            (
-                npz_bytes(
-                    experts=experts,
-                    sequence_ids=np.zeros(6, np.int64),
-                    token_ids=np.arange(6),
-                    weights=np.full(experts.shape, 0.5),
-                    domain_of_sequence=np.zeros(1, np.int64),
-                    domain_names=np.array(["a"]),
-                ),
-            ),
-            "npz",
+        "npz": imported("r.npz", read_npz, archive, "npz"),
+        "exflow": imported("r.npy", read_exflow, npy_bytes(experts[:, :, 0]), "npy"),
+        "csv": imported("r.csv", read_csv, table.encode(), "text"),
+        "json lines": imported(
+            "r.jsonl", jsonl_reader(Keys(named={})), lines(*rows), "jsonl"
         ),
-        "exflow": Target(
-            file("r.npy", lambda path: read_exflow(path, None)),
-            (npy_bytes(experts[:, :, 0]),),
-            "npy",
-        ),
-        "csv": Target(
-            file("r.csv", lambda path: read_csv(path, None)), (table.encode(),), "text"
-        ),
-        "json lines": Target(
-            file("r.jsonl", lambda path: jsonl_reader(Keys(named={}))(path, None)),
-            (lines(*rows),),
+        "requests": imported(
+            "r.jsonl",
+            requests_reader(Keys(named={})),
+            lines({str(n): experts[:, n].tolist() for n in range(2)}),
             "jsonl",
         ),
-        "requests": Target(
-            file("r.jsonl", lambda path: requests_reader(Keys(named={}))(path, None)),
-            (lines({str(n): experts[:, n].tolist() for n in range(2)}),),
-            "jsonl",
+        "sglang responses": imported(
+            "r.jsonl", read_sglang_routed, lines(sglang), "jsonl", model
         ),
-        "sglang responses": Target(
-            file("r.jsonl", lambda path: read_sglang_routed(path, model)),
-            (lines(sglang),),
-            "jsonl",
-        ),
-        "vllm responses": Target(
-            file("r.jsonl", lambda path: read_vllm_routed(path, None)),
-            (lines(vllm),),
-            "jsonl",
-        ),
-        "sglang dump": Target(
-            file("r.pt", lambda path: read_sglang_dump(path, None)),
-            (torch_bytes(dump),),
+        "vllm responses": imported("r.jsonl", read_vllm_routed, lines(vllm), "jsonl"),
+        "sglang dump": imported("r.pt", read_sglang_dump, torch_bytes(dump), "torch"),
+        "sglang statistics": imported(
+            "r.pt",
+            read_sglang_stat,
+            torch_bytes({"logical_count": torch.from_numpy(counts)}),
             "torch",
         ),
-        "sglang statistics": Target(
-            file("r.pt", lambda path: read_sglang_stat(path, None)),
-            (torch_bytes({"logical_count": torch.from_numpy(counts)}),),
-            "torch",
-        ),
-        "csv loads": Target(
-            file("r.csv", lambda path: read_csv_loads(path, None)),
-            (loads.encode(),),
-            "text",
-        ),
-        "matrix .npy": Target(
-            file("m.npy", lambda path: read_load_matrix(path, None)),
-            (npy_bytes(counts),),
-            "npy",
-        ),
-        "matrix .json": Target(
-            file("m.json", lambda path: read_load_matrix(path, None)),
-            (json.dumps({"counts": counts.tolist()}).encode(),),
+        "csv loads": imported("r.csv", read_csv_loads, loads.encode(), "text"),
+        "matrix .npy": imported("m.npy", read_load_matrix, npy_bytes(counts), "npy"),
+        "matrix .json": imported(
+            "m.json",
+            read_load_matrix,
+            json.dumps({"counts": counts.tolist()}).encode(),
             "json",
         ),
     }
