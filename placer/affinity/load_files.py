@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from placer.affinity.loads import (
     whole_floats,
 )
 from placer.errors import PlacerError
-from placer.run.archives import UNREADABLE, load_array, load_arrays, unreadable_reason
+from placer.run.archives import (
+    UNREADABLE,
+    load_array,
+    load_arrays,
+    unreadable_reason,
+    unzipped,
+)
 from placer.run.documents import parse_json
-from placer.run.files import read_bytes, require_file
+from placer.run.files import MAX_DOCUMENT_BYTES, open_regular, require_file
 from placer.trace.csv_rows import read_table, require_whole
-from placer.trace.imported import BoundModel
+from placer.trace.imported import BoundModel, axes_doubt
 from placer.trace.json_rows import layer_number
 from placer.trace.sglang_dump import load_dump
 
@@ -57,7 +64,7 @@ _WIDE = re.compile(r"e(?:xpert)?_?\d+")
 def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     """Read ``[L, E]`` or ``[passes, L, E]`` counts; L are MoE layers or all hidden ones.
 
-    In a ``.json`` or ``.pt`` file it may be the whole file, or the value of
+    In a ``.json``, ``.json.gz`` or ``.pt`` file it may be the whole file, or the value of
     ``logical_count``, as in SGLang's dumps.
 
     Raises
@@ -66,17 +73,17 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
         If the file is none of these, or holds no such matrix of whole numbers.
     """
     if file.suffix == ".npy":
-        return matrix_loads(_npy(file), "the array")
+        return _of_matrix(_npy(file), "the array")
     if file.suffix == ".npz":
         value = _npy(file)
-    elif file.suffix == ".json":
-        value = parse_json(read_bytes(file, what="counts"), f"counts {file.name}")
+    elif file.name.endswith((".json", ".json.gz")):
+        value = parse_json(_unzipped_bytes(file), f"counts {file.name}")
     elif file.suffix in (".pt", ".pth"):
         value = _for_numpy(load_dump(file, _MATRIX_LAYOUT))
     else:
         raise PlacerError(f"its suffix is {file.suffix or 'none'}", _MATRIX_LAYOUT)
     if not isinstance(value, dict):
-        return matrix_loads(value, "the matrix")
+        return _of_matrix(value, "the matrix")
     if value and all(layer_number(key) is not None for key in value):
         return _of_layers(value)
     name = next((name for name in _NAMES if name in value), None)
@@ -92,7 +99,28 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
         layer_number(key) is not None for key in value[name]
     ):
         return _of_layers(value[name])
-    return matrix_loads(value[name], name)
+    return _of_matrix(value[name], name)
+
+
+def _unzipped_bytes(file: Path) -> bytes:
+    try:
+        with open_regular(file, "counts") as stream:
+            return unzipped(stream).read(MAX_DOCUMENT_BYTES + 1)
+    except UNREADABLE as error:
+        raise PlacerError(f"it cannot be read: {unreadable_reason(error)}") from error
+
+
+def _of_matrix(value: Any, what: str) -> CountedLoads:
+    """Return what a matrix counts; ``null`` in place of a row is a layer without counts."""
+    if isinstance(value, list) and any(isinstance(row, list) for row in value):
+        width = next(len(row) for row in value if isinstance(row, list))
+        value = [[0] * width if row is None else row for row in value]
+    counted = matrix_loads(value, what)
+    layers, experts = len(counted.by_layer), len(counted.by_layer[0])
+    # Released models have a multiple of four experts, and most have more than layers.
+    if layers <= experts and experts % 4 == 0:
+        return counted
+    return replace(counted, doubt=axes_doubt(f"{layers} layers of {experts} experts"))
 
 
 def _for_numpy(value: Any) -> Any:
@@ -111,6 +139,8 @@ def _of_layers(value: Mapping[Any, Any]) -> CountedLoads:
     """Return counts by layer: lists of all experts, or the count of each expert."""
     by_layer = {}
     for key, counts in value.items():
+        if counts is None:  # a dense layer
+            continue
         if isinstance(counts, dict):
             experts = [layer_number(expert) for expert in counts]
             if None in experts or not experts:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from placer.run.documents import read_json
 from placer.run.files import require_file, sha256_file, utf8_name
 from placer.trace.imported import BY_ITSELF, BoundModel, ImportOptions, hash_layers_warning
 from placer.trace.sglang_dump import load_dump
+from placer.trace.token_rows import counted_from_one, is_counted_from_one
 
 # The experts in the slots of a layer: its own layer number -> logical experts.
 Assignments = Mapping[int, Sequence[int]]
@@ -43,10 +44,13 @@ class CountedLoads:
     of_moe_layers
         Whether layers are counted over MoE layers only; ``None`` where their number
         shows it.
+    doubt
+        What the file does not say, where neither a model nor its experts are given.
     """
 
     by_layer: Mapping[int, IntArray]
     of_moe_layers: bool | None = False
+    doubt: str | None = None
 
 
 LoadReader = Callable[[Path, BoundModel | None], CountedLoads]
@@ -91,6 +95,8 @@ def import_loads(
     try:
         counted = read(path, model)
         if model is None:
+            if counted.doubt is not None and options.num_experts is None:
+                options.warn(counted.doubt)
             spec, load = _unbound(counted, options.num_experts)
         else:
             spec, load = _of_model(counted, model, options)
@@ -267,6 +273,14 @@ def _of_model(
 ) -> tuple[ModelSpec, tuple[IntArray, ...]]:
     """Return L arrays ``[E]``, dense layers left out; refuse what the model cannot have."""
     every = tuple(sorted({*(model.spec.layer_ids or ()), *options.skip_layers}))
+    by_layer = counted.by_layer
+    if counted.of_moe_layers is not None and is_counted_from_one(by_layer, model):
+        options.warn(counted_from_one(len(by_layer)))
+        counted = replace(
+            counted,
+            by_layer={n - 1: row for n, row in by_layer.items()},
+            of_moe_layers=False,
+        )
     counts = {n: row for n, row in counted.by_layer.items() if row.any()}
     # The model's own numbers, where they are no places among MoE layers.
     is_own = set(counts) == set(every)

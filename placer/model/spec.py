@@ -231,7 +231,7 @@ def require_same_model(
     Raises
     ------
     UsageError
-        If fingerprints or shapes differ.
+        If fingerprints, shapes, or the model's own numbers of MoE layers differ.
     """
     for larger, smaller, name in ((one, other, other_name), (other, one, one_name)):
         lacking = _layers_lacking(larger, smaller)
@@ -252,6 +252,14 @@ def require_same_model(
                 f"{field} {_brief(left)} against {_brief(right)}",
                 f"look at both: placer inspect {one_name}; placer inspect {other_name}",
             )
+    pairs = zip(one.layer_ids or (), other.layer_ids or (), strict=False)
+    odd = next(((left, right) for left, right in pairs if left != right), None)
+    if odd is not None and not (one.bound and other.bound):
+        raise UsageError(
+            f"{one_name} and {other_name} are of different models: where one has layer "
+            f"{odd[0]}, the other has layer {odd[1]}",
+            f"look at both: placer inspect {one_name}; placer inspect {other_name}",
+        )
     if one.bound and other.bound:
         if one.fingerprint != other.fingerprint:
             raise UsageError(

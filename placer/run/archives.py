@@ -1,5 +1,7 @@
 """Archives of NumPy and PyTorch: read within bounds, and never with code from them."""
 
+import gzip
+import io
 import lzma
 import os
 import pickle
@@ -11,12 +13,14 @@ import zlib
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from placer.errors import PlacerError
 from placer.run.files import memory_bytes, open_regular
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
     from placer.arrays import AnyArray
 
 #: What NumPy, pandas, PyTorch and Python's archives raise at bytes that are damaged, or
@@ -81,6 +85,48 @@ def require_fitting_archive(path: Path) -> None:
             f"most {_MOST_PACKED} times the size, and {memory:,} bytes, the memory here",
             "if it is what you meant, store it uncompressed and in parts: numpy.savez",
         )
+
+
+class _Unzipped(io.RawIOBase):
+    """The content of a gzip file, up to ``most`` bytes."""
+
+    def __init__(self, packed: gzip.GzipFile, most: int) -> None:
+        self._packed, self._most = packed, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._packed.read(len(view))
+        view[: len(data)] = data
+        if self._packed.tell() > self._most:
+            raise ValueError(
+                f"it unpacks to more than {_MOST_PACKED} times its size, or to more than "
+                "the memory of this machine"
+            )
+        return len(data)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, origin: int = io.SEEK_SET, /) -> int:
+        return self._packed.seek(offset, origin)
+
+
+def unzipped(stream: BinaryIO) -> BinaryIO:
+    """Return what an open gzip file holds, and any other file as it is.
+
+    Reading from the result raises ``ValueError`` if it unpacks to far more than it is, or
+    than memory holds, and others of :data:`UNREADABLE` where it is damaged.
+    """
+    start = stream.read(2)
+    stream.seek(0)
+    if start != b"\x1f\x8b":
+        return stream
+    size = os.fstat(stream.fileno()).st_size
+    most = min(memory_bytes(), max(_LITTLE_BYTES, _MOST_PACKED * size))
+    return io.BufferedReader(_Unzipped(gzip.GzipFile(fileobj=stream), most))
 
 
 def load_array(path: Path) -> Any:

@@ -279,7 +279,8 @@ def _parsed(
     try:
         if len(text) > most:
             raise ValueError(f"it has {len(text):,} bytes, placer reads at most {most:,}")
-        value = decode(text if isinstance(text, str) else text.decode("utf-8"))
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        value = decode(decoded.removeprefix("\ufeff"))  # a byte order mark
         _require_bounds(value, len(text) + _FEW_VALUES)
     except RecursionError:
         reason = f"it nests deeper than {_MOST_LEVELS} levels"

@@ -3,7 +3,8 @@
 ``phy2log`` [L, P], the expert in each slot; ``log2phy`` [L, E, X], the slots of each expert
 in ascending order, padded with -1 up to X, the most copies that any has; ``logcnt`` [L, E],
 how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``). The
-last two follow from ``phy2log``, so a file may hold only that one.
+last two follow from ``phy2log``, so a file may hold only that one. Import reads any integer
+type. vLLM has other names for the same arrays (``vllm/distributed/eplb/eplb_state.py``).
 """
 
 from pathlib import Path
@@ -31,6 +32,11 @@ class EplbHeader(Document, frozen=True, kw_only=True):
 
 
 _NAMES = ("phy2log", "log2phy", "logcnt")
+_VLLM_NAMES = {
+    "physical_to_logical_map": "phy2log",
+    "logical_to_physical_map": "log2phy",
+    "logical_replica_count": "logcnt",
+}
 
 
 def _arrays(phy2log: IntArray, num_experts: int) -> dict[str, IntArray]:
@@ -87,7 +93,8 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
     found = _load(path, suffix)
     if suffix != ".npz" and (header := _header(path)) is not None:
         _require_header(header, _header_of(source), path)
-    odd = [name for name, array in found.items() if array.dtype != np.int64]
+    kinds = np.integer if source.any_integers else np.int64
+    odd = [name for name, one in found.items() if not np.issubdtype(one.dtype, kinds)]
     phy2log = found["phy2log"]
     if odd or phy2log.ndim != 2 or len(phy2log) != source.model.num_layers:
         raise PlacerError(
@@ -108,8 +115,8 @@ def _parse(path: Path, suffix: str) -> ParsedMap:
     found = _load(path, suffix)
     phy2log, logcnt = found["phy2log"], found.get("logcnt")
     is_odd = logcnt is not None and logcnt.ndim != 2
-    if phy2log.ndim != 2 or is_odd or phy2log.dtype != np.int64:
-        raise PlacerError("phy2log or logcnt is not a matrix of int64")
+    if phy2log.ndim != 2 or is_odd or not np.issubdtype(phy2log.dtype, np.integer):
+        raise PlacerError("phy2log or logcnt is not a matrix of whole numbers")
     sizes = None if logcnt is None else (logcnt.shape[1],) * len(phy2log)
     if 0 in phy2log.shape:
         raise PlacerError(f"phy2log has shape {list(phy2log.shape)}: it has no slot")
@@ -135,7 +142,7 @@ def _header(path: Path) -> EplbHeader | None:
 
 
 def _load(path: Path, suffix: str) -> dict[str, Any]:
-    """Return all three arrays, or only ``phy2log``."""
+    """Return all three arrays, or only ``phy2log``; under vLLM's names any with it."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -144,8 +151,23 @@ def _load(path: Path, suffix: str) -> dict[str, Any]:
         found = load_arrays(path)[0] if suffix == ".npz" else load_file(path)
     except (SafetensorError, *UNREADABLE) as error:
         raise PlacerError(f"it cannot be loaded: {unreadable_reason(error)}") from error
+    if "physical_to_logical_map" in found and found.keys() <= _VLLM_NAMES.keys():
+        return _of_vllm({_VLLM_NAMES[name]: array for name, array in found.items()})
     if sorted(found) not in (["phy2log"], sorted(_NAMES)):
         raise PlacerError(f"it holds {sorted(found)}, not {sorted(_NAMES)} or only phy2log")
+    return found
+
+
+def _of_vllm(found: dict[str, Any]) -> dict[str, Any]:
+    """Return its arrays with the slots of experts as EPLB lists them.
+
+    vLLM pads them to the number of redundant experts, and may list them in any order.
+    """
+    slots = found.get("log2phy")
+    if slots is not None and slots.ndim == 3 and np.issubdtype(slots.dtype, np.integer):
+        ordered = np.sort(np.where(slots < 0, np.iinfo(np.int64).max, slots), axis=2)
+        ordered = np.where(ordered == np.iinfo(np.int64).max, -1, ordered)
+        found["log2phy"] = ordered[..., (ordered != -1).any(axis=(0, 1))]
     return found
 
 

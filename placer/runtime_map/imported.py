@@ -119,7 +119,7 @@ def _imported(
             "replica_choice": _drawn(name) if placement.has_replicas else None,
         },
     )
-    source = MapSource.of(path, plan, directory)
+    source = replace(MapSource.of(path, plan, directory), any_integers=True)
     if not runtime.needs_model:
         # Such a map may have been written for a plan that knew no layer numbers.
         named = msgspec.structs.replace(model, fingerprint=None, layer_ids=parsed.layer_ids)

@@ -56,7 +56,8 @@ def _write_csv(source: MapSource, path: Path, _suffix: str) -> None:
 
 def _csv_lines(path: Path) -> list[tuple[str, ...]]:
     try:
-        stream = io.StringIO(read_text(path, what="map"), newline="")
+        text = read_text(path, what="map").removeprefix("\ufeff")
+        stream = io.StringIO(text, newline="")
         header, *lines = [tuple(line) for line in csv.reader(stream)]
     except (ValueError, csv.Error) as error:
         raise PlacerError(f"it is not a CSV with a header: {error}") from error

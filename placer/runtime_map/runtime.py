@@ -31,6 +31,9 @@ class MapSource:
         0 without a model.
     warning
         A warning if only shapes were compared, or ``None``.
+    any_integers
+        Whether ids in arrays may be of any integer type: at import. Engines and programs
+        that index with them need int64.
     """
 
     plan_path: Path
@@ -41,6 +44,7 @@ class MapSource:
     num_hidden_layers: int = 0
     num_mtp_layers: int = 0
     warning: str | None = None
+    any_integers: bool = False
 
     @classmethod
     def read(cls, plan_path: Path, directory: Path | None) -> Self:
@@ -209,6 +213,12 @@ def require_valid_rows(
         a rank holds two replicas of one expert.
     """
     return Placement.from_json(rows, num_experts, num_ranks, 1)
+
+
+def whole_number(value: Any) -> Any:
+    """Return a text of up to nine digits as a number, anything else as it is."""
+    is_text = isinstance(value, str) and value.isascii() and value.isdecimal()
+    return int(value) if is_text and len(value) < 10 else value
 
 
 def require_integers(values: Any, what: str) -> list[int]:

@@ -57,16 +57,18 @@ def _rows(source: MapSource) -> list[list[int]]:
 
 
 def _parse(path: Path, suffix: str) -> ParsedMap:
-    rows = require_rows(_value(path, suffix), _KEY)
+    rows = require_rows(_value(path, suffix, any_integers=True), _KEY)
     return ParsedMap(rows=rows, of_hidden_layers=True)
 
 
-def _value(path: Path, suffix: str) -> Any:
+def _value(path: Path, suffix: str, any_integers: bool) -> Any:
     value = (
-        _load_pt(path)
+        _load_pt(path, any_integers)
         if suffix == ".pt"
         else parse_json(read_bytes(path, what="map"), f"map {path}")
     )
+    if isinstance(value, str):  # the text that the flag takes, written as JSON
+        value = parse_json(value, f"the text in map {path}")
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
@@ -80,7 +82,7 @@ def _value(path: Path, suffix: str) -> Any:
 
 
 def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
-    rows = _value(path, suffix)
+    rows = _value(path, suffix, source.any_integers)
     if not isinstance(rows, list) or len(rows) != source.num_hidden_layers:
         raise PlacerError(
             f"{_KEY} has {len(rows) if isinstance(rows, list) else 'no'} rows, the model "
@@ -93,7 +95,7 @@ def _read(source: MapSource, path: Path, suffix: str) -> list[list[int]]:
     return [rows[layer] for layer in source.model.layer_ids or ()]
 
 
-def _load_pt(path: Path) -> dict[str, Any]:
+def _load_pt(path: Path, any_integers: bool) -> dict[str, Any]:
     import torch
 
     require_file(path, "map")
@@ -105,7 +107,8 @@ def _load_pt(path: Path) -> dict[str, Any]:
         )
     rows = value.get(_KEY)
     if isinstance(rows, torch.Tensor):
-        if rows.dtype != torch.int64:
+        narrow = (torch.uint8, torch.int8, torch.int16, torch.int32)
+        if rows.dtype not in (torch.int64, *(narrow if any_integers else ())):
             raise PlacerError(f"{_KEY} is {rows.dtype}, not torch.int64")
         value[_KEY] = rows.tolist()
     return value

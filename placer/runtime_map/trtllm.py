@@ -12,6 +12,7 @@ What placer writes is YAML so plain that no library is needed; it reads any YAML
 
 import json
 from pathlib import Path
+from typing import Any
 
 from placer.errors import PlacerError
 from placer.run.documents import parse_yaml
@@ -23,6 +24,7 @@ from placer.runtime_map.runtime import (
     require_integers,
     require_same_width,
     require_valid_rows,
+    whole_number,
 )
 
 _ASSIGNMENTS = "initial_global_assignments"
@@ -100,6 +102,8 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
     if odd := [key for key in value if key not in _KEYS]:
         raise PlacerError(f"TensorRT-LLM refuses unknown keys: {odd[0]!r}")
     assignments = value.get(_ASSIGNMENTS) or {}
+    if isinstance(assignments, dict):
+        assignments = _numbered(assignments)
     scalars = {key: value[key] for key in _KEYS if key != _ASSIGNMENTS and key in value}
     if not isinstance(assignments, dict) or any(
         type(number) is not int for number in (*scalars.values(), *assignments)
@@ -108,6 +112,14 @@ def parse_assignments(path: Path) -> tuple[dict[str, int], dict[int, list[int]]]
     return scalars, {
         layer: require_integers(row, f"layer {layer}") for layer, row in assignments.items()
     }
+
+
+def _numbered(assignments: dict[Any, Any]) -> dict[Any, Any]:
+    """Return layer numbers that are texts, as JSON spells keys, as TensorRT-LLM does."""
+    found = {whole_number(layer): row for layer, row in assignments.items()}
+    if len(found) < len(assignments):
+        raise PlacerError(f"{_ASSIGNMENTS} has a layer twice, as number and as text")
+    return found
 
 
 TRTLLM = Runtime(

@@ -21,6 +21,7 @@ from placer.runtime_map.runtime import (
     require_integers,
     require_rows,
     require_same_width,
+    whole_number,
 )
 
 
@@ -80,7 +81,8 @@ def _parse(path: Path, _suffix: str) -> ParsedMap:
 
 def _layer_ids(layers: Any) -> tuple[int, ...] | None:
     """Return the model's own numbers of the layers; ``None`` where they count from 0."""
-    ids = require_integers([one["layer_id"] for one in layers], "layer_id")
+    ids = [whole_number(one["layer_id"]) for one in layers]
+    require_integers(ids, "layer_id")
     if ids == [*range(len(ids))]:
         return None
     if any(one >= other for one, other in pairwise([-1, *ids])):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from placer.errors import PlacerError
-from placer.run.archives import UNREADABLE
+from placer.run.archives import UNREADABLE, unzipped
 from placer.run.files import memory_bytes, open_regular
 from placer.trace.imported import BoundModel, ImportedTokens
 from placer.trace.json_rows import NO_KEYS, Keys, row_ids
@@ -23,6 +23,10 @@ _COLUMNS = {
     "token_id": "token_id",
     "phase": "phase",
 }
+
+_TOKEN = ("sequence_id", "position", "layer")
+# Columns of the number of a choice, where each has a row.
+_CHOICE = ("choice", "topk_rank", "rank", "k")
 
 # A column of the first, second or further choice of a token, counted from 0 or 1.
 _NUMBERED = re.compile(
@@ -51,7 +55,8 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
     ``token_id``, ``phase`` (prefill or decode, or 0 or 1) and the router weights ``w0,
     w1, ...`` may be among them. Without weights ``e0`` is the expert with the largest
     one. Rows may be in any order; every token has one row per layer. Layers count from 0
-    over MoE layers, or over all hidden layers; other numbers are the model's own.
+    over MoE layers, or over all hidden layers; other numbers are the model's own. With one
+    column of experts there may be a row for each choice, and ``weight``.
 
     Raises
     ------
@@ -59,7 +64,7 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
         If a column is missing, a value is not a whole number, or a token lacks a layer or
         has one twice.
     """
-    table = usual_columns(read_table(file, _LAYOUT), keys)
+    table, remarks = _joined_choices(usual_columns(read_table(file, _LAYOUT), keys))
     num_experts, num_weights = (
         sum(name[:1] == letter and name[1:].isdecimal() for name in table.columns)
         for letter in "ew"
@@ -72,9 +77,7 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
     _require_numbers(table, weights)
     values = table[weights].to_numpy(dtype=np.float32) if weights else None
     whole = table.drop(columns=weights)
-    require_whole(
-        whole, ["sequence_id", "position", "layer", "e0", *experts, *whole.columns], _LAYOUT
-    )
+    require_whole(whole, [*_TOKEN, "e0", *experts, *whole.columns], _LAYOUT)
     rows = TokenRows(
         sequence=whole["sequence_id"].to_numpy(),
         position=whole["position"].to_numpy(),
@@ -84,7 +87,7 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
         token_ids=whole["token_id"].to_numpy() if "token_id" in whole else None,
         phase=phase,
     )
-    return whole_tokens(rows, model, _LAYOUT)
+    return whole_tokens(rows, model, _LAYOUT, remarks)
 
 
 def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
@@ -114,7 +117,8 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
             raise PlacerError(f"column {listed} has other numbers of ids in other rows")
         for n, column in enumerate(zip(*ids, strict=True)):
             table[f"e{n}"] = column
-        return table
+        weight = keys.found("weights", row)
+        return table if "e1" in table else table.rename(columns={weight: "w0"})
     found = [(name, m) for name in row if (m := _NUMBERED.fullmatch(name))]
     first = min((int(m["number"]) for _, m in found), default=0)
     return table.rename(
@@ -123,6 +127,43 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
             for name, m in found
         }
     )
+
+
+def _joined_choices(table: "pd.DataFrame") -> "tuple[pd.DataFrame, list[str]]":
+    """Make one row of the rows that a token has in a layer, one for each choice."""
+    if "e1" in table or not {*_TOKEN, "e0"} <= {*table.columns}:
+        return table, []
+    if not table.duplicated([*_TOKEN]).any():
+        return table, []
+    require_whole(table, [*_TOKEN, "e0"], _LAYOUT)
+    rows = table.groupby([*_TOKEN]).size()
+    k = int(rows.iloc[0])
+    if (rows != k).any():
+        raise PlacerError(
+            f"tokens have {rows.min()} to {rows.max()} rows in a layer: each needs one row "
+            "for each choice of an expert, and all tokens as many",
+            _LAYOUT,
+        )
+    table = table.sort_values([*_TOKEN], kind="stable", ignore_index=True)
+    given: list[str] = []
+    for name in _CHOICE:
+        if name in table and table[name].dtype.kind in "iu":
+            by_choice = table.sort_values([*_TOKEN, name], ignore_index=True)
+            numbers = by_choice[name].to_numpy().reshape(-1, k)
+            if not given and (numbers == np.arange(k) + numbers.min()).all():
+                table, given = by_choice, [name]
+    joined = table.iloc[::k].drop(columns=["e0", *given]).reset_index(drop=True)
+    for name in ("e", "w"):
+        if f"{name}0" in table:
+            values = table[f"{name}0"].to_numpy().reshape(-1, k)
+            joined = joined.assign(**{f"{name}{n}": values[:, n] for n in range(k)})
+    told = f"each token has {k} rows in each layer, which are read as its {k} choices"
+    if not given and "w0" not in table:
+        told += (
+            ". No column choice or weight orders them, so the first row is taken for the "
+            "first choice"
+        )
+    return joined, [told]
 
 
 def _require_numbers(table: "pd.DataFrame", columns: Sequence[str]) -> None:
@@ -134,7 +175,7 @@ def _require_numbers(table: "pd.DataFrame", columns: Sequence[str]) -> None:
 
 
 def read_table(file: Path, layout: str) -> "pd.DataFrame":
-    """Read a CSV file, whose header names every column.
+    """Read a CSV file, whose header names every column; it may be gzipped.
 
     Raises
     ------
@@ -145,9 +186,10 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        with open_regular(file) as stream:
-            if os.fstat(stream.fileno()).st_size > memory_bytes():
+        with open_regular(file) as opened:
+            if os.fstat(opened.fileno()).st_size > memory_bytes():
                 raise ValueError("it is larger than the memory of this machine")
+            stream = unzipped(opened)
             head = stream.readline(_MOST_HEADER)
             if b"\0" in head or len(head) == _MOST_HEADER:
                 raise ValueError("its first line is no header: it is too long, or binary")

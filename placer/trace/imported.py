@@ -374,6 +374,15 @@ def _of_moe_layers(
     return replace(tokens, experts=tokens.experts[:, kept], weights=weights), model
 
 
+def axes_doubt(read: str) -> str:
+    """Return the warning that axes may be meant the other way round than they were read."""
+    return (
+        f"it is read as {read}, but nothing in it says which is which. If it is the other "
+        "way round, the result is wrong: --model DIR (a folder with its config.json is "
+        "enough) checks it"
+    )
+
+
 def hash_layers_warning(layers: Sequence[int]) -> str:
     """Return the note that layers without a router are left out."""
     return (

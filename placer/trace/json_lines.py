@@ -1,22 +1,18 @@
 """JSON values of a file: one to a line, or one in all; lines of streams too."""
 
-import gzip
-import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from placer.errors import PlacerError
-from placer.run.archives import UNREADABLE, unreadable_reason
+from placer.run.archives import UNREADABLE, unreadable_reason, unzipped
 from placer.run.documents import parse_json, require_object
 from placer.run.files import open_regular
 
 # Of one line: routed experts of 100,000 tokens and 60 layers, in base64, take a third.
 _MOST_BYTES = 1 << 30
 _LOOKED_AT = 1 << 16
-# Of gzip: routing in text is packed to a tenth.
-_MOST_PACKED = 100
-_LITTLE_BYTES = 1 << 26
 # Lines of server-sent events that hold no data.
 _NO_DATA = (b":", b"event:", b"id:", b"retry:")
 
@@ -37,8 +33,7 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
     """
     try:
         with open_regular(file) as opened:
-            stream = _unzipped(opened)
-            most = max(_LITTLE_BYTES, _MOST_PACKED * os.fstat(opened.fileno()).st_size)
+            stream = unzipped(opened)
             if b"\0" in stream.read(_LOOKED_AT):
                 raise ValueError("it is not text: it holds a zero byte")
             stream.seek(0)
@@ -46,10 +41,8 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, start=1):
                 if len(line) == _MOST_BYTES:
                     raise ValueError(f"line {number} has {_MOST_BYTES:,} bytes or more")
-                if stream is not opened and stream.tell() > most:
-                    raise ValueError(
-                        f"it unpacks to more than {_MOST_PACKED} times its size"
-                    )
+                if number == 1:
+                    line = line.removeprefix(BOM_UTF8)
                 if not line.strip() or line.startswith(_NO_DATA):
                     continue
                 where = f"line {number}"
@@ -80,15 +73,6 @@ def _rest(stream: IO[bytes]) -> bytes:
     if len(rest) == _MOST_BYTES:
         raise ValueError(f"one document has {_MOST_BYTES:,} bytes or more")
     return rest
-
-
-def _unzipped(stream: IO[bytes]) -> IO[bytes]:
-    """Return what a gzip file holds, and any other file as it is."""
-    start = stream.read(2)
-    stream.seek(0)
-    if start != b"\x1f\x8b":
-        return stream
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=stream))
 
 
 def _whole(first: bytes, rest: bytes) -> Any:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from placer.errors import PlacerError, UsageError
 from placer.run.documents import require_object
-from placer.trace.imported import BoundModel, ImportedTokens
+from placer.trace.imported import BoundModel, ImportedTokens, axes_doubt
 from placer.trace.json_lines import json_values
 from placer.trace.token_rows import TokenRows, phase_numbers, whole_tokens
 
@@ -33,7 +33,7 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
     ),
     "weights": (
         *("weights", "topk_weights", "gating_probs", "topk_weight", "routing_weights"),
-        "router_weights",
+        *("router_weights", "weight"),
     ),
     "sequence": (
         *("sequence_id", "request_id", "seq_id", "req_id", "rid", "sequence", "req"),
@@ -87,6 +87,13 @@ class Keys:
             named[meaning] = key
         return cls(named=named)
 
+    def is_in(self, meaning: str, row: Mapping[str, Any]) -> bool:
+        """Return whether a row has a key for a meaning."""
+        named = self.named.get(meaning)
+        return any(
+            _has(row, one) for one in (_USUAL[meaning] if named is None else [named])
+        )
+
     def found(self, meaning: str, row: Mapping[str, Any]) -> str | None:
         """Return the key that a row has for a meaning.
 
@@ -120,10 +127,12 @@ def jsonl_reader(keys: Keys) -> Reader:
     """
 
     def read(file: Path, model: BoundModel | None) -> ImportedTokens:
-        rows = list(_objects(file))
+        rows, remarks = _without_header(_by_columns(list(_objects(file)), keys), keys)
         names = {meaning: keys.found(meaning, rows[0]) for meaning in _USUAL}
         if names["layer"] is None and names["experts"] is not None:
             rows, names["layer"] = _by_layer(rows, names), _LAYER
+        if (experts := names["experts"]) is not None:  # null in dense layers
+            rows = [row for row in rows if _value(row, experts, 0) is not None] or rows
         if missing := [meaning for meaning in _NEEDED if names[meaning] is None]:
             raise PlacerError(
                 f"a row has no key for {' or '.join(missing)}: its keys are "
@@ -135,7 +144,7 @@ def jsonl_reader(keys: Keys) -> Reader:
             for meaning, name in names.items()
             if name is not None
         }
-        return _tokens(columns, model)
+        return _tokens(columns, model, remarks)
 
     return read
 
@@ -155,8 +164,12 @@ def requests_reader(keys: Keys) -> Reader:
     """
 
     def read(file: Path, model: BoundModel | None) -> ImportedTokens:
+        values = list(_objects(file))
+        held = [_held(one, keys) for one in values]
+        layers_first, remarks = _axes(held, model)
         parts = [
-            _request(one, number, keys, model) for number, one in enumerate(_objects(file))
+            _request(value, _named_layers(layers, layers_first), number, model)
+            for number, (value, layers) in enumerate(zip(values, held, strict=True))
         ]
         widths = {part.experts.shape[1] for part in parts}
         if len(widths) > 1:
@@ -170,7 +183,7 @@ def requests_reader(keys: Keys) -> Reader:
                 for name in ("sequence", "position", "layer", "experts")
             }
         )
-        return whole_tokens(rows, model, _REQUESTS_LAYOUT)
+        return whole_tokens(rows, model, _REQUESTS_LAYOUT, remarks)
 
     return read
 
@@ -183,6 +196,43 @@ def _objects(file: Path) -> Iterator[dict[str, Any]]:
         yield require_object(value, where)
     if empty:
         raise PlacerError("it holds no JSON object", _LAYOUT)
+
+
+def _by_columns(rows: list[dict[str, Any]], keys: Keys) -> list[dict[str, Any]]:
+    """Return the rows of one object of columns: lists, or objects as pandas writes them."""
+    if len(rows) > 1 or not keys.is_in("token", rows[0]):
+        return rows
+    row = {
+        key: [*value.values()] if isinstance(value, dict) else value
+        for key, value in rows[0].items()
+    }
+    token = row.get(keys.found("token", rows[0]) or "")
+    if not isinstance(token, list):
+        return rows
+    columns = {key: value for key, value in row.items() if isinstance(value, list)}
+    lengths = {key: len(value) for key, value in columns.items()}
+    if len({*lengths.values()}) > 1:
+        raise PlacerError(f"its columns differ in length: {lengths}", _LAYOUT)
+    order = {tuple(one) for one in rows[0].values() if isinstance(one, dict)}
+    if len(order) > 1:
+        raise PlacerError("its columns name their rows differently", _LAYOUT)
+    return [
+        dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)
+    ]
+
+
+def _without_header(
+    rows: list[dict[str, Any]], keys: Keys
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Leave out a first object that describes the file."""
+    place = ("layer", "token")
+    if len(rows) < 2 or any(keys.is_in(meaning, rows[0]) for meaning in place):
+        return rows, []
+    if not (keys.is_in("token", rows[1]) and keys.is_in("experts", rows[1])):
+        return rows, []
+    return rows[1:], [
+        f"its first object, of {', '.join(rows[0])}, is no token. It is left out"
+    ]
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
@@ -216,7 +266,7 @@ def _by_layer(
         lists = [_value(row, key) for key in spread]
         if not all(isinstance(one, list) for one in lists):
             return list(map(dict, rows))
-        if not all(isinstance(one, list) for part in lists for one in part):
+        if not all(isinstance(one, list | None) for part in lists for one in part):
             return list(map(dict, rows))
         made += [
             {**row, _LAYER: layer, **dict(zip(spread, parts, strict=True))}
@@ -226,11 +276,10 @@ def _by_layer(
 
 
 def _tokens(
-    columns: Mapping[str, Sequence[Any]], model: BoundModel | None
+    columns: Mapping[str, Sequence[Any]], model: BoundModel | None, remarks: list[str]
 ) -> ImportedTokens:
     token = _whole(columns["token"], "token")
     experts = _whole([row_ids(one) for one in columns["experts"]], "experts", ndim=2)
-    remarks = []
     if "sequence" in columns:
         sequence = _numbered(columns["sequence"])
     else:
@@ -305,22 +354,52 @@ def _whole(values: Sequence[Any], what: str, ndim: int = 1) -> Array:
     return array
 
 
+def _held(value: Mapping[str, Any], keys: Keys) -> Any:
+    """Return what holds the layers of a request; lists of lists of ids as ``[., ., k]``."""
+    if all(layer_number(key) is not None for key in value):
+        return value
+    key = keys.named.get("experts") or next(
+        (one for one in _REQUEST_KEYS if one in value), ""
+    )
+    layers = _value(value, key)
+    if not isinstance(layers, list) or not layers or isinstance(layers[0], dict):
+        return layers
+    try:
+        ids = np.asarray(layers)
+    except ValueError:  # lists of different lengths
+        return layers
+    return ids if ids.ndim == 3 else layers
+
+
+def _axes(held: Sequence[Any], model: BoundModel | None) -> tuple[bool, list[str]]:
+    """Return whether arrays have layers before tokens, and a remark where that is unsure.
+
+    Requests differ in tokens, never in layers.
+    """
+    shapes = [one.shape for one in held if isinstance(one, np.ndarray)]
+    first, second = ({shape[axis] for shape in shapes} for axis in (0, 1))
+    if len(first) == 1 and len(second) > 1:
+        return True, [
+            f"every request has {first.pop()} lists of as many lists as it has tokens, so "
+            "they are read as [layers][tokens][experts]"
+        ]
+    if model is None and len(first) == len(second) == 1 and max(second) > max(first):
+        return False, [axes_doubt(f"{first.pop()} tokens of {second.pop()} layers")]
+    return False, []
+
+
 def _request(
-    value: Mapping[str, Any], number: int, keys: Keys, model: BoundModel | None
+    value: Mapping[str, Any], layers: Any, number: int, model: BoundModel | None
 ) -> TokenRows:
-    layers: Any = value
-    if not all(layer_number(key) is not None for key in value):
-        key = keys.named.get("experts") or next(
-            (one for one in _REQUEST_KEYS if one in value), ""
-        )
-        layers = _named_layers(_value(value, key))
-    if not isinstance(layers, dict) or not layers:
+    if not isinstance(layers, dict) or all(ids is None for ids in layers.values()):
         raise PlacerError(
             f"request {number} has no layers; its keys are {', '.join(value)}",
             _REQUESTS_LAYOUT,
         )
     parts = []
     for key, ids in layers.items():
+        if ids is None:  # a dense layer
+            continue
         layer = layer_number(key)
         if layer is None:
             raise PlacerError(f"request {number}: {key} is not a layer", _REQUESTS_LAYOUT)
@@ -354,23 +433,16 @@ def _request(
     )
 
 
-def _named_layers(layers: Any) -> Any:
-    """Return a list of layers, or of tokens with a list for each layer, by layer number."""
-    if not isinstance(layers, list) or not layers:
+def _named_layers(layers: Any, layers_first: bool) -> Any:
+    """Return a list of layers, or an array of tokens and layers, by layer number."""
+    if isinstance(layers, np.ndarray):
+        ids = layers if layers_first else layers.swapaxes(0, 1)
+        return {str(layer): one.tolist() for layer, one in enumerate(ids)}
+    if not isinstance(layers, list) or not layers or not isinstance(layers[0], dict):
         return layers
-    if isinstance(layers[0], dict):
-        keys = NO_KEYS
-        names = {
-            meaning: keys.found(meaning, layers[0]) for meaning in ("layer", "experts")
-        }
-        return {str(one.get(names["layer"])): one.get(names["experts"]) for one in layers}
-    try:
-        ids = np.asarray(layers)
-    except ValueError:  # lists of different lengths
-        return layers
-    if ids.ndim != 3:
-        return layers
-    return {str(layer): ids[:, layer].tolist() for layer in range(ids.shape[1])}
+    keys = NO_KEYS
+    names = {meaning: keys.found(meaning, layers[0]) for meaning in ("layer", "experts")}
+    return {str(one.get(names["layer"])): one.get(names["experts"]) for one in layers}
 
 
 def layer_number(key: Any) -> int | None:

@@ -1,6 +1,6 @@
 """Building whole tokens from rows of one token in one layer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,9 @@ def whole_tokens(
                 "placer takes them as all MoE layers of the model"
             )
         else:
+            if is_counted_from_one(layers.tolist(), model):
+                layers = layers - 1
+                told.append(counted_from_one(len(layers)))
             experts, weights = _in_hidden_layers(experts, weights, layers, model)
     return ImportedTokens(
         experts=experts,
@@ -91,6 +94,21 @@ def whole_tokens(
         phase=None if rows.phase is None else rows.phase[first],
         remarks=tuple(told),
     )
+
+
+def is_counted_from_one(layers: Collection[int], model: BoundModel) -> bool:
+    """Return whether the numbers of layers are the model's own MoE layers, each plus 1.
+
+    Models with hash layers are left alone: without the first layer, which is not recorded,
+    and with one for multi-token prediction, their own numbers look the same.
+    """
+    own = model.spec.layer_ids or ()
+    return not model.hash_layers and {*layers} == {one + 1 for one in own}
+
+
+def counted_from_one(num_layers: int) -> str:
+    """Return the remark that layers count from 1."""
+    return f"its {num_layers} layers count from 1: they are the model's layers, each plus 1"
 
 
 def phase_numbers(values: Sequence[Any], layout: str) -> Array:
@@ -138,7 +156,7 @@ def _in_hidden_layers(
         raise PlacerError(
             f"it has layer {layers[-1]}, the model {model.num_hidden_layers} hidden layers",
             "check --model; layers after the last one are for multi-token prediction "
-            "(MTP): leave them out",
+            "(MTP): leave them out. Layers count from 0: if yours count from 1, subtract 1",
         )
     shape = (len(experts), model.num_hidden_layers, experts.shape[2])
     placed = np.zeros(shape, dtype=experts.dtype)

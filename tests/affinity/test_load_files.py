@@ -1,5 +1,6 @@
 """Bare counts, as matrices and CSV, become the loads of the right layers."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,42 @@ def test_counts_of_drafting_layers_are_left_out_and_told(tmp_path: Path) -> None
         "layer 3 is left out: it comes after the 3 hidden layers, so it is for "
         "multi-token prediction (MTP), and plans do not move its experts"
     ]
+
+
+@pytest.mark.parametrize(
+    "value", [[None, *COUNTS], {"0": None, "1": COUNTS[0], "2": COUNTS[1]}]
+)
+def test_null_is_a_layer_without_counts(value: Any, tmp_path: Path, model: Path) -> None:
+    """Here of JSON that is gzipped and begins with a byte order mark."""
+    text = "\ufeff" + json.dumps(value)
+    (tmp_path / "m.json.gz").write_bytes(gzip.compress(text.encode()))
+    assert loads(read_load_matrix, tmp_path / "m.json.gz", model) == COUNTS
+
+
+@pytest.mark.parametrize("column", ["layer", "layer_id"])
+def test_layers_of_csv_may_count_from_one(column: str, tmp_path: Path, model: Path) -> None:
+    """Layers 2 and 3 can only be the model's layers 1 and 2."""
+    lines = [f"{column},{column.replace('layer', 'expert')},count"]
+    lines += [f"{n + 2},{e},{c}" for n, row in enumerate(COUNTS) for e, c in enumerate(row)]
+    (tmp_path / "c.csv").write_text("\n".join(lines) + "\n")
+    told: list[str] = []
+    assert loads(read_csv_loads, tmp_path / "c.csv", model, told) == COUNTS
+    assert "count from 1" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "doubted"), [((24, 64), False), ((64, 24), True), ((24, 26), True)]
+)
+def test_a_matrix_that_may_be_transposed_is_doubted(
+    shape: tuple[int, int], doubted: bool, tmp_path: Path
+) -> None:
+    """Not where the number of experts is given."""
+    np.save(tmp_path / "m.npy", np.ones(shape, dtype=int))
+    told: list[str] = []
+    loads(read_load_matrix, tmp_path / "m.npy", None, told)
+    words = f"{shape[0]} layers of {shape[1]} experts"
+    assert [words in one for one in told] == [True] * doubted
+    options = ImportOptions(num_experts=shape[1], warn=told.append)
+    told.clear()
+    import_loads(read_load_matrix, "x", tmp_path / "m.npy", tmp_path / "out", options)
+    assert not told

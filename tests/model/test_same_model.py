@@ -45,3 +45,21 @@ def test_another_model_with_fewer_layers_is_another_model(
     other = ModelSpec.from_checkpoint(tmp_path).without_layers([0, 1])
     with pytest.raises(UsageError, match="are of different models"):
         require_same_model(whole, "PLAN", other, "TRACE")
+
+
+def test_layers_of_a_file_without_a_model_must_be_those_of_the_other(
+    whole: ModelSpec,
+) -> None:
+    """Equal shapes are not enough where both name the model's own layers."""
+
+    def unbound(ids: tuple[int, ...] | None) -> ModelSpec:
+        return ModelSpec(num_experts=(8,) * 5, top_k=0, layer_ids=ids)
+
+    for ids in (None, (0, 1, 2, 3, 4)):
+        assert "by shape only" in str(
+            require_same_model(unbound(ids), "MAP", whole, "TRACE")
+        )
+    for ids in ((3, 4, 5, 6, 7), (1, 0, 2, 3, 4)):
+        for one, other in ((unbound(ids), whole), (whole, unbound(ids))):
+            with pytest.raises(UsageError, match=r"where one has layer \d, the other has"):
+                require_same_model(one, "MAP", other, "TRACE")

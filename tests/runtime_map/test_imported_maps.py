@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from placer.placement.engine_map import map_format
 from placer.placement.topology import Topology
 from placer.report.inspect import summarize
 from placer.runtime_map.imported import import_map
-from placer.runtime_map.maps import RUNTIMES, export_map
+from placer.runtime_map.maps import RUNTIMES, export_map, verify_map
 from placer.target.map_formats import MAPS
 from tests.plans import unsolved_plan
 
@@ -420,3 +421,90 @@ def test_yaml_that_is_no_map_is_refused(text: str, match: str, tmp_path: Path) -
     with pytest.raises(PlacerError, match=match) as caught:
         import_map("trtllm", tmp_path / "map.yaml", TWO_NODES, None, tmp_path / "plan")
     assert caught.value.hint
+
+
+MAP_ROWS = [[*range(8)], [7, 2, 0, 3, 5, 6, 1, 4], [3, 0, 2, 7, 4, 1, 6, 5]]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "int64"])
+def test_ids_may_be_any_integers(dtype: str, model: Path, tmp_path: Path) -> None:
+    """At import. Verification still wants int64, with which engines index."""
+    rows = np.asarray(MAP_ROWS, dtype=dtype)
+    torch.save({"physical_to_logical_map": torch.tensor(rows)}, tmp_path / "m.pt")
+    np.savez(tmp_path / "m.npz", phy2log=rows[1:])
+    for name, file in (("sglang", "m.pt"), ("eplb", "m.npz")):
+        path, out = tmp_path / file, tmp_path / "plan.json"
+        plan, _ = import_map(name, path, TWO_NODES, model, out)
+        assert plan.placement.to_json() == MAP_ROWS[1:]
+        if dtype == "int64":
+            verify_map(path, out, model)
+        else:
+            with pytest.raises(PlacerError, match="int64"):
+                verify_map(path, out, model)
+
+
+def test_arrays_under_vllms_names(model: Path, tmp_path: Path) -> None:
+    """Its slots of experts are padded further, and in any order."""
+    row = np.asarray([7, 2, 0, 3, 5, 6, 1, 4, 7, 2, 0, 3])
+    slots = [[*np.flatnonzero(row == e)[::-1], -1, -1, -1][:4] for e in range(8)]
+    arrays = {
+        "physical_to_logical_map": np.stack([row] * 2),
+        "logical_to_physical_map": np.asarray([slots] * 2),
+        "logical_replica_count": np.stack([np.bincount(row)] * 2),
+    }
+    np.savez(tmp_path / "m.npz", **arrays)
+    plan, _ = import_map("eplb", tmp_path / "m.npz", TWO_NODES, model, tmp_path / "p.json")
+    assert [sorted(one) for one in plan.placement.to_json()] == [sorted(row)] * 2
+    arrays["logical_to_physical_map"][0, 7, 0] = 1
+    np.savez(tmp_path / "m.npz", **arrays)
+    with pytest.raises(PlacerError, match="log2phy does not match"):
+        import_map("eplb", tmp_path / "m.npz", TWO_NODES, model, tmp_path / "q.json")
+
+
+def test_numbers_of_layers_and_a_whole_map_may_be_texts(
+    model: Path, tmp_path: Path
+) -> None:
+    devices = [
+        [{"device_id": d, "device_expert": row[2 * d : 2 * d + 2]} for d in range(4)]
+        for row in MAP_ROWS[1:]
+    ]
+    layers = [
+        {"layer_id": str(n + 1), "device_count": 4, "device_list": one}
+        for n, one in enumerate(devices)
+    ]
+    assigned = {
+        str(n): row for n, row in zip((1, 2, 3), [*MAP_ROWS[1:], MAP_ROWS[0]], strict=True)
+    }
+    trtllm = {"num_slots": 8, "layer_updates_per_iter": 0}
+    files = {
+        "sglang": ("m.json", json.dumps({"physical_to_logical_map": MAP_ROWS})),
+        "trtllm": ("m.yaml", trtllm | {"initial_global_assignments": assigned}),
+        "vllm-ascend": ("m.json", {"moe_layer_count": 2, "layer_list": layers}),
+    }
+    for name, (file, value) in files.items():
+        (tmp_path / file).write_text("\ufeff" + json.dumps(value))
+        plan, _ = import_map(name, tmp_path / file, TWO_NODES, model, tmp_path / "p.json")
+        assert plan.placement.to_json() == MAP_ROWS[1:]
+    twice = json.dumps(
+        trtllm | {"initial_global_assignments": assigned | {"01": MAP_ROWS[1]}}
+    )
+    (tmp_path / "m.yaml").write_text(twice)
+    with pytest.raises(PlacerError, match="has a layer twice"):
+        import_map("trtllm", tmp_path / "m.yaml", TWO_NODES, model, tmp_path / "q.json")
+
+
+@pytest.mark.parametrize("names_layers", [True, False])
+def test_a_csv_map_may_begin_with_a_byte_order_mark(
+    names_layers: bool, model: Path, tmp_path: Path
+) -> None:
+    """As spreadsheets save it; layer_id is empty where the plan knew no model."""
+    lines = ["moe_layer,layer_id,rank,slot,expert"]
+    for layer, row in enumerate(MAP_ROWS[1:]):
+        name = layer + 1 if names_layers else ""
+        lines += [f"{layer},{name},{s // 2},{s},{e}" for s, e in enumerate(row)]
+    (tmp_path / "m.csv").write_text("\ufeff" + "\n".join(lines) + "\n")
+    for folder in (model, None):
+        plan, _ = import_map(
+            "csv", tmp_path / "m.csv", TWO_NODES, folder, tmp_path / "p.json"
+        )
+        assert plan.placement.to_json() == MAP_ROWS[1:]

@@ -1,6 +1,7 @@
 """CSV rows in any order give the tokens that were written; gaps are named."""
 
 import csv
+import gzip
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from placer.errors import PlacerError
 from placer.trace import Chunk, Trace
 from placer.trace.csv_rows import read_csv
-from placer.trace.imported import import_file
+from placer.trace.imported import ImportOptions, import_file
 
 
 def rows_of(chunk: Chunk) -> list[list[object]]:
@@ -110,3 +111,48 @@ def test_what_cannot_be_a_trace_is_refused(
     with pytest.raises(PlacerError, match=words):
         import_file(read_csv, "csv", path, tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+def test_a_gzipped_file_is_read_and_one_that_unpacks_to_far_too_much_is_refused(
+    make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    chunk = make_chunk(num_tokens=60)
+    plain = write(tmp_path / "t.csv", rows_of(chunk), HEADER).read_bytes()
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(plain))
+    import_file(read_csv, "csv", tmp_path / "t.csv.gz", tmp_path / "t")
+    for ids, expected in zip(
+        Trace(tmp_path / "t").read().experts, chunk.experts, strict=True
+    ):
+        assert np.array_equal(ids, expected)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(plain + b"\n" * 70_000_000))
+    with pytest.raises(PlacerError, match="unpacks to more than 100 times its size"):
+        import_file(read_csv, "csv", tmp_path / "b.csv.gz", tmp_path / "b")
+
+
+@pytest.mark.parametrize("columns", ["expert,weight", "expert,choice", "expert"])
+def test_a_row_for_each_choice(
+    columns: str, make_chunk: Callable[..., Chunk], tmp_path: Path
+) -> None:
+    """Choices are ordered by weight, by their number, or by the order of rows."""
+    chunk = make_chunk(num_tokens=60)
+    rows = [
+        [*row[:4], expert, *([0.75 - choice / 4] if "weight" in columns else [choice])][
+            : 4 + len(columns.split(","))
+        ]
+        for row in rows_of(chunk)
+        for choice, expert in enumerate(row[4:])
+    ]
+    if columns != "expert":
+        random.Random(0).shuffle(rows)
+    header = f"sequence_id,position,token_id,layer,{columns}"
+    told: list[str] = []
+    path = write(tmp_path / "t.csv", rows, header)
+    import_file(read_csv, "csv", path, tmp_path / "t", ImportOptions(warn=told.append))
+    read = Trace(tmp_path / "t").read()
+    for ids, expected in zip(read.experts, chunk.experts, strict=True):
+        assert np.array_equal(ids, expected)
+    assert read.token_ids.tolist() == chunk.token_ids.tolist()
+    assert "2 rows in each layer" in told[0]
+    assert ("No column choice or weight" in told[0]) is (columns == "expert")
+    with pytest.raises(PlacerError, match="have 1 to 2 rows in a layer"):
+        import_file(read_csv, "csv", write(path, rows[:-1], header), tmp_path / "u")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from placer.errors import PlacerError, UsageError
@@ -332,3 +333,90 @@ def test_csv_as_others_write_it(
     ]
     text = "\n".join([header, *lines]) + "\n"
     same(read(csv_reader(Keys.parse(keys)), tmp_path / "x.csv", text)[0])
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    values = of_tokens(lambda t, n: {"layer": n, "experts": EXPERTS[t, n].tolist()})
+    text = "\ufeff" + "".join(json.dumps(v, default=int) + "\n" for v in values)
+    same(read(jsonl_reader(Keys.parse(None)), tmp_path / "x.jsonl", text)[0])
+
+
+@pytest.mark.parametrize("keys", [None, "layer=layer,token=pos,experts=experts"])
+def test_a_first_object_that_is_no_token_is_left_out_and_told(
+    keys: str | None, tmp_path: Path
+) -> None:
+    """It may even call the number of experts what rows call their ids."""
+    values = of_tokens(lambda t, n: {"layer": n, "experts": EXPERTS[t, n].tolist()})
+    values = [{"model": "x", "experts": 8}, *json.loads(json.dumps(values, default=int))]
+    chunk, told = read(jsonl_reader(Keys.parse(keys)), tmp_path / "x.jsonl", values)
+    same(chunk)
+    assert told == ["its first object, of model, experts, is no token. It is left out"]
+
+
+@pytest.mark.parametrize("orient", ["list", "dict"])
+def test_one_object_of_columns(orient: str, tmp_path: Path) -> None:
+    """As pandas writes a table, and as lists."""
+    rows_ = of_tokens(lambda t, n: {"layer": n, "experts": EXPERTS[t, n].tolist()})
+    columns = pd.DataFrame(rows_).to_dict(orient)  # type: ignore[call-overload]
+    text = json.dumps(columns, default=int)
+    same(read(jsonl_reader(Keys.parse(None)), tmp_path / "x.json", text)[0])
+    short = columns | {"layer": [0]}
+    with pytest.raises(PlacerError, match="its columns differ in length"):
+        read(
+            jsonl_reader(Keys.parse(None)),
+            tmp_path / "y.json",
+            json.dumps(short, default=int),
+        )
+
+
+def test_null_in_place_of_experts_is_a_dense_layer(tmp_path: Path, model: Path) -> None:
+    by_row = [
+        {"rid": REQUEST[t], "pos": TOKEN[t], "topk_ids": [None, *EXPERTS[t].tolist()]}
+        for t in range(5)
+    ]
+    chunk, _ = read(
+        jsonl_reader(Keys.parse(None)), tmp_path / "x.jsonl", by_row, model_directory=model
+    )
+    assert ids(chunk) == EXPERTS.tolist()
+    by_request = [
+        {"layers": {"0": None, "1": part[:, 0].tolist(), "2": part[:, 1].tolist()}}
+        for part in (EXPERTS[:3], EXPERTS[3:])
+    ]
+    chunk, _ = read(
+        requests_reader(Keys.parse(None)),
+        tmp_path / "r.jsonl",
+        by_request,
+        model_directory=model,
+    )
+    assert ids(chunk) == EXPERTS.tolist()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_layers_may_count_from_one_where_the_model_shows_it(
+    first: int, tmp_path: Path
+) -> None:
+    config = CONFIG | {"num_hidden_layers": 2, "first_k_dense_replace": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = of_tokens(lambda t, n: {"layer": n + first, "experts": EXPERTS[t, n].tolist()})
+    chunk, told = read(
+        jsonl_reader(Keys.parse(None)),
+        tmp_path / "x.jsonl",
+        json.loads(json.dumps(values, default=int)),
+        model_directory=tmp_path,
+    )
+    same(chunk)
+    assert [one for one in told if "count from 1" in one] == told[:first]
+
+
+def test_requests_with_layers_first_are_read_so_or_doubted(tmp_path: Path) -> None:
+    """Requests differ in tokens, never in layers; of equal shapes nothing is known."""
+    reader = requests_reader(Keys.parse(None))
+    parts = [EXPERTS[:3], EXPERTS[3:]]
+    turned = [{"routed_experts": part.swapaxes(0, 1).tolist()} for part in parts]
+    chunk, told = read(reader, tmp_path / "x.jsonl", turned)
+    assert ids(chunk) == EXPERTS.tolist()
+    assert "[layers][tokens][experts]" in told[0]
+    for name, part in (("y", EXPERTS[:3]), ("z", EXPERTS[:3].swapaxes(0, 1))):
+        values = [{"routed_experts": part.tolist()}] * 2
+        _, told = read(reader, tmp_path / f"{name}.jsonl", values)
+        assert any("2 tokens of 3 layers" in one for one in told) is (name == "z")

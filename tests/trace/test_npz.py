@@ -235,3 +235,68 @@ def test_pickled_objects_are_never_loaded(tmp_path: Path, read, suffix: str) -> 
     with pytest.raises(PlacerError, match="pickled objects, which placer never") as caught:
         read(file, None)
     assert "allow_pickle" not in caught.value.message
+
+
+def test_ids_may_be_texts(tmp_path: Path) -> None:
+    """Numbers are what they say; other names of sequences are numbered as they come."""
+    given = arrays()
+    texts = {
+        name: given[name].astype(str) for name in ("experts", "sequence_ids", "token_ids")
+    }
+    import_npz(write(tmp_path / "a.npz", **texts), tmp_path / "a")
+    import_npz(write(tmp_path / "b.npz"), tmp_path / "b")
+    one, other = Trace(tmp_path / "a").read(), Trace(tmp_path / "b").read()
+    assert np.array_equal(np.stack(one.experts), np.stack(other.experts))
+    assert one.token_ids.tolist() == other.token_ids.tolist()
+    assert one.domain_ids.tolist() == other.domain_ids.tolist()
+    names = np.repeat(["r9", "r1", "r5"], 10)
+    with pytest.raises(PlacerError, match="domain_of_sequence cannot be read"):
+        import_npz(write(tmp_path / "c.npz", sequence_ids=names), tmp_path / "c")
+    no_domains = {"domain_of_sequence": None, "domain_names": None}
+    import_npz(write(tmp_path / "d.npz", sequence_ids=names, **no_domains), tmp_path / "d")
+    named = Trace(tmp_path / "d").read()
+    assert named.sequence_ids.tolist() == np.repeat([0, 1, 2], 10).tolist()
+    assert np.stack(named.experts, axis=1).tolist() == given["experts"].tolist()
+    with pytest.raises(
+        PlacerError, match="token_ids holds a text that is not a whole number"
+    ):
+        import_npz(write(tmp_path / "e.npz", token_ids=names), tmp_path / "e")
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "lengths"])
+def test_batches_lose_their_padding(tmp_path: Path, padding: str) -> None:
+    """[B, S, L, k] with a mask [B, S], or with the lengths of rows padded at their end."""
+    rng = np.random.default_rng(0)
+    experts = np.argsort(rng.random((2, 5, 3, 8)), axis=3)[..., :2]
+    ids = rng.integers(0, 90, (2, 5))
+    mask = np.asarray([[1] * 5, [0, 0, 1, 1, 1] if padding == "left" else [1, 1, 1, 0, 0]])
+    which = (
+        {"lengths": mask.sum(axis=1)} if padding == "lengths" else {"attention_mask": mask}
+    )
+    np.savez(tmp_path / "b.npz", experts=experts, token_ids=ids, **which)
+    import_npz(tmp_path / "b.npz", tmp_path / "b")
+    read = Trace(tmp_path / "b").read()
+    kept = mask.astype(bool)
+    assert np.stack(read.experts, axis=1).tolist() == experts[kept].tolist()
+    assert read.token_ids.tolist() == ids[kept].tolist()
+    assert read.sequence_ids.tolist() == [0] * 5 + [1] * 3
+    assert read.positions.tolist() == [*range(5), *range(3)]
+    for odd in ({}, {"attention_mask": mask[:1]}, {"lengths": np.asarray([3, 2])}):
+        np.savez(tmp_path / "c.npz", experts=experts, **odd)
+        with pytest.raises(PlacerError, match="which tokens are padding"):
+            import_npz(tmp_path / "c.npz", tmp_path / "c")
+    np.savez(tmp_path / "d.npz", experts=experts, attention_mask=mask, token_ids=ids[:, :4])
+    with pytest.raises(
+        PlacerError, match=r"token_ids has shape \[2, 4\], expected \[2, 5\]"
+    ):
+        import_npz(tmp_path / "d.npz", tmp_path / "d")
+
+
+def test_more_layers_than_tokens_are_doubted(tmp_path: Path) -> None:
+    told: list[str] = []
+    ids = np.random.default_rng(0).integers(0, 8, (3, 40))
+    for name, array in (("a", ids), ("b", ids.T)):
+        np.save(tmp_path / f"{name}.npy", array)
+        options = ImportOptions(warn=told.append)
+        import_file(read_exflow, "x", tmp_path / f"{name}.npy", tmp_path / name, options)
+    assert len(told) == 1 and "3 tokens of 40 layers" in told[0]
