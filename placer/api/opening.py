@@ -93,7 +93,7 @@ def open(
             )
         case _:
             raise PlacerError(
-                f"{file} is of no kind that the API opens",
+                f"{file} is not a kind of file that placer.open reads",
                 f"look at it: placer inspect {file}",
             )
 

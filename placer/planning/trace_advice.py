@@ -355,8 +355,8 @@ def _reasons(asked: Sequence[Question], placements: _Placements) -> list[str]:
         reasons.append(
             f"worth it: sends at least {least} less than contiguous, and less than EPLB; "
             f"the busiest rank has at most {least} more load than EPLB's. If it has "
-            "more: give --hardware to decide by predicted time. balance only: that load "
-            f"is at least {least} below contiguous's, and below EPLB's"
+            "more: give --hardware to decide by predicted time. balance only: the busiest "
+            f"rank's load is at least {least} below contiguous's, and below EPLB's"
         )
     else:
         reasons.append(

@@ -79,7 +79,7 @@ def _load(choices: Sequence[tuple[str, Sequence[IntArray]]]) -> Chart:
         name="load",
         title="Load of every expert",
         reading="A strong orange cell is an expert that many tokens use; a row of grey is "
-        "a layer whose experts are used alike.",
+        "a layer whose experts are used equally.",
         unit="pairs of a token and an expert, over the mean of the layer",
         baseline="1, an even share",
         panels=tuple(
@@ -104,7 +104,7 @@ def _information(affinity: Affinity) -> Chart:
         title="How well an expert predicts the next layer",
         reading="The higher the line, the more an expert of a token says of its experts "
         "in the next layer. Few tokens make it look higher than it is.",
-        unit="bits of mutual information of an expert of a token and one in the next layer",
+        unit="bits of mutual information between a token's experts of two layers",
         baseline="0: layers that are not linked",
         panels=(
             (
@@ -139,7 +139,7 @@ def _flow(affinity: Affinity) -> Chart:
         title="Flow to the next layer, as lift over chance",
         reading="A strong orange cell is a pair of experts of neighbouring layers that "
         "follow each other more often than their loads would make them.",
-        unit="pairs, over those of experts drawn by their load only",
+        unit="pairs, divided by what chance gives experts of this load",
         baseline="1, chance",
         panels=tuple(
             (
@@ -168,7 +168,7 @@ def _together(affinity: Affinity) -> Chart:
         title="Experts that tokens use together, as lift over chance",
         reading="A strong orange cell is a pair of experts of one layer that tokens use "
         "together: on one rank they share one copy of the token.",
-        unit="tokens of both experts, over those of experts drawn by their load only",
+        unit="tokens of both experts, divided by what chance gives experts of this load",
         baseline="1, chance",
         panels=tuple(
             (

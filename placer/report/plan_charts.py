@@ -242,8 +242,8 @@ def _traffic(name: str, title: str, place: str, values: Mapping[str, FloatArray]
         title=title,
         reading="Blue pairs send less than before, orange pairs more; an orange column is "
         f"a {place} that receives much.",
-        unit=f"copies per token and layer from a home to another {place}, over the mean "
-        "pair of the contiguous placement",
+        unit=f"copies per token and layer from a home to another {place}, divided by the "
+        "mean over pairs of the contiguous placement",
         baseline=f"1: {mean:.4f} copies per token and layer",
         panels=tuple(
             (

@@ -169,7 +169,7 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
         metrics = {_IMBALANCE} if self.sent is None else {_IMBALANCE, self.sent}
         figures = {**self.baselines, PLAN: self.policies}
         if figures.keys() != self.batches.keys():
-            raise PlacerError("baselines and batches are not of the same placements")
+            raise PlacerError("baselines and batches have different placements")
         for name, policies in figures.items():
             if not metrics <= policies.get(self.policy, {}).keys():
                 raise PlacerError(f"{name} has no figures of {', '.join(sorted(metrics))}")

@@ -153,7 +153,7 @@ def _batch_sections(simulation: Simulation, names: Sequence[str]) -> Iterator[Se
     )
     if rows:
         yield Section(
-            title="break-even: for which bandwidth the plan is faster",
+            title="break-even: at which bandwidth the plan is faster",
             columns=("baseline", "phase", "tokens/rank", "faster", "GB/s per GPU"),
             rows=rows,
         )

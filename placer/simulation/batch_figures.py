@@ -229,7 +229,7 @@ def full_batches_note(
             )
     if not told:
         return None
-    return f"per batch, only full ones are judged: {'; '.join(told)}"
+    return f"figures per batch are of full batches only: {'; '.join(told)}"
 
 
 class _Tally:

@@ -15,7 +15,7 @@ from placer.placement import Placement, Plan
 from placer.placement.pins import Pin
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
-from placer.planning import judging, layer_time, planner
+from placer.planning import layer_time, planner
 from placer.planning.request import SolveRequest
 from placer.planning.solving import solve_frontier, solve_request
 from placer.report.comparison import plan_warnings
@@ -346,7 +346,6 @@ def test_tables_that_time_did_not_allow_are_told(
         built.append(tokens.num_tokens)
         return table
 
-    monkeypatch.setattr(judging, "build_table", noted)
     monkeypatch.setattr(alternation, "build_table", noted)
     options = changed(QUICK, policy=policy)
     whole = solve_request(request_of(options=options), lambda _: None, nobody).plan

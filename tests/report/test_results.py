@@ -26,8 +26,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("simulation", lambda v: v["batches"].pop("plan"), "not of the same placements"),
-        ("simulation", lambda v: v["baselines"].pop("eplb"), "not of the same placements"),
+        ("simulation", lambda v: v["batches"].pop("plan"), "have different placements"),
+        ("simulation", lambda v: v["baselines"].pop("eplb"), "have different placements"),
         ("simulation", lambda v: v["policies"].clear(), "plan has no figures of"),
         ("simulation", lambda v: v["batches"]["eplb"].pop(), "other sizes than the plan"),
         ("simulation", lambda v: v.update(tokens="many"), "tokens"),
