@@ -117,7 +117,7 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
             raise PlacerError(f"column {listed} has other numbers of ids in other rows")
         for n, column in enumerate(zip(*ids, strict=True)):
             table[f"e{n}"] = column
-        weight = keys.found("weights", row)
+        weight = keys.found("weights", row) or "weight"
         return table if "e1" in table else table.rename(columns={weight: "w0"})
     found = [(name, m) for name in row if (m := _NUMBERED.fullmatch(name))]
     first = min((int(m["number"]) for _, m in found), default=0)

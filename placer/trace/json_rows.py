@@ -33,7 +33,7 @@ _USUAL: Mapping[str, tuple[str, ...]] = {
     ),
     "weights": (
         *("weights", "topk_weights", "gating_probs", "topk_weight", "routing_weights"),
-        *("router_weights", "weight"),
+        "router_weights",
     ),
     "sequence": (
         *("sequence_id", "request_id", "seq_id", "req_id", "rid", "sequence", "req"),
@@ -217,7 +217,8 @@ def _by_columns(rows: list[dict[str, Any]], keys: Keys) -> list[dict[str, Any]]:
     if len(order) > 1:
         raise PlacerError("its columns name their rows differently", _LAYOUT)
     return [
-        dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True)
+        row | dict(zip(columns, one, strict=True))
+        for one in zip(*columns.values(), strict=True)
     ]
 
 

@@ -358,8 +358,13 @@ def test_one_object_of_columns(orient: str, tmp_path: Path) -> None:
     """As pandas writes a table, and as lists."""
     rows_ = of_tokens(lambda t, n: {"layer": n, "experts": EXPERTS[t, n].tolist()})
     columns = pd.DataFrame(rows_).to_dict(orient)  # type: ignore[call-overload]
-    text = json.dumps(columns, default=int)
+    text = json.dumps(columns | {"model": "x"}, default=int)
     same(read(jsonl_reader(Keys.parse(None)), tmp_path / "x.json", text)[0])
+    one = columns | {"rid": "a"}
+    one["pos"] = pd.DataFrame({"pos": np.repeat(range(5), 2)}).to_dict(orient)["pos"]
+    text = json.dumps(one, default=int)
+    chunk, told = read(jsonl_reader(Keys.parse(None)), tmp_path / "z.json", text)
+    assert ids(chunk) == EXPERTS.tolist() and not told
     short = columns | {"layer": [0]}
     with pytest.raises(PlacerError, match="its columns differ in length"):
         read(
