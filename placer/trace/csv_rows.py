@@ -118,7 +118,8 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
         for n, column in enumerate(zip(*ids, strict=True)):
             table[f"e{n}"] = column
         weight = keys.found("weights", row) or "weight"
-        return table if "e1" in table else table.rename(columns={weight: "w0"})
+        is_one = "e1" not in table and "w0" not in table
+        return table.rename(columns={weight: "w0"}) if is_one else table
     found = [(name, m) for name in row if (m := _NUMBERED.fullmatch(name))]
     first = min((int(m["number"]) for _, m in found), default=0)
     return table.rename(

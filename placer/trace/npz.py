@@ -67,12 +67,12 @@ def read_npz(file: Path, model: BoundModel | None) -> ImportedTokens:
 def _of_batches(arrays: dict[str, Any], masks: dict[str, Any]) -> dict[str, Any]:
     """Return ``[T, ...]`` of ``[B, S, ...]``: the tokens of B sequences without padding."""
     shape = arrays["experts"].shape[:2]
-    mask = next(iter(masks.values()), None)
-    if mask is not None and "lengths" in masks and mask is masks["lengths"]:
-        # Without the longest sequence S may be another axis.
-        is_fit = mask.shape == shape[:1] and mask.max(initial=0) == shape[1]
-        mask = np.arange(shape[1]) < mask[:, None] if is_fit else None
-    if mask is None or mask.shape != shape or mask.dtype.kind not in "biu":
+    mask = next((masks[name] for name in _MASKS if name in masks), np.zeros(0))
+    is_numbers = mask.dtype.kind in "biuf"
+    # Without the longest sequence S may be another axis.
+    if is_numbers and mask.shape == shape[:1] and mask.max(initial=0) == shape[1]:
+        mask = np.arange(shape[1]) < mask[:, None]
+    if mask.shape != shape or not is_numbers:
         raise PlacerError(
             f"experts has shape {list(arrays['experts'].shape)}: of [B, S, L, k] placer "
             "must know which tokens are padding",
@@ -97,11 +97,12 @@ def _numbers(name: str, values: Any, arrays: dict[str, Any]) -> Any:
     """Return ids that are texts as numbers; other names of sequences in their order."""
     if values.dtype.kind not in "US" or name == "weights":
         return values
-    texts = values.astype(str)
     if name == "phase":
-        return phase_numbers(texts.tolist(), "save phase as prefill and decode, or 0 and 1")
+        return phase_numbers(
+            values.tolist(), "save phase as prefill and decode, or 0 and 1"
+        )
     try:
-        return texts.astype(np.int64)
+        return values.astype(np.int64)
     except (ValueError, OverflowError) as error:
         if name != "sequence_ids":
             raise PlacerError(f"{name} holds a text that is not a whole number") from error
@@ -110,7 +111,7 @@ def _numbers(name: str, values: Any, arrays: dict[str, Any]) -> Any:
             "sequence_ids are names, so domain_of_sequence cannot be read by their number",
             "save sequence_ids as whole numbers from 0",
         )
-    _, first, name_of = np.unique(texts, return_index=True, return_inverse=True)
+    _, first, name_of = np.unique(values, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[name_of]
 
 

@@ -257,6 +257,15 @@ def test_ids_may_be_texts(tmp_path: Path) -> None:
     named = Trace(tmp_path / "d").read()
     assert named.sequence_ids.tolist() == np.repeat([0, 1, 2], 10).tolist()
     assert np.stack(named.experts, axis=1).tolist() == given["experts"].tolist()
+    with pytest.raises(PlacerError, match="domain_of_sequence cannot be read"):
+        odd = np.asarray([b"\xff"] * 30)
+        import_npz(write(tmp_path / "f.npz", sequence_ids=odd), tmp_path / "f")
+    words = np.repeat(["prefill", "decode"], 15)
+    import_npz(write(tmp_path / "g.npz", phase=words), tmp_path / "g")
+    phase = Trace(tmp_path / "g").read().phase
+    assert phase is not None
+    # Of sequences 2, 4 and 7, which are rows 10 to 19, 20 to 29 and 0 to 9.
+    assert phase.tolist() == [*[0] * 5, *[1] * 15, *[0] * 10]
     with pytest.raises(
         PlacerError, match="token_ids holds a text that is not a whole number"
     ):
@@ -281,7 +290,8 @@ def test_batches_lose_their_padding(tmp_path: Path, padding: str) -> None:
     assert read.token_ids.tolist() == ids[kept].tolist()
     assert read.sequence_ids.tolist() == [0] * 5 + [1] * 3
     assert read.positions.tolist() == [*range(5), *range(3)]
-    for odd in ({}, {"attention_mask": mask[:1]}, {"lengths": np.asarray([3, 2])}):
+    texts = {"lengths": np.asarray(["5", "3"])}
+    for odd in ({}, texts, {"attention_mask": mask[:1]}, {"lengths": np.asarray([3, 2])}):
         np.savez(tmp_path / "c.npz", experts=experts, **odd)
         with pytest.raises(PlacerError, match="which tokens are padding"):
             import_npz(tmp_path / "c.npz", tmp_path / "c")
