@@ -226,8 +226,9 @@ from pathlib import Path
 import placer.cli.main as cli
 from placer.placement import Plan
 
-# Where the tests run in the background of a shell, Ctrl-C is ignored.
+# Where the tests run in the background of a shell, Ctrl-C is ignored, under nohup SIGHUP too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def write(self, path):
     from placer.run.writing import atomic_file
