@@ -226,7 +226,7 @@ from pathlib import Path
 import placer.cli.main as cli
 from placer.placement import Plan
 
-# Where the tests run in the background of a shell, Ctrl-C is ignored, under nohup SIGHUP too.
+# In the background of a shell Ctrl-C is ignored, and under nohup SIGHUP.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
