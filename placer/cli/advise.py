@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from placer.cli import choices
 from placer.cli.output import (
     BatchingOption,
+    DetailsOption,
     ExpertSizeOption,
     GpusPerNodeOption,
     HiddenSizeOption,
@@ -19,11 +21,13 @@ from placer.cli.output import (
     note,
     print_json,
     print_line,
+    print_next,
     print_table,
     print_verdict,
     progress_line,
     warn,
 )
+from placer.cli.terminal import wrapped
 
 
 def advise(
@@ -38,13 +42,15 @@ def advise(
     policy: Annotated[
         str,
         typer.Option(
+            autocompletion=choices.among("fixed", "follow"),
             help="How the home of a token, the rank that has its hidden state, is chosen: "
-            "fixed or follow (docs/concepts.md)."
+            "fixed or follow (docs/concepts.md).",
         ),
     ] = "fixed",
     engine: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.engines_and_families,
             metavar="NAME",
             help="An engine (docs/engines.md), or a family of engines, such as "
             "vllm. Default: two answers, one for all-gather (the engines' default), "
@@ -56,6 +62,7 @@ def advise(
     hardware: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.hardware,
             metavar="NAME|FILE",
             help="Judge by predicted time on h100, h200, b200, a100, or on the hardware "
             "of a .toml file (placer calibrate).",
@@ -72,6 +79,7 @@ def advise(
         ),
     ] = 0.03,
     phase: PhaseOption = "all",
+    details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether to place by traffic, only balance, or do nothing.
@@ -82,8 +90,8 @@ def advise(
     """
     from placer.affinity import Affinity
     from placer.api.advising import advised
-    from placer.planning.verdict import grouped
     from placer.report.batches import advice_table
+    from placer.report.verdicts import verdict_of_advice
     from placer.trace import Trace
 
     with progress_line("advise") as progress:
@@ -112,16 +120,16 @@ def advise(
     if as_json:
         print_json(found.to_json())
         return
-    for names, sentence in grouped((one.engine, one.sentence) for one in advice.answers):
-        print_verdict(", ".join(names) or None, sentence)
-    print_line("")
-    columns, rows, alike = advice_table(advice)
-    print_table(columns, rows)
-    for line in alike:
-        print_line(line)
+    verdict = verdict_of_advice(advice, found.next)
+    print_verdict(verdict, always=True)
+    if details:
+        print_line("")
+        columns, rows, alike = advice_table(advice)
+        print_table(columns, rows)
+        for line in alike:
+            print_line(wrapped(line))
     for reason in advice.reasons:
-        print_line(f"- {reason}")
-    if found.next is not None:
-        print_line(f"next: {found.next}")
+        print_line(wrapped(f"- {reason}"))
+    print_next(verdict)
     if found.then is not None:
         print_line(f"then, for its predicted time: {found.then}")

@@ -14,7 +14,9 @@ from placer.cli.output import (
     claim,
     parse_selection,
     print_json,
+    print_next,
     print_table,
+    print_verdict,
     warn,
 )
 from placer.errors import UsageError, one_of
@@ -81,6 +83,7 @@ def affinity(
 
     from placer.affinity.from_traces import affinity_of_traces, merged_affinity
     from placer.affinity.sums import ROWS
+    from placer.report.verdicts import verdict_of_affinity
     from placer.run.devices import CPU
     from placer.run.parallel import BACKENDS, Backend
     from placer.trace import EVERYTHING, Trace
@@ -119,7 +122,10 @@ def affinity(
         "coactivated_pairs": int(sum(pairs.sum() for pairs in counted.coactivation)) // 2,
         "token_rows": counted.token_expert is not None,
     }
+    verdict = verdict_of_affinity(counted, out)
     if as_json:
-        print_json(facts)
-    else:
-        print_table(("affinity", ""), [(key, str(value)) for key, value in facts.items()])
+        print_json({"verdict": verdict.to_json()} | facts)
+        return
+    print_verdict(verdict)
+    print_table(("affinity", ""), [(key, str(value)) for key, value in facts.items()])
+    print_next(verdict)

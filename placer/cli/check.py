@@ -12,8 +12,8 @@ from placer.cli.output import (
     PhaseOption,
     parse_selection,
     print_json,
-    print_line,
     print_table,
+    print_verdict,
     warn,
 )
 
@@ -47,8 +47,9 @@ def check(
     from placer.affinity import Affinity
     from placer.errors import DriftError, require_left_out
     from placer.placement import Plan
-    from placer.planning.drift import check_on_loads, check_plan, improving_command
+    from placer.planning.drift import check_on_loads, check_plan
     from placer.planning.profile import layer_ids_of, other_phase, profile_itself
+    from placer.report.verdicts import verdict_of_check
     from placer.serving.replica_choice import unknown_dense_layers
     from placer.trace import Trace
 
@@ -79,9 +80,11 @@ def check(
     for warning in (dense, limit, profile_itself(read, source, chosen)):
         if warning is not None:
             warn(warning)
+    verdict = verdict_of_check(report, read, plan, source, judged)
     if as_json:
         print_json(
             {
+                "verdict": verdict.to_json(),
                 "drifted": report.drifted,
                 "figures": [one.to_json() for one in report.figures],
                 "num_tokens": report.num_tokens,
@@ -89,6 +92,7 @@ def check(
             }
         )
     else:
+        print_verdict(verdict, always=True)
         print_table(
             ("figure", "then", "now", "standard error", "allowed", ""),
             [
@@ -106,7 +110,5 @@ def check(
     if report.drifted:
         raise DriftError(
             f"traffic has drifted from {plan}",
-            f"improve it with few moves: {improving_command(read, plan, source)}",
+            f"improve it with few moves: {verdict.next}",
         )
-    if not as_json:
-        print_line(f"the plan holds on {judged}")

@@ -13,7 +13,9 @@ from placer.cli.output import (
     note,
     print_json,
     print_line,
+    print_next,
     print_table,
+    print_verdict,
     progress_line,
     warn,
 )
@@ -140,6 +142,7 @@ def export(
         write_export,
         writing_options,
     )
+    from placer.report.verdicts import verdict_of_export
 
     given = {
         "--inverse": inverse,
@@ -186,15 +189,18 @@ def export(
             note=note,
             warn=warn,
         )
+    verdict = verdict_of_export(target, plan, model, out, inverse=inverse)
     if as_json:
-        print_json(facts)
+        print_json({"verdict": verdict.to_json()} | dict(facts))
         return
+    print_verdict(verdict)
     rows = [
         (name, str(value))
         for name, value in facts.items()
         if name not in _TOLD and value is not None
     ]
     print_table((target, ""), rows)
+    print_next(verdict)
 
 
 def _print_shards(

@@ -13,7 +13,9 @@ from placer.cli.output import (
     claim,
     note,
     print_json,
+    print_next,
     print_table,
+    print_verdict,
     warn,
 )
 from placer.errors import UsageError, meant
@@ -146,6 +148,8 @@ def import_(
     --gpus-per-node. It also needs --model if the map does not say which layers are MoE
     layers.
     """
+    from placer.report.verdicts import verdict_of_import
+
     directory = format_ in _FORMATS
     what = "plan" if format_ in _MAP_FORMATS else "trace"
     what = "affinity" if format_ in _LOAD_FORMATS else what
@@ -181,10 +185,13 @@ def import_(
             f"format {format_!r} is not known",
             f"{meant(format_, _KNOWN)}known formats: {known}",
         )
+    verdict = verdict_of_import(what, facts, out)
     if as_json:
-        print_json(facts)
+        print_json({"verdict": verdict.to_json()} | facts)
     else:
+        print_verdict(verdict)
         print_table((what, ""), [(name, str(value)) for name, value in facts.items()])
+        print_next(verdict)
 
 
 def _options(

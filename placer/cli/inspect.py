@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from placer.cli.output import (
+    DetailsOption,
     ForceOption,
     JsonOption,
     claim,
@@ -13,8 +14,10 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_table,
+    print_verdict,
     warn,
 )
+from placer.run.verdict import Verdict
 
 
 def inspect(
@@ -43,6 +46,7 @@ def inspect(
         ),
     ] = None,
     force: ForceOption = False,
+    details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a file or folder holds, the answer first."""
@@ -57,16 +61,26 @@ def inspect(
         write_page(html, path.name, summary)
         note(f"report written to {html}")
     if as_json:
-        print_json(summary.to_json())
+        verdict = Verdict(answer=(summary.headline.verdict,))
+        print_json({"verdict": verdict.to_json()} | summary.to_json())
         return
+    headline = summary.headline
     print_line(f"{summary.kind} {path.name}")
-    print_line(summary.headline.verdict)
-    for text in summary.headline.misleading:
+    print_verdict(Verdict(answer=(headline.verdict,)), always=True)
+    for text in headline.misleading:
         warn(text)
+    if headline.tiles:
+        print_line("")
+        print_table(
+            ("figure", "before", "after", "unit"),
+            [(one.title, one.before, one.after, one.unit) for one in headline.tiles],
+        )
+    if not details:
+        print_line("All facts and tables: --details; with charts: --html REPORT")
+        return
     facts = summary.flat_facts()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print_line(f"  {name:<{width}}  {_plain(value)}")
+    print_line("")
+    print_table(("fact", ""), [(name, _plain(value)) for name, value in facts.items()])
     for section in summary.tables:
         print_line("")
         print_table(section.columns, section.rows, title=section.title)

@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,16 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from placer.cli.choices import among
+from placer.cli.terminal import emphasised, table_lines, wrapped
+from placer.run.verdict import Verdict
 
 if TYPE_CHECKING:
     from placer.trace import Fold, Selection
 
-# Cells are never cut: whoever reads a path wants all of it.
-_WIDEST = 10_000
-_LINE = 100
 # Whether only errors and the path of the result are printed; each command sets it.
 _quiet = False
 # Seconds from line to line of progress where stderr is no terminal.
@@ -31,6 +28,10 @@ _QUIET_S = 30.0
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+]
+DetailsOption = Annotated[
+    bool,
+    typer.Option("--details", help="Also print what explains the answer: all tables."),
 ]
 FoldOption = Annotated[
     str | None,
@@ -247,18 +248,10 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None
 ) -> None:
     """Print a table for people; numbers are right-aligned."""
-    if _quiet:
-        return
-    table = Table(
-        box=None, pad_edge=False, header_style="", title_justify="left", title=title
-    )
-    table.title_style = ""
-    for position, column in enumerate(columns):
-        numeric = all(not isinstance(row[position], str) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    Console(highlight=False, width=_WIDEST, markup=False, soft_wrap=True).print(table)
+    if title is not None:
+        print_line(wrapped(title))
+    for line in table_lines(columns, rows):
+        print_line(line)
 
 
 def print_line(text: str) -> None:
@@ -268,10 +261,24 @@ def print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def print_verdict(engine: str | None, text: str) -> None:
-    """Print a text about an engine, in lines that fit the screen."""
-    line = text if engine is None else f"{engine}, {text}"
-    print_line(textwrap.fill(line, _LINE, subsequent_indent="  ", break_on_hyphens=False))
+def print_verdict(verdict: Verdict, *, always: bool = False) -> None:
+    """Print the answer, how sure it is and what it costs.
+
+    ``always`` with ``--quiet`` too: the command writes no file.
+    """
+    if _quiet and not always:
+        return
+    for text in verdict.answer:
+        line = emphasised(wrapped(text), is_better=verdict.is_better)
+        sys.stdout.write(f"{line}\n")
+    for text in verdict.more:
+        print_line(wrapped(text))
+
+
+def print_next(verdict: Verdict) -> None:
+    """Print the command to run next, in one line that can be copied."""
+    if verdict.next is not None:
+        print_line(f"next: {verdict.next}")
 
 
 def warn(text: str) -> None:
@@ -286,9 +293,3 @@ def note(text: str) -> None:
     if _quiet:
         return
     sys.stderr.write(f"{text}\n")
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -17,8 +17,10 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_table,
+    print_verdict,
     warn,
 )
+from placer.cli.terminal import wrapped
 from placer.errors import one_of
 
 
@@ -102,6 +104,7 @@ def replay(
     from placer.replay.replay import ReplayOptions
     from placer.replay.replay import replay as replay_plan
     from placer.report.replay import columns, facts, rows
+    from placer.report.verdicts import verdict_of_replay
     from placer.target.hardware import Hardware
 
     outcome = replay_plan(
@@ -128,10 +131,12 @@ def replay(
         return
     for warning in outcome.warnings:
         warn(warning)
+    verdict = verdict_of_replay(outcome)
     if as_json:
-        print_json(outcome.to_json())
+        print_json({"verdict": verdict.to_json()} | outcome.to_json())
     else:
+        print_verdict(verdict, always=True)
         print_table(columns(outcome), rows(outcome))
         for fact in facts(outcome):
-            print_line(fact)
+            print_line(wrapped(fact))
     outcome.require_verified()

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from placer.cli import choices
 from placer.cli.output import (
     BatchingOption,
+    DetailsOption,
     ExpertSizeOption,
     FoldOption,
     HiddenSizeOption,
@@ -19,10 +21,12 @@ from placer.cli.output import (
     given_command,
     print_json,
     print_line,
+    print_next,
     print_table,
     print_verdict,
     warn,
 )
+from placer.cli.terminal import wrapped
 
 if TYPE_CHECKING:
     from placer.planning.judge import Judgement
@@ -43,6 +47,7 @@ def simulate(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
+            autocompletion=choices.baselines,
             metavar="NAME",
             help="Placement to compare with (docs/baselines.md): contiguous, balanced, "
             "random, eplb, exflow, moetuner, grace, occult, sem-moe, kernighan-lin, "
@@ -52,6 +57,7 @@ def simulate(
     engine: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.engines_and_families,
             metavar="NAME",
             help="The engine that serves (docs/engines.md), or a family of "
             "engines, such as vllm. Default: the engine that the plan was solved for.",
@@ -60,6 +66,7 @@ def simulate(
     replica_choice: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.replica_choices,
             metavar="NAME",
             help="Which replica of a redundant expert serves a token: local-first, "
             "sglang-static, hash or cover. Default: the engine's, else the plan's.",
@@ -68,6 +75,7 @@ def simulate(
     hardware: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.hardware,
             metavar="NAME|FILE",
             help="Predict the time of a layer on h100, h200, b200, a100, or on the "
             "hardware of a .toml file (placer calibrate).",
@@ -80,6 +88,7 @@ def simulate(
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
+    details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a plan on a trace, in decode and prefill batches.
@@ -97,8 +106,9 @@ def simulate(
       request         with --table: one home for each sequence
     """
     from placer.api.simulation import Simulation, judged
-    from placer.planning.verdict import grouped, verdict_lines
+    from placer.placement import Plan
     from placer.report.batches import summary_table
+    from placer.report.verdicts import verdict_of_simulation
     from placer.trace import Trace
 
     command = given_command(context, "engine", "as_json")
@@ -125,26 +135,25 @@ def simulate(
     found = Simulation(judgements)
     for warning in found.warnings:
         warn(warning)
+    solved = Plan.read(plan)
+    verdict = verdict_of_simulation(judgements, solved, plan, command)
     if as_json:
-        print_json(found.to_json())
+        print_json({"verdict": verdict.to_json()} | found.to_json())
         return
-    for names, line in grouped(verdict_lines(judgements)):
-        print_verdict(", ".join(names) or None, line)
+    print_verdict(verdict, always=True)
     print_line("")
     if len(judgements) == 1:
-        _show(judgements[0])
-        return
-    (title, columns, rows), alike = summary_table(judgements)
-    print_table(columns, rows, title)
-    for line in alike:
-        print_line(line)
-    changed = [one for one in judgements if one.sent is not None] or judgements
-    shown = changed[0].to_json()["engine"]
-    print_line(f"next, for all figures of one engine: {command} --engine {shown}")
+        _show(judgements[0], details=details)
+    else:
+        (title, columns, rows), alike = summary_table(judgements)
+        print_table(columns, rows, title)
+        for line in alike:
+            print_line(wrapped(line))
+    print_next(verdict)
 
 
-def _show(judgement: "Judgement") -> None:
-    """Print the tables and facts of one engine."""
+def _show(judgement: "Judgement", *, details: bool) -> None:
+    """Print what is sent and the balance, and in detail all tables and facts."""
     from placer.planning.verdict import fact_lines
     from placer.report.batches import batch_tables
     from placer.report.comparison import comparison_table
@@ -154,7 +163,10 @@ def _show(judgement: "Judgement") -> None:
     policies = deployable(judgement.policies, judgement.policy)
     placements = {**figures["baselines"], "plan": figures["policies"]}
     print_table(*comparison_table(placements, policies, judgement.wire, per_batch=False))
+    if not details:
+        return
     for title, columns, rows in batch_tables(judgement):
+        print_line("")
         print_table(columns, rows, title)
     for line in fact_lines(judgement, policies):
-        print_line(line)
+        print_line(wrapped(line))

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from placer.cli import choices
 from placer.cli.output import (
+    DetailsOption,
     ExpertSizeOption,
     FoldOption,
     ForceOption,
@@ -23,10 +25,13 @@ from placer.cli.output import (
     note,
     print_json,
     print_line,
+    print_next,
     print_table,
+    print_verdict,
     progress_line,
     warn,
 )
+from placer.cli.terminal import wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,13 +54,15 @@ def solve(
     objective: Annotated[
         str,
         typer.Option(
+            autocompletion=choices.among("traffic", "balance", "time"),
             help="What to minimise: traffic (under the load cap), balance (the busiest "
-            "rank only) or time (predicted for --hardware)."
+            "rank only) or time (predicted for --hardware).",
         ),
     ] = "traffic",
     hardware: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.hardware,
             metavar="NAME|FILE",
             help="Predict time on h100, h200, b200, a100, or on the hardware of a .toml "
             "file (placer calibrate). Used by --objective time, and to choose the "
@@ -69,13 +76,15 @@ def solve(
     policy: Annotated[
         str,
         typer.Option(
+            autocompletion=choices.policies,
             help="How the home of a token, the rank that has its hidden state, is chosen: "
-            "fixed, follow, token or request (docs/concepts.md)."
+            "fixed, follow, token or request (docs/concepts.md).",
         ),
     ] = "fixed",
     engine: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.engines,
             metavar="NAME",
             help="The engine to solve for (docs/engines.md). Sets --exchange and "
             "--replica-choice. If placement cannot change what the engine sends, the "
@@ -85,6 +94,7 @@ def solve(
     exchange: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.exchanges,
             help="What is sent for a token: one copy per-rank or one copy per-node that "
             "serves it (docs/concepts.md).",
             show_default="per-rank",
@@ -165,8 +175,9 @@ def solve(
     ep_groups: Annotated[
         str,
         typer.Option(
+            autocompletion=choices.among("consecutive", "strided"),
             help="With --ep-size: which data-parallel ranks form a group: consecutive "
-            "(DeepSpeed's default) or strided (use_data_before_expert_parallelism)."
+            "(DeepSpeed's default) or strided (use_data_before_expert_parallelism).",
         ),
     ] = "consecutive",
     redundant_experts: Annotated[
@@ -199,6 +210,7 @@ def solve(
     replica_choice: Annotated[
         str | None,
         typer.Option(
+            autocompletion=choices.solvable_replica_choices,
             help="Which replica of a redundant expert serves a token: local-first, "
             "sglang-static or hash.",
             show_default="the engine's; needed for redundant experts without --engine",
@@ -207,9 +219,10 @@ def solve(
     robust: Annotated[
         str,
         typer.Option(
+            autocompletion=choices.among("none", "bootstrap", "domains"),
             help="Also keep unseen sequences under --max-imbalance: none, bootstrap (by "
             "resampled loads) or domains (by the loads of each domain). The load cap and "
-            "--overflow-price are tuned on halves of the profile."
+            "--overflow-price are tuned on halves of the profile.",
         ),
     ] = "none",
     overflow_price: Annotated[
@@ -265,7 +278,11 @@ def solve(
         ),
     ] = False,
     proof: Annotated[
-        str, typer.Option(help="Effort spent on the lower bound: none, quick or full.")
+        str,
+        typer.Option(
+            autocompletion=choices.among("none", "quick", "full"),
+            help="Effort spent on the lower bound: none, quick or full.",
+        ),
     ] = "quick",
     num_sweeps: Annotated[
         int | None,
@@ -313,6 +330,7 @@ def solve(
     not_fold: NotFoldOption = None,
     phase: PhaseOption = "all",
     force: ForceOption = False,
+    details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a plan: place experts on ranks for the least traffic.
@@ -329,7 +347,10 @@ def solve(
     from placer.planning.frontier import parse_caps
     from placer.planning.solving import solve_frontier, solve_request
     from placer.report.comparison import closing_lines, plan_notes, plan_warnings
+    from placer.report.solve_log import ending_line
+    from placer.report.verdicts import verdict_of_solve
     from placer.run.session import Session
+    from placer.simulation.cost import find_expert_shape
 
     paths = [source, topology, model, start, Path(hardware) if hardware else None]
     kinds = ["plan" if frontier is None else "frontier"]
@@ -390,25 +411,33 @@ def solve(
     if caps is not None:
         _show_frontier(points, out, as_json)
         return
-    solved.plan.write(out)
-    warnings, notes = list(plan_warnings(solved.plan)), list(plan_notes(solved.plan))
+    plan = solved.plan
+    plan.write(out)
+    note(ending_line(plan.solver))
+    warnings, notes = list(plan_warnings(plan)), list(plan_notes(plan))
     for line in warnings:
         warn(line)
-    for line in notes:
+    for line in notes if as_json else plan_notes(plan, details=details):
         note(line)
+    expert = find_expert_shape(model, hidden_size, expert_size, weight_bytes, plan.engine)
+    verdict = verdict_of_solve(plan, out, source, expert=expert, model=model)
     if as_json:
-        told = {"warnings": [*warnings, *closing_lines(solved.plan)], "notes": notes}
-        report = {"out": str(out), "seconds": solved.plan.solver.seconds}
-        print_json(report | told | solved.plan.to_json())
+        told = {"warnings": [*warnings, *closing_lines(plan)], "notes": notes}
+        report = {"out": str(out), "seconds": plan.solver.seconds}
+        answer = {"verdict": verdict.to_json()}
+        print_json(answer | report | told | plan.to_json())
         return
-    _show(solved, start)
+    print_verdict(verdict)
+    print_line("")
+    _show(solved, start, details=details)
     print_line(f"plan written to {out}")
-    for line in closing_lines(solved.plan):
-        print_line(line)
+    for line in closing_lines(plan):
+        print_line(wrapped(line))
+    print_next(verdict)
 
 
-def _show(solved: "Solved", start: Path | None) -> None:
-    """Print the figures of a plan and what proves them."""
+def _show(solved: "Solved", start: Path | None, *, details: bool) -> None:
+    """Print the figures of a plan, and in detail what proves them."""
     from placer.report.comparison import (
         certificate_lines,
         plan_table,
@@ -419,8 +448,8 @@ def _show(solved: "Solved", start: Path | None) -> None:
     plan, choice = solved.plan, solved.time
     columns, rows = plan_table(plan)
     if rows:
-        print_table(columns, rows, title=plan_table_title(plan))
-    if (priced := price_line(plan)) is not None:
+        print_table(columns[1:], [row[1:] for row in rows], title=plan_table_title(plan))
+    if details and (priced := price_line(plan)) is not None:
         print_line(priced)
     if start is not None:
         moved, slots = plan.provenance["moved_experts"], plan.placement.to_json()
@@ -429,8 +458,8 @@ def _show(solved: "Solved", start: Path | None) -> None:
             f"{moved} of {sum(map(len, slots))} slots changed from {start}"
             + ("; to change fewer, set a cost per move: --migration-cost" if free else "")
         )
-    for line in certificate_lines(plan):
-        print_line(line)
+    for line in certificate_lines(plan) if details or not rows else ():
+        print_line(wrapped(line))
     if choice is not None:
         print_line(
             f"least predicted time on held-out sequences of the profile: {choice.name}"

@@ -15,7 +15,9 @@ from placer.cli.output import (
     parse_fold,
     print_json,
     print_line,
+    print_next,
     print_table,
+    print_verdict,
     warn,
 )
 
@@ -87,6 +89,7 @@ def tables(
     --fold and --phase, and is judged on all other sequences.
     """
     from placer.planning.tables import TableOptions, make_table
+    from placer.report.verdicts import verdict_of_table
     from placer.trace import Trace
 
     claim(context, out, [plan, trace, embeddings], force=force, kinds=["table"])
@@ -108,9 +111,12 @@ def tables(
         warn("built from all sequences: none was held out, so no figures are shown")
     elif chosen is None:
         note(f"built from the tokens that the plan was solved on: {result.profile.options}")
+    verdict = verdict_of_table(result, plan, trace, out)
     if as_json:
-        print_json({"out": str(out)} | result.to_json())
+        answer = {"verdict": verdict.to_json(), "out": str(out)}
+        print_json(answer | result.to_json())
         return
+    print_verdict(verdict)
     if result.heldout is not None:
         print_table(
             ("policy", "local rate", "copies/token", "home imbalance"),
@@ -137,3 +143,4 @@ def tables(
             "their rows are exact for every token id"
         )
     print_line(f"table written to {out}")
+    print_next(verdict)

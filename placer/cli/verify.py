@@ -8,11 +8,12 @@ import typer
 from placer.cli.output import (
     JsonOption,
     print_json,
-    print_line,
     print_table,
+    print_verdict,
     progress_line,
     warn,
 )
+from placer.run.verdict import Verdict
 
 
 def verify(
@@ -56,11 +57,12 @@ def verify(
         found = verify_export(
             original, exported, plan, corpus=corpus or (), max_tokens=max_tokens
         )
+    verdict = Verdict(answer=(found.sentence,), is_better=True)
     if as_json:
-        print_json(found.facts)
+        print_json({"verdict": verdict.to_json()} | dict(found.facts))
         return
+    print_verdict(verdict, always=True)
     if found.checks:
         print_table(("check", "result"), found.checks)
     if found.warning is not None:
         warn(found.warning)
-    print_line(found.sentence)

@@ -125,13 +125,13 @@ class SolveRequest:
         ):
             if not is_given:
                 require_left_out(options, company)
-        if not self.weighs_experts:
+        if not self.weighs_experts and not self.has_replicas:
             require_no_sizes(
                 self.model,
                 self.hidden_size,
                 self.expert_size,
                 self.weight_bytes,
-                "--hardware or --redundant-memory",
+                "--hardware or --redundant-experts",
             )
 
     def with_goal(self, goal: Goal) -> Self:

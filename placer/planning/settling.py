@@ -136,7 +136,7 @@ def _loading(request: SolveRequest) -> Loading:
         return Loading()
     return require_loadable(
         Engine.named(request.engine),
-        _model_of(request),
+        model_of(request),
         architectures_of(request.model),
         redundant_experts=request.redundant_experts,
         topology=request.options.topology,
@@ -306,7 +306,7 @@ def _require_same_model(request: SolveRequest, warn: Tell) -> None:
     """Refuse a plan to start from that is not of the source's model."""
     if (now := request.served_now) is None:
         return
-    model, source = _model_of(request), str(request.source)
+    model, source = model_of(request), str(request.source)
     matched = require_same_model(now.plan.model, str(now.path), model, source)
     if matched is not None:
         warn(matched)
@@ -363,14 +363,15 @@ def _chooses_cap(request: SolveRequest, options: SolveOptions, note: Tell) -> bo
 def _expert_shape(request: SolveRequest) -> ExpertShape | None:
     return find_expert_shape(
         request.model,
-        request.hidden_size or _model_of(request).hidden_size,
+        request.hidden_size or model_of(request).hidden_size,
         request.expert_size,
         request.weight_bytes,
         None if request.engine is None else Engine.named(request.engine),
     )
 
 
-def _model_of(request: SolveRequest) -> ModelSpec:
+def model_of(request: SolveRequest) -> ModelSpec:
+    """Return the model whose tokens or counts are solved on."""
     if request.holds_counts:
         return Affinity.read(request.source).model
     return Trace(request.source).model

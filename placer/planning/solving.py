@@ -17,10 +17,12 @@ from placer.planning.planner import plan_for, plan_from_affinity, plan_from_trac
 from placer.planning.question import Question
 from placer.planning.request import SolveRequest, Tell
 from placer.planning.served import solved_for, split_groups, whole_groups
-from placer.planning.settling import is_balanced, settle, started
+from placer.planning.settling import Settled, is_balanced, model_of, settle, started
 from placer.run.session import Session
+from placer.simulation.sent import sent_by
 from placer.solver.balance.router_groups import are_whole, limits_nodes
 from placer.solver.options import SolveOptions
+from placer.target.engine import Engine
 from placer.trace import EVERYTHING, Trace
 
 # Fewer copies than this more are not worth a warning.
@@ -75,6 +77,7 @@ def solve_request(
     session = session or Session()
     request = started(request, note)
     settled = settle(request, note, warn, session)
+    session.tell(_opening(request, settled))
     options, provenance, time = settled.options, dict(settled.provenance), None
     if settled.question is not None:
         choice = _choose(request, options, settled.question, session)
@@ -104,6 +107,30 @@ def solve_request(
             "solve without --require-optimal to get the best plan found",
         )
     return Solved(plan=plan_for(plan, provenance), time=time)
+
+
+def _opening(request: SolveRequest, settled: Settled) -> str:
+    """Say in words what is solved for."""
+    options = settled.options
+    goal, topology = options.goal, options.topology
+    engine = None if request.engine is None else Engine.named(request.engine)
+    what = "the load of the busiest rank"
+    if request.by_time:
+        what = f"the predicted time of a layer on {request.hardware}"
+    elif goal.objective == "traffic":
+        exchange = goal.exchange if engine is None else engine.dispatch.exchange
+        sent = sent_by(exchange or "per-rank", topology.num_nodes)
+        what = "copies sent" if sent is None else sent.words
+    model = model_of(request)
+    experts = ", ".join(map(str, dict.fromkeys(model.num_experts)))
+    nodes = f"{topology.num_nodes} node{'s' * (topology.num_nodes > 1)}"
+    slots = f" and {goal.redundant_experts} redundant" if goal.redundant_experts else ""
+    told = (
+        f"{model.num_layers} MoE layers of {experts} experts{slots} on "
+        f"{topology.num_ranks} ranks ({nodes}); minimises {what}, compared with "
+        "contiguous and EPLB"
+    )
+    return told if engine is None else f"{told}; {engine.name} can load the plan"
 
 
 def _choose(

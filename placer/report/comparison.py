@@ -188,11 +188,15 @@ def plan_warnings(plan: Plan) -> Iterator[str]:
             )
 
 
-def plan_notes(plan: Plan) -> Iterator[str]:
-    """Yield a sentence on caps that are not as requested, and on copies received."""
+def plan_notes(plan: Plan, *, details: bool = True) -> Iterator[str]:
+    """Yield a sentence on caps that are not as requested, and on copies received.
+
+    With ``details`` also on caps that placer chose.
+    """
     if plan.provenance.get("max_imbalance_given", True):
         yield from _relaxed_line(plan)
-    yield from _guard_line(plan)
+    if details:
+        yield from _guard_line(plan)
     yield from _cost_line(plan)
     cap, busy = plan.provenance["max_received_copies"], plan.solver.relaxed_receive_layers
     if busy:
@@ -207,7 +211,7 @@ def plan_notes(plan: Plan) -> Iterator[str]:
             f"ranks: {plan.solver.most_received_copies:.4f} in the worst layer, cap "
             f"{cap:g}"
         )
-    if plan.solver.inner_cap is not None:
+    if plan.solver.inner_cap is not None and (details or not plan.solver.inner_cap.holds):
         yield _inner_cap_line(plan, plan.solver.inner_cap)
 
 

@@ -256,7 +256,14 @@ def test_an_ascii_terminal_shows_any_text(world: dict[str, Path]) -> None:
     world["plan"].write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     ended = subprocess.run(
-        [sys.executable, "-m", "placer.cli.main", "inspect", str(world["plan"])],
+        [
+            sys.executable,
+            "-m",
+            "placer.cli.main",
+            "inspect",
+            str(world["plan"]),
+            "--details",
+        ],
         env={**os.environ, **ascii_only, "PYTHONIOENCODING": "ascii:strict"},
         capture_output=True,
         check=False,

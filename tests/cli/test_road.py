@@ -163,6 +163,7 @@ def test_tables_for_people_are_printed_too(
         "0/2",
         "--out",
         tmp_path / "plan.json",
+        "--details",
     )
     assert "contiguous" in printed
     assert "gap" in printed

@@ -394,7 +394,7 @@ def test_a_proof_that_is_required_and_missing_is_an_error(
     ("asked", "company"),
     [
         ({"hardware": "h100", "max_imbalance": 2.0}, "--objective time"),
-        ({"weight_bytes": 1.0}, "--redundant-memory"),
+        ({"weight_bytes": 1.0}, "--redundant-experts"),
         ({"redundant_gain": 0.1, "redundant_experts": 2}, "--redundant-experts auto"),
         ({"overflow_price": 1.0}, "--robust bootstrap"),
         ({"replica_choice": "hash"}, "--redundant-experts"),

@@ -346,10 +346,10 @@ def test_human_output_has_every_fact(
 ) -> None:
     facts = inspected(capsys, table)["facts"]
     with pytest.raises(SystemExit):
-        main(["inspect", str(table)])
+        main(["inspect", str(table), "--details"])
     printed = capsys.readouterr().out
     assert printed.startswith("table table.safetensors\n")
-    assert all(f"  {name}" in printed for name in facts if name != "provenance")
+    assert all(f"\n{name} " in printed for name in facts if name != "provenance")
 
 
 @pytest.mark.parametrize("kind", ["trace", "affinity", "plan", "table", "checkpoint"])
