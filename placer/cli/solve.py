@@ -446,7 +446,7 @@ def _show(solved: "Solved", start: Path | None, *, details: bool) -> None:
     )
 
     plan, choice = solved.plan, solved.time
-    columns, rows = plan_table(plan)
+    columns, rows = plan_table(plan, per_batch=details)
     if rows:
         print_table(columns[1:], [row[1:] for row in rows], title=plan_table_title(plan))
     if details and (priced := price_line(plan)) is not None:

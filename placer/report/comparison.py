@@ -94,7 +94,9 @@ def _columns(
     return [*columns, *([("home imbalance", "home_imbalance_max")] if homes_count else [])]
 
 
-def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
+def plan_table(
+    plan: Plan, *, per_batch: bool = True
+) -> tuple[tuple[str, ...], list[list[object]]]:
     """Return columns and rows of a plan's own policy: its baselines, then the plan.
 
     Only baselines where the time limit left no time to measure the plan, and no rows for a
@@ -102,7 +104,8 @@ def plan_table(plan: Plan) -> tuple[tuple[str, ...], list[list[object]]]:
     """
     own = plan.metrics["heldout"] or plan.metrics["profile"]
     figures = plan.metrics["baselines"] | ({} if own is None else {"placer": own})
-    return comparison_table(figures, [plan.policy], Wire.of(plan, plan.engine))
+    wire = Wire.of(plan, plan.engine)
+    return comparison_table(figures, [plan.policy], wire, per_batch=per_batch)
 
 
 def plan_table_title(plan: Plan) -> str:

@@ -99,11 +99,12 @@ def _memory(plan: Plan, expert: ExpertShape | None, model: Path | None) -> str |
     if not extra:
         return None
     slots = extra / placed.num_ranks / placed.num_layers
-    told = f"Cost: {slots:g} redundant experts on each rank in every layer"
+    experts = f"{slots:g} redundant expert{'' if slots == 1 else 's'}"
+    told = f"Cost: {experts} on each rank in every layer"
     if expert is None:
         return f"{told}. With --model DIR: how much memory that is."
     taken = expert.num_bytes * extra / placed.num_ranks
-    told += f", {taken / 2**30:.2f} GiB of each rank's memory"
+    told += f", {taken / 2**30:.3g} GiB of each rank's memory"
     token = None if model is None else kv_cache_bytes(model)
     if token is None:
         return f"{told}."

@@ -41,7 +41,7 @@ def test_a_verdict_has_the_figures_and_a_next_command_that_works(
     assert "EPLB with as many slots" in answer
     # One further expert on each of 4 ranks, 3 layers, 3 matrices of 1024 x 512 in 2 bytes.
     gib = 3 * 3 * 1024 * 512 * 2 / 2**30
-    assert f"{gib:.2f} GiB of each rank's memory" in verdict["cost"]
+    assert f"{gib:.3g} GiB of each rank's memory" in verdict["cost"]
     assert verdict["sure"].startswith("Held out: solved on ")
     words = shlex.split(verdict["next"])
     assert words[:2] == ["placer", "simulate"] and run(*words[1:], "--json") == 0
