@@ -38,6 +38,15 @@ def inspect(
             "compare it with. Sequences of the trace that it was solved on are left out.",
         ),
     ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option(
+            "--load",
+            metavar="TRACE|AFFINITY",
+            help="With a plan: as if this file were named after it, and show which experts "
+            "the busiest rank of each layer holds, and which make most of its load.",
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -53,10 +62,12 @@ def inspect(
     from placer.report.artifact import open_beside
     from placer.report.html import write_page
     from placer.report.inspect import summarize
+    from placer.report.plan_summary import RANK_LOAD
 
+    beside = [*(others or []), *([] if load is None else [load])]
     if html is not None:
-        claim(context, html, [path, *(others or [])], force=force, kinds=[])
-    summary = summarize(open_beside(path, others or []))
+        claim(context, html, [path, *beside], force=force, kinds=[])
+    summary = summarize(open_beside(path, beside))
     if html is not None:
         write_page(html, path.name, summary)
         note(f"report written to {html}")
@@ -75,15 +86,16 @@ def inspect(
             ("figure", "before", "after", "unit"),
             [(one.title, one.before, one.after, one.unit) for one in headline.tiles],
         )
+    if details:
+        facts = summary.flat_facts()
+        print_line("")
+        print_table(("fact", ""), [(name, _plain(value)) for name, value in facts.items()])
+    for section in summary.tables:
+        if details or (load is not None and section.title == RANK_LOAD):
+            print_line("")
+            print_table(section.columns, section.rows, title=section.title)
     if not details:
         print_line("All facts and tables: --details; with charts: --html REPORT")
-        return
-    facts = summary.flat_facts()
-    print_line("")
-    print_table(("fact", ""), [(name, _plain(value)) for name, value in facts.items()])
-    for section in summary.tables:
-        print_line("")
-        print_table(section.columns, section.rows, title=section.title)
 
 
 def _plain(value: Any) -> str:

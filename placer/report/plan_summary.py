@@ -21,6 +21,9 @@ from placer.report.statistics import skew
 from placer.report.summary import Summary
 from placer.simulation.sent import Wire
 
+# The table that `placer inspect PLAN --load` is asked for.
+RANK_LOAD = "rank load per MoE layer"
+
 
 def summarize_plan(beside: Beside) -> Summary:
     """Return what a plan holds and changes."""
@@ -141,7 +144,7 @@ def _rank_load_section(placement: Placement, load: Sequence[IntArray]) -> Sectio
             )
         )
     return Section(
-        title="rank load per MoE layer",
+        title=RANK_LOAD,
         columns=(
             *("layer", "max/mean", "min/mean", "busiest rank"),
             *("experts there", "most of its load"),

@@ -241,7 +241,12 @@ def test_the_busiest_rank_is_explained(
         sequence_expert=None,
         provenance={},
     ).write(tmp_path / "counts")
-    rows = inspected(capsys, plan, tmp_path / "counts")["tables"]["rank load per MoE layer"]
+    found = inspected(capsys, plan, tmp_path / "counts")
+    assert inspected(capsys, plan, "--load", tmp_path / "counts") == found
+    with pytest.raises(SystemExit):
+        main(["inspect", str(plan), "--load", str(tmp_path / "counts")])
+    assert "5 (60%)" in capsys.readouterr().out, "without --details too"
+    rows = found["tables"]["rank load per MoE layer"]
     assert rows[0]["busiest rank"] == 0
     assert rows[0]["max/mean"] == pytest.approx(100 / 60)
     assert rows[0]["most of its load"] == "5 (60%)"
