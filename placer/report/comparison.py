@@ -226,7 +226,7 @@ def _relaxed_line(plan: Plan) -> Iterator[str]:
     given = plan.provenance.get("max_imbalance_given", True)
     name = f"{'--max-imbalance' if given else 'the default load cap'} {cap:g}"
     where = f"in {len(relaxed)} of {plan.placement.num_layers} MoE layers"
-    most = f"at most to {_above(relaxed[worst], cap)} (layer {worst})"
+    most = f"to at most {_above(relaxed[worst], cap)} (layer {worst})"
     ended = _ended_above_cap(plan)
     if ended is None:
         yield f"{name} is out of reach {where} and was relaxed there, {most}"

@@ -13,6 +13,5 @@ _REASONS = {
 def ending_line(report: SolverReport) -> str:
     """Say why the search stopped, and the gap to the best that can be proved."""
     reason = _REASONS.get(report.termination or "", "nothing is left to do")
-    seconds = "" if report.seconds is None else f" after {report.seconds:.0f} s"
     gap = "" if not report.gap else f"; no plan can be more than {report.gap:.1%} better"
-    return f"solve: stopped{seconds}: {reason}{gap}"
+    return f"solve: {reason}{gap}"

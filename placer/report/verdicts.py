@@ -12,6 +12,7 @@ from placer.placement import Plan
 from placer.planning.advice import Advice
 from placer.planning.drift import DriftReport, improving_command
 from placer.planning.judge import PLAN, Judgement
+from placer.planning.served import loads_map
 from placer.planning.tables import TableResult
 from placer.planning.verdict import grouped, references, verdict_lines
 from placer.replay.outcome import ReplayOutcome, link_bytes
@@ -54,7 +55,8 @@ def verdict_of_solve(
     answer = headline_of_plan(beside).verdict if judged else _unmeasured(plan)
     engine = plan.engine
     if engine is not None:
-        answer = f"For {engine.name} ({' and '.join(engine.phases)}): {answer}"
+        phases = " and ".join(engine.phases)
+        answer = f"{engine.name}, {phases}: {answer[0].lower()}{answer[1:]}"
     return Verdict(
         answer=(answer,),
         sure=_how_sure(plan),
@@ -122,7 +124,7 @@ def _export_command(plan: Plan, path: Path) -> str:
     engine, file = plan.engine, quote(str(path))
     if engine is None:
         return f"placer export json {file} --out map.json"
-    if engine.map_format in MAPS:
+    if engine.map_format in MAPS and loads_map(engine, plan.model):
         suffix = MAPS[engine.map_format].suffixes[0]
         return f"placer export {engine.map_format} {file} MODEL --out map{suffix}"
     return f"placer export checkpoint {file} MODEL --out permuted"

@@ -111,13 +111,13 @@ def test_a_cap_that_the_clock_left_no_time_for_is_not_called_out_of_reach() -> N
 
     assert said(2, "time_limit") == (
         "the time limit ended the search before the default load cap 1.1 was met in 1 of "
-        "2 MoE layers: it was relaxed there, at most to 1.3000 (layer 1). More time may "
+        "2 MoE layers: it was relaxed there, to at most 1.3000 (layer 1). More time may "
         "meet it: give a higher --time-limit, or none"
     )
     assert said(2, "interrupted").startswith("Ctrl-C ended the search before")
     for more, ended in ((2, "step_limit"), (0, "time_limit")):
         assert "is out of reach in 1 of 2 MoE layers" in said(more, ended)
-    assert "at most to 1.10003 (layer 1)" in said(2, "step_limit", 1.10003)
+    assert "to at most 1.10003 (layer 1)" in said(2, "step_limit", 1.10003)
 
 
 def test_without_a_cap_that_is_given_sequences_not_seen_are_compared_with_eplb() -> None:

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from placer.cli.main import main
+from placer.model import ModelSpec
+from placer.placement import Placement
+from placer.report.verdicts import verdict_of_solve
 from placer.trace import Trace
+from tests.plans import unsolved_plan
 
 
 def run(*words: object) -> int:
@@ -45,3 +49,18 @@ def test_a_verdict_has_the_figures_and_a_next_command_that_works(
     assert verdict["sure"].startswith("Held out: solved on ")
     words = shlex.split(verdict["next"])
     assert words[:2] == ["placer", "simulate"] and run(*words[1:], "--json") == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "command"),
+    [("gpt_oss", "placer export checkpoint"), ("qwen3_moe", "placer export sglang")],
+)
+def test_what_is_next_is_what_the_engine_loads(
+    model_type: str, command: str, tmp_path: Path
+) -> None:
+    """SGLang ignores a map of gpt-oss, and reads one of Qwen3."""
+    model = ModelSpec(num_experts=(4,), top_k=2, model_type=model_type)
+    placed = Placement.from_json([[2, 0, 1, 3]], (4,), 2, 1)
+    plan = unsolved_plan(model, placed, engine="sglang-deepep")
+    path = tmp_path / "plan.json"
+    assert verdict_of_solve(plan, path, tmp_path).next.startswith(f"{command} {path}")
