@@ -298,7 +298,7 @@ def import_file(
 
 
 def _without_padding(tokens: ImportedTokens) -> ImportedTokens:
-    """Leave out tokens without any expert; in layers without any, write zeros.
+    """Leave out tokens without any expert; layers without any stay as they are.
 
     Engines write -1 for tokens that fill up a batch, and loggers for dense layers.
     """
@@ -308,9 +308,9 @@ def _without_padding(tokens: ImportedTokens) -> ImportedTokens:
     real = ~lacks.all(axis=(1, 2))
     if not real.any():
         raise PlacerError("all expert ids are -1", "record tokens that were routed")
-    experts = tokens.experts[real].copy()
-    experts[:, (experts == _NO_EXPERT).all(axis=(0, 2))] = 0
-    if (partly := (experts == _NO_EXPERT).any(axis=(1, 2))).any():
+    experts = tokens.experts[real]
+    lacks = experts == _NO_EXPERT
+    if (partly := (lacks & ~lacks.all(axis=(0, 2), keepdims=True)).any(axis=(1, 2))).any():
         raise PlacerError(
             f"{int(partly.sum()):,} of {len(experts):,} tokens have -1 instead of some "
             "experts",
@@ -355,14 +355,14 @@ def _of_moe_layers(
     empty = [
         layer
         for layer in model.hash_layers
-        if layer not in columns or not tokens.experts[:, columns.index(layer)].any()
+        if layer not in columns or tokens.experts[:, columns.index(layer)].max() <= 0
     ]
     if empty:
         options.warn(hash_layers_warning(empty))
         model = model.without(empty)
     known = {*(model.spec.layer_ids or ()), *empty, *options.skip_layers}
     for column, layer in enumerate(columns):
-        if layer not in known and tokens.experts[:, column].any():
+        if layer not in known and tokens.experts[:, column].max() > 0:
             raise PlacerError(
                 f"layer {layer} holds expert ids, but the model has no experts there",
                 "check --model",
@@ -393,16 +393,19 @@ def hash_layers_warning(layers: Sequence[int]) -> str:
 
 
 def _require_captured(tokens: ImportedTokens, spec: ModelSpec) -> None:
-    """Refuse layers of zeros; in a bound top-1 model, a collapsed router may cause them."""
+    """Refuse layers of -1 or of zeros.
+
+    In a bound top-1 model, a collapsed router may cause zeros.
+    """
     num_tokens, num_layers, top_k = tokens.experts.shape
-    if top_k == 1 and (spec.bound or num_tokens < _TELLING_TOKENS):
-        return
+    may_be_zeros = top_k == 1 and (spec.bound or num_tokens < _TELLING_TOKENS)
     ids = spec.layer_ids or range(num_layers)
     for column, layer in enumerate(ids):
-        if not tokens.experts[:, column].any():
+        largest = int(tokens.experts[:, column].max())
+        if largest < 0 or (largest == 0 and not may_be_zeros):
             raise PlacerError(
-                f"layer {layer} is all zeros, like dense layers and layers that were not "
-                "captured",
+                f"layer {layer} is all {'zeros' if largest == 0 else largest}, like dense "
+                "layers and layers that were not captured",
                 "the model has experts there: record it again, or leave it out: "
                 f"--skip-layers {layer}"
                 if spec.bound

@@ -38,6 +38,7 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError("it is not text: it holds a zero byte")
             stream.seek(0)
             lines = iter(lambda: stream.readline(_MOST_BYTES), b"")
+            first = 0
             for number, line in enumerate(lines, start=1):
                 if len(line) == _MOST_BYTES:
                     raise ValueError(f"line {number} has {_MOST_BYTES:,} bytes or more")
@@ -45,6 +46,7 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                     line = line.removeprefix(BOM_UTF8)
                 if not line.strip() or line.startswith(_NO_DATA):
                     continue
+                first = first or number
                 where = f"line {number}"
                 if line.startswith(b"data:"):
                     yield where, _streamed(line.removeprefix(b"data:").strip(), where)
@@ -52,9 +54,9 @@ def json_values(file: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     value = parse_json(line, where)
                 except PlacerError:
-                    if number > 1:
+                    if number > first:
                         raise
-                    where, value = "the file", _whole(line, _rest(stream))
+                    where, value = "the file", _whole(line, _rest(stream), where)
                 yield from ((where, one) for one in _items(value))
     except UNREADABLE as error:
         raise PlacerError(f"it cannot be read: {unreadable_reason(error)}") from error
@@ -75,14 +77,14 @@ def _rest(stream: IO[bytes]) -> bytes:
     return rest
 
 
-def _whole(first: bytes, rest: bytes) -> Any:
+def _whole(first: bytes, rest: bytes, where: str) -> Any:
     """Return one value over several lines; only the first line says what is wrong."""
     try:
         return parse_json(first + rest, "the file")
     except PlacerError:
         pass
     try:
-        return parse_json(first, "line 1")
+        return parse_json(first, where)
     except PlacerError as error:
         raise PlacerError(
             error.message,

@@ -130,7 +130,8 @@ def jsonl_reader(keys: Keys) -> Reader:
         rows, remarks = _without_header(_by_columns(list(_objects(file)), keys), keys)
         names = {meaning: keys.found(meaning, rows[0]) for meaning in _USUAL}
         if names["layer"] is None and names["experts"] is not None:
-            rows, names["layer"] = _by_layer(rows, names), _LAYER
+            rows = _by_layer(rows, names)
+            names["layer"] = _LAYER if _LAYER in rows[0] else None
         if (experts := names["experts"]) is not None:  # null in dense layers
             rows = [row for row in rows if _value(row, experts, 0) is not None] or rows
         if missing := [meaning for meaning in _NEEDED if names[meaning] is None]:
@@ -213,6 +214,8 @@ def _by_columns(rows: list[dict[str, Any]], keys: Keys) -> list[dict[str, Any]]:
     lengths = {key: len(value) for key, value in columns.items()}
     if len({*lengths.values()}) > 1:
         raise PlacerError(f"its columns differ in length: {lengths}", _LAYOUT)
+    if not token:
+        raise PlacerError(f"its columns are empty: {', '.join(columns)}", _LAYOUT)
     order = {tuple(one) for one in rows[0].values() if isinstance(one, dict)}
     if len(order) > 1:
         raise PlacerError("its columns name their rows differently", _LAYOUT)
@@ -260,20 +263,29 @@ def _value(row: Mapping[str, Any], key: str, missing: Any = None) -> Any:
 def _by_layer(
     rows: Sequence[Mapping[str, Any]], names: Mapping[str, str | None]
 ) -> list[dict[str, Any]]:
-    """Return a row for each layer, of rows whose experts are a list with one list each."""
+    """Return a row for each layer, of rows whose experts are a list with one list each.
+
+    Other rows are returned as they are.
+    """
     spread = [key for key in (names["experts"], names["weights"]) if key is not None]
     made = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         lists = [_value(row, key) for key in spread]
         if not all(isinstance(one, list) for one in lists):
             return list(map(dict, rows))
         if not all(isinstance(one, list | None) for part in lists for one in part):
             return list(map(dict, rows))
+        if len({len(one) for one in lists}) > 1:
+            raise PlacerError(
+                f"row {number} has {len(lists[0])} lists in {spread[0]}, and "
+                f"{len(lists[1])} in {spread[1]}",
+                "write a list for each layer in both, or leave the weights out",
+            )
         made += [
             {**row, _LAYER: layer, **dict(zip(spread, parts, strict=True))}
-            for layer, parts in enumerate(zip(*lists, strict=False))
+            for layer, parts in enumerate(zip(*lists, strict=True))
         ]
-    return made
+    return made or list(map(dict, rows))
 
 
 def _tokens(
@@ -334,13 +346,14 @@ def _weights(values: Sequence[Any], experts: Array) -> Array:
         raise PlacerError("weights are not rows of numbers of one length") from error
     if given.shape == experts.shape:
         return given
-    if experts.min() < 0 or experts.max() >= given.shape[1]:
+    if experts.max() >= given.shape[1]:
         raise PlacerError(
             f"{given.shape[1]} weights are given for {experts.shape[1]} experts up to "
             f"{experts.max()}: they must be the weights of the chosen experts, or of all",
             _LAYOUT,
         )
-    return np.take_along_axis(given, experts, axis=1)
+    # Rows of padding, and of dense layers, have -1 for experts.
+    return np.take_along_axis(given, np.maximum(experts, 0), axis=1)
 
 
 def _whole(values: Sequence[Any], what: str, ndim: int = 1) -> Array:
@@ -386,6 +399,10 @@ def _axes(held: Sequence[Any], model: BoundModel | None) -> tuple[bool, list[str
         ]
     if model is None and len(first) == len(second) == 1 and max(second) > max(first):
         return False, [axes_doubt(f"{first.pop()} tokens of {second.pop()} layers")]
+    if model is not None and len(first) == len(second) == 1:
+        moe = model.spec.num_layers
+        own = {model.num_hidden_layers, moe, moe - len(model.hash_layers)}
+        return first <= own and not second <= own, []
     return False, []
 
 
@@ -443,7 +460,21 @@ def _named_layers(layers: Any, layers_first: bool) -> Any:
         return layers
     keys = NO_KEYS
     names = {meaning: keys.found(meaning, layers[0]) for meaning in ("layer", "experts")}
-    return {str(one.get(names["layer"])): one.get(names["experts"]) for one in layers}
+    named: dict[str, Any] = {}
+    for one in layers:
+        if not isinstance(one, dict):
+            raise PlacerError(
+                f"a list of layers holds {one!r:.40}, not an object", _REQUESTS_LAYOUT
+            )
+        layer = str(one.get(names["layer"]))
+        if layer in named:
+            raise PlacerError(
+                f"layer {layer} is twice in the list of layers of one request",
+                "list the experts of all tokens of a layer together; or write each object, "
+                "with its token and request_id, on a line, and import that as jsonl",
+            )
+        named[layer] = one.get(names["experts"])
+    return named
 
 
 def layer_number(key: Any) -> int | None:

@@ -78,6 +78,13 @@ def _of_batches(arrays: dict[str, Any], masks: dict[str, Any]) -> dict[str, Any]
             "must know which tokens are padding",
             "save attention_mask [B, S] with it, or lengths [B] whose largest is S",
         )
+    if not np.isin(
+        mask, (0, 1)
+    ).all():  # such as a mask to add: 0 for real, -inf for padding
+        raise PlacerError(
+            f"the mask of tokens holds {mask.min():g} to {mask.max():g}, expected 0 and 1",
+            "save attention_mask as 1 for real tokens and 0 for padding",
+        )
     given = arrays.get("sequence_ids", np.arange(shape[0]))
     arrays["sequence_ids"] = (
         np.repeat(given[:, None], shape[1], axis=1) if given.ndim == 1 else given

@@ -238,7 +238,8 @@ def _sglang_found(response: Mapping[str, Any], model: BoundModel) -> _Found:
     choices = response.get("choices") or [{}]
     texts = [_sglang_text(choice) for choice in choices]
     if texts[0] is None:  # of the response itself: of its first choice
-        texts[0] = meta.get("routed_experts") or _sglang_text(response)
+        text = meta.get("routed_experts") or _sglang_text(response)
+        texts[0] = text or response.get("routed_experts")
     num_layers, top_k = model.num_hidden_layers, model.spec.top_k
     found = []
     for choice, text in zip(choices, texts, strict=True):
@@ -248,6 +249,7 @@ def _sglang_found(response: Mapping[str, Any], model: BoundModel) -> _Found:
             raw = np.frombuffer(_decoded(text), dtype="<i4")
         else:
             raw = _written(text)
+            _require_last_axes(raw.shape, model)
         _require_whole_rows(raw.size, model)
         found.append((choice, raw.reshape(-1, num_layers, top_k)))
     counted = _of_choices(
@@ -276,7 +278,7 @@ def _sglang_text(holder: Mapping[str, Any]) -> Any:
 
 
 def _vllm_found(response: Mapping[str, Any]) -> _Found:
-    choices = response.get("choices") or response.get("outputs") or [{}]
+    choices = response.get("choices") or response.get("outputs") or [response]
     of_prompt = response.get("prompt_routed_experts")
     before = () if of_prompt is None else (_vllm_array(of_prompt),)
     found = []
@@ -384,6 +386,19 @@ def _require_whole_rows(num_ids: int, model: BoundModel) -> None:
             f"{num_ids} ids do not divide into rows of {model.num_hidden_layers} hidden "
             f"layers x top-{model.spec.top_k}",
             "check that --model is the model that was served",
+        )
+
+
+def _require_last_axes(shape: tuple[int, ...], model: BoundModel) -> None:
+    """Refuse axes that are not tokens, hidden layers and experts in this order."""
+    num_layers, top_k = model.num_hidden_layers, model.spec.top_k
+    joined = len(shape) == 2 and shape[1] in (top_k, num_layers * top_k)
+    if len(shape) > 1 and not joined and shape[-2:] != (num_layers, top_k):
+        raise PlacerError(
+            f"routed_experts has shape {list(shape)}, expected [tokens, {num_layers}, "
+            f"{top_k}]: {num_layers} hidden layers and top-{top_k}",
+            "check that --model is the model that was served, and write the ids of a token "
+            "together, layer after layer",
         )
 
 

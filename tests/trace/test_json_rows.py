@@ -114,6 +114,17 @@ def test_weights_of_all_experts_order_the_chosen_ones(tmp_path: Path) -> None:
     assert ids(chunk) == expected
 
 
+def test_padding_may_have_weights_of_all_experts(tmp_path: Path) -> None:
+    names = {"layer": "layer", "token": "token", "experts": "experts"}
+    names |= {"sequence": "seq_id", "probabilities": "gating_probs"}
+    values = rows(names)
+    padding = [row | {"seq_id": "pad", "experts": [-1, -1]} for row in values[::5]]
+    reader = jsonl_reader(Keys.parse(None))
+    chunk, told = read(reader, tmp_path / "a.jsonl", values + padding)
+    assert ids(chunk) == ids(read(reader, tmp_path / "b.jsonl", values)[0])
+    assert "1 of 6 tokens have -1" in told[-1]
+
+
 def test_layers_by_the_models_own_numbers(tmp_path: Path, model: Path) -> None:
     """Layers 1 and 2 behind a dense one; without the model they are all there are."""
     names = {"layer": "layer", "token": "token", "experts": "experts", "sequence": "seq_id"}
@@ -148,6 +159,14 @@ def test_layers_by_the_models_own_numbers(tmp_path: Path, model: Path) -> None:
             ],
             None,
             "experts differ in length",
+        ),
+        ([{"token": t, "experts": [1]} for t in (0, 1)], None, "no key for layer: its"),
+        ([{"token": 0, "experts": []}], None, "no key for layer: its"),
+        ([{"token": [], "layer": [], "experts": []}], None, "columns are empty: token,"),
+        (
+            [{"token": 0, "experts": [[1], [2]], "weights": [[0.5]]}],
+            None,
+            "row 1 has 2 lists in experts, and 1 in weights",
         ),
         (
             [{"layer": n // 2, "token": 0, "experts": [n]} for n in range(4)],
@@ -314,6 +333,24 @@ def test_requests_as_others_write_them(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        ([{"layer": 0, "experts": [[1]]}, 5], "a list of layers holds 5, not an object"),
+        (
+            [{"layer": 0, "token": t, "topk_ids": [[t]]} for t in (0, 1)],
+            "layer 0 is twice in the list of layers",
+        ),
+    ],
+)
+def test_layers_of_requests_that_are_none_are_refused(
+    layers: list[Any], match: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlacerError, match=match) as caught:
+        read(requests_reader(Keys.parse(None)), tmp_path / "x.json", [{"layers": layers}])
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
     ("header", "cells", "keys"),
     [
         ("rid,pos,layer_id,expert_0,expert_1", "{r},{p},{n},{a},{b}", None),
@@ -425,3 +462,15 @@ def test_requests_with_layers_first_are_read_so_or_doubted(tmp_path: Path) -> No
         values = [{"routed_experts": part.tolist()}] * 2
         _, told = read(reader, tmp_path / f"{name}.jsonl", values)
         assert any("2 tokens of 3 layers" in one for one in told) is (name == "z")
+
+
+def test_the_model_tells_layers_from_tokens(tmp_path: Path) -> None:
+    """Of two requests of three tokens and two layers, either way round."""
+    config = CONFIG | {"num_hidden_layers": 2, "first_k_dense_replace": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reader = requests_reader(Keys.parse(None))
+    for name, part in (("y", EXPERTS[:3]), ("z", EXPERTS[:3].swapaxes(0, 1))):
+        values = [{"routed_experts": part.tolist()}] * 2
+        path = tmp_path / f"{name}.jsonl"
+        chunk, told = read(reader, path, values, model_directory=tmp_path)
+        assert ids(chunk) == EXPERTS[:3].tolist() * 2 and not told

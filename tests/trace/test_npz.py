@@ -1,5 +1,6 @@
 """Archives become traces as they are, and those that lie are refused."""
 
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -81,8 +82,27 @@ def test_a_dense_layer_may_be_written_as_minus_one(
     experts[:, [1, 3]] = given[:, :2]
     path = write(tmp_path / "a.npz", experts=experts, weights=None)
     assert import_npz(path, tmp_path / "t", tiny_model).model.layer_ids == (1, 3)
-    with pytest.raises(PlacerError, match="layer 0 is all zeros"):
+    with pytest.raises(PlacerError, match="layer 0 is all -1, like dense"):
         import_npz(path, tmp_path / "u")
+
+
+def test_a_top_1_layer_of_minus_one_is_no_choice_of_expert_0(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Zeros may come of a collapsed router, -1 never."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["num_experts_per_tok"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    experts = arrays()["experts"].astype(np.int64)[:, :2, :1]
+    for name, value in (("zeros", 0), ("none", -1)):
+        experts[:, 1] = value
+        path = write(tmp_path / f"{name}.npz", experts=experts, weights=None)
+        if value == 0:
+            import_npz(path, tmp_path / name, tmp_path)
+            continue
+        for model in (tmp_path, None):
+            with pytest.raises(PlacerError, match=r"layer [13] is all -1"):
+                import_npz(path, tmp_path / name, model)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +315,11 @@ def test_batches_lose_their_padding(tmp_path: Path, padding: str) -> None:
         np.savez(tmp_path / "c.npz", experts=experts, **odd)
         with pytest.raises(PlacerError, match="which tokens are padding"):
             import_npz(tmp_path / "c.npz", tmp_path / "c")
+    to_add = np.where(mask == 1, 0.0, -np.inf)
+    for odd, words in ((to_add, "holds -inf to 0"), (mask + 1, "holds 1 to 2")):
+        np.savez(tmp_path / "e.npz", experts=experts, attention_mask=odd)
+        with pytest.raises(PlacerError, match=words):
+            import_npz(tmp_path / "e.npz", tmp_path / "e")
     np.savez(tmp_path / "d.npz", experts=experts, attention_mask=mask, token_ids=ids[:, :4])
     with pytest.raises(
         PlacerError, match=r"token_ids has shape \[2, 4\], expected \[2, 5\]"

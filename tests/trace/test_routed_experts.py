@@ -344,14 +344,15 @@ def test_sglang_choices_with_experts_of_their_own(tiny_model: Path, tmp_path: Pa
     assert not remarks
 
 
-@pytest.mark.parametrize("layout", ["list in a line", "one list", "indented"])
+@pytest.mark.parametrize("layout", ["list in a line", "one list", "indented", "blank line"])
 def test_lists_of_responses(tiny_model: Path, tmp_path: Path, layout: str) -> None:
     responses = [sglang_response(routed(0)), sglang_response(routed(1))]
     path = tmp_path / "a.jsonl"
     if layout == "list in a line":
         write(path, responses[:1], responses[1:])
     else:
-        path.write_text(json.dumps(responses, indent=2 if layout == "indented" else None))
+        text = json.dumps(responses, indent=None if layout == "one list" else 2)
+        path.write_text(f"\n{text}" if layout == "blank line" else text)
     told(read_sglang_routed, path, tiny_model)
     check(path.with_suffix(".trace"), [routed(0), routed(1)])
 
@@ -447,7 +448,7 @@ def as_lists(response: dict[str, Any], experts: np.ndarray) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-@pytest.mark.parametrize("how", ["lists", "batch", "log", "offline"])
+@pytest.mark.parametrize("how", ["lists", "batch", "log", "offline", "bare"])
 def test_responses_that_somebody_wrote_down(
     engine: str, how: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -461,6 +462,10 @@ def test_responses_that_somebody_wrote_down(
         responses = [{"id": "b", "response": {"body": r}} for r in responses]
     elif how == "log":
         responses = [{"request": {"prompt": "x"}, "response": r} for r in responses]
+    elif how == "bare":
+        of_output = "token_ids" if engine == "vllm" else "output_ids"
+        kept = {"prompt_token_ids": PROMPT, of_output: OUTPUT}
+        responses = [kept | {"routed_experts": one.tolist()} for one in experts]
     elif engine == "vllm":
         for response in responses:
             response["outputs"] = response.pop("choices")
@@ -560,6 +565,17 @@ def test_lists_that_hold_no_numbers_are_refused(tiny_model: Path, tmp_path: Path
     path = write(tmp_path / "x.jsonl", response)
     with pytest.raises(PlacerError, match="not a whole number"):
         import_file(read_vllm_routed, "x", path, tmp_path / "t", ImportOptions())
+
+
+def test_sglang_lists_of_other_axes_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Layers before tokens, and MoE layers only: their ids divide into rows as well."""
+    experts = np.concatenate([routed(0), routed(1)])
+    for n, other in enumerate((experts.swapaxes(0, 1), experts[:, [1, 3]])):
+        response = as_lists(sglang_response(experts), other)
+        path = write(tmp_path / f"{n}.jsonl", response)
+        with pytest.raises(PlacerError, match=r"expected \[tokens, 4, 2\]") as caught:
+            told(read_sglang_routed, path, tiny_model)
+        assert caught.value.hint
 
 
 def test_pickles_inside_are_never_loaded(tiny_model: Path, tmp_path: Path) -> None:
