@@ -99,7 +99,11 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
     with claimed(out, directory=True):
         # What exists there may be replaced: it was claimed with --force.
         shutil.rmtree(out, ignore_errors=True)
-        return _walk(model, out, say)
+        try:
+            return _walk(model, out, say)
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)  # half a demo would stop the next one
+            raise
 
 
 def _walk(model: Path, out: Path, say: Say) -> DemoReport:

@@ -154,3 +154,13 @@ def test_without_transformers_the_demo_says_so_at_its_first_step(
     assert "hint: pip install 'placer[record]'" in said.err
     # Nothing was recorded, counted or solved before.
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["text"]
+
+
+def test_a_demo_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """A folder of a config alone: recording fails after the texts were written."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_bytes((shipped_model() / "config.json").read_bytes())
+    with pytest.raises(Exception):  # noqa: B017  # whatever the loader says
+        run_demo(model, out, lambda _: None)
+    assert not out.exists()

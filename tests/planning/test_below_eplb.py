@@ -148,14 +148,14 @@ def test_the_command_tells_which_cap_resulted(
         return capsys.readouterr().err
 
     assert "EPLB's busiest rank on the profile, with as many slots: 1.0" in said(
-        "plan.json"
+        "plan.json", "--details"
     )
     plan = Plan.read(tmp_path / "plan.json")
     limit = busiest_of_eplb(trace.read(), 0)
     assert plan.solver.eplb_caps == pytest.approx(limit, abs=RANKS / 1800)
     own = simulate(plan.placement, trace.read())["fixed"].load_imbalance_mean
     assert own <= np.mean(limit) + 1e-9
-    assert "EPLB" not in said("capped.json", "--max-imbalance", "1.1")
+    assert "EPLB" not in said("capped.json", "--max-imbalance", "1.1", "--details")
 
 
 def test_layers_that_such_a_cap_does_not_hold_in_are_told() -> None:

@@ -123,9 +123,9 @@ def test_simulate_serves_as_an_engine_does(files):
     plan, trace, _ = files
     words = ("--fold", "1/2", "--engine", "sglang-deepep-ll", "--hardware", "b200")
     sizes = ("--hidden-size", "64", "--expert-size", "32")
-    shown = call("simulate", plan, trace, *words, *sizes).stdout
+    shown = call("simulate", plan, trace, *words, *sizes, "--details").stdout
     assert "predicted microseconds of a layer on b200" in shown
-    assert "k (1 - 1/R) copies per token for every placement" in shown
+    assert "k (1 - 1/R) copies per token for every placement" in " ".join(shown.split())
     value = json.loads(call("simulate", plan, trace, *words, *sizes, "--json").stdout)
     assert value["engine"] == "sglang-deepep-ll"
     assert value["replica_choice"] == "sglang-static"
@@ -141,7 +141,7 @@ def test_a_family_is_simulated_by_engine(files):
     assert ": every placement sends the same" in lines["sglang-none"]
     assert "prefill: copies sent 1.000 of" in lines["sglang-deepep"]
     assert max(map(len, shown.split("\n\n")[0].splitlines())) <= 100
-    again = shlex.split(shown.splitlines()[-1].split("engine: ")[1])
+    again = shlex.split(shown.splitlines()[-1].split("next: ")[1])
     assert again[:4] == ["placer", "simulate", str(plan), str(trace)]
     assert set(again[4:]) == {*words, "sglang-deepep"} - {"sglang"}
     assert call(*again[1:]).exit_code == 0

@@ -202,7 +202,7 @@ def test_ranks_that_do_not_divide_the_slots_are_refused(
     with pytest.raises(UsageError, match="8 experts do not divide over 3 ranks") as caught:
         solve(affinity, SolveOptions(topology=Topology(gpus_per_node=3)))
     assert "the first 2 ranks hold one more expert" in str(caught.value)
-    assert "--redundant-experts 1 or 4 or 7; " in caught.value.hint
+    assert "--redundant-experts 1 or 4 or 7, with --engine NAME; " in caught.value.hint
     assert "1, 2, 4, 8" in caught.value.hint
 
 

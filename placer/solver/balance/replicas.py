@@ -132,7 +132,9 @@ def _not_even(
     total = size + redundant_experts
     ranks = ", ".join(str(r) for r in range(1, total + 1) if total % r == 0)
     other = f"choose --nodes x --gpus-per-node among {ranks}"
-    hint = f"fill the slots: {fitting}; or {other}" if fitting else other
+    hint = (
+        f"fill the slots: {fitting}, with --engine NAME; or {other}" if fitting else other
+    )
     if redundant_experts:
         return UsageError(
             f"MoE layer {layer}: {size} experts and {redundant_experts} redundant ones are "
