@@ -10,6 +10,7 @@ from placer.api.plan import Plan
 from placer.api.requests import SizeArguments
 from placer.api.shown import Shape, Shown
 from placer.api.trace import Trace
+from placer.baseline import BASELINES
 from placer.errors import UsageError, one_of
 from placer.intervals import CopiesRatio
 from placer.placement import Plan as SolvedPlan
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _COMMAND = "placer simulate PLAN TRACE"
+# What tells the rows of a comparison apart.
+_SAME_ROW = ["ranks", "nodes", "redundant_experts", "engine", "placement", "policy"]
 
 
 class SimulateArguments(SizeArguments, total=False):
@@ -111,7 +114,7 @@ class Simulation(Shown):
             ``plan``, or the name of a baseline.
         policy
             A home policy; by default what the plan was solved for, or ``fixed`` where that
-            needs a table.
+            needs a table and there is none. Baselines have none.
         engine
             One of :attr:`engines`; by default the first.
 
@@ -123,7 +126,8 @@ class Simulation(Shown):
         judged = self._of(engine)
         placements = {**judged.baselines, PLAN: judged.policies}
         policies = placements[one_of("placement", placement, [*placements])]
-        return policies[one_of("policy", policy or judged.policy, [*policies])]
+        own = judged.sent_policy if placement == PLAN else judged.policy
+        return policies[one_of("policy", policy or own, [*policies])]
 
     def sent_ratio(
         self, baseline: str = "eplb", engine: str | None = None
@@ -315,14 +319,15 @@ def compare(
     DataFrame
         The columns of :meth:`placer.Simulation.to_frame` for the policy that each plan was
         solved for, and ``ranks``, ``nodes``, ``redundant_experts``. Baselines come first,
-        once for each number of ranks and slots.
+        once for each number of ranks and slots. Where plans have baselines with other
+        figures, as those of other profiles, ``eplb (NAME)`` is the first that plan has.
 
     Raises
     ------
     PlacerError
         As :meth:`placer.Plan.simulate`.
     UsageError
-        If there is no plan, or two have one name.
+        If there is no plan, two have one name, or one has the name of a baseline.
 
     Examples
     --------
@@ -337,20 +342,29 @@ def compare(
     named = plans if isinstance(plans, Mapping) else _named(plans)
     if not named:
         raise UsageError("there is no plan to compare", "give one or more plans")
+    if taken := sorted(BASELINES.keys() & named.keys()):
+        raise UsageError(
+            f"a plan has the name {taken[0]}, which is a baseline's",
+            f"name it otherwise: placer.compare({{'my {taken[0]}': plan}}, trace)",
+        )
     options = {"baseline": ["contiguous", "eplb"], **options}
     parts = []
     for name, plan in named.items():
         found = simulate(plan, trace, **options)
-        frame = found.to_frame()
-        own = frame["policy"] == found.judgements[0].policy
-        frame = frame[own].replace({"placement": {PLAN: name}})
+        frame, first = found.to_frame(), found.judgements[0]
+        is_plan = frame["placement"] == PLAN
+        wanted = is_plan.map({True: first.sent_policy, False: first.policy})
+        frame["is_plan"], frame["of"] = is_plan, name
+        frame = frame[frame["policy"] == wanted].replace({"placement": {PLAN: name}})
         frame.insert(0, "redundant_experts", plan.redundant_experts)
         frame.insert(0, "nodes", plan.num_nodes)
         frame.insert(0, "ranks", plan.num_ranks)
-        frame["is_plan"] = frame["placement"] == name
         parts.append(frame)
-    every = concat(parts, ignore_index=True).drop_duplicates()
-    ordered = every.sort_values("is_plan", kind="stable").drop(columns="is_plan")
+    every = concat(parts, ignore_index=True)
+    every = every[~every.drop(columns="of").duplicated()]
+    alike = every.duplicated(_SAME_ROW, keep=False)
+    every.loc[alike, "placement"] += " (" + every["of"] + ")"
+    ordered = every.sort_values("is_plan", kind="stable").drop(columns=["is_plan", "of"])
     return ordered.reset_index(drop=True)
 
 

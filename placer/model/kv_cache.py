@@ -5,6 +5,17 @@ from pathlib import Path
 from placer.model.config_file import read_config
 
 _BF16 = 2
+# Keys of configs whose layers do not all attend to every token: linear attention, Mamba,
+# attention in chunks.
+_PARTIAL = (
+    "full_attention_interval",
+    "attn_layer_period",
+    "hybrid_override_pattern",
+    "attn_type_list",
+    "linear_attn_config",
+    "layer_group_size",
+    "attention_chunk_size",
+)
 
 
 def kv_cache_bytes(model: Path) -> int | None:
@@ -28,7 +39,8 @@ def kv_cache_bytes(model: Path) -> int | None:
     layers = config.get("num_hidden_layers")
     kinds = config.get("layer_types") or []
     windowed = config.get("sliding_window") and config.get("use_sliding_window", True)
-    is_full = not windowed and all(kind == "full_attention" for kind in kinds)
+    is_partial = windowed or any(config.get(key) for key in _PARTIAL)
+    is_full = not is_partial and all(kind == "full_attention" for kind in kinds)
     if not isinstance(layers, int) or not is_full:
         return None
     latent, rotary = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")

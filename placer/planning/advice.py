@@ -325,7 +325,7 @@ def _relief(balanced: _Balanced, question: Question, without: float) -> Relief |
 
 
 def next_command(advice: Advice, source: Path, options: Sequence[str] = ()) -> str | None:
-    """Return the command that makes the best answer's plan, or ``None``: not worth it.
+    """Return the command that makes the best answer's plan, or ``None``: none is needed.
 
     Where less traffic is bought with a busier rank, that which weighs both: advice with
     hardware. ``options`` are those of the batches and of the least gain, for the latter.
@@ -333,8 +333,8 @@ def next_command(advice: Advice, source: Path, options: Sequence[str] = ()) -> s
     if advice.relief is not None:
         return advice.relief.command(source)
     best = advice.best
-    if best.verdict == "not worth it":
-        return None
+    if best.verdict in ("not worth it", "EPLB does as well"):
+        return None  # the engine's own EPLB needs no plan
     if best.verdict == "less traffic, busier rank":
         return weighing_command(best.question, source, options)
     return solve_command(best.question, best.options, source)

@@ -35,14 +35,18 @@ def baseline_placements(
             f"{meant(unknown[0], BASELINES)}choose among {', '.join(BASELINES)}",
         )
     ranks, nodes = plan.placement.num_ranks, plan.placement.num_nodes
+    profile, why = profile_of(plan, trace), "the plan records no fold"
     problem = BaselineProblem(
         trace=trace,
-        selection=profile_of(plan, trace) or Selection(phase=judged.phase),
+        selection=profile or Selection(phase=judged.phase),
         topology=Topology(num_nodes=nodes, gpus_per_node=ranks // nodes),
         redundant_experts=plan.placement.redundant_experts,
     )
     if not problem.load[0].any():  # no sequence of the fold is in this trace
         problem = dataclasses.replace(problem, selection=Selection(phase=judged.phase))
+        profile = None
+    if profile is None:
+        why = "the plan's profile is not in this trace"
     placements, warnings = {}, []
     for name in names:
         try:
@@ -54,7 +58,7 @@ def baseline_placements(
     informed = [name for name in placements if name not in ("contiguous", "random")]
     if problem.selection.fold is None and informed:
         warnings.append(
-            "the plan records no fold, so these baselines use all sequences, also the "
-            f"judged ones: {', '.join(informed)}"
+            f"{why}, so these baselines use all sequences, also the judged ones: "
+            f"{', '.join(informed)}"
         )
     return placements, warnings

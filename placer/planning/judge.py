@@ -144,6 +144,7 @@ class Judgement:
             "replica_choice": self.serving.replica_choice,
             "engine": None if self.serving.engine is None else self.serving.engine.name,
             "policy": self.policy,
+            "sent_policy": self.sent_policy,
             "bandwidth_gb_per_s": self._bandwidth(),
             "batches": {
                 name: [one.to_json() for one in figures]

@@ -66,6 +66,8 @@ class Beside:
         L arrays ``[E]``: pairs per expert, where a trace or an affinity file was given.
     served
         By name of the placement, where a trace was given.
+    warnings
+        What limits the figures of the baselines.
     """
 
     plan: Plan
@@ -76,6 +78,7 @@ class Beside:
     judged: Mapping[str, Judged]
     load: tuple[IntArray, ...] | None = None
     served: Mapping[str, Served] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def beside_recorded(plan: Plan, others: Mapping[str, Plan]) -> Beside:
@@ -132,7 +135,7 @@ def beside_on_trace(
 ) -> Beside:
     """Serve the tokens of a trace from a plan, its baselines and other plans."""
     tokens = StoredTokens.of(trace, selection)
-    baselines, _ = baseline_placements(plan, trace, selection)
+    baselines, warnings = baseline_placements(plan, trace, selection)
     policy = plan.policy_without_table
     wire = Wire.of(plan, plan.engine)
     sent = wire.compared(policy)
@@ -167,6 +170,7 @@ def beside_on_trace(
             for experts, size in zip(tokens.experts, sizes, strict=True)
         ),
         served=served,
+        warnings=tuple(warnings),
     )
 
 

@@ -152,7 +152,12 @@ def price_line(plan: Plan) -> str | None:
 
 
 def plan_warnings(plan: Plan) -> Iterator[str]:
-    """Yield a sentence on each thing that limits what a plan's figures say."""
+    """Yield a sentence on each thing that limits what a plan's figures say.
+
+    Nothing of an engine's map, which holds no figures.
+    """
+    if plan.solver.status == "imported":
+        return
     if not plan.provenance.get("max_imbalance_given", True):
         yield from _relaxed_line(plan)
     if plan.metrics["profile"] is None and "trace_sha256" in plan.provenance:
@@ -201,7 +206,10 @@ def plan_notes(plan: Plan, *, details: bool = True) -> Iterator[str]:
     if details:
         yield from _guard_line(plan)
     yield from _cost_line(plan)
-    cap, busy = plan.provenance["max_received_copies"], plan.solver.relaxed_receive_layers
+    cap, busy = (
+        plan.provenance.get("max_received_copies"),
+        plan.solver.relaxed_receive_layers,
+    )
     if busy:
         worst = max(busy, key=lambda n: busy[n])
         yield (

@@ -158,6 +158,7 @@ def _plan_verdict(beside: Beside, own: Judged) -> str:
 
 def _misleading(beside: Beside) -> Iterator[str]:
     plan, solver = beside.plan, beside.plan.solver
+    yield from (f"{text[0].upper()}{text[1:]}." for text in beside.warnings)
     if beside.tokens is not None and not beside.is_heldout:
         yield (
             "Not held out: the plan was solved on these tokens, or does not say on which. "

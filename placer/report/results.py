@@ -162,7 +162,13 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     break_even: dict[str, list[_BreakEven]]
     warnings: list[str]
     policy: str = "fixed"
+    sent_policy: str | None = None
     bandwidth_gb_per_s: float | None = None
+
+    def policy_of(self, name: str) -> str:
+        """Return the home policy whose figures a placement is shown by."""
+        own = self.sent_policy if name == PLAN else None
+        return own or self.policy
 
     def __post_init__(self) -> None:
         """Refuse placements without the figures that are drawn of all of them."""
@@ -171,7 +177,7 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
         if figures.keys() != self.batches.keys():
             raise PlacerError("baselines and batches have different placements")
         for name, policies in figures.items():
-            if not metrics <= policies.get(self.policy, {}).keys():
+            if not metrics <= policies.get(self.policy_of(name), {}).keys():
                 raise PlacerError(f"{name} has no figures of {', '.join(sorted(metrics))}")
             shapes = [(one.batching, one.tokens_per_rank) for one in self.batches[name]]
             if shapes != [(b.batching, b.tokens_per_rank) for b in self.batches[PLAN]]:

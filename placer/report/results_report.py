@@ -26,10 +26,16 @@ from placer.report.results import (
 )
 from placer.report.simulation_report import summarize_simulation
 from placer.report.summary import Summary
+from placer.target.map_formats import format_of_json
 
 # Plans that differ by less are as good on a learning curve.
 _NEAR = 0.01
 _IMBALANCE = "load_imbalance_mean"
+# Nothing in a bare list of rows says what its numbers are.
+_COUNTS_TOO = (
+    "A bare list of rows may also be counts of tokens per expert. If it is, import it: "
+    "placer import load-matrix FILE --out AFFINITY.",
+)
 
 
 def summarize_result(result: Result) -> Summary:
@@ -280,6 +286,7 @@ def _engine_map(found: EngineMap) -> Summary:
                     after=max(slots),
                 ),
             ),
+            misleading=_COUNTS_TOO if found.format == format_of_json([[0]]) else (),
         ),
         facts={
             "num_layers": len(rows),

@@ -28,18 +28,19 @@ _SPEEDS = tuple(2.0**n for n in range(-4, 4))
 def summarize_simulation(simulation: Simulation) -> Summary:
     """Return what a simulation holds: before and after, and predicted times."""
     names = [*_references(simulation.baselines), PLAN]
-    figures = {**simulation.baselines, PLAN: simulation.policies}
-    policy = simulation.policy
+    placed = {**simulation.baselines, PLAN: simulation.policies}
+    shown = {name: placed[name][simulation.policy_of(name)] for name in names}
+    policy, own = simulation.policy, simulation.policy_of(PLAN)
     rows = tuple(
         (
             _shown(name),
-            None if simulation.sent is None else figures[name][policy][simulation.sent],
-            figures[name][policy][_IMBALANCE],
+            None if simulation.sent is None else figures[simulation.sent],
+            figures[_IMBALANCE],
         )
-        for name in names
+        for name, figures in shown.items()
     )
     placements = Section(
-        title=f"placements under {policy}",
+        title=f"placements under {policy}" + f", the plan under {own}" * (own != policy),
         columns=("placement", "sent/token", "imbalance"),
         rows=rows,
     )

@@ -13,5 +13,8 @@ _REASONS = {
 def ending_line(report: SolverReport) -> str:
     """Say why the search stopped, and the gap to the best that can be proved."""
     reason = _REASONS.get(report.termination or "", "nothing is left to do")
-    gap = "" if not report.gap else f"; no plan can be more than {report.gap:.1%} better"
+    gap = ""
+    if report.gap:
+        least = max(report.gap, 0.001)  # a gap that is left is never shown as none
+        gap = f"; no plan can be more than {least:.1%} better"
     return f"solve: {reason}{gap}"

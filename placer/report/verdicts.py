@@ -21,6 +21,7 @@ from placer.report.chart import CONTIGUOUS, EPLB, PLACER
 from placer.report.headline import change, headline_of_plan, over_mean
 from placer.run.verdict import Verdict
 from placer.simulation.cost import ExpertShape
+from placer.target.engine import Engine
 from placer.target.map_formats import COUNTS, MAPS
 from placer.trace import Selection
 
@@ -117,11 +118,11 @@ def _after_solve(plan: Plan, out: Path, source: Path) -> str:
     if plan.metrics["heldout"] is not None:
         rest = Selection.from_json(plan.provenance).complement().options
         return shlex.join(["placer", "simulate", str(out), str(source), *rest.split()])
-    return _export_command(plan, out)
+    return _export_command(plan, out, plan.engine)
 
 
-def _export_command(plan: Plan, path: Path) -> str:
-    engine, file = plan.engine, quote(str(path))
+def _export_command(plan: Plan, path: Path, engine: Engine | None) -> str:
+    file = quote(str(path))
     if engine is None:
         return f"placer export json {file} --out map.json"
     if engine.map_format in MAPS and loads_map(engine, plan.model):
@@ -142,8 +143,7 @@ def _is_better(beside: Beside) -> bool | None:
             continue
         if own.sent is not None and base.sent:
             changes.append(own.sent / base.sent - 1)
-        if name == CONTIGUOUS or own.sent is None:
-            changes.append(own.imbalance / base.imbalance - 1)
+        changes.append(own.imbalance / base.imbalance - 1)
     return _agreed(changes)
 
 
@@ -164,21 +164,25 @@ def verdict_of_simulation(
         ", ".join([*names, text]) for names, text in grouped(verdict_lines(judgements))
     )
     first = judgements[0]
-    following = _export_command(plan, path)
+    changes = [one.ratio - 1 for one in first.ratios.values()]
+    own = first.batches[PLAN][-1].metrics.straggler_mean
+    changes += [
+        own / first.batches[name][-1].metrics.straggler_mean - 1
+        for name in (CONTIGUOUS, EPLB)
+        if name in first.batches
+    ]
+    is_better = _agreed(changes) if len(judgements) == 1 else None
+    engine = first.serving.engine
+    following = None if is_better is False else _export_command(plan, path, engine)
     if len(judgements) > 1:
         changed = [one for one in judgements if one.sent is not None] or [*judgements]
         engine = changed[0].serving.engine
         following = f"{command} --engine {'' if engine is None else engine.name}"
-    changes = [one.ratio - 1 for one in first.ratios.values()]
-    own = first.batches[PLAN][-1].metrics.straggler_mean
-    base = first.batches.get(CONTIGUOUS)
-    if base is not None:
-        changes.append(own / base[-1].metrics.straggler_mean - 1)
     return Verdict(
         answer=lines,
         sure=_interval(first) if len(judgements) == 1 else None,
         next=following,
-        is_better=_agreed(changes) if len(judgements) == 1 else None,
+        is_better=is_better,
     )
 
 

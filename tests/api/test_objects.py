@@ -1,5 +1,6 @@
 """Objects of the API: what they hold, checked by counting again in another way."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +16,8 @@ import placer
 from placer.api.files import temporary_file
 from placer.model import ModelSpec
 from placer.placement.reference import random
+from placer.report.results import result_of_json
+from placer.report.simulation_report import summarize_simulation
 from placer.trace import Trace as TraceDirectory
 
 QUICK = {"gpus_per_node": 4, "fold": "0/2", "num_sweeps": 0, "proof": "none"}
@@ -303,3 +306,29 @@ def test_plans_to_compare_need_names(
     plan = placer.open(path)
     with pytest.raises(placer.UsageError, match="two plans have the name plan"):
         placer.compare([plan, plan], trace)
+    with pytest.raises(placer.UsageError, match="the name eplb, which is a baseline's"):
+        placer.compare({"eplb": plan}, trace)
+
+
+def test_baselines_of_other_profiles_are_told_apart(trace: placer.Trace) -> None:
+    one, other = (placer.solve(trace, **{**QUICK, "fold": f}) for f in ("0/2", "0/4"))
+    frame = placer.compare({"a": one, "b": other}, trace, not_fold="0/2")
+    names = ["contiguous", "eplb (a)", "eplb (b)", "a", "b"]
+    assert frame["placement"].tolist() == names
+
+
+def test_with_a_table_the_policy_of_the_plan_is_shown(
+    trace: placer.Trace, tmp_path: Path
+) -> None:
+    plan = placer.solve(trace, **{**QUICK, "num_sweeps": 1}, policy="token")
+    plan.table(trace).write(tmp_path / "table.safetensors")
+    options = {"not_fold": "0/2", "table": tmp_path / "table.safetensors"}
+    found = plan.simulate(trace, **options)
+    assert found.figures() == found.figures(policy="token") != found.figures(policy="fixed")
+    assert found.figures("eplb") == found.figures("eplb", policy="fixed")
+    (tmp_path / "sim.json").write_text(json.dumps(found.to_json()))
+    shown = summarize_simulation(result_of_json(tmp_path / "sim.json")).sections[0].rows
+    sent = found.figures().remote_rank_copies_per_token
+    assert shown[-1][:2] == ("placer", pytest.approx(sent, abs=1e-5))
+    frame = placer.compare({"mine": plan}, trace, **options)
+    assert frame["policy"].tolist() == ["fixed", "fixed", "token"]

@@ -50,6 +50,21 @@ from placer.model.kv_cache import kv_cache_bytes
             None,
         ),
         ({"num_hidden_layers": 2}, None),
+        *(
+            (
+                {"num_hidden_layers": 8, "num_key_value_heads": 8, "head_dim": 64, **key},
+                None,
+            )
+            for key in (
+                {"full_attention_interval": 4},
+                {"attn_layer_period": 8},
+                {"hybrid_override_pattern": "M-M*"},
+                {"attn_type_list": [0, 1]},
+                {"linear_attn_config": {"full_attn_layers": [4]}},
+                {"layer_group_size": 5},
+                {"attention_chunk_size": 8192},
+            )
+        ),
     ],
 )
 def test_bytes_of_a_token(

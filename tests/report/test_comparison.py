@@ -41,6 +41,13 @@ def test_prices_are_told_beside_those_of_baselines_that_cost_something() -> None
     assert line.endswith("per token and layer: 0.5, 0.250 of contiguous's 2")
 
 
+def test_of_an_engines_map_nothing_is_warned() -> None:
+    plan = replace(plan_with(), provenance={})
+    solver = msgspec.structs.replace(plan.solver, status="imported")
+    plan = replace(plan, solver=solver)
+    assert list(plan_warnings(plan)) == []
+
+
 def test_baselines_are_shown_where_there_was_no_time_to_measure_the_plan() -> None:
     """They are measured first, on the sequences that are held out."""
     whole = plan_with()

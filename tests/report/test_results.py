@@ -51,6 +51,16 @@ def test_a_damaged_result_is_refused(
     assert words in refused(capsys, tmp_path / "result.json")
 
 
+def test_rows_that_may_be_counts_are_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "counts.json").write_text("[[3, 0, 1, 2], [0, 1, 2, 3]]")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "counts.json"), "--json"])
+    (told,) = json.loads(capsys.readouterr().out)["headline"]["misleading"]
+    assert "placer import load-matrix" in told
+
+
 def test_several_engines_are_refused_with_their_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
