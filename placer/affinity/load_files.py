@@ -1,10 +1,11 @@
 """Reading counts that are bare: matrices of numbers, and CSV."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from placer.affinity.loads import (
     whole_counts,
     whole_floats,
 )
+from placer.arrays import IntArray
 from placer.errors import PlacerError
 from placer.run.archives import (
     UNREADABLE,
@@ -24,12 +26,15 @@ from placer.run.archives import (
     unreadable_reason,
     unzipped,
 )
-from placer.run.documents import parse_json
+from placer.run.documents import parse_json, shown
 from placer.run.files import MAX_DOCUMENT_BYTES, open_regular, require_file
 from placer.trace.csv_rows import read_table, require_whole
 from placer.trace.imported import BoundModel, axes_doubt
 from placer.trace.json_rows import layer_number
 from placer.trace.sglang_dump import load_dump
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _CSV_LAYOUT = (
     "the header is layer,expert,count, or layer_id,expert_id,count, or layer,expert "
@@ -58,7 +63,7 @@ _CSV_NAMES = {
 
 
 # A column of every expert.
-_WIDE = re.compile(r"e(?:xpert)?_?\d+")
+_WIDE = re.compile(r"e(?:xpert)?_?\d{1,6}")
 
 
 def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
@@ -85,7 +90,10 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     if not isinstance(value, dict):
         return _of_matrix(value, "the matrix")
     if value and all(layer_number(key) is not None for key in value):
-        return _of_layers(value)
+        first = next(iter(value.values()))
+        if len(value) == 1 and _has_rows(first):  # such as arr_0 of np.savez
+            return _of_matrix(first, "the matrix")
+        return _of_layers(value.items())
     name = next((name for name in _NAMES if name in value), None)
     if name is None and file.suffix == ".npz" and len(value) == 1:
         (name,) = value
@@ -98,8 +106,14 @@ def read_load_matrix(file: Path, model: BoundModel | None) -> CountedLoads:
     if isinstance(value[name], dict) and all(
         layer_number(key) is not None for key in value[name]
     ):
-        return _of_layers(value[name])
+        return _of_layers(value[name].items())
     return _of_matrix(value[name], name)
+
+
+def _has_rows(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(isinstance(row, list) for row in value)
+    return getattr(value, "ndim", 0) > 1
 
 
 def _unzipped_bytes(file: Path) -> bytes:
@@ -135,26 +149,69 @@ def _for_numpy(value: Any) -> Any:
     return value.float() if is_bfloat16 else value
 
 
-def _of_layers(value: Mapping[Any, Any]) -> CountedLoads:
+def _of_layers(layers: Iterable[tuple[Any, Any]]) -> CountedLoads:
     """Return counts by layer: lists of all experts, or the count of each expert."""
-    by_layer = {}
-    for key, counts in value.items():
+    by_layer: dict[int, IntArray] = {}
+    by_expert = set()
+    for key, counts in layers:
         if counts is None:  # a dense layer
             continue
+        number = key if isinstance(key, int) else layer_number(key) or 0
+        _require_new(number in by_layer, f"layer {number}")
         if isinstance(counts, dict):
-            experts = [layer_number(expert) for expert in counts]
-            if None in experts or not experts:
-                raise PlacerError(f"layer {key} names experts by {', '.join(counts)}")
-            row = np.zeros(1 + max(e for e in experts if e is not None), dtype=np.int64)
-            for expert, count in zip(experts, counts.values(), strict=True):
-                row[expert] = whole_counts(whole_floats(np.asarray(count)), f"layer {key}")
+            by_expert.add(number)
+            by_layer[number] = _of_experts(counts, key)
         else:
-            row = whole_counts(whole_floats(np.asarray(counts)), f"layer {key}")
-        by_layer[layer_number(key) or 0] = row
+            by_layer[number] = _counts(counts, f"layer {key}", "a list of counts", ndim=1)
+    # Where each expert has a key, the last experts have none if they have no tokens.
+    width = max(map(len, by_layer.values()), default=0)
+    for number in by_expert:
+        row = by_layer[number]
+        by_layer[number] = np.pad(row, (0, width - len(row)))
     numbers = sorted(by_layer)
     if numbers == [*range(len(numbers))] and len({len(r) for r in by_layer.values()}) == 1:
         return matrix_loads([by_layer[n] for n in numbers], "the matrix")
     return CountedLoads(by_layer=by_layer, of_moe_layers=False)
+
+
+def _of_experts(counts: Mapping[Any, Any], layer: Any) -> IntArray:
+    """Return ``[E]`` of the count of each expert, E up to the last one named."""
+    by_number: dict[int, IntArray] = {}
+    for key, count in counts.items():
+        if (expert := layer_number(key)) is None:
+            raise PlacerError(
+                f"layer {layer} names experts by {', '.join(map(str, counts))}"
+            )
+        _require_new(expert in by_number, f"layer {layer}, expert {expert}")
+        require_expert(expert, most_experts(None), layer)
+        what = f"layer {layer}, expert {expert}"
+        by_number[expert] = _counts(count, what, "one count", ndim=0)
+    if not by_number:
+        raise PlacerError(f"layer {layer} names no experts", "give null to a dense layer")
+    row = np.zeros(1 + max(by_number), dtype=np.int64)
+    row[[*by_number]] = [*by_number.values()]
+    return row
+
+
+def _counts(value: Any, what: str, expected: str, *, ndim: int) -> IntArray:
+    try:
+        counts = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        counts = np.empty((0, 0))
+    if counts.ndim != ndim:
+        raise PlacerError(
+            f"{what} holds {shown(value)}, expected {expected}", _MATRIX_LAYOUT
+        )
+    return whole_counts(whole_floats(counts), what)
+
+
+def _require_new(is_known: bool, what: str) -> None:
+    if is_known:
+        raise PlacerError(
+            f"{what} has counts twice",
+            "give them once: add them up if they count different tokens, else remove the "
+            "repeated ones",
+        )
 
 
 def _npy(file: Path) -> Any:
@@ -180,31 +237,23 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
     ------
     PlacerError
         If a column is missing, a value is not a whole number, the model has no such expert,
-        or an expert has two counts.
+        or a layer or an expert has counts twice.
     """
-    table = (
-        read_table(file, _CSV_LAYOUT).rename(columns=str.lower).rename(columns=_CSV_NAMES)
-    )
+    table = _usual_columns(read_table(file, _CSV_LAYOUT))
     wide = [name for name in map(str, table.columns) if _WIDE.fullmatch(name)]
     if wide and "expert" not in table and "expert_id" not in table:
         name = next((one for one in ("layer", "layer_id") if one in table), None)
+        wide = _by_number(wide, model)
         require_whole(table, [name or "layer", *wide], _CSV_LAYOUT)
+        _require_not_negative(table, [name or "layer"])
         layers = table[name].tolist()
-        return _of_layers(dict(zip(layers, table[wide].to_numpy(), strict=True)))
+        return _of_layers(zip(layers, table[wide].to_numpy(), strict=True))
     names = ("layer_id", "expert_id") if "layer_id" in table else ("layer", "expert")
     has_count = "count" in table or len(table.columns) > 2
     if "count" in table:
         table["count"] = whole_floats(table["count"].to_numpy())
     require_whole(table, [*names, *(["count"] if has_count else [])], _CSV_LAYOUT)
-    for name in (*names, *(["count"] if has_count else [])):
-        below = np.flatnonzero(table[name].to_numpy() < 0)
-        if below.size:
-            row, value = below[0] + 1, table[name].iloc[below[0]]
-            raise PlacerError(
-                f"row {row} after the header holds {value} in column {name}, which is not "
-                "a whole number of at least 0",
-                _CSV_LAYOUT,
-            )
+    _require_not_negative(table, [*names, *(["count"] if has_count else [])])
     layer, expert = (
         whole_counts(table[name].to_numpy(), f"column {name}") for name in names
     )
@@ -228,3 +277,47 @@ def read_csv_loads(file: Path, model: BoundModel | None) -> CountedLoads:
         np.add.at(rows, expert[of_it], count[of_it])
         by_layer[number] = rows
     return CountedLoads(by_layer=by_layer, of_moe_layers=has_count and names[0] == "layer")
+
+
+def _usual_columns(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table with the columns of the layout, by what the header's names mean."""
+    lower = {name: str(name).lower() for name in table.columns}
+    taken = {*lower.values()}
+    new = {
+        name: one if (usual := _CSV_NAMES.get(one, one)) in taken else usual
+        for name, one in lower.items()
+    }
+    meant, times = Counter(new.values()).most_common(1)[0]
+    if times > 1:
+        same = [str(name) for name, one in new.items() if one == meant]
+        raise PlacerError(
+            f"its columns {' and '.join(same)} mean the same: {meant}",
+            "keep one of them",
+        )
+    return table.rename(columns=new)
+
+
+def _by_number(wide: Sequence[str], model: BoundModel | None) -> list[str]:
+    """Return the columns of experts in the order of their numbers, which may begin at 1."""
+    numbered = sorted((int(re.sub(r"\D", "", name)), name) for name in wide)
+    numbers = [number for number, _ in numbered]
+    known = numbers[0] == 0 or model is None or len(wide) == most_experts(model)
+    first = min(numbers[0], 1) if known else 0
+    if numbers != [*range(first, first + len(numbers))]:
+        raise PlacerError(
+            f"its {len(wide)} columns of experts have the numbers {shown(numbers)}",
+            "give each expert one column, and number them from 0 without a gap: e0,e1,...",
+        )
+    return [name for _, name in numbered]
+
+
+def _require_not_negative(table: "pd.DataFrame", names: Sequence[str]) -> None:
+    for name in names:
+        below = np.flatnonzero(table[name].to_numpy() < 0)
+        if below.size:
+            row, value = below[0] + 1, table[name].iloc[below[0]]
+            raise PlacerError(
+                f"row {row} after the header holds {value} in column {name}, which is not "
+                "a whole number of at least 0",
+                _CSV_LAYOUT,
+            )

@@ -4,15 +4,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from placer.errors import PlacerError
 from placer.run.archives import UNREADABLE, unzipped
+from placer.run.documents import shown
 from placer.run.files import memory_bytes, open_regular
 from placer.trace.imported import BoundModel, ImportedTokens
-from placer.trace.json_rows import NO_KEYS, Keys, row_ids
+from placer.trace.json_rows import NO_KEYS, Keys, chosen_weights, layer_of, row_ids
 from placer.trace.token_rows import TokenRows, phase_numbers, whole_tokens
 
 # Columns of the layout, by what they mean.
@@ -64,7 +65,8 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
         If a column is missing, a value is not a whole number, or a token lacks a layer or
         has one twice.
     """
-    table, remarks = _joined_choices(usual_columns(read_table(file, _LAYOUT), keys))
+    table = _numbered_layers(usual_columns(read_table(file, _LAYOUT), keys))
+    table, remarks = _joined_choices(table)
     num_experts, num_weights = (
         sum(name[:1] == letter and name[1:].isdecimal() for name in table.columns)
         for letter in "ew"
@@ -76,8 +78,11 @@ def read_csv(file: Path, model: BoundModel | None, keys: Keys = NO_KEYS) -> Impo
         phase = phase_numbers(table.pop("phase").tolist(), _LAYOUT)
     _require_numbers(table, weights)
     values = table[weights].to_numpy(dtype=np.float32) if weights else None
-    whole = table.drop(columns=weights)
-    require_whole(whole, [*_TOKEN, "e0", *experts, *whole.columns], _LAYOUT)
+    names = [*_TOKEN, "e0", *experts[1:], *(["token_id"] if "token_id" in table else [])]
+    require_whole(table, names, _LAYOUT)
+    whole = table[names]
+    if unread := [str(name) for name in table.columns if name not in (*names, *weights)]:
+        remarks.append(f"it has columns that are not read: {shown(unread)}")
     rows = TokenRows(
         sequence=whole["sequence_id"].to_numpy(),
         position=whole["position"].to_numpy(),
@@ -94,7 +99,8 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
     """Return a table with the columns of the layout, by what the header's names mean.
 
     Experts may stand in columns such as ``expert_0`` or ``topk_1``, counted from 0 or 1,
-    or all in one, as ``"3 7"``. Capital letters in names mean nothing.
+    or all in one, as ``"3 7"``, with their weights in another. Capital letters in names
+    mean nothing.
     """
     lower = {str(one): str(one).lower() for one in table.columns}
     if len({*lower.values()}) == len(lower):
@@ -107,7 +113,11 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
         if column not in row or meaning in keys.named
         if (name := keys.found(meaning, row)) is not None
     }
-    table = table.rename(columns={name: column for column, name in named.items()})
+    # The user names another column in place of one of the layout.
+    replaced = [one for one in named if one in table and one not in named.values()]
+    table = table.drop(columns=replaced).rename(
+        columns={name: column for column, name in named.items()}
+    )
     if "e0" in table:
         return table
     listed = keys.found("experts", row)
@@ -118,8 +128,11 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
         for n, column in enumerate(zip(*ids, strict=True)):
             table[f"e{n}"] = column
         weight = keys.found("weights", row) or "weight"
-        is_one = "e1" not in table and "w0" not in table
-        return table.rename(columns={weight: "w0"}) if is_one else table
+        if weight in table and "w0" not in table:
+            weights = [_row_weights(one) for one in table.pop(weight).tolist()]
+            columns = chosen_weights(weights, np.asarray(ids)).T if ids else ()
+            table = table.assign(**{f"w{n}": column for n, column in enumerate(columns)})
+        return table
     found = [(name, m) for name in row if (m := _NUMBERED.fullmatch(name))]
     first = min((int(m["number"]) for _, m in found), default=0)
     return table.rename(
@@ -128,6 +141,27 @@ def usual_columns(table: "pd.DataFrame", keys: Keys) -> "pd.DataFrame":
             for name, m in found
         }
     )
+
+
+def _row_weights(value: Any) -> list[Any]:
+    """Return weights of one row: one number, or several in a text."""
+    return (
+        re.split(r"[\s,;|]+", value.strip("[]() ")) if isinstance(value, str) else [value]
+    )
+
+
+def _numbered_layers(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table with numbers for the names of layers, such as of their modules."""
+    if "layer" not in table or table["layer"].to_numpy().dtype.kind != "O":
+        return table
+    names = table["layer"].tolist()
+    numbers = {name: layer_of(name) for name in names}
+    if len({*numbers.values()}) < len(numbers):
+        raise PlacerError(
+            f"some of its {len(numbers)} names of layers have the same number",
+            "give each layer one name: leave out rows of other modules",
+        )
+    return table.assign(layer=[numbers[name] for name in names])
 
 
 def _joined_choices(table: "pd.DataFrame") -> "tuple[pd.DataFrame, list[str]]":
@@ -181,8 +215,8 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
     Raises
     ------
     PlacerError
-        If it is not a CSV file, or its rows are longer than its header; the hint is
-        ``layout``.
+        If it is not a CSV file, its header has a name twice, or its rows are longer than
+        its header.
     """
     import pandas as pd
 
@@ -196,14 +230,23 @@ def read_table(file: Path, layout: str) -> "pd.DataFrame":
                 raise ValueError("its first line is no header: it is too long, or binary")
             stream.seek(0)
             separator = next((mark for mark in "\t;" if mark.encode() in head), ",")
-            table = pd.read_csv(
-                stream,
-                sep="," if b"," in head else separator,
-                encoding="utf-8-sig",
-                skipinitialspace=True,
-            )
+            dialect: dict[str, Any] = {
+                "sep": "," if b"," in head else separator,
+                "encoding": "utf-8-sig",
+                "skipinitialspace": True,
+            }
+            names = pd.read_csv(stream, **dialect, header=None, nrows=1, dtype=str)
+            header = names.iloc[0].dropna()
+            stream.seek(0)
+            table: pd.DataFrame = pd.read_csv(stream, **dialect)
     except UNREADABLE as error:
         raise PlacerError(f"it is not a CSV file: {error}", layout) from error
+    # Of equal names pandas silently changes all but the first.
+    if header.duplicated().any():
+        raise PlacerError(
+            f"its header names column {header[header.duplicated()].iloc[0]} twice",
+            "rename one of the two columns, or remove it",
+        )
     # Of longer rows pandas silently makes the first values an index.
     if not isinstance(table.index, pd.RangeIndex):
         raise PlacerError("its rows have more values than the header", layout)

@@ -306,9 +306,9 @@ def _tokens(
     rows = TokenRows(
         sequence=sequence,
         position=token,
-        layer=_whole([_layer_of(one) for one in columns["layer"]], "layer"),
+        layer=_whole([layer_of(one) for one in columns["layer"]], "layer"),
         experts=experts,
-        weights=None if weights is None else _weights(weights, experts),
+        weights=None if weights is None else chosen_weights(weights, experts),
         token_ids=None if ids is None else _whole(ids, "token_id"),
         phase=None if phase is None else phase_numbers(phase, _LAYOUT),
     )
@@ -322,7 +322,7 @@ def row_ids(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _layer_of(value: Any) -> Any:
+def layer_of(value: Any) -> Any:
     """Return the number of a layer, which may be that of its module's name."""
     number = layer_number(value) if isinstance(value, str) else None
     return value if number is None else number
@@ -336,8 +336,14 @@ def _numbered(names: Sequence[Any]) -> Array:
     return np.asarray([numbers.setdefault(str(name), len(numbers)) for name in names])
 
 
-def _weights(values: Sequence[Any], experts: Array) -> Array:
-    """Return ``[N, k]``, of weights of the chosen experts or of all."""
+def chosen_weights(values: Sequence[Any], experts: Array) -> Array:
+    """Return ``[N, k]`` float32, of weights of the chosen experts or of all.
+
+    Raises
+    ------
+    PlacerError
+        If they are not numbers, or neither k nor one for every expert.
+    """
     try:
         given = np.asarray(
             [one if isinstance(one, list) else [one] for one in values], dtype=np.float32

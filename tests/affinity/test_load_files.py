@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,74 @@ def test_matrices_that_are_none(
     with pytest.raises(PlacerError, match=match) as caught:
         loads(read_load_matrix, tmp_path / "m.json", model)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ({"layer_1_a": [1, 2], "layer_1_b": [3, 4]}, "layer 1 has counts twice"),
+        ({"1": {"e1_a": 1, "e1_b": 2}}, "layer 1, expert 1 has counts twice"),
+        ({"1": {"0": [1, 2]}}, r"layer 1, expert 0 holds \[1, 2\], expected one count"),
+        ({"1": {"999999999": 1}}, "placer supports at most"),
+        ({"1": 5}, "layer 1 holds 5, expected a list of counts"),
+        ({"1": [[1, 2], [3]], "2": [1, 2]}, "expected a list of counts"),
+        ({"0": [[1, 2], [3, 4]], "1": [[1, 2], [3, 4]]}, "expected a list of counts"),
+    ],
+)
+def test_layers_that_are_none(tmp_path: Path, value: Any, match: str) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(value))
+    with pytest.raises(PlacerError, match=match):
+        read_load_matrix(tmp_path / "m.json", None)
+
+
+def test_an_expert_without_a_key_has_no_tokens(tmp_path: Path, model: Path) -> None:
+    """The last expert of the first layer, of layers counted over MoE layers."""
+    value = [dict(enumerate(row)) for row in COUNTS]
+    del value[0][len(COUNTS[0]) - 1]
+    (tmp_path / "m.json").write_text(json.dumps(dict(enumerate(value))))
+    found = loads(read_load_matrix, tmp_path / "m.json", model)
+    assert found == [[*COUNTS[0][:-1], 0], *COUNTS[1:]]
+
+
+def test_columns_of_experts_stand_in_any_order(tmp_path: Path, model: Path) -> None:
+    """Sorted as text, 10 stands before 2."""
+    counts = np.arange(1, 12)
+    for first in (0, 1):
+        names = [f"e{n + first}" for n in range(11)]
+        order = sorted(range(11), key=names.__getitem__)
+        lines = ["layer," + ",".join(names[n] for n in order)]
+        lines += ["0," + ",".join(str(counts[n]) for n in order)]
+        (tmp_path / "m.csv").write_text("\n".join(lines))
+        assert loads(read_csv_loads, tmp_path / "m.csv", None) == [counts.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("layer,e0,e1\n0,1,2\n0,3,4\n", "layer 0 has counts twice"),
+        ("layer,e0,e1\n-1,1,2\n", "row 1 after the header holds -1 in column layer"),
+        ("layer,e0,e2\n0,1,2\n", r"2 columns of experts have the numbers \[0, 2\]"),
+        ("layer,e0,e00\n0,1,2\n", r"2 columns of experts have the numbers \[0, 0\]"),
+        ("layer,e1,e2,e3\n1,1,2,3\n", "number them from 0"),
+        ("layer,e0,e0\n0,1,2\n", "its header names column e0 twice"),
+        ("Layer,layer,expert,count\n0,0,1,2\n", "columns Layer and layer mean the same"),
+        ("layer,expert,load,tokens\n0,1,2,2\n", "load and tokens mean the same: count"),
+    ],
+)
+def test_csv_with_columns_or_layers_twice(
+    tmp_path: Path, model: Path, text: str, match: str
+) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(PlacerError) as caught:
+        loads(read_csv_loads, tmp_path / "m.csv", model)
+    assert re.search(match, f"{caught.value} {caught.value.hint}")
+
+
+def test_a_column_of_its_usual_name_is_taken_first(tmp_path: Path, model: Path) -> None:
+    lines = ["layer_id,layer_idx,expert_id,count,tokens"]
+    lines += [f"{n},7,{e},{c},9" for n, row in LAYERS.items() for e, c in enumerate(row)]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    assert loads(read_csv_loads, tmp_path / "m.csv", model) == COUNTS
 
 
 LAYERS = {n + 1: row for n, row in enumerate(COUNTS)}

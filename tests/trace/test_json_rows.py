@@ -356,6 +356,14 @@ def test_layers_of_requests_that_are_none_are_refused(
         ("rid,pos,layer_id,expert_0,expert_1", "{r},{p},{n},{a},{b}", None),
         ("request_id,token_idx,layer,topk_ids", '{r},{p},{n},"[{a}, {b}]"', None),
         ("r,p,n,x", "{r},{p},{n},{a} {b}", "sequence=r,token=p,layer=n,experts=x"),
+        ("rid,position,pos,layer,e0,e1", "{r},77,{p},{n},{a},{b}", "token=pos"),
+        ("rid,pos,layer,e0,e1,timestamp", "{r},{p},{n},{a},{b},0.37", None),
+        ("rid,pos,layer_name,e0,e1", "{r},{p},model.layers.{n}.mlp,{a},{b}", None),
+        (
+            "rid,pos,layer,topk_ids,topk_weights",
+            '{r},{p},{n},"[{a}, {b}]","[0.6, 4e-1]"',
+            None,
+        ),
         ("sequence_id\tposition\tlayer\te0\te1", "{r}\t{p}\t{n}\t{a}\t{b}", None),
         ("\ufeffsequence_id, position, layer, e0, e1", "{r}, {p}, {n}, {a}, {b}", None),
     ],
@@ -370,6 +378,32 @@ def test_csv_as_others_write_it(
     ]
     text = "\n".join([header, *lines]) + "\n"
     same(read(csv_reader(Keys.parse(keys)), tmp_path / "x.csv", text)[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rid,pos,layer,ids,w\n0,0,0,3 7,0.6 x\n", "weights are not rows of numbers"),
+        ("rid,pos,layer,ids,w\n0,0,0,3 7,0.6 0.3 0.1\n", "3 weights are given for 2 exp"),
+        ("rid,pos,layer,e0,e0\n0,0,0,3,7\n", "its header names column e0 twice"),
+        (
+            "rid,pos,layer,e0\n0,0,layers.0.mlp,3\n0,0,mtp.0.mlp,7\n",
+            "some of its 2 names of layers have the same number",
+        ),
+    ],
+)
+def test_csv_that_may_mean_something_else(text: str, words: str, tmp_path: Path) -> None:
+    keys = "experts=ids,weights=w" if "ids" in text else None
+    with pytest.raises(PlacerError, match=words):
+        read(csv_reader(Keys.parse(keys)), tmp_path / "x.csv", text)
+
+
+def test_csv_tells_what_is_not_read_and_reads_listed_weights(tmp_path: Path) -> None:
+    text = 'rid,pos,layer,topk_ids,topk_weights,t\n0,0,0,3 7,"[0.25, 0.75]",0.1\n'
+    chunk, told = read(read_csv, tmp_path / "x.csv", text)
+    assert chunk.experts[0].tolist() == [[7, 3]], "the heavier one stands second"
+    assert chunk.weights[0].tolist() == [[0.75, 0.25]]
+    assert told == ['it has columns that are not read: ["t"]']
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
