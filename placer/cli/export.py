@@ -132,7 +132,7 @@ def export(
       eplb          .safetensors or .npz with phy2log, log2phy, logcnt
       csv           one line for each slot
       json          one list of slots for each layer
-      ktransformers .pt with counts; give an affinity file instead of PLAN
+      ktransformers .pt with counts, made from an affinity file in place of PLAN
     """
     from placer.api.exporting import (
         export_kinds,

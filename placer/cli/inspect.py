@@ -43,8 +43,8 @@ def inspect(
         typer.Option(
             "--load",
             metavar="TRACE|AFFINITY",
-            help="With a plan: as if this file were named after it, and show which experts "
-            "the busiest rank of each layer holds, and which make most of its load.",
+            help="With a plan: show its load on this trace or affinity file. A table names "
+            "the busiest rank of each layer, its experts, and those with most load.",
         ),
     ] = None,
     html: Annotated[
