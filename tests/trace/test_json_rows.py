@@ -428,7 +428,7 @@ def test_a_first_object_that_is_no_token_is_left_out_and_told(
 def test_one_object_of_columns(orient: str, tmp_path: Path) -> None:
     """As pandas writes a table, and as lists."""
     rows_ = of_tokens(lambda t, n: {"layer": n, "experts": EXPERTS[t, n].tolist()})
-    columns = pd.DataFrame(rows_).to_dict(orient)  # type: ignore[call-overload]
+    columns = pd.DataFrame(rows_).to_dict(orient)
     text = json.dumps(columns | {"model": "x"}, default=int)
     same(read(jsonl_reader(Keys.parse(None)), tmp_path / "x.json", text)[0])
     one = columns | {"rid": "a"}
