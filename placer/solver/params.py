@@ -59,7 +59,7 @@ class SolverParams:
     served_price
         Copies that a pair served at home is worth when placements for tables are compared.
         Moves are not made for it: what that gains on the profile is lost on other
-        sequences (``docs/tables.md``).
+        sequences (``docs/tables_measured.md``).
     request_imbalance
         Cap on a rank's share of the requests that a placement for ``request`` is made for.
     num_hurried_tokens

@@ -1,9 +1,9 @@
 """Solved plans beside the contiguous placement, held out, on real traces.
 
-``make bench`` prints the tables of ``docs/benchmarks.md``: both folds, five seeds, one
-process per core. What is measured is kept in ``build/benchmarks`` beside the hash of the
-sources, so that a run that was stopped goes on; delete it to measure anew. ``BENCH_SEEDS``
-is the number of seeds, and pytest selects rows::
+``make bench`` prints the tables of ``docs/benchmarks.md`` and ``docs/follow_measured.md``:
+both folds, five seeds, one process per core. What is measured is kept in
+``build/benchmarks`` beside the hash of the sources, so that a run that was stopped goes on;
+delete it to measure anew. ``BENCH_SEEDS`` is the number of seeds, and pytest selects rows::
 
     BENCH_SEEDS=1 python -m pytest -s tests/benchmarks/bench_solve.py \
         -k "placements and gpt-oss-20b and 1x8 and follow"
