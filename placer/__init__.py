@@ -18,11 +18,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from placer.api.advising import Advice, advise
     from placer.api.affinity import Affinity
-    from placer.api.exporting import ExportArguments, Exported
+    from placer.api.arguments import (
+        AdviseArguments,
+        ExportArguments,
+        SimulateArguments,
+        SizeArguments,
+        SolveArguments,
+    )
+    from placer.api.exporting import Exported
     from placer.api.opening import open
     from placer.api.plan import Plan
-    from placer.api.requests import SizeArguments, SolveArguments
-    from placer.api.simulation import SimulateArguments, Simulation, compare
+    from placer.api.simulation import Simulation, compare
     from placer.api.solving import solve
     from placer.api.table import Table
     from placer.api.trace import Trace
@@ -42,19 +48,20 @@ __version__ = "0.1.0"
 # The module of each name.
 _MODULES = {
     "Advice": "api.advising",
+    "AdviseArguments": "api.arguments",
     "Affinity": "api.affinity",
     "Checkpoint": "report.checkpoint",
-    "ExportArguments": "api.exporting",
+    "ExportArguments": "api.arguments",
     "Exported": "api.exporting",
     "NoSolutionError": "errors",
     "NotProvedError": "errors",
     "Plan": "api.plan",
     "PlacerError": "errors",
     "PlacerWarning": "errors",
-    "SimulateArguments": "api.simulation",
+    "SimulateArguments": "api.arguments",
     "Simulation": "api.simulation",
-    "SizeArguments": "api.requests",
-    "SolveArguments": "api.requests",
+    "SizeArguments": "api.arguments",
+    "SolveArguments": "api.arguments",
     "Table": "api.table",
     "Trace": "api.trace",
     "UsageError": "errors",
@@ -68,6 +75,7 @@ _MODULES = {
 
 __all__ = [
     "Advice",
+    "AdviseArguments",
     "Affinity",
     "Checkpoint",
     "ExportArguments",

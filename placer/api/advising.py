@@ -1,6 +1,6 @@
 """``placer.advise``: whether placing experts is worth it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from placer.affinity import Affinity as Counts
 from placer.api.affinity import Affinity
-from placer.api.files import AnyPath, as_path, note, warn
-from placer.api.requests import SizeArguments
+from placer.api.arguments import AdviseArguments, require_known, sizes_text
+from placer.api.files import as_path, note, warn
 from placer.api.shown import Shape, Shown
 from placer.api.trace import Trace
 from placer.errors import require_left_out
@@ -118,15 +118,8 @@ def advise(
     *,
     gpus_per_node: int,
     nodes: int = 1,
-    engine: str | None = None,
-    policy: str = "fixed",
-    tokens_per_rank: str | Sequence[int] | None = None,
-    batching: str | None = None,
-    hardware: AnyPath | None = None,
-    least_gain: float = 0.03,
-    phase: str = "all",
     progress: Callable[[str], None] | None = None,
-    **sizes: Unpack[SizeArguments],
+    **options: Unpack[AdviseArguments],
 ) -> Advice:
     """Say whether to place by traffic, only balance, or do nothing, as ``placer advise``.
 
@@ -136,22 +129,11 @@ def advise(
         A trace, or counts: those judge only balance.
     gpus_per_node, nodes
         Expert-parallel ranks on each node, and nodes.
-    engine
-        An engine, or a family of engines; by default the usual exchanges.
-    policy
-        ``fixed`` or ``follow``.
-    tokens_per_rank, batching
-        The batches: sizes, and ``decode`` or ``prefill`` for all of them.
-    hardware
-        Name or ``.toml`` file of hardware: then predicted time decides.
-    least_gain
-        Smallest saving that is worth a change.
-    phase
-        Only tokens of this phase: ``prefill``, ``decode`` or ``all``.
     progress
         Called with one line for each step.
-    **sizes
-        With ``hardware``: what sizes an expert, :class:`placer.SizeArguments`.
+    **options
+        The others of ``placer advise``, such as ``engine``, ``policy`` and ``hardware``:
+        :class:`placer.AdviseArguments`.
 
     Raises
     ------
@@ -173,16 +155,9 @@ def advise(
         source.path or Path("AFFINITY"),
         gpus_per_node=gpus_per_node,
         nodes=nodes,
-        engine=engine,
-        policy=policy,
-        tokens_per_rank=tokens_per_rank,
-        batching=batching,
-        hardware=hardware,
-        least_gain=least_gain,
-        phase=phase,
         tell=note,
         progress=progress,
-        **sizes,
+        **options,
     )
     for text in found.warnings:
         warn(text)
@@ -195,16 +170,9 @@ def advised(
     *,
     gpus_per_node: int,
     nodes: int,
-    engine: str | None,
-    policy: str,
-    tokens_per_rank: str | Sequence[int] | None,
-    batching: str | None,
-    hardware: AnyPath | None,
-    least_gain: float,
-    phase: str,
     tell: Callable[[str], None],
     progress: Callable[[str], None] | None = None,
-    **sizes: Unpack[SizeArguments],
+    **options: Unpack[AdviseArguments],
 ) -> Advice:
     """Return the advice of ``placer advise``, from its options.
 
@@ -216,9 +184,10 @@ def advised(
     PlacerError
         As :func:`placer.advise`.
     """
-    text = tokens_per_rank
-    if text is not None and not isinstance(text, str):
-        text = ",".join(map(str, text))
+    require_known(options, AdviseArguments)
+    policy, batching = options.get("policy", "fixed"), options.get("batching")
+    hardware, least_gain = options.get("hardware"), options.get("least_gain", 0.03)
+    text = sizes_text(options.get("tokens_per_rank"))
     if isinstance(source, Counts):
         require_left_out(
             {
@@ -229,13 +198,13 @@ def advised(
             },
             "a trace: an affinity file holds counts, which cannot be divided into batches",
         )
-    model, hidden_size = as_path(sizes.get("model")), sizes.get("hidden_size")
-    expert_size, weight_bytes = sizes.get("expert_size"), sizes.get("weight_bytes")
+    model, hidden_size = as_path(options.get("model")), options.get("hidden_size")
+    expert_size, weight_bytes = options.get("expert_size"), options.get("weight_bytes")
     if hardware is None:
         require_no_sizes(None, hidden_size, expert_size, weight_bytes, "--hardware")
         if model is not None:
             tell("--model has no effect without --hardware: it sizes the experts")
-    is_trace = isinstance(source, TraceDirectory)
+    is_trace, engine = isinstance(source, TraceDirectory), options.get("engine")
     width = hidden_size or (source.model.hidden_size if is_trace else None)
     named = None if hardware is None else Hardware.named(str(hardware))
     shapes = batch_shapes(parse_tokens_per_rank(text), batching)
@@ -249,7 +218,7 @@ def advised(
             expert=find_expert_shape(model, width, expert_size, weight_bytes, one),
             shapes=shapes,
             least_gain=least_gain,
-            phase=parse_phase(phase),
+            phase=parse_phase(options.get("phase", "all")),
         )
         for one in (usual if engine is None else engines_named(engine))
     ]

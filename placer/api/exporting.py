@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
+from placer.api.arguments import ExportArguments, require_known
 from placer.api.files import AnyPath, UsedFile, as_path, warn, writing
 from placer.api.shown import Shape, Shown
 from placer.errors import UsageError, meant, one_of
@@ -25,34 +26,6 @@ _OPTIONS = {
     "deepspeed": ("--inverse",),
     "ranks": ("--experts-only", "--workers", *_BACKEND, "--dry-run"),
 }
-
-
-class ExportArguments(TypedDict, total=False):
-    """Options of ``placer export``; ``docs/cli.md`` describes each.
-
-    Attributes
-    ----------
-    link
-        Whether unchanged shards are hard links instead of copies.
-    hash
-        Whether the SHA-256 of each original shard is recorded.
-    workers
-        Shards that are written at the same time.
-    backend, ray_address
-        ``processes`` or ``ray``, and the address of the Ray cluster.
-    experts_only
-        With target ``ranks``: whether only experts are written.
-    force
-        Whether an earlier result at the same path is replaced.
-    """
-
-    link: bool
-    hash: bool
-    workers: int | None
-    backend: str | None
-    ray_address: str | None
-    experts_only: bool
-    force: bool
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -95,6 +68,7 @@ def export_plan(
     **options: Unpack[ExportArguments],
 ) -> Exported:
     """Write the plan of a file: :meth:`placer.Plan.export`."""
+    require_known(options, ExportArguments)
     force = options.pop("force", False)
     named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     require_options(target, named)

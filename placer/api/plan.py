@@ -26,8 +26,9 @@ from placer.placement.plan import plan_sha256
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from placer.api.exporting import ExportArguments, Exported
-    from placer.api.simulation import SimulateArguments, Simulation
+    from placer.api.arguments import ExportArguments, SimulateArguments
+    from placer.api.exporting import Exported
+    from placer.api.simulation import Simulation
     from placer.api.table import Table
     from placer.api.trace import Trace
     from placer.api.verifying import Verified

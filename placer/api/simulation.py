@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from placer.api.files import AnyPath, as_path, warn
+from placer.api.arguments import SimulateArguments, require_known, sizes_text
+from placer.api.files import as_path, warn
 from placer.api.plan import Plan
-from placer.api.requests import SizeArguments
 from placer.api.shown import Shape, Shown
 from placer.api.trace import Trace
 from placer.baseline import BASELINES
@@ -35,42 +35,6 @@ if TYPE_CHECKING:
 _COMMAND = "placer simulate PLAN TRACE"
 # What tells the rows of a comparison apart.
 _SAME_ROW = ["ranks", "nodes", "redundant_experts", "engine", "placement", "policy"]
-
-
-class SimulateArguments(SizeArguments, total=False):
-    """Options of ``placer simulate``; ``docs/cli.md`` describes each.
-
-    Attributes
-    ----------
-    engine
-        The engine that serves, or a family of engines; the one that the plan was solved
-        for.
-    table
-        The plan's token-shuffle table, a file.
-    tokens_per_rank
-        Sizes of batches: a list, or ``"64,256,4096"``.
-    batching
-        ``decode`` or ``prefill``: all batches are made so.
-    baseline
-        Placements to compare with; ``contiguous``, ``balanced`` and ``eplb``.
-    replica_choice
-        Which replica serves; the engine's, else the plan's.
-    hardware
-        Name or ``.toml`` file of the hardware whose time is predicted.
-    fold, not_fold, phase
-        The tokens, as in :meth:`placer.Trace.affinity`.
-    """
-
-    engine: str | None
-    table: AnyPath | None
-    tokens_per_rank: str | Sequence[int] | None
-    batching: str | None
-    baseline: Sequence[str] | None
-    replica_choice: str | None
-    hardware: AnyPath | None
-    fold: str | None
-    not_fold: str | None
-    phase: str
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -249,6 +213,7 @@ def judged(
     PlacerError
         As :meth:`placer.Plan.simulate`.
     """
+    require_known(options, SimulateArguments)
     plan, hardware = SolvedPlan.read(plan_path), options.get("hardware")
     model, hidden_size = as_path(options.get("model")), options.get("hidden_size")
     expert_size, weight_bytes = options.get("expert_size"), options.get("weight_bytes")
@@ -271,8 +236,7 @@ def judged(
     for line in [*left_out, *(other_choices(plan, engines) if choice is None else [])]:
         tell(line)
     named = None if hardware is None else Hardware.named(str(hardware))
-    sizes = options.get("tokens_per_rank")
-    text = sizes if sizes is None or isinstance(sizes, str) else ",".join(map(str, sizes))
+    sizes = parse_tokens_per_rank(sizes_text(options.get("tokens_per_rank")))
     return judge_plan(
         plan_path,
         trace,
@@ -280,7 +244,7 @@ def judged(
             options.get("fold"), options.get("not_fold"), options.get("phase", "all")
         ),
         table_path=as_path(options.get("table")),
-        shapes=batch_shapes(parse_tokens_per_rank(text), options.get("batching")),
+        shapes=batch_shapes(sizes, options.get("batching")),
         baselines=options.get("baseline"),
         servings=[
             Serving(

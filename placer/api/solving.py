@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Unpack
 
 from placer.api.affinity import Affinity
+from placer.api.arguments import SolveArguments
 from placer.api.files import note, warn
 from placer.api.plan import Plan
-from placer.api.requests import SolveArguments, solve_request
+from placer.api.requests import solve_request
 from placer.api.trace import Trace
 from placer.planning.solving import solve_request as solved
 from placer.report.comparison import plan_warnings
@@ -19,18 +20,10 @@ def solve(
     *,
     gpus_per_node: int,
     nodes: int = 1,
-    engine: str | None = None,
-    objective: str = "traffic",
-    policy: str = "fixed",
-    redundant_experts: int | str = 0,
-    max_imbalance: float | None = None,
-    fold: str | None = None,
-    not_fold: str | None = None,
-    phase: str = "all",
     seed: int = 0,
     time_limit: float | None = None,
     progress: Callable[[str], None] | None = None,
-    **more: Unpack[SolveArguments],
+    **options: Unpack[SolveArguments],
 ) -> Plan:
     """Place experts on ranks, as ``placer solve`` does: the same plan, byte for byte.
 
@@ -40,27 +33,15 @@ def solve(
         A trace, or counts: those only balance, or place pairs.
     gpus_per_node, nodes
         Expert-parallel ranks on each node, and nodes.
-    engine
-        The engine to solve for (``docs/engines.md``).
-    objective
-        ``traffic`` (under the load cap), ``balance`` or ``time``.
-    policy
-        How the home of a token is chosen: ``fixed``, ``follow``, ``token`` or ``request``.
-    redundant_experts
-        Extra slots in each layer, for replicas; ``"auto"`` chooses their number.
-    max_imbalance
-        Cap on the load of the busiest rank over the mean, in every layer.
-    fold, not_fold, phase
-        The tokens to solve on, as in :meth:`placer.Trace.affinity`. The plan is judged on
-        all other sequences.
     seed
         Seed of all that is drawn.
     time_limit
         Seconds, or ``None``. A plan that was stopped cannot be reproduced.
     progress
         Called with one line for each step.
-    **more
-        Other options of ``placer solve``: :class:`placer.SolveArguments`.
+    **options
+        The others of ``placer solve``, such as ``engine``, ``policy``, ``max_imbalance``,
+        ``redundant_experts`` and ``fold``: :class:`placer.SolveArguments`.
 
     Returns
     -------
@@ -92,18 +73,7 @@ def solve(
     )
     with source.as_file() as file:
         request = solve_request(
-            file.path,
-            gpus_per_node=gpus_per_node,
-            nodes=nodes,
-            engine=engine,
-            objective=objective,
-            policy=policy,
-            redundant_experts=redundant_experts,
-            max_imbalance=max_imbalance,
-            fold=fold,
-            not_fold=not_fold,
-            phase=phase,
-            **more,
+            file.path, gpus_per_node=gpus_per_node, nodes=nodes, **options
         )
         found = solved(
             request,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -308,6 +309,29 @@ def test_plans_to_compare_need_names(
         placer.compare([plan, plan], trace)
     with pytest.raises(placer.UsageError, match="the name eplb, which is a baseline's"):
         placer.compare({"eplb": plan}, trace)
+
+
+@pytest.mark.parametrize("function", ["solve", "advise", "simulate", "compare", "export"])
+def test_a_misspelt_option_is_refused(
+    function: str, write_plan: Callable[..., Path], trace: placer.Trace, tmp_path: Path
+) -> None:
+    plan = placer.open(write_plan(trace.model, random(trace.model.num_experts, 4, seed=0)))
+    calls: dict[str, tuple[Callable[..., object], str, str]] = {
+        "solve": (
+            partial(placer.solve, trace, gpus_per_node=4),
+            "max_imbalence",
+            "max_imbalance",
+        ),
+        "advise": (partial(placer.advise, trace, gpus_per_node=4), "hardwear", "hardware"),
+        "simulate": (partial(plan.simulate, trace), "baselines", "baseline"),
+        "compare": (partial(placer.compare, [plan], trace), "folds", "fold"),
+        "export": (partial(plan.export, "csv", None, tmp_path / "map"), "forced", "force"),
+    }
+    call, misspelt, meant = calls[function]
+    with pytest.raises(placer.UsageError, match=f"no option {misspelt}") as refused:
+        call(**{misspelt: False})
+    assert f"did you mean {meant}?" in str(refused.value.hint)
+    assert not (tmp_path / "map").exists()
 
 
 def test_baselines_of_other_profiles_are_told_apart(trace: placer.Trace) -> None:

@@ -58,7 +58,7 @@ def options_of(command: Callable[..., None], *left_out: str) -> set[str]:
 
 
 def test_solve_takes_the_options_of_the_command() -> None:
-    own = set(inspect.signature(placer.solve).parameters) - {"more", "progress"}
+    own = set(inspect.signature(placer.solve).parameters) - {"options", "progress"}
     own |= set(get_type_hints(placer.SolveArguments))
     assert own == options_of(solve.solve, "frontier")
 
@@ -69,8 +69,8 @@ def test_simulate_takes_the_options_of_the_command() -> None:
 
 
 def test_advise_takes_the_options_of_the_command() -> None:
-    own = set(inspect.signature(placer.advise).parameters) - {"sizes", "progress"}
-    own |= set(get_type_hints(placer.SizeArguments))
+    own = set(inspect.signature(placer.advise).parameters) - {"options", "progress"}
+    own |= set(get_type_hints(placer.AdviseArguments))
     assert own == options_of(advise.advise)
 
 
