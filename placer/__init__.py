@@ -15,6 +15,8 @@ when it is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from placer.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from placer.api.advising import Advice, advise
     from placer.api.affinity import Affinity
@@ -42,8 +44,6 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from placer.report.checkpoint import Checkpoint
-
-__version__ = "0.1.0"
 
 # The module of each name.
 _MODULES = {

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
 
-from placer import __version__
 from placer.affinity.affinity import Affinity
 from placer.affinity.count import ChunkSource, count_sources
 from placer.affinity.sums import ROWS, Rows
@@ -16,6 +15,7 @@ from placer.run.devices import CPU
 from placer.run.files import sha256_file
 from placer.run.parallel import PROCESSES, Backend
 from placer.trace import Chunk, Selection, Trace
+from placer.version import __version__
 
 # Starting a process costs about as much as counting this many tokens.
 _WORTH_A_WORKER = 250_000

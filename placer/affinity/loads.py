@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from placer import __version__
 from placer.affinity.affinity import Affinity
 from placer.arrays import IntArray
 from placer.errors import PlacerError
@@ -22,6 +21,7 @@ from placer.run.files import require_file, sha256_file, utf8_name
 from placer.trace.imported import BY_ITSELF, BoundModel, ImportOptions, hash_layers_warning
 from placer.trace.sglang_dump import load_dump
 from placer.trace.token_rows import counted_from_one, is_counted_from_one
+from placer.version import __version__
 
 # The experts in the slots of a layer: its own layer number -> logical experts.
 Assignments = Mapping[int, Sequence[int]]

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from placer import __version__
 from placer.errors import PlacerError
 from placer.run.documents import (
     SCHEMA_VERSION,
@@ -17,6 +16,7 @@ from placer.run.documents import (
 )
 from placer.run.files import canonical_json
 from placer.run.seals import require_seal, sealed
+from placer.version import __version__
 
 # An older record has neither: nothing is known of the bytes that were written.
 _NOT_RECORDED: dict[str, Any] = {"file_sha256": {}, "sha256": None}

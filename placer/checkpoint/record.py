@@ -7,7 +7,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from placer import __version__
 from placer.arrays import IntArray
 from placer.checkpoint.source import RECORD_NAME
 from placer.errors import PlacerError
@@ -25,6 +24,7 @@ from placer.run.documents import (
 from placer.run.files import canonical_json
 from placer.run.kinds import require_kind
 from placer.run.seals import require_seal, sealed, unsealed
+from placer.version import __version__
 
 
 class RecordFile(Document, frozen=True, kw_only=True):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import typer
 
-from placer import __version__
 from placer.cli.advise import advise
 from placer.cli.affinity import affinity
 from placer.cli.calibrate import calibrate
@@ -32,6 +31,7 @@ from placer.cli.usage import UsageGroup
 from placer.cli.verify import verify
 from placer.errors import PlacerError
 from placer.run.worker import fails_first
+from placer.version import __version__
 
 app = typer.Typer(
     name="placer",

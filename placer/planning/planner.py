@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from placer import __version__
 from placer.affinity import Affinity, count_affinity
 from placer.errors import PlacerError
 from placer.model import ModelSpec
@@ -27,6 +26,7 @@ from placer.solver.balance.replicas import require_room
 from placer.solver.options import SolveOptions
 from placer.solver.solve import solve
 from placer.trace import Chunk, Selection, Trace
+from placer.version import __version__
 
 # What is measured in the end may take a little longer than was expected of it.
 _MORE_SECONDS = 1.0

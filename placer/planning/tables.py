@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from placer import __version__
 from placer.errors import PlacerError
 from placer.model import ModelSpec, require_same_model, require_same_tokenizer, tokenizer_of
 from placer.placement import Plan
@@ -24,6 +23,7 @@ from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
 from placer.trace import EVERYTHING, Chunk, Fold, Selection, Trace
 from placer.trace.selection import parse_phase
+from placer.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from placer import __version__
 from placer.report.chart import Chart, Section
 from placer.report.headline import Tile
 from placer.report.summary import Summary
 from placer.report.svg import drawn
 from placer.run.writing import atomic_file
+from placer.version import __version__
 
 # The chart that belongs to the top screen.
 _FIRST = "comparison"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 
-from placer import __version__
 from placer.errors import PlacerError, UsageError
 from placer.model import ModelSpec, require_same_model
 from placer.placement import Placement, Plan, SolverReport
@@ -17,6 +16,7 @@ from placer.runtime_map.maps import RUNTIMES, require_plan
 from placer.runtime_map.runtime import MapSource, ParsedMap
 from placer.target.engine import known_engines
 from placer.target.map_formats import MAPS
+from placer.version import __version__
 
 
 def import_map(

@@ -12,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from placer import __version__
 from placer.errors import PlacerError, UsageError
 from placer.model import Architecture, ModelSpec, read_config, tokenizer_of
 from placer.run.files import require_file, sha256_file, utf8_name
@@ -20,6 +19,7 @@ from placer.trace.chunk import Chunk, expert_dtype, require_ranges
 from placer.trace.expert_order import listed_by_id, ordered_by_weight
 from placer.trace.header import MAX_DOMAINS, TraceHeader
 from placer.trace.writer import TraceWriter
+from placer.version import __version__
 
 Array = npt.NDArray[Any]
 _CHUNK_TOKENS = 65_536

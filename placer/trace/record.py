@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer import __version__
 from placer.errors import PlacerError, UsageError, one_of
 from placer.model import Architecture, ModelSpec, read_config, tokenizer_of
 from placer.run.files import canonical_json, utf8_name
@@ -24,6 +23,7 @@ from placer.trace.header import TraceHeader
 from placer.trace.loading import DTYPES, Dtype, load_model, weights_sample_sha256
 from placer.trace.parts import assemble, part_of
 from placer.trace.writer import TraceWriter
+from placer.version import __version__
 
 Progress = Callable[[int], None]
 _PREFILL, _DECODE = 0, 1

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from placer import __version__
 from placer.arrays import IntArray
 from placer.errors import PlacerError, UsageError
 from placer.model import Combination
@@ -16,6 +15,7 @@ from placer.trace.header import AGAIN, MAX_DOMAINS, TraceHeader
 from placer.trace.reader import Trace
 from placer.trace.selection import EVERYTHING, Selection
 from placer.trace.writer import TraceWriter
+from placer.version import __version__
 
 _OPTIONAL = ("weights", "token_ids", "domain_ids", "phase", "step_ids")
 
