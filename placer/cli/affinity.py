@@ -13,9 +13,9 @@ from placer.cli.output import (
     PhaseOption,
     claim,
     parse_selection,
+    print_facts,
     print_json,
     print_next,
-    print_table,
     print_verdict,
     warn,
 )
@@ -127,5 +127,5 @@ def affinity(
         print_json({"verdict": verdict.to_json()} | facts)
         return
     print_verdict(verdict)
-    print_table(("affinity", ""), [(key, str(value)) for key, value in facts.items()])
+    print_facts("affinity", facts)
     print_next(verdict)

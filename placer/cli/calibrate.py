@@ -12,7 +12,9 @@ from placer.cli.output import (
     note,
     print_json,
     print_line,
+    print_next,
     print_table,
+    print_verdict,
     progress_line,
 )
 from placer.errors import one_of
@@ -49,6 +51,7 @@ def calibrate(
     file.
     """
     from placer.errors import UsageError
+    from placer.report.verdicts import verdict_of_calibration
     from placer.run.worker import Worker, start_workers
     from placer.run.writing import require_target
     from placer.target.calibrate import DEVICES, CalibrationOptions, require_devices
@@ -101,9 +104,11 @@ def calibrate(
             )
     for sentence in found.missing():
         note(sentence)
+    verdict = verdict_of_calibration(found, out)
     if as_json:
-        print_json({"out": str(out), **found.to_json()})
+        print_json({"verdict": verdict.to_json(), "out": str(out), **found.to_json()})
         return
+    print_verdict(verdict)
     print_table(
         ("link", "GB/s per rank", "latency us", "fit error (rms)", "fit error (max)"),
         [
@@ -122,3 +127,4 @@ def calibrate(
         f"{found.memory_bandwidth / 1e9:.3g} GB/s"
     )
     print_line(f"wrote {out}")
+    print_next(verdict)

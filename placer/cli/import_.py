@@ -12,9 +12,9 @@ from placer.cli.output import (
     JsonOption,
     claim,
     note,
+    print_facts,
     print_json,
     print_next,
-    print_table,
     print_verdict,
     warn,
 )
@@ -190,7 +190,7 @@ def import_(
         print_json({"verdict": verdict.to_json()} | facts)
     else:
         print_verdict(verdict)
-        print_table((what, ""), [(name, str(value)) for name, value in facts.items()])
+        print_facts(what, facts)
         print_next(verdict)
 
 

@@ -1,7 +1,7 @@
 """``placer inspect``: what is in a file or directory."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from placer.cli.output import (
     JsonOption,
     claim,
     note,
+    plain,
     print_json,
     print_line,
     print_table,
@@ -89,23 +90,10 @@ def inspect(
     if details:
         facts = summary.flat_facts()
         print_line("")
-        print_table(("fact", ""), [(name, _plain(value)) for name, value in facts.items()])
+        print_table(("fact", ""), [(name, plain(value)) for name, value in facts.items()])
     for section in summary.tables:
         if details or (load is not None and section.title == RANK_LOAD):
             print_line("")
             print_table(section.columns, section.rows, title=section.title)
     if not details:
         print_line("All facts and tables: --details; with charts: --html REPORT")
-
-
-def _plain(value: Any) -> str:
-    """Write a fact in one line."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
-    return str(value)

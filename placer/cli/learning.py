@@ -1,5 +1,6 @@
 """``placer trace learning``: how many tokens a plan needs."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +14,19 @@ from placer.cli.output import (
     NodesOption,
     NotFoldOption,
     PhaseOption,
+    given_words,
     parse_selection,
     print_json,
+    print_next,
     print_table,
+    print_verdict,
+    progress_line,
 )
 from placer.errors import one_of
 
 
 def learning(
+    context: typer.Context,
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace directory.")],
     gpus_per_node: GpusPerNodeOption,
     nodes: NodesOption = 1,
@@ -61,6 +67,7 @@ def learning(
     from placer.placement.policy import POLICIES
     from placer.placement.topology import Topology
     from placer.planning.learning import DEFAULT_TOKENS, learning_curve
+    from placer.report.trace_verdicts import verdict_of_learning
     from placer.run.session import Session
     from placer.solver.caps import Caps
     from placer.solver.goal import NOT_SOLVED, Goal
@@ -76,14 +83,25 @@ def learning(
     )
     chosen = parse_selection(fold or (None if not_fold else "0/2"), not_fold, phase)
     sizes = tuple(tokens) if tokens else DEFAULT_TOKENS
-    points = learning_curve(
-        Trace(trace), options, chosen, tokens=sizes, session=Session(seed=seed)
-    )
+    with progress_line("learning") as progress:
+        session = Session(seed=seed, progress=progress)
+        points = learning_curve(
+            Trace(trace), options, chosen, tokens=sizes, session=session
+        )
+    words = given_words(context, "tokens", "as_json")
+    # A small part may put the cap out of reach, so the curve relaxes it too.
+    words += ["--relax-cap"] if "--max-imbalance" in words else []
+    words += [] if fold or not_fold else ["--fold", "0/2"]
+    solve = shlex.join(["placer", "solve", *words, "--out", "plan.json"])
+    verdict = verdict_of_learning(points, solve)
     rows = [asdict(point) for point in points]
     if as_json:
-        print_json({**chosen.to_json(), "points": rows})
+        answer = {"verdict": verdict.to_json()}
+        print_json(answer | {**chosen.to_json(), "points": rows})
         return
+    print_verdict(verdict, always=True)
     print_table(
         ("tokens", "sequences", "copies/token", "of contiguous", "imbalance", "moved"),
         [tuple(row.values()) for row in rows],
     )
+    print_next(verdict)

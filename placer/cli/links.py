@@ -14,7 +14,9 @@ from placer.cli.output import (
     parse_selection,
     print_json,
     print_line,
+    print_next,
     print_table,
+    print_verdict,
     warn,
 )
 
@@ -40,6 +42,7 @@ def links(
     training steps, are shown one after another.
     """
     from placer.report.links import links_of
+    from placer.report.trace_verdicts import verdict_of_links
     from placer.trace import Trace
     from placer.trace.doubts import UNORDERED
 
@@ -49,12 +52,16 @@ def links(
     for path, trace in opened.items():
         if not trace.header.experts_by_weight:
             warn(f"{path}: {UNORDERED}: no figures of top-1 experts are shown")
+    verdict = verdict_of_links(found)
     if as_json:
-        print_json({path: _json(one) for path, one in found.items()})
+        shown = {path: _json(one) for path, one in found.items()}
+        print_json({"verdict": verdict.to_json()} | shown)
         return
+    print_verdict(verdict, always=True)
     for path, one in found.items():
-        print_line(f"{path}: {one.num_tokens:,} tokens")
+        print_line(f"\n{path}: {one.num_tokens:,} tokens")
         _show(one)
+    print_next(verdict)
 
 
 def _show(found: "Links") -> None:

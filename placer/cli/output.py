@@ -214,7 +214,12 @@ def token_progress() -> Iterator[Callable[[int], None] | None]:
 
 def given_command(context: typer.Context, *left_out: str) -> str:
     """Return the command that runs, with all that it was given but the options named."""
-    words = ["placer", str(context.info_name)]
+    return shlex.join([*context.command_path.split(), *given_words(context, *left_out)])
+
+
+def given_words(context: typer.Context, *left_out: str) -> list[str]:
+    """Return the arguments and options that were given, but those named."""
+    words: list[str] = []
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)
@@ -225,7 +230,7 @@ def given_command(context: typer.Context, *left_out: str) -> str:
             is_option = parameter.param_type_name == "option"
             words += [parameter.opts[0]] if is_option else []
             words += [] if is_option and one is True else [str(one)]
-    return shlex.join(words)
+    return words
 
 
 def print_json(value: Any) -> None:
@@ -252,6 +257,27 @@ def print_table(
         print_line(wrapped(title))
     for line in table_lines(columns, rows):
         print_line(line)
+
+
+def print_facts(title: str, facts: Mapping[str, object]) -> None:
+    """Print a table of facts, without those that are not known."""
+    known = [(name, plain(one)) for name, one in facts.items() if one is not None]
+    print_table((title, ""), known)
+
+
+def plain(value: object) -> str:
+    """Write a fact in one line."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        if len(value) > 1 and len({*map(str, value)}) == 1:
+            return f"{value[0]} in each of {len(value)}"
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
+    return str(value)
 
 
 def print_line(text: str) -> None:

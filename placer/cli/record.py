@@ -9,8 +9,10 @@ from placer.cli.output import (
     ForceOption,
     JsonOption,
     claim,
+    print_facts,
     print_json,
-    print_table,
+    print_next,
+    print_verdict,
     token_progress,
 )
 from placer.errors import one_of
@@ -96,6 +98,7 @@ def record(
     """
     from contextlib import nullcontext
 
+    from placer.report.trace_verdicts import verdict_of_recording
     from placer.run.worker import Worker
     from placer.trace.corpus import name_corpora
     from placer.trace.loading import DTYPES
@@ -133,7 +136,10 @@ def record(
         "num_experts": list(header.model.num_experts),
         "top_k": header.model.top_k,
     }
+    verdict = verdict_of_recording(header, model, out)
     if as_json:
-        print_json(facts)
-    else:
-        print_table(("trace", ""), [(name, str(value)) for name, value in facts.items()])
+        print_json({"verdict": verdict.to_json()} | facts)
+        return
+    print_verdict(verdict)
+    print_facts("trace", facts)
+    print_next(verdict)

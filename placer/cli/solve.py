@@ -473,11 +473,17 @@ def _show(solved: "Solved", start: Path | None, *, details: bool) -> None:
 
 def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) -> None:
     from placer.planning.frontier import TABLE_NAME
+    from placer.report.results import Frontier
+    from placer.report.verdicts import verdict_of_frontier
 
+    verdict = verdict_of_frontier(Frontier.read(out), out)
     rows = [point.to_json() for point in points]
     if as_json:
-        print_json({"out": str(out), "points": rows})
+        print_json({"verdict": verdict.to_json(), "out": str(out), "points": rows})
         return
+    print_verdict(verdict)
+    print_line("")
     columns = ("cap", "plan", points[0].sent.heading, "of contiguous", "imbalance")
     print_table(columns, [tuple(row.values())[:5] for row in rows])
     print_line(f"plans and {TABLE_NAME} written to {out}")
+    print_next(verdict)

@@ -17,13 +17,16 @@ from placer.cli.output import (
     claim,
     parse_fold,
     parse_selection,
+    print_facts,
     print_json,
-    print_table,
+    print_next,
+    print_verdict,
     warn,
 )
 from placer.errors import UsageError
 
 if TYPE_CHECKING:
+    from placer.run.verdict import Verdict
     from placer.trace.header import TraceHeader
 
 trace_app = typer.Typer(
@@ -39,10 +42,12 @@ TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A trace di
 @trace_app.command("validate", cls=InputCommand)
 def validate(trace: TraceArgument, as_json: JsonOption = False) -> None:
     """Check every hash, tensor and id. Name damaged chunks (exit 1)."""
+    from placer.report.trace_verdicts import verdict_of_validation
     from placer.trace import Trace
     from placer.trace.rewrite import validate_trace
 
-    _show(trace, validate_trace(Trace(trace)), as_json)
+    header = validate_trace(Trace(trace))
+    _show(trace, header, verdict_of_validation(header, trace), as_json)
 
 
 @trace_app.command("split", cls=InputCommand)
@@ -65,6 +70,7 @@ def split(
     as_json: JsonOption = False,
 ) -> None:
     """Write part of a trace: a fold, phase, domain or period."""
+    from placer.report.trace_verdicts import verdict_of_rewriting
     from placer.trace import Trace
     from placer.trace.rewrite import split_trace
 
@@ -72,7 +78,7 @@ def split(
 
     chosen = parse_selection(fold, not_fold, phase)
     header = split_trace(Trace(trace), out, selection=chosen, domain=domain, period=period)
-    _show(out, header, as_json)
+    _show(out, header, verdict_of_rewriting(header, out), as_json)
 
 
 @trace_app.command("sample", cls=InputCommand)
@@ -86,12 +92,14 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Write some sequences, drawn at random without replacement."""
+    from placer.report.trace_verdicts import verdict_of_rewriting
     from placer.trace import Trace
     from placer.trace.rewrite import sample_trace
 
     claim(context, out, [trace], force=force, kinds=["trace"], directory=True)
 
-    _show(out, sample_trace(Trace(trace), out, sequences, seed), as_json)
+    header = sample_trace(Trace(trace), out, sequences, seed)
+    _show(out, header, verdict_of_rewriting(header, out), as_json)
 
 
 @trace_app.command("merge", cls=InputCommand)
@@ -105,12 +113,14 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Write several traces of one model as one. Sequences get new ids."""
+    from placer.report.trace_verdicts import verdict_of_rewriting
     from placer.trace import Trace
     from placer.trace.rewrite import merge_traces
 
     claim(context, out, traces, force=force, kinds=["trace"], directory=True)
 
-    _show(out, merge_traces([Trace(path) for path in traces], out, warn), as_json)
+    header = merge_traces([Trace(path) for path in traces], out, warn)
+    _show(out, header, verdict_of_rewriting(header, out), as_json)
 
 
 @trace_app.command("dedup", cls=InputCommand)
@@ -144,6 +154,7 @@ def dedup(
     With --fold, the sequences of the fold are kept as they are. Tokens of other sequences
     that repeat tokens of the fold are removed. Solve on the fold, then judge on the rest.
     """
+    from placer.report.trace_verdicts import verdict_of_rewriting
     from placer.trace import Trace
     from placer.trace.dedup import KINDS, dedup_trace
 
@@ -164,12 +175,13 @@ def dedup(
         "warm_up_share": found.warm_up_share,
         "tokens_removed": found.num_removed,
     }
-    _show(out, header, as_json, shares)
+    _show(out, header, verdict_of_rewriting(header, out, found), as_json, shares)
 
 
 def _show(
     path: Path,
     header: "TraceHeader",
+    verdict: "Verdict",
     as_json: bool,
     more: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
@@ -182,6 +194,8 @@ def _show(
         **more,
     }
     if as_json:
-        print_json(facts)
-    else:
-        print_table(("trace", ""), [(name, str(value)) for name, value in facts.items()])
+        print_json({"verdict": verdict.to_json()} | facts)
+        return
+    print_verdict(verdict, always=True)
+    print_facts("trace", facts)
+    print_next(verdict)

@@ -86,10 +86,11 @@ def learning_curve(
     options = replace(options, goal=options.goal.relaxed)
     topology = options.topology
     base = contiguous(trace.model.num_experts, topology.num_ranks, topology.num_nodes)
-    plans = [
-        solve_to_choose(count_affinity([part], trace.model, {}), options, None, session)[0]
-        for part in parts
-    ]
+    plans = []
+    for number, part in enumerate(parts, 1):
+        session.tell(f"{number} of {len(parts)}: {part.num_tokens:,} tokens")
+        counts = count_affinity([part], trace.model, {})
+        plans.append(solve_to_choose(counts, options, None, session.quiet)[0])
     reference = simulate(base, heldout)[policy].remote_rank_copies_per_token
     points = []
     for part, placement in zip(parts, plans, strict=True):

@@ -242,7 +242,7 @@ def result_of_json(path: Path) -> Simulation | Learning | None:
         return validated(
             value, Simulation, where, "write it again: placer simulate PLAN TRACE --json"
         )
-    if value.keys() == {"fold", "phase", "points"}:
+    if value.keys() - {"verdict"} == {"fold", "phase", "points"}:
         known = {"points": value["points"]}
         return validated(
             known,

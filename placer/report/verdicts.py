@@ -19,8 +19,10 @@ from placer.replay.outcome import ReplayOutcome, link_bytes
 from placer.report.beside import Beside, beside_recorded
 from placer.report.chart import CONTIGUOUS, EPLB, PLACER
 from placer.report.headline import change, headline_of_plan, over_mean
+from placer.report.results import Frontier
 from placer.run.verdict import Verdict
 from placer.simulation.cost import ExpertShape
+from placer.target.calibrate import Calibration
 from placer.target.engine import Engine
 from placer.target.map_formats import COUNTS, MAPS
 from placer.trace import Selection
@@ -255,6 +257,53 @@ def verdict_of_replay(outcome: ReplayOutcome) -> Verdict:
         answer=(f"{begin}{proof} that left a rank is as the simulation predicts.",),
         is_better=_agreed(changes) if exact else False,
     )
+
+
+def verdict_of_calibration(found: Calibration, out: Path) -> Verdict:
+    """Return how fast the links and processors of this cluster are."""
+    where = {"fast": "to ranks of its node", "slow": "to ranks of other nodes"}
+    links = " and ".join(
+        f"{fit.link.bandwidth / 1e9:.3g} GB/s {where[name]} (latency "
+        f"{fit.link.latency * 1e6:.3g} us)"
+        for name, fit in found.links.items()
+    )
+    return Verdict(
+        answer=(
+            f"Each rank sends {links}, and computes {found.bf16_flops / 1e12:.3g} TFLOP/s "
+            "in bf16.",
+        ),
+        next=f"placer advise TRACE --gpus-per-node {found.options.ranks_per_node} "
+        f"--hardware {quote(str(out))} --model MODEL",
+    )
+
+
+def verdict_of_frontier(frontier: Frontier, out: Path) -> Verdict:
+    """Return which plan of a frontier sends less than EPLB and is as even, if one is."""
+    following = f"placer inspect {quote(str(out))} --html frontier.html"
+    eplb = frontier.baselines.get(EPLB)
+    if eplb is None or not frontier.plans:
+        return Verdict(
+            answer=("Nothing was measured with EPLB: the time limit left no time.",),
+            next=following,
+        )
+    tokens = "held-out sequences" if frontier.is_heldout else "the profile"
+    begin = f"On {tokens}, "
+    even = [one for one in frontier.plans if one.imbalance <= eplb.imbalance * (1 + _SAME)]
+    best = min(even, key=lambda one: one.sent, default=None)
+    if best is not None and best.sent < eplb.sent * (1 - _SAME):
+        answer = (
+            f"{begin}{best.name} beats EPLB: it sends {change(best.sent, eplb.sent)} EPLB "
+            f"and is as even. Its busiest rank has {best.imbalance:.3f} times the mean "
+            f"load (EPLB {eplb.imbalance:.3f})."
+        )
+        return Verdict(answer=(answer,), next=following, is_better=True)
+    near = min(frontier.plans, key=lambda one: one.imbalance)
+    answer = (
+        f"{begin}no plan sends less than EPLB and is as even. The most even one, "
+        f"{near.name}, sends {change(near.sent, eplb.sent)} EPLB. Its busiest rank has "
+        f"{near.imbalance:.3f} times the mean load (EPLB {eplb.imbalance:.3f})."
+    )
+    return Verdict(answer=(answer,), next=following)
 
 
 def verdict_of_affinity(counts: Affinity, out: Path) -> Verdict:

@@ -113,7 +113,11 @@ def test_from_a_model_to_a_verified_checkpoint(
 @pytest.mark.parametrize(
     ("line", "fact", "told"),
     [
-        ("import npz ARCHIVE --out OUT", {"num_experts": [8] * 3}, "num_experts [8, 8, 8]"),
+        (
+            "import npz ARCHIVE --out OUT",
+            {"num_experts": [8] * 3},
+            "num_experts 8 in each of 3",
+        ),
         ("trace validate TRACE", {"num_tokens": 400}, "num_tokens 400"),
         ("trace split TRACE --fold 0/2 --out OUT", {"num_sequences": 4}, "num_sequences 4"),
         ("trace sample TRACE --sequences 3 --out OUT", {"num_sequences": 3}, "sequences 3"),
