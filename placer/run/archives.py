@@ -167,9 +167,10 @@ def load_arrays(
     import numpy as np
 
     require_fitting_archive(path)
-    with np.load(path, allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is one array, not an archive of several")
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("it is one array, not an archive of several")
+    with loaded as archive:
         found = list(archive.files)
         arrays = {n: archive[n] for n in found if names is None or n in names}
     for name, value in arrays.items():

@@ -1,17 +1,34 @@
 """Outputs are whole or absent, and nothing of somebody else's is touched."""
 
+import errno
+import fcntl
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import safe_open
 
 from placer.errors import PlacerError, UsageError
+from placer.run import writing
 from placer.run.resumable import resumable_directory
-from placer.run.writing import atomic_directory, atomic_file, claimed, require_target
+from placer.run.writing import (
+    Claim,
+    atomic_directory,
+    atomic_file,
+    claimed,
+    lock_path,
+    rename_directory,
+    require_free_space,
+    require_target,
+    write_tensors,
+)
 
 HOLD = """
 import sys
@@ -218,6 +235,214 @@ def test_a_directory_that_is_not_placers_is_not_gone_on_with(tmp_path: Path) -> 
             pass
     assert names(tmp_path) == {"out.placer-partial"}
     assert names(tmp_path / "out.placer-partial") == {"precious"}
+
+
+def test_only_the_owner_reads_what_is_half_written(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "out") as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600
+    with atomic_directory(tmp_path / "a" / "b" / "folder") as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o700
+        lock = lock_path(tmp_path / "a" / "b" / "folder")
+        assert lock.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert names(tmp_path / "a" / "b") == {"folder"}
+
+
+def test_what_a_failed_block_removed_itself_is_no_other_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_file(tmp_path / "out") as temporary:
+        temporary.unlink()
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as temporary:
+        temporary.rmdir()
+        raise ZeroDivisionError
+    with claimed(tmp_path / "out", directory=False):
+        lock_path(tmp_path / "out").unlink()
+    assert names(tmp_path) == set()
+
+
+def test_a_journal_stays_for_the_run_that_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with claimed(out, directory=True) as claim:
+        claim.stream.write("begun")
+        claim.stream.flush()
+    assert lock_path(out).read_text() == "begun"
+    with claimed(out, directory=True) as claim:
+        claim.stream.truncate(0)
+    assert names(tmp_path) == set()
+
+
+def test_a_directory_that_its_journal_names_was_complete(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    journal = {"inode": out.stat().st_ino}
+    for text, complete in (
+        (json.dumps(journal) + "\n{}", True),
+        (json.dumps(journal | {"inode": 1}) + "\n{}", False),
+        ("[]", False),
+        ("{", False),
+    ):
+        lock_path(out).write_text(text)
+        if complete:
+            require_target(out, directory=True)
+        else:
+            with pytest.raises(PlacerError, match="already exists"):
+                require_target(out, directory=True)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/.."])
+def test_a_target_has_a_name(name: str) -> None:
+    with pytest.raises(UsageError, match="not the name of a file or directory"):
+        require_target(Path(name), directory=True, force=True)
+
+
+def test_a_link_is_never_replaced_by_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    with pytest.raises(PlacerError, match="is a link, but the command writes a directory"):
+        require_target(tmp_path / "link", directory=True, force=True)
+    (tmp_path / "file").touch()
+    reached = False
+    with (
+        pytest.raises(PlacerError, match="is a file, but the command writes a directory"),
+        atomic_directory(tmp_path / "file"),
+    ):
+        reached = True
+    assert not reached, "nothing is written before the target is looked at"
+
+
+def claim(force: bool, folder: Path) -> Claim:
+    return Claim(force=force, stream=(folder / "stream").open("w"))
+
+
+def test_what_was_there_comes_back_where_the_new_cannot_have_its_name(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError):
+        rename_directory(tmp_path / "nowhere", out, claim(True, tmp_path))
+    assert not out.exists()
+    out.mkdir()
+    (out / "trace.json").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        rename_directory(tmp_path / "nowhere", out, claim(True, tmp_path))
+    assert (out / "trace.json").read_text() == "old"
+    assert names(tmp_path) == {"out", "stream"}
+
+
+def test_the_new_stays_where_only_the_flush_of_its_name_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = tmp_path / "out", tmp_path / "new"
+    out.mkdir()
+    (out / "trace.json").write_text("old")
+    new.mkdir()
+    (new / "trace.json").write_text("new")
+
+    def flush(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "the disk failed")
+
+    monkeypatch.setattr(writing, "flush_to_disk", flush)
+    with pytest.raises(OSError, match="the disk failed"):
+        rename_directory(new, out, claim(True, tmp_path))
+    assert (out / "trace.json").read_text() == "new"
+    assert names(tmp_path) == {"out", "stream"}
+
+
+def test_an_old_directory_that_cannot_be_removed_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = tmp_path / "out", tmp_path / "new"
+    for folder in (out, new):
+        folder.mkdir()
+        (folder / "trace.json").touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    rename_directory(new, out, claim(True, tmp_path))
+    assert not new.exists()
+
+
+def test_all_of_a_directory_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "file").write_text("new")
+        (temporary / "link").symlink_to("nowhere")  # it has no content to flush
+        monkeypatch.setattr(os, "fsync", record)
+    out = tmp_path / "out"
+    inside = {path.stat().st_ino for path in (out, out / "deep", out / "deep" / "file")}
+    assert set(flushed[:-1]) == inside
+    assert flushed[-1] == tmp_path.stat().st_ino
+
+
+def test_tensors_have_one_metadata_key_or_none(tmp_path: Path) -> None:
+    tensors = {"a": np.arange(3)}
+    for header, expected in (({"b": 1}, {"placer": '{"b":1}'}), (None, None)):
+        write_tensors(tmp_path / "out", tensors, header)
+        with safe_open(tmp_path / "out", "np") as file:
+            assert file.metadata() == expected
+            assert file.get_tensor("a").tolist() == [0, 1, 2]
+
+
+def test_space_is_looked_for_where_the_file_will_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def usage(path: Path) -> object:
+        asked.append(path)
+        return shutil._ntuple_diskusage(5000, 4000, 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    target = tmp_path / "a" / "b" / "out"
+    require_free_space(target, 1000)
+    with pytest.raises(PlacerError, match=r"needs 1001 bytes, but .* has 1000 bytes free"):
+        require_free_space(target, 1001)
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_a_lock_that_another_process_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the lock, wrote the file, removed the lock and let go, all in between."""
+    out, flock, times = tmp_path / "out", fcntl.flock, []
+
+    def late(stream: object, flags: int) -> None:
+        flock(stream, flags)
+        times.append(flags)
+        if len(times) == 1:
+            lock_path(out).unlink()
+            lock_path(out).touch()
+        if len(times) == 2:
+            lock_path(out).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with claimed(out, directory=False) as found:
+        held = os.fstat(found.stream.fileno())
+        assert os.path.samestat(held, lock_path(out).lstat())
+    assert len(times) == 3
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "file").touch()
+    assert names(tmp_path) == {"out"}
 
 
 ENDED = """

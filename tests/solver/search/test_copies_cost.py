@@ -17,7 +17,7 @@ from placer.solver.options import SolveOptions
 from placer.solver.params import SolverParams
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.proof.copies import CopiesCertificate, token_sets
-from placer.solver.search.copies_cost import CopiesCost
+from placer.solver.search.copies_cost import CopiesCost, ReceiveLimit
 from placer.solver.search.dynamic import solve_exactly
 from placer.trace import EVERYTHING, Chunk
 from tests.solver.enumeration import ONE_NODE, TWO_NODES, every_placement, least_max_load
@@ -72,6 +72,148 @@ def follow_tokens(
                 total += num_ranks * sum(cost(rank, majority) for rank in set(serving))
                 homes = [majority]
     return total
+
+
+def some_layers(
+    sizes: tuple[int, ...], num_ranks: int, number: int, seed: int
+) -> list[np.ndarray]:
+    """Return for every layer ``[A, E]``: some assignments with equal slots."""
+    rng = np.random.default_rng(seed)
+    even = [np.arange(size) % num_ranks for size in sizes]
+    return [np.array([rng.permutation(one) for _ in range(number)]) for one in even]
+
+
+LINKS = Topology(
+    num_nodes=2,
+    gpus_per_node=2,
+    cost=((0, 3, 9, 7), (3, 0, 5, 8), (9, 5, 0, 4), (7, 8, 4, 0)),
+)
+
+
+@pytest.mark.parametrize("policy", ["fixed", "follow"])
+@pytest.mark.parametrize(
+    ("sizes", "topology", "top_k"),
+    [
+        ((6, 3, 9), ONE_NODE[3], 3),
+        ((8, 4, 8), TWO_NODES, 4),
+        ((4, 4), LINKS, 2),
+        ((6, 4), ONE_NODE[2], 1),
+        ((4, 8), Topology(), 2),
+    ],
+)
+def test_layers_and_steps_add_up_to_what_tokens_cost(
+    make_chunk: Callable[..., Chunk],
+    policy: Policy,
+    sizes: tuple[int, ...],
+    topology: Topology,
+    top_k: int,
+) -> None:
+    """Tokens of two parts, with different rows; assignments chosen at random."""
+    parts = [
+        make_chunk(num_tokens=9, num_experts=sizes, top_k=top_k, seed=seed)
+        for seed in range(2)
+    ]
+    cost = CopiesCost.of(parts, policy, topology)
+    layers = some_layers(sizes, topology.num_ranks, 3, seed=top_k)
+    for number in np.ndindex(*(3,) * len(sizes)):
+        placement = [one[n] for one, n in zip(layers, number, strict=True)]
+        total = 0.0
+        for layer, n in enumerate(number):
+            total += cost.single(layer, layers[layer])[n]
+            if policy == "follow" and layer + 1 < len(sizes):
+                earlier = cost.earlier(layer, layers[layer])
+                later = cost.later(layer, layers[layer + 1])
+                assert earlier.shape == later.shape == (3, cost.num_features(layer))
+                total += earlier[n] @ later[number[layer + 1]]
+        expected = sum(follow_placed(part, placement, policy, topology) for part in parts)
+        assert total == pytest.approx(expected)
+    if policy == "fixed":
+        assert [cost.num_features(layer) for layer in range(len(sizes))] == [0] * len(sizes)
+        assert cost.num_linked == ()
+
+
+def follow_placed(
+    chunk: Chunk, placement: list[np.ndarray], policy: Policy, topology: Topology
+) -> float:
+    """R times the cost of all copies of a placement, for any topology."""
+    if topology.cost is None:
+        return follow_tokens(chunk, tuple(placement), policy, topology)
+    num_ranks, total = topology.num_ranks, 0.0
+    for token in range(chunk.num_tokens):
+        homes = list(range(num_ranks))
+        for layer, ranks in enumerate(placement):
+            serving = [int(ranks[e]) for e in chunk.experts[layer][token]]
+            sent = sum(topology.cost[home][rank] for home in homes for rank in set(serving))
+            total += sent * num_ranks / len(homes)
+            if policy == "follow":
+                homes = [max(serving, key=serving.count)]
+                total += num_ranks * sum(topology.cost[r][homes[0]] for r in set(serving))
+    return total
+
+
+def received(
+    chunk: Chunk, layer: int, ranks: np.ndarray, earlier: np.ndarray | None, num_ranks: int
+) -> np.ndarray:
+    """Copies that each rank receives, with homes on ``earlier`` or anywhere."""
+    counts = np.zeros(num_ranks)
+    for token in range(chunk.num_tokens):
+        homes = list(range(num_ranks))
+        if earlier is not None:
+            before = [int(earlier[e]) for e in chunk.experts[layer - 1][token]]
+            homes = [max(before, key=before.count)]
+        for rank in {int(ranks[e]) for e in chunk.experts[layer][token]}:
+            counts[rank] += sum(home != rank for home in homes) / len(homes)
+    return counts
+
+
+@pytest.mark.parametrize(("num_ranks", "top_k"), [(2, 2), (3, 3)])
+def test_a_cap_on_received_copies_allows_what_is_at_most_at_it(
+    make_chunk: Callable[..., Chunk], num_ranks: int, top_k: int
+) -> None:
+    sizes = (6, 6, 6)
+    chunk = make_chunk(num_tokens=25, num_experts=sizes, top_k=top_k, seed=num_ranks)
+    layers = some_layers(sizes, num_ranks, 6, seed=1)
+    for policy in ("fixed", "follow"):
+        cost = CopiesCost.of([chunk], policy, ONE_NODE[num_ranks])
+        for layer in range(3):
+            reached = np.array(
+                [
+                    received(chunk, layer, one, None, num_ranks).max()
+                    for one in layers[layer]
+                ]
+            )
+            # The cap itself is met, what is a thousandth above it is not.
+            cap = float(np.sort(reached)[2]) * num_ranks / chunk.num_tokens
+            for limit, shift in ((cap, 0), (0.999 * cap, 1e-3)):
+                allows = ReceiveLimit(cost=cost, max_copies=limit).allows(
+                    layer, layers[layer]
+                )
+                expected = reached <= np.sort(reached)[2] * (1 - shift) + 1e-9
+                if policy == "follow" and layer:
+                    expected[:] = True  # it depends on the layer before
+                assert allows.tolist() == expected.tolist()
+            steps = ReceiveLimit(cost=cost, max_copies=cap).steps_to
+            if policy == "fixed":
+                assert steps(layer, layers[layer]) is None
+            elif layer:
+                matrix = np.array(
+                    [
+                        [
+                            received(chunk, layer, one, before, num_ranks).max()
+                            for one in layers[layer]
+                        ]
+                        for before in layers[layer - 1]
+                    ]
+                )
+                most = float(np.median(matrix))
+                limit = ReceiveLimit(
+                    cost=cost, max_copies=most * num_ranks / chunk.num_tokens
+                )
+                found = limit.steps_to(layer, layers[layer])
+                assert found is not None
+                for n, before in enumerate(layers[layer - 1]):
+                    allowed = found(before[None])
+                    assert np.ravel(allowed).tolist() == (matrix[n] <= most).tolist()
 
 
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
