@@ -51,9 +51,6 @@ TARGETS = {
     "placer.checkpoint.permutation": [
         "tests/checkpoint/test_permutation.py",
     ],
-    "placer.checkpoint.permuted_rows": [
-        "tests/checkpoint/test_permutation.py",
-    ],
     "placer.trace.chunk": ["tests/trace/test_trace_files.py"],
     "placer.trace.stored": ["tests/trace/test_stored.py"],
     "placer.serving.layer_serving": ["tests/serving/test_layer_serving.py"],
@@ -68,7 +65,7 @@ TARGETS = {
     "placer.simulation.steps": ["tests/simulation/test_steps.py"],
     "placer.solver.balance.eplb": ["tests/baseline/test_eplb.py"],
     "placer.solver.kernels.price": ["tests/solver/kernels/test_price.py"],
-    "placer.solver.problem.traffic": ["tests/solver/problem/test_traffic.py"],
+    "placer.solver.problem.traffic": ["tests/solver/problem/test_traffic_problem.py"],
     "placer.solver.problem.layer_profile": ["tests/solver/problem/test_layer_profile.py"],
     "placer.solver.proof.bounds": ["tests/solver/proof/test_bounds.py"],
     "placer.solver.proof.certificate": ["tests/solver/proof/test_certificate.py"],

@@ -25,6 +25,38 @@ def least_cost(problem: PlacementProblem) -> float:
     return min(problem.objective(one) for one in every_placement(problem))
 
 
+@pytest.mark.parametrize(("num_experts", "topology"), SHAPES)
+def test_bounds_are_near_the_least_cost(
+    num_experts: tuple[int, ...], topology: Topology
+) -> None:
+    """A bound of nothing would be valid too."""
+    problems = [
+        random_problem(num_experts, topology, seed, reachable=True) for seed in range(3)
+    ]
+    least = sum(least_cost(one) for one in problems)
+    proved = sum(PairCertificate(one).improve(150) for one in problems)
+    assert 0.975 * least <= proved <= least
+
+
+def test_a_bound_of_unequal_links_counts_the_cheapest_of_each_kind() -> None:
+    """Where all links of a kind cost the same, a matrix proves what two numbers do."""
+    rank = np.arange(4)
+    apart = rank[:, None] // 2 != rank // 2
+    cost = np.where(apart, 5, 2) * (rank[:, None] != rank)
+    matrix = Topology(num_nodes=2, gpus_per_node=2, cost=tuple(map(tuple, cost.tolist())))
+    proved = []
+    for topology in (TWO_NODES, matrix):
+        problem = random_problem((4, 4), topology, 0, reachable=True)
+        proved.append(PairCertificate(problem).improve(40))
+    assert proved[0] == proved[1]
+    # Dearer links cannot make the bound lower, and it stays valid.
+    cost[0, 1] = cost[1, 0] = 4
+    cost[0, 3] = cost[3, 0] = 9
+    dearer = Topology(num_nodes=2, gpus_per_node=2, cost=tuple(map(tuple, cost.tolist())))
+    problem = random_problem((4, 4), dearer, 0, reachable=True)
+    assert proved[0] == PairCertificate(problem).improve(40) <= least_cost(problem)
+
+
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize(("num_experts", "topology"), SHAPES)
 def test_no_placement_costs_less_than_the_bound(
@@ -127,6 +159,13 @@ def test_stable_floor_is_at_most_a_millionth_below() -> None:
     for value in (0.0, 3.0, 12345678.9, -12345678.9, 0.3, 1e18):
         assert value - abs(value) * 2e-6 <= stable_floor(value) <= value
     assert stable_floor(3.0) == 3.0
+    # Four leading bits, counted from the first that is not zero.
+    assert [stable_floor(one, 4) for one in (29.0, 3.3, -29.0, 0.9)] == [
+        28,
+        3.25,
+        -30,
+        0.875,
+    ]
 
 
 def test_one_rank_and_empty_counts_cost_nothing() -> None:

@@ -60,6 +60,31 @@ SHAPES = [  # experts, ranks, top k
 ]
 
 
+@pytest.mark.parametrize(
+    ("most_split", "num_experts", "num_ranks", "top_k"),
+    [(6, 6, 2, 3), (6, 6, 3, 3), (6, 8, 4, 3), (1, 6, 3, 2)],
+)
+def test_bounds_are_near_the_fewest_ranks(
+    most_split: int,
+    num_experts: int,
+    num_ranks: int,
+    top_k: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bound of nothing would be valid too."""
+    monkeypatch.setattr(copies, "_MOST_SPLIT", most_split)
+    proved = least = 0.0
+    for seed in range(3):
+        sets = random_sets(num_experts, top_k, 40, np.random.default_rng(seed))
+        load = load_of(sets, num_experts)
+        cap = np.floor(1.15 * load.sum() / num_ranks)
+        cap = max(float(cap), least_max_load(load, num_ranks))
+        certificate = CopiesCertificate([sets], [load], [cap], num_ranks)
+        proved += certificate.improve(60)
+        least += least_ranks(sets, load, cap, num_ranks)
+    assert 0.98 * least <= proved <= least
+
+
 @pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize(("num_experts", "num_ranks", "top_k"), SHAPES)
 def test_no_placement_serves_tokens_from_fewer_ranks(

@@ -92,7 +92,8 @@ def test_what_is_priced_beside_the_copies_is_counted_in_copies() -> None:
 NUM_RANKS, NUM_TOKENS = 4, 30
 NODES = Topology(num_nodes=2, gpus_per_node=2, inter_cost=5, intra_cost=2)
 ALONE = np.array([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])  # 12 experts, one copy
-COPIES = np.array([[0, 1, 2], [0, 3, 4], [0, 1, 2], [3, 4, 5]])  # three, two or one
+COPIES = np.array([[0, 1, 2], [0, 1, 3], [2, 4, 0], [3, 4, 5]])  # three, two or one
+PAIR = np.array([[0, 1, 2, 3], [2, 3, 4, 0]])
 
 
 class Oracle:
@@ -222,10 +223,11 @@ def priced(
         for _ in range(num_layers)
     )
     load = [np.bincount(one.ravel(), minlength=num_experts) for one in experts]
-    mean = 3 * NUM_TOKENS / NUM_RANKS
+    num_ranks = len(slots)
+    mean = 3 * NUM_TOKENS / num_ranks
     given: dict[str, Any] = {
         "experts": experts,
-        "topology": NODES,
+        "topology": NODES if num_ranks == NUM_RANKS else Topology(gpus_per_node=2),
         "load": tuple(
             np.array([one, rng.permutation(one), rng.permutation(one)], dtype=float)
             for one in load
@@ -235,20 +237,20 @@ def priced(
         "receive_price": 0.75,
         "home_price": 2.5,
         "move_price": tuple(
-            np.floor(9 * rng.random((num_experts, NUM_RANKS))) for _ in range(num_layers)
+            np.floor(9 * rng.random((num_experts, num_ranks))) for _ in range(num_layers)
         ),
         "caps": Caps(max_home_imbalance=1.05, max_received_copies=1.15),
     }
     shuffled = tuple(
         np.concatenate([rng.permutation(row) for row in slots]) for _ in range(num_layers)
     )
+    problem = TrafficProblem(**given | changes)
     placement = Placement(
         physical_to_logical_map=shuffled,
         num_experts=(num_experts,) * num_layers,
-        num_ranks=NUM_RANKS,
-        num_nodes=2,
+        num_ranks=num_ranks,
+        num_nodes=problem.topology.num_nodes,
     )
-    problem = TrafficProblem(**given | changes)
     if problem.policy == "fixed":
         # Homes are not capped where they do not follow.
         problem = replace(problem, caps=problem.caps.without_homes)
@@ -268,6 +270,8 @@ CASES = {
         COPIES,
         {"policy": "given", "homes": GIVEN, "replica_choice": "local-first"},
     ),
+    "two ranks": (PAIR, {"policy": "fixed", "replica_choice": "local-first"}),
+    "two ranks follow": (PAIR, {"policy": "follow", "replica_choice": "local-first"}),
     "any copies": (COPIES, {"policy": "fixed", "replica_choice": "hash"}),
     "any copies follow": (COPIES, {"policy": "follow", "replica_choice": "hash"}),
     "drawn copies": (COPIES, {"policy": "fixed", "replica_choice": "sglang-static"}),
@@ -286,7 +290,7 @@ def test_a_placement_costs_what_its_tokens_do(case: str) -> None:
     found = evaluator.evaluation()
     copies = [oracle.copies(layer) for layer in layers]
     penalties = [oracle.penalties(layer) for layer in layers]
-    scale = NUM_RANKS * NUM_TOKENS * len(layers)
+    scale = oracle.num_ranks * NUM_TOKENS * len(layers)
     assert evaluator.price_copies() == pytest.approx(copies)
     assert found.copies == pytest.approx(sum(copies) / scale)
     assert found.price == pytest.approx((sum(copies) + sum(penalties)) / scale)
@@ -297,16 +301,33 @@ def test_a_placement_costs_what_its_tokens_do(case: str) -> None:
         load, received = oracle.rank_load(layer)[0], oracle.received(layer)
         assert found.imbalance[layer] == pytest.approx(load.max() / load.mean())
         assert found.most_received_copies[layer] == pytest.approx(
-            received.max() * NUM_RANKS / NUM_TOKENS
+            received.max() * oracle.num_ranks / NUM_TOKENS
         )
         above = np.maximum(load - problem.max_load[layer][0], 0).sum()
-        cap = problem.caps.max_received_copies * NUM_TOKENS / NUM_RANKS
+        cap = problem.caps.max_received_copies * NUM_TOKENS / oracle.num_ranks
         squares = (np.maximum(received - cap, 0) ** 2).sum()
         assert found.overflow[:, layer] == pytest.approx([above, squares])
-    assert found.overflow.any(axis=1).all()
-    assert evaluator.has_replicas == (slots is COPIES)
+    assert found.overflow[0].any()
+    assert found.overflow[1].any() or oracle.num_ranks == 2
+    assert evaluator.has_replicas == (slots is not ALONE)
     if problem.policy == "follow":
         assert [one.tolist() for one in evaluator.all_homes()] == oracle.homes
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_other_loads_are_priced_where_there_are_some(number: int) -> None:
+    three, _ = priced(ALONE, policy="fixed")
+    load = tuple(one[:number] for one in three.problem.load)
+    most = tuple(one[:number] for one in three.problem.max_load)
+    evaluator, oracle = priced(ALONE, policy="fixed", load=load, max_load=most)
+    each = [oracle.copies(layer) + oracle.penalties(layer) for layer in range(3)]
+    assert evaluator.evaluation().price_of_layer == pytest.approx(each)
+
+
+def test_a_cap_may_be_less_than_one_copy() -> None:
+    evaluator, oracle = priced(ALONE, policy="fixed", caps=Caps(max_received_copies=0.1))
+    squares = ((oracle.received(2) - 0.1 * NUM_TOKENS / NUM_RANKS) ** 2).sum()
+    assert evaluator.evaluation().overflow[1, 2] == pytest.approx(squares)
 
 
 def test_nothing_is_above_a_cap_that_is_not_given() -> None:
