@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         SolveArguments,
     )
     from placer.api.exporting import Exported
+    from placer.api.known import names
     from placer.api.opening import open
     from placer.api.plan import Plan
     from placer.api.simulation import Simulation, compare
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from placer.report.checkpoint import Checkpoint
+    from placer.run.verdict import Verdict
 
 # The module of each name.
 _MODULES = {
@@ -65,10 +67,12 @@ _MODULES = {
     "Table": "api.table",
     "Trace": "api.trace",
     "UsageError": "errors",
+    "Verdict": "run.verdict",
     "VerificationError": "errors",
     "Verified": "api.verifying",
     "advise": "api.advising",
     "compare": "api.simulation",
+    "names": "api.known",
     "open": "api.opening",
     "solve": "api.solving",
 }
@@ -92,10 +96,12 @@ __all__ = [
     "Table",
     "Trace",
     "UsageError",
+    "Verdict",
     "VerificationError",
     "Verified",
     "advise",
     "compare",
+    "names",
     "open",
     "solve",
 ]

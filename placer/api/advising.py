@@ -10,7 +10,7 @@ from placer.affinity import Affinity as Counts
 from placer.api.affinity import Affinity
 from placer.api.arguments import AdviseArguments, require_known, sizes_text
 from placer.api.files import as_path, note, warn
-from placer.api.shown import Shape, Shown
+from placer.api.shown import Shape, Shown, TitledTable
 from placer.api.trace import Trace
 from placer.errors import require_left_out
 from placer.placement.topology import Topology
@@ -18,8 +18,9 @@ from placer.planning.advice import Advice as Answers
 from placer.planning.advice import advise_on_loads, next_command, timing_command
 from placer.planning.question import Question, predictable_policy, usual_engines
 from placer.planning.trace_advice import advise_on_trace
-from placer.planning.verdict import grouped
 from placer.report.batches import advice_table
+from placer.report.verdicts import verdict_of_advice
+from placer.run.verdict import Verdict
 from placer.serving.homes import batch_shapes, parse_tokens_per_rank
 from placer.simulation.cost import find_expert_shape, require_no_sizes
 from placer.target.engine import engines_named
@@ -41,26 +42,25 @@ class Advice(Shown):
     ----------
     contents
         What the rest of placer works with; not part of the stable API.
-    next
-        The command that makes the plan; ``None`` where none is worth it.
+    verdict
+        One sentence for each phase, and engines that have the same one; ``next`` is the
+        command that makes the plan, ``None`` where none is worth it.
     then
         The command that predicts its time; ``None`` without hardware.
     """
 
     contents: Answers
-    next: str | None
+    verdict: Verdict
     then: str | None
 
     @property
-    def verdict(self) -> str:
-        """The verdict of the answer with the most to gain."""
-        return self.contents.verdict
+    def recommendation(self) -> str:
+        """What to do, by the answer with the most to gain.
 
-    @property
-    def sentences(self) -> tuple[str, ...]:
-        """One sentence for each phase, and engines that have the same one."""
-        every = grouped((one.engine, one.sentence) for one in self.contents.answers)
-        return tuple(", ".join([*names, sentence]) for names, sentence in every)
+        ``worth it``, ``less traffic, busier rank``, ``balance only``, ``EPLB does as well``
+        or ``not worth it``.
+        """
+        return self.contents.verdict
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -97,16 +97,23 @@ class Advice(Shown):
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``placer advise --json``."""
-        return self.contents.to_json() | {"next": self.next, "then": self.then}
+        commands = {"next": self.verdict.next, "then": self.then}
+        return self.contents.to_json() | commands
+
+    def table(self) -> tuple[TitledTable, list[str]]:
+        """Return the figures of each placement, and in words those that are all alike."""
+        columns, rows, alike = advice_table(self.contents)
+        return (None, columns, rows), alike
 
     def _shape(self) -> Shape:
-        columns, rows, alike = advice_table(self.contents)
+        (_, columns, rows), alike = self.table()
         lines = [*alike, *(f"- {reason}" for reason in self.reasons)]
-        if self.next is not None:
-            lines.append(f"next: {self.next}")
+        if self.verdict.next is not None:
+            lines.append(f"next: {self.verdict.next}")
+        answers = enumerate(self.verdict.answer, 1)
         return Shape(
-            title=f"Advice: {self.verdict}",
-            facts={f"answer {n}": text for n, text in enumerate(self.sentences, 1)},
+            title=f"Advice: {self.recommendation}",
+            facts={f"answer {n}": text for n, text in answers},
             columns=columns,
             rows=rows,
             lines=lines,
@@ -147,48 +154,15 @@ def advise(
     >>> import placer
     >>> trace = placer.open("traces/demo/traces/final")
     >>> advice = placer.advise(trace, gpus_per_node=4)
-    >>> advice.next.split()[:2]
+    >>> advice.verdict.next.split()[:2]
     ['placer', 'solve']
     """
-    found = advised(
-        source.contents,
-        source.path or Path("AFFINITY"),
-        gpus_per_node=gpus_per_node,
-        nodes=nodes,
-        tell=note,
-        progress=progress,
-        **options,
-    )
-    for text in found.warnings:
-        warn(text)
-    return found
-
-
-def advised(
-    source: TraceDirectory | Counts,
-    path: Path,
-    *,
-    gpus_per_node: int,
-    nodes: int,
-    tell: Callable[[str], None],
-    progress: Callable[[str], None] | None = None,
-    **options: Unpack[AdviseArguments],
-) -> Advice:
-    """Return the advice of ``placer advise``, from its options.
-
-    ``path`` is what its commands name; ``tell`` gets a note on an option without effect.
-    The others are those of :func:`placer.advise`.
-
-    Raises
-    ------
-    PlacerError
-        As :func:`placer.advise`.
-    """
     require_known(options, AdviseArguments)
+    contents, path = source.contents, source.path or Path("AFFINITY")
     policy, batching = options.get("policy", "fixed"), options.get("batching")
     hardware, least_gain = options.get("hardware"), options.get("least_gain", 0.03)
     text = sizes_text(options.get("tokens_per_rank"))
-    if isinstance(source, Counts):
+    if isinstance(contents, Counts):
         require_left_out(
             {
                 "--hardware": hardware,
@@ -203,9 +177,9 @@ def advised(
     if hardware is None:
         require_no_sizes(None, hidden_size, expert_size, weight_bytes, "--hardware")
         if model is not None:
-            tell("--model has no effect without --hardware: it sizes the experts")
-    is_trace, engine = isinstance(source, TraceDirectory), options.get("engine")
-    width = hidden_size or (source.model.hidden_size if is_trace else None)
+            note("--model has no effect without --hardware: it sizes the experts")
+    is_trace, engine = isinstance(contents, TraceDirectory), options.get("engine")
+    width = hidden_size or (contents.model.hidden_size if is_trace else None)
     named = None if hardware is None else Hardware.named(str(hardware))
     shapes = batch_shapes(parse_tokens_per_rank(text), batching)
     usual = usual_engines(nodes) if is_trace else (None,)
@@ -222,10 +196,10 @@ def advised(
         )
         for one in (usual if engine is None else engines_named(engine))
     ]
-    if isinstance(source, Counts):
-        advice = advise_on_loads(source, questions, path, progress)
+    if isinstance(contents, Counts):
+        advice = advise_on_loads(contents, questions, path, progress)
     else:
-        advice = advise_on_trace(source, questions, progress)
+        advice = advise_on_trace(contents, questions, progress)
     batches: dict[str, object] = {"--tokens-per-rank": text, "--batching": batching}
     gain: dict[str, object] = {"--least-gain": f"{least_gain:g}"}
     timed: dict[str, object] = {
@@ -235,9 +209,11 @@ def advised(
         "--expert-size": expert_size,
         "--weight-bytes": None if weight_bytes is None else f"{weight_bytes:g}",
     }
+    for warning in advice.warnings:
+        warn(warning)
     return Advice(
         advice,
-        next_command(advice, path, _given(batches | gain)),
+        verdict_of_advice(advice, next_command(advice, path, _given(batches | gain))),
         None if hardware is None else timing_command(advice, path, _given(batches | timed)),
     )
 

@@ -1,16 +1,20 @@
 """Files of the API: those that users name, and those of objects that were not written."""
 
 import logging
+import shlex
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from placer.errors import PlacerError, PlacerWarning
+from placer.model.config_file import require_downloaded as require_downloaded
+from placer.placement.engine_map import require_no_map_as
 from placer.run.files import sha256_file
-from placer.run.kinds import require_replaceable
+from placer.run.kinds import kind_of as kind_of
+from placer.run.kinds import named, require_kind, require_replaceable
 from placer.run.writing import claimed
 
 AnyPath = str | Path
@@ -29,6 +33,21 @@ def note(text: str) -> None:
 def as_path(path: AnyPath | None) -> Path | None:
     """Return a path that is given."""
     return None if path is None else Path(path)
+
+
+def command_line(
+    command: str, inputs: Iterable[Path | str], options: Mapping[str, object]
+) -> str:
+    """Return the command that does the same, with the options that have a value."""
+    words = ["placer", command, *map(str, inputs)]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is True:
+                words.append(option)
+            elif one is not None and one is not False:
+                words += [option, str(one)]
+    return shlex.join(words)
 
 
 @contextmanager
@@ -66,6 +85,30 @@ def writing(
     with claimed(out, read, directory=directory, force=force):
         require_replaceable(out, list(kinds))
         yield
+
+
+def require_input(path: Path, kinds: Collection[str], order: str | None) -> None:
+    """Refuse an input of another kind, such as one of two that were swapped.
+
+    Parameters
+    ----------
+    path
+        What is there.
+    kinds
+        What it may be, of :data:`placer.run.kinds.KINDS`. What has no kind passes: its
+        reader says why.
+    order
+        The hint, or ``None`` where the place of the path says nothing of its kind.
+
+    Raises
+    ------
+    PlacerError
+        If it is of another kind, or the map of an engine in place of a trace.
+    """
+    if order is not None:
+        require_kind(path, kinds, order)
+    if "trace" in kinds:
+        require_no_map_as(path, named(kinds))
 
 
 def require_unchanged(path: Path, sha256: str) -> None:

@@ -98,6 +98,17 @@ def open(
             )
 
 
+def read_source(path: AnyPath) -> Trace | Affinity:
+    """Open a trace, or an affinity file.
+
+    Raises
+    ------
+    PlacerError
+        If it is neither, or is damaged.
+    """
+    return Affinity.read(path) if Path(path).is_file() else Trace.read(path)
+
+
 def _open_map(
     format_: str, path: Path, nodes: int, gpus_per_node: int | None, model: Path | None
 ) -> Plan:

@@ -4,12 +4,18 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from placer.run.verdict import Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from placer.model import ModelSpec
+
+#: The title (or ``None``), columns and rows of a table.
+TitledTable = tuple[str | None, Sequence[str], Sequence[Sequence[object]]]
 
 _TABLE: Any = {"index": False, "na_rep": "-", "float_format": "{:.3f}".format}
 # More rows are no longer one screen.
@@ -84,6 +90,40 @@ class Shown:
         if shape.rows:
             parts.append(shape.frame().to_html(border=0, **_TABLE))
         return "".join([*parts, *(f"<p>{escape(line)}</p>" for line in shape.last_lines)])
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
+class Result(Shown):
+    """What a command found or wrote: the answer first.
+
+    Attributes
+    ----------
+    title
+        What the facts are of.
+    verdict
+        The answer.
+    facts
+        The JSON object of the command with ``--json``, without its verdict.
+    out
+        What was written, or ``None``.
+    """
+
+    title: str
+    verdict: Verdict
+    facts: Mapping[str, Any]
+    out: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that the command prints with ``--json``."""
+        return {"verdict": self.verdict.to_json()} | dict(self.facts)
+
+    def _shape(self) -> Shape:
+        lines = [] if self.verdict.next is None else [f"next: {self.verdict.next}"]
+        return Shape(
+            title=" ".join(self.verdict.answer),
+            facts=self.facts,
+            lines=[*self.verdict.more, *lines],
+        )
 
 
 def model_words(model: "ModelSpec") -> str:

@@ -1,14 +1,14 @@
 """A plan and baselines, measured on the same tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from placer.api.arguments import SimulateArguments, require_known, sizes_text
-from placer.api.files import as_path, warn
+from placer.api.files import as_path, command_line, warn
 from placer.api.plan import Plan
-from placer.api.shown import Shape, Shown
+from placer.api.shown import Shape, Shown, TitledTable
 from placer.api.trace import Trace
 from placer.baseline import BASELINES
 from placer.errors import UsageError, one_of
@@ -16,9 +16,11 @@ from placer.intervals import CopiesRatio
 from placer.placement import Plan as SolvedPlan
 from placer.planning.judge import PLAN, Judgement, Serving, judge_plan
 from placer.planning.served import architectures_of, servable
-from placer.planning.verdict import grouped, verdict_lines
-from placer.report.batches import summary_table
+from placer.planning.verdict import fact_lines
+from placer.report.batches import batch_tables, summary_table
 from placer.report.comparison import comparison_table
+from placer.report.verdicts import verdict_of_simulation
+from placer.run.verdict import Verdict
 from placer.runtime_map.engine_family import other_choices
 from placer.serving.homes import batch_shapes, parse_tokens_per_rank
 from placer.simulation.cost import find_expert_shape, require_no_sizes
@@ -32,7 +34,6 @@ from placer.trace import Trace as TraceDirectory
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_COMMAND = "placer simulate PLAN TRACE"
 # What tells the rows of a comparison apart.
 _SAME_ROW = ["ranks", "nodes", "redundant_experts", "engine", "placement", "policy"]
 
@@ -47,20 +48,17 @@ class Simulation(Shown):
     ----------
     judgements
         One for each engine, with all figures (:class:`placer.planning.judge.Judgement`).
+    verdict
+        What the plan saves: a sentence for each phase, and engines with the same one.
     """
 
     judgements: tuple[Judgement, ...]
+    verdict: Verdict
 
     @property
     def engines(self) -> tuple[str | None, ...]:
         """Names of the engines; ``None``: what the plan was solved for, in bf16."""
         return tuple(_engine_name(one) for one in self.judgements)
-
-    @property
-    def verdicts(self) -> tuple[str, ...]:
-        """What the plan saves, a sentence for each phase and engines with the same one."""
-        found = grouped(verdict_lines(self.judgements))
-        return tuple(", ".join([*names, line]) for names, line in found)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -147,9 +145,28 @@ class Simulation(Shown):
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of ``placer simulate --json``."""
         values = [one.to_json() for one in self.judgements]
-        if len(values) == 1:
-            return values[0]
-        return {"engines": {value["engine"]: value for value in values}}
+        figures = values[0]
+        if len(values) > 1:
+            figures = {"engines": {value["engine"]: value for value in values}}
+        return {"verdict": self.verdict.to_json()} | figures
+
+    def tables(self, *, details: bool = False) -> tuple[list[TitledTable], list[str]]:
+        """Return what ``placer simulate`` shows: tables, and sentences after them.
+
+        ``details`` adds tables by the size of batches, where one engine was simulated.
+        """
+        first = self.judgements[0]
+        if len(self.judgements) > 1:
+            table, alike = summary_table(self.judgements)
+            return [table], alike
+        figures = first.to_json()
+        placements = {**figures["baselines"], PLAN: figures["policies"]}
+        policies = deployable(first.policies, first.policy)
+        columns, rows = comparison_table(placements, policies, first.wire, per_batch=False)
+        tables: list[TitledTable] = [(None, columns, rows)]
+        if not details:
+            return tables, []
+        return [*tables, *batch_tables(first)], [*fact_lines(first, policies)]
 
     def _of(self, engine: str | None) -> Judgement:
         if engine is None:
@@ -161,20 +178,11 @@ class Simulation(Shown):
 
     def _shape(self) -> Shape:
         first = self.judgements[0]
-        if len(self.judgements) == 1:
-            figures = first.to_json()
-            placements = {**figures["baselines"], PLAN: figures["policies"]}
-            policies = deployable(first.policies, first.policy)
-            columns, rows = comparison_table(
-                placements, policies, first.wire, per_batch=False
-            )
-            lines: list[str] = []
-        else:
-            (_, columns, rows), lines = summary_table(self.judgements)
+        ((_, columns, rows), *_), lines = self.tables()
         return Shape(
             title=f"Simulation of {first.num_tokens:,} tokens in "
             f"{first.num_sequences:,} sequences on {first.num_ranks} ranks",
-            facts={f"verdict {n}": text for n, text in enumerate(self.verdicts, 1)},
+            facts={f"verdict {n}": text for n, text in enumerate(self.verdict.answer, 1)},
             columns=columns,
             rows=rows,
             lines=[*lines, *(f"warning: {text}" for text in self.warnings)],
@@ -183,38 +191,32 @@ class Simulation(Shown):
 
 def simulate(plan: Plan, trace: Trace, **options: Unpack[SimulateArguments]) -> Simulation:
     """Measure a plan and baselines on a trace: :meth:`placer.Plan.simulate`."""
+    require_known(options, SimulateArguments)
+    path = plan.path or Path("PLAN")
+    given = {n: v for n, v in options.items() if (n, v) != ("phase", "all")}
+    given |= {"engine": None, "tokens_per_rank": sizes_text(options.get("tokens_per_rank"))}
+    command = command_line("simulate", (path, trace.path), given)
     with plan.as_file() as file:
-        judgements = judged(file.path, trace.contents, warn, **options)
-    found = Simulation(
-        tuple(
+        judgements = tuple(
             replace(one, warnings=tuple(map(file.words, one.warnings)))
-            for one in judgements
+            for one in _judged(plan.contents, file.path, trace.contents, command, options)
         )
-    )
+    verdict = verdict_of_simulation(judgements, plan.contents, path, command)
+    found = Simulation(judgements, verdict)
     for text in found.warnings:
         warn(text)
     return found
 
 
-def judged(
-    plan_path: Path,
+def _judged(
+    plan: SolvedPlan,
+    path: Path,
     trace: TraceDirectory,
-    tell: Callable[[str], None],
-    command: str = _COMMAND,
-    **options: Unpack[SimulateArguments],
+    command: str,
+    options: SimulateArguments,
 ) -> tuple[Judgement, ...]:
-    """Return what ``placer simulate`` measures, from its options.
-
-    ``tell`` gets each engine that is left out, and other replica choices that the engines
-    have; ``command`` is what errors suggest to run again with another option.
-
-    Raises
-    ------
-    PlacerError
-        As :meth:`placer.Plan.simulate`.
-    """
-    require_known(options, SimulateArguments)
-    plan, hardware = SolvedPlan.read(plan_path), options.get("hardware")
+    """Judge the plan of a file; errors suggest ``command`` with another option."""
+    hardware = options.get("hardware")
     model, hidden_size = as_path(options.get("model")), options.get("hidden_size")
     expert_size, weight_bytes = options.get("expert_size"), options.get("weight_bytes")
     width = trace.model.hidden_size
@@ -234,11 +236,11 @@ def judged(
         engines = [*kept]
     choice = options.get("replica_choice")
     for line in [*left_out, *(other_choices(plan, engines) if choice is None else [])]:
-        tell(line)
+        warn(line)
     named = None if hardware is None else Hardware.named(str(hardware))
     sizes = parse_tokens_per_rank(sizes_text(options.get("tokens_per_rank")))
     return judge_plan(
-        plan_path,
+        path,
         trace,
         selection=Selection.parse(
             options.get("fold"), options.get("not_fold"), options.get("phase", "all")

@@ -5,35 +5,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from placer.api.shown import Shape, Shown
+from placer.api.shown import Result, Shape
+from placer.run.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
-class Verified(Shown):
+class Verified(Result):
     """What was compared, and found as the plan promises.
 
     :meth:`placer.Plan.verify` makes one; a difference is a ``VerificationError``.
 
     Attributes
     ----------
-    sentence
-        What is proved.
     checks
         Each check and its result, in words.
-    facts
-        The JSON object of ``placer verify --json``.
     warning
         What the engine makes of the export, or ``None``.
     """
 
-    sentence: str
     checks: tuple[tuple[str, str], ...] = ()
-    facts: Mapping[str, Any]
     warning: str | None = None
 
     def _shape(self) -> Shape:
         lines = [] if self.warning is None else [f"warning: {self.warning}"]
-        return Shape(title=self.sentence, facts=dict(self.checks), lines=lines)
+        title = " ".join(self.verdict.answer)
+        return Shape(title=title, facts=dict(self.checks), lines=lines)
+
+
+def _verified(
+    sentence: str,
+    facts: Mapping[str, Any],
+    checks: Sequence[tuple[str, str]] = (),
+    warning: str | None = None,
+) -> Verified:
+    return Verified(
+        title="export",
+        verdict=Verdict(answer=(sentence,), is_better=True),
+        facts=facts,
+        checks=tuple(checks),
+        warning=warning,
+    )
 
 
 def verify_export(
@@ -70,9 +81,9 @@ def verify_export(
 
     if is_deepspeed(exported):
         num_tensors = verify_deepspeed(original, exported, plan)
-        return Verified(
-            sentence=f"verified: {num_tensors} tensors equal bit for bit under the plan",
-            facts={"num_tensors": num_tensors},
+        return _verified(
+            f"verified: {num_tensors} tensors equal bit for bit under the plan",
+            {"num_tensors": num_tensors},
         )
     if is_ranks(exported):
         return _verify_ranks(original, exported, plan)
@@ -108,10 +119,10 @@ def _verify_checkpoint(
                 "tokens not compared because they follow a tie",
             ),
         ]
-    return Verified(
-        sentence="verified: the exported checkpoint computes the same function",
-        checks=tuple(checks),
-        facts=report.to_json(),
+    return _verified(
+        "verified: the exported checkpoint computes the same function",
+        report.to_json(),
+        checks,
     )
 
 
@@ -123,16 +134,16 @@ def _verify_map(original: Path, exported: Path, plan: Path) -> Verified:
     told = "the map is valid for its runtime and equals the plan"
     if report.ignored is not None:
         told = "the map equals the plan, but its engine ignores it for this model"
-    return Verified(
-        sentence=f"verified: {told}",
-        checks=(
+    return _verified(
+        f"verified: {told}",
+        report.to_json(),
+        (
             ("format", report.runtime),
             ("slots", f"{slots} ranks, all as in the plan"),
             ("coverage", f"every expert has a slot; {report.num_replicas} replicas"),
             ("duplicates", "no rank holds two replicas of one expert"),
         ),
-        facts=report.to_json(),
-        warning=report.ignored,
+        report.ignored,
     )
 
 
@@ -140,9 +151,10 @@ def _verify_ranks(original: Path, exported: Path, plan: Path) -> Verified:
     from placer.checkpoint.verify_ranks import verify_ranks
 
     report = verify_ranks(original, exported, plan)
-    return Verified(
-        sentence="verified: every rank has its part of the original",
-        checks=(
+    return _verified(
+        "verified: every rank has its part of the original",
+        report.to_json(),
+        (
             ("ranks", f"{report.num_ranks}, each with the experts of the plan"),
             ("experts", f"{report.num_experts}, replicas included"),
             (
@@ -150,5 +162,4 @@ def _verify_ranks(original: Path, exported: Path, plan: Path) -> Verified:
                 f"{report.num_tensors} equal bit for bit, {report.num_bytes} bytes",
             ),
         ),
-        facts=report.to_json(),
     )

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli import choices
 from placer.cli.output import (
     BatchingOption,
@@ -18,14 +19,12 @@ from placer.cli.output import (
     SizedByOption,
     TokensPerRankOption,
     WeightBytesOption,
-    note,
     print_json,
     print_line,
     print_next,
-    print_table,
+    print_tables,
     print_verdict,
     progress_line,
-    warn,
 )
 from placer.cli.terminal import wrapped
 
@@ -50,7 +49,7 @@ def advise(
     engine: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.engines_and_families,
+            autocompletion=choices.names("engine_families", "engines"),
             metavar="NAME",
             help="An engine (docs/engines.md), or a family of engines, such as "
             "vllm. Default: two answers, one for all-gather (the engines' default), "
@@ -62,7 +61,7 @@ def advise(
     hardware: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.hardware,
+            autocompletion=choices.names("hardware"),
             metavar="NAME|FILE",
             help="Judge by predicted time on h100, h200, b200, a100, or on the hardware "
             "of a .toml file (placer calibrate).",
@@ -88,16 +87,11 @@ def advise(
     file, such as the loads that an engine counted, can only judge balance. Nothing is
     written: the last line is the command that makes the plan.
     """
-    from placer.affinity import Affinity
-    from placer.api.advising import advised
-    from placer.report.batches import advice_table
-    from placer.report.verdicts import verdict_of_advice
-    from placer.trace import Trace
+    from placer.api.opening import read_source
 
     with progress_line("advise") as progress:
-        found = advised(
-            Affinity.read(source) if source.is_file() else Trace(source),
-            source,
+        found = placer.advise(
+            read_source(source),
             gpus_per_node=gpus_per_node,
             nodes=nodes,
             engine=engine,
@@ -111,25 +105,20 @@ def advise(
             hidden_size=hidden_size,
             expert_size=expert_size,
             weight_bytes=weight_bytes,
-            tell=note,
             progress=progress,
         )
-    advice = found.contents
-    for line in advice.warnings:
-        warn(line)
     if as_json:
         print_json(found.to_json())
         return
-    verdict = verdict_of_advice(advice, found.next)
-    print_verdict(verdict, always=True)
+    print_verdict(found.verdict, always=True)
     if details:
         print_line("")
-        columns, rows, alike = advice_table(advice)
-        print_table(columns, rows)
+        table, alike = found.table()
+        print_tables([table])
         for line in alike:
             print_line(wrapped(line))
-    for reason in advice.reasons:
+    for reason in found.reasons:
         print_line(wrapped(f"- {reason}"))
-    print_next(verdict)
+    print_next(found.verdict)
     if found.then is not None:
         print_line(f"then, for its predicted time: {found.then}")

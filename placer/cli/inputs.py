@@ -15,10 +15,10 @@ import typer
 import typer.main
 from typer.core import TyperCommand
 
+from placer import PlacerError
 from placer.cli.examples import EXAMPLES
 from placer.cli.headings import HEADINGS
-from placer.cli.output import is_quiet, set_quiet
-from placer.errors import PlacerError
+from placer.cli.output import is_quiet, said_at_once, set_quiet
 
 _OUTPUTS = ("out", "html")
 # These may be names of the Hugging Face hub.
@@ -94,7 +94,8 @@ class InputCommand(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Look for the inputs, then run."""
         try:
-            return self._run(ctx)
+            with said_at_once():
+                return self._run(ctx)
         finally:
             set_quiet(False)
 
@@ -104,7 +105,7 @@ class InputCommand(TyperCommand):
             if one.path.exists():
                 continue
             if one.name in _MODELS:
-                from placer.model.config_file import require_downloaded
+                from placer.api.files import require_downloaded
 
                 require_downloaded(one.path)
             raise PlacerError(f"{one.path} does not exist", _near(one))
@@ -181,8 +182,7 @@ def _kinds(word: str, given: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _require_kinds(ctx: Any, inputs: Sequence[_Input]) -> None:
     """Refuse inputs of another kind, such as swapped ones, and say the right order."""
-    from placer.placement.engine_map import require_no_map_as
-    from placer.run.kinds import named, require_kind
+    from placer.api.files import require_input
 
     words = [
         str(one.metavar).strip("[]")
@@ -191,15 +191,13 @@ def _require_kinds(ctx: Any, inputs: Sequence[_Input]) -> None:
     ]
     order = f"the order is: {ctx.command_path} {' '.join(words)}"
     for one in inputs:
-        if one.kinds and one.is_argument:
-            require_kind(one.path, one.kinds, order)
-        if "trace" in one.kinds:
-            require_no_map_as(one.path, named(one.kinds))
+        if one.kinds:
+            require_input(one.path, one.kinds, order if one.is_argument else None)
 
 
 def _near(missing: _Input) -> str:
     """Suggest names in the same folder that are alike, or how to look."""
-    from placer.run.kinds import kind_of
+    from placer.api.files import kind_of
 
     folder = missing.path.parent
     while not folder.exists():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
+from placer import PlacerError, __version__
 from placer.cli.advise import advise
 from placer.cli.affinity import affinity
 from placer.cli.calibrate import calibrate
@@ -29,9 +30,7 @@ from placer.cli.tables import tables
 from placer.cli.trace import trace_app
 from placer.cli.usage import UsageGroup
 from placer.cli.verify import verify
-from placer.errors import PlacerError
 from placer.run.worker import fails_first
-from placer.version import __version__
 
 app = typer.Typer(
     name="placer",

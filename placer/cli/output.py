@@ -1,12 +1,14 @@
 """What commands print: data on stdout, progress, warnings and hints on stderr."""
 
 import json
+import logging
 import math
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from placer import PlacerWarning, Verdict
 from placer.cli.choices import among
 from placer.cli.terminal import emphasised, table_lines, wrapped
-from placer.run.verdict import Verdict
 
 if TYPE_CHECKING:
     from placer.trace import Fold, Selection
@@ -305,6 +307,46 @@ def print_next(verdict: Verdict) -> None:
     """Print the command to run next, in one line that can be copied."""
     if verdict.next is not None:
         print_line(f"next: {verdict.next}")
+
+
+def print_tables(
+    tables: Iterable[tuple[str | None, Sequence[str], Sequence[Sequence[object]]]],
+) -> None:
+    """Print tables, each with its title, an empty line between them."""
+    for number, (title, columns, rows) in enumerate(tables):
+        if number:
+            print_line("")
+        print_table(columns, rows, title)
+
+
+@contextmanager
+def said_at_once() -> Iterator[None]:
+    """Print what the API warns of, and what it notes, when it does."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, PlacerWarning):
+            warn(str(message))
+        else:
+            usual(message, category, *place)
+
+    logger, noted = logging.getLogger("placer"), _Noted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PlacerWarning)
+        usual: Callable[..., None] = warnings.showwarning
+        warnings.showwarning = show  # type: ignore[assignment]
+        level = logger.level
+        logger.addHandler(noted)
+        logger.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(noted)
+            logger.setLevel(level)
+
+
+class _Noted(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def warn(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.choices import replayed_exchanges
+from placer.cli import choices
 from placer.cli.output import (
     FoldOption,
     JsonOption,
@@ -43,7 +43,7 @@ def replay(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=replayed_exchanges,
+            autocompletion=choices.names("replayed_exchanges"),
             help="Exchange to run: all_to_all (transformers' own), padded "
             "(DeepSpeed-MoE's), placer-dedup, placer-per-node, placer-shuffle or "
             "placer-follow. Repeatable. Default: all that fit the plan.",

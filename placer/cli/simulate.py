@@ -1,10 +1,11 @@
 """``placer simulate``: what a plan costs on a trace."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli import choices
 from placer.cli.output import (
     BatchingOption,
@@ -18,22 +19,16 @@ from placer.cli.output import (
     SizedByOption,
     TokensPerRankOption,
     WeightBytesOption,
-    given_command,
     print_json,
     print_line,
     print_next,
-    print_table,
+    print_tables,
     print_verdict,
-    warn,
 )
 from placer.cli.terminal import wrapped
 
-if TYPE_CHECKING:
-    from placer.planning.judge import Judgement
-
 
 def simulate(
-    context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     trace: Annotated[
         Path, typer.Argument(metavar="TRACE", help="The trace to judge the plan on.")
@@ -47,7 +42,7 @@ def simulate(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            autocompletion=choices.baselines,
+            autocompletion=choices.names("baselines"),
             metavar="NAME",
             help="Placement to compare with (docs/baselines.md): contiguous, balanced, "
             "random, eplb, exflow, moetuner, grace, occult, sem-moe, kernighan-lin, "
@@ -57,7 +52,7 @@ def simulate(
     engine: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.engines_and_families,
+            autocompletion=choices.names("engine_families", "engines"),
             metavar="NAME",
             help="The engine that serves (docs/engines.md), or a family of "
             "engines, such as vllm. Default: the engine that the plan was solved for.",
@@ -66,7 +61,7 @@ def simulate(
     replica_choice: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.replica_choices,
+            autocompletion=choices.names("replica_choices"),
             metavar="NAME",
             help="Which replica of a redundant expert serves a token: local-first, "
             "sglang-static, hash or cover. Default: the engine's, else the plan's.",
@@ -75,7 +70,7 @@ def simulate(
     hardware: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.hardware,
+            autocompletion=choices.names("hardware"),
             metavar="NAME|FILE",
             help="Predict the time of a layer on h100, h200, b200, a100, or on the "
             "hardware of a .toml file (placer calibrate).",
@@ -105,18 +100,8 @@ def simulate(
                       with --table: by the table's combined rule
       request         with --table: one home for each sequence
     """
-    from placer.api.simulation import Simulation, judged
-    from placer.placement import Plan
-    from placer.report.batches import summary_table
-    from placer.report.verdicts import verdict_of_simulation
-    from placer.trace import Trace
-
-    command = given_command(context, "engine", "as_json")
-    judgements = judged(
-        plan,
-        Trace(trace),
-        warn,
-        command,
+    found = placer.Plan.read(plan).simulate(
+        placer.Trace.read(trace),
         table=table,
         tokens_per_rank=tokens_per_rank,
         batching=batching,
@@ -132,41 +117,13 @@ def simulate(
         not_fold=not_fold,
         phase=phase,
     )
-    found = Simulation(judgements)
-    for warning in found.warnings:
-        warn(warning)
-    solved = Plan.read(plan)
-    verdict = verdict_of_simulation(judgements, solved, plan, command)
     if as_json:
-        print_json({"verdict": verdict.to_json()} | found.to_json())
+        print_json(found.to_json())
         return
-    print_verdict(verdict, always=True)
+    print_verdict(found.verdict, always=True)
     print_line("")
-    if len(judgements) == 1:
-        _show(judgements[0], details=details)
-    else:
-        (title, columns, rows), alike = summary_table(judgements)
-        print_table(columns, rows, title)
-        for line in alike:
-            print_line(wrapped(line))
-    print_next(verdict)
-
-
-def _show(judgement: "Judgement", *, details: bool) -> None:
-    """Print what is sent and the balance, and in detail all tables and facts."""
-    from placer.planning.verdict import fact_lines
-    from placer.report.batches import batch_tables
-    from placer.report.comparison import comparison_table
-    from placer.simulation.sent import deployable
-
-    figures = judgement.to_json()
-    policies = deployable(judgement.policies, judgement.policy)
-    placements = {**figures["baselines"], "plan": figures["policies"]}
-    print_table(*comparison_table(placements, policies, judgement.wire, per_batch=False))
-    if not details:
-        return
-    for title, columns, rows in batch_tables(judgement):
-        print_line("")
-        print_table(columns, rows, title)
-    for line in fact_lines(judgement, policies):
+    tables, lines = found.tables(details=details)
+    print_tables(tables)
+    for line in lines:
         print_line(wrapped(line))
+    print_next(found.verdict)

@@ -62,7 +62,7 @@ def solve(
     hardware: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.hardware,
+            autocompletion=choices.names("hardware"),
             metavar="NAME|FILE",
             help="Predict time on h100, h200, b200, a100, or on the hardware of a .toml "
             "file (placer calibrate). Used by --objective time, and to choose the "
@@ -76,7 +76,7 @@ def solve(
     policy: Annotated[
         str,
         typer.Option(
-            autocompletion=choices.policies,
+            autocompletion=choices.names("policies"),
             help="How the home of a token, the rank that has its hidden state, is chosen: "
             "fixed, follow, token or request (docs/concepts.md).",
         ),
@@ -84,7 +84,7 @@ def solve(
     engine: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.engines,
+            autocompletion=choices.names("engines"),
             metavar="NAME",
             help="The engine to solve for (docs/engines.md). Sets --exchange and "
             "--replica-choice. If placement cannot change what the engine sends, the "
@@ -94,7 +94,7 @@ def solve(
     exchange: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.exchanges,
+            autocompletion=choices.names("exchanges"),
             help="What is sent for a token: one copy per-rank or one copy per-node that "
             "serves it (docs/concepts.md).",
             show_default="per-rank",
@@ -210,7 +210,7 @@ def solve(
     replica_choice: Annotated[
         str | None,
         typer.Option(
-            autocompletion=choices.solvable_replica_choices,
+            autocompletion=choices.names("solvable_replica_choices"),
             help="Which replica of a redundant expert serves a token: local-first, "
             "sglang-static or hash.",
             show_default="the engine's; needed for redundant experts without --engine",

@@ -6,8 +6,8 @@ from typing import Any
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from placer import UsageError
 from placer.cli.examples import EXAMPLES
-from placer.errors import UsageError
 
 _DID_YOU_MEAN = ". Did you mean "
 #: The commands in working order, by topic.

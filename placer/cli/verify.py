@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli.output import (
     JsonOption,
     print_json,
@@ -13,7 +14,6 @@ from placer.cli.output import (
     progress_line,
     warn,
 )
-from placer.run.verdict import Verdict
 
 
 def verify(
@@ -51,17 +51,14 @@ def verify(
     A map: checked by the rules of its engine, then slot by slot against the plan. Ranks:
     every tensor is compared.
     """
-    from placer.api.verifying import verify_export
-
     with progress_line("verify"):
-        found = verify_export(
-            original, exported, plan, corpus=corpus or (), max_tokens=max_tokens
+        found = placer.Plan.read(plan).verify(
+            original, exported, corpus=corpus or (), max_tokens=max_tokens
         )
-    verdict = Verdict(answer=(found.sentence,), is_better=True)
     if as_json:
-        print_json({"verdict": verdict.to_json()} | dict(found.facts))
+        print_json(found.to_json())
         return
-    print_verdict(verdict, always=True)
+    print_verdict(found.verdict, always=True)
     if found.checks:
         print_table(("check", "result"), found.checks)
     if found.warning is not None:

@@ -36,4 +36,4 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return asdict(self)
+        return asdict(self) | {"answer": list(self.answer)}

@@ -184,6 +184,11 @@ class Engine(Document, frozen=True, kw_only=True):
         )
 
 
+def engine_families() -> tuple[str, ...]:
+    """Return the families of the engines, each once."""
+    return tuple(dict.fromkeys(one.family for one in known_engines().values()))
+
+
 def engines_named(name: str) -> tuple[Engine, ...]:
     """Return the engine of an exact name, or all engines of a family.
 
@@ -198,7 +203,7 @@ def engines_named(name: str) -> tuple[Engine, ...]:
     found = tuple(one for one in engines.values() if one.family == name)
     if found:
         return found
-    families = dict.fromkeys(one.family for one in engines.values())
+    families = engine_families()
     sought = name.strip().lower()
     named = (sought,) if sought in families else engines
     holding = [one for one in named if sought and sought in one]
