@@ -140,8 +140,9 @@ def dedup(
     warm_up: Annotated[
         bool,
         typer.Option(
-            help="Remove dummy tokens of an engine's warm-up and padding: runs of 64 or "
-            "more equal rows, and a row of more than 5 % of the tokens."
+            help="Remove dummy tokens of an engine's warm-up and padding: runs of 16 or "
+            "more equal rows (64 if a token has few choices), and a row that more than 5 % "
+            "of the tokens have."
         ),
     ] = True,
     fold: FoldOption = None,
