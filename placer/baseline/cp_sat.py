@@ -1,12 +1,16 @@
 """CP-SAT under a time limit, for the baselines whose papers use a commercial solver."""
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
-from ortools.sat.python import cp_model
 
 from placer.arrays import IntArray
 
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
+
 #: ``[n][G]``: whether an expert is in a group.
-Assignment = list[list[cp_model.IntVar]]
+Assignment: TypeAlias = "list[list[cp_model.IntVar]]"
 
 
 class GroupingProgram:
@@ -19,6 +23,8 @@ class GroupingProgram:
     """
 
     def __init__(self) -> None:
+        from ortools.sat.python import cp_model
+
         self.model = cp_model.CpModel()
         self._start: list[IntArray] = []
         self._assignments: list[Assignment] = []
@@ -52,6 +58,8 @@ class GroupingProgram:
         gap
             Relative gap at which to stop.
         """
+        from ortools.sat.python import cp_model
+
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
         # Breaking the symmetry of groups would lose the hint.

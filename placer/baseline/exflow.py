@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from ortools.sat.python import cp_model
 
 from placer.arrays import IntArray
 from placer.baseline.cp_sat import GroupingProgram
@@ -44,6 +43,8 @@ def _solve(
     problem: BaselineProblem, members: Members, num_groups: int, seconds: float
 ) -> list[IntArray]:
     """Solve one stage: all layers at once, ``num_groups`` equal groups."""
+    from ortools.sat.python.cp_model import LinearExpr
+
     if num_groups == 1:
         return [np.zeros(len(experts), dtype=np.int64) for experts in members]
     pairs = [
@@ -59,7 +60,7 @@ def _solve(
         for i, row in enumerate(counts.tolist()):
             most = sum(row)
             for g, column in enumerate(zip(*in_group[layer + 1], strict=True)):
-                together = cp_model.LinearExpr.weighted_sum(column, row)
+                together = LinearExpr.weighted_sum(column, row)
                 tokens = model.new_int_var(0, most, "")
                 model.add(tokens <= together)
                 model.add(tokens <= most * in_group[layer][i][g])

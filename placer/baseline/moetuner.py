@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-from ortools.sat.python import cp_model
 
 from placer.arrays import IntArray
 from placer.baseline.cp_sat import GroupingProgram
@@ -37,6 +36,8 @@ def moetuner(problem: BaselineProblem) -> Placement:
 
 def _cluster(problem: BaselineProblem, load: IntArray, seconds: float) -> IntArray:
     """Return the cluster of each expert of a layer, ``[E]`` int64."""
+    from ortools.sat.python.cp_model import LinearExpr
+
     num_ranks, total = problem.num_ranks, int(load.sum())
     program = GroupingProgram()
     model = program.model
@@ -46,7 +47,7 @@ def _cluster(problem: BaselineProblem, load: IntArray, seconds: float) -> IntArr
     away = []
     for column in zip(*cluster, strict=True):
         # Times R, so that the mean is whole.
-        over = cp_model.LinearExpr.weighted_sum(column, (num_ranks * load).tolist()) - total
+        over = LinearExpr.weighted_sum(column, (num_ranks * load).tolist()) - total
         distance = model.new_int_var(0, num_ranks * total, "")
         model.add(distance >= over)
         model.add(distance >= -over)

@@ -1,11 +1,18 @@
-"""Running CP-SAT: the same answer on every machine, and Ctrl-C stops it."""
+"""Running CP-SAT: the same answer on every machine, and Ctrl-C stops it.
 
-from ortools.sat.python import cp_model
+Functions import CP-SAT where they use it: it imports pandas, which takes longer than many
+solves, and most need no CP-SAT.
+"""
+
+from typing import TYPE_CHECKING
 
 from placer.run.deadline import Deadline
 
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
-def repeatable_solver(deterministic_time: float, deadline: Deadline) -> cp_model.CpSolver:
+
+def repeatable_solver(deterministic_time: float, deadline: Deadline) -> "cp_model.CpSolver":
     """Return a solver on one thread, which stops at the deadline.
 
     Parameters
@@ -15,6 +22,8 @@ def repeatable_solver(deterministic_time: float, deadline: Deadline) -> cp_model
     deadline
         Stops it earlier.
     """
+    from ortools.sat.python import cp_model
+
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0

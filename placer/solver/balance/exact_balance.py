@@ -14,13 +14,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ortools.sat.python import cp_model
 
 from placer.arrays import FloatArray, IntArray
 from placer.run.deadline import Deadline
 from placer.solver.balance.cp_sat import repeatable_solver
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
 _MOST_COLUMNS = 20_000
 _MOST_VARIABLES = 2500
@@ -160,6 +163,8 @@ class _Columns:
         Return the experts in the slots or ``None``, whether the answer is proved, and the
         work that it took.
         """
+        from ortools.sat.python import cp_model
+
         model = cp_model.CpModel()
         allowed = np.flatnonzero(self.load <= max_load)
         number = [model.new_int_var(0, num_ranks, f"column_{c}") for c in allowed]
@@ -190,6 +195,8 @@ def _by_ranks(
     deterministic_time: float,
     deadline: Deadline,
 ) -> ExactBalance:
+    from ortools.sat.python import cp_model
+
     size, num_slots = len(load), len(best)
     numbers = range(1, _most_copies(size, num_ranks, num_slots) + 1)
     scale = min(math.lcm(*numbers), _LARGEST_SCALE)
@@ -229,8 +236,8 @@ def _by_ranks(
 
 
 def _hinted_choice(
-    model: cp_model.CpModel, name: str, numbers: Sequence[int], hint: int
-) -> list[cp_model.IntVar]:
+    model: "cp_model.CpModel", name: str, numbers: Sequence[int], hint: int
+) -> "list[cp_model.IntVar]":
     """Return a variable for each number of copies, of which ``hint`` is to be tried."""
     choice = [model.new_bool_var(f"{name}_of_{c}") for c in numbers]
     for variable, c in zip(choice, numbers, strict=True):

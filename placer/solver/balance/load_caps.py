@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.sat.python import cp_model
 
 from placer.arrays import FloatArray, IntArray
 from placer.errors import NoSolutionError
@@ -181,6 +180,8 @@ def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:
 def _minimise_max_load(
     load: FloatArray, hint: IntArray, num_ranks: int, least: float, deadline: Deadline
 ) -> BalancedLayer:
+    from ortools.sat.python import cp_model
+
     weights = load.astype(np.int64).tolist()
     model = cp_model.CpModel()
     on = [
