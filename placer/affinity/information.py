@@ -32,8 +32,8 @@ def conditional_probability(pairs: IntArray) -> FloatArray:
 def mutual_information(pairs: IntArray) -> float:
     """Return the plug-in mutual information, in bits, of a table (0 without counts).
 
-    The estimate is biased upwards, by about (N - 1)(M - 1) / (2 ln 2 x independent pairs):
-    see :func:`miller_madow`, and ``controls`` for tables whose bias is measured instead.
+    The estimate is biased upwards: see :func:`information_by_chance` and
+    :func:`miller_madow`, and ``controls`` for tables whose bias is measured instead.
     """
     total = pairs.sum()
     if not total:
@@ -42,6 +42,17 @@ def mutual_information(pairs: IntArray) -> float:
     product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     used = joint > 0
     return float((joint[used] * np.log2(joint[used] / product[used])).sum())
+
+
+def information_by_chance(pairs: IntArray) -> float:
+    """Return the plug-in mutual information, in bits, that unlinked layers would show.
+
+    It is the bias (N - 1)(M - 1) / (2 ln 2 x pairs), over experts in use, for as many pairs
+    as the table has (Miller 1955): 0 without counts.
+    """
+    total = int(pairs.sum())
+    rows, columns = (np.count_nonzero(pairs.sum(axis=axis)) for axis in (1, 0))
+    return float((rows - 1) * (columns - 1) / (2 * np.log(2) * total)) if total else 0.0
 
 
 def miller_madow(pairs: IntArray) -> float:

@@ -14,6 +14,7 @@ from placer.cli.output import (
     plain,
     print_json,
     print_line,
+    print_next,
     print_table,
     print_verdict,
     warn,
@@ -69,16 +70,16 @@ def inspect(
     if html is not None:
         claim(context, html, [path, *beside], force=force, kinds=[])
     summary = summarize(open_beside(path, beside))
+    headline = summary.headline
     if html is not None:
         write_page(html, path.name, summary)
         note(f"report written to {html}")
+    verdict = Verdict(answer=(headline.verdict,), next=headline.next)
     if as_json:
-        verdict = Verdict(answer=(summary.headline.verdict,))
         print_json({"verdict": verdict.to_json()} | summary.to_json())
         return
-    headline = summary.headline
     print_line(f"{summary.kind} {path.name}")
-    print_verdict(Verdict(answer=(headline.verdict,)), always=True)
+    print_verdict(verdict, always=True)
     for text in headline.misleading:
         warn(text)
     if headline.tiles:
@@ -95,5 +96,6 @@ def inspect(
         if details or (load is not None and section.title == RANK_LOAD):
             print_line("")
             print_table(section.columns, section.rows, title=section.title)
+    print_next(verdict)
     if not details:
         print_line("All facts and tables: --details; with charts: --html REPORT")

@@ -80,6 +80,11 @@ class Beside:
     served: Mapping[str, Served] | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def other_plans(self) -> tuple[str, ...]:
+        """Names of the plans that this one is compared with."""
+        return tuple(name for name, one in self.judged.items() if one.moved is not None)
+
 
 def beside_recorded(plan: Plan, others: Mapping[str, Plan]) -> Beside:
     """Compare a plan by the figures that it holds.

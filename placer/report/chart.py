@@ -44,13 +44,17 @@ class Bars:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Points of one thing, in the order of ``x``; ``joined`` by a line or not."""
+    """Points of one thing, in the order of ``x``; ``joined`` by a line or not.
+
+    ``names`` are written beside the points, where there is room.
+    """
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
     kind: str = OTHER
     joined: bool = True
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from placer.affinity import Affinity
+from placer.affinity.information import information_by_chance
 from placer.arrays import FloatArray, IntArray
-from placer.report.chart import PLACER, Chart, Line, Lines, Matrix, Section
+from placer.report.chart import CONTIGUOUS, PLACER, Chart, Line, Lines, Matrix, Section
 from placer.report.headline import information
 from placer.report.statistics import skew
 
-# A matrix has at most so many rows and columns; more experts are shown in groups.
-_MOST_SIDE = 128
-# Cells of the matrices of one chart: what keeps a page small.
-_MOST_CELLS = 36_000
+# Cells of the matrices of one chart: what keeps a page small, and the matrices large.
+_MOST_CELLS = 150_000
 _MOST_PANELS = 3
 _LIFT_OCTAVES = 3
 _LOAD_OCTAVES = 2
@@ -99,13 +98,14 @@ def _load(choices: Sequence[tuple[str, Sequence[IntArray]]]) -> Chart:
 
 def _information(affinity: Affinity) -> Chart:
     bits = information(affinity)
+    by_chance = [information_by_chance(pairs) for pairs in affinity.transition]
     return Chart(
         name="information",
         title="How well an expert predicts the next layer",
-        reading="The higher the line, the more an expert of a token says of its experts "
-        "in the next layer. Few tokens make it look higher than it is.",
+        reading="The further the line is above chance, the more an expert of a token says "
+        "about its experts in the next layer.",
         unit="bits of mutual information between a token's experts of two layers",
-        baseline="0: layers that are not linked",
+        baseline="chance: what layers without a link show with as many tokens",
         panels=(
             (
                 "",
@@ -120,14 +120,23 @@ def _information(affinity: Affinity) -> Chart:
                             x=tuple(map(float, range(len(bits)))),
                             y=tuple(bits),
                         ),
+                        Line(
+                            label="chance",
+                            kind=CONTIGUOUS,
+                            x=tuple(map(float, range(len(bits)))),
+                            y=tuple(by_chance),
+                        ),
                     ),
                 ),
             ),
         ),
         table=Section(
             title="mutual information by layer",
-            columns=("layer", "next layer", "bits"),
-            rows=tuple((n, n + 1, value) for n, value in enumerate(bits)),
+            columns=("layer", "next layer", "bits", "by chance"),
+            rows=tuple(
+                (n, n + 1, *both)
+                for n, both in enumerate(zip(bits, by_chance, strict=True))
+            ),
         ),
     )
 
@@ -147,7 +156,7 @@ def _flow(affinity: Affinity) -> Chart:
                 Matrix(
                     x_title="expert of the next layer",
                     y_title="expert",
-                    values=lift(grouped(affinity.transition[n])),
+                    values=lift(affinity.transition[n]),
                     octaves=_LIFT_OCTAVES,
                 ),
             )
@@ -176,7 +185,7 @@ def _together(affinity: Affinity) -> Chart:
                 Matrix(
                     x_title="other expert",
                     y_title="expert",
-                    values=_grouped_mean(lifts[n]),
+                    values=lifts[n],
                     octaves=_LIFT_OCTAVES,
                 ),
             )
@@ -193,27 +202,6 @@ def _spread(values: FloatArray) -> float:
 
 def _most(score: FloatArray, matrices: Sequence[IntArray]) -> list[int]:
     """Return the layers of the highest score, in order: as many as a page can hold."""
-    side = min(max(map(len, matrices)), _MOST_SIDE)
+    side = max(map(len, matrices))
     number = max(1, min(_MOST_PANELS, _MOST_CELLS // (side * side)))
     return sorted(np.argsort(-score, kind="stable")[:number].tolist())
-
-
-def grouped(pairs: IntArray) -> IntArray:
-    """Return pairs of experts, or of groups of neighbours where there are many experts."""
-    starts = [np.arange(0, size, -(-size // _MOST_SIDE)) for size in pairs.shape]
-    return np.add.reduceat(np.add.reduceat(pairs, starts[0], axis=0), starts[1], axis=1)
-
-
-def _grouped_mean(values: FloatArray) -> FloatArray:
-    """Return lifts of experts, or the mean lift of groups of neighbours."""
-    size = len(values)
-    step = -(-size // _MOST_SIDE)
-    if step == 1:
-        return values
-    starts = np.arange(0, size, step)
-    known = np.isfinite(values)
-    total, number = (
-        np.add.reduceat(np.add.reduceat(one, starts, axis=0), starts, axis=1)
-        for one in (np.where(known, values, 0.0), known.astype(np.float64))
-    )
-    return np.where(number > 0, total / np.maximum(number, 1), np.nan)

@@ -3,14 +3,14 @@
 Every number of a headline is also in the tables that ``placer inspect --json`` prints.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from placer.affinity import Affinity
-from placer.affinity.information import mutual_information
+from placer.affinity.information import information_by_chance, mutual_information
 from placer.planning.served import loads_map
 from placer.report.beside import Beside, Judged
 from placer.report.chart import CONTIGUOUS, EPLB, PLACER
@@ -20,6 +20,10 @@ from placer.table import Table
 
 # Less of a difference than this is none.
 _SAME = 0.0005
+# The share of a link that may come from few tokens alone, without a word.
+_FEW_TOKENS = 0.2
+# A trace shows loads, locality and traffic of each rank.
+_ON_A_TRACE = "placer inspect PLAN TRACE --html REPORT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +65,14 @@ class Headline:
         Up to three numbers.
     misleading
         A sentence on each thing that makes the figures say less than they seem to.
+    next
+        The command to run next, or ``None``.
     """
 
     verdict: str
     tiles: tuple[Tile, ...]
     misleading: tuple[str, ...] = ()
+    next: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -73,7 +80,12 @@ class Headline:
             "verdict": self.verdict,
             "tiles": [tile.to_json() for tile in self.tiles],
             "misleading": list(self.misleading),
+            "next": self.next,
         }
+
+
+#: What sentences call the placements that a plan is judged against.
+REFERENCES = {CONTIGUOUS: "the contiguous placement", EPLB: "EPLB with as many slots"}
 
 
 def change(ours: float, theirs: float) -> str:
@@ -86,6 +98,22 @@ def change(ours: float, theirs: float) -> str:
     return f"{abs(share):.1%} ".replace("%", " %") + (
         "less than" if share < 0 else "more than"
     )
+
+
+def busiest_rank(ours: float, others: Mapping[str, float]) -> str:
+    """Say how busy the busiest rank of a plan is, and that of other placements."""
+    than = ", ".join(
+        f"{'EPLB' if name == EPLB else name} {over_mean(load)}"
+        for name, load in others.items()
+    )
+    return f"Its busiest rank has {over_mean(ours)} more load than the mean" + (
+        f" ({than})." if than else "."
+    )
+
+
+def enumerated(parts: Sequence[str]) -> str:
+    """Return ``one, two and three``."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
 def over_mean(ratio: float) -> str:
@@ -107,10 +135,10 @@ def headline_of_plan(beside: Beside) -> Headline:
     if own is None:
         return Headline(
             verdict=f"This plan places the experts of {placed.num_layers} MoE layers on "
-            f"{placed.num_ranks} ranks. Nothing was measured: give a trace or an affinity "
-            "file after the plan.",
+            f"{placed.num_ranks} ranks. It holds no measurement.",
             tiles=(memory,),
             misleading=tuple(_misleading(beside)),
+            next=_ON_A_TRACE,
         )
     tiles = []
     if beside.sent is not None and own.sent is not None:
@@ -134,11 +162,12 @@ def headline_of_plan(beside: Beside) -> Headline:
         verdict=_plan_verdict(beside, own),
         tiles=(*tiles, memory),
         misleading=tuple(_misleading(beside)),
+        next=_ON_A_TRACE if beside.served is None else None,
     )
 
 
 def _plan_verdict(beside: Beside, own: Judged) -> str:
-    titles = {CONTIGUOUS: "the contiguous placement", EPLB: "EPLB with as many slots"}
+    titles = REFERENCES | {name: name for name in beside.other_plans}
     others = {n: beside.judged[n] for n in titles if n in beside.judged}
     begin = f"On {beside.tokens}, "
     if beside.sent is None or own.sent is None:
@@ -149,11 +178,16 @@ def _plan_verdict(beside: Beside, own: Judged) -> str:
             for name, one in others.items()
             if one.sent is not None
         ]
-        told = " and ".join(parts) or f"{own.sent:.3f} per token and layer"
+        told = enumerated(parts) or f"{own.sent:.3f} per token and layer"
         sent = f"{begin}this plan sends {told} ({beside.sent.words})."
-    than = ", ".join(f"{name} {over_mean(one.imbalance)}" for name, one in others.items())
-    load = f" Its busiest rank has {over_mean(own.imbalance)} more load than the mean"
-    return sent + load + (f" ({than}).".replace("eplb", "EPLB") if than else ".")
+    load = " " + busiest_rank(
+        own.imbalance, {name: one.imbalance for name, one in others.items()}
+    )
+    moved = "".join(
+        f" To change from {name} to it, ranks load {others[name].moved:,} experts."
+        for name in beside.other_plans
+    )
+    return sent + load + moved
 
 
 def _misleading(beside: Beside) -> Iterator[str]:
@@ -217,7 +251,9 @@ def _headline_of_counts(
     begin: str, affinity: Affinity, tokens: int | None, doubts: tuple[str, ...]
 ) -> Headline:
     busiest = float(np.mean([skew(load).max() for load in affinity.load]))
-    verdict = f"{begin} The busiest expert of a layer has {busiest:.2f} times the mean load"
+    verdict = (
+        f"{begin} The busiest expert of a layer has {busiest:.2f} times the mean load."
+    )
     tiles = [
         Tile(title="Busiest expert", unit="times the mean, mean over layers", after=busiest)
     ]
@@ -226,7 +262,16 @@ def _headline_of_counts(
     bits = information(affinity)
     if bits:
         mean = float(np.mean(bits))
-        verdict += f", and an expert gives {mean:.3f} bits of the next layer's"
+        verdict += (
+            f" An expert of a token gives {mean:.3f} bits about one of its experts in the "
+            "next layer (0: no link)."
+        )
+        by_chance = float(np.mean([information_by_chance(p) for p in affinity.transition]))
+        if by_chance > _FEW_TOKENS * mean:
+            doubts += (
+                f"Few tokens for so many experts: layers without any link would show "
+                f"{by_chance:.3f} bits too.",
+            )
         tiles.append(
             Tile(
                 title="Link to the next layer",
@@ -234,7 +279,12 @@ def _headline_of_counts(
                 after=mean,
             )
         )
-    return Headline(verdict=f"{verdict}.", tiles=tuple(tiles), misleading=doubts)
+    return Headline(
+        verdict=verdict,
+        tiles=tuple(tiles),
+        misleading=doubts,
+        next="placer advise TRACE --gpus-per-node M",
+    )
 
 
 def _trace_doubts(statistics: TraceStatistics) -> tuple[str, ...]:
@@ -258,8 +308,9 @@ def headline_of_table(table: Table) -> Headline:
     rows = table.token_confidence[:, distinct_rows(table)].astype(np.float32)
     median, chance = float(np.median(rows)), 1 / table.num_ranks
     return Headline(
-        verdict=f"For a token id, half of the table's homes serve at least {median:.1%} of "
-        f"the token's experts; a home by chance serves {chance:.1%}.".replace("%", " %"),
+        verdict=f"A token's home in this table is expected to serve {median:.1%} of its "
+        f"experts (median over token ids and layers). A random home serves "
+        f"{chance:.1%}.".replace("%", " %"),
         tiles=(
             Tile(
                 title="Experts served at home",
@@ -279,11 +330,13 @@ def headline_of_checkpoint(checkpoint: Checkpoint) -> Headline:
         if name in ("experts", "router")
     )
     whole = max(checkpoint.num_bytes, 1)
-    exported = checkpoint.record is not None
-    told = "placer exported it" if exported else "placer did not export it"
+    wrote = "wrote" if checkpoint.record is not None else "did not write"
+    size, unit = (whole / 1e9, "GB") if whole >= 1e9 else (whole / 1e6, "MB")
     return Headline(
-        verdict=f"Experts and routers are {moved / whole:.1%} of "
-        f"{checkpoint.num_bytes / 1e9:,.2f} GB; {told}.".replace("%", " %"),
+        verdict=f"A placement reorders {moved / whole:.1%} of this checkpoint's "
+        f"{size:,.1f} {unit}: its experts and routers. placer {wrote} it.".replace(
+            "%", " %"
+        ),
         tiles=(
             Tile(title="Checkpoint", unit="bytes", after=checkpoint.num_bytes),
             Tile(

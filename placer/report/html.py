@@ -6,10 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from placer.report.chart import Chart, Section
+from placer.report.chart import Chart, Matrix, Section
 from placer.report.headline import Tile
 from placer.report.summary import Summary
-from placer.report.svg import drawn
+from placer.report.svg import drawn, is_broad, key
 from placer.run.writing import atomic_file
 from placer.version import __version__
 
@@ -20,6 +20,8 @@ _ARROW = (
     '<svg class="arrow" role="img" aria-label="to" viewBox="0 0 20 12">'
     '<path d="M1 6h16M12 1l5 5-5 5"/></svg>'
 )
+# Numbers from here on are written without decimals.
+_NO_DECIMALS = 10_000
 # Longer tables are folded.
 _MOST_ROWS = 8
 
@@ -65,6 +67,7 @@ def page(name: str, summary: Summary) -> str:
 <p class="verdict">{_sentence(summary.headline.verdict)}</p>
 {"".join(_banner(text) for text in summary.headline.misleading)}
 {_tiles(summary.headline.tiles)}
+{_next(summary.headline.next)}
 {"".join(map(_chart, first))}
 </header>
 <nav aria-label="Charts">
@@ -110,13 +113,20 @@ def _tile(tile: Tile) -> str:
     )
 
 
+def _next(command: str | None) -> str:
+    return "" if command is None else f"<p>Next: <code>{escape(command)}</code></p>"
+
+
 def _chart(chart: Chart) -> str:
-    wide = ' class="wide"' if len(chart.panels) > 1 else ""
+    panels = [panel for _, panel in chart.panels]
+    wide = ' class="wide"' if len(panels) > 1 or any(map(is_broad, panels)) else ""
+    octaves = {panel.octaves for panel in panels if isinstance(panel, Matrix)}
     return (
         f'<section{wide}>\n<h2 id="{chart.name}">{escape(chart.title)}</h2>\n'
         f"<p>{escape(chart.reading)}</p>\n"
         f'<p class="unit">Unit: {escape(chart.unit)}. '
         f"Baseline: {escape(chart.baseline)}.</p>\n"
+        f"{''.join(map(key, octaves))}"
         f'<div class="panels">\n{"".join(_panels(chart))}</div>\n'
         f"{'' if chart.table is None else _folded(chart.table)}</section>\n"
     )
@@ -125,14 +135,16 @@ def _chart(chart: Chart) -> str:
 def _panels(chart: Chart) -> Iterator[str]:
     for title, panel in chart.panels:
         heading = f"<h3>{escape(title)}</h3>" if title else ""
-        yield f'<div class="panel">{heading}{drawn(panel, title or chart.title)}</div>\n'
+        kind = "panel broad" if is_broad(panel) else "panel"
+        yield f'<div class="{kind}">{heading}{drawn(panel, title or chart.title)}</div>\n'
 
 
 def _section(section: Section) -> str:
     """Long tables are folded, so that a page can be read through."""
+    if len(section.rows) > _MOST_ROWS:
+        return f'<section class="wide">\n{_folded(section)}</section>\n'
     title = escape(section.title[:1].upper() + section.title[1:])
-    shown = _folded(section) if len(section.rows) > _MOST_ROWS else _table(section)
-    return f'<section class="wide">\n<h2>{title}</h2>\n{shown}</section>\n'
+    return f'<section class="wide">\n<h2>{title}</h2>\n{_table(section)}</section>\n'
 
 
 def _folded(section: Section) -> str:
@@ -186,7 +198,9 @@ def number(value: float) -> str:
 
 def _cell(value: Any) -> str:
     """Write a value of a table, whose decimals are aligned."""
-    return f"{value:.3f}" if isinstance(value, float) else _text(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= _NO_DECIMALS else f"{value:.3f}"
+    return _text(value)
 
 
 def _text(value: Any) -> str:
@@ -195,7 +209,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+        return f"{value:.4g}" if abs(value) < _NO_DECIMALS else f"{value:,.0f}"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, list):

@@ -29,8 +29,10 @@ from placer.report.chart import (
 from placer.report.served import Served
 from placer.report.statistics import skew
 
-# More ranks than this are shown by node.
-_MOST_RANKS = 64
+# More ranks than this are shown by node: what keeps a page small.
+_MOST_RANKS = 512
+# So that one, two and four ranks have colours of their own.
+REPLICA_OCTAVES = 3
 _TITLES = {
     PLACER: "this plan",
     EPLB: "EPLB, equal slots",
@@ -97,7 +99,7 @@ def _before_after(beside: Beside) -> Iterator[Chart]:
     yield Chart(
         name="comparison",
         title="Before and after",
-        reading="Shorter is better in both.",
+        reading="Shorter is better.",
         unit="per token and layer; times the mean load",
         baseline="the contiguous placement, and EPLB with as many slots",
         panels=tuple(panels),
@@ -120,7 +122,8 @@ def _bars(values: Mapping[str, float | None]) -> Bars:
 
 
 def _of_trace(beside: Beside, served: Mapping[str, Served]) -> Iterator[Chart]:
-    shown = {n: served[n] for n in (CONTIGUOUS, EPLB, PLACER) if n in served}
+    names = (CONTIGUOUS, EPLB, *beside.other_plans, PLACER)
+    shown = {name: served[name] for name in names if name in served}
     yield from _load_charts(
         {
             name: one.rank_load
@@ -222,6 +225,10 @@ def _traffic_charts(beside: Beside, served: Mapping[str, Served]) -> Iterator[Ch
             "Traffic between ranks",
             "rank",
             {name: one.traffic for name, one in served.items()},
+            {
+                name: one.sent["remote_rank_copies_per_token"]
+                for name, one in served.items()
+            },
         )
     if placed.num_nodes > 1:
         yield _traffic(
@@ -229,25 +236,38 @@ def _traffic_charts(beside: Beside, served: Mapping[str, Served]) -> Iterator[Ch
             "Traffic between nodes",
             "node",
             {name: one.node_traffic for name, one in served.items()},
+            {
+                name: one.sent["remote_node_copies_per_token"]
+                for name, one in served.items()
+            },
         )
 
 
-def _traffic(name: str, title: str, place: str, values: Mapping[str, FloatArray]) -> Chart:
+def _traffic(
+    name: str,
+    title: str,
+    place: str,
+    values: Mapping[str, FloatArray],
+    sent: Mapping[str, FloatArray],
+) -> Chart:
     base = values.get(CONTIGUOUS, next(iter(values.values())))
-    number = len(base)
-    mean = float(base.sum()) / max(number * (number - 1), 1) or 1.0
-    away = ~np.eye(number, dtype=np.bool_)
+    away = ~np.eye(len(base), dtype=np.bool_)
+    known = base[away & ~np.isnan(base)]
+    mean = float(known.mean()) if known.any() else 1.0
+    homeless = " No token has its home in a row without colour." * bool(
+        np.isnan(base).any()
+    )
     return Chart(
         name=name,
         title=title,
         reading="Blue pairs send less than before, orange pairs more; an orange column is "
-        f"a {place} that receives much.",
-        unit=f"copies per token and layer from a home to another {place}, divided by the "
-        "mean over pairs of the contiguous placement",
-        baseline=f"1: {mean:.4f} copies per token and layer",
+        f"a {place} that receives much.{homeless}",
+        unit=f"copies from a {place} to another, per layer and token that has its home "
+        "there, divided by the mean over pairs of the contiguous placement",
+        baseline=f"1: {mean:.4f} copies",
         panels=tuple(
             (
-                f"{title_of(one)}: {of.sum():.3f} in all",
+                f"{title_of(one)}: {sent[one].mean():.3f} copies",
                 Matrix(
                     x_title=f"to {place}",
                     y_title=f"from {place}",
@@ -272,7 +292,15 @@ def _replicas(placement: Placement) -> Chart:
         unit="ranks that hold the expert",
         baseline="1: no replica",
         panels=(
-            ("", Matrix(x_title="logical expert", y_title="MoE layer", values=values)),
+            (
+                "",
+                Matrix(
+                    x_title="logical expert",
+                    y_title="MoE layer",
+                    values=values,
+                    octaves=REPLICA_OCTAVES,
+                ),
+            ),
         ),
         table=Section(
             title="experts with replicas",

@@ -118,7 +118,9 @@ def _point(
     )
 
 
-class _Time(msgspec.Struct, frozen=True, kw_only=True):
+class BatchTime(msgspec.Struct, frozen=True, kw_only=True):
+    """The predicted time of a layer, in microseconds."""
+
     compute_us: float
     dispatch_us: float
     combine_us: float
@@ -127,11 +129,13 @@ class _Time(msgspec.Struct, frozen=True, kw_only=True):
     latency_us: float | None = None
 
 
-class _Batch(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``simulate`` says of batches of one size and kind."""
+
     tokens_per_rank: int
     batching: str
     straggler_mean: float
-    time: _Time | None = None
+    time: BatchTime | None = None
 
 
 class _BreakEven(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,7 +160,7 @@ class Simulation(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
     sequences: int
     engine: str | None
-    batches: dict[str, list[_Batch]]
+    batches: dict[str, list[SimulatedBatch]]
     sent: str | None
     sent_ratio: dict[str, _Ratio]
     break_even: dict[str, list[_BreakEven]]

@@ -5,7 +5,7 @@ import numpy as np
 from placer.checkpoint.record import ExportRecord
 from placer.report.chart import (
     CONTIGUOUS,
-    OTHER,
+    EPLB,
     PLACER,
     Chart,
     Line,
@@ -14,8 +14,8 @@ from placer.report.chart import (
     Section,
     kind_of_placement,
 )
-from placer.report.headline import Headline, Tile, change, over_mean
-from placer.report.plan_charts import title_of
+from placer.report.headline import REFERENCES, Headline, Tile, change, over_mean
+from placer.report.plan_charts import REPLICA_OCTAVES, title_of
 from placer.report.results import (
     EngineMap,
     Frontier,
@@ -24,7 +24,7 @@ from placer.report.results import (
     Result,
     Simulation,
 )
-from placer.report.simulation_report import summarize_simulation
+from placer.report.simulation_report import before_after, summarize_simulation
 from placer.report.summary import Summary
 from placer.target.map_formats import format_of_json
 
@@ -77,7 +77,16 @@ def _frontier(frontier: Frontier) -> Summary:
             "unmeasured": list(frontier.unmeasured),
         },
         sections=(section,),
-        charts=(_frontier_chart(frontier),) if frontier.plans else (),
+        charts=(
+            before_after(
+                [(p.name, p.sent, p.imbalance) for p in points],
+                frontier.words,
+                [p.name for p in frontier.plans],
+            ),
+            _frontier_chart(frontier),
+        )
+        if frontier.plans
+        else (),
     )
 
 
@@ -90,10 +99,16 @@ def _frontier_headline(frontier: Frontier, misleading: tuple[str, ...]) -> Headl
     most_even = min(frontier.plans, key=lambda plan: plan.imbalance)
     base = frontier.baselines.get(CONTIGUOUS)
     words = [
-        f"{change(least.sent, other.sent)} {title_of(other.name)}"
+        f"{change(least.sent, other.sent)} {REFERENCES[other.name]}"
         for other in frontier.baselines.values()
     ]
     told = " and ".join(words) or f"{least.sent:.3f} per token and layer"
+    eplb = frontier.baselines.get(EPLB)
+    better = [
+        plan
+        for plan in frontier.plans
+        if eplb and plan.sent < eplb.sent and plan.imbalance < eplb.imbalance
+    ]
     return Headline(
         verdict=f"{least.name} sends least: {told} ({frontier.words}). Its busiest rank "
         f"has {over_mean(least.imbalance)} more load than the mean; the most even plan, "
@@ -111,6 +126,14 @@ def _frontier_headline(frontier: Frontier, misleading: tuple[str, ...]) -> Headl
                 before=None if base is None else base.imbalance,
                 after=most_even.imbalance,
             ),
+            *(
+                Tile(
+                    title="Better than EPLB in both",
+                    unit=f"of {len(frontier.plans)} plans",
+                    after=len(better),
+                )
+                for _ in range(eplb is not None)
+            ),
         ),
         misleading=misleading,
     )
@@ -124,6 +147,10 @@ def _frontier_chart(frontier: Frontier) -> Chart:
             kind=PLACER,
             x=tuple(p.imbalance for p in ordered),
             y=tuple(p.sent for p in ordered),
+            names=tuple(
+                "" if p.max_imbalance is None else f"cap {p.max_imbalance:g}"
+                for p in ordered
+            ),
         ),
         *(
             Line(
@@ -208,7 +235,7 @@ def _learning(learning: Learning) -> Summary:
         for title, field, rule in (
             ("copies sent, of contiguous", "ratio", (1.0, "contiguous")),
             ("busiest rank, times the mean load", _IMBALANCE, (1.0, "even")),
-            ("experts on another rank than in the last plan", "moved", None),
+            ("experts that the last plan puts elsewhere", "moved", None),
         )
     )
     return Summary(
@@ -216,7 +243,11 @@ def _learning(learning: Learning) -> Summary:
         headline=Headline(
             verdict=_learning_verdict(near, last),
             tiles=(
-                Tile(title="Tokens that suffice", unit="tokens", after=near.num_tokens),
+                Tile(
+                    title="Tokens solved on" if near is last else "Tokens that suffice",
+                    unit="tokens",
+                    after=near.num_tokens,
+                ),
                 Tile(
                     title="Copies sent",
                     unit="of contiguous, held out",
@@ -237,8 +268,10 @@ def _learning(learning: Learning) -> Summary:
                 name="learning",
                 title="Learning curve",
                 reading="Where a curve is flat, more tokens do not change the plan.",
-                unit="judged on held-out sequences",
-                baseline="the contiguous placement",
+                unit="copies, times the contiguous placement's; load, times the mean; "
+                "share of the experts",
+                baseline="the contiguous placement on the same held-out sequences; the "
+                "plan from most tokens",
                 panels=panels,
             ),
         ),
@@ -275,9 +308,8 @@ def _engine_map(found: EngineMap) -> Summary:
         kind=f"{found.format} map",
         headline=Headline(
             verdict=f"A map of {len(rows)} layers with {max(slots)} slots for "
-            f"{max(experts)} experts each, {max(extra)} of them redundant. To judge it, "
-            f"make a plan of it: placer import {found.format}-map FILE --gpus-per-node M "
-            "--out PLAN.",
+            f"{max(experts)} experts each, {max(extra)} of them redundant. A plan made of "
+            "it can be judged on a trace.",
             tiles=(
                 Tile(
                     title="Slots of a layer",
@@ -287,6 +319,7 @@ def _engine_map(found: EngineMap) -> Summary:
                 ),
             ),
             misleading=_COUNTS_TOO if found.format == format_of_json([[0]]) else (),
+            next=f"placer import {found.format}-map FILE --gpus-per-node M --out PLAN",
         ),
         facts={
             "num_layers": len(rows),
@@ -317,6 +350,7 @@ def _engine_map(found: EngineMap) -> Summary:
                             x_title="logical expert",
                             y_title="layer of the map",
                             values=values,
+                            octaves=REPLICA_OCTAVES,
                         ),
                     ),
                 ),
@@ -376,7 +410,7 @@ def _record(record: ExportRecord) -> Summary:
                             lines=(
                                 Line(
                                     label="renumbered",
-                                    kind=OTHER,
+                                    kind=PLACER,
                                     x=tuple(map(float, range(len(moved)))),
                                     y=tuple(moved),
                                 ),

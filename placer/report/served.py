@@ -31,7 +31,8 @@ class Served:
     local
         ``[L]``: share of the pairs that are served at home.
     traffic
-        ``[R, R]``: copies per token and layer from a home to another rank.
+        ``[R, R]``: copies from a home to another rank, per layer and token of that home.
+        NaN where no token has its home.
     node_traffic
         ``[D, D]``: the same between nodes, one copy for each node.
     """
@@ -64,6 +65,7 @@ def serve(
     sent: dict[str, list[float]] = {name: [] for name in _METRICS}
     traffic = np.zeros((num_ranks, num_ranks), dtype=np.int64)
     node_traffic = np.zeros((num_nodes, num_nodes), dtype=np.int64)
+    at_home = np.zeros(num_ranks, dtype=np.int64)
     for layer, serving in enumerate(server.layers()):
         experts = np.ascontiguousarray(tokens.experts[layer].T)
         ranks = server.ranks(serving, experts, home)
@@ -79,15 +81,15 @@ def serve(
         local.append(1 - remote / ranks.size)
         traffic += between
         node_traffic += between_nodes
+        at_home += np.bincount(home, minlength=num_ranks)
         if policy == "follow":
             home = majority_rank(ranks)
-    served = tokens.num_tokens * placement.num_layers
     return Served(
         rank_load=np.array(load),
         sent={name: np.array(values) for name, values in sent.items()},
         local=np.array(local),
-        traffic=traffic / served,
-        node_traffic=node_traffic / served,
+        traffic=_per_home(traffic, at_home),
+        node_traffic=_per_home(node_traffic, at_home.reshape(num_nodes, -1).sum(axis=1)),
     )
 
 
@@ -96,6 +98,11 @@ _METRICS = (
     "remote_rank_copies_per_token",
     "remote_node_copies_per_token",
 )
+
+
+def _per_home(copies: IntArray, tokens: IntArray) -> FloatArray:
+    with np.errstate(invalid="ignore"):
+        return copies / tokens[:, None]
 
 
 def _sent_between(places: RankArray, home: RankArray, number: int) -> IntArray:

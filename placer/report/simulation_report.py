@@ -15,12 +15,13 @@ from placer.report.chart import (
     Section,
     kind_of_placement,
 )
-from placer.report.headline import Headline, Tile, change, over_mean
+from placer.report.headline import REFERENCES, Headline, Tile, busiest_rank, change
 from placer.report.plan_charts import title_of
-from placer.report.results import PLAN, Simulation
+from placer.report.results import PLAN, SimulatedBatch, Simulation
 from placer.report.summary import Summary
 
 _IMBALANCE = "load_imbalance_mean"
+_BANDWIDTHS = {"always": "at every bandwidth", "never": "at none"}
 # Bandwidths of the curve, as multiples of the hardware's.
 _SPEEDS = tuple(2.0**n for n in range(-4, 4))
 
@@ -56,7 +57,7 @@ def summarize_simulation(simulation: Simulation) -> Summary:
             "num_layers": simulation.layers,
         },
         sections=(placements, *_batch_sections(simulation, names)),
-        charts=(_simulation_bars(rows), *_time_charts(simulation, names)),
+        charts=(before_after(rows, "sent"), *_time_charts(simulation, names)),
     )
 
 
@@ -76,15 +77,16 @@ def _simulation_headline(
     sent, load = by_name[PLACER]
     base_sent, base_load = by_name.get(CONTIGUOUS, (None, None))
     parts = [
-        f"{change(sent, theirs)} {title_of(name)}"
+        f"{change(sent, theirs)} {REFERENCES[name]}"
         for name, (theirs, _) in by_name.items()
-        if name in (CONTIGUOUS, EPLB) and sent is not None and theirs is not None
+        if name in REFERENCES and sent is not None and theirs is not None
     ]
     told = (
         f"this plan sends {' and '.join(parts)}"
         if parts
         else "every placement sends the same"
     )
+    others = {name: load for name, (_, load) in by_name.items() if name in REFERENCES}
     tiles = []
     if sent is not None:
         tiles.append(
@@ -116,8 +118,8 @@ def _simulation_headline(
             )
         )
     return Headline(
-        verdict=f"On {simulation.sequences:,} sequences, {told}. Its busiest rank "
-        f"has {over_mean(load)} more load than the mean.",
+        verdict=f"On {simulation.sequences:,} sequences, {told}. "
+        + busiest_rank(load, others),
         tiles=tuple(tiles),
         misleading=tuple(simulation.warnings),
     )
@@ -160,10 +162,16 @@ def _batch_sections(simulation: Simulation, names: Sequence[str]) -> Iterator[Se
         )
 
 
-def _simulation_bars(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
+def before_after(
+    rows: Sequence[tuple[str, float | None, float]], words: str, plans: Sequence[str] = ()
+) -> Chart:
+    """Draw what placements send, if anything, and their busiest rank, side by side.
+
+    ``plans`` names those that have the colour of a plan besides the only one.
+    """
     panels = []
     for title, column in (
-        ("sent per token and layer", 1),
+        (f"{words} per token and layer", 1),
         ("busiest rank: load over the mean", 2),
     ):
         values = [(row[0], row[column]) for row in rows]
@@ -172,7 +180,7 @@ def _simulation_bars(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
                 label=title_of(name),
                 value=float(value),
                 text=f"{value:.3f}",
-                kind=kind_of_placement(name),
+                kind=PLACER if name in plans else kind_of_placement(name),
             )
             for name, value in values
             if isinstance(value, float | int)
@@ -182,7 +190,7 @@ def _simulation_bars(rows: Sequence[tuple[str, float | None, float]]) -> Chart:
     return Chart(
         name="comparison",
         title="Before and after",
-        reading="Shorter is better in both.",
+        reading="Shorter is better.",
         unit="per token and layer; times the mean load",
         baseline="the contiguous placement, and EPLB with as many slots",
         panels=tuple(panels),
@@ -208,7 +216,8 @@ def _time_charts(simulation: Simulation, names: Sequence[str]) -> Iterator[Chart
             for phase in phases
         ),
     )
-    if simulation.bandwidth_gb_per_s is not None:
+    timed = all(_times(one) for name in shown for one in simulation.batches[name])
+    if timed and len(shown) > 1 and simulation.bandwidth_gb_per_s is not None:
         yield _by_bandwidth(simulation, shown, simulation.bandwidth_gb_per_s)
 
 
@@ -228,7 +237,7 @@ def _phase_panel(lines: Sequence[Line]) -> Bars | Lines:
             Bar(
                 label=f"{line.label}, {size:,.0f} tokens",
                 value=line.y[0],
-                text=f"{line.y[0]:,.1f} us",
+                text=f"{line.y[0]:,.1f} µs",
                 kind=line.kind,
             )
             for line in lines
@@ -247,46 +256,58 @@ def _by_batch(simulation: Simulation, name: str, phase: str) -> Line:
 
 
 def _by_bandwidth(simulation: Simulation, names: Sequence[str], bandwidth: float) -> Chart:
-    """Draw time over bandwidth: transfers scale with it, computation and latency do not."""
+    """Draw time over bandwidth, as a share of the first placement's."""
+    base, *others = names
+    first = title_of(_shown(base))
     panels = []
     for number, shape in enumerate(simulation.batches[PLAN]):
-        lines = []
-        for name in names:
-            time = simulation.batches[name][number].time
-            if time is None or time.latency_us is None:
-                continue
-            moved = time.dispatch_us + time.combine_us - time.latency_us
-            kept = time.compute_us + time.latency_us
-            lines.append(
+        times = {name: _times(simulation.batches[name][number]) for name in names}
+        axes = Lines(
+            x_title="GB/s per GPU and direction",
+            y_title=f"times {first}",
+            log_x=True,
+            rule=(1.0, first),
+            lines=tuple(
                 Line(
                     label=title_of(_shown(name)),
                     kind=kind_of_placement(_shown(name)),
                     x=tuple(bandwidth * speed for speed in _SPEEDS),
-                    y=tuple(kept + moved / speed for speed in _SPEEDS),
+                    y=tuple(
+                        own / theirs
+                        for own, theirs in zip(times[name], times[base], strict=True)
+                    ),
                 )
-            )
-        title = f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank"
-        words = [
-            f"{one.pays} {one.bandwidth_gb_per_s:,.0f} GB/s"
-            if one.bandwidth_gb_per_s is not None
-            else one.pays
-            for one in simulation.break_even.get(CONTIGUOUS, [])[number : number + 1]
-        ]
-        pays = f": faster than contiguous {words[0]}" if words else ""
-        axes = Lines(
-            x_title="GB/s per GPU and direction",
-            y_title="microseconds",
-            log_x=True,
-            from_zero=True,
-            lines=tuple(lines),
+                for name in others
+            ),
         )
-        panels.append((title + pays, axes))
+        title = f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank"
+        panels.append((title + _break_even(simulation, number), axes))
     return Chart(
         name="time-by-bandwidth",
         title="Predicted time by bandwidth of the links",
-        reading="Where two lines cross is the break-even bandwidth: what sends less gains "
-        "most on slow links.",
-        unit="microseconds per layer, without overlap",
-        baseline=f"{bandwidth:,.3g} GB/s, the hardware that was named",
+        reading=f"Below 1 a layer is faster than with {first}; where two lines cross is "
+        "their break-even bandwidth.",
+        unit=f"predicted time of a layer, without overlap, over that with {first}",
+        baseline=f"1: {first}; the hardware that was named has {bandwidth:,.3g} GB/s",
         panels=tuple(panels),
     )
+
+
+def _times(batch: SimulatedBatch) -> list[float]:
+    """Return microseconds at each speed: only transfers change with it."""
+    time = batch.time
+    if time is None or time.latency_us is None:
+        return []
+    moved = time.dispatch_us + time.combine_us - time.latency_us
+    return [time.compute_us + time.latency_us + moved / speed for speed in _SPEEDS]
+
+
+def _break_even(simulation: Simulation, number: int) -> str:
+    """Return in words at which bandwidth the plan is faster than each baseline."""
+    told = []
+    for name in (CONTIGUOUS, EPLB):
+        for one in simulation.break_even.get(name, [])[number : number + 1]:
+            at = one.bandwidth_gb_per_s
+            where = _BANDWIDTHS[one.pays] if at is None else f"{one.pays} {at:,.0f} GB/s"
+            told.append(f"than {'EPLB' if name == EPLB else name} {where}")
+    return f": faster {', '.join(told)}" if told else ""

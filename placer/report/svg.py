@@ -2,19 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import groupby
+from itertools import count
 
 import numpy as np
 
 from placer.arrays import IntArray
 from placer.report.chart import Bars, Line, Lines, Matrix
+from placer.report.png import NOTHING, STEPS, image_url
 
-_WIDTH, _HEIGHT = 420, 230
+_WIDTH, _HEIGHT = 380, 215
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 38
-# Colours of a matrix on each side of the baseline.
-_STEPS = 5
-_MATRIX_SIDE = 340
-_CHARACTER = 6
+_MATRIX_SIDE, _BROAD_SIDE = 340, 1000
+# More columns than this need the width of the page, unless rows are as many.
+_MOST_COLUMNS = 128
+# Size of the text of an axis.
+_CHARACTER, _LINE = 6, 13
+# Room for the name of a point.
+_NAME = 60
+
+
+def is_broad(panel: Bars | Lines | Matrix) -> bool:
+    """Return whether a panel takes the whole width of the page."""
+    if not isinstance(panel, Matrix):
+        return False
+    rows, columns = panel.values.shape
+    return bool(columns > max(_MOST_COLUMNS, 2 * rows))
 
 
 def drawn(panel: Bars | Lines | Matrix, name: str) -> str:
@@ -42,21 +54,21 @@ def _bars(panel: Bars) -> str:
 def _lines(panel: Lines, name: str) -> str:
     frame = _Frame(panel)
     parts = [*frame.axes()]
+    named = [(line.label, _swatch(line)) for line in panel.lines]
     if panel.rule is not None:
         y = frame.y(panel.rule[0])
         parts.append(
             f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
-            f'<text x="{_WIDTH - _RIGHT}" y="{y - 4:.1f}" text-anchor="end">'
-            f"{escape(panel.rule[1])}</text>"
         )
+        named.append((panel.rule[1], '<path class="rule" d="M0 5h30"/>'))
     for line in panel.lines:
         parts += _line(frame, line)
     legend = "".join(
         f'<li><svg width="30" height="10" aria-hidden="true">'
-        f"{_swatch(line)}</svg> {escape(line.label)}</li>"
-        for line in panel.lines
+        f"{swatch}</svg> {escape(label)}</li>"
+        for label, swatch in named
     )
-    shown = f'<ul class="legend">{legend}</ul>' if len(panel.lines) > 1 else ""
+    shown = f'<ul class="legend">{legend}</ul>' if len(named) > 1 else ""
     return shown + _svg(_WIDTH, _HEIGHT, name, "".join(parts))
 
 
@@ -67,6 +79,11 @@ def _line(frame: "_Frame", line: Line) -> Iterator[str]:
         yield f'<polyline class="l-{line.kind}" points="{path}"/>'
     if not line.joined or len(points) < 40:
         yield "".join(_mark(line.kind, x, y) for x, y in points)
+    named: list[tuple[float, float]] = []
+    for (x, y), name in zip(points, line.names, strict=False):
+        if all(abs(x - u) > _NAME or abs(y - v) > _LINE for u, v in named):
+            named.append((x, y))
+            yield f'<text x="{x + 6:.1f}" y="{y - 6:.1f}">{escape(name)}</text>'
 
 
 def _mark(kind: str, x: float, y: float) -> str:
@@ -134,7 +151,10 @@ class _Frame:
 
     def _x_ticks(self) -> Sequence[float]:
         if not self._panel.log_x:
-            return [tick for tick in _ticks(*self._x) if tick >= 0]
+            ticks = [tick for tick in _ticks(*self._x) if tick >= 0]
+            numbers = (x for line in self._panel.lines for x in line.x)
+            whole = all(float(x).is_integer() for x in numbers)
+            return [tick for tick in ticks if tick.is_integer() or not whole]
         values = sorted({x for line in self._panel.lines for x in line.x})
         kept: list[float] = []
         for value in values:
@@ -167,21 +187,22 @@ def _label(value: float) -> str:
 
 def _matrix(panel: Matrix, name: str) -> str:
     rows, columns = panel.values.shape
+    width = _BROAD_SIDE if is_broad(panel) else _MATRIX_SIDE
+    left = 22 + (_CHARACTER + 1) * len(str(rows - 1))
     # Cells are square where both axes are long; a short axis is stretched.
-    width = _MATRIX_SIDE
-    height = round(min(max(width * rows / columns, 90), 360))
+    height = round(min(max(width * rows / columns, 90, 3 * rows), 360))
+    # Cells that are smaller than a pixel are mixed, so that none is left out.
+    drawn_as = "fine" if max(columns / width, rows / height) > 1 else "cells"
     parts = [
-        f'<svg x="{_LEFT - 16}" y="4" width="{width}" height="{height}" '
-        f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" '
-        f'shape-rendering="crispEdges">{"".join(_cells(_steps(panel)))}</svg>'
+        f'<image class="{drawn_as}" x="{left}" y="4" width="{width}" height="{height}" '
+        f'preserveAspectRatio="none" href="{image_url(_colours(panel))}"/>'
     ]
-    left = _LEFT - 16
-    for value in _places(columns):
+    for value in _places(columns, width / (_CHARACTER * (len(str(columns)) + 3))):
         x = left + width * (value + 0.5) / columns
         parts.append(
             f'<text x="{x:.1f}" y="{height + 17}" text-anchor="middle">{value}</text>'
         )
-    for value in _places(rows):
+    for value in _places(rows, height / _LINE):
         y = 8 + height * (value + 0.5) / rows
         parts.append(f'<text x="{left - 4}" y="{y:.1f}" text-anchor="end">{value}</text>')
     parts.append(
@@ -190,43 +211,34 @@ def _matrix(panel: Matrix, name: str) -> str:
         f'<text transform="translate(13 {4 + height / 2}) rotate(-90)" '
         f'text-anchor="middle">{escape(panel.y_title)}</text>'
     )
-    return _svg(left + width + 6, height + 38, name, "".join(parts)) + _key(panel.octaves)
+    return _svg(left + width + 6, height + 38, name, "".join(parts))
 
 
-def _steps(panel: Matrix) -> IntArray:
-    """Return ``[N, M]``: the colour of each cell; -1 where there is nothing."""
+def _colours(panel: Matrix) -> IntArray:
+    """Return ``[N, M]``: the colour of each cell, for :func:`image_url`."""
     with np.errstate(divide="ignore"):
-        place = np.log2(panel.values) / panel.octaves * _STEPS
+        place = np.log2(panel.values) / panel.octaves * STEPS
     # The baseline's colour takes half a step on each side.
-    steps = np.clip(np.rint(np.nan_to_num(place, neginf=-_STEPS)), -_STEPS, _STEPS)
-    return np.where(np.isnan(panel.values), -1, steps + _STEPS).astype(np.int64)
+    steps = np.clip(np.rint(np.nan_to_num(place, neginf=-STEPS)), -STEPS, STEPS)
+    return np.where(np.isnan(panel.values), NOTHING, steps + STEPS).astype(np.int64)
 
 
-def _cells(steps: IntArray) -> Iterator[str]:
-    """Yield one path for each colour; neighbours of one colour are one rectangle."""
-    paths: dict[int, list[str]] = {}
-    for y, row in enumerate(steps.tolist()):
-        x = 0
-        for step, run in groupby(row):
-            length = len(list(run))
-            if step >= 0:
-                paths.setdefault(step, []).append(f"M{x} {y}h{length}v1h-{length}z")
-            x += length
-    for step in sorted(paths):
-        yield f'<path class="m{step}" d="{"".join(paths[step])}"/>'
-
-
-def _places(number: int) -> range:
-    """Return the rows or columns that are numbered."""
-    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256) if number / s <= 12)
+def _places(number: int, most: float) -> range:
+    """Return the rows or columns that are numbered: at most so many, and at most 12."""
+    step = next(2**n for n in count() if number / 2**n <= min(most, 12))
     return range(0, number, step)
 
 
-def _key(octaves: int) -> str:
-    colours = "".join(f'<i class="m{step}"></i>' for step in range(2 * _STEPS + 1))
+def key(octaves: int) -> str:
+    """Return what the colours of matrices mean."""
+    # The baseline's colour takes half a step on each side.
+    near = 2 ** (octaves / STEPS / 2)
+    colours = image_url(np.arange(2 * STEPS + 1)[None, :])
     return (
-        f'<p class="key">&le; 1/{2**octaves} <span>{colours}</span> &ge; {2**octaves}; '
-        "grey: 1, the baseline</p>\n"
+        f'<p class="key">&le; 1/{2**octaves} <svg width="143" height="11" role="img" '
+        'aria-label="from blue over grey to orange"><image class="cells" width="143" '
+        f'height="11" preserveAspectRatio="none" href="{colours}"/></svg> '
+        f"&ge; {2**octaves}; grey: near the baseline ({1 / near:.2f} to {near:.2f})</p>\n"
     )
 
 

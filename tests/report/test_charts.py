@@ -244,8 +244,11 @@ def test_links_between_layers_of_unequal_size() -> None:
         "layer 1 to 2 (0.000 bits)",
     ]
     # An expert that names the next one of two says one bit, one that does not says none.
+    # By chance: one row and one column more than one, over 2 ln 2 times 8 pairs.
+    chance = pytest.approx(1 / (2 * np.log(2) * 8))
     assert lines(found["information"]) == {
-        "to the next layer": [(0, pytest.approx(1)), (1, pytest.approx(0))]
+        "to the next layer": [(0, pytest.approx(1)), (1, pytest.approx(0))],
+        "chance": [(0, chance), (1, chance)],
     }
     # Two experts of a layer that are always used together: as often as the load says.
     np.testing.assert_allclose(matrices(found["together"])[0], [[NAN, 1], [1, NAN]])
@@ -271,20 +274,22 @@ def test_counts_of_nothing_are_drawn() -> None:
         assert all(np.isnan(values).all() for values in matrices(found[name]))
 
 
-def test_many_experts_are_grouped_and_the_most_linked_layers_are_shown() -> None:
-    """512 experts in groups of four; of three pairs of layers two fit on the page."""
-    none = np.ones((512, 512), dtype=np.int64)
-    diagonal = none + 1000 * np.eye(512, dtype=np.int64)
-    found = drawn(affinity_of([[1] * 512] * 4, [none, diagonal, none], [none] * 4))
-    assert [title.partition(" (")[0] for title, _ in found["flow"].panels] == [
-        "layer 0 to 1",
-        "layer 1 to 2",
-    ]
-    _, values = matrices(found["flow"])
-    assert values.shape == (128, 128)
-    # 16 + 4,000 pairs of a group with itself; every row and column has 512 + 1,000.
-    whole = 512 * (512 + 1000)
-    assert values[5, 5] == pytest.approx((16 + 4000) * whole / (4 * 1512) ** 2)
+@pytest.mark.parametrize(("experts", "shown"), [(32, 3), (256, 2), (512, 1)])
+def test_the_most_linked_layers_are_shown_that_fit_the_page(
+    experts: int, shown: int
+) -> None:
+    none = np.ones((experts, experts), dtype=np.int64)
+    diagonal = none + 1000 * np.eye(experts, dtype=np.int64)
+    found = drawn(affinity_of([[1] * experts] * 4, [none, diagonal, none], [none] * 4))
+    titles = [title.partition(" (")[0] for title, _ in found["flow"].panels]
+    expected = {3: ["layer 0 to 1", "layer 1 to 2", "layer 2 to 3"]}
+    expected |= {2: ["layer 0 to 1", "layer 1 to 2"], 1: ["layer 1 to 2"]}
+    assert titles == expected[shown]
+    values = matrices(found["flow"])[titles.index("layer 1 to 2")]
+    assert values.shape == (experts, experts), "each expert has a row of its own"
+    # Every row and column has one pair for each expert, and 1,000 more.
+    whole = experts * (experts + 1000)
+    assert values[5, 5] == pytest.approx(1001 * whole / (experts + 1000) ** 2)
 
 
 def test_replicas_are_counted_per_expert() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from placer.report.headline import change, over_mean
+from placer.report.headline import change, enumerated, over_mean
 from placer.report.html import number
 from tests.report.conftest import Reports, run
 
@@ -26,6 +26,10 @@ def rows_of(shown: Shown, begin: str) -> list[dict[str, Any]]:
 
 def column(shown: Shown, begin: str, name: str) -> list[Any]:
     return [row[name] for row in rows_of(shown, begin) if row[name] is not None]
+
+
+def column_names(shown: Shown, begin: str) -> list[str]:
+    return list(rows_of(shown, begin)[0])
 
 
 def of_plan(shown: Shown) -> Tiles:
@@ -71,10 +75,12 @@ def of_map(shown: Shown) -> Tiles:
 def of_frontier(shown: Shown) -> Tiles:
     rows = {row["placement"]: row for row in rows_of(shown, "plans and baselines")}
     plans = [row for name, row in rows.items() if name.startswith("plan-")]
-    base = rows["contiguous"]
+    base, eplb = rows["contiguous"], rows["eplb"]
+    names = ("sent/token", "imbalance")
+    better = [row for row in plans if all(row[name] < eplb[name] for name in names)]
     return [
-        (base["sent/token"], min(row["sent/token"] for row in plans)),
-        (base["imbalance"], min(row["imbalance"] for row in plans)),
+        *((base[name], min(row[name] for row in plans)) for name in names),
+        (None, len(better)),
     ]
 
 
@@ -200,6 +206,50 @@ def test_experts_to_load_are_those_that_differ(reports: Reports) -> None:
             slots = slice(rank * 2, rank * 2 + 2)
             differ += len(set(ours[slots]) - set(theirs[slots]))
     assert moved == differ
+
+
+def test_the_verdict_compares_with_other_plans(reports: Reports) -> None:
+    shown = reports.json("plans")
+    rows = {row["placement"]: row for row in rows_of(shown, "placements on")}
+    verdict = shown["headline"]["verdict"]
+    other = rows["token.json"]
+    assert (
+        change(rows["placer"]["copies/token"], other["copies/token"]) + " token.json"
+        in verdict
+    )
+    assert f"token.json {over_mean(other['imbalance'])})" in verdict
+    told = (
+        f"To change from token.json to it, ranks load {other['experts to load']} experts."
+    )
+    assert told in verdict
+    assert "token.json" in column_names(shown, "locality by layer")
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [([], ""), (["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")],
+)
+def test_an_enumeration(parts: list[str], words: str) -> None:
+    assert enumerated(parts) == words
+
+
+def test_few_tokens_are_said_to_look_linked(tmp_path: Path) -> None:
+    """Layers without any link, 64 experts, 200 tokens."""
+    rng = np.random.default_rng(0)
+    experts = np.stack(
+        [rng.permuted(np.tile(np.arange(64), (200, 1)), axis=1)[:, :4] for _ in range(2)],
+        axis=1,
+    )
+    np.savez(
+        tmp_path / "few.npz", experts=experts, sequence_ids=np.repeat(np.arange(20), 10)
+    )
+    run("import", "npz", tmp_path / "few.npz", "--out", tmp_path / "few")
+    shown = json.loads(run("inspect", tmp_path / "few", "--json"))
+    (row,) = rows_of(shown, "mutual information by layer")
+    # A link that is not there: what is counted is what chance gives, within a tenth.
+    assert row["bits"] == pytest.approx(row["by chance"], rel=0.1)
+    (doubt,) = shown["headline"]["misleading"]
+    assert f"would show {row['by chance']:.3f} bits" in doubt
 
 
 @pytest.mark.parametrize(

@@ -378,5 +378,7 @@ def test_html_is_one_offline_file_with_stable_bytes(
     assert pages[0] == pages[1]
     assert "<svg" in pages[0] or 'class="bars"' in pages[0]
     assert not re.search(r"<(script|img|iframe)\b|https?:", pages[0])
+    images = re.findall(r"<image[^>]* href=\"([^\"]+)\"", pages[0])
+    assert all(one.startswith("data:image/png;base64,") for one in images)
     assert len(pages[0]) < 2_000_000
     assert str(tmp_path) not in pages[0]

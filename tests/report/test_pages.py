@@ -65,6 +65,20 @@ def test_a_report_in_a_browser(
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", back)[:3])) < 384) == (scheme == "dark")
+    # The first pixel of each image as the browser decodes it: a colour of the palette.
+    seen = page.evaluate(
+        """() => Promise.all([...document.querySelectorAll('svg.figure image')].map(
+            async image => {
+                const one = new Image();
+                one.src = image.getAttribute('href');
+                await one.decode();
+                const canvas = new OffscreenCanvas(one.width, one.height);
+                const context = canvas.getContext('2d');
+                context.drawImage(one, 0, 0);
+                return [...context.getImageData(0, 0, 1, 1).data];
+            }))"""
+    )
+    assert {alpha for *_, alpha in seen} <= {0, 51, 102, 153, 204, 255}
     # Text that is drawn over the edge of its figure would be cut off.
     cut = page.evaluate(
         """() => [...document.querySelectorAll('svg.figure')].flatMap(figure => {
