@@ -84,6 +84,8 @@ class CopiesCertificate:
         ``[L]``: most load of a group; some placement meets it.
     num_groups
         Ranks, or nodes for the node copies of the exchange ``per-node``.
+    known
+        L: a bound of the layer that is proved already and not improved, or ``None``.
     """
 
     def __init__(
@@ -92,11 +94,15 @@ class CopiesCertificate:
         load: Sequence[FloatArray],
         max_load: Sequence[float],
         num_groups: int,
+        known: Sequence[float | None] | None = None,
     ) -> None:
         self._num_tokens = float(sets[0].num_tokens.sum())
-        self._layers = [
-            _Layer(one, expert_load, cap, num_groups)
-            for one, expert_load, cap in zip(sets, load, max_load, strict=True)
+        proved = known or [None] * len(sets)
+        self._layers: list[_Layer | _Known] = [
+            _Layer(one, expert_load, cap, num_groups) if bound is None else _Known(bound)
+            for one, expert_load, cap, bound in zip(
+                sets, load, max_load, proved, strict=True
+            )
         ]
 
     @property
@@ -144,6 +150,16 @@ class CopiesCertificate:
             if goes_on is not None and not goes_on(done):
                 break
         return math.fsum(self.bounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A layer whose bound is proved already."""
+
+    bound: float
+
+    def improve(self, num_rounds: int, first_steps: int) -> None:
+        """Leave it as it is."""
 
 
 class _Layer:

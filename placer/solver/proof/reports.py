@@ -1,6 +1,6 @@
 """The objective of a placement, and bounds that prove how far it is from the best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from placer.arrays import IntArray
@@ -9,6 +9,8 @@ from placer.placement.solver_report import Certificate
 from placer.run.progress import GapLine, gap
 from placer.run.session import Session
 from placer.solver.options import SolveOptions
+from placer.solver.partition.layer import METHOD as PARTITION_METHOD
+from placer.solver.partition.layer import LayerProof
 from placer.solver.problem.pairs import PlacementProblem
 from placer.solver.problem.traffic import TrafficProblem, copy_prices
 from placer.solver.proof.bounds import pair_bound
@@ -65,6 +67,7 @@ def copies_report(
     placement: Placement,
     reached: Evaluation,
     optimal: bool,
+    proofs: Sequence[LayerProof | None],
     options: SolveOptions,
     line: GapLine,
     session: Session,
@@ -73,7 +76,7 @@ def copies_report(
 
     Proofs stop at the session's deadline: any stop certifies. ``line`` gets their
     bounds, and knows a bound where it got one before; of a plan that was stopped it is
-    kept. ``reached`` is what the placement costs.
+    kept. ``reached`` is what the placement costs, ``proofs`` what is proved of its layers.
     """
     deadline, objective = session.deadline, round(reached.copies, 6)
     report: dict[str, Any] = {
@@ -100,9 +103,12 @@ def copies_report(
         return not deadline.passed()
 
     rounds = _steps(problem, options)[1]
+    known = [None if one is None else float(one.bound) for one in proofs]
     with deadline.interruptible():
-        if rounds and not deadline.passed():
-            bound = _copies_bound(problem, judged, options, rounds=rounds, told=told)
+        if (rounds or None not in known) and not deadline.passed():
+            bound = _copies_bound(
+                problem, judged, options, rounds=rounds, known=known, told=told
+            )
     if rounds and deadline.stopped:
         bound = line.bound
     if bound is None:
@@ -110,13 +116,26 @@ def copies_report(
         if rounds and deadline.stopped and _has_copies_bound(options):
             why = "none: stopped before the copies were proved"
         return report | {"bound": None, "gap": None, "bound_method": why, "pairs": pairs}
+    proved = status(reached.copies, bound)  # rounding proves nothing
+    if proved == "optimal":
+        bound = objective
     return report | {
-        "status": status(reached.copies, bound),  # rounding proves nothing
+        "status": proved,
         "bound": bound,
         "gap": gap(objective, bound),
-        "bound_method": COPIES_METHOD,
+        "bound_method": _method(proofs),
         "pairs": pairs,
     }
+
+
+def _method(proofs: Sequence[LayerProof | None]) -> str:
+    """Say how the copies were bounded."""
+    proved = [one for one in proofs if one is not None]
+    if not proved:
+        return COPIES_METHOD
+    optimal = sum(one.is_optimal for one in proved)
+    said = f"{PARTITION_METHOD}: {optimal} of {len(proofs)} layers proved optimal"
+    return said if len(proved) == len(proofs) else f"{said}; else {COPIES_METHOD}"
 
 
 def content_report(
@@ -195,11 +214,13 @@ def _copies_bound(
     *,
     rounds: int,
     first_steps: int = FIRST_STEPS,
+    known: Sequence[float | None] | None = None,
     told: Callable[[str, float], bool] | None = None,
 ) -> float | None:
     """Return a bound of the price of copies, per token and layer, if there is one.
 
-    ``told`` takes what was done and the bound so far, and says whether to go on.
+    ``known`` are bounds of the ranks that serve a layer's tokens, which are proved
+    already. ``told`` takes what was done and the bound so far, and says whether to go on.
     """
     topology, exchange = options.topology, options.goal.counted
     if not _has_copies_bound(options):
@@ -208,12 +229,14 @@ def _copies_bound(
     scale = topology.num_ranks * judged.num_tokens * problem.num_layers
     policy = options.start_policies(judged.experts[0].shape[1])[0]
 
-    def of_groups(num_groups: int) -> CopiesCertificate:
+    def of_groups(
+        num_groups: int, known: Sequence[float | None] | None = None
+    ) -> CopiesCertificate:
         width = topology.num_ranks // num_groups
         caps = [width * cap for cap in problem.max_load]
-        return CopiesCertificate(sets, problem.load, caps, num_groups)
+        return CopiesCertificate(sets, problem.load, caps, num_groups, known)
 
-    ranks, nodes = of_groups(topology.num_ranks), None
+    ranks, nodes = of_groups(topology.num_ranks, known), None
     if exchange == "per-node" and topology.num_nodes > 1:
         nodes = of_groups(topology.num_nodes)
 
