@@ -23,7 +23,7 @@ class Certificate(Document, frozen=True, kw_only=True):
     objective
         The value reached, to be minimised.
     bound
-        No placement under the load cap has less.
+        No placement under the caps has less that keeps the plan's pins and router groups.
     gap
         ``(objective - bound) / objective``.
     bound_method
