@@ -116,11 +116,14 @@ class Columns:
         ``[K]`` int64: tokens that use any expert of the set.
     num_experts
         E.
+    limits
+        Which sets are allowed.
     """
 
     experts: Int16Array
     cost: IntArray
     num_experts: int
+    limits: Limits
 
     def reduced_costs(self, prices: Prices) -> IntArray:
         """Return ``[K]``: SCALE x cost, less the prices of what a column holds."""
@@ -177,7 +180,7 @@ def all_columns(
     good = limits.allowed(experts, num_experts)
     if not good.all():
         experts, cost = experts[good], cost[good]
-    return Columns(experts=experts, cost=cost, num_experts=num_experts)
+    return Columns(experts=experts, cost=cost, num_experts=num_experts, limits=limits)
 
 
 def cost_of_sets(rows: IntArray, weight: IntArray, sets: Sequence[IntArray]) -> IntArray:

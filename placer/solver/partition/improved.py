@@ -24,7 +24,7 @@ from placer.trace import Chunk
 
 
 def improved(
-    found: Found, judged: Chunk, n_group: int, options: SolveOptions, session: Session
+    found: Found, judged: Chunk, wholes: Wholes, options: SolveOptions, session: Session
 ) -> tuple[Found, list[LayerProof | None]]:
     """Return what was found with the best layers of the set partition, and its proofs.
 
@@ -38,15 +38,14 @@ def improved(
         Where the search ended.
     judged
         The tokens that judge it.
-    n_group
-        Router groups of the model.
+    wholes
+        Pins and router groups (:func:`wholes_of`).
     options, session
         What is solved for, and when to stop.
     """
     if not _is_partition(found, options):
         return found, [None] * found.problem.num_layers
     tokens = token_sets([judged])
-    wholes = _wholes(found, n_group, options)
     full = options.proof == "full"
     proofs: list[LayerProof | None] = []
     before = found.evaluate()
@@ -62,7 +61,8 @@ def improved(
             lambda: not deadline.passed(),
         ):
             proofs.append(one)
-            _tell(found, proofs, tokens, before.copies, options)
+            if one is not None:
+                _tell(found, proofs, tokens, before.copies, options)
     proofs += [None] * (len(tokens) - len(proofs))
     if options.goal.policy != "fixed" or options.goal.counted != "per-rank":
         return found, proofs
@@ -81,11 +81,14 @@ def improved(
 
 def _is_partition(found: Found, options: SolveOptions) -> bool:
     """Return whether layers are set partitions, and anything is left to prove."""
-    bare = options.goal.redundant_experts == 0 and options.goal.content_policy is None
-    return bare and options.proof != "none" and not found.optimal
+    goal = options.goal
+    bare = goal.redundant_experts == 0 and goal.content_policy is None
+    counts = bare and (goal.counted == "per-rank" or goal.policy == "fixed")
+    return counts and options.proof != "none" and not found.optimal
 
 
-def _wholes(found: Found, n_group: int, options: SolveOptions) -> Wholes:
+def wholes_of(found: Found, n_group: int, options: SolveOptions) -> Wholes:
+    """Return the pins and router groups that a solve keeps, of a model's ``n_group``."""
     kind = found.traffic.kind
     pinned = kind if options.start.pins and kind is not None else None
     return Wholes(

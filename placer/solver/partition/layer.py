@@ -15,7 +15,7 @@ import numpy as np
 
 from placer.arrays import IntArray
 from placer.solver.kernels.columns import search_partitions
-from placer.solver.partition.columns import SCALE, Columns, Prices
+from placer.solver.partition.columns import SCALE, Columns, Limits, Prices
 from placer.solver.partition.master import Master
 
 METHOD = "set partition of the experts over the ranks"
@@ -44,6 +44,8 @@ class LayerProof:
         ``[R, C]`` int64: the best partition known.
     prices
         What proves ``bound``, or the part of it that the search did not.
+    limits
+        Which sets a rank may hold.
     num_columns
         Columns that there are.
     searched
@@ -54,6 +56,7 @@ class LayerProof:
     cost: int
     sets: IntArray
     prices: Prices
+    limits: Limits
     num_columns: int
     searched: bool
 
@@ -102,6 +105,7 @@ class _Layer:
             cost=self.cost,
             sets=self.sets,
             prices=self.prices,
+            limits=self.columns.limits,
             num_columns=len(self.columns.cost),
             searched=self.searched is not None,
         )

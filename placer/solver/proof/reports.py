@@ -106,7 +106,7 @@ def copies_report(
     known = [None if one is None else float(one.bound) for one in proofs]
     with deadline.interruptible():
         if (rounds or None not in known) and not deadline.passed():
-            bound = _copies_bound(
+            bound = copies_bound(
                 problem, judged, options, rounds=rounds, known=known, told=told
             )
     if rounds and deadline.stopped:
@@ -123,12 +123,12 @@ def copies_report(
         "status": proved,
         "bound": bound,
         "gap": gap(objective, bound),
-        "bound_method": _method(proofs),
+        "bound_method": bound_method(proofs),
         "pairs": pairs,
     }
 
 
-def _method(proofs: Sequence[LayerProof | None]) -> str:
+def bound_method(proofs: Sequence[LayerProof | None]) -> str:
     """Say how the copies were bounded."""
     proved = [one for one in proofs if one is not None]
     if not proved:
@@ -174,7 +174,7 @@ def early_copies_bound(
     goal = options.goal
     if large or goal.redundant_experts or goal.content_policy or options.start.constrains:
         return None
-    return _copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
+    return copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
 
 
 def _pair_certificate(
@@ -207,7 +207,7 @@ def _pair_certificate(
     )
 
 
-def _copies_bound(
+def copies_bound(
     problem: PlacementProblem,
     judged: Chunk,
     options: SolveOptions,
