@@ -19,22 +19,28 @@ from placer.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from placer.api.advising import Advice, advise
-    from placer.api.affinity import Affinity
+    from placer.api.affinity import Affinity, merge_affinities
     from placer.api.arguments import (
         AdviseArguments,
+        AffinityArguments,
         ExportArguments,
+        SelectArguments,
         SimulateArguments,
         SizeArguments,
         SolveArguments,
     )
     from placer.api.exporting import Exported
+    from placer.api.inspecting import Inspected, inspect
     from placer.api.known import names
+    from placer.api.measuring import Learning, Links, links
     from placer.api.opening import open
     from placer.api.plan import Plan
+    from placer.api.recording import record
+    from placer.api.shown import Result
     from placer.api.simulation import Simulation, compare
-    from placer.api.solving import solve
+    from placer.api.solving import Frontier, solve, solve_frontier
     from placer.api.table import Table
-    from placer.api.trace import Trace
+    from placer.api.trace import Trace, count_affinity, merge_traces
     from placer.api.verifying import Verified
     from placer.errors import (
         NoSolutionError,
@@ -52,14 +58,21 @@ _MODULES = {
     "Advice": "api.advising",
     "AdviseArguments": "api.arguments",
     "Affinity": "api.affinity",
+    "AffinityArguments": "api.arguments",
     "Checkpoint": "report.checkpoint",
     "ExportArguments": "api.arguments",
     "Exported": "api.exporting",
+    "Frontier": "api.solving",
+    "Inspected": "api.inspecting",
+    "Learning": "api.measuring",
+    "Links": "api.measuring",
     "NoSolutionError": "errors",
     "NotProvedError": "errors",
-    "Plan": "api.plan",
     "PlacerError": "errors",
     "PlacerWarning": "errors",
+    "Plan": "api.plan",
+    "Result": "api.shown",
+    "SelectArguments": "api.arguments",
     "SimulateArguments": "api.arguments",
     "Simulation": "api.simulation",
     "SizeArguments": "api.arguments",
@@ -72,23 +85,37 @@ _MODULES = {
     "Verified": "api.verifying",
     "advise": "api.advising",
     "compare": "api.simulation",
+    "count_affinity": "api.trace",
+    "inspect": "api.inspecting",
+    "links": "api.measuring",
+    "merge_affinities": "api.affinity",
+    "merge_traces": "api.trace",
     "names": "api.known",
     "open": "api.opening",
+    "record": "api.recording",
     "solve": "api.solving",
+    "solve_frontier": "api.solving",
 }
 
 __all__ = [
     "Advice",
     "AdviseArguments",
     "Affinity",
+    "AffinityArguments",
     "Checkpoint",
     "ExportArguments",
     "Exported",
+    "Frontier",
+    "Inspected",
+    "Learning",
+    "Links",
     "NoSolutionError",
     "NotProvedError",
-    "Plan",
     "PlacerError",
     "PlacerWarning",
+    "Plan",
+    "Result",
+    "SelectArguments",
     "SimulateArguments",
     "Simulation",
     "SizeArguments",
@@ -101,9 +128,16 @@ __all__ = [
     "Verified",
     "advise",
     "compare",
+    "count_affinity",
+    "inspect",
+    "links",
+    "merge_affinities",
+    "merge_traces",
     "names",
     "open",
+    "record",
     "solve",
+    "solve_frontier",
 ]
 
 

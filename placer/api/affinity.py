@@ -1,19 +1,28 @@
 """Counts of a trace, as the API shows them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from placer.affinity import Affinity as Counts
-from placer.api.files import AnyPath, UsedFile, require_unchanged, temporary_file, writing
+from placer.affinity.from_traces import merged_affinity
+from placer.api.files import (
+    AnyPath,
+    UsedFile,
+    require_unchanged,
+    temporary_file,
+    warn,
+    writing,
+)
 from placer.api.shown import Shape, Shown, layers_of, model_name, model_words
 from placer.arrays import IntArray
 from placer.model import ModelSpec
 from placer.run.files import sha256_file
+from placer.run.verdict import Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -86,6 +95,33 @@ class Affinity(Shown):
         Empty where only loads are known.
         """
         return self.contents.coactivation
+
+    @property
+    def verdict(self) -> Verdict:
+        """What was counted, and the question that it can answer."""
+        from placer.report.verdicts import verdict_of_affinity
+
+        return verdict_of_affinity(self.contents, self.path or Path("AFFINITY"))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The JSON object of ``placer affinity --json``, without its verdict."""
+        counts = self.contents
+        return {
+            "out": None if self.path is None else str(self.path),
+            "num_tokens": counts.num_tokens,
+            "num_layers": counts.model.num_layers,
+            "num_experts": list(counts.model.num_experts),
+            "top_k": counts.model.top_k,
+            "transition_pairs": int(sum(pairs.sum() for pairs in counts.transition)),
+            "coactivated_pairs": int(sum(pairs.sum() for pairs in counts.coactivation))
+            // 2,
+            "token_rows": counts.token_expert is not None,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that ``placer affinity --json`` prints."""
+        return {"verdict": self.verdict.to_json()} | self.facts
 
     def to_frame(self) -> "DataFrame":
         """Return one row for each MoE layer and expert.
@@ -166,16 +202,23 @@ class Affinity(Shown):
         with writing(Path(path), [self.path], force=force, kinds=()):
             write_graphml(self.graph(layer, least=least), Path(path))
 
-    def write(self, path: AnyPath, *, force: bool = False) -> None:
+    def write(self, path: AnyPath, *, force: bool = False) -> Self:
         """Write an affinity file: the same counts give the same bytes.
+
+        Returns
+        -------
+        Affinity
+            The same counts, which have a path now.
 
         Raises
         ------
         PlacerError
             If the file exists and ``force`` is false.
         """
-        with writing(Path(path), force=force, kinds=["affinity"]):
-            self.contents.write(Path(path))
+        file = Path(path)
+        with writing(file, force=force, kinds=["affinity"]):
+            self.contents.write(file)
+        return replace(self, path=file, sha256=sha256_file(file))
 
     @contextmanager
     def as_file(self) -> Iterator[UsedFile]:
@@ -208,3 +251,16 @@ class Affinity(Shown):
                 else "only loads",
             },
         )
+
+
+def merge_affinities(paths: Sequence[AnyPath]) -> Affinity:
+    """Add up affinity files, such as those of several machines.
+
+    Raises
+    ------
+    PlacerError
+        If one is damaged, or they are of different models.
+    UsageError
+        If two are the same file.
+    """
+    return Affinity(merged_affinity([Path(path) for path in paths], warn))

@@ -1,10 +1,11 @@
 """Options of the API's functions, by their names: those of the commands."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from placer.api.files import AnyPath
 from placer.errors import UsageError, meant
+from placer.trace.selection import Selection
 
 
 class SizeArguments(TypedDict, total=False):
@@ -24,6 +25,44 @@ class SizeArguments(TypedDict, total=False):
     hidden_size: int | None
     expert_size: int | None
     weight_bytes: float | None
+
+
+class SelectArguments(TypedDict, total=False):
+    """Which tokens of a trace are used.
+
+    Attributes
+    ----------
+    fold, not_fold
+        Only sequences whose id mod N is K, or is not: ``"K/N"``.
+    phase
+        Only tokens of this phase: ``prefill``, ``decode`` or ``all``.
+    """
+
+    fold: str | None
+    not_fold: str | None
+    phase: str
+
+
+class AffinityArguments(SelectArguments, total=False):
+    """Options of ``placer affinity``; ``docs/cli.md`` describes each.
+
+    Attributes
+    ----------
+    rows
+        Also count experts by token id: ``none``, ``tokens`` or ``sequences``.
+    workers
+        Number of processes, 1 by default; ``None``: all cores, or 1 with a GPU.
+    backend, ray_address
+        ``processes`` or ``ray``, and the address of the Ray cluster.
+    device
+        ``cpu`` or ``cuda``.
+    """
+
+    rows: str
+    workers: int | None
+    backend: str
+    ray_address: str | None
+    device: str
 
 
 class AdviseArguments(SizeArguments, total=False):
@@ -213,6 +252,18 @@ class ExportArguments(TypedDict, total=False):
     ray_address: str | None
     experts_only: bool
     force: bool
+
+
+def selected(options: Mapping[str, Any]) -> Selection:
+    """Return the tokens that :class:`SelectArguments` ask for.
+
+    Raises
+    ------
+    UsageError
+        If one of them has no such value.
+    """
+    fold, not_fold = options.get("fold"), options.get("not_fold")
+    return Selection.parse(fold, not_fold, options.get("phase", "all"))
 
 
 def require_known(given: Mapping[str, object], arguments: type) -> None:

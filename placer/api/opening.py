@@ -20,6 +20,8 @@ from placer.table import Table as TokenTable
 from placer.target.map_formats import MAPS
 
 _MAP = "-map"
+#: What :func:`placer.open` returns.
+Opened = Trace | Affinity | Plan | Table | Checkpoint
 
 
 def open(
@@ -29,7 +31,7 @@ def open(
     nodes: int = 1,
     gpus_per_node: int | None = None,
     model: AnyPath | None = None,
-) -> Trace | Affinity | Plan | Table | Checkpoint:
+) -> Opened:
     """Open a file or directory that placer or an engine wrote.
 
     Parameters

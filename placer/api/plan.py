@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -12,16 +12,18 @@ from placer.api.files import (
     AnyPath,
     UsedFile,
     as_path,
+    note,
     require_unchanged,
     temporary_file,
     warn,
     writing,
 )
-from placer.api.shown import Shape, Shown, model_name, model_words
+from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
 from placer.arrays import IntArray
 from placer.model import ModelSpec
 from placer.placement import Plan as SolvedPlan
 from placer.placement.plan import plan_sha256
+from placer.run.verdict import Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,6 +34,31 @@ if TYPE_CHECKING:
     from placer.api.table import Table
     from placer.api.trace import Trace
     from placer.api.verifying import Verified
+    from placer.planning.layer_time import TimeChoice
+    from placer.simulation.cost import ExpertShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How a plan was solved: what its verdict and its tables add to the plan itself.
+
+    Attributes
+    ----------
+    source
+        The trace or the affinity file.
+    start
+        The plan that was started from, or ``None``.
+    model, expert
+        What sizes a token of the KV cache and an expert, or ``None``.
+    time
+        Why it was solved as it was, where time is the objective; else ``None``.
+    """
+
+    source: Path
+    start: Path | None = None
+    model: Path | None = None
+    expert: "ExpertShape | None" = None
+    time: "TimeChoice | None" = None
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -48,11 +75,14 @@ class Plan(Shown):
         The file that it was read from, or ``None``.
     sha256
         SHA-256 of that file, or ``None``.
+    how
+        How it was solved; ``None`` of a plan that was read.
     """
 
     contents: SolvedPlan
     path: Path | None = None
     sha256: str | None = None
+    how: "How | None" = None
 
     @classmethod
     def read(cls, path: AnyPath) -> Self:
@@ -118,11 +148,75 @@ class Plan(Shown):
         return full
 
     @property
+    def verdict(self) -> Verdict:
+        """What the plan changes against contiguous and EPLB, and what it costs."""
+        from placer.report.verdicts import verdict_of_solve
+
+        how = self.how or How(source=Path("TRACE"))
+        path = self.path or Path("PLAN")
+        return verdict_of_solve(
+            self.contents, path, how.source, expert=how.expert, model=how.model
+        )
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What limits the plan's own figures, one sentence each."""
-        from placer.report.comparison import closing_lines, plan_warnings
+        from placer.report.comparison import plan_warnings
 
-        return (*plan_warnings(self.contents), *closing_lines(self.contents))
+        return (*plan_warnings(self.contents), *self.closing_lines)
+
+    @property
+    def closing_lines(self) -> tuple[str, ...]:
+        """Those of the warnings that the command prints last."""
+        from placer.report.comparison import closing_lines
+
+        return (*closing_lines(self.contents),)
+
+    def notes(self, *, details: bool = True) -> list[str]:
+        """Return what else to know of the plan, one sentence each."""
+        from placer.report.comparison import plan_notes
+
+        return [*plan_notes(self.contents, details=details)]
+
+    def tables(self, *, details: bool = False) -> tuple[list[TitledTable], list[str]]:
+        """Return what ``placer solve`` shows: figures, and sentences after them.
+
+        ``details`` adds what proves them.
+        """
+        from placer.report.comparison import (
+            certificate_lines,
+            plan_table,
+            plan_table_title,
+            price_line,
+        )
+
+        plan, lines = self.contents, list[str]()
+        columns, rows = plan_table(plan, per_batch=details)
+        if details and (priced := price_line(plan)) is not None:
+            lines.append(priced)
+        if self.how is not None and self.how.start is not None:
+            moved, slots = plan.provenance["moved_experts"], plan.placement.to_json()
+            told = f"{moved} of {sum(map(len, slots))} slots changed from {self.how.start}"
+            if moved and not plan.provenance["migration_cost"]:
+                told += "; to change fewer, set a cost per move: --migration-cost"
+            lines.append(told)
+        lines += certificate_lines(plan) if details or not rows else []
+        if self.how is not None and self.how.time is not None:
+            lines += _time_lines(self.how.time)
+        if not rows:
+            return [], lines
+        return [(plan_table_title(plan), columns[1:], [row[1:] for row in rows])], lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that ``placer solve --json`` prints."""
+        return {
+            "verdict": self.verdict.to_json(),
+            "out": None if self.path is None else str(self.path),
+            "seconds": self.contents.solver.seconds,
+            "warnings": [*self.warnings],
+            "notes": self.notes(),
+            **self.contents.to_json(),
+        }
 
     def to_frame(self) -> "DataFrame":
         """Return one row for each MoE layer and slot.
@@ -288,7 +382,7 @@ class Plan(Shown):
         UsageError
             If an option is out of range.
         """
-        from placer.api.table import Table
+        from placer.api.table import Made, Table
         from placer.planning.tables import TableOptions, make_table
         from placer.trace import Fold
 
@@ -305,20 +399,36 @@ class Plan(Shown):
             made = make_table(
                 file.path, trace.contents, fold=chosen, phase=phase, options=options
             )
-        for text in made.warnings:
-            warn(file.words(text))
-        return Table(made.table)
+        warnings = tuple(map(file.words, made.warnings))
+        for text in warnings:
+            warn(text)
+        if made.profile.fold is None:
+            warn("built from all sequences: none was held out, so no figures are shown")
+        elif chosen is None:
+            note(
+                f"built from the tokens that the plan was solved on: {made.profile.options}"
+            )
+        result = replace(made, warnings=warnings)
+        how = Made(result=result, plan=self.path or Path("PLAN"), trace=trace.path)
+        return Table(made.table, made=how)
 
-    def write(self, path: AnyPath, *, force: bool = False) -> None:
+    def write(self, path: AnyPath, *, force: bool = False) -> Self:
         """Write ``plan.json``: the same plan gives the same bytes.
+
+        Returns
+        -------
+        Plan
+            The same plan, which has a path now.
 
         Raises
         ------
         PlacerError
             If the file exists and ``force`` is false.
         """
-        with writing(Path(path), force=force, kinds=["plan"]):
-            self.contents.write(Path(path))
+        file = Path(path)
+        with writing(file, force=force, kinds=["plan"]):
+            self.contents.write(file)
+        return replace(self, path=file, sha256=plan_sha256(file))
 
     @contextmanager
     def as_file(self) -> Iterator[UsedFile]:
@@ -360,3 +470,15 @@ class Plan(Shown):
             columns=columns,
             rows=rows,
         )
+
+
+def _time_lines(choice: "TimeChoice") -> list[str]:
+    """Say what predicted time chose, and for which links another plan is faster."""
+    return [
+        f"least predicted time on held-out sequences of the profile: {choice.name}",
+        *(
+            f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: compared "
+            f"with the load balancer, the fastest plan for traffic {found.words}"
+            for shape, found in choice.break_even_by_size
+        ),
+    ]

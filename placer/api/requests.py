@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Unpack
 
-from placer.api.arguments import SolveArguments, require_known
+from placer.api.arguments import SolveArguments, require_known, selected
 from placer.api.files import as_path
 from placer.errors import UsageError, one_of
 from placer.placement.pins import Pin
@@ -17,7 +17,6 @@ from placer.solver.params import SolverParams
 from placer.solver.problem.scenarios import ROBUST
 from placer.solver.start import Start
 from placer.target.engine import SOLVABLE_EXCHANGES, solvable_choice
-from placer.trace import Selection
 
 
 def solve_request(
@@ -53,9 +52,7 @@ def solve_request(
     topology, hardware = as_path(options.get("topology")), options.get("hardware")
     return SolveRequest(
         source=source,
-        selection=Selection.parse(
-            options.get("fold"), options.get("not_fold"), options.get("phase", "all")
-        ),
+        selection=selected(options),
         options=SolveOptions(
             topology=group_topology(
                 num_nodes=nodes,

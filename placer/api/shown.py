@@ -7,11 +7,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from placer.errors import UsageError
 from placer.run.verdict import Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from placer.api.opening import Opened
     from placer.model import ModelSpec
 
 #: The title (or ``None``), columns and rows of a table.
@@ -116,6 +118,20 @@ class Result(Shown):
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that the command prints with ``--json``."""
         return {"verdict": self.verdict.to_json()} | dict(self.facts)
+
+    def open(self) -> "Opened":
+        """Open what was written, as :func:`placer.open` does.
+
+        Raises
+        ------
+        UsageError
+            If nothing was written.
+        """
+        from placer.api.opening import open
+
+        if self.out is None:
+            raise UsageError("nothing was written", "use the facts of this result")
+        return open(self.out)
 
     def _shape(self) -> Shape:
         lines = [] if self.verdict.next is None else [f"next: {self.verdict.next}"]

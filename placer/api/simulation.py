@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from placer.api.arguments import SimulateArguments, require_known, sizes_text
+from placer.api.arguments import SimulateArguments, require_known, selected, sizes_text
 from placer.api.files import as_path, command_line, warn
 from placer.api.plan import Plan
 from placer.api.shown import Shape, Shown, TitledTable
@@ -28,7 +28,6 @@ from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.sent import deployable
 from placer.target.engine import Engine, engines_named
 from placer.target.hardware import Hardware
-from placer.trace import Selection
 from placer.trace import Trace as TraceDirectory
 
 if TYPE_CHECKING:
@@ -242,9 +241,7 @@ def _judged(
     return judge_plan(
         path,
         trace,
-        selection=Selection.parse(
-            options.get("fold"), options.get("not_fold"), options.get("phase", "all")
-        ),
+        selection=selected(options),
         table_path=as_path(options.get("table")),
         shapes=batch_shapes(sizes, options.get("batching")),
         baselines=options.get("baseline"),

@@ -1,17 +1,29 @@
 """A token-shuffle table, as the API shows it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from placer.api.files import AnyPath, writing
-from placer.api.shown import Shape, Shown, model_name, model_words
+from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
+from placer.run.verdict import Verdict
 from placer.table import Table as TokenTable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from placer.planning.tables import TableResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """How a table was made: its figures, and the files of the plan and the trace."""
+
+    result: "TableResult"
+    plan: Path
+    trace: Path
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -25,11 +37,15 @@ class Table(Shown):
     contents
         What the rest of placer works with; not part of the stable API.
     path
-        The file that it was read from, or ``None``.
+        The file that it was read from or written to, or ``None``.
+    made
+        How it was made, with its figures on held-out sequences; ``None`` of one that was
+        read.
     """
 
     contents: TokenTable
     path: Path | None = None
+    made: "Made | None" = None
 
     @classmethod
     def read(cls, path: AnyPath) -> Self:
@@ -52,6 +68,54 @@ class Table(Shown):
         """Token ids that have a row, V."""
         return self.contents.vocab_size
 
+    @property
+    def verdict(self) -> Verdict:
+        """What the table saves on held-out sequences, where it was just made."""
+        if self.made is None:
+            size = self.contents.vocab_size
+            return Verdict(
+                answer=(f"The table gives a home to each of {size:,} token ids.",)
+            )
+        from placer.report.verdicts import verdict_of_table
+
+        made, path = self.made, self.path or Path("TABLE")
+        return verdict_of_table(made.result, made.plan, made.trace, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that ``placer tables --json`` prints."""
+        facts = {} if self.made is None else self.made.result.to_json()
+        out = None if self.path is None else str(self.path)
+        return {"verdict": self.verdict.to_json(), "out": out} | facts
+
+    def tables(self) -> tuple[list[TitledTable], list[str]]:
+        """Return what ``placer tables`` shows: figures, and sentences after them."""
+        if self.made is None:
+            return [], []
+        made, tables, lines = self.made.result, list[TitledTable](), list[str]()
+        if made.heldout is not None:
+            rows = [
+                (
+                    policy,
+                    metrics.local_activation_rate,
+                    metrics.remote_rank_copies_per_token,
+                    metrics.home_imbalance_max,
+                )
+                for policy, metrics in made.heldout.items()
+            ]
+            columns = ("policy", "local rate", "copies/token", "home imbalance")
+            tables.append(("on held-out sequences", columns, rows))
+        lines.append(
+            f"{self.vocab_size:,} token ids ({made.num_seen_ids:,} of them in the "
+            f"profile), {self.num_ranks} ranks: a random home has local rate "
+            f"{1 / self.num_ranks:.3f}"
+        )
+        if made.exact_layers:
+            lines.append(
+                f"MoE layers {', '.join(map(str, made.exact_layers))} are hash-routed: "
+                "their rows are exact for every token id"
+            )
+        return tables, lines
+
     def to_frame(self) -> "DataFrame":
         """Return one row for each MoE layer and token id.
 
@@ -71,8 +135,13 @@ class Table(Shown):
             }
         )
 
-    def write(self, path: AnyPath, *, force: bool = False) -> None:
+    def write(self, path: AnyPath, *, force: bool = False) -> Self:
         """Write the table: the same table gives the same bytes.
+
+        Returns
+        -------
+        Table
+            The same table, which has a path now.
 
         Raises
         ------
@@ -81,6 +150,7 @@ class Table(Shown):
         """
         with writing(Path(path), force=force, kinds=["table"]):
             self.contents.write(Path(path))
+        return replace(self, path=Path(path))
 
     def _shape(self) -> Shape:
         table = self.contents

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli.output import (
     FoldOption,
     ForceOption,
@@ -12,14 +13,11 @@ from placer.cli.output import (
     NotFoldOption,
     PhaseOption,
     claim,
-    parse_selection,
     print_facts,
     print_json,
     print_next,
     print_verdict,
-    warn,
 )
-from placer.errors import UsageError, one_of
 
 
 def affinity(
@@ -79,53 +77,35 @@ def affinity(
     (co-activation), and pairs in neighbouring layers (transitions). Several traces of one
     model are added up in one file.
     """
-    import os
-
-    from placer.affinity.from_traces import affinity_of_traces, merged_affinity
-    from placer.affinity.sums import ROWS
-    from placer.report.verdicts import verdict_of_affinity
-    from placer.run.devices import CPU
-    from placer.run.parallel import BACKENDS, Backend
-    from placer.trace import EVERYTHING, Trace
+    from placer.api.files import command_line
 
     claim(context, out, traces, force=force, kinds=["affinity"])
-
-    chosen = parse_selection(fold, not_fold, phase)
-    if merge and chosen != EVERYTHING:
-        raise UsageError(
-            "affinity files hold counts: tokens can no longer be selected",
-            f"select when counting: placer affinity TRACE {chosen.options} --out AFFINITY",
-        )
     if merge:
-        counted = merged_affinity(traces, warn)
+        chosen = {"fold": fold, "not_fold": not_fold}
+        chosen["phase"] = None if phase == "all" else phase
+        if any(chosen.values()):
+            raise placer.UsageError(
+                "affinity files hold counts: tokens can no longer be selected",
+                "select when counting: "
+                f"{command_line('affinity', ['TRACE'], chosen | {'out': 'AFFINITY'})}",
+            )
+        counted = placer.merge_affinities(traces)
     else:
-        opened = [Trace(path) for path in traces]
-        where = Backend(name=one_of("--backend", backend, BACKENDS), address=ray_address)
-        most = workers or (os.cpu_count() if device == CPU else None) or 1
-        counted = affinity_of_traces(
-            opened,
-            chosen,
-            most,
-            where,
-            rows=one_of("--rows", rows, ROWS),
+        counted = placer.count_affinity(
+            [placer.Trace.read(path) for path in traces],
+            fold=fold,
+            not_fold=not_fold,
+            phase=phase,
+            rows=rows,
+            workers=workers,
+            backend=backend,
+            ray_address=ray_address,
             device=device,
-            warn=warn,
         )
-    counted.write(out)
-    facts = {
-        "out": str(out),
-        "num_tokens": counted.num_tokens,
-        "num_layers": counted.model.num_layers,
-        "num_experts": list(counted.model.num_experts),
-        "top_k": counted.model.top_k,
-        "transition_pairs": int(sum(pairs.sum() for pairs in counted.transition)),
-        "coactivated_pairs": int(sum(pairs.sum() for pairs in counted.coactivation)) // 2,
-        "token_rows": counted.token_expert is not None,
-    }
-    verdict = verdict_of_affinity(counted, out)
+    counted = counted.write(out, force=force)
     if as_json:
-        print_json({"verdict": verdict.to_json()} | facts)
+        print_json(counted.to_json())
         return
-    print_verdict(verdict)
-    print_facts("affinity", facts)
-    print_next(verdict)
+    print_verdict(counted.verdict)
+    print_facts("affinity", counted.facts)
+    print_next(counted.verdict)

@@ -1,7 +1,6 @@
 """What all commands share: lists and examples in the help, and a look for the inputs."""
 
 import inspect
-import os
 import re
 import sys
 import textwrap
@@ -18,7 +17,7 @@ from typer.core import TyperCommand
 from placer import PlacerError
 from placer.cli.examples import EXAMPLES
 from placer.cli.headings import HEADINGS
-from placer.cli.output import is_quiet, said_at_once, set_quiet
+from placer.cli.output import is_first, is_quiet, said_at_once, set_quiet
 
 _OUTPUTS = ("out", "html")
 # These may be names of the Hugging Face hub.
@@ -111,7 +110,7 @@ class InputCommand(TyperCommand):
             raise PlacerError(f"{one.path} does not exist", _near(one))
         _require_kinds(ctx, inputs)
         result = super().invoke(ctx)
-        if is_quiet() and not ctx.params.get("as_json") and _is_first():
+        if is_quiet() and not ctx.params.get("as_json") and is_first():
             for name in _OUTPUTS:
                 if (written := ctx.params.get(name)) is not None:
                     sys.stdout.write(f"{written}\n")
@@ -130,11 +129,6 @@ def _shared_options(
     ] = False,
 ) -> None:
     """Give all commands this option."""
-
-
-def _is_first() -> bool:
-    """Return whether this process speaks for all of torchrun's."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True, slots=True)

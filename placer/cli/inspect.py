@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli.output import (
     DetailsOption,
     ForceOption,
@@ -19,7 +20,6 @@ from placer.cli.output import (
     print_verdict,
     warn,
 )
-from placer.run.verdict import Verdict
 
 
 def inspect(
@@ -61,41 +61,30 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a file or folder holds, the answer first."""
-    from placer.report.artifact import open_beside
-    from placer.report.html import write_page
-    from placer.report.inspect import summarize
-    from placer.report.plan_summary import RANK_LOAD
-
     beside = [*(others or []), *([] if load is None else [load])]
     if html is not None:
         claim(context, html, [path, *beside], force=force, kinds=[])
-    summary = summarize(open_beside(path, beside))
-    headline = summary.headline
+    found = placer.inspect(path, *(others or []), load=load)
     if html is not None:
-        write_page(html, path.name, summary)
+        found.write_html(html, force=force)
         note(f"report written to {html}")
-    verdict = Verdict(answer=(headline.verdict,), next=headline.next)
     if as_json:
-        print_json({"verdict": verdict.to_json()} | summary.to_json())
+        print_json(found.to_json())
         return
-    print_line(f"{summary.kind} {path.name}")
-    print_verdict(verdict, always=True)
-    for text in headline.misleading:
+    print_line(f"{found.kind} {path.name}")
+    print_verdict(found.verdict, always=True)
+    for text in found.warnings:
         warn(text)
-    if headline.tiles:
+    if found.figures:
         print_line("")
-        print_table(
-            ("figure", "before", "after", "unit"),
-            [(one.title, one.before, one.after, one.unit) for one in headline.tiles],
-        )
+        print_table(("figure", "before", "after", "unit"), found.figures)
     if details:
-        facts = summary.flat_facts()
+        facts = found.flat_facts
         print_line("")
         print_table(("fact", ""), [(name, plain(value)) for name, value in facts.items()])
-    for section in summary.tables:
-        if details or (load is not None and section.title == RANK_LOAD):
-            print_line("")
-            print_table(section.columns, section.rows, title=section.title)
-    print_next(verdict)
+    for title, columns, rows in found.tables(details=details):
+        print_line("")
+        print_table(columns, rows, title)
+    print_next(found.verdict)
     if not details:
         print_line("All facts and tables: --details; with charts: --html REPORT")

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shlex
 import sys
 import threading
@@ -21,6 +22,7 @@ from placer.cli.choices import among
 from placer.cli.terminal import emphasised, table_lines, wrapped
 
 if TYPE_CHECKING:
+    from placer.api.shown import Result
     from placer.trace import Fold, Selection
 
 # Whether only errors and the path of the result are printed; each command sets it.
@@ -141,6 +143,11 @@ def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Sele
     return Selection.parse(fold, not_fold, phase)
 
 
+def is_first() -> bool:
+    """Return whether this process speaks for all of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def set_quiet(wanted: bool) -> None:
     """Print only JSON, errors and the path of the result from now on, or all again."""
     global _quiet
@@ -194,8 +201,11 @@ def _logged(title: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def token_progress() -> Iterator[Callable[[int], None] | None]:
-    """Yield a function that shows finished tokens on stderr; ``None`` off a terminal."""
-    if _quiet or not sys.stderr.isatty():
+    """Yield a function that shows finished tokens on stderr.
+
+    ``None`` off a terminal, and in all processes of torchrun but the first.
+    """
+    if _quiet or not sys.stderr.isatty() or not is_first():
         yield None
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -265,6 +275,16 @@ def print_facts(title: str, facts: Mapping[str, object]) -> None:
     """Print a table of facts, without those that are not known."""
     known = [(name, plain(one)) for name, one in facts.items() if one is not None]
     print_table((title, ""), known)
+
+
+def print_result(found: "Result", *, as_json: bool, always: bool = True) -> None:
+    """Print a result: the verdict, its facts, and the command to run next."""
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_verdict(found.verdict, always=always)
+    print_facts(found.title, found.facts)
+    print_next(found.verdict)
 
 
 def plain(value: object) -> str:

@@ -5,21 +5,11 @@ from typing import Annotated
 
 import typer
 
-from placer.cli.output import (
-    ForceOption,
-    JsonOption,
-    claim,
-    print_facts,
-    print_json,
-    print_next,
-    print_verdict,
-    token_progress,
-)
-from placer.errors import one_of
+import placer
+from placer.cli.output import ForceOption, JsonOption, print_result, token_progress
 
 
 def record(
-    context: typer.Context,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="The model: a Hugging Face directory.")
     ],
@@ -96,50 +86,26 @@ def record(
     same options: it continues. To use several GPUs, each with the whole model, start it
     with torchrun.
     """
-    from contextlib import nullcontext
-
-    from placer.report.trace_verdicts import verdict_of_recording
-    from placer.run.worker import Worker
-    from placer.trace.corpus import name_corpora
-    from placer.trace.loading import DTYPES
-    from placer.trace.record import RecordOptions
-    from placer.trace.record import record as record_trace
-
-    options = RecordOptions(
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        chunk_tokens=chunk_tokens,
-        with_weights=weights,
-        dtype=one_of("--dtype", dtype, DTYPES),
-        device=device,
-        device_map=device_map,
-        generate=generate,
-        temperature=temperature,
-        seed=seed,
-    )
-    corpora = name_corpora(corpus or [], domain or [], field)
-    worker = Worker.of_environment()
-    if not worker.index:
-        inputs = [model, *(corpus.path for corpus in corpora)]
-        claim(context, out, inputs, force=force, kinds=["trace"], directory=True)
-    with nullcontext() if worker.index else token_progress() as progress:
-        header = record_trace(model, corpora, out, options, progress, worker)
-    if worker.index:
-        return
-    facts = {
-        "out": str(out),
-        "num_tokens": header.num_tokens,
-        "num_sequences": header.num_sequences,
-        "domains": list(header.domains),
-        "num_layers": header.model.num_layers,
-        "num_experts": list(header.model.num_experts),
-        "top_k": header.model.top_k,
-    }
-    verdict = verdict_of_recording(header, model, out)
-    if as_json:
-        print_json({"verdict": verdict.to_json()} | facts)
-        return
-    print_verdict(verdict)
-    print_facts("trace", facts)
-    print_next(verdict)
+    with token_progress() as progress:
+        found = placer.record(
+            model,
+            out,
+            corpus=corpus,
+            domain=domain,
+            field=field,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            chunk_tokens=chunk_tokens,
+            weights=weights,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            generate=generate,
+            temperature=temperature,
+            seed=seed,
+            force=force,
+            progress=progress,
+        )
+    if found is not None:
+        print_result(found, as_json=as_json, always=False)

@@ -3,10 +3,11 @@
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+import placer
 from placer.cli import choices
 from placer.cli.output import (
     DetailsOption,
@@ -26,18 +27,11 @@ from placer.cli.output import (
     print_json,
     print_line,
     print_next,
-    print_table,
+    print_tables,
     print_verdict,
     progress_line,
-    warn,
 )
 from placer.cli.terminal import wrapped
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from placer.planning.frontier import FrontierPoint
-    from placer.planning.solving import Solved
 
 
 def solve(
@@ -343,147 +337,91 @@ def solve(
     # Matrices are small here: more threads of NumPy's BLAS mostly wait for each other. It
     # reads this when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from placer.api.requests import solve_request as asked
-    from placer.planning.frontier import parse_caps
-    from placer.planning.solving import solve_frontier, solve_request
-    from placer.report.comparison import closing_lines, plan_notes, plan_warnings
-    from placer.report.solve_log import ending_line
-    from placer.report.verdicts import verdict_of_solve
-    from placer.run.session import Session
-    from placer.simulation.cost import find_expert_shape
+    from placer.api.opening import read_source
 
     paths = [source, topology, model, start, Path(hardware) if hardware else None]
     kinds = ["plan" if frontier is None else "frontier"]
     claim(context, out, paths, force=force, kinds=kinds, directory=frontier is not None)
-    request = asked(
-        source,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        objective=objective,
-        hardware=hardware,
-        model=model,
-        hidden_size=hidden_size,
-        expert_size=expert_size,
-        weight_bytes=weight_bytes,
-        policy=policy,
-        engine=engine,
-        exchange=exchange,
-        max_imbalance=max_imbalance,
-        max_home_imbalance=max_home_imbalance,
-        max_received_copies=max_received_copies,
-        relax_cap=relax_cap,
-        inter_cost=inter_cost,
-        intra_cost=intra_cost,
-        topology=topology,
-        ep_size=ep_size,
-        tensor_parallel_size=tensor_parallel_size,
-        ep_groups=ep_groups,
-        redundant_experts=redundant_experts,
-        redundant_gain=redundant_gain,
-        redundant_memory=redundant_memory,
-        replica_choice=replica_choice,
-        robust=robust,
-        overflow_price=overflow_price,
-        receive_price=receive_price,
-        start=start,
-        migration_cost=migration_cost,
-        pin=pin,
-        preserve_groups=preserve_groups,
-        ignore_groups=ignore_groups,
-        proof=proof,
-        num_sweeps=num_sweeps,
-        num_rounds=num_rounds,
-        params=params,
-        require_optimal=require_optimal,
-        fold=fold,
-        not_fold=not_fold,
-        phase=phase,
-    )
-    caps = None if frontier is None else parse_caps(frontier)
-    with progress_line("solve") as progress:
-        session = Session.begun(
-            time_limit=time_limit, seed=seed, began=began, progress=progress
-        )
-        if caps is not None:
-            points = solve_frontier(request, caps, out, note, warn, session)
-        else:
-            solved = solve_request(request, note, warn, session)
-    if caps is not None:
-        _show_frontier(points, out, as_json)
-        return
-    plan = solved.plan
-    plan.write(out)
-    note(ending_line(plan.solver))
-    warnings, notes = list(plan_warnings(plan)), list(plan_notes(plan))
-    for line in warnings:
-        warn(line)
-    for line in notes if as_json else plan_notes(plan, details=details):
-        note(line)
-    expert = find_expert_shape(model, hidden_size, expert_size, weight_bytes, plan.engine)
-    verdict = verdict_of_solve(plan, out, source, expert=expert, model=model)
-    if as_json:
-        told = {"warnings": [*warnings, *closing_lines(plan)], "notes": notes}
-        report = {"out": str(out), "seconds": plan.solver.seconds}
-        answer = {"verdict": verdict.to_json()}
-        print_json(answer | report | told | plan.to_json())
-        return
-    print_verdict(verdict)
-    print_line("")
-    _show(solved, start, details=details)
-    print_line(f"plan written to {out}")
-    for line in closing_lines(plan):
-        print_line(wrapped(line))
-    print_next(verdict)
-
-
-def _show(solved: "Solved", start: Path | None, *, details: bool) -> None:
-    """Print the figures of a plan, and in detail what proves them."""
-    from placer.report.comparison import (
-        certificate_lines,
-        plan_table,
-        plan_table_title,
-        price_line,
-    )
-
-    plan, choice = solved.plan, solved.time
-    columns, rows = plan_table(plan, per_batch=details)
-    if rows:
-        print_table(columns[1:], [row[1:] for row in rows], title=plan_table_title(plan))
-    if details and (priced := price_line(plan)) is not None:
-        print_line(priced)
-    if start is not None:
-        moved, slots = plan.provenance["moved_experts"], plan.placement.to_json()
-        free = moved and not plan.provenance["migration_cost"]
-        print_line(
-            f"{moved} of {sum(map(len, slots))} slots changed from {start}"
-            + ("; to change fewer, set a cost per move: --migration-cost" if free else "")
-        )
-    for line in certificate_lines(plan) if details or not rows else ():
-        print_line(wrapped(line))
-    if choice is not None:
-        print_line(
-            f"least predicted time on held-out sequences of the profile: {choice.name}"
-        )
-        for shape, found in choice.break_even_by_size:
-            print_line(
-                f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: compared "
-                f"with the load balancer, the fastest plan for traffic {found.words}"
+    options: dict[str, Any] = {
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "objective": objective,
+        "hardware": hardware,
+        "model": model,
+        "hidden_size": hidden_size,
+        "expert_size": expert_size,
+        "weight_bytes": weight_bytes,
+        "policy": policy,
+        "engine": engine,
+        "exchange": exchange,
+        "max_imbalance": max_imbalance,
+        "max_home_imbalance": max_home_imbalance,
+        "max_received_copies": max_received_copies,
+        "relax_cap": relax_cap,
+        "inter_cost": inter_cost,
+        "intra_cost": intra_cost,
+        "topology": topology,
+        "ep_size": ep_size,
+        "tensor_parallel_size": tensor_parallel_size,
+        "ep_groups": ep_groups,
+        "redundant_experts": redundant_experts,
+        "redundant_gain": redundant_gain,
+        "redundant_memory": redundant_memory,
+        "replica_choice": replica_choice,
+        "robust": robust,
+        "overflow_price": overflow_price,
+        "receive_price": receive_price,
+        "start": start,
+        "migration_cost": migration_cost,
+        "pin": pin,
+        "preserve_groups": preserve_groups,
+        "ignore_groups": ignore_groups,
+        "proof": proof,
+        "num_sweeps": num_sweeps,
+        "num_rounds": num_rounds,
+        "params": params,
+        "require_optimal": require_optimal,
+        "fold": fold,
+        "not_fold": not_fold,
+        "phase": phase,
+        "seed": seed,
+        "time_limit": time_limit,
+        "began": began,
+    }
+    opened = read_source(source)
+    if frontier is not None:
+        with progress_line("solve") as progress:
+            found = placer.solve_frontier(
+                opened, frontier, out, force=force, progress=progress, **options
             )
-
-
-def _show_frontier(points: "Sequence[FrontierPoint]", out: Path, as_json: bool) -> None:
-    from placer.planning.frontier import TABLE_NAME
-    from placer.report.results import Frontier
-    from placer.report.verdicts import verdict_of_frontier
-
-    verdict = verdict_of_frontier(Frontier.read(out), out)
-    rows = [point.to_json() for point in points]
-    if as_json:
-        print_json({"verdict": verdict.to_json(), "out": str(out), "points": rows})
+        _print_frontier(found, as_json=as_json)
         return
-    print_verdict(verdict)
+    with progress_line("solve") as progress:
+        plan = placer.solve(opened, progress=progress, **options)
+    plan = plan.write(out, force=force)
+    for line in plan.notes(details=details or as_json):
+        note(line)
+    if as_json:
+        print_json(plan.to_json())
+        return
+    print_verdict(plan.verdict)
     print_line("")
-    columns = ("cap", "plan", points[0].sent.heading, "of contiguous", "imbalance")
-    print_table(columns, [tuple(row.values())[:5] for row in rows])
-    print_line(f"plans and {TABLE_NAME} written to {out}")
-    print_next(verdict)
+    tables, lines = plan.tables(details=details)
+    print_tables(tables)
+    for line in lines:
+        print_line(wrapped(line))
+    print_line(f"plan written to {out}")
+    for line in plan.closing_lines:
+        print_line(wrapped(line))
+    print_next(plan.verdict)
+
+
+def _print_frontier(found: "placer.Frontier", *, as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_verdict(found.verdict)
+    print_line("")
+    print_tables(found.tables())
+    print_line(f"plans and frontier.csv written to {found.out}")
+    print_next(found.verdict)

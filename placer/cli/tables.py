@@ -5,20 +5,18 @@ from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli.output import (
     FoldOption,
     ForceOption,
     JsonOption,
     NotFoldOption,
     claim,
-    note,
-    parse_fold,
     print_json,
     print_line,
     print_next,
-    print_table,
+    print_tables,
     print_verdict,
-    warn,
 )
 
 
@@ -88,59 +86,27 @@ def tables(
     past layers). It is built from the tokens that the plan was solved on, or those of
     --fold and --phase, and is judged on all other sequences.
     """
-    from placer.planning.tables import TableOptions, make_table
-    from placer.report.verdicts import verdict_of_table
-    from placer.trace import Trace
-
     claim(context, out, [plan, trace, embeddings], force=force, kinds=["table"])
-
-    options = TableOptions(
+    made = placer.Plan.read(plan).table(
+        placer.Trace.read(trace),
+        fold=fold,
+        not_fold=not_fold,
+        phase=phase,
         lookback=lookback,
         shrinkage=shrinkage,
-        with_token_score=token_score,
-        with_combined=combined,
+        token_score=token_score,
+        combined=combined,
         embeddings=embeddings,
         max_home_imbalance=max_home_imbalance,
     )
-    chosen = parse_fold(fold, not_fold)
-    result = make_table(plan, Trace(trace), fold=chosen, phase=phase, options=options)
-    result.table.write(out)
-    for warning in result.warnings:
-        warn(warning)
-    if result.profile.fold is None:
-        warn("built from all sequences: none was held out, so no figures are shown")
-    elif chosen is None:
-        note(f"built from the tokens that the plan was solved on: {result.profile.options}")
-    verdict = verdict_of_table(result, plan, trace, out)
+    made = made.write(out, force=force)
     if as_json:
-        answer = {"verdict": verdict.to_json(), "out": str(out)}
-        print_json(answer | result.to_json())
+        print_json(made.to_json())
         return
-    print_verdict(verdict)
-    if result.heldout is not None:
-        print_table(
-            ("policy", "local rate", "copies/token", "home imbalance"),
-            [
-                [
-                    policy,
-                    metrics.local_activation_rate,
-                    metrics.remote_rank_copies_per_token,
-                    metrics.home_imbalance_max,
-                ]
-                for policy, metrics in result.heldout.items()
-            ],
-            title="on held-out sequences",
-        )
-    table = result.table
-    print_line(
-        f"{table.vocab_size:,} token ids ({result.num_seen_ids:,} of them in the "
-        f"profile), {table.num_ranks} ranks: a random home has local rate "
-        f"{1 / table.num_ranks:.3f}"
-    )
-    if result.exact_layers:
-        print_line(
-            f"MoE layers {', '.join(map(str, result.exact_layers))} are hash-routed: "
-            "their rows are exact for every token id"
-        )
+    print_verdict(made.verdict)
+    tables, lines = made.tables()
+    print_tables(tables)
+    for line in lines:
+        print_line(line)
     print_line(f"table written to {out}")
-    print_next(verdict)
+    print_next(made.verdict)
