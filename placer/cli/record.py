@@ -45,7 +45,11 @@ def record(
         ),
     ] = None,
     chunk_tokens: Annotated[
-        int, typer.Option(help="Tokens in one file of the trace.")
+        int,
+        typer.Option(
+            help="Tokens in one file of the trace. An interrupted recording keeps its "
+            "finished files."
+        ),
     ] = 65_536,
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="Also record the router weights.")
@@ -82,9 +86,9 @@ def record(
 ) -> None:
     """Record which experts the routers of a model choose for a text.
 
-    The model runs in transformers. If the command was interrupted, run it again with the
-    same options: it continues. To use several GPUs, each with the whole model, start it
-    with torchrun.
+    The model runs in transformers. If the command is interrupted, it keeps its finished
+    files, each of --chunk-tokens tokens. Run it again with the same options to record the
+    rest. To use several GPUs, each with the whole model, start it with torchrun.
     """
     with token_progress() as progress:
         found = placer.record(

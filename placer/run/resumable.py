@@ -87,6 +87,11 @@ def resumable_directory(
             if not journal.finished or isinstance(error, _USELESS):
                 shutil.rmtree(partial, ignore_errors=True)
                 lock_path(out).unlink()
+                if not isinstance(error, Exception):  # Ctrl-C or a signal
+                    error.add_note(
+                        "no part was finished, so nothing is kept: run the same command "
+                        "again to start over"
+                    )
             else:
                 error.add_note(
                     f"{partial} keeps the finished parts: run the same command again to "

@@ -133,6 +133,24 @@ def test_an_unfinished_recording_refuses_other_options(
     assert "--force" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "said"),
+    [(0, "nothing is kept"), (100, "run the same command again to continue")],
+)
+def test_an_interrupted_recording_says_what_it_keeps(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path, num_tokens: int, said: str
+) -> None:
+    def stop(recorded: int) -> None:
+        if recorded >= num_tokens:
+            raise KeyboardInterrupt
+
+    options = RecordOptions(sequence_length=16, chunk_tokens=100)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        record(tiny_model, corpora, tmp_path / "t", options, stop)
+    assert said in caught.value.__notes__[0]
+    assert (tmp_path / "t.placer-partial").exists() == bool(num_tokens)
+
+
 def test_an_unfinished_recording_refuses_other_weights(
     tiny_model: Path, corpora: list[Corpus], tmp_path: Path
 ) -> None:
