@@ -10,6 +10,8 @@ import numpy as np
 from placer.arrays import IntArray
 from placer.errors import PlacerError
 
+#: The blocks in which file systems keep files, and the pages of memory that hold them.
+PAGE_BYTES = 4096
 # Linux copies at most 2 GiB - 4 KiB a call (man 2 copy_file_range).
 _MOST_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
@@ -170,18 +172,21 @@ def _copy_by_kernel(source: int, target: int, places: range, target_start: int) 
     if not hasattr(os, "copy_file_range"):
         return 0
     done = 0
+    # Whole blocks can be shared, where both files have them at block boundaries.
+    most = -places.start % PAGE_BYTES or _MOST_BYTES
     try:
         while done < len(places):
             copied = os.copy_file_range(
                 source,
                 target,
-                min(len(places) - done, _MOST_BYTES),
+                min(len(places) - done, most),
                 places.start + done,
                 target_start + done,
             )
             if not copied:
                 break
             done += copied
+            most = -(places.start + done) % PAGE_BYTES or _MOST_BYTES
     except OSError as error:
         if error.errno not in _CANNOT_COPY:
             raise

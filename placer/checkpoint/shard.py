@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from placer.checkpoint.copying import PAGE_BYTES
 from placer.errors import PlacerError
 from placer.run.documents import parse_json
 from placer.run.files import open_regular
@@ -179,7 +180,8 @@ class Shard:
             New name by old name; others stay.
         header_bytes
             Length to pad to; by default the length in the file, so that data stays where it
-            is, or where that is too short the next multiple of eight.
+            is. Where that is too short, whole pages are added: the kernel then copies pages
+            of data whole, and file systems that share blocks can share them.
         metadata
             New text by old text of the metadata, keys included.
         """
@@ -189,7 +191,8 @@ class Shard:
             texts = replace_texts(renamed[start:end], metadata, self.path)
             renamed = renamed[:start] + texts + renamed[end:]
         text = renamed.encode()
-        length = header_bytes or max(self.header_bytes, -(-len(text) // 8) * 8)
+        more = max(len(text) - self.header_bytes, 0)
+        length = header_bytes or self.header_bytes + -(-more // PAGE_BYTES) * PAGE_BYTES
         if len(text) > length:
             raise _damaged(
                 self.path, f"its header of {len(text)} bytes is longer than {length}"

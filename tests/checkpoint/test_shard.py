@@ -69,6 +69,23 @@ def test_a_renamed_header_is_one_that_safetensors_reads(tmp_path: Path) -> None:
     assert found["b"].tolist() == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize("padding", [0, 3, 8])
+@pytest.mark.parametrize("longer", [0, 1, 2, 8, 9, 5000])
+def test_renaming_moves_data_by_whole_pages_or_not_at_all(
+    padding: int, longer: int, tmp_path: Path
+) -> None:
+    """Writers that pad to no multiple of eight included."""
+    path = tmp_path / "model.safetensors"
+    text = json.dumps({"a": entry(0, 16, [4])}).encode() + b" " * padding
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    shard = Shard.open(path)
+    header = shard.renamed_header({"a": "a" * (1 + longer)})
+    moved = len(header) - shard.data_start
+    assert moved % 4096 == 0
+    assert moved == (0 if longer <= padding else 4096 * (1 + longer // 4097))
+    assert load(header + bytes(16))["a" * (1 + longer)].tolist() == [0] * 4
+
+
 def write_header(path: Path, header: object, data: bytes = bytes(16)) -> Path:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
