@@ -166,8 +166,8 @@ def file_header(metadata: Mapping[str, str] | None, where: str) -> dict[str, Any
     PlacerError
         If :func:`parse_json` refuses it, or it is not an object.
     """
-    text = (metadata or {}).get("placer", "{}")
-    return require_object(parse_json(text, f"the header of {where}"), where)
+    header = f"the header of {where}"
+    return require_object(parse_json((metadata or {}).get("placer", "{}"), header), header)
 
 
 def require_object(value: Any, where: str) -> dict[str, Any]:

@@ -8,12 +8,24 @@ import msgspec
 import pytest
 
 from placer.errors import PlacerError, UsageError
+from placer.run import documents
 from placer.run.documents import (
+    Count,
     Document,
+    ExpertId,
+    NumExperts,
+    NumRanks,
+    Size,
+    TopK,
+    file_header,
     of_this_version,
     parse_json,
     parse_toml,
+    parse_yaml,
+    read_data,
     read_json,
+    require_bounds,
+    shown,
     validated,
 )
 
@@ -182,3 +194,194 @@ def test_version_1_is_upgraded_once() -> None:
 def test_other_versions_are_refused(version: object, match: str) -> None:
     with pytest.raises(PlacerError, match=match):
         of_this_version({"schema_version": version}, "x", "again")
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        (Size, 1, 2**63 - 1),
+        (Count, 0, 2**63 - 1),
+        (NumRanks, 1, 65_536),
+        (NumExperts, 1, 32_768),
+        (TopK, 0, 32_768),
+        (ExpertId, 0, 32_767),
+    ],
+)
+def test_numbers_have_a_least_and_a_most(kind: Any, least: int, most: int) -> None:
+    for value in (least, most):
+        assert validated(value, kind, "x", "again") == value
+    for value in (least - 1, most + 1):
+        with pytest.raises(PlacerError, match="expected a whole number"):
+            validated(value, kind, "x", "again")
+
+
+def test_numbers_have_at_most_128_bits() -> None:
+    assert parse_json(str(2**128 - 1), "x") == 2**128 - 1
+    with pytest.raises(PlacerError, match="more than 128 bits"):
+        parse_json(str(2**128), "x")
+
+
+@pytest.mark.parametrize("parse", [parse_toml, parse_yaml])
+def test_toml_and_yaml_have_at_most_a_mebibyte(parse: Any) -> None:
+    """A comment: it takes no time to decode."""
+    assert not parse("#" * (1 << 20), "x")
+    with pytest.raises(
+        PlacerError, match="1,048,577 bytes, placer reads at most 1,048,576"
+    ):
+        parse("#" * ((1 << 20) + 1), "x")
+
+
+def test_a_long_dotted_key_takes_no_time() -> None:
+    assert parse_toml("a.b.c = 1.5", "x") == {"a": {"b": {"c": 1.5}}}
+    assert parse_toml("a = [" + "1.5, " * 200 + "]", "x") == {"a": [1.5] * 200}
+    with pytest.raises(PlacerError, match="nests deeper than 64 levels"):
+        parse_toml(".".join("a" * 30_000) + " = 1", "x")
+    assert parse_toml(".".join("a" * 63) + " = 1", "x")
+    with pytest.raises(PlacerError, match="nests deeper than 64 levels"):
+        parse_toml(".".join("a" * 64) + " = 1", "x")
+
+
+def aliases(anchored: str, number: int) -> str:
+    return f"a: &a {anchored}\nb: [{', '.join(['*a'] * number)}]"
+
+
+def test_aliases_make_no_more_values_than_a_million() -> None:
+    thousand = f"[{', '.join('0' * 1000)}]"
+    assert len(parse_yaml(aliases(thousand, 1000), "x")["b"]) == 1000
+    with pytest.raises(PlacerError, match="its aliases make far more values than it has"):
+        parse_yaml(aliases(thousand, 1100), "x")
+
+
+def test_keys_and_values_of_objects_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_FEW_VALUES", 10_000)
+    hundred = f"{{{', '.join(f'k{n}: 0' for n in range(100))}}}"  # 700 characters
+    assert len(parse_yaml(aliases(hundred, 45), "x")["b"]) == 45
+    with pytest.raises(PlacerError, match="its aliases make far more values than it has"):
+        parse_yaml(aliases(hundred, 60), "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a: 1\na: 2", 'the key "a" appears twice'),
+        ("? [1, 2]\n: 3", "unhashable"),
+        ('a: !!int ""', "is not valid YAML: "),
+        ("a: [", "is not valid YAML: while parsing a flow"),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+    ],
+)
+def test_yaml_out_of_bounds_is_refused(text: str, match: str) -> None:
+    with pytest.raises(PlacerError, match=match) as caught:
+        parse_yaml(text, "x")
+    assert caught.value.message[-1] != " "
+    assert "\n" not in caught.value.message
+
+
+def test_what_was_decoded_elsewhere_has_the_same_bounds() -> None:
+    require_bounds([[]] * 100, "x")
+    deep: list[Any] = []
+    for _ in range(64):
+        deep = [deep]
+    with pytest.raises(PlacerError, match="nests deeper than 64 levels"):
+        require_bounds(deep, "x")
+
+
+def test_a_byte_order_mark_is_no_content() -> None:
+    assert parse_json(b"\xef\xbb\xbf{}", "x") == {}
+
+
+def test_the_header_of_a_file_is_placers_own_metadata() -> None:
+    assert file_header(None, "x") == file_header({}, "x") == {}
+    assert file_header({"format": "pt"}, "x") == {}
+    assert file_header({"placer": '{"a": 1}'}, "x") == {"a": 1}
+    with pytest.raises(PlacerError, match="the header of x is 3, not a JSON object"):
+        file_header({"placer": "3"}, "x")
+
+
+class Named(Document):
+    name: str
+    width: int
+    high: int = 7
+
+
+def test_tables_of_placer_know_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields that have a default may be left out."""
+    monkeypatch.setattr(documents.resources, "files", lambda _: tmp_path)
+    (tmp_path / "x.toml").write_text("[a]\nwidth = 1\n[b]\nwidth = 2\nhigh = 3")
+    assert read_data("placer", "x.toml", Named) == {
+        "a": Named(name="a", width=1),
+        "b": Named(name="b", width=2, high=3),
+    }
+    (tmp_path / "x.toml").write_text("a = 3")
+    with pytest.raises(PlacerError, match=r"x\.toml: a is 3, not a JSON object"):
+        read_data("placer", "x.toml", Named)
+
+
+class Choice(Document):
+    one: Literal["a", "b"] | None
+    two: int | msgspec.UnsetType = msgspec.UNSET
+
+
+def test_a_value_that_was_not_set_is_not_written() -> None:
+    assert Choice(one=None).to_json() == {"one": None}
+    assert Choice(one="a", two=3).to_json() == {"one": "a", "two": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (3, "one is 3, allowed are a, b, null"),
+        ([], "one is [], expected a text or null"),
+        ({}, "one is {}, expected a text or null"),
+    ],
+)
+def test_values_that_are_listed_are_named(value: object, sentence: str) -> None:
+    with pytest.raises(PlacerError) as caught:
+        validated({"one": value}, Choice, "x", "again")
+    assert caught.value.message == f"x: {sentence}"
+
+
+class Pairs(Document):
+    rows: Annotated[list[Inner], msgspec.Meta(min_length=1)]
+    most: int | None
+
+
+def test_a_field_that_is_missing_in_a_list_is_named() -> None:
+    for rows, sentence in (
+        ([{"width": 1, "name": None}, {"width": 1}], "rows[1] lacks name"),
+        ([{"width": 1, "name": None}, {"name": None}], "rows[1] lacks width"),
+    ):
+        with pytest.raises(PlacerError) as caught:
+            validated({"rows": rows, "most": None}, Pairs, "x", "again")
+        assert caught.value.message == f"x: {sentence}"
+
+
+def test_a_number_or_null_is_asked_for_in_these_words() -> None:
+    row = {"width": 1, "name": None}
+    for change, sentence in (
+        ({"most": "8"}, 'most is "8", expected a whole number or null'),
+        ({"rows": []}, "rows is [], expected a list of length >= 1"),
+    ):
+        with pytest.raises(PlacerError) as caught:
+            validated({"rows": [row], "most": 8} | change, Pairs, "x", "again")
+        assert caught.value.message == f"x: {sentence}"
+
+
+def test_long_values_are_cut_where_they_are_shown() -> None:
+    assert shown("é" * 58) == '"' + "é" * 58 + '"'
+    assert shown("é" * 59) == '"' + "é" * 56 + "..."
+    assert shown({"a": Path("x")}) == '{"a": "x"}'
+
+
+def test_a_newer_version_is_told_by_its_number() -> None:
+    for version in (2.0, "3", [3]):
+        with pytest.raises(PlacerError, match=r"schema_version is .*, allowed are 1 and 2"):
+            of_this_version({"schema_version": version}, "x", "again")
+    damaged = {"schema_version": 1}
+
+    def upgrade(value: dict[str, Any]) -> dict[str, Any]:
+        return {"new": value["old"]}
+
+    assert of_this_version(damaged, "x", "again", upgrade) == {"schema_version": 2}

@@ -17,13 +17,13 @@ NUM_RANKS = 4
 
 @pytest.fixture
 def chunk(make_chunk: Callable[..., Chunk]) -> Chunk:
-    return make_chunk(num_tokens=60, num_experts=(8,) * 4, vocab_size=20)
+    return make_chunk(num_tokens=60, num_experts=(16,) * 4, vocab_size=20)
 
 
 @pytest.fixture
 def table(chunk: Chunk) -> Table:
     """Of scores and the combined rule, with a look back of two layers."""
-    placement = contiguous((8,) * 4, NUM_RANKS)
+    placement = contiguous((16,) * 4, NUM_RANKS)
     return build_table(placement, chunk, vocab_size=20, with_combined=True, lookback=2)
 
 
@@ -40,7 +40,7 @@ def follow(homes: TableHomes, chunk: Chunk, layers: int) -> list[np.ndarray]:
     past = []
     for layer in range(layers):
         experts = np.ascontiguousarray(chunk.experts[layer].T).astype(np.int64)
-        ranks = experts // 2
+        ranks = experts // 4
         homes.served(ranks, experts)
         # Of two experts, the first's rank: it serves as many as the other.
         past.append(ranks[0])
@@ -102,7 +102,7 @@ def test_the_combined_rule_starts_after_the_first_layer(table: Table, chunk: Chu
     known = np.where((ids >= 0) & (ids < 20), ids, -1)
     for layer in range(1, 4):
         follow_one = np.ascontiguousarray(chunk.experts[layer - 1].T).astype(np.int64)
-        homes.served(follow_one // 2, follow_one)
+        homes.served(follow_one // 4, follow_one)
         past = [
             np.ascontiguousarray(one.T).astype(np.int64) for one in chunk.experts[:layer]
         ]

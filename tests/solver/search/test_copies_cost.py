@@ -216,6 +216,16 @@ def test_a_cap_on_received_copies_allows_what_is_at_most_at_it(
                     assert np.ravel(allowed).tolist() == (matrix[n] <= most).tolist()
 
 
+def test_a_cap_on_one_layer(make_chunk: Callable[..., Chunk]) -> None:
+    chunk = make_chunk(num_tokens=25, num_experts=(6,), top_k=2)
+    cost = CopiesCost.of([chunk], "follow", ONE_NODE[2])
+    layer = some_layers((6,), 2, 6, seed=1)[0]
+    reached = np.array([received(chunk, 0, one, None, 2).max() for one in layer])
+    most = float(np.median(reached))
+    limit = ReceiveLimit(cost=cost, max_copies=most * 2 / chunk.num_tokens)
+    assert limit.allows(0, layer).tolist() == (reached <= most + 1e-9).tolist()
+
+
 @pytest.mark.parametrize("policy", ["fixed", "follow"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
