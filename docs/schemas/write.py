@@ -10,6 +10,7 @@ from placer.checkpoint.deepspeed_record import DeepspeedRecord
 from placer.checkpoint.ranks import RankRecord
 from placer.checkpoint.record import RecordFile
 from placer.placement.plan_file import PlanFile
+from placer.planning.certificate_file import CertificateFile
 from placer.run.documents import Document
 from placer.runtime_map.eplb import EplbHeader
 from placer.runtime_map.plain import PlacementMap
@@ -19,6 +20,7 @@ from placer.trace.header import TraceFile
 
 KINDS: dict[str, type[msgspec.Struct]] = {
     "affinity-header": AffinityFile,
+    "certificate": CertificateFile,
     "deepspeed-record": DeepspeedRecord,
     "eplb-map-header": EplbHeader,
     "export-record": RecordFile,

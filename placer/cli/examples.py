@@ -29,6 +29,11 @@ EXAMPLES = {
         "placer solve loads.safetensors --gpus-per-node 8 --objective balance "
         "--out plan.json",
     ),
+    "prove": (
+        "placer prove plan.json trace --fold 0/2 --out better.json",
+        "placer prove plan.json trace --certificate proof.json",
+        "placer prove plan.json trace --check proof.json",
+    ),
     "tables": ("placer tables plan.json trace --out table.safetensors",),
     "export": (
         "placer export checkpoint plan.json model --out permuted",

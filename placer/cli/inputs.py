@@ -19,7 +19,7 @@ from placer.cli.examples import EXAMPLES
 from placer.cli.headings import HEADINGS
 from placer.cli.output import is_first, is_quiet, said_at_once, set_quiet
 
-_OUTPUTS = ("out", "html")
+_OUTPUTS = ("out", "html", "certificate")
 # These may be names of the Hugging Face hub.
 _MODELS = ("model", "original", "path")
 _EXAMPLE_WIDTH = 74

@@ -22,6 +22,7 @@ from placer.cli.inputs import InputCommand
 from placer.cli.inspect import inspect
 from placer.cli.learning import learning
 from placer.cli.links import links
+from placer.cli.prove import prove
 from placer.cli.record import record
 from placer.cli.replay import replay
 from placer.cli.simulate import simulate
@@ -87,6 +88,7 @@ app.add_typer(trace_app, name="trace")
 app.command("affinity", cls=InputCommand)(affinity)
 app.command("advise", cls=InputCommand)(advise)
 app.command("solve", cls=InputCommand)(solve)
+app.command("prove", cls=InputCommand)(prove)
 app.command("tables", cls=InputCommand)(tables)
 app.command("export", cls=InputCommand)(export)
 app.command("verify", cls=InputCommand)(verify)

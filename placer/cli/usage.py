@@ -13,7 +13,7 @@ _DID_YOU_MEAN = ". Did you mean "
 #: The commands in working order, by topic.
 TOPICS = {
     "Collect traffic": ("record", "import", "trace", "affinity"),
-    "Decide": ("advise", "solve", "tables"),
+    "Decide": ("advise", "solve", "prove", "tables"),
     "Deploy": ("export", "verify"),
     "Measure": ("simulate", "replay", "calibrate", "check"),
     "Look": ("inspect", "demo"),

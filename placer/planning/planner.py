@@ -39,11 +39,13 @@ def plan_from_trace(
     options: SolveOptions,
     selection: Selection,
     session: Session | None = None,
+    solved: tuple[Placement, SolverReport] | None = None,
 ) -> Plan:
     """Profile on the tokens selected, solve, and judge on those of all other sequences.
 
     Without a fold every sequence is profiled and nothing is held out. All that is solved
     stops at the session's deadline. Figures that there is no time for are left out.
+    ``solved`` is a placement to judge where there is one already.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def plan_from_trace(
     measured = judging.measure(baselines, deadline)
     prices = _priced_in_time(judging, baselines, deadline)
     profile = judging.profile
-    placement, report = _solve(trace.model, affinity, options, profile, session)
+    placement, report = solved or _solve(trace.model, affinity, options, profile, session)
     own: list[Figures] = []
     try:
         own = judging.figures(placement, *judging.chunks, deadline=end)

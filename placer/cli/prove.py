@@ -1,0 +1,116 @@
+"""``placer prove``: how far a plan is from the best placement."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from placer.cli.output import (
+    DetailsOption,
+    FoldOption,
+    ForceOption,
+    JsonOption,
+    NotFoldOption,
+    PhaseOption,
+    claim,
+    parse_selection,
+    print_json,
+    print_next,
+    print_table,
+    print_verdict,
+    progress_line,
+    warn,
+)
+
+
+def prove(
+    context: typer.Context,
+    plan: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN", help="The plan, or a map read by placer import."),
+    ],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="The trace to judge the plan on.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN2", help="Write the best placement found as a plan."),
+    ] = None,
+    max_imbalance: Annotated[
+        float | None,
+        typer.Option(
+            help="Cap on the load of the busiest rank over the mean, in every layer. A "
+            "layer where the plan is above it may have the plan's load. Default: the "
+            "plan's cap."
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what proves the bound, to be checked."),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prove only what this certificate says, without the solver. Exit 5 if it "
+            "does not hold.",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Stop after this time; the bound is valid."),
+    ] = None,
+    fold: FoldOption = None,
+    not_fold: NotFoldOption = None,
+    phase: PhaseOption = "all",
+    force: ForceOption = False,
+    details: DetailsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how far a plan is from the best placement, and find a better one.
+
+    No placement with the same slots, caps and pins sends fewer copies than the bound. The
+    copies are those of policy fixed and exchange per-rank, on the tokens of the trace. An
+    engine's map is judged too: placer import makes a plan of it.
+    """
+    from placer.api.proving import check as check_again
+    from placer.api.proving import prove as prove_plan
+    from placer.errors import require_left_out
+
+    if check is not None:
+        given = {
+            "--out": out,
+            "--certificate": certificate,
+            "--max-imbalance": max_imbalance,
+            "--fold": fold,
+            "--not-fold": not_fold,
+        }
+        require_left_out(given, "placer prove without --check")
+        with progress_line("prove"):
+            found = check_again(plan, trace, check)
+    else:
+        chosen = parse_selection(fold, not_fold, phase)
+        if out is not None:
+            claim(context, out, [plan, trace], force=force, kinds=["plan"])
+        if certificate is not None:
+            claim(context, certificate, [plan, trace], force=force, kinds=[])
+        with progress_line("prove") as progress:
+            found = prove_plan(
+                plan,
+                trace,
+                chosen,
+                max_imbalance=max_imbalance,
+                out=out,
+                certificate=certificate,
+                time_limit=time_limit,
+                progress=progress,
+            )
+    for warning in found.warnings:
+        warn(warning)
+    if as_json:
+        print_json({"verdict": found.verdict.to_json()} | dict(found.facts))
+        return
+    print_verdict(found.verdict, always=True)
+    if details and found.layers:
+        print_table(("layer", "copies/token", "bound", "gap", "proof"), found.layers)
+    print_next(found.verdict)
