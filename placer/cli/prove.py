@@ -13,7 +13,6 @@ from placer.cli.output import (
     NotFoldOption,
     PhaseOption,
     claim,
-    parse_selection,
     print_json,
     print_next,
     print_table,
@@ -67,44 +66,33 @@ def prove(
     details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far a plan is from the best placement, and find a better one.
+    """Say how far a plan is from the best placement.
 
     No placement with the same slots, caps and pins sends fewer copies than the bound. The
     copies are those of policy fixed and exchange per-rank, on the tokens of the trace. An
-    engine's map is judged too: placer import makes a plan of it.
+    engine's map is judged too: placer import makes a plan of it. --out writes the best
+    placement that was found.
     """
-    from placer.api.proving import check as check_again
     from placer.api.proving import prove as prove_plan
-    from placer.errors import require_left_out
 
-    if check is not None:
-        given = {
-            "--out": out,
-            "--certificate": certificate,
-            "--max-imbalance": max_imbalance,
-            "--fold": fold,
-            "--not-fold": not_fold,
-        }
-        require_left_out(given, "placer prove without --check")
-        with progress_line("prove"):
-            found = check_again(plan, trace, check)
-    else:
-        chosen = parse_selection(fold, not_fold, phase)
-        if out is not None:
-            claim(context, out, [plan, trace], force=force, kinds=["plan"])
-        if certificate is not None:
-            claim(context, certificate, [plan, trace], force=force, kinds=[])
-        with progress_line("prove") as progress:
-            found = prove_plan(
-                plan,
-                trace,
-                chosen,
-                max_imbalance=max_imbalance,
-                out=out,
-                certificate=certificate,
-                time_limit=time_limit,
-                progress=progress,
-            )
+    if out is not None:
+        claim(context, out, [plan, trace], force=force, kinds=["plan"])
+    if certificate is not None:
+        claim(context, certificate, [plan, trace, out], force=force, kinds=[])
+    with progress_line("prove") as progress:
+        found = prove_plan(
+            plan,
+            trace,
+            max_imbalance=max_imbalance,
+            out=out,
+            certificate=certificate,
+            check=check,
+            time_limit=time_limit,
+            fold=fold,
+            not_fold=not_fold,
+            phase=phase,
+            progress=progress,
+        )
     for warning in found.warnings:
         warn(warning)
     if as_json:

@@ -48,10 +48,11 @@ def _next(
 ) -> str | None:
     if not found.gain:
         return None
-    named = f"{quote(str(plan))} {quote(str(trace))}"
     chosen = f" {selection.options}" if selection.options else ""
     if out is None:
-        return f"placer prove {named}{chosen} --out better.json"
+        return (
+            f"placer prove {quote(str(plan))} {quote(str(trace))}{chosen} --out better.json"
+        )
     others = ""
     if selection.fold is not None:
         others = f" {selection.complement().options}"
