@@ -45,6 +45,8 @@ COMMANDS = (
     "simulate PLAN TRACE",
     "simulate PLAN TRACE --hardware h100 --hidden-size 64 --expert-size 64",
     "simulate PLAN TRACE --table OUT/table",
+    "prove PLAN TRACE --certificate OUT/certificate",
+    "prove PLAN TRACE --check OUT/certificate",
     "check PLAN TRACE",
     "export json PLAN --out OUT/map.json",
 )
