@@ -29,7 +29,10 @@ if TYPE_CHECKING:
         SizeArguments,
         SolveArguments,
     )
+    from placer.api.checking import Checked
+    from placer.api.demo import Demo, run_demo
     from placer.api.exporting import Exported
+    from placer.api.importing import import_file
     from placer.api.inspecting import Inspected, inspect
     from placer.api.known import names
     from placer.api.measuring import Learning, Links, links
@@ -59,7 +62,9 @@ _MODULES = {
     "AdviseArguments": "api.arguments",
     "Affinity": "api.affinity",
     "AffinityArguments": "api.arguments",
+    "Checked": "api.checking",
     "Checkpoint": "report.checkpoint",
+    "Demo": "api.demo",
     "ExportArguments": "api.arguments",
     "Exported": "api.exporting",
     "Frontier": "api.solving",
@@ -86,6 +91,7 @@ _MODULES = {
     "advise": "api.advising",
     "compare": "api.simulation",
     "count_affinity": "api.trace",
+    "import_file": "api.importing",
     "inspect": "api.inspecting",
     "links": "api.measuring",
     "merge_affinities": "api.affinity",
@@ -93,6 +99,7 @@ _MODULES = {
     "names": "api.known",
     "open": "api.opening",
     "record": "api.recording",
+    "run_demo": "api.demo",
     "solve": "api.solving",
     "solve_frontier": "api.solving",
 }
@@ -102,7 +109,9 @@ __all__ = [
     "AdviseArguments",
     "Affinity",
     "AffinityArguments",
+    "Checked",
     "Checkpoint",
+    "Demo",
     "ExportArguments",
     "Exported",
     "Frontier",
@@ -129,6 +138,7 @@ __all__ = [
     "advise",
     "compare",
     "count_affinity",
+    "import_file",
     "inspect",
     "links",
     "merge_affinities",
@@ -136,6 +146,7 @@ __all__ = [
     "names",
     "open",
     "record",
+    "run_demo",
     "solve",
     "solve_frontier",
 ]

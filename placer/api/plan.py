@@ -28,7 +28,9 @@ from placer.run.verdict import Verdict
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from placer.api.arguments import ExportArguments, SimulateArguments
+    from placer.api.affinity import Affinity
+    from placer.api.arguments import ExportArguments, SelectArguments, SimulateArguments
+    from placer.api.checking import Checked
     from placer.api.exporting import Exported
     from placer.api.simulation import Simulation
     from placer.api.table import Table
@@ -341,6 +343,35 @@ class Plan(Shown):
                 corpus=[Path(one) for one in corpus],
                 max_tokens=max_tokens,
             )
+
+    def check(
+        self,
+        source: "Trace | Affinity",
+        *,
+        tolerance: float = 0.02,
+        **select: Unpack["SelectArguments"],
+    ) -> "Checked":
+        """Say whether traffic has drifted from the plan, as ``placer check`` does.
+
+        Parameters
+        ----------
+        source
+            Today's traffic: a trace, or counts, which only judge balance.
+        tolerance
+            How far a figure may rise: 0.02 allows 1.12 where the plan records 1.10.
+        **select
+            The tokens of a trace: :class:`placer.SelectArguments`.
+
+        Raises
+        ------
+        PlacerError
+            If plan and source are of different models, or there is nothing to compare.
+        UsageError
+            If ``tolerance`` is negative, or tokens of counts are selected.
+        """
+        from placer.api.checking import check
+
+        return check(self, source, tolerance=tolerance, **select)
 
     def table(
         self,

@@ -157,3 +157,59 @@ def test_solve_says_what_the_command_says(
     assert {**found, "seconds": None} == {**told, "seconds": None}
     # A plan that was read has the same answer; it does not know the trace.
     assert placer.open(tmp_path / "plan.json").verdict.answer == plan.verdict.answer
+
+
+@pytest.mark.parametrize("of", ["trace", "affinity"])
+def test_check_says_what_the_command_says(
+    make_trace: Callable[..., TraceDirectory],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    of: str,
+) -> None:
+    trace = placer.open(make_trace(num_sequences=40).directory)
+    quick = {"gpus_per_node": 4, "fold": "0/2", "num_sweeps": 0, "proof": "none"}
+    plan = placer.solve(trace, **quick).write(tmp_path / "plan.json")
+    source: placer.Trace | placer.Affinity = trace
+    if of == "affinity":
+        source = trace.affinity().write(tmp_path / "a.safetensors")
+    found = plan.check(source, tolerance=1.0)
+    line = ("check", tmp_path / "plan.json", source.path, "--tolerance", 1.0)
+    assert found.to_json() == printed(capsys, *line)
+    assert not found.drifted and len(found.to_frame()) == len(found.figures)
+    found.require_held()
+
+
+def test_loads_that_moved_to_other_experts_are_drift(
+    trace: placer.Trace, make_trace: Callable[..., TraceDirectory]
+) -> None:
+    counts = trace.affinity()
+    plan = placer.solve(counts, gpus_per_node=4, objective="balance")
+    other = placer.open(make_trace("other", seed=5).directory).affinity()
+    found = plan.check(other, tolerance=0.0)
+    now = found.to_frame().iloc[0]
+    assert now["now"] > now["then"] and found.drifted
+    with pytest.raises(placer.PlacerError, match="has drifted from PLAN") as failed:
+        found.require_held()
+    assert "placer solve AFFINITY" in str(failed.value.hint)
+
+
+def test_a_file_of_rows_is_imported_as_by_the_command(
+    trace: placer.Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = trace.to_frame("tokens")
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8") as file:
+        file.write("sequence_id,position,layer,experts\n")
+        for row in rows.itertuples():
+            chosen = f"{row.expert_0} {row.expert_1}"
+            file.write(f"{row.sequence_id},{row.position},{row.layer},{chosen}\n")
+    made, other = tmp_path / "api", tmp_path / "command"
+    found = placer.import_file("csv", str(tmp_path / "rows.csv"), made)
+    told = printed(capsys, "import", "csv", tmp_path / "rows.csv", "--out", other)
+    assert same_files(made, other)
+    assert {**found.to_json(), "out": None, "verdict": None} == {
+        **told,
+        "out": None,
+        "verdict": None,
+    }
+    columns = ["sequence_id", "position", "layer", "expert_0", "expert_1"]
+    assert found.open().to_frame("tokens")[columns].equals(rows[columns])

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from placer.affinity import Affinity
-from placer.cli.import_ import _FORMATS, _LOAD_FORMATS, import_
+from placer.api.importing import LOAD_FORMATS, TOKEN_FORMATS
+from placer.cli.import_ import import_
 from placer.cli.main import main
 from placer.trace import Trace
 
@@ -142,7 +143,7 @@ NEED_MODEL = {"sglang-routed"}
 
 
 def test_every_format_has_a_file_a_line_of_help_and_a_row_in_the_docs() -> None:
-    names = (*_FORMATS, *_LOAD_FORMATS)
+    names = (*TOKEN_FORMATS, *LOAD_FORMATS)
     assert set(FILES) == set(names)
     listed = re.findall(r"^ {6}(\S.*?)  ", import_.__doc__ or "", re.MULTILINE)
     assert sorted(", ".join(listed).split(", ")) == sorted(names)
@@ -164,7 +165,7 @@ def test_the_smallest_file_comes_in_as_it_was_written(name: str, tmp_path: Path)
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code in (None, 0)
-    if name in _LOAD_FORMATS:
+    if name in LOAD_FORMATS:
         assert [row.tolist() for row in Affinity.read(out).load] == LOADS
         return
     read = Trace(out).read()
