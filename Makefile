@@ -38,7 +38,7 @@ test-engines: $(ENGINES)  ## Install real engines, run the tests in which they s
 test-reports: $(INSTALLED) build/browser/.installed  ## Install headless Chromium, open every report in it
 	@$(BIN)/python -m pytest tests/report/test_pages.py
 
-faults: $(INSTALLED)  ## Kill every writer, let each of its calls fail, at every moment (an hour)
+faults: $(INSTALLED)  ## Kill every writer, let each of its calls fail, at every moment (20 minutes)
 	@PLACER_FAULTS=all $(BIN)/python -m pytest tests/faults
 
 bytes: $(INSTALLED)  ## Compare the bytes of all outputs over surroundings, one by one

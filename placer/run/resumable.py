@@ -92,7 +92,7 @@ def resumable_directory(
                         "no part was finished, so nothing is kept: run the same command "
                         "again to start over"
                     )
-            else:
+            elif partial.exists():
                 error.add_note(
                     f"{partial} keeps the finished parts: run the same command again to "
                     "continue"

@@ -92,7 +92,7 @@ def claimed(
         return
     require_target(out, inputs, directory=directory, force=force)
     place = _place(out)
-    with _parents_of(place), _locked(place, out) as stream:
+    with _noting_what_is_written(place), _parents_of(place), _locked(place, out) as stream:
         # Another process may have written it since.
         require_target(out, directory=directory, force=force)
         claim = _claims[place] = Claim(force=force, stream=stream)
@@ -190,7 +190,7 @@ def rename_directory(written: Path, out: Path, claim: Claim) -> None:
         raise
     finally:
         if old is not None and os.path.lexists(out):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove_wholly(old)
 
 
 def write_tensors(
@@ -333,6 +333,34 @@ def _parents_of(place: Path) -> Iterator[None]:
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
+
+
+@contextmanager
+def _noting_what_is_written(place: Path) -> Iterator[None]:
+    """Note on a failure that the target was written before it."""
+    before = _inode(place)
+    try:
+        yield
+    except BaseException as error:
+        if _inode(place) not in (None, before):
+            error.add_note(f"{place} was written before this")
+        raise
+
+
+def _inode(place: Path) -> int | None:
+    try:
+        return os.lstat(place).st_ino
+    except OSError:
+        return None
+
+
+def _remove_wholly(folder: Path) -> None:
+    """Remove a directory, though a signal comes."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

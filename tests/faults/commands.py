@@ -44,11 +44,8 @@ class Command:
 
 _SOLVE = "--gpus-per-node 4 --max-imbalance 4 --num-rounds 0 --proof none"
 _RECORD = "record MODEL --corpus TEXT --sequence-length 24 --batch-size 2 --chunk-tokens 48"
+#: Those that load torch come last: a process that holds more takes longer to fork.
 COMMANDS = {
-    "record": Command(words=_RECORD, directory=True, resumable=True),
-    "record --generate": Command(
-        words=f"{_RECORD} --max-tokens 100 --generate 3", directory=True, resumable=True
-    ),
     "import csv": Command(words="import csv ROWS_CSV", directory=True),
     "import npz": Command(words="import npz ARCHIVE_NPZ", directory=True),
     "import csv-loads": Command(words="import csv-loads LOADS_CSV --model MODEL"),
@@ -84,11 +81,9 @@ COMMANDS = {
         replaceable=False,
     ),
     "export ranks": Command(
-        words="export ranks PLAN_JSON MODEL", directory=True, resumable=True
+        words="export ranks PAIR_JSON MODEL", directory=True, resumable=True
     ),
-    "export deepspeed": Command(words="export deepspeed SMALL_JSON SAVED", directory=True),
     "export sglang": Command(words="export sglang PLAN_JSON MODEL", suffix=".json"),
-    "export sglang .pt": Command(words="export sglang PLAN_JSON MODEL", suffix=".pt"),
     "export trtllm": Command(words="export trtllm PLAN_JSON MODEL", suffix=".yaml"),
     "export vllm-ascend": Command(
         words="export vllm-ascend PLAN_JSON MODEL", suffix=".json"
@@ -96,26 +91,20 @@ COMMANDS = {
     "export eplb": Command(words="export eplb PLAN_JSON MODEL", suffix=".safetensors"),
     "export eplb .npz": Command(words="export eplb PLAN_JSON MODEL", suffix=".npz"),
     "export csv": Command(words="export csv PLAN_JSON", suffix=".csv"),
+    "inspect": Command(words="inspect PLAN_JSON TRACE", option="--html"),
+    "export deepspeed": Command(words="export deepspeed SMALL_JSON SAVED", directory=True),
+    "export sglang .pt": Command(words="export sglang PLAN_JSON MODEL", suffix=".pt"),
     "export ktransformers": Command(
         words="export ktransformers COUNTS MODEL", suffix=".pt"
     ),
-    "inspect": Command(words="inspect PLAN_JSON TRACE", option="--html"),
+    "record": Command(words=_RECORD, directory=True, resumable=True),
+    "record --generate": Command(
+        words=f"{_RECORD} --max-tokens 100 --generate 3", directory=True, resumable=True
+    ),
 }
 
 
-#: One of each kind of writer; `make faults` takes all.
-FEW = [
-    "import npz",
-    "affinity",
-    "solve counts",
-    "trace sample",
-    "export checkpoint --link",
-    "export deepspeed",
-    "export sglang .pt",
-    "inspect",
-]
 ALL = os.environ.get("PLACER_FAULTS") == "all"
-DISTURBED = list(COMMANDS) if ALL else FEW
 
 
 def run(*words: object) -> None:
@@ -131,7 +120,7 @@ def make_inputs(model: Path, inputs: Path) -> None:
     """Write what the commands read: of a model of 2 MoE layers of 8 experts."""
     shutil.copytree(model, inputs / "model")
     (inputs / "text").mkdir()
-    (inputs / "text" / "text.txt").write_text("one two three four five six seven\n" * 24)
+    (inputs / "text" / "text.txt").write_text("one two three four five six seven\n" * 8)
     rng = np.random.default_rng(0)
     rows = [
         f"{s},{p},{layer},{rng.integers(4)},{4 + rng.integers(4)}"
@@ -152,6 +141,7 @@ def make_inputs(model: Path, inputs: Path) -> None:
         token_ids=rng.integers(0, 90, 60),
     )
     _write_plan(inputs / "plan.json", ModelSpec.from_checkpoint(model), (8, 8))
+    _write_plan(inputs / "pair.json", ModelSpec.from_checkpoint(model), (8, 8), ranks=2)
     run(*COMMANDS["record"].line(inputs, inputs / "trace"))
     run("affinity", inputs / "trace", "--out", inputs / "counts", "--workers", 1)
     words = "trace sample TRACE --sequences 3"
@@ -163,9 +153,11 @@ def make_inputs(model: Path, inputs: Path) -> None:
     _write_plan(inputs / "small.json", ModelSpec(num_experts=(4,), top_k=2), (4,))
 
 
-def _write_plan(path: Path, model: ModelSpec, sizes: tuple[int, ...]) -> None:
+def _write_plan(
+    path: Path, model: ModelSpec, sizes: tuple[int, ...], ranks: int = 4
+) -> None:
     rows = [list(range(size))[::-1] for size in sizes]
-    placement = Placement.from_json(rows, sizes, num_ranks=4, num_nodes=1)
+    placement = Placement.from_json(rows, sizes, num_ranks=ranks, num_nodes=1)
     unsolved_plan(model, placement).write(path)
 
 

@@ -1,4 +1,4 @@
-"""The lab, built once; inputs of every command."""
+"""A lab for each module; benches of every command; what was counted."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ def inputs(tiny_sharded_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[labs.Lab]:
     if shutil.which("cc") is None:
         pytest.skip("the shim needs a C compiler: sudo apt install gcc")
@@ -26,18 +26,31 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[labs.Lab]:
         yield one
 
 
-MakeBench = Callable[..., Bench]
+MakeBench = Callable[[str], Bench]
 
 
-@pytest.fixture
-def bench(lab: labs.Lab, inputs: Path, tmp_path: Path) -> MakeBench:
+@pytest.fixture(scope="module")
+def bench(
+    lab: labs.Lab, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MakeBench:
     """Return a maker of a bench for a command, by its name."""
+    benches: dict[str, Bench] = {}
 
-    def make(name: str, planted: str = "") -> Bench:
-        folder = tmp_path / "folder"
-        folder.mkdir(exist_ok=True)
-        return Bench(
-            lab=lab, command=COMMANDS[name], inputs=inputs, folder=folder, planted=planted
-        )
+    def make(name: str) -> Bench:
+        if name not in benches:
+            folder = tmp_path_factory.mktemp("bench") / "folder"
+            benches[name] = Bench(
+                lab=lab, command=COMMANDS[name], inputs=inputs, folder=folder
+            )
+        benches[name].clear()
+        return benches[name]
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many runs there were of each kind."""
+    for name, number in sorted(labs.RUNS.items()):
+        terminalreporter.write_line(f"{number:6,} x {name}")
+    if labs.RUNS:
+        terminalreporter.write_line(f"{labs.SPENT[0]:,.0f} CPU seconds of these runs")

@@ -1,7 +1,7 @@
-/* Calls that change files below one directory: counted, logged, and one of them disturbed.
+/* Calls on files below one directory: counted, logged, and one of them disturbed.
  *
  * Loaded with LD_PRELOAD, so that it sees the writes of every library, whatever language it is
- * in. The process arms it after it has started (fault_arm), or the environment does (FAULT).
+ * in. The process arms it after it has started (fault_arm).
  * A call is of one kind; only calls of the kinds asked for are counted, from 1 on. Python's
  * tests/faults/lab.py drives it. */
 #define _GNU_SOURCE
@@ -20,7 +20,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { CREATE = 1, WRITE = 2, SYNC = 4, RENAME = 8, REMOVE = 16, MKDIR = 32, LINK = 64 };
+enum { CREATE = 1, WRITE = 2, SYNC = 4, RENAME = 8, REMOVE = 16, MKDIR = 32, LINK = 64,
+       OPEN = 128, READ = 256 };
 /* What happens at the call: nothing, the process is killed before it, killed when half of it
  * is written, it fails, it and all later ones fail, half is written and it succeeds, SIGTERM or
  * SIGINT comes before it. */
@@ -35,15 +36,6 @@ void fault_arm(const char *below, int what, long when, int number, int of, int d
     snprintf(root, sizeof root, "%s", below);
     mode = what; at = when; error_number = number; kinds = of; log_descriptor = descriptor;
     calls = 0;
-}
-
-__attribute__((constructor)) static void arm_from_environment(void) {
-    const char *value = getenv("FAULT");
-    char below[PATH_MAX];
-    int what, number, of;
-    long when;
-    if (value && sscanf(value, "%d %ld %d %d %4000[^\n]", &what, &when, &number, &of, below) == 5)
-        fault_arm(below, what, when, number, of, -1);
 }
 
 #define REAL(result, name, ...)                                          \
@@ -132,14 +124,36 @@ ssize_t writev(int fd, const struct iovec *parts, int number) {
            write(fd, parts[0].iov_base, (parts[0].iov_len + 1) / 2));
 }
 
+/* What is read by a copy is counted as a read too, if reads are counted. */
+static int unreadable(int descriptor) {
+    char name[PATH_MAX];
+    return kinds & READ && name_of(descriptor, name) && disturbed(READ, "read", name, "") == FAIL;
+}
+
+ssize_t read(int fd, void *bytes, size_t n) {
+    REAL(ssize_t, "read", int, void *, size_t);
+    return unreadable(fd) ? -1 : real(fd, bytes, n);
+}
+
+ssize_t pread64(int fd, void *bytes, size_t n, off64_t offset) {
+    REAL(ssize_t, "pread64", int, void *, size_t, off64_t);
+    return unreadable(fd) ? -1 : real(fd, bytes, n, offset);
+}
+
+ssize_t pread(int fd, void *bytes, size_t n, off_t offset) {
+    return pread64(fd, bytes, n, offset);
+}
+
 ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t n, unsigned flags) {
     REAL(ssize_t, "copy_file_range", int, off64_t *, int, off64_t *, size_t, unsigned);
+    if (unreadable(in)) return -1;
     WRITES(out, "copy", real(in, from, out, to, n, flags),
            real(in, from, out, to, (n + 1) / 2, flags));
 }
 
 ssize_t sendfile64(int out, int in, off64_t *offset, size_t n) {
     REAL(ssize_t, "sendfile64", int, int, off64_t *, size_t);
+    if (unreadable(in)) return -1;
     WRITES(out, "copy", real(out, in, offset, n), real(out, in, offset, (n + 1) / 2));
 }
 
@@ -158,8 +172,8 @@ ssize_t sendfile(int out, int in, off_t *offset, size_t n) {
 
 CALLS_ON_FILE(fsync, (fd), (int fd), SYNC, "sync", int)
 CALLS_ON_FILE(fdatasync, (fd), (int fd), SYNC, "sync", int)
-CALLS_ON_FILE(ftruncate64, (fd, n), (int fd, off64_t n), WRITE, "write", int, off64_t)
-CALLS_ON_FILE(ftruncate, (fd, n), (int fd, off_t n), WRITE, "write", int, off_t)
+CALLS_ON_FILE(ftruncate64, (fd, n), (int fd, off64_t n), WRITE, "truncate", int, off64_t)
+CALLS_ON_FILE(ftruncate, (fd, n), (int fd, off_t n), WRITE, "truncate", int, off_t)
 
 #define CALLS_ON_PATH(function, arguments, types, directory, kind, what, ...)      \
     int function types {                                                           \
@@ -211,8 +225,9 @@ CALLS_ON_TWO(linkat, (one, from, other, to, flags),
             va_end(more);                                                          \
         }                                                                          \
         char name[PATH_MAX];                                                       \
-        if (mode | kinds && flags & O_CREAT && absolute(directory, path, name)     \
-            && disturbed(CREATE, "create", name, "") == FAIL)                      \
+        int kind = flags & O_CREAT ? CREATE : OPEN;                                \
+        if (kinds & kind && absolute(directory, path, name)                        \
+            && disturbed(kind, kind == OPEN ? "open" : "create", name, "") == FAIL) \
             return -1;                                                             \
         return real(first path, flags, rights);                                    \
     }

@@ -156,6 +156,32 @@ def test_a_failure_leaves_what_force_would_have_replaced(tmp_path: Path) -> None
     assert names(tmp_path) == {"out"}
 
 
+def test_a_signal_after_the_new_output_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is older is removed all the same, and the error says what is there."""
+    out, remove, calls = tmp_path / "out", shutil.rmtree, []
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=ignore_errors)
+
+    out.mkdir()
+    (out / "trace.json").write_text("old")
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        claimed(out, directory=True, force=True),
+        atomic_directory(out) as temporary,
+    ):
+        (temporary / "trace.json").write_text("new")
+    assert (out / "trace.json").read_text() == "new"
+    assert names(tmp_path) == {"out"}
+    assert caught.value.__notes__ == [f"{out} was written before this"]
+
+
 Meeting = Callable[[Path, Path], Path]
 
 
