@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from placer.api.checking import Checked
     from placer.api.demo import Demo, run_demo
-    from placer.api.exporting import Exported
+    from placer.api.exporting import Exported, restore
     from placer.api.importing import import_file
     from placer.api.inspecting import Inspected, inspect
     from placer.api.known import names
@@ -99,6 +99,7 @@ _MODULES = {
     "names": "api.known",
     "open": "api.opening",
     "record": "api.recording",
+    "restore": "api.exporting",
     "run_demo": "api.demo",
     "solve": "api.solving",
     "solve_frontier": "api.solving",
@@ -146,6 +147,7 @@ __all__ = [
     "names",
     "open",
     "record",
+    "restore",
     "run_demo",
     "solve",
     "solve_frontier",

@@ -27,6 +27,8 @@ from placer.run.verdict import Verdict
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from placer.api.exporting import Exported
+
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Affinity(Shown):
@@ -201,6 +203,29 @@ class Affinity(Shown):
 
         with writing(Path(path), [self.path], force=force, kinds=()):
             write_graphml(self.graph(layer, least=least), Path(path))
+
+    def export(self, model: AnyPath, out: AnyPath, *, force: bool = False) -> "Exported":
+        """Write the counts for KTransformers, as ``placer export ktransformers`` does.
+
+        Parameters
+        ----------
+        model
+            The model: a Hugging Face directory.
+        out
+            The ``.pt`` file to write.
+        force
+            Whether an earlier file is replaced.
+
+        Raises
+        ------
+        PlacerError
+            If counts and model differ, or ``out`` exists and ``force`` is false.
+        """
+        from placer.api.exporting import export_file
+        from placer.target.map_formats import COUNTS
+
+        with self.as_file() as file:
+            return export_file(COUNTS, file, model, out, force=force)
 
     def write(self, path: AnyPath, *, force: bool = False) -> Self:
         """Write an affinity file: the same counts give the same bytes.

@@ -1,14 +1,15 @@
 """Writing a plan in the form that an engine loads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from placer.api.arguments import ExportArguments, require_known
 from placer.api.files import AnyPath, UsedFile, as_path, warn, writing
-from placer.api.shown import Shape, Shown
+from placer.api.shown import Result, Shape
 from placer.errors import UsageError, meant, one_of
+from placer.report.verdicts import verdict_of_export
 from placer.target.map_formats import COUNTS, MAPS, TARGETS
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 Tell = Callable[[str], None]
 _BACKEND = ("--backend", "--ray-address")
+# In the order in which they are refused.
+_ORDER = ("link", "hash", "workers", "backend", "ray_address", "experts_only")
+# Facts that notes or warnings say.
+_TOLD = ("start", "warnings")
 # Maps take only --out.
 _OPTIONS = {
     "checkpoint": ("--inverse", "--link", "--hash", "--workers", *_BACKEND, "--dry-run"),
@@ -28,104 +33,181 @@ _OPTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
-class Exported(Shown):
+@dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
+class Exported(Result):
     """What was written, and how an engine is started with it.
 
-    :meth:`placer.Plan.export` makes one.
+    :meth:`placer.Plan.export`, :meth:`placer.Affinity.export` and :func:`placer.restore`
+    make one.
 
     Attributes
     ----------
-    target
-        The target.
-    out
-        The file or directory.
-    facts
-        The JSON object of ``placer export --json``.
     notes
         How to start engines with it, and what else to know, one line each.
     """
 
-    target: str
-    out: Path
-    facts: Mapping[str, Any]
     notes: tuple[str, ...]
 
+    @property
+    def target(self) -> str:
+        """The target."""
+        return self.title
+
+    @property
+    def shown_facts(self) -> dict[str, Any]:
+        """The facts that are not in the notes or the warnings."""
+        return {n: v for n, v in self.facts.items() if n not in _TOLD and v is not None}
+
     def _shape(self) -> Shape:
-        facts = {n: v for n, v in self.facts.items() if n not in ("start", "warnings")}
         lines = [
             *(f"warning: {one}" for one in self.facts.get("warnings", ())),
             *self.notes,
         ]
-        return Shape(title=f"Export: {self.target}", facts=facts, lines=lines)
+        return Shape(title=f"Export: {self.target}", facts=self.shown_facts, lines=lines)
 
 
-def export_plan(
+def export_file(
     target: str,
-    plan: UsedFile,
+    source: UsedFile,
     model: AnyPath | None,
-    out: AnyPath,
+    out: AnyPath | None,
+    *,
+    inverse: bool = False,
+    progress: "Progress | None" = None,
     **options: Unpack[ExportArguments],
 ) -> Exported:
-    """Write the plan of a file: :meth:`placer.Plan.export`."""
+    """Write what is in a file in the form that an engine loads.
+
+    Parameters
+    ----------
+    target, model, out, **options
+        As in :meth:`placer.Plan.export`.
+    source
+        A plan; for ``ktransformers`` counts, with ``inverse`` the exported checkpoint.
+    inverse
+        Whether the original is restored.
+    progress
+        Gets each step.
+
+    Raises
+    ------
+    PlacerError
+        As :meth:`placer.Plan.export`.
+    """
     require_known(options, ExportArguments)
-    force = options.pop("force", False)
-    named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
-    require_options(target, named)
-    if target == COUNTS:
-        raise UsageError(
-            f"target {COUNTS} is written from an affinity file, not from a plan",
-            f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
-        )
-    directory, notes = is_directory(target), list[str]()
+    _require_options(target, options, inverse=inverse)
+    settings = _settings(options)
+    if out is None:
+        raise UsageError("there is no --out", "say where to write it: --out PATH")
+    place, directory, notes = Path(out), as_path(model), list[str]()
     claim = writing(
-        Path(out),
-        [plan.path, as_path(model)],
-        force=force,
-        kinds=export_kinds(target),
-        directory=directory,
+        place,
+        [source.path, directory],
+        force=options.get("force", False),
+        kinds=_kinds(target),
+        directory=_is_directory(target),
     )
     with claim:
-        facts = write_export(
+        facts = _write_export(
             target,
-            plan.path,
-            as_path(model),
-            Path(out),
-            writing_options(
-                link=options.get("link", False),
-                with_hashes=options.get("hash", False),
-                workers=options.get("workers"),
-                backend=options.get("backend"),
-                ray_address=options.get("ray_address"),
-            ),
+            source.path,
+            directory,
+            place,
+            settings,
+            inverse=inverse,
             experts_only=options.get("experts_only", False),
-            note=lambda text: notes.append(plan.words(text)),
-            warn=lambda text: warn(plan.words(text)),
+            progress=progress,
+            note=lambda text: notes.append(source.words(text)),
+            warn=lambda text: warn(source.words(text)),
         )
     if "warnings" in facts:
-        facts["warnings"] = [plan.words(text) for text in facts["warnings"]]
-    return Exported(target, Path(out), facts, tuple(notes))
+        facts["warnings"] = [source.words(text) for text in facts["warnings"]]
+    called = source.path if source.called is None else Path(source.called)
+    return Exported(
+        title=target,
+        verdict=verdict_of_export(target, called, directory, place, inverse=inverse),
+        facts=facts,
+        out=place,
+        notes=tuple(notes),
+    )
 
 
-def is_directory(target: str) -> bool:
+def shards_to_write(
+    target: str,
+    source: UsedFile,
+    model: AnyPath | None,
+    *,
+    inverse: bool = False,
+    **options: Unpack[ExportArguments],
+) -> Facts:
+    """Return the JSON object of ``placer export --dry-run --json``: nothing is written.
+
+    Parameters are those of :func:`export_file`; the target is ``checkpoint`` or ``ranks``.
+
+    Raises
+    ------
+    PlacerError
+        As :func:`export_file`.
+    """
+    require_known(options, ExportArguments)
+    _require_options(target, options, inverse=inverse, dry_run=True)
+    settings, only = _settings(options), options.get("experts_only", False)
+    job = _prepared(target, source.path, as_path(model), inverse=inverse, experts_only=only)
+    rows = [
+        {
+            "shard": work.name,
+            "bytes": work.num_bytes,
+            "how": "link" if settings.link and work.unchanged else "write",
+        }
+        for work in job.shards
+    ]
+    return {"shards": rows, "bytes_to_write": job.bytes_to_write(settings)}
+
+
+def restore(
+    exported: AnyPath,
+    out: AnyPath,
+    *,
+    target: str = "checkpoint",
+    **options: Unpack[ExportArguments],
+) -> Exported:
+    """Restore the original of an exported checkpoint, as ``placer export --inverse``.
+
+    Parameters
+    ----------
+    exported
+        What was exported.
+    out
+        The directory to write.
+    target
+        ``checkpoint`` or ``deepspeed``.
+    **options
+        Those of ``placer export``: :class:`placer.ExportArguments`.
+
+    Raises
+    ------
+    PlacerError
+        If the export is damaged, or ``out`` exists and ``force`` is false.
+    UsageError
+        If the target cannot be restored, or an option is not for it.
+    """
+    return export_file(target, UsedFile(Path(exported)), None, out, inverse=True, **options)
+
+
+def _is_directory(target: str) -> bool:
     """Return whether a target is a directory, or else a file."""
     return target not in (*MAPS, COUNTS)
 
 
-def export_kinds(target: str) -> tuple[str, ...]:
+def _kinds(target: str) -> tuple[str, ...]:
     """Return the kinds of results that an export may replace."""
-    return ("export", "ranks", "checkpoint") if is_directory(target) else ()
+    return ("export", "ranks", "checkpoint") if _is_directory(target) else ()
 
 
-def require_options(target: str, given: Mapping[str, object]) -> None:
+def _require_options(
+    target: str, options: ExportArguments, *, inverse: bool, dry_run: bool = False
+) -> None:
     """Refuse a target that is not known, and options that are not for it.
-
-    Parameters
-    ----------
-    target
-        The target.
-    given
-        Values by the names of the command's options.
 
     Raises
     ------
@@ -140,6 +222,9 @@ def require_options(target: str, given: Mapping[str, object]) -> None:
             "transformers) serve a permuted checkpoint",
         )
     allowed = _OPTIONS.get(target, ())
+    given: dict[str, object] = {"--inverse": inverse}
+    given |= {f"--{name.replace('_', '-')}": options.get(name) for name in _ORDER}
+    given["--dry-run"] = dry_run
     odd = [name for name, value in given.items() if value and name not in allowed]
     if odd:
         raise UsageError(
@@ -148,14 +233,7 @@ def require_options(target: str, given: Mapping[str, object]) -> None:
         )
 
 
-def writing_options(
-    *,
-    link: bool,
-    with_hashes: bool,
-    workers: int | None,
-    backend: str | None,
-    ray_address: str | None,
-) -> "ExportOptions":
+def _settings(options: ExportArguments) -> "ExportOptions":
     """Return how shards are written.
 
     Raises
@@ -166,17 +244,16 @@ def writing_options(
     from placer.checkpoint.writing import ExportOptions
     from placer.run.parallel import BACKENDS, Backend
 
+    name = one_of("--backend", options.get("backend") or "processes", BACKENDS)
     return ExportOptions(
-        link=link,
-        with_hashes=with_hashes,
-        num_workers=workers,
-        backend=Backend(
-            name=one_of("--backend", backend or "processes", BACKENDS), address=ray_address
-        ),
+        link=options.get("link", False),
+        with_hashes=options.get("hash", False),
+        num_workers=options.get("workers"),
+        backend=Backend(name=name, address=options.get("ray_address")),
     )
 
 
-def write_export(
+def _write_export(
     target: str,
     plan: Path,
     model: Path | None,
@@ -219,7 +296,7 @@ def write_export(
     if target == "deepspeed":
         facts = _export_deepspeed(plan, model, out, inverse, note)
     else:
-        job = prepared(target, plan, model, inverse=inverse, experts_only=experts_only)
+        job = _prepared(target, plan, model, inverse=inverse, experts_only=experts_only)
         facts = _write(job, out, options, progress, note, warn)
         if not inverse:
             facts |= _start(target, plan, out, note)
@@ -229,7 +306,7 @@ def write_export(
     return facts
 
 
-def prepared(
+def _prepared(
     target: str, plan: Path, model: Path | None, *, inverse: bool, experts_only: bool
 ) -> "ExportJob | RanksJob":
     """Return what ``checkpoint`` or ``ranks`` is to write, from headers only.

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from importlib import import_module
 
 from placer.errors import one_of
+from placer.target.map_formats import TARGETS as EXPORT_TARGETS
+
+__all__ = ["EXPORT_TARGETS", "names"]
 
 # What has the names, imported when they are asked for: a mapping, a sequence or a function.
 _PLACES = {

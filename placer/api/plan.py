@@ -20,6 +20,7 @@ from placer.api.files import (
 )
 from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
 from placer.arrays import IntArray
+from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement import Plan as SolvedPlan
 from placer.placement.plan import plan_sha256
@@ -300,10 +301,16 @@ class Plan(Shown):
         UsageError
             If the target is not known, or an option or a path is not for it.
         """
-        from placer.api.exporting import export_plan
+        from placer.api.exporting import export_file
+        from placer.target.map_formats import COUNTS
 
+        if target == COUNTS:
+            raise UsageError(
+                f"target {COUNTS} is written from an affinity file, not from a plan",
+                f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
+            )
         with self.as_file() as file:
-            return export_plan(target, file, model, out, **options)
+            return export_file(target, file, model, out, **options)
 
     def verify(
         self,

@@ -1,15 +1,16 @@
 """``placer export``: a plan in the form that an engine loads."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
+from placer.api.known import EXPORT_TARGETS as TARGETS
 from placer.cli.choices import among
 from placer.cli.output import (
     ForceOption,
     JsonOption,
-    claim,
     note,
     print_json,
     print_line,
@@ -17,22 +18,10 @@ from placer.cli.output import (
     print_table,
     print_verdict,
     progress_line,
-    warn,
 )
-from placer.errors import UsageError
-from placer.target.map_formats import TARGETS
-
-if TYPE_CHECKING:
-    from placer.checkpoint.export import ExportJob
-    from placer.checkpoint.ranks import RanksJob
-    from placer.checkpoint.writing import ExportOptions
-
-# Printed on stderr, one line each.
-_TOLD = ("start", "warnings")
 
 
 def export(
-    context: typer.Context,
     target: Annotated[
         str,
         typer.Argument(
@@ -134,89 +123,41 @@ def export(
       json          one list of slots for each layer
       ktransformers .pt with counts, made from an affinity file in place of PLAN
     """
-    from placer.api.exporting import (
-        export_kinds,
-        is_directory,
-        prepared,
-        require_options,
-        write_export,
-        writing_options,
-    )
-    from placer.report.verdicts import verdict_of_export
+    from placer.api.exporting import export_file, shards_to_write
+    from placer.api.files import UsedFile
 
-    given = {
-        "--inverse": inverse,
-        "--link": link,
-        "--hash": with_hashes,
-        "--workers": workers,
-        "--backend": backend,
-        "--ray-address": ray_address,
-        "--experts-only": experts_only,
-        "--dry-run": dry_run,
+    options: dict[str, Any] = {
+        "inverse": inverse,
+        "link": link,
+        "hash": with_hashes,
+        "workers": workers,
+        "backend": backend,
+        "ray_address": ray_address,
+        "experts_only": experts_only,
     }
-    require_options(target, given)
-    options = writing_options(
-        link=link,
-        with_hashes=with_hashes,
-        workers=workers,
-        backend=backend,
-        ray_address=ray_address,
-    )
+    source = UsedFile(plan)
     if dry_run:
-        job = prepared(target, plan, model, inverse=inverse, experts_only=experts_only)
-        _print_shards(job, options, as_json)
+        _print_shards(shards_to_write(target, source, model, **options), as_json=as_json)
         return
-    if out is None:
-        raise UsageError("there is no --out", "say where to write it: --out PATH")
-    claim(
-        context,
-        out,
-        [plan, model],
-        force=force,
-        kinds=export_kinds(target),
-        directory=is_directory(target),
-    )
     with progress_line("export") as progress:
-        facts = write_export(
-            target,
-            plan,
-            model,
-            out,
-            options,
-            inverse=inverse,
-            experts_only=experts_only,
-            progress=progress,
-            note=note,
-            warn=warn,
+        found = export_file(
+            target, source, model, out, force=force, progress=progress, **options
         )
-    verdict = verdict_of_export(target, plan, model, out, inverse=inverse)
+    for line in found.notes:
+        note(line)
     if as_json:
-        print_json({"verdict": verdict.to_json()} | dict(facts))
+        print_json(found.to_json())
         return
-    print_verdict(verdict)
-    rows = [
-        (name, str(value))
-        for name, value in facts.items()
-        if name not in _TOLD and value is not None
-    ]
+    print_verdict(found.verdict)
+    rows = [(name, str(value)) for name, value in found.shown_facts.items()]
     print_table((target, ""), rows)
-    print_next(verdict)
+    print_next(found.verdict)
 
 
-def _print_shards(
-    job: "ExportJob | RanksJob", options: "ExportOptions", as_json: bool
-) -> None:
-    rows = [
-        {
-            "shard": work.name,
-            "bytes": work.num_bytes,
-            "how": "link" if options.link and work.unchanged else "write",
-        }
-        for work in job.shards
-    ]
-    total = job.bytes_to_write(options)
+def _print_shards(found: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print_json({"shards": rows, "bytes_to_write": total})
+        print_json(found)
         return
-    print_table(("shard", "bytes", "how"), [tuple(row.values()) for row in rows])
-    print_line(f"{total} bytes to write; nothing was written")
+    rows = [tuple(row.values()) for row in found["shards"]]
+    print_table(("shard", "bytes", "how"), rows)
+    print_line(f"{found['bytes_to_write']} bytes to write; nothing was written")

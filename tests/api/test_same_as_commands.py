@@ -202,9 +202,8 @@ def test_exports_are_those_of_the_command(
     out = tmp_path / "command" / name
     line = ["export", target, path, tiny_model, "--out", out]
     facts = printed(capsys, *line)
-    del facts["verdict"]
     found = placer.open(path).export(target, tiny_model, tmp_path / "api" / name)
-    renamed = json.dumps(found.facts).replace(
+    renamed = json.dumps(found.to_json()).replace(
         str(tmp_path / "api"), str(tmp_path / "command")
     )
     assert json.loads(renamed) == facts
@@ -229,6 +228,12 @@ def test_a_plan_that_was_not_written_is_exported_and_verified(
     record = json.loads((tmp_path / "out" / "placer.json").read_bytes())
     assert record["plan_sha256"] == placer.open(path).sha256
     placer.open(path).verify(tiny_model, tmp_path / "out", max_tokens=0)
+    back = placer.restore(tmp_path / "out", tmp_path / "back")
+    assert back.verdict.answer == (
+        f"Restored the original of {tmp_path / 'out'} in {back.out}.",
+    )
+    for shard in tiny_model.glob("*.safetensors"):
+        assert (tmp_path / "back" / shard.name).read_bytes() == shard.read_bytes()
     other = placer.open(make_plan(tiny_model, seed=1))
     with pytest.raises(placer.VerificationError):
         other.verify(tiny_model, tmp_path / "out", max_tokens=0)
