@@ -6,30 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from placer.api.files import AnyPath, as_path, command_line, note, warn, writing
+from placer.api.known import FORMATS, LOAD_FORMATS, MAP_FORMATS, TOKEN_FORMATS
 from placer.api.shown import Result
 from placer.errors import UsageError, meant
-from placer.target.map_formats import MAPS
 
 if TYPE_CHECKING:
     from placer.trace.imported import ImportOptions
 
-TOKEN_FORMATS = (
-    "npz",
-    "exflow",
-    "csv",
-    "jsonl",
-    "json-requests",
-    "sglang-routed",
-    "sglang-dump",
-    "vllm-routed",
-)
-LOAD_FORMATS = ("sglang-stat", "trtllm-statistic", "csv-loads", "load-matrix")
+_MAP = "-map"
 # Files whose keys a user may name.
 _KEYED = ("csv", "jsonl", "json-requests")
-_MAP = "-map"
-MAP_FORMATS = tuple(f"{name}{_MAP}" for name in MAPS)
-#: All formats, tokens first.
-FORMATS = (*TOKEN_FORMATS, *LOAD_FORMATS, *MAP_FORMATS)
 
 
 def import_file(

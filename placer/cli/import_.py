@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import placer
-from placer.api.importing import FORMATS, LOAD_FORMATS, MAP_FORMATS, TOKEN_FORMATS
+from placer.api.known import FORMATS, LOAD_FORMATS, MAP_FORMATS, TOKEN_FORMATS
 from placer.cli.choices import among
 from placer.cli.output import ForceOption, JsonOption, print_result
 

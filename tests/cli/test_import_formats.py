@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from placer.affinity import Affinity
-from placer.api.importing import LOAD_FORMATS, TOKEN_FORMATS
+from placer.api.known import LOAD_FORMATS, TOKEN_FORMATS
 from placer.cli.import_ import import_
 from placer.cli.main import main
 from placer.trace import Trace
