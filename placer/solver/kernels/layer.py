@@ -118,8 +118,6 @@ class LayerState(NamedTuple):
         turns by token index.
     share
         ``[E, R]`` float64: share of an expert's load that a rank counts as its own.
-    cost
-        ``[T]`` int64: the price of one token of each row.
     rank_load
         ``[S, R]`` float64.
     received
@@ -135,7 +133,6 @@ class LayerState(NamedTuple):
     choices: AnyArray
     num_choices: AnyArray
     share: AnyArray
-    cost: AnyArray
     rank_load: AnyArray
     received: AnyArray
     next_received: AnyArray

@@ -7,102 +7,9 @@ tokens for the same answer. Legend of the shapes: see :mod:`placer.solver.kernel
 import numpy as np
 
 from placer.solver.kernels.compiled import compiled
-from placer.solver.kernels.copies import choose, copy_of, counted_share_of
-from placer.solver.kernels.price import (
-    majority_rank,
-    receive_copies,
-    receive_next,
-    serve,
-    token_price,
-)
-
-
-@compiled
-def _change(
-    tokens,
-    prices,
-    state,
-    changed,
-    choices,
-    num_choices,
-    received,
-    next_received,
-    next_homes,
-):
-    """Change of the tokens' price when two experts are served by other copies.
-
-    ``changed`` ``[2]`` are the experts, ``choices`` ``[H, 2, C]`` and ``num_choices``
-    ``[H, 2]`` their new copies; ``received``, ``next_received`` and ``next_homes`` ``[R]``
-    take the change of the copies and of the homes.
-    """
-    # Fields are read once: each access to a tuple's array counts references.
-    experts, homes, cost = tokens.experts, tokens.home, state.cost
-    weights, next_price = tokens.weight, tokens.next_price
-    starts, users = tokens.starts, tokens.users
-    old_choices, old_num_choices = state.choices, state.num_choices
-    follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
-    count_received = prices.receive > 0 or prices.max_receive > 0
-    count_next, count_homes = tokens.next_experts.shape[0] > 0, prices.crowd > 0
-    one, two = changed[0], changed[1]
-    top_k = experts.shape[1]
-    before, after = np.empty(top_k, dtype=np.int64), np.empty(top_k, dtype=np.int64)
-    several = old_num_choices.shape[0] > 1
-    total = 0
-    for side in range(2):
-        expert = changed[side]
-        for place in range(starts[expert], starts[expert + 1]):
-            token = users[place]
-            home = homes[token]
-            row = home if several else 0
-            counted = False
-            for i in range(top_k):
-                used = experts[token, i]
-                if used == one:
-                    counted = side == 1
-                    after[i] = copy_of(choices, num_choices, row, 0, token)
-                elif used == two:
-                    after[i] = copy_of(choices, num_choices, row, 1, token)
-                else:
-                    after[i] = copy_of(old_choices, old_num_choices, row, used, token)
-            if counted:
-                continue
-            weight = weights[token]
-            price = token_price(after, home, token, follow, to_rank, to_node, next_price)
-            total += weight * (price - cost[token])
-            if count_received or count_next or count_homes:
-                serve(experts, row, token, old_choices, old_num_choices, before)
-            if count_received:
-                receive_copies(before, home, -1.0 * weight, received)
-                receive_copies(after, home, 1.0 * weight, received)
-            if count_next or count_homes:
-                old, new = majority_rank(before), majority_rank(after)
-                if count_homes:
-                    next_homes[old] -= weight
-                    next_homes[new] += weight
-                if count_next and old != new:
-                    receive_next(tokens, token, old, -1.0 * weight, next_received)
-                    receive_next(tokens, token, new, 1.0 * weight, next_received)
-    return total
-
-
-@compiled
-def _apply(tokens, prices, state, changed):
-    """Write the new price of all tokens that use one of two changed experts."""
-    experts, homes, cost = tokens.experts, tokens.home, state.cost
-    starts, users, next_price = tokens.starts, tokens.users, tokens.next_price
-    choices, num_choices = state.choices, state.num_choices
-    follow, to_rank, to_node = prices.follow, prices.to_rank, prices.to_node
-    several = num_choices.shape[0] > 1
-    served = np.empty(experts.shape[1], dtype=np.int64)
-    for side in range(2):
-        expert = changed[side]
-        for place in range(starts[expert], starts[expert + 1]):
-            token = users[place]
-            home = homes[token]
-            serve(experts, home if several else 0, token, choices, num_choices, served)
-            cost[token] = token_price(
-                served, home, token, follow, to_rank, to_node, next_price
-            )
+from placer.solver.kernels.copies import choose, counted_share_of
+from placer.solver.kernels.followed import follow, followed_change
+from placer.solver.kernels.served import change, served_by, shift
 
 
 @compiled
@@ -164,7 +71,7 @@ def _uniform(state):
 
 
 @compiled
-def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
+def _try(tokens, prices, state, served, rank, slot, other, place, rule, limit):
     """Try one move; make it if it costs no more than ``limit``. Return what it changes.
 
     With ``other`` a rank, the experts in (rank, slot) and (other, place) swap; with
@@ -186,7 +93,7 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
     choices = np.zeros((num_homes, 2, state.choices.shape[2]), dtype=np.int16)
     num_choices = np.zeros((num_homes, 2), dtype=np.int16)
     share = np.empty((2, num_ranks))
-    change = 0.0
+    price = 0.0
     for side in range(2):
         mine, my_number = choices[:, side], num_choices[:, side]
         width = prices.ranks_per_node
@@ -201,9 +108,9 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
             side,
             share[side],
         )
-    change += prices.linear[two, rank] - prices.linear[one, rank]
+    price += prices.linear[two, rank] - prices.linear[one, rank]
     if other >= 0:
-        change += prices.linear[one, other] - prices.linear[two, other]
+        price += prices.linear[one, other] - prices.linear[two, other]
     rank_load = state.rank_load.copy()
     for scenario in range(rank_load.shape[0]):
         for side in range(2):
@@ -216,20 +123,26 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
     own_before, others_before = _overflow(state.rank_load, prices.max_load)
     if own > own_before + 1e-6:
         return 0.0
-    change += prices.overflow * (others - others_before)
+    price += prices.overflow * (others - others_before)
     received, next_received = state.received.copy(), state.next_received.copy()
     next_homes = state.homes.copy()
-    change += _change(
-        tokens,
-        prices,
-        state,
-        experts,
-        choices,
-        num_choices,
-        received,
-        next_received,
-        next_homes,
-    )
+    if prices.follow:
+        price += followed_change(
+            tokens,
+            prices,
+            state,
+            served.cost,
+            experts,
+            choices,
+            num_choices,
+            received,
+            next_received,
+            next_homes,
+        )
+    else:
+        price += change(
+            tokens, prices, state, served, experts, choices, num_choices, received
+        )
     nearer = own < own_before - 1e-6
     if prices.max_receive > 0 and not nearer:
         most = prices.max_receive
@@ -239,13 +152,15 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
             return 0.0
         nearer = over < -1e-6
     if prices.receive > 0:
-        change += prices.receive * (received.max() - state.received.max())
+        price += prices.receive * (received.max() - state.received.max())
     if prices.crowd > 0:
         over = above(next_homes, prices.max_homes)
-        change += prices.crowd * (over - above(state.homes, prices.max_homes))
+        price += prices.crowd * (over - above(state.homes, prices.max_homes))
     # Always accept a move that reduces a violation: only caps make a plan valid.
-    if (change > limit or change == 0.0) and not nearer:
+    if (price > limit or price == 0.0) and not nearer:
         return 0.0
+    if not prices.follow:
+        shift(tokens, state, served, experts, choices, num_choices)
     state.slots[rank, slot] = two
     if other >= 0:
         state.slots[other, place] = one
@@ -259,8 +174,9 @@ def _try(tokens, prices, state, rank, slot, other, place, rule, limit):
     state.received[:] = received
     state.next_received[:] = next_received
     state.homes[:] = next_homes
-    _apply(tokens, prices, state, experts)
-    return change
+    if prices.follow:
+        follow(tokens, prices, state, served.cost, experts)
+    return price
 
 
 @compiled
@@ -274,6 +190,7 @@ def anneal(tokens, prices, state, kind, rule, temperature, num_moves, seed):
     num_experts = state.holds.shape[0]
     replicas = num_ranks * num_slots > num_experts
     stream = np.array([seed], dtype=np.uint64)
+    served = served_by(tokens, prices, state)
     total = 0.0
     for _ in range(num_moves):
         rank, slot = _below(stream, num_ranks), _below(stream, num_slots)
@@ -287,7 +204,9 @@ def anneal(tokens, prices, state, kind, rule, temperature, num_moves, seed):
             other, place = _below(stream, num_ranks), _below(stream, num_slots)
             two = state.slots[other, place]
         if kind[one] >= 0 and kind[one] == kind[two] and other != rank:
-            total += _try(tokens, prices, state, rank, slot, other, place, rule, limit)
+            total += _try(
+                tokens, prices, state, served, rank, slot, other, place, rule, limit
+            )
     return total
 
 
@@ -297,6 +216,7 @@ def descend(tokens, prices, state, kind, rule):
     num_ranks, num_slots = state.slots.shape
     num_experts = state.holds.shape[0]
     replicas = num_ranks * num_slots > num_experts
+    served = served_by(tokens, prices, state)
     total = 0.0
     for rank in range(num_ranks):
         for slot in range(num_slots):
@@ -305,7 +225,16 @@ def descend(tokens, prices, state, kind, rule):
                     one, two = state.slots[rank, slot], state.slots[other, place]
                     if kind[one] >= 0 and kind[one] == kind[two]:
                         total += _try(
-                            tokens, prices, state, rank, slot, other, place, rule, 0.0
+                            tokens,
+                            prices,
+                            state,
+                            served,
+                            rank,
+                            slot,
+                            other,
+                            place,
+                            rule,
+                            0.0,
                         )
             if replicas:
                 for expert in range(num_experts):
@@ -316,6 +245,6 @@ def descend(tokens, prices, state, kind, rule):
                         and state.holds[one].sum() > 1
                     ):
                         total += _try(
-                            tokens, prices, state, rank, slot, -1, expert, rule, 0.0
+                            tokens, prices, state, served, rank, slot, -1, expert, rule, 0.0
                         )
     return total

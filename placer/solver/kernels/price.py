@@ -107,8 +107,8 @@ def receive_next(tokens, token, home, amount, received):
 
 @compiled
 def price_layer(tokens, prices, state):
-    """Fill ``cost`` and ``received`` from the placement; return the cost of all tokens."""
-    experts, homes, cost = tokens.experts, tokens.home, state.cost
+    """Fill ``received`` from the placement; return the cost of all tokens."""
+    experts, homes = tokens.experts, tokens.home
     weights = tokens.weight
     choices, num_choices = state.choices, state.num_choices
     several = num_choices.shape[0] > 1
@@ -121,7 +121,7 @@ def price_layer(tokens, prices, state):
     for token in range(experts.shape[0]):
         home = homes[token]
         serve(experts, home if several else 0, token, choices, num_choices, served)
-        cost[token] = token_price(
+        cost = token_price(
             served,
             home,
             token,
@@ -131,7 +131,7 @@ def price_layer(tokens, prices, state):
             tokens.next_price,
         )
         weight = weights[token]
-        total += weight * cost[token]
+        total += weight * cost
         receive_copies(served, home, 1.0 * weight, state.received)
         if prices.crowd > 0:
             state.homes[majority_rank(served)] += weight

@@ -76,8 +76,7 @@ class Evaluator:
 
     def state(self, placement: Placement, layer: int, drawn: IntArray | None) -> LayerState:
         """Return a layer of a placement; ``drawn`` ``[R, E]`` are SGLang's choices."""
-        num_rows = len(self.profiles[layer].experts)
-        return layer_state(self.problem, placement, layer, num_rows, drawn)
+        return layer_state(self.problem, placement, layer, drawn)
 
     @property
     def has_replicas(self) -> bool:

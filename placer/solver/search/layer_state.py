@@ -31,7 +31,6 @@ def layer_state(
     problem: TrafficProblem,
     placement: Placement,
     layer: int,
-    num_rows: int,
     drawn: IntArray | None = None,
 ) -> LayerState:
     """Return a layer as it is placed, not priced yet.
@@ -44,8 +43,6 @@ def layer_state(
         Experts in slots.
     layer
         Which layer.
-    num_rows
-        Rows of the layer's profile.
     drawn
         ``[R, E]``: the ranks that SGLang chose for each home, or ``None``.
     """
@@ -62,7 +59,6 @@ def layer_state(
         choices=np.zeros((num_homes, len(holds), most), dtype=np.int16),
         num_choices=np.zeros((num_homes, len(holds)), dtype=np.int16),
         share=np.zeros((len(holds), num_ranks)),
-        cost=np.zeros(num_rows, dtype=np.int64),
         rank_load=np.zeros((len(problem.load[layer]), num_ranks)),
         received=np.zeros(num_ranks),
         next_received=np.zeros(num_ranks),
