@@ -1,13 +1,16 @@
 """The linear program over some columns, which gives the prices that price all of them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from ortools.linear_solver import pywraplp
 
 from placer.arrays import FloatArray, Int16Array, IntArray
 from placer.solver.kernels.columns import fill_triples
 from placer.solver.partition.columns import SCALE, Prices
+
+if TYPE_CHECKING:
+    from ortools.linear_solver import pywraplp
 
 _NOTHING = 1e-7
 # Cuts that are added at once, and by how much a triple must be held too often.
@@ -51,6 +54,10 @@ class Master:
     """
 
     def __init__(self, num_experts: int) -> None:
+        # Imported where it is used: that takes as long as many solves that need no program.
+        from ortools.linear_solver import pywraplp
+
+        self._optimal = pywraplp.Solver.OPTIMAL
         self._solver = pywraplp.Solver.CreateSolver("GLOP")
         self._goal = self._solver.Objective()
         self._goal.SetMinimization()
@@ -78,7 +85,7 @@ class Master:
 
     def solve(self) -> Solution | None:
         """Solve it; ``None`` where that fails."""
-        if self._solver.Solve() != pywraplp.Solver.OPTIMAL:
+        if self._solver.Solve() != self._optimal:
             return None
         value = np.array([one.solution_value() for one in self._variables])
         used = np.flatnonzero(value > _NOTHING)
@@ -116,6 +123,6 @@ def _holds_two(column: Int16Array, cut: tuple[int, ...]) -> bool:
     return len(set(column.tolist()).intersection(cut)) >= 2
 
 
-def _rounded(rows: list[pywraplp.Constraint]) -> IntArray:
+def _rounded(rows: "list[pywraplp.Constraint]") -> IntArray:
     values = np.array([row.dual_value() for row in rows], dtype=np.float64)
     return np.rint(SCALE * values).astype(np.int64)

@@ -9,6 +9,7 @@ copies that serve, what that left above a cap is repaired last.
 Legend of the shapes: L MoE layers, T tokens, E logical experts.
 """
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from placer.solver.search.evaluation import SAME_OVERFLOW, is_better
 from placer.solver.search.evaluator import Evaluator
 from placer.solver.search.layer_state import RULES
 
+_NUM_CORES = os.cpu_count() or 1
+
 #: Told the sweep and the copies after it.
 TellSweep = Callable[[int, float], None]
 
@@ -36,7 +39,7 @@ def refined(
     params: SolverParams,
     *,
     seed: int = 0,
-    num_threads: int = 2,
+    num_threads: int | None = None,
     progress: TellSweep | None = None,
     deadline: Deadline | None = None,
 ) -> Placement:
@@ -57,8 +60,8 @@ def refined(
     seed
         Seed of the moves.
     num_threads
-        Layers that do not touch each other are worked on at once; the result does not
-        depend on it.
+        Layers that do not touch each other are worked on at once, by default on all cores;
+        the result does not depend on it.
     progress
         Told every sweep.
     deadline
@@ -69,7 +72,10 @@ def refined(
         return placement
     began = time.monotonic()
     search = _Refinement(
-        at=Evaluator(problem, placement), params=params, seed=seed, num_threads=num_threads
+        at=Evaluator(problem, placement),
+        params=params,
+        seed=seed,
+        num_threads=num_threads or _NUM_CORES,
     )
     best = search.snapshot()
     deadline.needs(2 * (time.monotonic() - began))  # to be priced anew at the end
@@ -123,7 +129,7 @@ class _Refinement:
     at: Evaluator
     params: SolverParams
     seed: int
-    num_threads: int = 2
+    num_threads: int = 1
 
     @property
     def problem(self) -> TrafficProblem:
