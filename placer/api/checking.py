@@ -99,7 +99,7 @@ def check(
         for text in (dense, limit, profile_itself(solved, file.path, chosen)):
             if text is not None:
                 warn(file.words(text))
-        verdict = verdict_of_check(report, solved, path, file.path, judged)
+        verdict = verdict_of_check(report, solved, path, file.path, judged, chosen)
     following = None if verdict.next is None else file.words(verdict.next)
     return Checked(
         title="check",

@@ -24,7 +24,7 @@ _BACKEND = ("--backend", "--ray-address")
 # In the order in which they are refused.
 _ORDER = ("link", "hash", "workers", "backend", "ray_address", "experts_only")
 # Facts that notes or warnings say.
-_TOLD = ("start", "warnings")
+_TOLD = ("start", "warnings", "ignored")
 # Maps take only --out.
 _OPTIONS = {
     "checkpoint": ("--inverse", "--link", "--hash", "--workers", *_BACKEND, "--dry-run"),
@@ -125,7 +125,11 @@ def export_file(
     called = source.path if source.called is None else Path(source.called)
     return Exported(
         title=target,
-        verdict=verdict_of_export(target, called, directory, place, inverse=inverse),
+        verdict=verdict_of_export(
+            *(target, called, directory, place),
+            inverse=inverse,
+            ignored=facts.get("ignored") and source.words(facts["ignored"]),
+        ),
         facts=facts,
         out=place,
         notes=tuple(notes),
@@ -300,7 +304,6 @@ def _write_export(
         facts = _write(job, out, options, progress, note, warn)
         if not inverse:
             facts |= _start(target, plan, out, note)
-            note(f"check it: placer verify {model} {out} {plan}")
     if inverse and (unchecked := facts.pop("unchecked_files")):
         note(f"not checked, because no hash of it was recorded: {unchecked}")
     return facts
@@ -341,7 +344,6 @@ def _export_deepspeed(
     model = _required_model("deepspeed", plan, model)
     report = export_deepspeed(plan, model, out)
     start = _start("deepspeed", plan, out, note)
-    note(f"check it: placer verify {model} {out} {plan}")
     note(
         "note: if the gate adds random noise (top2_2nd_expert_sampling, "
         "noisy_gate_policy), each expert gets the noise of another one: results are the "
@@ -435,10 +437,9 @@ def _export_map(
     for one in written.start:
         for line in one.lines():
             note(line)
-    if model is not None:
-        note(f"check it: placer verify {model} {out} {plan}")
     return {
         "out": str(out),
+        "ignored": written.ignored,
         "layers": written.num_layers,
         "slots": written.num_slots,
         "start": [one.to_json() for one in written.start],

@@ -14,7 +14,7 @@ from placer.model.config_file import require_downloaded as require_downloaded
 from placer.placement.engine_map import require_no_map_as
 from placer.run.files import sha256_file
 from placer.run.kinds import kind_of as kind_of
-from placer.run.kinds import named, require_kind, require_replaceable
+from placer.run.kinds import named, require_kind, require_replaceable, require_suffix
 from placer.run.writing import claimed
 
 AnyPath = str | Path
@@ -79,11 +79,13 @@ def writing(
     PlacerError
         If ``out`` exists and may not be replaced, or another process is writing it.
     UsageError
-        If ``out`` is an input, or one of the two is inside the other.
+        If ``out`` is an input, one of the two is inside the other, or its name ends as
+        files of another kind do.
     """
-    read = [path for path in inputs if path is not None]
+    read, kinds = [path for path in inputs if path is not None], list(kinds)
     with claimed(out, read, directory=directory, force=force):
-        require_replaceable(out, list(kinds))
+        require_replaceable(out, kinds)
+        require_suffix(out, kinds)
         yield
 
 

@@ -9,6 +9,7 @@ from placer.cli.output import (
     ForceOption,
     JsonOption,
     claim,
+    given_command,
     note,
     print_json,
     print_line,
@@ -63,7 +64,7 @@ def calibrate(
     if worker.alone and ranks is None:
         raise UsageError(
             "--ranks is missing",
-            f"start two on this machine: placer calibrate --ranks 2 --out {out}",
+            f"start two on this machine: {given_command(context)} --ranks 2",
         )
     options = CalibrationOptions(
         num_ranks=worker.number if ranks is None else ranks,

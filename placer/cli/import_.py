@@ -1,5 +1,6 @@
 """``placer import``: traces and loads that something else recorded."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 import placer
 from placer.api.known import FORMATS, LOAD_FORMATS, MAP_FORMATS, TOKEN_FORMATS
 from placer.cli.choices import among
+from placer.cli.inputs import WORDS
 from placer.cli.output import ForceOption, JsonOption, print_result
 
 
@@ -15,9 +17,11 @@ def _require_order(context: typer.Context, file: Path) -> Path:
     """Refuse a file and a format in each other's place."""
     given = context.params.get("format_")
     if str(file) in FORMATS and given not in FORMATS:
+        swapped = {given: str(file), str(file): str(given)}
+        words = [swapped.get(word, word) for word in context.meta[WORDS]]
         raise placer.UsageError(
             f"{given} is not a format, but {file} is: the format comes first",
-            f"placer import {file} {given} --out OUT",
+            shlex.join(["placer", "import", *words]),
         )
     return file
 
@@ -70,8 +74,9 @@ def import_(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="With jsonl or json-requests: the names of keys in your file, as "
-            "MEANING=KEY, such as layer=layer,token=token_idx,experts=topk_ids.",
+            help="With csv, jsonl or json-requests: what your file calls its columns or "
+            "keys, as placer's name, =, and yours: layer=layer_id,experts=topk_ids. "
+            "docs/importing.md has placer's names.",
         ),
     ] = None,
     num_experts: Annotated[

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from placer.cli.examples import EXAMPLES
 from placer.cli.headings import HEADINGS
 from placer.cli.output import is_first, is_quiet, said_at_once, set_quiet
 
+#: Of the context: the words of the command line after the command.
+WORDS = "placer.words"
 _OUTPUTS = ("out", "html", "certificate")
 # These may be names of the Hugging Face hub.
 _MODELS = ("model", "original", "path")
@@ -89,6 +92,11 @@ class InputCommand(TyperCommand):
                 )
                 for line in [*(f"{line} \\" for line in lines[:-1]), lines[-1]]:
                     formatter.write(f"  {line}\n".replace("\0", " "))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words of the command line: hints repeat them."""
+        ctx.meta[WORDS] = [*args]
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Look for the inputs, then run."""
@@ -183,10 +191,30 @@ def _require_kinds(ctx: Any, inputs: Sequence[_Input]) -> None:
         for one in ctx.command.params
         if one.param_type_name == "argument"
     ]
-    order = f"the order is: {ctx.command_path} {' '.join(words)}"
     for one in inputs:
         if one.kinds:
-            require_input(one.path, one.kinds, order if one.is_argument else None)
+            takes = f"it takes: {ctx.command_path} {' '.join(words)}"
+            hint = _in_order(ctx, inputs, one) or takes
+            require_input(one.path, one.kinds, hint if one.is_argument else None)
+
+
+def _in_order(ctx: Any, inputs: Sequence[_Input], wrong: _Input) -> str | None:
+    """Return the command with two arguments swapped, where that is what is wrong."""
+    from placer.api.files import kind_of
+
+    for other in inputs:
+        if (
+            other.is_argument
+            and kind_of(wrong.path) in other.kinds
+            and kind_of(other.path) in wrong.kinds
+        ):
+            swapped = {str(wrong.path): str(other.path), str(other.path): str(wrong.path)}
+            words = ctx.meta[WORDS]
+            if any(words.count(word) != 1 for word in swapped):
+                return None
+            words = [swapped.get(word, word) for word in words]
+            return f"in this order: {shlex.join([*ctx.command_path.split(), *words])}"
+    return None
 
 
 def _near(missing: _Input) -> str:
@@ -204,6 +232,9 @@ def _near(missing: _Input) -> str:
         and _is_alike(sought, one.name)
         and (not missing.kinds or kind_of(one) in (None, *missing.kinds))
     ]
+    rest = missing.path.relative_to(folder).parts[1:]
+    whole = [path for one in alike if (path := Path(one, *rest)).exists()]
+    alike = [*map(str, whole)] or alike
     if alike:
         return f"did you mean {' or '.join(alike[:_MOST_ALIKE])}?"
     return f"check the path: ls -l {folder}"

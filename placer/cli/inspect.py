@@ -63,7 +63,7 @@ def inspect(
     """Show what a file or folder holds, the answer first."""
     beside = [*(others or []), *([] if load is None else [load])]
     if html is not None:
-        claim(context, html, [path, *beside], force=force, kinds=[])
+        claim(context, html, [path, *beside], force=force, kinds=["report"])
     found = placer.inspect(path, *(others or []), load=load)
     if html is not None:
         found.write_html(html, force=force)

@@ -89,41 +89,40 @@ def replay(
     Exit 5 if the bytes that leave a rank are not those that a simulation of the same
     routing predicts, or if the outputs are not those of the model on one rank.
     """
-    from placer.model import require_same_model
-    from placer.placement import Plan
-    from placer.run.worker import Worker, start_workers
-    from placer.trace import Trace
-    from placer.trace.loading import DTYPES
-
-    worker = Worker.of_environment()
-    planned, read = Plan.read(plan), Trace(trace)
-    require_same_model(planned.model, str(plan), read.model, str(trace))
-    num_ranks = planned.placement.num_ranks
-    if worker.alone and num_ranks > 1:
-        raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
-    from placer.replay.replay import ReplayOptions
+    from placer.replay.replay import ReplayOptions, prepared
     from placer.replay.replay import replay as replay_plan
     from placer.report.replay import columns, facts, rows
     from placer.report.verdicts import verdict_of_replay
+    from placer.run.worker import Worker, start_workers
     from placer.target.hardware import Hardware
+    from placer.trace import Trace
+    from placer.trace.loading import DTYPES
 
+    worker, read = Worker.of_environment(), Trace(trace)
+    selection = parse_selection(fold, not_fold, phase)
+    options = ReplayOptions(
+        exchanges=tuple(exchange or ()),
+        sequence_length=sequence_length,
+        sequences_per_rank=sequences_per_rank,
+        num_passes=passes,
+        repeats=repeats,
+        dtype=one_of("--dtype", dtype, DTYPES),
+        device=device,
+        hardware=None if hardware is None else Hardware.named(hardware),
+        elsewhere=tuple(Hardware.named(name) for name in elsewhere or ()),
+    )
+    if worker.alone:
+        # Refuse here what every worker would refuse after it has started.
+        ready = prepared(plan, model, read, options, selection, table)
+        num_ranks = ready.plan.placement.num_ranks
+        raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
     outcome = replay_plan(
         plan,
         model,
         read,
-        ReplayOptions(
-            exchanges=tuple(exchange or ()),
-            sequence_length=sequence_length,
-            sequences_per_rank=sequences_per_rank,
-            num_passes=passes,
-            repeats=repeats,
-            dtype=one_of("--dtype", dtype, DTYPES),
-            device=device,
-            hardware=None if hardware is None else Hardware.named(hardware),
-            elsewhere=tuple(Hardware.named(name) for name in elsewhere or ()),
-        ),
+        options,
         worker,
-        selection=parse_selection(fold, not_fold, phase),
+        selection=selection,
         table_path=table,
         say=note,
     )

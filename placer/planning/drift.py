@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +206,12 @@ def check_on_loads(
     )
 
 
-def improving_command(plan: Plan, path: Path, source: Path) -> str:
+def improving_command(
+    plan: Plan, path: Path, source: Path, judged: Selection = EVERYTHING
+) -> str:
     """Return the command that improves a plan on newer traffic with few moves.
+
+    It solves on the tokens that were judged, where not all of a trace were.
 
     It asks for what the plan was solved for; from counts, which say nothing of traffic, for
     balance.
@@ -229,8 +233,9 @@ def improving_command(plan: Plan, path: Path, source: Path) -> str:
     if plan.provenance.get("max_imbalance_given"):
         words += ["--max-imbalance", str(plan.max_imbalance)]
     words += ["--relax-cap"] if plan.provenance.get("relax_cap") else []
-    phase = Selection.from_json(plan.provenance).phase
-    words += [] if phase is None or source.is_file() else ["--phase", phase]
+    phase = judged.phase or Selection.from_json(plan.provenance).phase
+    tokens = replace(judged, phase=phase).options
+    words += [] if source.is_file() else tokens.split()
     words += ["--start", str(path), "--migration-cost", "COPIES", "--out", "NEW"]
     return shlex.join(words)
 

@@ -79,12 +79,30 @@ def profile_itself(plan: Plan, source: Path, judged: Selection) -> str | None:
             and made_from(plan, Trace(source))
             and fold in (None, judged.fold)
         )
+        if not is_profile and (merged := _merged_from(plan, Trace(source))):
+            return (
+                f"{source} holds, among others, {merged} that the plan was solved on. They "
+                "hide drift: give only today's traffic"
+            )
     if not is_profile:
         return None
     return (
         f"{source} is what the plan was solved on, so it cannot show drift: give today's "
         "traffic"
     )
+
+
+def _merged_from(plan: Plan, trace: Trace) -> str | None:
+    """Return what a merged trace holds of a plan's profile, in words."""
+    parts = trace.header.provenance.get("traces")
+    recorded = _recorded(plan)
+    wanted = recorded if isinstance(recorded, list) else [recorded]
+    if not isinstance(parts, list) or not any(
+        isinstance(one, dict) and one.get("sha256") in wanted for one in parts
+    ):
+        return None
+    fold = Selection.from_json(plan.provenance).fold
+    return "the trace" if fold is None else "the sequences"
 
 
 def num_seen_sequences(

@@ -199,8 +199,8 @@ def _answer(
         question=question,
         options=plans[best],
         verdict=verdict,
-        sentence=f"{phase}: {_verdict_words(by_size, shapes)}; best placement {best}: "
-        + gains.words(best),
+        sentence=f"{phase}: {_verdict_words(by_size, shapes)}. Plan "
+        f'"{best}" {gains.words(best)}',
         candidates=candidates,
         break_even=break_evens(figures[best], figures["contiguous"], question.cost_model()),
     )
@@ -280,17 +280,17 @@ class _Gains:
 
     def words(self, name: str) -> str:
         """Say what changes from contiguous to a plan, and from EPLB's placement."""
-        fields = {"straggler": "busiest rank's load"}
+        fields = {"straggler": "load of a batch's busiest rank"}
         if self.question.hardware is not None:
             fields = {"time_us": "layer", "overlapped_us": "overlapped"}
         elif self.question.sent is not None:
             fields = {"sent_per_token": self.question.sent.words, **fields}
         return "; ".join(
-            ", ".join(
+            f"compared with {beside}: "
+            + ", ".join(
                 f"{what} {percents(self.of(name, field, beside))}"
                 for field, what in fields.items()
             )
-            + f" compared with {beside}"
             for beside in ("contiguous", "eplb")
             if beside in self.candidates
         )

@@ -113,7 +113,7 @@ def _balance_words(plan: list[BatchFigures], others: dict[str, list[BatchFigures
 
     told = ", ".join(f"{name} {straggler(figures)}" for name, figures in others.items())
     beside = f" ({told})" if told else ""
-    return f"busiest rank {straggler(plan)} of the mean load{beside}"
+    return f"busiest rank of a batch {straggler(plan)} times the mean load{beside}"
 
 
 def fact_lines(judgement: Judgement, policies: Sequence[str]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,28 +168,15 @@ def replay(
         If the workers are not as many as the ranks, there is one only, or an exchange is
         not known.
     """
-    plan = Plan.read(plan_path)
-    _require_workers(plan.placement, plan_path, worker)
-    spec = ModelSpec.from_checkpoint(directory)
-    matched = require_same_model(plan.model, str(plan_path), spec, str(directory))
-    require_same_model(plan.model, str(plan_path), trace.model, str(trace.directory))
-    table, assumed = read_table_of(table_path, plan_path, trace)
-    of_other = require_same_tokenizer(
-        trace.tokenizer_sha256,
-        str(trace.directory),
-        tokenizer_of(directory),
-        str(directory),
-    )
-    tasks = _tasks(plan, table, options)
-    batches = _batches(trace, selection, options, worker.number)
-    _require_vocabulary(batches, spec, trace, directory)
+    _require_workers(Plan.read(plan_path).placement, plan_path, worker)
+    ready = prepared(plan_path, directory, trace, options, selection, table_path)
+    plan, batches, tasks, warnings = ready.plan, ready.batches, ready.tasks, ready.warnings
     _require_engine()
     backend = "gloo" if options.device == "cpu" else "nccl"
     if options.device == "cuda":
         worker.use_own_gpu()
-    warnings = [one for one in (matched, assumed, of_other) if one is not None]
     with together(worker, backend):
-        runner = _Runner(directory, spec, batches, options, worker)
+        runner = _Runner(directory, ready.spec, batches, options, worker)
         reason = runner.session.why_not(FOLLOW)
         if reason is not None and not options.exchanges:
             warnings.append(f"{FOLLOW} is left out: {reason}")
@@ -216,6 +204,53 @@ def replay(
 
 
 Task = tuple[str, Placement, str, Table | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """What is replayed: ``batches`` are ``[passes, B, S]`` token ids."""
+
+    plan: Plan
+    spec: ModelSpec
+    batches: npt.NDArray[np.integer]
+    tasks: list[Task]
+    warnings: list[str]
+
+
+def prepared(
+    plan_path: Path,
+    directory: Path,
+    trace: Trace,
+    options: ReplayOptions,
+    selection: Selection = EVERYTHING,
+    table_path: Path | None = None,
+) -> Prepared:
+    """Return what is replayed. Parameters and errors are those of :func:`replay`."""
+    plan = Plan.read(plan_path)
+    num_ranks = plan.placement.num_ranks
+    if num_ranks == 1:
+        raise UsageError(
+            f"{plan_path} has one rank, which sends nothing",
+            "place the experts on more ranks: placer solve TRACE --gpus-per-node 4 --out "
+            "PLAN",
+        )
+    if find_spec("transformers") is None:
+        raise _no_engine("transformers is not installed")
+    spec = ModelSpec.from_checkpoint(directory)
+    matched = require_same_model(plan.model, str(plan_path), spec, str(directory))
+    require_same_model(plan.model, str(plan_path), trace.model, str(trace.directory))
+    table, assumed = read_table_of(table_path, plan_path, trace)
+    of_other = require_same_tokenizer(
+        trace.tokenizer_sha256,
+        str(trace.directory),
+        tokenizer_of(directory),
+        str(directory),
+    )
+    tasks = _tasks(plan, table, options)
+    batches = _batches(trace, selection, options, num_ranks)
+    _require_vocabulary(batches, spec, trace, directory)
+    warnings = [one for one in (matched, assumed, of_other) if one is not None]
+    return Prepared(plan=plan, spec=spec, batches=batches, tasks=tasks, warnings=warnings)
 
 
 def _tasks(plan: Plan, table: Table | None, options: ReplayOptions) -> list[Task]:
@@ -282,13 +317,7 @@ def _batches(
 
 
 def _require_workers(placement: Placement, plan_path: Path, worker: Worker) -> None:
-    if placement.num_ranks == 1:
-        raise UsageError(
-            f"{plan_path} has one rank, which sends nothing",
-            "place the experts on more ranks: placer solve TRACE --gpus-per-node 4 --out "
-            "PLAN",
-        )
-    if worker.number != placement.num_ranks:
+    if worker.number != placement.num_ranks > 1:
         raise UsageError(
             f"{worker.number} workers were started for a plan of {placement.num_ranks} "
             "ranks",
@@ -315,11 +344,15 @@ def _require_engine() -> None:
     try:
         import transformers.distributed.expert_parallel  # noqa: F401
     except ImportError as error:
-        raise PlacerError(
-            "replay needs a transformers whose exchange of experts can be replaced, as in "
-            f"5.23: {error}",
-            "pip install --upgrade 'placer[record]' 'transformers>=5.23,<6'",
-        ) from error
+        raise _no_engine(error) from error
+
+
+def _no_engine(reason: object) -> PlacerError:
+    return PlacerError(
+        "replay needs a transformers whose exchange of experts can be replaced, as in "
+        f"5.23: {reason}",
+        "pip install --upgrade 'placer[record]' 'transformers>=5.23,<6'",
+    )
 
 
 def _collectives(found: Sequence["WorkerRun"]) -> tuple[Collective, ...]:

@@ -106,8 +106,9 @@ def busiest_rank(ours: float, others: Mapping[str, float]) -> str:
         f"{'EPLB' if name == EPLB else name} {over_mean(load)}"
         for name, load in others.items()
     )
-    return f"Its busiest rank has {over_mean(ours)} more load than the mean" + (
-        f" ({than})." if than else "."
+    return (
+        f"Over all tokens, its busiest rank has {over_mean(ours)} more load than the mean"
+        + (f" ({than})." if than else ".")
     )
 
 
@@ -153,7 +154,7 @@ def headline_of_plan(beside: Beside) -> Headline:
     tiles.append(
         Tile(
             title="Busiest rank",
-            unit="times the mean load, mean over layers",
+            unit="times the mean load over all tokens, mean over layers",
             before=None if base is None else base.imbalance,
             after=own.imbalance,
         )

@@ -25,7 +25,7 @@ from placer.simulation.cost import ExpertShape
 from placer.target.calibrate import Calibration
 from placer.target.engine import Engine
 from placer.target.map_formats import COUNTS, MAPS
-from placer.trace import Selection
+from placer.trace import EVERYTHING, Selection
 
 # Differences below this are none.
 _SAME = 0.005
@@ -103,9 +103,14 @@ def _memory(plan: Plan, expert: ExpertShape | None, model: Path | None) -> str |
     )
     if not extra:
         return None
-    slots = extra / placed.num_ranks / placed.num_layers
-    experts = f"{slots:g} redundant expert{'' if slots == 1 else 's'}"
-    told = f"Cost: {experts} on each rank in every layer"
+    slots, rest = divmod(extra, placed.num_ranks * placed.num_layers)
+    where = "on each rank in every layer"
+    if rest:  # they fill the ranks
+        slots, rest = divmod(extra, placed.num_layers)
+        where = f"in every layer, on {placed.num_ranks} ranks together"
+    if rest:
+        slots, where = extra, f"in all layers, on {placed.num_ranks} ranks together"
+    told = f"Cost: {slots} redundant expert{'' if slots == 1 else 's'} {where}"
     if expert is None:
         return f"{told}. With --model DIR: how much memory that is."
     taken = expert.num_bytes * extra / placed.num_ranks
@@ -207,12 +212,17 @@ def _interval(judgement: Judgement) -> str | None:
 
 
 def verdict_of_check(
-    report: DriftReport, plan: Plan, path: Path, source: Path, judged: str
+    report: DriftReport,
+    plan: Plan,
+    path: Path,
+    source: Path,
+    judged: str,
+    selection: Selection = EVERYTHING,
 ) -> Verdict:
-    """Return whether a plan holds on today's traffic."""
+    """Return whether a plan holds on today's traffic, of which ``selection`` was judged."""
     worse = [one for one in report.figures if one.drifted]
     if not worse:
-        return Verdict(answer=(f"the plan holds on {judged}",), is_better=True)
+        return Verdict(answer=(f"{path} holds on {judged}.",), is_better=True)
     told = ", ".join(
         f"{one.name} was {one.then:.3f} and is {one.now:.3f}, at most "
         f"{one.then + one.allowed:.3f} is allowed"
@@ -220,7 +230,7 @@ def verdict_of_check(
     )
     return Verdict(
         answer=(f"Traffic has drifted from {path}: {told}.",),
-        next=improving_command(plan, path, source),
+        next=improving_command(plan, path, source, selection),
         is_better=False,
     )
 
@@ -337,12 +347,24 @@ def verdict_of_import(what: str, facts: Mapping[str, Any], out: Path) -> Verdict
 
 
 def verdict_of_export(
-    target: str, plan: Path, model: Path | None, out: Path, *, inverse: bool
+    target: str,
+    plan: Path,
+    model: Path | None,
+    out: Path,
+    *,
+    inverse: bool,
+    ignored: str | None = None,
 ) -> Verdict:
-    """Return what was written, and the command that proves it."""
+    """Return what was written, and the command that proves it.
+
+    ``ignored`` says why the engine does not read a map of this model, and what to serve.
+    """
     if inverse:
         return Verdict(answer=(f"Restored the original of {plan} in {out}.",))
     following = None
+    if ignored is not None:
+        answer = f"The engine will not use {out}. {ignored}."
+        return Verdict(answer=(answer,), is_better=False)
     if model is not None and target != COUNTS:
         following = shlex.join(map(str, ["placer", "verify", model, out, plan]))
     return Verdict(answer=(f"Wrote {plan} as {target} to {out}.",), next=following)

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
-from placer.errors import PlacerError
+from placer.errors import PlacerError, UsageError
 from placer.run.documents import file_header, parse_json
 from placer.run.files import open_regular, read_bytes
 
@@ -18,7 +18,19 @@ KINDS: Final = {
     "export": "an exported checkpoint",
     "ranks": "an export of ranks",
     "frontier": "a folder of plans",
+    "report": "a report",
 }
+# How a file of each kind ends. Folders may have any name.
+_SUFFIXES = {
+    "plan": ".json",
+    "affinity": ".safetensors",
+    "table": ".safetensors",
+    "report": ".html",
+}
+# Names of files that placer or an engine reads as something else.
+_KNOWN_SUFFIXES = frozenset(
+    [*_SUFFIXES.values(), ".csv", ".jsonl", ".npy", ".npz", ".pt", ".toml", ".txt", ".yaml"]
+)
 # The file that tells the kind of a folder. An exported checkpoint has a config too.
 _FOLDERS = {
     "trace.json": "trace",
@@ -83,6 +95,31 @@ def require_kind(path: Path, kinds: Collection[str], hint: str) -> None:
     found = kind_of(path)
     if found is not None and found not in kinds:
         raise PlacerError(f"{path} is {KINDS[found]}, not {named(kinds)}", hint)
+
+
+def require_suffix(out: Path, kinds: Collection[str]) -> None:
+    """Refuse a name that ends as files of another kind do; other names may be any.
+
+    Parameters
+    ----------
+    out
+        What will be written.
+    kinds
+        What it will be, where only one kind is written.
+
+    Raises
+    ------
+    UsageError
+        With how the name should end.
+    """
+    (kind,) = kinds if len(kinds) == 1 else ("",)
+    suffix = _SUFFIXES.get(kind)
+    if suffix is None or out.suffix == suffix or out.suffix not in _KNOWN_SUFFIXES:
+        return
+    raise UsageError(
+        f"{KINDS[kind]} is a {suffix} file, but {out} ends in {out.suffix}",
+        f"name it {out.with_suffix(suffix)}",
+    )
 
 
 def require_replaceable(out: Path, kinds: Collection[str]) -> None:

@@ -44,6 +44,8 @@ class WrittenMap:
     warnings
         Warnings: first that the engine ignores it, then what else is wrong for this model,
         or if only shapes were compared.
+    ignored
+        The warning that its engine ignores a map of this model; ``None`` where it reads it.
     """
 
     runtime: str
@@ -51,6 +53,7 @@ class WrittenMap:
     num_slots: int
     start: tuple[Start, ...]
     warnings: tuple[str, ...]
+    ignored: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +131,7 @@ def export_map(name: str, plan_path: Path, directory: Path | None, out: Path) ->
         num_slots=sum(len(row) for row in rows),
         start=() if ignored else tuple(start),
         warnings=(*([ignored] if ignored else []), *_warnings(runtime, source)),
+        ignored=ignored,
     )
 
 

@@ -224,12 +224,12 @@ def full_batches_note(
         number, rest = divmod(num_tokens, shape.tokens(num_ranks))
         if number and rest:
             told.append(
-                f"{num_tokens - rest:,} of {num_tokens:,} tokens in {number:,} of "
-                f"{shape.tokens_per_rank:,} per rank"
+                f"{number:,} of {shape.tokens_per_rank:,} tokens per rank "
+                f"({num_tokens - rest:,} of {num_tokens:,} tokens)"
             )
     if not told:
         return None
-    return f"figures per batch are of full batches only: {'; '.join(told)}"
+    return f"figures per batch are of full batches only. These are {'; '.join(told)}"
 
 
 class _Tally:

@@ -9,6 +9,7 @@ zeros for dense layers.
 import base64
 import binascii
 import io
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +33,34 @@ _NEEDS_MODEL = "name the model, because a row has one entry per layer: --model D
 class _RequestFields:
     """How an engine is asked for routed experts, and for the ids of tokens."""
 
+    name: str
     experts: str
     ids: str
+    other: str
+
+    def require_own(self, response: Mapping[str, Any], file: Path) -> None:
+        """Refuse responses of the other engine, and name the format that reads them."""
+        if self.name == _engine_of(response):
+            return
+        if _engine_of(response) == self.other:
+            format_ = f"{self.other.lower()}-routed"
+            raise PlacerError(
+                f"these look like {self.other}'s responses, not {self.name}'s",
+                f"placer import {format_} {shlex.quote(str(file))} --model DIR --out OUT",
+            )
 
 
 _SGLANG = _RequestFields(
+    name="SGLang",
+    other="vLLM",
     experts="start SGLang with --enable-return-routed-experts, and ask for "
     '"return_routed_experts": true in every request',
     ids='ask for "return_prompt_token_ids": true (/generate), with "return_token_ids": '
     "true (OpenAI)",
 )
 _VLLM = _RequestFields(
+    name="vLLM",
+    other="SGLang",
     experts="start vLLM with --enable-return-routed-experts; requests need no field",
     ids='ask for "return_token_ids": true in every request',
 )
@@ -141,6 +159,7 @@ def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedToken
         try:
             value = require_object(value, "it")
             for response in [*_responses_in(value)] or [value]:
+                asked.require_own(response, file)
                 found = found_in(response)
                 sequences += found.sequences
                 num_without += found.num_without
@@ -162,6 +181,22 @@ def _read(file: Path, found_in: _Finder, asked: _RequestFields) -> ImportedToken
         raise PlacerError(f"responses have different layers or top-k: {sorted(shapes)}")
     remarks = tuple(_remarks(sequences, num_without, asked))
     return _joined(sequences, remarks)
+
+
+def _engine_of(response: Mapping[str, Any]) -> str | None:
+    """Return which engine a response with routed experts is from, by its keys."""
+    found = response.get("choices") or response.get("outputs") or []
+    choices = [one for one in found if isinstance(one, Mapping)]
+    meta = response.get("meta_info")
+    if any("sglext" in one or "sgl_ext" in one for one in (response, *choices)) or (
+        isinstance(meta, Mapping) and "routed_experts" in meta
+    ):
+        return "SGLang"
+    if "prompt_routed_experts" in response or any(
+        one.get("routed_experts") is not None for one in choices
+    ):
+        return "vLLM"
+    return None  # also where a response is no more than the experts
 
 
 def _responses_in(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -290,7 +290,8 @@ def test_a_full_disk_leaves_nothing(
     world: dict[str, Path], full_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (full_disk / "ballast").write_bytes(bytes(65_536))
-    outs = (full_disk / f"{name}.json" for name in "abcde")
+    endings = ("json", "safetensors", "json", "json", "html")
+    outs = (full_disk / f"{a}.{b}" for a, b in zip("abcde", endings, strict=True))
     for words in (
         ("record", world["model"], "--corpus", world["text"], "--out", next(outs)),
         ("affinity", world["trace"], "--out", next(outs)),

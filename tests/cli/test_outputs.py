@@ -10,6 +10,7 @@ import pytest
 import typer.main
 
 from placer.cli.main import app, main
+from placer.placement.reference import contiguous
 from placer.run.writing import lock_path
 from placer.trace import Trace
 
@@ -206,3 +207,34 @@ def test_of_two_imports_at_once_one_writes_all_and_one_nothing(
         assert sorted(one.returncode for one in pair) == [0, 1], said
         assert Trace(out).read().num_tokens == 60_000
         shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("solve TRACE --gpus-per-node 4 --out x.npz", "a plan is a .json file"),
+        ("tables PLAN TRACE --out x.json", "a table is a .safetensors file"),
+        ("affinity TRACE --out x.json", "an affinity file is a .safetensors file"),
+        ("inspect TRACE --html x.txt", "a report is a .html file"),
+    ],
+)
+def test_a_name_of_another_kind_of_file_is_refused_before_the_work(
+    line: str,
+    said: str,
+    make_trace: Callable[..., Trace],
+    write_plan: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trace = make_trace()
+    plan = write_plan(trace.model, contiguous(trace.model.num_experts, 4))
+    paths = {"TRACE": str(trace.directory), "PLAN": str(plan)}
+    with pytest.raises(SystemExit) as ended:
+        main([paths.get(word, word) for word in line.split()])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in told
+    assert "hint: name it x" in told
+    assert not list(tmp_path.glob("x*"))

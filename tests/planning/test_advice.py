@@ -107,7 +107,8 @@ def test_partners_are_worth_placing(tmp_path: Path) -> None:
         for name, copies in (("contiguous", 1.5), (CAPPED, 0.75)):
             for one in answer.candidates[name]:
                 assert one.sent_per_token == pytest.approx(copies, abs=0.05)
-        assert f"{answer.verdict}; best placement {answer.best}: " in answer.sentence
+        told = f'{answer.verdict}. Plan "{answer.best}" compared with contiguous: '
+        assert told in answer.sentence
         assert ": copies sent -5" in answer.sentence
     assert "--policy fixed" in next_command(advice, trace.directory)
     few, filled = advice.warnings
@@ -126,7 +127,8 @@ def test_the_verdict_is_that_of_the_best_plan_that_is_shown(tmp_path: Path) -> N
         assert sent[CAPPED] == pytest.approx(0.75, abs=0.01)
         assert min(above_eplb(answer)) > 0.03
         assert (answer.verdict, answer.best) == (BUSIER, CAPPED)
-        assert f"{BUSIER}; best placement {CAPPED}: copies sent -" in answer.sentence
+        told = f'{BUSIER}. Plan "{CAPPED}" compared with contiguous: copies sent -'
+        assert told in answer.sentence
     command = next_command(advice, trace.directory, ["--least-gain", "0.03"])
     assert command == (
         f"placer advise {trace.directory} --gpus-per-node 4 --policy fixed "
@@ -340,7 +342,7 @@ def test_time_is_the_measure_where_hardware_is_given(tmp_path: Path) -> None:
     assert advice.verdict == "worth it"
     for answer in advice.answers:
         assert len(answer.break_even) == len(answer.candidates[answer.best])
-        assert f"best placement {answer.best}: layer -" in answer.sentence
+        assert f'Plan "{answer.best}" compared with contiguous: layer -' in answer.sentence
     with pytest.raises(UsageError, match="needs the size of an expert"):
         advised(trace, replace(timed, expert=None))
 

@@ -193,7 +193,9 @@ def test_on_loads_balance_alone_is_judged(
     assert codes == [0, 6]
     printed = capsys.readouterr()
     pairs = sum(EVEN)
-    assert f"holds on {pairs:,} pairs of a token and an expert per layer" in printed.out
+    assert f"holds on {pairs:,} pairs of a token and an expert per layer" in " ".join(
+        printed.out.split()
+    )
     told = printed.err
     assert told.count(f"{tmp_path / 'then'} is what the plan was solved on") == 1
     assert "now is what the plan" not in told

@@ -330,7 +330,7 @@ def test_time_is_predicted_for_plan_and_baselines(make_trace, plan_of):
     (_, prefill), (_, decode) = verdict_lines([judged])
     assert prefill.startswith("prefill: copies sent 1.000 of contiguous's")
     assert "as fast as contiguous (layer +0.0 %" in prefill
-    assert "; busiest rank " in prefill, "with times too"
+    assert "; busiest rank of a batch " in prefill, "with times too"
     assert decode.startswith("decode: ")
     titles = [title for title, _, _ in batch_tables(judged)]
     assert titles == [

@@ -238,8 +238,8 @@ def test_tokens_that_fill_no_whole_batch_are_told():
     shapes = batch_shapes((10, 20, 4000))
     assert full_batches_note(shapes, 80, 4) is None
     assert full_batches_note(shapes, 90, 4) == (
-        "figures per batch are of full batches only: 80 of 90 tokens in 2 of 10 per rank; "
-        "80 of 90 tokens in 1 of 20 per rank"
+        "figures per batch are of full batches only. These are 2 of "
+        "10 tokens per rank (80 of 90 tokens); 1 of 20 tokens per rank (80 of 90 tokens)"
     )
 
 

@@ -373,6 +373,23 @@ def test_the_hint_is_the_engines_own(
     assert asked in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("read", "response", "said"),
+    [
+        (read_vllm_routed, sglang_response, "look like SGLang's responses, not vLLM's"),
+        (read_sglang_routed, vllm_response, "look like vLLM's responses, not SGLang's"),
+    ],
+)
+def test_responses_of_the_other_engine_are_named(
+    tiny_model: Path, tmp_path: Path, read: Any, response: Any, said: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", response(routed(0)))
+    with pytest.raises(PlacerError, match=said) as caught:
+        told(read, path, tiny_model)
+    other = "vllm" if read is read_sglang_routed else "sglang"
+    assert caught.value.hint.startswith(f"placer import {other}-routed {path}")
+
+
 PHYSICAL = np.where(routed(0) == 0, 0, routed(0) + 8)
 
 

@@ -10,6 +10,7 @@ from placer.errors import NoSolutionError
 from placer.placement.placement import Placement, require_divisible_slots
 from placer.placement.reference import Load
 from placer.run.deadline import Deadline
+from placer.run.progress import Progress
 from placer.solver.balance.cp_sat import repeatable_solver
 from placer.solver.options import SolveOptions
 from placer.solver.problem.pairs import rank_load
@@ -100,6 +101,7 @@ def load_caps(
     options: SolveOptions,
     deadline: Deadline,
     at_most: Sequence[float] | None = None,
+    tell: Progress | None = None,
 ) -> tuple[list[float], list[IntArray], dict[int, float]]:
     """Turn the cap on imbalance into load caps per layer, and find a feasible start.
 
@@ -114,6 +116,8 @@ def load_caps(
         Cuts the search for the best value that can be reached.
     at_most
         ``[L]``: a lower cap on max/mean for each layer, or ``None``.
+    tell
+        Gets each layer.
 
     Returns
     -------
@@ -132,6 +136,8 @@ def load_caps(
     num_ranks, goal = options.topology.num_ranks, options.goal
     max_imbalance = goal.caps.load_cap
     relax_cap = goal.caps.relaxes_load_cap or goal.redundant_experts > 0
+    if not relax_cap:
+        _require_within_reach(loads, num_ranks, max_imbalance)
     caps, start, relaxed = [], [], {}
     for layer, load in enumerate(loads):
         if relax_cap and len(load) % num_ranks:
@@ -143,6 +149,8 @@ def load_caps(
         mean = load.sum() / num_ranks
         asked = max_imbalance if at_most is None else min(max_imbalance, at_most[layer])
         cap = float(np.floor(asked * mean * (1 + 1e-12) + 1e-9))
+        if tell is not None:
+            tell(f"load cap: layer {layer + 1} of {len(loads)}")
         found = balance_layer(load, num_ranks, cap, deadline)
         if found.max_load > cap:
             relaxed[layer] = float(found.max_load / mean)
@@ -160,6 +168,48 @@ def load_caps(
             f"{np.ceil(worst * 1000) / 1000:g}",
         )
     return caps, start, relaxed
+
+
+def _require_within_reach(
+    loads: Sequence[FloatArray], num_ranks: int, max_imbalance: float
+) -> None:
+    """Refuse at once a cap that arithmetic shows to be out of reach.
+
+    The cap that is named instead is one that swaps reach.
+
+    Raises
+    ------
+    UsageError
+        If the experts of a layer do not divide over the ranks.
+    NoSolutionError
+        If the cap is out of reach.
+    """
+    for layer, load in enumerate(loads):
+        require_divisible_slots(len(load), num_ranks, layer)
+    means = [load.sum() / num_ranks for load in loads]
+    least = {
+        layer: least_max_load(load, num_ranks) / mean
+        for layer, (load, mean) in enumerate(zip(loads, means, strict=True))
+        if mean
+    }
+    missed = {n: one for n, one in least.items() if one > max_imbalance * (1 + 1e-9)}
+    if not missed:
+        return
+    reached = max(
+        rank_load(
+            _swap_down(load, greedy_balance(load, num_ranks), num_ranks), load, num_ranks
+        ).max()
+        / mean
+        for load, mean in zip(loads, means, strict=True)
+        if mean
+    )
+    listed = ", ".join(f"{layer}: {one:.4f}" for layer, one in missed.items())
+    raise NoSolutionError(
+        f"--max-imbalance {max_imbalance} is out of reach in {len(missed)} of {len(loads)} "
+        f"MoE layers; no placement has less than (layer: imbalance) {listed}",
+        "use the best reachable per layer with --relax-cap, or give --max-imbalance "
+        f"{np.ceil(reached * 1000) / 1000:g}",
+    )
 
 
 def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:

@@ -112,7 +112,9 @@ def profiled(
                 imbalance(rank_load(ranks_of_layer, load, topology.num_ranks))
                 for ranks_of_layer, load in zip(ranks, loads, strict=True)
             ]
-    max_load, balanced, relaxed = load_caps(loads, options, session.deadline, at_most)
+    max_load, balanced, relaxed = load_caps(
+        loads, options, session.deadline, at_most, session.tell
+    )
     if options.needs_tokens is not None and not options.params.num_sweeps:
         raise UsageError(
             f"{options.needs_tokens} needs sweeps, but --num-sweeps is 0",
