@@ -270,8 +270,6 @@ def require_whole_groups(model: ModelSpec, permutation: Sequence[IntArray]) -> N
     PlacerError
         If experts of one group would land in different groups.
     """
-    if model.n_group == 1:
-        return
     for layer, row in enumerate(permutation):
         groups = (row // (len(row) // model.n_group)).reshape(model.n_group, -1)
         mixed = (groups != groups[:, :1]).any(axis=1)

@@ -71,7 +71,7 @@ class GroupingProblem:
         may = np.ones((len(load), len(load)))
         if slots == 1:
             may[:] = 0.0
-        elif self.load_range(layer) is not None:
+        else:
             lightest = np.sort(load)[: slots - 2].sum()
             may[load[:, None] + load + lightest > self.max_load[layer]] = 0.0
         np.fill_diagonal(may, 1.0)
