@@ -12,12 +12,11 @@ from placer.api.files import (
     AnyPath,
     UsedFile,
     as_path,
-    note,
     require_unchanged,
     temporary_file,
-    warn,
     writing,
 )
+from placer.api.how import How
 from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
 from placer.arrays import IntArray
 from placer.errors import UsageError
@@ -37,31 +36,6 @@ if TYPE_CHECKING:
     from placer.api.table import Table
     from placer.api.trace import Trace
     from placer.api.verifying import Verified
-    from placer.planning.layer_time import TimeChoice
-    from placer.simulation.cost import ExpertShape
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class How:
-    """How a plan was solved: what its verdict and its tables add to the plan itself.
-
-    Attributes
-    ----------
-    source
-        The trace or the affinity file.
-    start
-        The plan that was started from, or ``None``.
-    model, expert
-        What sizes a token of the KV cache and an expert, or ``None``.
-    time
-        Why it was solved as it was, where time is the objective; else ``None``.
-    """
-
-    source: Path
-    start: Path | None = None
-    model: Path | None = None
-    expert: "ExpertShape | None" = None
-    time: "TimeChoice | None" = None
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -85,7 +59,7 @@ class Plan(Shown):
     contents: SolvedPlan
     path: Path | None = None
     sha256: str | None = None
-    how: "How | None" = None
+    how: How | None = None
 
     @classmethod
     def read(cls, path: AnyPath) -> Self:
@@ -204,8 +178,8 @@ class Plan(Shown):
                 told += "; to change fewer, set a cost per move: --migration-cost"
             lines.append(told)
         lines += certificate_lines(plan) if details or not rows else []
-        if self.how is not None and self.how.time is not None:
-            lines += _time_lines(self.how.time)
+        if self.how is not None:
+            lines += self.how.time_lines
         if not rows:
             return [], lines
         return [(plan_table_title(plan), columns[1:], [row[1:] for row in rows])], lines
@@ -420,9 +394,8 @@ class Plan(Shown):
         UsageError
             If an option is out of range.
         """
-        from placer.api.table import Made, Table
-        from placer.planning.tables import TableOptions, make_table
-        from placer.trace import Fold
+        from placer.api.table import make_table
+        from placer.planning.tables import TableOptions
 
         options = TableOptions(
             lookback=lookback,
@@ -432,23 +405,7 @@ class Plan(Shown):
             embeddings=as_path(embeddings),
             max_home_imbalance=max_home_imbalance,
         )
-        chosen = Fold.chosen(fold, not_fold)
-        with self.as_file() as file:
-            made = make_table(
-                file.path, trace.contents, fold=chosen, phase=phase, options=options
-            )
-        warnings = tuple(map(file.words, made.warnings))
-        for text in warnings:
-            warn(text)
-        if made.profile.fold is None:
-            warn("built from all sequences: none was held out, so no figures are shown")
-        elif chosen is None:
-            note(
-                f"built from the tokens that the plan was solved on: {made.profile.options}"
-            )
-        result = replace(made, warnings=warnings)
-        how = Made(result=result, plan=self.path or Path("PLAN"), trace=trace.path)
-        return Table(made.table, made=how)
+        return make_table(self, trace, options, fold=fold, not_fold=not_fold, phase=phase)
 
     def write(self, path: AnyPath, *, force: bool = False) -> Self:
         """Write ``plan.json``: the same plan gives the same bytes.
@@ -508,15 +465,3 @@ class Plan(Shown):
             columns=columns,
             rows=rows,
         )
-
-
-def _time_lines(choice: "TimeChoice") -> list[str]:
-    """Say what predicted time chose, and for which links another plan is faster."""
-    return [
-        f"least predicted time on held-out sequences of the profile: {choice.name}",
-        *(
-            f"{shape.batching}, {shape.tokens_per_rank:,} tokens per rank: compared "
-            f"with the load balancer, the fastest plan for traffic {found.words}"
-            for shape, found in choice.break_even_by_size
-        ),
-    ]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Unpack
 from placer.api.affinity import Affinity
 from placer.api.arguments import SolveArguments
 from placer.api.files import AnyPath, as_path, note, warn, writing
-from placer.api.plan import How, Plan
+from placer.api.how import How
+from placer.api.plan import Plan
 from placer.api.requests import solve_request
 from placer.api.shown import Result, TitledTable
 from placer.api.trace import Trace

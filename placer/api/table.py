@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from placer.api.files import AnyPath, writing
+from placer.api.files import AnyPath, note, warn, writing
 from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
 from placer.run.verdict import Verdict
 from placer.table import Table as TokenTable
@@ -14,7 +14,9 @@ from placer.table import Table as TokenTable
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from placer.planning.tables import TableResult
+    from placer.api.plan import Plan
+    from placer.api.trace import Trace
+    from placer.planning.tables import TableOptions, TableResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,3 +167,39 @@ class Table(Shown):
                 "plan": table.plan_sha256,
             },
         )
+
+
+def make_table(
+    plan: "Plan",
+    trace: "Trace",
+    options: "TableOptions",
+    *,
+    fold: str | None = None,
+    not_fold: str | None = None,
+    phase: str | None = None,
+) -> Table:
+    """Make the table of a plan; :meth:`placer.Plan.table` says what the options are.
+
+    Raises
+    ------
+    PlacerError
+        If plan and trace are of different models, or the trace has no token ids.
+    UsageError
+        If an option is out of range.
+    """
+    from placer.planning.tables import make_table as made_of
+    from placer.trace import Fold
+
+    chosen = Fold.chosen(fold, not_fold)
+    with plan.as_file() as file:
+        made = made_of(file.path, trace.contents, fold=chosen, phase=phase, options=options)
+    warnings = tuple(map(file.words, made.warnings))
+    for text in warnings:
+        warn(text)
+    if made.profile.fold is None:
+        warn("built from all sequences: none was held out, so no figures are shown")
+    elif chosen is None:
+        note(f"built from the tokens that the plan was solved on: {made.profile.options}")
+    result = replace(made, warnings=warnings)
+    how = Made(result=result, plan=plan.path or Path("PLAN"), trace=trace.path)
+    return Table(made.table, made=how)

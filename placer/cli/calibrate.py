@@ -1,15 +1,16 @@
 """``placer calibrate``: measure this cluster for the cost model."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from placer.cli.inputs import WORDS
 from placer.cli.output import (
     ForceOption,
     JsonOption,
     claim,
-    given_command,
     note,
     print_json,
     print_line,
@@ -62,9 +63,10 @@ def calibrate(
     require_hardware_path(out)
     worker = Worker.of_environment()
     if worker.alone and ranks is None:
+        command = shlex.join([*context.command_path.split(), *context.meta[WORDS]])
         raise UsageError(
             "--ranks is missing",
-            f"start two on this machine: {given_command(context)} --ranks 2",
+            f"start two on this machine: {command} --ranks 2",
         )
     options = CalibrationOptions(
         num_ranks=worker.number if ranks is None else ranks,

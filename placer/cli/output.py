@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from placer.cli.terminal import emphasised, table_lines, wrapped
 
 if TYPE_CHECKING:
     from placer.api.shown import Result
-    from placer.trace import Fold, Selection
+    from placer.trace import Selection
 
 # Whether only errors and the path of the result are printed; each command sets it.
 _quiet = False
@@ -129,13 +128,6 @@ def claim(
     )
 
 
-def parse_fold(fold: str | None, not_fold: str | None) -> "Fold | None":
-    """Return the fold that ``--fold`` or ``--not-fold`` asks for."""
-    from placer.trace.fold import Fold
-
-    return Fold.chosen(fold, not_fold)
-
-
 def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Selection":
     """Return the tokens that ``--fold``, ``--not-fold`` and ``--phase`` ask for."""
     from placer.trace.selection import Selection
@@ -222,27 +214,6 @@ def token_progress() -> Iterator[Callable[[int], None] | None]:
             bar.update(task, description=f"recorded {num_tokens:,} tokens{rate}")
 
         yield show
-
-
-def given_command(context: typer.Context, *left_out: str) -> str:
-    """Return the command that runs, with all that it was given but the options named."""
-    return shlex.join([*context.command_path.split(), *given_words(context, *left_out)])
-
-
-def given_words(context: typer.Context, *left_out: str) -> list[str]:
-    """Return the arguments and options that were given, but those named."""
-    words: list[str] = []
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in ("quiet", *left_out):
-            continue
-        value = context.params[name]
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            is_option = parameter.param_type_name == "option"
-            words += [parameter.opts[0]] if is_option else []
-            words += [] if is_option and one is True else [str(one)]
-    return words
 
 
 def print_json(value: Any) -> None:

@@ -360,7 +360,10 @@ def test_a_map_is_inspected_as_it_is(
     shown = json.loads(capsys.readouterr().out)
     assert shown["kind"] == f"{name} map"
     assert shown["facts"] == {"num_layers": 1, "num_slots": 10, "redundant_experts": 2}
-    assert f"placer import {name}-map" in shown["headline"]["verdict"]
+    following = f"placer import {name}-map FILE --gpus-per-node M --out PLAN"
+    assert shown["verdict"]["next"] == following
+    assert run("inspect", path) == 0
+    assert f"next: {following}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["counts.json", "rows.csv", "dump.pt"])
