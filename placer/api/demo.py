@@ -41,7 +41,7 @@ class Demo(Shown):
         return (
             f"Verified: {found.num_tensors} tensors equal bit for bit, "
             f"{found.num_routed_pairs} routed pairs exactly permuted "
-            f"({found.num_ties} tokens not compared because they follow a tie), "
+            f"({found.num_ties} tokens left out, at or after a tie of two experts), "
             f"largest difference of a logit {found.max_logit_difference:.1g} (allowed "
             f"{found.tolerance:.1g})."
         )

@@ -116,7 +116,7 @@ def _verify_checkpoint(
             (
                 "routing",
                 f"{report.num_routed_pairs} pairs exactly permuted, {report.num_ties} "
-                "tokens not compared because they follow a tie",
+                "tokens left out, at or after a tie of two experts",
             ),
         ]
     return _verified(

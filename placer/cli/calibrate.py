@@ -48,9 +48,9 @@ def calibrate(
 ) -> None:
     """Measure the links and processors of this cluster.
 
-    Give the file to --hardware of simulate, advise, solve and replay: they then predict
-    time. On several machines, start it with torchrun on each of them. Rank 0 writes the
-    file.
+    Give the file to --hardware of simulate, advise or solve, which then predict time.
+    replay takes it with --elsewhere. On several machines, start calibrate with torchrun on
+    each of them. Rank 0 writes the file.
     """
     from placer.errors import UsageError
     from placer.report.verdicts import verdict_of_calibration

@@ -106,7 +106,7 @@ def export(
       checkpoint    the model with its experts renumbered, for any engine that
                     splits experts contiguously
       ranks         one directory for each rank: its experts and all other tensors
-      deepspeed     a DeepSpeed-MoE checkpoint (MODEL is the folder of a tag)
+      deepspeed     a DeepSpeed-MoE checkpoint (MODEL: a global_step folder)
 
     Maps, which the engine reads when it starts:
 

@@ -49,7 +49,7 @@ def import_(
         typer.Option(
             metavar="DIR",
             help="Checkpoint of the recorded model; its config.json is enough. It says "
-            "which layers are MoE layers, and binds the result to this model.",
+            "which layers are MoE layers. Later commands then refuse another model.",
         ),
     ] = None,
     map_: Annotated[
@@ -74,9 +74,9 @@ def import_(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="With csv, jsonl or json-requests: what your file calls its columns or "
-            "keys, as placer's name, =, and yours: layer=layer_id,experts=topk_ids. "
-            "docs/importing.md has placer's names.",
+            help="With csv, jsonl or json-requests: the names of columns or keys in "
+            "your file, as PLACER_NAME=YOUR_NAME: layer=layer_id,experts=topk_ids. "
+            "docs/importing.md lists placer's names.",
         ),
     ] = None,
     num_experts: Annotated[

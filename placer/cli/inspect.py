@@ -46,7 +46,7 @@ def inspect(
             "--load",
             metavar="TRACE|AFFINITY",
             help="With a plan: show its load on this trace or affinity file. A table names "
-            "the busiest rank of each layer, its experts, and those with most load.",
+            "the busiest rank of each layer, its experts, and which have most load.",
         ),
     ] = None,
     html: Annotated[
@@ -60,7 +60,7 @@ def inspect(
     details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a file or folder holds, the answer first."""
+    """Show what a file or folder holds: a summary, then tables."""
     beside = [*(others or []), *([] if load is None else [load])]
     if html is not None:
         claim(context, html, [path, *beside], force=force, kinds=["report"])

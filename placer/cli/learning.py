@@ -7,12 +7,12 @@ import typer
 
 import placer
 from placer.cli.output import (
-    FoldOption,
     GpusPerNodeOption,
     JsonOption,
     NodesOption,
-    NotFoldOption,
     PhaseOption,
+    SolvedFoldOption,
+    SolvedNotFoldOption,
     print_json,
     print_next,
     print_tables,
@@ -49,8 +49,8 @@ def learning(
     seed: Annotated[
         int, typer.Option(help="Random seed of the sample and the search.")
     ] = 0,
-    fold: FoldOption = None,
-    not_fold: NotFoldOption = None,
+    fold: SolvedFoldOption = None,
+    not_fold: SolvedNotFoldOption = None,
     phase: PhaseOption = "all",
     as_json: JsonOption = False,
 ) -> None:

@@ -31,10 +31,10 @@ def links(
 ) -> None:
     """Measure how well experts predict those of later layers.
 
-    Shows mutual information in bits (mean over layers), of the trace and of copies of it
-    that are shuffled so that one kind of structure is lost. Also shows how many layers
-    links reach, and how much domains differ. Several traces, such as those of several
-    training steps, are shown one after another.
+    Shows mutual information in bits (mean over layers) for the trace and for shuffled
+    copies, the controls. Each control lacks one kind of structure. Also shows how far apart
+    layers can still predict each other, and how much domains differ. Several traces, such
+    as those of several training steps, are shown one after another.
     """
     found = placer.links(
         [placer.Trace.read(path) for path in traces],

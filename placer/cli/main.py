@@ -70,7 +70,7 @@ def _common(
         "--version",
         callback=_print_version,
         is_eager=True,
-        help="Print the version, and those of Python and the solvers.",
+        help="Print the versions of placer, Python and the main libraries.",
     ),
 ) -> None:
     """Decide which rank holds which expert of a Mixture-of-Experts model.

@@ -48,6 +48,22 @@ NotFoldOption = Annotated[
         "--not-fold", metavar="K/N", help="Use only sequences whose id mod N is not K."
     ),
 ]
+SolvedFoldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fold",
+        metavar="K/N",
+        help="Solve on the sequences whose id mod N is K, such as 0/2. The others judge.",
+    ),
+]
+SolvedNotFoldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--not-fold",
+        metavar="K/N",
+        help="Solve on the sequences whose id mod N is not K. The others judge.",
+    ),
+]
 PhaseOption = Annotated[
     str,
     typer.Option(
@@ -83,7 +99,7 @@ WeightBytesOption = Annotated[
     float | None,
     typer.Option(
         help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.",
-        show_default="from --model, else the type that --engine sends",
+        show_default="from --model, else as many as --engine sends per number",
     ),
 ]
 

@@ -38,26 +38,29 @@ def prove(
     max_imbalance: Annotated[
         float | None,
         typer.Option(
-            help="Cap on the load of the busiest rank over the mean, in every layer. A "
-            "layer where the plan is above it may have the plan's load. Default: the "
-            "plan's cap."
+            help="Cap on the load of the busiest rank over the mean, in every layer. If "
+            "the plan is above the cap in a layer, the plan's load is the cap there. "
+            "Default: the plan's cap."
         ),
     ] = None,
     certificate: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write what proves the bound, to be checked."),
+        typer.Option(metavar="FILE", help="Write a proof of the bound, for --check."),
     ] = None,
     check: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Prove only what this certificate says, without the solver. Exit 5 if it "
-            "does not hold.",
+            help="Only check the bounds of this certificate again, without the solver. "
+            "Exit 5 if one does not hold.",
         ),
     ] = None,
     time_limit: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Stop after this time; the bound is valid."),
+        typer.Option(
+            metavar="SECONDS",
+            help="Stop after this time. The bound is then weaker, but still valid.",
+        ),
     ] = None,
     fold: FoldOption = None,
     not_fold: NotFoldOption = None,

@@ -67,7 +67,10 @@ def replay(
     ] = "cpu",
     hardware: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The links of this machine (placer calibrate)."),
+        typer.Option(
+            metavar="FILE",
+            help="With --elsewhere: the measured links of this machine (placer calibrate).",
+        ),
     ] = None,
     elsewhere: Annotated[
         list[str] | None,
@@ -83,8 +86,8 @@ def replay(
 ) -> None:
     """Run a model expert-parallel and count every byte sent.
 
-    The model runs with contiguous experts and as planned, in one process for each rank. On
-    one machine placer starts the processes; on several, torchrun does.
+    The model runs twice: with contiguous experts, then with those of the plan. Each rank is
+    one process. On one machine placer starts the processes; on several, torchrun does.
 
     Exit 5 if the bytes that leave a rank are not those that a simulation of the same
     routing predicts, or if the outputs are not those of the model on one rank.

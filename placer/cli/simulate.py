@@ -95,7 +95,7 @@ def simulate(
       follow          the rank that served most of its experts in the layer before
       oracle          the best home in every layer: an upper limit, not a policy
       token           with --table: by token id and history
-      token_equal     with --table: as token, equally many tokens on every rank
+      token_equal     with --table: like token, with equally many on every rank
       token_combined, token_equal_combined
                       with --table: by the table's combined rule
       request         with --table: one home for each sequence

@@ -12,15 +12,15 @@ from placer.cli import choices
 from placer.cli.output import (
     DetailsOption,
     ExpertSizeOption,
-    FoldOption,
     ForceOption,
     GpusPerNodeOption,
     HiddenSizeOption,
     JsonOption,
     NodesOption,
-    NotFoldOption,
     PhaseOption,
     SizedByOption,
+    SolvedFoldOption,
+    SolvedNotFoldOption,
     WeightBytesOption,
     claim,
     note,
@@ -89,8 +89,8 @@ def solve(
         str | None,
         typer.Option(
             autocompletion=choices.names("exchanges"),
-            help="What is sent for a token: one copy per-rank or one copy per-node that "
-            "serves it (docs/concepts.md).",
+            help="Where copies of a token go. per-rank: one to each rank that serves it. "
+            "per-node: one to each node that serves it (docs/concepts.md).",
             show_default="per-rank",
         ),
     ] = None,
@@ -114,9 +114,9 @@ def solve(
         float | None,
         typer.Option(
             metavar="X",
-            help="With --policy fixed or follow: cap on the bottleneck of every layer: the "
-            "copies that the busiest rank receives per token, times the number of "
-            "ranks.",
+            help="With --policy fixed or follow: cap on R x the copies per token that the "
+            "busiest of R ranks receives, in every layer. If all ranks receive equally, "
+            "that is copies/token.",
         ),
     ] = None,
     frontier: Annotated[
@@ -215,8 +215,9 @@ def solve(
         typer.Option(
             autocompletion=choices.among("none", "bootstrap", "domains"),
             help="Also keep unseen sequences under --max-imbalance: none, bootstrap (by "
-            "resampled loads) or domains (by the loads of each domain). The load cap and "
-            "--overflow-price are tuned on halves of the profile.",
+            "resampled loads) or domains (by the loads of each domain). A tighter load cap "
+            "is then chosen: placer solves on half of the sequences and judges on the "
+            "other half. So is --overflow-price, if not given.",
         ),
     ] = "none",
     overflow_price: Annotated[
@@ -242,9 +243,9 @@ def solve(
     migration_cost: Annotated[
         float,
         typer.Option(
-            help="With --start: cost of moving one expert to another rank. The unit is "
-            "one copy of the profile; with --objective balance, one (token, expert) "
-            "pair on the busiest rank."
+            help="With --start: an expert moves to another rank only if that saves this "
+            "many copies, summed over the tokens that are solved on. With --objective "
+            "balance: this many (token, expert) pairs on the busiest rank of a layer."
         ),
     ] = 0.0,
     pin: Annotated[
@@ -259,8 +260,8 @@ def solve(
         bool,
         typer.Option(
             "--preserve-groups",
-            help="Keep the experts of a router group together. A permuted checkpoint "
-            "needs this.",
+            help="Keep each router group whole: on separate ranks, or with other groups "
+            "on one rank. For models with router groups, a permuted checkpoint needs this.",
         ),
     ] = False,
     ignore_groups: Annotated[
@@ -309,9 +310,9 @@ def solve(
         typer.Option(
             metavar="SECONDS",
             help="Stop after this time and write the best plan so far. Such a plan cannot "
-            "be reproduced. The limit covers the whole command, proofs and all plans of "
-            "--frontier too, but not the compilation of the first solve after an "
-            "installation. Ctrl-C also stops and writes.",
+            "be reproduced. The limit includes proofs and all plans of --frontier. It does "
+            "not include the compilation in the first solve after an installation. Ctrl-C "
+            "also stops and writes.",
         ),
     ] = None,
     require_optimal: Annotated[
@@ -320,8 +321,8 @@ def solve(
             "--require-optimal", help="Fail (exit 4) unless the plan is proved optimal."
         ),
     ] = False,
-    fold: FoldOption = None,
-    not_fold: NotFoldOption = None,
+    fold: SolvedFoldOption = None,
+    not_fold: SolvedNotFoldOption = None,
     phase: PhaseOption = "all",
     force: ForceOption = False,
     details: DetailsOption = False,

@@ -35,14 +35,15 @@ def tables(
     shrinkage: Annotated[
         float,
         typer.Option(
-            help="How much a row with few tokens is pulled to the layer's average: the "
-            "average counts as this many tokens."
+            help="Each row (one token id or history) is averaged with the mean of its "
+            "layer. The mean counts as this many tokens, so it matters most for rows with "
+            "few."
         ),
     ] = 4.0,
     token_score: Annotated[
         bool,
         typer.Option(
-            "--token-score", help="Also store the second-best home of each token id."
+            "--token-score", help="Also store the score of every home for each token id."
         ),
     ] = False,
     combined: Annotated[
@@ -57,8 +58,9 @@ def tables(
         Path | None,
         typer.Option(
             metavar="MODEL",
-            help="Checkpoint of the model. Its embedding predicts rows for token ids that "
-            "are not in the trace. Hash-routed layers get exact rows.",
+            help="Checkpoint of the model. Token ids that are not in the trace get homes "
+            "predicted from the model's embedding. Layers whose experts depend only on the "
+            "token id get exact homes.",
         ),
     ] = None,
     max_home_imbalance: Annotated[
@@ -82,9 +84,10 @@ def tables(
 ) -> None:
     """Write the token-shuffle table: a home rank for each token.
 
-    The table gives a home by token id and by history (the ranks that served the token in
-    past layers). It is built from the tokens that the plan was solved on, or those of
-    --fold and --phase, and is judged on all other sequences.
+    The home rank of a token has its hidden state. The table gives a home by token id and by
+    history (the ranks that served the token in past layers). It is built from the tokens
+    that the plan was solved on, or those of --fold and --phase. It is judged on all other
+    sequences.
     """
     claim(context, out, [plan, trace, embeddings], force=force, kinds=["table"])
     made = placer.Plan.read(plan).table(

@@ -108,12 +108,25 @@ def dedup(
         bool,
         typer.Option(
             help="Remove dummy tokens of an engine's warm-up and padding: runs of 16 or "
-            "more equal rows (64 if a token has few choices), and a row that more than 5 % "
-            "of the tokens have."
+            "more tokens with the same experts in all layers, and experts that more than "
+            "5 % of the tokens share. If a token has fewer than 16 experts in all layers: "
+            "only runs of 64."
         ),
     ] = True,
-    fold: FoldOption = None,
-    not_fold: NotFoldOption = None,
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Keep the sequences whose id mod N is K as they are. Remove from the "
+            "others what repeats their tokens.",
+        ),
+    ] = None,
+    not_fold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N", help="The same for the sequences whose id mod N is not K."
+        ),
+    ] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -89,7 +89,7 @@ def _how_sure(plan: Plan) -> str | None:
         return None
     number = plan.provenance.get("profile_sequences")
     begin = "Held out" if number is None else f"Held out: solved on {number} sequences"
-    return f"{begin}, judged on others. placer simulate adds the interval."
+    return f"{begin}, judged on others. placer simulate adds a 95 % interval."
 
 
 def _memory(plan: Plan, expert: ExpertShape | None, model: Path | None) -> str | None:
