@@ -19,6 +19,8 @@ def _require_order(context: typer.Context, file: Path) -> Path:
     if str(file) in FORMATS and given not in FORMATS:
         swapped = {given: str(file), str(file): str(given)}
         words = [swapped.get(word, word) for word in context.meta[WORDS]]
+        if not any(word.startswith("--out") for word in words):
+            words += ["--out", "OUT"]
         raise placer.UsageError(
             f"{given} is not a format, but {file} is: the format comes first",
             shlex.join(["placer", "import", *words]),
