@@ -16,6 +16,7 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement, Plan
 from placer.placement.reference import contiguous
+from placer.run.seals import require_seal, sealed, unsealed
 from placer.run.writing import write_tensors
 from placer.table import Table, build_table
 from placer.trace import EVERYTHING, Chunk, Trace
@@ -64,6 +65,15 @@ def test_no_flipped_bit_of_a_table_passes(
     placement = contiguous((8, 8, 8), 4)
     build_table(placement, make_chunk(), vocab_size=60, with_token_score=True).write(path)
     assert accepted(path, Table.read, seed=3, number=300) == 0
+
+
+def test_a_document_of_version_1_says_no_hash_and_passes() -> None:
+    document = {"loads": [1, 2]}
+    assert unsealed(document) == {"loads": [1, 2], "sha256": None}
+    require_seal(unsealed(document), "plan x", "solve again")
+    require_seal(sealed(document), "plan x", "solve again")
+    with pytest.raises(PlacerError, match="plan x was changed after it was written"):
+        require_seal(sealed(document) | {"loads": [2, 1]}, "plan x", "solve again")
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -43,8 +43,7 @@ def open_regular(path: Path, what: str = "file") -> BinaryIO:
         If it does not exist, or is no regular file.
     """
     require_file(path, what)
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    stream = os.fdopen(os.open(path, flags), "rb")
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     # It may have been replaced since it was looked at.
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()

@@ -148,14 +148,6 @@ class Chunk:
         """Return the tokens at ``index`` ([T] bool or int64 positions)."""
         return self._map(lambda values: values[index])
 
-    def layers(self, start: int, stop: int) -> "Chunk":
-        """Return the same tokens with only the MoE layers ``start`` to ``stop - 1``."""
-        return Chunk(
-            experts=self.experts[start:stop],
-            weights=None if self.weights is None else self.weights[start:stop],
-            **{name: getattr(self, name) for name in _TOKEN_FIELDS},
-        )
-
     def _map(self, change: Callable[[AnyArray], AnyArray]) -> "Chunk":
         fields: dict[str, Any] = {
             name: None if (v := getattr(self, name)) is None else change(v)

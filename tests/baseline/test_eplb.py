@@ -96,6 +96,24 @@ def test_without_nodes_that_divide_the_groups_it_packs_globally(trace_of):
     assert sorted(row.reshape(2, 2).tolist()) == [[0, 1], [0, 2]]
 
 
+def test_a_rank_may_hold_every_expert(trace_of):
+    problem = BaselineProblem(
+        trace=trace_of([(9, 4)]), topology=Topology(gpus_per_node=2), redundant_experts=2
+    )
+    assert eplb(problem).physical_to_logical_map[0].tolist() == [0, 1, 0, 1]
+
+
+def test_more_slots_than_experts_of_a_node_are_refused(trace_of):
+    """Each node has a router group of two experts, and one rank of three slots."""
+    problem = BaselineProblem(
+        trace=trace_of([(9, 4, 2, 1)], n_group=2),
+        topology=Topology(num_nodes=2, gpus_per_node=1),
+        redundant_experts=2,
+    )
+    with pytest.raises(UsageError, match="3 slots per rank for 2 experts"):
+        eplb(problem)
+
+
 def test_more_slots_than_experts_are_refused(trace_of):
     problem = BaselineProblem(
         trace=trace_of([(9, 4)]), topology=Topology(gpus_per_node=2), redundant_experts=4

@@ -44,14 +44,14 @@ LEAST_CPU_SECONDS, LEAST_WALL_SECONDS = 5, 300
 TARGETS = {
     "placer.run.files": ["tests/run/test_files.py"],
     "placer.run.documents": ["tests/run/test_documents.py"],
-    "placer.run.writing": ["tests/run/test_writing.py", "-k", "not signal"],
+    "placer.run.writing": ["tests/run/test_writing.py", "-k", "not signal_removes"],
     "placer.run.archives": ["tests/run/test_archives.py"],
     "placer.run.seals": ["tests/test_seals.py"],
     "placer.table.homes": ["tests/table/test_homes.py"],
     "placer.checkpoint.permutation": [
         "tests/checkpoint/test_permutation.py",
     ],
-    "placer.trace.chunk": ["tests/trace/test_trace_files.py"],
+    "placer.trace.chunk": ["tests/trace/test_chunk.py", "tests/trace/test_trace_files.py"],
     "placer.trace.stored": ["tests/trace/test_stored.py"],
     "placer.serving.layer_serving": ["tests/serving/test_layer_serving.py"],
     "placer.serving.homes": ["tests/simulation/test_steps.py"],

@@ -115,6 +115,8 @@ def test_what_fits_is_read() -> None:
     found = validated(SOUND, Outer, "x", "again")
     assert found.rows == [[0, 1], [2]]
     assert found.named["a"] == Inner(width=1, name="é")
+    assert found.to_json() == SOUND
+    assert json.loads(json.dumps(found.to_json())) == SOUND
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def test_what_fits_is_read() -> None:
         ({"inner": {"width": 10**30}}, "expected a whole number <= 8"),
         ({"inner": {}}, "inner lacks width"),
         ({"inner": {"width": 1}}, "inner lacks name"),
+        ({"named": {"a": {"width": 1}}}, "named.a lacks name"),
         ({"inner": {"width": 1, "high": 2}}, "inner has the unknown field high"),
         ({"surplus": 1}, "it has the unknown field surplus"),
         ({"rows": [[0], [1, -1]]}, "rows[1][1] is -1, expected a whole number >= 0"),

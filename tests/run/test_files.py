@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -66,8 +67,25 @@ def test_a_file_that_hides_its_size_is_bounded_too() -> None:
     path = Path("/proc/self/status")
     assert path.stat().st_size == 0
     assert b"Name:" in read_bytes(path)
-    with pytest.raises(PlacerError, match=r"has 9 bytes, but placer reads at most 8"):
-        read_bytes(path, 8)
+    for limit in (8, 0):
+        words = f"has {limit + 1} bytes, but placer reads at most {limit}"
+        with pytest.raises(PlacerError, match=words):
+            read_bytes(path, limit)
+
+
+def test_a_read_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    short, long = tmp_path / "short", tmp_path / "long"
+    short.write_bytes(b"0123456789")
+    long.touch()
+    os.truncate(long, MAX_DOCUMENT_BYTES + 1)
+    tracemalloc.start()
+    try:
+        assert read_bytes(short) == b"0123456789"
+        with pytest.raises(PlacerError, match="placer reads at most"):
+            read_bytes(long)
+        assert tracemalloc.get_traced_memory()[1] < MAX_DOCUMENT_BYTES / 16
+    finally:
+        tracemalloc.stop()
 
 
 def test_text_is_utf8_and_keeps_its_line_ends(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_a_signal_after_the_new_output_has_its_name(
     out, remove, calls = tmp_path / "out", shutil.rmtree, []
 
     def interrupted(path: Path, ignore_errors: bool) -> None:
+        assert ignore_errors, "what cannot be removed would hide the signal"
         calls.append(path)
         if len(calls) == 1:
             raise KeyboardInterrupt
@@ -352,6 +353,27 @@ def test_what_was_there_comes_back_where_the_new_cannot_have_its_name(
         rename_directory(tmp_path / "nowhere", out, claim(True, tmp_path))
     assert (out / "trace.json").read_text() == "old"
     assert names(tmp_path) == {"out", "stream"}
+
+
+def test_what_was_there_is_kept_where_it_cannot_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new, rename = tmp_path / "out", tmp_path / "new", Path.rename
+    for folder in (out, new):
+        folder.mkdir()
+        (folder / "trace.json").write_text(folder.name)
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == out:
+            raise OSError(errno.EIO, "the disk failed")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="the disk failed"):
+        rename_directory(new, out, claim(True, tmp_path))
+    (kept,) = tmp_path.glob(".out.*")
+    assert (kept / "trace.json").read_text() == "out"
+    assert names(tmp_path) == {kept.name, "new", "stream"}
 
 
 def test_the_new_stays_where_only_the_flush_of_its_name_failed(
