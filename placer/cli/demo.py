@@ -11,8 +11,12 @@ from placer.cli.output import (
     JsonOption,
     print_json,
     print_line,
-    print_table,
+    print_next,
+    print_tables,
+    print_verdict,
+    progress_line,
 )
+from placer.cli.terminal import wrapped
 
 
 def demo(
@@ -33,15 +37,23 @@ def demo(
 
     Records its routing on text that comes with Python, and makes a plan for 4 ranks on half
     of the text. Judges the plan on the other half. Exports a permuted checkpoint and
-    verifies it.
+    verifies it. In a source tree, it ends with a plan for the real trace of gpt-oss-20b,
+    judged on sequences that it was not solved on.
     """
-    found = placer.run_demo(out, model=model, force=force)
+    with progress_line("demo") as progress:
+        found = placer.run_demo(out, model=model, force=force, progress=progress)
     if as_json:
         print_json(found.to_json())
         return
-    for title, columns, rows in found.tables():
-        print_line(str(title))
-        print_table(columns, rows)
-    print_line(f"\n{found.proof}\n")
+    print_verdict(found.verdict)
+    print_line("")
+    print_tables(found.tables())
+    print_line("")
+    print_line(wrapped(found.proof))
     for name, path in found.files.items():
         print_line(f"{name}: {path}")
+    print_line("")
+    print_tables(found.last_tables())
+    for line in found.last_lines():
+        print_line(wrapped(line))
+    print_next(found.verdict)

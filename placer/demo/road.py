@@ -1,8 +1,8 @@
-"""All steps on the demo model: record, solve, tables, export, verify, simulate."""
+"""All steps on the demo model, then a plan for the trace of a real model."""
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from placer.affinity import Affinity
 from placer.affinity.from_traces import affinity_of_traces
 from placer.checkpoint.export import export_checkpoint
 from placer.checkpoint.verify import VerificationReport, verify
+from placer.demo.real_trace import NAME, solve_trace
+from placer.demo.steps import Steps
 from placer.demo.text import DOMAINS, Split, documents
 from placer.errors import PlacerError
 from placer.model import ModelSpec
@@ -20,6 +22,7 @@ from placer.placement.topology import Topology
 from placer.planning.planner import plan_from_trace
 from placer.report.html import write_page
 from placer.report.inspect import summarize
+from placer.run.progress import Progress
 from placer.run.session import Session
 from placer.run.writing import claimed
 from placer.runtime_map.maps import export_map
@@ -37,7 +40,8 @@ TOKENS_PER_DOMAIN = 16_384
 VERIFIED_TOKENS = 2048
 POLICIES = ("fixed", "follow", "token")
 SOLVED_POLICIES: tuple[Policy, ...] = ("fixed", "follow")
-Say = Callable[[str], None]
+# Those on the demo model.
+NUM_STEPS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +56,14 @@ class DemoReport:
         What ``placer verify`` found of the exported checkpoint.
     files
         What was written, by meaning, relative to the directory given.
+    real_plan
+        The plan for the real trace, or ``None`` where that is not there.
     """
 
     figures: Mapping[str, Mapping[str, Mapping[str, Any]]]
     verification: VerificationReport
     files: Mapping[str, str]
+    real_plan: Plan | None
 
 
 def shipped_model() -> Path:
@@ -78,8 +85,15 @@ def shipped_model() -> Path:
     )
 
 
-def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
-    """Run all steps; ``say`` gets each step as the equal command.
+def run_demo(
+    model: Path,
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    trace: Path | None = None,
+    progress: Progress | None = None,
+) -> DemoReport:
+    """Run all steps.
 
     Parameters
     ----------
@@ -87,6 +101,12 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
         A Hugging Face directory.
     out
         The directory to write.
+    say
+        Called with the command that does the same as a step.
+    trace
+        The real trace of the last step, or ``None``: that step is left out.
+    progress
+        Called with one line for each part of a step.
 
     Raises
     ------
@@ -96,32 +116,43 @@ def run_demo(model: Path, out: Path, say: Say) -> DemoReport:
         If the exported checkpoint is not the same function.
     """
     ModelSpec.from_checkpoint(model)  # refuse before anything is written
+    steps = Steps(total=NUM_STEPS + (trace is not None), say=say, progress=progress)
     with claimed(out, directory=True):
         # What exists there may be replaced: it was claimed with --force.
         shutil.rmtree(out, ignore_errors=True)
         try:
-            return _walk(model, out, say)
-        except BaseException:
+            report = _walk(model, out, steps)
+            return report if trace is None else _with_trace(report, trace, out, steps)
+        except BaseException as error:
             shutil.rmtree(out, ignore_errors=True)  # half a demo would stop the next one
+            if hasattr(error, "__notes__"):
+                del error.__notes__  # a step noted what it keeps, which is gone now
             raise
 
 
-def _walk(model: Path, out: Path, say: Say) -> DemoReport:
-    traces = {split: _record(model, split, out, say) for split in ("profile", "heldout")}
+def _with_trace(report: DemoReport, trace: Path, out: Path, steps: Steps) -> DemoReport:
+    path = out / f"plan-{NAME}.json"
+    plan = solve_trace(trace, path, steps)
+    files = {**report.files, f"plan for {NAME}": path.name}
+    return replace(report, real_plan=plan, files=files)
+
+
+def _walk(model: Path, out: Path, steps: Steps) -> DemoReport:
+    traces = {split: _record(model, split, out, steps) for split in ("profile", "heldout")}
     profile, heldout = traces["profile"], traces["heldout"]
     affinity = affinity_of_traces([profile], EVERYTHING)
-    plans = {policy: _solve(profile, policy, out, say) for policy in SOLVED_POLICIES}
-    say("simulate on the held-out text, each placement with its own table")
+    plans = {policy: _solve(profile, policy, out, steps) for policy in SOLVED_POLICIES}
+    steps.begin("simulate on the held-out text, each placement with its own table")
     figures = _figures(plans, affinity, profile.read(), heldout.read())
     plan_path, checkpoint = out / "plan-fixed.json", out / "checkpoint"
-    say(f"placer export checkpoint {plan_path} {model} --out {checkpoint}")
+    steps.begin(f"placer export checkpoint {plan_path} {model} --out {checkpoint}")
     export_checkpoint(plan_path, model, checkpoint)
-    say(f"placer export sglang {plan_path} {model} --out {out / 'sglang.json'}")
+    steps.begin(f"placer export sglang {plan_path} {model} --out {out / 'sglang.json'}")
     export_map("sglang", plan_path, model, out / "sglang.json")
-    say(f"placer verify {model} {checkpoint} {plan_path}")
+    steps.begin(f"placer verify {model} {checkpoint} {plan_path}")
     texts = [one.text for one in documents("heldout")]
     verification = verify(model, checkpoint, plan_path, texts, VERIFIED_TOKENS)
-    say(f"placer inspect {plan_path} --html {out / 'report.html'}")
+    steps.begin(f"placer inspect {plan_path} --html {out / 'report.html'}")
     write_page(out / "report.html", plan_path.name, summarize(plans["fixed"]))
     return DemoReport(
         figures=figures,
@@ -132,17 +163,19 @@ def _walk(model: Path, out: Path, say: Say) -> DemoReport:
             "checkpoint": checkpoint.name,
             "SGLang map": "sglang.json",
         },
+        real_plan=None,
     )
 
 
-def _record(model: Path, split: Split, out: Path, say: Say) -> Trace:
+def _record(model: Path, split: Split, out: Path, steps: Steps) -> Trace:
     folder = out / "text" / split
     for document in documents(split):
         path = folder / document.domain / (document.name.removesuffix(".txt") + ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(document.text, encoding="utf-8")
+    most = len(DOMAINS) * TOKENS_PER_DOMAIN
     given = " --corpus ".join(str(folder / domain) for domain in DOMAINS)
-    say(
+    steps.begin(
         f"placer record {model} --corpus {given} --max-tokens {TOKENS_PER_DOMAIN} "
         f"--out {out / split}"
     )
@@ -151,20 +184,21 @@ def _record(model: Path, split: Split, out: Path, say: Say) -> Trace:
         [Corpus(domain=domain, path=folder / domain) for domain in DOMAINS],
         out / split,
         RecordOptions(max_tokens=TOKENS_PER_DOMAIN),
+        lambda done: steps.tell(f"recorded {done:,} of at most {most:,} tokens"),
     )
     return Trace(out / split)
 
 
-def _solve(profile: Trace, policy: Policy, out: Path, say: Say) -> Plan:
+def _solve(profile: Trace, policy: Policy, out: Path, steps: Steps) -> Plan:
     path = out / f"plan-{policy}.json"
-    say(
+    steps.begin(
         f"placer solve {profile.directory} --gpus-per-node {NUM_RANKS} --policy {policy} "
         f"--out {path}"
     )
     options = SolveOptions(
         topology=Topology(gpus_per_node=NUM_RANKS), goal=Goal(policy=policy)
     ).guarded()
-    session = Session()
+    session = Session(progress=steps.tell)
     plan = plan_from_trace(profile, options, EVERYTHING, session)
     if session.deadline.interrupted:
         raise KeyboardInterrupt

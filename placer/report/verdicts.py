@@ -18,10 +18,17 @@ from placer.planning.verdict import grouped, references, verdict_lines
 from placer.replay.outcome import ReplayOutcome, link_bytes
 from placer.report.beside import Beside, beside_recorded
 from placer.report.chart import CONTIGUOUS, EPLB, PLACER
-from placer.report.headline import change, headline_of_plan, over_mean
+from placer.report.headline import (
+    busiest_rank,
+    change,
+    enumerated,
+    headline_of_plan,
+    over_mean,
+)
 from placer.report.results import Frontier
 from placer.run.verdict import Verdict
 from placer.simulation.cost import ExpertShape
+from placer.simulation.sent import RANK_COPIES
 from placer.target.calibrate import Calibration
 from placer.target.engine import Engine
 from placer.target.map_formats import COUNTS, MAPS
@@ -314,6 +321,45 @@ def verdict_of_frontier(frontier: Frontier, out: Path) -> Verdict:
         f"{near.imbalance:.3f} times the mean load (EPLB {eplb.imbalance:.3f})."
     )
     return Verdict(answer=(answer,), next=following)
+
+
+def verdict_of_demo(
+    figures: Mapping[str, Mapping[str, Any]], num_ranks: int, following: str
+) -> Verdict:
+    """Return what the plan of the demo changes on held-out text.
+
+    Parameters
+    ----------
+    figures
+        Metrics by placement, the plan's as ``placer``.
+    num_ranks
+        Of the plan.
+    following
+        The command to run next.
+    """
+    own = figures[PLACER]
+    others = {name: one for name, one in figures.items() if name != PLACER}
+    sent, load = RANK_COPIES.metric, "load_imbalance_mean"
+    less = enumerated(
+        [f"{change(own[sent], one[sent])} the {name} one" for name, one in others.items()]
+    )
+    changes = [
+        own[metric] / one[metric] - 1
+        for one in others.values()
+        for metric in (sent, load)
+        if one[metric]
+    ]
+    busiest = busiest_rank(own[load], {name: one[load] for name, one in others.items()})
+    return Verdict(
+        answer=(
+            f"On held-out text, the plan of the demo model for {num_ranks} ranks sends "
+            f"{less} ({RANK_COPIES.words}). {busiest} The exported checkpoint computes "
+            "what the original computes.",
+        ),
+        sure="Held out: solved on other text than it is judged on.",
+        next=following,
+        is_better=_agreed(changes),
+    )
 
 
 def verdict_of_affinity(counts: Affinity, out: Path) -> Verdict:

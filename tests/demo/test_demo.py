@@ -1,6 +1,7 @@
 """The demo's text and model are what their pages say."""
 
 import json
+import shlex
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -10,11 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from placer.api.demo import Demo
+from placer.api.plan import Plan
 from placer.checkpoint.export import export_checkpoint
 from placer.cli.main import main
+from placer.demo import real_trace
+from placer.demo.real_trace import ABSENT, NAME, shipped_trace, solve_trace
 from placer.demo.road import _solve, run_demo, shipped_model
+from placer.demo.steps import Steps
 from placer.demo.text import DOMAINS, documents
 from placer.model import ModelSpec
+from placer.report.headline import change
+from placer.simulation.sent import RANK_COPIES
 from placer.solver.search.pair_search import Search
 from placer.trace import Trace
 
@@ -117,18 +125,23 @@ def test_ctrl_c_ends_the_demo_not_one_of_its_plans(
     monkeypatch.setattr(Search, "_round", interrupt)
     profile = make_trace(num_experts=(16, 16))
     with pytest.raises(KeyboardInterrupt):
-        _solve(profile, "fixed", tmp_path, lambda _: None)
+        _solve(profile, "fixed", tmp_path, Steps(total=1, say=lambda _: None))
     assert not list(tmp_path.glob("plan*"))
 
 
-def test_the_demo_walks_the_whole_road(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_demo_walks_the_whole_road(
+    tiny_model: Path, make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
     """On a model of random weights, for speed; ``make check`` runs it on the real one."""
     said: list[str] = []
-    report = run_demo(tiny_model, tmp_path / "out", said.append)
+    told: list[str] = []
+    real = make_trace("real", num_experts=(16, 16)).directory
+    out = tmp_path / "out"
+    report = run_demo(tiny_model, out, said.append, trace=real, progress=told.append)
     assert set(report.figures) == {"contiguous", "balanced", "placer"}
     assert report.verification.num_tensors > 0
     for path in report.files.values():
-        assert (tmp_path / "out" / path).exists()
+        assert (out / path).exists()
     commands = [line.split()[1] for line in said if line.startswith("placer")]
     assert commands == [
         "record",
@@ -139,7 +152,56 @@ def test_the_demo_walks_the_whole_road(tiny_model: Path, tmp_path: Path) -> None
         "export",
         "verify",
         "inspect",
+        "solve",
     ]
+    steps = list(dict.fromkeys(line.partition(":")[0] for line in told))
+    assert steps == [f"step {number} of 10" for number in range(1, 11)]
+    _check_summary(Demo(out, report, Plan.read(out / f"plan-{NAME}.json")))
+
+
+def _check_summary(found: Demo) -> None:
+    """The answer is of the figures under fixed; the last lines are of the real trace."""
+    figures = found.contents.figures
+    sent = {name: one["fixed"][RANK_COPIES.metric] for name, one in figures.items()}
+    less = change(sent["placer"], sent["contiguous"])
+    assert f"sends {less} the contiguous one" in found.verdict.answer[0]
+    assert found.real_plan is not None
+    assert found.last_lines()[0] == found.real_plan.verdict.answer[0]
+    assert "EPLB" in found.last_lines()[0]
+    ((_, _, rows),) = found.last_tables()
+    assert [row[0] for row in rows] == ["contiguous", "eplb", "balanced", "placer"]
+    assert found.to_json()["real_trace"]["metrics"]["heldout"] is not None
+    without = Demo(found.out, found.contents)
+    assert without.last_lines() == [ABSENT]
+    assert without.last_tables() == []
+    assert without.to_json()["real_trace"] is None
+
+
+def test_the_last_step_writes_what_its_command_writes(
+    make_trace: Callable[..., Trace], tmp_path: Path
+) -> None:
+    trace = make_trace(num_experts=(16, 16)).directory
+    said: list[str] = []
+    path = tmp_path / "plan.json"
+    solve_trace(trace, path, Steps(total=1, say=said.append))
+    written = path.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main([*shlex.split(said[0])[1:], "--force"])
+    assert ended.value.code == 0
+    assert path.read_bytes() == written
+
+
+def test_the_real_trace_is_found_in_a_source_tree_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An installed wheel has none beside it; it finds that of the current directory."""
+    root = MODEL.parents[2]
+    monkeypatch.chdir(tmp_path)
+    assert shipped_trace() == root / "traces" / NAME
+    monkeypatch.setattr(real_trace, "__file__", str(tmp_path / "placer" / "demo" / "x.py"))
+    assert shipped_trace() is None
+    monkeypatch.chdir(root)
+    assert shipped_trace() == Path("traces") / NAME
 
 
 def test_without_transformers_the_demo_says_so_at_its_first_step(
@@ -164,4 +226,20 @@ def test_a_demo_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (model / "config.json").write_bytes((shipped_model() / "config.json").read_bytes())
     with pytest.raises(Exception):  # noqa: B017  # whatever the loader says
         run_demo(model, out, lambda _: None)
+    assert not out.exists()
+
+
+def test_ctrl_c_in_the_demo_names_no_part_that_it_removed(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Recording alone keeps its finished parts and says so; the demo removes them."""
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 1 of 9: recorded") and " 0 of" not in line:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt) as ended:
+        run_demo(tiny_model, out, lambda _: None, progress=interrupt)
+    assert not getattr(ended.value, "__notes__", [])
     assert not out.exists()

@@ -1,0 +1,40 @@
+"""The steps of the demo, told one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from placer.run.progress import Progress
+
+
+@dataclass(slots=True, kw_only=True)
+class Steps:
+    """Tells each step, and where within it the demo is.
+
+    Attributes
+    ----------
+    total
+        How many steps there are.
+    say
+        Called with the command that does the same as a step.
+    progress
+        Called with one line for each part of a step, or ``None``.
+    number
+        Of the step that runs, from 1; 0 before the first.
+    """
+
+    total: int
+    say: Callable[[str], None]
+    progress: Progress | None = None
+    number: int = 0
+
+    def begin(self, command: str) -> None:
+        """Tell the next step."""
+        self.number += 1
+        self.say(command)
+        words = command.split()
+        self.tell(words[1] if words[0] == "placer" else words[0])
+
+    def tell(self, text: str) -> None:
+        """Tell where in the step the demo is."""
+        if self.progress is not None:
+            self.progress(f"step {self.number} of {self.total}: {text}")
