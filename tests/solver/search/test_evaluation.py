@@ -11,7 +11,7 @@ from placer.placement.topology import Topology
 from placer.serving.replica_choice import sglang_static_ranks
 from placer.solver.caps import Caps
 from placer.solver.problem.traffic import TrafficProblem, copy_prices
-from placer.solver.search.evaluation import Evaluation
+from placer.solver.search.evaluation import SAME_OVERFLOW, Evaluation, is_better
 from placer.solver.search.evaluator import Evaluator, evaluate
 from placer.solver.search.layer_state import even_homes
 
@@ -361,3 +361,12 @@ def test_tokens_know_what_their_next_home_costs_in_the_next_layer(case: str) -> 
         assert tokens.has_even_homes == (slots is ALONE or layer == 0)
     uncapped, _ = priced(slots, **changes | {"caps": Caps()})
     assert len(uncapped.tokens(0).next_experts) == 0
+
+
+def test_a_cap_is_missed_by_more_than_rounding() -> None:
+    least = 2 * SAME_OVERFLOW
+    found = evaluation((SAME_OVERFLOW, least, 1), (least, 0, 1), (0, SAME_OVERFLOW, 1))
+    assert found.missed_load_cap() == {1: 1.0}
+    assert found.missed_receive_cap() == {0: 0.5}
+    at, none = np.array([SAME_OVERFLOW, 0]), np.zeros(2)
+    assert is_better(at, 1.0, none, 2.0)
