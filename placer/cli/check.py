@@ -30,7 +30,8 @@ def check(
     tolerance: Annotated[
         float,
         typer.Option(
-            help="How far a figure may rise: 0.02 allows 1.12 where the plan records 1.10."
+            help="How far a figure may always rise: 0.02 allows 1.12 where the plan "
+            "records 1.10."
         ),
     ] = 0.02,
     fold: FoldOption = None,
@@ -40,8 +41,9 @@ def check(
 ) -> None:
     """Check whether traffic has drifted from a plan. Exit 6 if so.
 
-    Compares the plan's traffic and balance on the trace with what the plan records. Only
-    differences that chance does not explain count as drift.
+    Compares the plan's traffic and balance on the trace with what the plan records. An
+    imported plan records neither: the two halves of the trace are compared. On a trace,
+    only differences that chance does not explain count as drift.
     """
     from placer.api.opening import read_source
 

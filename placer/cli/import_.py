@@ -40,7 +40,9 @@ def import_(
     ],
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="The file to read.", callback=_require_order),
+        typer.Argument(
+            metavar="FILE", help="The file or folder to read.", callback=_require_order
+        ),
     ],
     out: Annotated[
         Path,

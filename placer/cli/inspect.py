@@ -37,7 +37,7 @@ def inspect(
         typer.Argument(
             metavar="[TRACE|AFFINITY|PLAN]...",
             help="With a plan: a trace or affinity file to show it on, and plans to "
-            "compare it with. Sequences of the trace that it was solved on are left out.",
+            "compare it with. Sequences that the plan was solved on are left out.",
         ),
     ] = None,
     load: Annotated[

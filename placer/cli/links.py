@@ -32,9 +32,9 @@ def links(
     """Measure how well experts predict those of later layers.
 
     Shows mutual information in bits (mean over layers) for the trace and for shuffled
-    copies, the controls. Each control lacks one kind of structure. Also shows how far apart
-    layers can still predict each other, and how much domains differ. Several traces, such
-    as those of several training steps, are shown one after another.
+    copies, the controls. Each control lacks one kind of structure. Also shows over what
+    distance, in layers, experts still predict later ones, and how much domains differ.
+    Several traces, such as those of several training steps, are shown one after another.
     """
     found = placer.links(
         [placer.Trace.read(path) for path in traces],

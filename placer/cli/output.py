@@ -99,7 +99,7 @@ WeightBytesOption = Annotated[
     float | None,
     typer.Option(
         help="Bytes per weight: 2 for bf16, 1 for fp8, 0.5 for fp4.",
-        show_default="from --model, else as many as --engine sends per number",
+        show_default="from --model, else the bytes per number that --engine sends",
     ),
 ]
 

@@ -38,8 +38,8 @@ def prove(
     max_imbalance: Annotated[
         float | None,
         typer.Option(
-            help="Cap on the load of the busiest rank over the mean, in every layer. If "
-            "the plan is above the cap in a layer, the plan's load is the cap there. "
+            help="Cap on the load of the busiest rank over the mean, in every layer. In a "
+            "layer where the plan exceeds it, the plan's own load is used instead. "
             "Default: the plan's cap."
         ),
     ] = None,

@@ -86,8 +86,9 @@ def replay(
 ) -> None:
     """Run a model expert-parallel and count every byte sent.
 
-    The model runs twice: with contiguous experts, then with those of the plan. Each rank is
-    one process. On one machine placer starts the processes; on several, torchrun does.
+    Each exchange runs with contiguous experts, then with those of the plan (placer-shuffle
+    only with the plan's). Each rank is one process. On one machine placer starts the
+    processes; on several, torchrun does.
 
     Exit 5 if the bytes that leave a rank are not those that a simulation of the same
     routing predicts, or if the outputs are not those of the model on one rank.

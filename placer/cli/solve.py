@@ -98,7 +98,8 @@ def solve(
         float | None,
         typer.Option(
             help="Cap on the load of the busiest rank over the mean, in every layer. If "
-            "no placement can meet it, the command fails (exit 3).",
+            "you give a cap that no placement can meet, the command fails (exit 3), unless "
+            "you give --relax-cap too.",
             show_default="1.10, or EPLB's load if lower; relaxed if no plan can meet it",
         ),
     ] = None,
@@ -179,8 +180,9 @@ def solve(
         typer.Option(
             metavar="X|auto",
             help="Extra slots in each layer, for replicas of experts. auto tries 0, R, 2R, "
-            "4R, ... for R ranks. It continues while the next step saves "
-            "--redundant-gain of the objective and fits --redundant-memory.",
+            "4R, ... for R ranks. It takes the next step as long as that "
+            "lowers the objective by the share of --redundant-gain, and the replicas fit "
+            "into --redundant-memory.",
         ),
     ] = "0",
     redundant_gain: Annotated[
@@ -217,7 +219,7 @@ def solve(
             help="Also keep unseen sequences under --max-imbalance: none, bootstrap (by "
             "resampled loads) or domains (by the loads of each domain). A tighter load cap "
             "is then chosen: placer solves on half of the sequences and judges on the "
-            "other half. So is --overflow-price, if not given.",
+            "other half. --overflow-price, if not given, is chosen in the same way.",
         ),
     ] = "none",
     overflow_price: Annotated[
@@ -245,7 +247,8 @@ def solve(
         typer.Option(
             help="With --start: an expert moves to another rank only if that saves this "
             "many copies, summed over the tokens that are solved on. With --objective "
-            "balance: this many (token, expert) pairs on the busiest rank of a layer."
+            "balance: only if it takes this many (token, expert) pairs from the busiest "
+            "rank of a layer."
         ),
     ] = 0.0,
     pin: Annotated[
@@ -331,8 +334,9 @@ def solve(
     """Make a plan: place experts on ranks for the least traffic.
 
     Every rank gets the same number of slots, and the load of the busiest rank is kept under
-    a cap. The plan is solved on the sequences of --fold and judged on all others. The same
-    input and seed give the same plan.
+    a cap. The plan is solved on the sequences of --fold and judged on all others. Without
+    --fold and --not-fold it is solved on all, and nothing is held out. The same input and
+    seed give the same plan.
     """
     began = time.monotonic()  # the limit on time counts what is imported below
     # Matrices are small here: more threads of NumPy's BLAS mostly wait for each other. It

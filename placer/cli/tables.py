@@ -37,7 +37,7 @@ def tables(
         typer.Option(
             help="Each row (one token id or history) is averaged with the mean of its "
             "layer. The mean counts as this many tokens, so it matters most for rows with "
-            "few."
+            "few tokens."
         ),
     ] = 4.0,
     token_score: Annotated[

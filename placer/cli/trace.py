@@ -108,9 +108,9 @@ def dedup(
         bool,
         typer.Option(
             help="Remove dummy tokens of an engine's warm-up and padding: runs of 16 or "
-            "more tokens with the same experts in all layers, and experts that more than "
-            "5 % of the tokens share. If a token has fewer than 16 experts in all layers: "
-            "only runs of 64."
+            "more tokens with the same experts in all layers, and tokens whose experts are "
+            "those of more than 5 % of the tokens. The first token is kept. If layers x "
+            "top-k is below 16: only runs of 64 or more."
         ),
     ] = True,
     fold: Annotated[
