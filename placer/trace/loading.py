@@ -82,11 +82,11 @@ def load_causal_model(
 @contextmanager
 def _loading(directory: Path) -> Iterator[None]:
     """Say what transformers could not load."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises just that
         reason = str(error).strip().splitlines()
         raise PlacerError(
             f"transformers cannot load {directory}: {reason[0] if reason else error!r}",
