@@ -35,6 +35,8 @@ WRITERS = {
     "export eplb": ("export eplb PLAN MODEL", "--out", ".safetensors", False),
     "export csv": ("export csv PLAN", "--out", ".csv", False),
     "inspect": ("inspect PLAN", "--html", "", False),
+    "prove": ("prove PLAN TRACE", "--out", ".json", False),
+    "prove --certificate": ("prove PLAN TRACE", "--certificate", ".json", False),
 }
 # Slow, or without a file that is read: the rules are tested by hand below.
 ELSEWHERE = {"calibrate", "demo", "export", "import", "trace"}
