@@ -221,7 +221,7 @@ def test_without_a_baseline_there_are_no_empty_brackets(make_trace, plan_of):
         judged, batches={"plan": judged.batches["plan"]}, baselines={}, ratios={}
     )
     for _, line in verdict_lines([alone]):
-        assert line.endswith("of the mean load")
+        assert line.endswith("the mean load")
 
 
 def test_a_table_of_another_plan_is_refused(make_trace, plan_of, tmp_path):
