@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -330,17 +330,24 @@ def print_tables(
 def said_at_once() -> Iterator[None]:
     """Print what the API warns of, and what it notes, when it does."""
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, PlacerWarning):
             warn(str(message))
         else:
-            usual(message, category, *place)
+            usual(message, category, filename, lineno, file, line)
 
     logger, noted = logging.getLogger("placer"), _Noted()
     with warnings.catch_warnings():
         warnings.simplefilter("always", PlacerWarning)
-        usual: Callable[..., None] = warnings.showwarning
-        warnings.showwarning = show  # type: ignore[assignment]
+        usual = warnings.showwarning
+        warnings.showwarning = show
         level = logger.level
         logger.addHandler(noted)
         logger.setLevel(logging.INFO)
