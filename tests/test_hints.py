@@ -19,7 +19,7 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.topology import Topology
-from placer.planning.served import require_loadable
+from placer.planning.engine_options import require_loadable
 from placer.runtime_map.maps import export_map
 from placer.target.engine import Engine, engines_named
 from placer.target.map_formats import MAPS

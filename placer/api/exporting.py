@@ -426,7 +426,7 @@ def _export_map(
     target: str, plan: Path, model: Path | None, out: Path, note: Tell, warn: Tell
 ) -> Facts:
     from placer.placement import Plan
-    from placer.planning.served import split_groups
+    from placer.planning.engine_options import split_groups
     from placer.runtime_map.maps import export_map
 
     written = export_map(target, plan, model, out)

@@ -14,8 +14,8 @@ from placer.baseline import BASELINES
 from placer.errors import UsageError, one_of
 from placer.intervals import CopiesRatio
 from placer.placement import Plan as SolvedPlan
+from placer.planning.engine_options import architectures_of, servable
 from placer.planning.judge import PLAN, Judgement, Serving, judge_plan
-from placer.planning.served import architectures_of, servable
 from placer.planning.verdict import fact_lines
 from placer.report.batches import batch_tables, summary_table
 from placer.report.comparison import comparison_table

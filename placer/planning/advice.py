@@ -21,8 +21,8 @@ from placer.planning.advised_plans import (
     weighing_command,
     with_more_replicas,
 )
+from placer.planning.engine_options import split_groups_of, whole_groups
 from placer.planning.question import Question, filling_reason, loadable
-from placer.planning.served import split_groups_of, whole_groups
 from placer.planning.verdict import grouped
 from placer.run.progress import Progress
 from placer.serving.homes import Batching

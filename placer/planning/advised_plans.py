@@ -11,8 +11,8 @@ from pathlib import Path
 
 from placer.model import ModelSpec
 from placer.placement.topology import Topology
+from placer.planning.engine_options import Loading, loads_map, require_loadable, solved_for
 from placer.planning.question import Question
-from placer.planning.served import Loading, loads_map, require_loadable, solved_for
 from placer.solver.balance.replicas import redundant_experts_that_fit
 from placer.solver.caps import MAX_IMBALANCE, Caps
 from placer.solver.goal import Goal, Objective

@@ -8,8 +8,8 @@ from placer.errors import UsageError, one_of
 from placer.model import ModelSpec
 from placer.placement.policy import Policy
 from placer.placement.topology import Topology
+from placer.planning.engine_options import require_loadable
 from placer.planning.phases import answered
-from placer.planning.served import require_loadable
 from placer.serving.homes import BatchShape, batch_shapes
 from placer.simulation.batch_figures import BatchOptions
 from placer.simulation.cost import CostModel, ExpertShape, cost_model

@@ -12,6 +12,13 @@ from typing import Any
 from placer.affinity import Affinity, count_affinity
 from placer.errors import UsageError
 from placer.model import ModelSpec, require_same_model
+from placer.planning.engine_options import (
+    EngineOptions,
+    Loading,
+    architectures_of,
+    require_loadable,
+    solved_for,
+)
 from placer.planning.layer_time import worth_by_time
 from placer.planning.phases import phase_warning
 from placer.planning.question import Question, plain_engine, predictable_policy
@@ -24,13 +31,6 @@ from placer.planning.redundant import (
     worth_on_profile,
 )
 from placer.planning.request import SolveRequest, Tell
-from placer.planning.served import (
-    Loading,
-    Served,
-    architectures_of,
-    require_loadable,
-    solved_for,
-)
 from placer.run.session import Session
 from placer.simulation.cost import ExpertShape, find_expert_shape
 from placer.solver.balance.router_groups import blocks_of_groups
@@ -143,7 +143,7 @@ def _loading(request: SolveRequest) -> Loading:
     )
 
 
-def _served(request: SolveRequest) -> Served:
+def _served(request: SolveRequest) -> EngineOptions:
     """Return what is solved for, as the engine or else the options have it."""
     goal = request.options.goal
     objective = goal.objective
@@ -245,7 +245,7 @@ def _command(request: SolveRequest, source: str, *more: str) -> str:
 
 
 def _options(
-    request: SolveRequest, served: Served, loading: Loading, note: Tell, warn: Tell
+    request: SolveRequest, served: EngineOptions, loading: Loading, note: Tell, warn: Tell
 ) -> SolveOptions:
     """Complete the options; refuse those that the source or the objective cannot serve."""
     _require_same_model(request, warn)
@@ -265,7 +265,7 @@ def _options(
     return options if request.by_time else options.guarded()
 
 
-def _completed(request: SolveRequest, served: Served) -> SolveOptions:
+def _completed(request: SolveRequest, served: EngineOptions) -> SolveOptions:
     """Complete the options by what the engine decides."""
     options, start = request.options, request.options.start
     goal = replace(
@@ -284,7 +284,7 @@ def is_balanced(request: SolveRequest, options: SolveOptions) -> bool:
     return options.goal.objective == "balance" or request.holds_loads_alone
 
 
-def _told(request: SolveRequest, served: Served) -> Iterator[str]:
+def _told(request: SolveRequest, served: EngineOptions) -> Iterator[str]:
     """Yield what to know of a request that is served otherwise than it may look."""
     if request.priced_links and served.objective == "balance":
         sends = None if request.engine is None else Engine.named(request.engine).dispatch

@@ -11,12 +11,12 @@ from pathlib import Path
 from placer.errors import NotProvedError, UsageError
 from placer.placement.plan import Plan
 from placer.planning.cap_choice import CapChoice, choose_cap
+from placer.planning.engine_options import solved_for, split_groups, whole_groups
 from placer.planning.frontier import FrontierPoint, write_frontier
 from placer.planning.layer_time import TimeChoice, choose_by_time
 from placer.planning.planner import plan_for, plan_from_affinity, plan_from_trace
 from placer.planning.question import Question
 from placer.planning.request import SolveRequest, Tell
-from placer.planning.served import solved_for, split_groups, whole_groups
 from placer.planning.settling import Settled, is_balanced, model_of, settle, started
 from placer.run.session import Session
 from placer.simulation.sent import sent_by

@@ -15,7 +15,7 @@ from placer.placement.migration import num_moved
 from placer.planning.baseline_placements import baseline_placements
 from placer.planning.profile import layer_ids_of, num_seen_sequences, profile_of
 from placer.report.chart import PLACER
-from placer.report.served import Served, serve
+from placer.report.token_counts import TokenCounts, count_tokens
 from placer.simulation.sent import Sent, Wire
 from placer.trace import EVERYTHING, Selection, Trace
 from placer.trace.stored import StoredTokens
@@ -77,7 +77,7 @@ class Beside:
     sent: Sent | None
     judged: Mapping[str, Judged]
     load: tuple[IntArray, ...] | None = None
-    served: Mapping[str, Served] | None = None
+    served: Mapping[str, TokenCounts] | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -149,7 +149,7 @@ def beside_on_trace(
     placements |= {name: (p.placement, p.replica_choice) for name, p in others.items()}
     placements[PLACER] = plan.placement, plan.replica_choice
     served = {
-        name: serve(placement, tokens, policy, choice, layer_ids)
+        name: count_tokens(placement, tokens, policy, choice, layer_ids)
         for name, (placement, choice) in placements.items()
     }
     sizes = trace.model.num_experts

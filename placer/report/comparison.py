@@ -7,7 +7,7 @@ from typing import Any
 from placer.intervals import FEWEST_SEQUENCES
 from placer.placement import Plan
 from placer.placement.solver_report import Certificate, InnerCap, SolverReport
-from placer.planning.served import loads_map
+from placer.planning.engine_options import loads_map
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.sent import NODE_COPIES, RANK_COPIES, Wire
 from placer.solver.balance.load_balance import OBJECTIVE_OF_REPLICAS

@@ -11,7 +11,7 @@ import numpy as np
 
 from placer.affinity import Affinity
 from placer.affinity.information import information_by_chance, mutual_information
-from placer.planning.served import loads_map
+from placer.planning.engine_options import loads_map
 from placer.report.beside import Beside, Judged
 from placer.report.chart import CONTIGUOUS, EPLB, PLACER
 from placer.report.checkpoint import Checkpoint

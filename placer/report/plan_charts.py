@@ -26,8 +26,8 @@ from placer.report.chart import (
     Section,
     kind_of_placement,
 )
-from placer.report.served import Served
 from placer.report.statistics import skew
+from placer.report.token_counts import TokenCounts
 
 # More ranks than this are shown by node: what keeps a page small.
 _MOST_RANKS = 512
@@ -121,7 +121,7 @@ def _bars(values: Mapping[str, float | None]) -> Bars:
     )
 
 
-def _of_trace(beside: Beside, served: Mapping[str, Served]) -> Iterator[Chart]:
+def _of_trace(beside: Beside, served: Mapping[str, TokenCounts]) -> Iterator[Chart]:
     names = (CONTIGUOUS, EPLB, *beside.other_plans, PLACER)
     shown = {name: served[name] for name in names if name in served}
     yield from _load_charts(
@@ -217,7 +217,7 @@ def _by_layer(
     )
 
 
-def _traffic_charts(beside: Beside, served: Mapping[str, Served]) -> Iterator[Chart]:
+def _traffic_charts(beside: Beside, served: Mapping[str, TokenCounts]) -> Iterator[Chart]:
     placed = beside.plan.placement
     if placed.num_ranks <= _MOST_RANKS:
         yield _traffic(

@@ -11,8 +11,8 @@ from placer.model.kv_cache import kv_cache_bytes
 from placer.placement import Plan
 from placer.planning.advice import Advice
 from placer.planning.drift import DriftReport, improving_command
+from placer.planning.engine_options import loads_map
 from placer.planning.judge import PLAN, Judgement
-from placer.planning.served import loads_map
 from placer.planning.tables import TableResult
 from placer.planning.verdict import grouped, references, verdict_lines
 from placer.replay.outcome import ReplayOutcome, link_bytes

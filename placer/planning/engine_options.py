@@ -30,7 +30,7 @@ _LEAST_GAIN = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class EngineOptions:
     """The options of a solve that an engine decides.
 
     Attributes
@@ -59,7 +59,7 @@ def solved_for(
     *,
     has_replicas: bool = False,
     command: str = "placer solve TRACE --gpus-per-node M --redundant-experts X --out PLAN",
-) -> Served:
+) -> EngineOptions:
     """Return what to solve for; without an engine, what was asked or the defaults.
 
     Parameters
@@ -84,7 +84,7 @@ def solved_for(
         replica of a redundant expert serves.
     """
     if engine is None:
-        return Served(
+        return EngineOptions(
             objective=objective,
             exchange=one_of(
                 "--exchange", exchange or "per-rank", SOLVABLE_EXCHANGES, NOT_SOLVED
@@ -120,7 +120,7 @@ def solved_for(
     _require_agreement("--exchange", exchange, nearest, engine)
     choice = choose_replicas(found, None, has_replicas=has_replicas, command=command)
     _require_agreement("--replica-choice", replica_choice, str(choice), engine)
-    return Served(
+    return EngineOptions(
         objective=objective,
         # Of what is sent, balancing asks nothing.
         exchange="per-rank" if objective == "balance" else nearest,

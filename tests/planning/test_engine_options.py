@@ -7,7 +7,7 @@ from placer.model import ModelSpec
 from placer.placement import Placement
 from placer.placement.reference import contiguous
 from placer.placement.topology import Topology
-from placer.planning.served import require_loadable, solved_for, split_groups
+from placer.planning.engine_options import require_loadable, solved_for, split_groups
 from placer.target.engine import Engine, known_engines
 from tests.plans import unsolved_plan
 

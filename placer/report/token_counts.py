@@ -19,7 +19,7 @@ from placer.trace.stored import Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Served:
+class TokenCounts:
     """A placement on tokens, under a home policy.
 
     Attributes
@@ -49,13 +49,13 @@ class Served:
         return imbalances(self.rank_load.astype(np.float64))
 
 
-def serve(
+def count_tokens(
     placement: Placement,
     tokens: Routing,
     policy: str,
     replica_choice: ReplicaChoice | None,
     layer_ids: tuple[int, ...] | None,
-) -> Served:
+) -> TokenCounts:
     """Serve tokens from a placement under ``fixed`` or ``follow``, and count by layer."""
     num_ranks, num_nodes = placement.num_ranks, placement.num_nodes
     batches = Batches.of(tokens.sequence_ids, DEFAULT_BATCH_SIZE)
@@ -84,7 +84,7 @@ def serve(
         at_home += np.bincount(home, minlength=num_ranks)
         if policy == "follow":
             home = majority_rank(ranks)
-    return Served(
+    return TokenCounts(
         rank_load=np.array(load),
         sent={name: np.array(values) for name, values in sent.items()},
         local=np.array(local),

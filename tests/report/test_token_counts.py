@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from placer.placement import Placement
-from placer.report.served import serve
+from placer.report.token_counts import count_tokens
 from placer.trace import Chunk
 
 LAYERS, EXPERTS, RANKS, NODES = 3, 8, 4, 2
@@ -36,7 +36,7 @@ def test_traffic_is_counted_per_token_of_the_home(policy: str, num_sequences: in
         num_nodes=NODES,
     )
     tokens = tokens_of(num_sequences)
-    found = serve(placement, tokens, policy, None, None)
+    found = count_tokens(placement, tokens, policy, None, None)
     sent = np.zeros((RANKS, RANKS))
     at_home = np.zeros(RANKS)
     node_sent = np.zeros((NODES, NODES))
