@@ -1,7 +1,7 @@
 """The errors of placer, each with the exit code that the command line documents."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -28,6 +28,11 @@ class PlacerError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Change message and hint, such as the name of a temporary file in them."""
+        self.message, self.hint = words(self.message), self.hint and words(self.hint)
+        self.args = (self.message,)
 
 
 class PlacerWarning(UserWarning):

@@ -154,7 +154,5 @@ def temporary_file(
         try:
             yield file
         except PlacerError as error:
-            error.message = file.words(error.message)
-            error.hint = error.hint and file.words(error.hint)
-            error.args = (error.message,)
+            error.reword(file.words)
             raise

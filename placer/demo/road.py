@@ -1,6 +1,5 @@
 """All steps on the demo model, then a plan for the trace of a real model."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from placer.report.html import write_page
 from placer.report.inspect import summarize
 from placer.run.progress import Progress
 from placer.run.session import Session
-from placer.run.writing import claimed
+from placer.run.writing import atomic_directory
 from placer.runtime_map.maps import export_map
 from placer.simulation.simulate import simulate
 from placer.solver.balance.load_caps import balanced
@@ -114,20 +113,34 @@ def run_demo(
         If ``out`` exists and is not claimed with ``force``.
     VerificationError
         If the exported checkpoint is not the same function.
+
+    Notes
+    -----
+    What exists at ``out`` stays until all steps are done, and stays if one fails.
     """
     ModelSpec.from_checkpoint(model)  # refuse before anything is written
-    steps = Steps(total=NUM_STEPS + (trace is not None), say=say, progress=progress)
-    with claimed(out, directory=True):
-        # What exists there may be replaced: it was claimed with --force.
-        shutil.rmtree(out, ignore_errors=True)
+    with atomic_directory(out) as folder:
+        steps = Steps(
+            total=NUM_STEPS + (trace is not None),
+            say=say,
+            progress=progress,
+            folder=folder,
+            out=out,
+        )
         try:
-            report = _walk(model, out, steps)
-            return report if trace is None else _with_trace(report, trace, out, steps)
+            report = _walk(model, folder, steps)
+            return report if trace is None else _with_trace(report, trace, folder, steps)
         except BaseException as error:
-            shutil.rmtree(out, ignore_errors=True)  # half a demo would stop the next one
-            if hasattr(error, "__notes__"):
-                del error.__notes__  # a step noted what it keeps, which is gone now
+            _say_nothing_is_kept(error, steps)
             raise
+
+
+def _say_nothing_is_kept(error: BaseException, steps: Steps) -> None:
+    """Leave out what a step noted that it keeps: the whole directory is removed."""
+    if hasattr(error, "__notes__"):
+        del error.__notes__
+    if isinstance(error, PlacerError):
+        error.reword(steps.words)
 
 
 def _with_trace(report: DemoReport, trace: Path, out: Path, steps: Steps) -> DemoReport:

@@ -166,7 +166,9 @@ with claimed(Path(sys.argv[1]), directory=True, force=True):
 """
 
 
-def test_two_writers_of_one_target(run: Run, tmp_path: Path) -> None:
+def test_two_writers_of_one_target(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The second of two processes is refused in one sentence, whatever it writes."""
     out = tmp_path / "out"
     with subprocess.Popen(
@@ -182,6 +184,10 @@ def test_two_writers_of_one_target(run: Run, tmp_path: Path) -> None:
             code, said = run(name, out, "--force")
             assert code == 1, name
             assert said.splitlines()[0] == f"placer: another process is writing {out}"
+        with pytest.raises(SystemExit) as ended:
+            main(["demo", "--out", str(out), "--force"])
+        assert ended.value.code == 1
+        assert f"placer: another process is writing {out}" in capsys.readouterr().err
         process.stdin.close()
     assert not out.exists()
     assert not lock_path(out).exists()

@@ -22,6 +22,7 @@ from placer.demo.steps import Steps
 from placer.demo.text import DOMAINS, documents
 from placer.model import ModelSpec
 from placer.report.headline import change
+from placer.run.writing import claimed
 from placer.simulation.sent import RANK_COPIES
 from placer.solver.search.pair_search import Search
 from placer.trace import Trace
@@ -116,6 +117,26 @@ def test_greedy_text_of_the_exported_demo_model_is_the_same(
     assert len(set(written[0])) == 8
 
 
+def _steps(folder: Path, say: Callable[[str], None] = lambda _: None) -> Steps:
+    return Steps(total=1, say=say, folder=folder, out=folder)
+
+
+def _older_demo(out: Path) -> dict[str, bytes]:
+    """Write what is left of an older demo, and return its files."""
+    (out / "text").mkdir(parents=True)
+    (out / "text" / "old.txt").write_text("older")
+    (out / "plan-old.json").write_text("{}")
+    return _files(out)
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
+
+
 def test_ctrl_c_ends_the_demo_not_one_of_its_plans(
     make_trace: Callable[..., Trace], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -125,7 +146,7 @@ def test_ctrl_c_ends_the_demo_not_one_of_its_plans(
     monkeypatch.setattr(Search, "_round", interrupt)
     profile = make_trace(num_experts=(16, 16))
     with pytest.raises(KeyboardInterrupt):
-        _solve(profile, "fixed", tmp_path, Steps(total=1, say=lambda _: None))
+        _solve(profile, "fixed", tmp_path, _steps(tmp_path))
     assert not list(tmp_path.glob("plan*"))
 
 
@@ -137,7 +158,19 @@ def test_the_demo_walks_the_whole_road(
     told: list[str] = []
     real = make_trace("real", num_experts=(16, 16)).directory
     out = tmp_path / "out"
-    report = run_demo(tiny_model, out, said.append, trace=real, progress=told.append)
+    older = _older_demo(out)
+
+    def tell(line: str) -> None:
+        told.append(line)
+        assert _files(out) == older  # until all steps are done
+
+    with claimed(out, directory=True, force=True):
+        report = run_demo(tiny_model, out, said.append, trace=real, progress=tell)
+    assert not older.keys() & _files(out).keys()
+    written = b"".join([*_files(out).values(), *map(str.encode, [*said, *told])])
+    assert b".out." not in written  # nor is a temporary name in anything
+    assert str(out).encode() in written
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
     assert set(report.figures) == {"contiguous", "balanced", "placer"}
     assert report.verification.num_tensors > 0
     for path in report.files.values():
@@ -183,7 +216,7 @@ def test_the_last_step_writes_what_its_command_writes(
     trace = make_trace(num_experts=(16, 16)).directory
     said: list[str] = []
     path = tmp_path / "plan.json"
-    solve_trace(trace, path, Steps(total=1, say=said.append))
+    solve_trace(trace, path, _steps(tmp_path, said.append))
     written = path.read_bytes()
     with pytest.raises(SystemExit) as ended:
         main([*shlex.split(said[0])[1:], "--force"])
@@ -219,14 +252,25 @@ def test_without_transformers_the_demo_says_so_at_its_first_step(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_demo_that_fails_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_a_demo_that_fails_leaves_what_was_there(
+    force: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A folder of a config alone: recording fails after the texts were written."""
     model, out = tmp_path / "model", tmp_path / "out"
+    older = _older_demo(out) if force else {}
     model.mkdir()
     (model / "config.json").write_bytes((shipped_model() / "config.json").read_bytes())
-    with pytest.raises(Exception):  # noqa: B017  # whatever the loader says
-        run_demo(model, out, lambda _: None)
-    assert not out.exists()
+    with pytest.raises(SystemExit) as ended:
+        line = ["demo", "--model", str(model), "--out", str(out)]
+        main([*line, *(["--force"] * force)])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"--out {out}/profile" in said
+    assert ".out." not in said
+    assert _files(out) == older
+    assert out.exists() == force
+    assert {path.name for path in tmp_path.glob("*out*")} == ({"out"} if force else set())
 
 
 def test_ctrl_c_in_the_demo_names_no_part_that_it_removed(
@@ -242,4 +286,4 @@ def test_ctrl_c_in_the_demo_names_no_part_that_it_removed(
     with pytest.raises(KeyboardInterrupt) as ended:
         run_demo(tiny_model, out, lambda _: None, progress=interrupt)
     assert not getattr(ended.value, "__notes__", [])
-    assert not out.exists()
+    assert not list(tmp_path.glob("*out*"))
