@@ -18,9 +18,11 @@
 Without replicas there is nothing to choose.
 """
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import Self
 
 import numpy as np
 
@@ -173,7 +175,7 @@ def sglang_static_ranks(
 
 
 class SglangDraws:
-    """SGLang's draws, layer by layer. A deep copy continues with the same draws.
+    """SGLang's draws, layer by layer.
 
     Every rank draws for itself, all from the same seed: layer by layer, expert by expert,
     for each expert that has no near copy. One draw gives a copy to every rank without a
@@ -206,6 +208,12 @@ class SglangDraws:
         self._num_fillers = np.diff(ids, prepend=-1) - 1
         self._layer = 0
 
+    def fork(self) -> Self:
+        """Return an equal object: both continue with the same draws."""
+        other = copy.copy(self)
+        other._draws = [_continued(draw) for draw in self._draws]
+        return other
+
     def ranks(self, holds: BoolArray) -> IntArray:
         """Return ``[R, E]`` int64: who serves in the next MoE layer.
 
@@ -219,13 +227,19 @@ class SglangDraws:
     def _draw(self, holds: BoolArray) -> IntArray:
         near = _sglang_nearest(holds, self._ranks_per_node)
         chosen = near.copy()
-        for home, draw in enumerate(self._draws):
-            for expert in np.flatnonzero(near[home] < 0):
-                copies = np.flatnonzero(holds[expert]).tolist()
-                without = np.flatnonzero(near[:, expert] < 0).tolist()
-                shares = _fair_shares(copies, len(without), draw)
-                chosen[home, expert] = shares[without.index(home)]
+        for expert in np.flatnonzero((near < 0).any(axis=0)):
+            copies = np.flatnonzero(holds[expert]).tolist()
+            without = np.flatnonzero(near[:, expert] < 0).tolist()
+            for place, home in enumerate(without):
+                shares = _fair_shares(copies, len(without), self._draws[home])
+                chosen[home, expert] = shares[place]
         return chosen
+
+
+def _continued(draw: random.Random) -> random.Random:
+    other = random.Random()
+    other.setstate(draw.getstate())
+    return other
 
 
 def _sglang_nearest(holds: BoolArray, ranks_per_node: int) -> IntArray:

@@ -58,7 +58,9 @@ def least_max_load(load: FloatArray, num_ranks: int) -> float:
     """Return the least load that the busiest rank can have, as a lower bound.
 
     One of R ranks has an even share. One has j + 1 of the j R + 1 heaviest experts, at
-    least the lightest j + 1 of them, and also at least the lightest of all.
+    least the lightest j + 1 of them, and also at least the lightest of all. Where each rank
+    has two, the i heaviest are on i ranks or share one, so one of them has an expert no
+    lighter than the i-th lightest beside it.
 
     Parameters
     ----------
@@ -75,7 +77,10 @@ def least_max_load(load: FloatArray, num_ranks: int) -> float:
         + lightest[width - more - 1]
         for more in range(width)
     )
-    return max(float(np.ceil(load.sum() / num_ranks)), *map(float, crowded))
+    folded = (descending + ascending)[:num_ranks] if width == 2 else [0.0]
+    return max(
+        float(np.ceil(load.sum() / num_ranks)), *map(float, crowded), *map(float, folded)
+    )
 
 
 def balance_layer(
@@ -83,16 +88,18 @@ def balance_layer(
 ) -> BalancedLayer:
     """Find an assignment under ``max_load``, or the best balanced one there is.
 
-    Greedy and swaps first. Where they stay above the cap, and arithmetic does not prove
-    them best, CP-SAT minimises the busiest rank's load within a fixed deterministic time,
-    or until the ``deadline``.
+    Greedy and swaps first, then swaps of two experts for two. Where they stay above the
+    cap, and arithmetic does not prove them best, CP-SAT minimises the busiest rank's load
+    within a fixed deterministic time, or until the ``deadline``.
     """
-    ranks = _swap_down(load, greedy_balance(load, num_ranks), num_ranks)
-    reached = float(rank_load(ranks, load, num_ranks).max())
     least = least_max_load(load, num_ranks)
     deadline = deadline or Deadline()
-    if reached <= max(max_load, least) or deadline.passed():
-        return BalancedLayer(expert_rank=ranks, max_load=reached, proved_max_load=least)
+    ranks = greedy_balance(load, num_ranks)
+    for improve in (_swap_down, _swap_pairs_down):
+        ranks = improve(load, ranks, num_ranks)
+        reached = float(rank_load(ranks, load, num_ranks).max())
+        if reached <= max(max_load, least) or deadline.passed():
+            return BalancedLayer(expert_rank=ranks, max_load=reached, proved_max_load=least)
     return _minimise_max_load(load, ranks, num_ranks, least, deadline)
 
 
@@ -225,6 +232,49 @@ def _swap_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:
             return ranks
         one, two = divmod(int(after.argmin()), len(others))
         ranks[mine[one]], ranks[others[two]] = ranks[others[two]], busiest
+
+
+def _swap_pairs_down(load: FloatArray, ranks: IntArray, num_ranks: int) -> IntArray:
+    """Swap two experts for two, so that the busier of two ranks has less, while it helps.
+
+    The busiest rank comes first, with swaps of one; where it cannot change, other ranks
+    do, which may free it. Every rank has equally many experts.
+    """
+    one, two = np.triu_indices(len(load) // num_ranks, k=1)
+    while True:
+        ranks = _swap_down(load, ranks, num_ranks)
+        held = np.argsort(ranks, kind="stable").reshape(num_ranks, -1)
+        total = load[held].sum(axis=1)
+        pairs = load[held[:, one]] + load[held[:, two]]
+        descending = np.argsort(-total, kind="stable")
+        for place, busy in enumerate(descending):
+            found = _best_exchange(total, pairs, busy, descending[place + 1 :])
+            if found is not None:
+                break
+        else:
+            return ranks
+        rank, mine, theirs = found
+        ranks[held[busy, [one[mine], two[mine]]]] = rank
+        ranks[held[rank, [one[theirs], two[theirs]]]] = busy
+
+
+def _best_exchange(
+    total: FloatArray, pairs: FloatArray, busy: int, others: IntArray
+) -> tuple[int, int, int] | None:
+    """Return the rank and the two places in ``pairs`` that lower a busy rank most."""
+    best, found = total[busy], None
+    for rank in others if pairs.size else []:
+        # What comes nearest to half of the difference evens the two ranks best.
+        order = np.argsort(pairs[rank], kind="stable")
+        wanted = pairs[busy] - (total[busy] - total[rank]) / 2
+        right = np.searchsorted(pairs[rank][order], wanted).clip(1, len(order) - 1)
+        for theirs in (order[right - 1], order[right]):
+            shed = pairs[busy] - pairs[rank][theirs]
+            after = np.maximum(total[busy] - shed, total[rank] + shed)
+            mine = int(after.argmin())
+            if after[mine] < best:
+                best, found = after[mine], (int(rank), mine, int(theirs[mine]))
+    return found
 
 
 def _minimise_max_load(

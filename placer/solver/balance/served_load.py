@@ -1,6 +1,5 @@
 """The share of an expert's load that each replica serves, with even homes."""
 
-import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,7 +73,7 @@ class ServedLoad:
         # Nothing is drawn for an expert with one replica, wherever it is.
         key = holds[several].tobytes() + several.tobytes()
         if self._drawn is None or self._drawn[0] != key:
-            draws = copy.deepcopy(draws)
+            draws = draws.fork()
             self._drawn = key, draws.ranks(holds)[:, several], draws
         shares[several] = 0.0
         np.add.at(shares, (several, self._drawn[1]), 1 / self._num_ranks)

@@ -4,7 +4,6 @@ Legend of the shapes: T tokens.
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,9 +38,7 @@ def best_as_drawn(problem: TrafficProblem, placements: Sequence[Placement]) -> P
     homes = [evaluator.first_homes()]
     rows = []
     for layer in range(problem.num_layers):
-        tried = [
-            _drawn(evaluator, layer, one, deepcopy(draws), homes) for one in placements
-        ]
+        tried = [_drawn(evaluator, layer, one, draws.fork(), homes) for one in placements]
         best = tried[0]
         for one in tried[1:]:
             if is_better(one.overflow, one.price, best.overflow, best.price):

@@ -11,11 +11,21 @@ from placer.errors import NoSolutionError
 from placer.placement.topology import Topology
 from placer.run.deadline import Deadline
 from placer.solver.balance import load_caps as balance
-from placer.solver.balance.load_caps import balance_layer, least_max_load, load_caps
+from placer.solver.balance.load_caps import (
+    balance_layer,
+    greedy_balance,
+    least_max_load,
+    load_caps,
+)
 from placer.solver.caps import Caps
 from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 
+GPT_OSS_LAYER_12 = [
+    328, 9534, 343, 12958, 619, 596, 7137, 3121, 2077, 195, 510, 6482,
+    4680, 4039, 8095, 5506, 669, 4519, 2061, 6639, 34, 6975, 606, 9917,
+    12470, 6889, 3396, 517, 6094, 780, 7371, 3083,
+]  # fmt: skip
 LOADS = st.lists(st.integers(0, 50), min_size=6, max_size=6)
 
 
@@ -33,6 +43,38 @@ def least_of_all(load: np.ndarray, num_ranks: int) -> float:
 def test_no_placement_is_below_the_least_load(load: list[int], num_ranks: int) -> None:
     given_load = np.asarray(load, float)
     assert least_max_load(given_load, num_ranks) <= least_of_all(given_load, num_ranks)
+
+
+@settings(max_examples=30, deadline=None)
+@given(load=LOADS)
+def test_two_on_each_rank_reach_the_least_load(load: list[int]) -> None:
+    given_load = np.asarray(load, float)
+    assert least_max_load(given_load, 3) == least_of_all(given_load, 3)
+    found = balance_layer(given_load, 3, max_load=0.0)
+    assert found.max_load == found.proved_max_load == least_of_all(given_load, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(load=st.lists(st.integers(0, 50), min_size=8, max_size=8))
+def test_swaps_of_one_and_two_split_eight_experts_best(load: list[int]) -> None:
+    """Every other split into two halves is one such swap away, but for the ranks' names."""
+    given_load = np.asarray(load, float)
+    splits = itertools.combinations(range(8), 4)
+    halves = [given_load[list(half)].sum() for half in splits]
+    least = min(max(half, given_load.sum() - half) for half in halves)
+    ranks = balance._swap_pairs_down(given_load, greedy_balance(given_load, 2), 2)
+    assert np.bincount(ranks).tolist() == [4, 4]
+    assert np.bincount(ranks, weights=given_load).max() == least
+
+
+def test_ranks_that_wait_are_changed_to_free_the_busiest() -> None:
+    """Loads of a layer of gpt-oss-20b: no swap with the busiest rank lowers its load."""
+    load = np.asarray(GPT_OSS_LAYER_12, float)
+    stuck = balance._swap_down(load, greedy_balance(load, 8), 8)
+    ranks = balance._swap_pairs_down(load, stuck, 8)
+    mean = load.sum() / 8
+    assert np.bincount(stuck, weights=load).max() > 1.015 * mean
+    assert np.bincount(ranks, weights=load).max() < 1.003 * mean
 
 
 @pytest.mark.parametrize(
