@@ -2,19 +2,13 @@
 
 import json
 import shlex
-import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from placer.baseline import BASELINES
-from placer.cli.main import app as main_app
-from placer.cli.main import main
-from placer.cli.simulate import simulate
-from placer.cli.tables import tables
+from placer.cli.main import app, main
 from placer.demo.road import shipped_model
 from placer.errors import PlacerError, UsageError
 from placer.placement import Placement
@@ -23,20 +17,12 @@ from placer.table import Table
 from placer.target.engine import engines_named
 
 QUICK = ("--num-rounds", "0", "--num-sweeps", "1", "--proof", "none")
-
-app = typer.Typer()
-app.command()(simulate)
-app.command()(tables)
+BUILT = "built from the tokens that the plan was solved on"
 
 
 def call(*words):
-    """Run a command. Warnings that pytest takes from stderr are put back there."""
-    with warnings.catch_warnings(record=True) as taken:
-        done = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
-    told = "".join(f"warning: {one.message}\n" for one in taken)
-    return SimpleNamespace(
-        exit_code=done.exit_code, stdout=done.stdout, stderr=done.stderr + told
-    )
+    """Run a command, with what prints warnings and notes: ``InputCommand``."""
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
 
 @pytest.fixture
@@ -52,6 +38,7 @@ def test_the_table_is_built_from_the_plans_own_fold(files):
     plan, trace, table = files
     result = call("tables", plan, trace, "--out", table, "--force")
     assert "token_equal" in result.stdout
+    assert f"\n{BUILT}: --fold 0/2\n" in result.stderr
     assert Table.read(table).provenance["fold"] == "0/2"
     assert Table.read(table).vocab_size == 50
     first = table.read_bytes()
@@ -75,7 +62,7 @@ def test_tables_in_json_hold_the_heldout_figures(files):
 def test_an_inverted_fold_of_all_sequences_but_one_part(files):
     plan, trace, table = files
     result = call("tables", plan, trace, "--out", table, "--force", "--not-fold", "0/3")
-    assert "built from the tokens" not in result.stderr
+    assert BUILT not in result.stderr
     assert "are in the plan's profile" in result.stderr  # with the fold 0/2
     assert Table.read(table).provenance["fold"] == "not 0/3"
 
@@ -218,7 +205,7 @@ def test_copies_that_an_engine_cannot_load_are_refused_as_solve_does(copies, eng
     for words in (["simulate", str(plan), str(trace)], [*solve, "--out", "p"]):
         name = engines_named(engine)[0].name if words[0] == "solve" else engine
         with pytest.raises(UsageError) as error:
-            CliRunner().invoke(main_app, [*words, "--engine", name], catch_exceptions=False)
+            call(*words, "--engine", name)
         refused.append(error.value)
     assert "loads no map" in refused[0].message
     assert refused[0].message == refused[1].message
