@@ -55,7 +55,7 @@ class Placement:
             )
         missing = np.setdiff1d(np.arange(size), row)
         if len(missing):
-            often = np.bincount(row, minlength=size).argmax() if len(row) else 0
+            often = np.bincount(row, minlength=size).argmax()
             slots = np.flatnonzero(row == often).tolist()
             told = f", but slots {slots} all hold expert {often}"
             beside = told if len(slots) > 1 else ""

@@ -54,7 +54,11 @@ TARGETS = {
     "placer.trace.chunk": ["tests/trace/test_chunk.py", "tests/trace/test_trace_files.py"],
     "placer.trace.stored": ["tests/trace/test_stored.py"],
     "placer.serving.layer_serving": ["tests/serving/test_layer_serving.py"],
-    "placer.serving.homes": ["tests/simulation/test_steps.py"],
+    "placer.serving.homes": [
+        "tests/serving/test_layer_serving.py",
+        "tests/serving/test_replica_choice.py",
+        "tests/simulation/test_steps.py",
+    ],
     "placer.placement.placement": ["tests/placement/test_placement.py"],
     "placer.simulation.cost": ["tests/simulation/test_cost.py"],
     "placer.simulation.messages": ["tests/simulation/test_messages.py"],

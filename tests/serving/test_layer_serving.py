@@ -66,6 +66,8 @@ def test_the_best_home_counts_copies_and_keeps_the_preferred_rank_on_a_tie():
 def test_a_majority_tie_goes_to_the_rank_that_the_router_lists_first():
     ranks = columns((2, 1, 1, 2), (3, 1, 1, 0), (5, 4, 3, 2), (1, 0, 0, 0))
     assert majority_rank(ranks).tolist() == [2, 1, 5, 0]
+    # The tie is of ranks 1 and 2: rank 5 stands first, but once.
+    assert majority_rank(columns((5, 1, 2, 1, 2))).tolist() == [1]
 
 
 def test_first_occurrence_marks_each_distinct_rank_once():
@@ -94,6 +96,7 @@ def test_a_byte_holds_256_ranks():
     for num_ranks, dtype in ((256, np.uint8), (257, np.uint16)):
         serving = LayerServing.of(contiguous((num_ranks,), num_ranks), 0)
         assert serving.copy_rank.dtype == serving.choices.dtype == dtype
+        assert fixed_homes(np.array([0, 1]), num_ranks).dtype == dtype
         last = np.array([[num_ranks - 1]])
         assert serving.ranks(last, np.zeros(1, dtype)).tolist() == [[num_ranks - 1]]
 

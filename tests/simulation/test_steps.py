@@ -48,7 +48,7 @@ def messages(exchange, ranks, home, num_ranks, per_node):
     return sent
 
 
-def plain_steps(placement, tokens, batches, policy, exchange):
+def plain_steps(placement, tokens, batches, policy, exchanges):
     """Per layer: batch -> (pairs per rank, active slots per rank, copies by link)."""
     num_ranks, per_node = placement.num_ranks, placement.ranks_per_node
     _, ordinal = np.unique(tokens.sequence_ids, return_inverse=True)
@@ -70,8 +70,8 @@ def plain_steps(placement, tokens, batches, policy, exchange):
                 for expert, rank in zip(chosen[t], served[t], strict=True):
                     pairs[rank] += 1
                     active[rank].add(expert)
-                out = messages(exchange, served[t], homes[t], num_ranks, per_node)
-                back = messages(exchange, served[t], backs[t], num_ranks, per_node)
+                out = messages(exchanges[0], served[t], homes[t], num_ranks, per_node)
+                back = messages(exchanges[1], served[t], backs[t], num_ranks, per_node)
                 for way, pair in [("dispatch", p) for p in out] + [
                     ("combine", p[::-1]) for p in back
                 ]:
@@ -130,24 +130,23 @@ def figures_of(placement, tokens, shape, options) -> BatchFigures:
     return batch_steps(placement, tokens, shape, options).figures()
 
 
+COUNTED = st.sampled_from(["per-expert", "per-rank", "per-node", "all-gather"])
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    problems(),
-    st.sampled_from(["per-expert", "per-rank", "per-node", "all-gather"]),
-    st.sampled_from(["fixed", "follow"]),
-)
-def test_every_copy_is_counted_where_it_is_sent_and_received(problem, exchange, policy):
+@given(problems(), st.tuples(COUNTED, COUNTED), st.sampled_from(["fixed", "follow"]))
+def test_every_copy_is_counted_where_it_is_sent_and_received(problem, exchanges, policy):
     placement, tokens, batches = problem
     steps = layer_steps(
         placement,
         tokens,
         batches,
         policy=policy,
-        exchanges=(exchange, exchange),
+        exchanges=exchanges,
         replica_choice="local-first",
     )
     expected, weight = (
-        plain_steps(placement, tokens, batches, policy, exchange),
+        plain_steps(placement, tokens, batches, policy, exchanges),
         batches.weight,
     )
     for found, layer in zip(steps, expected, strict=True):
@@ -292,6 +291,7 @@ def test_sizes_that_are_no_whole_numbers_are_refused(text):
         parse_tokens_per_rank(text)
     assert "--tokens-per-rank 64,256,4096" in error.value.hint
     assert parse_tokens_per_rank("64, 256") == (64, 256)
+    assert parse_tokens_per_rank(None) == (64, 256, 4096)
 
 
 def test_what_is_not_known_is_refused(make_chunk):
@@ -300,6 +300,8 @@ def test_what_is_not_known_is_refused(make_chunk):
         batch_shapes((64,), "warmup")
     with pytest.raises(UsageError, match="--tokens-per-rank must be positive"):
         batch_shapes((0,))
+    with pytest.raises(UsageError, match="a batch has at least one token"):
+        Batches.of(tokens.sequence_ids, 0)
     with pytest.raises(UsageError, match="policy token cannot be served"):
         options = BatchOptions(policy="token")
         batch_steps(contiguous((8,) * 3, 4), tokens, decode(16), options)

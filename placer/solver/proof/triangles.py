@@ -53,7 +53,10 @@ class _Triples:
     price: Float32Array
 
     def move(self, relaxed: Relaxation, step: float) -> None:
-        """Raise the prices of what is violated, lower those of what is slack."""
+        """Raise the prices of what is violated, lower those of what is slack.
+
+        With z_ii = 1, a triple that holds an expert twice is never violated.
+        """
         i, j, k = self.layers
         one, two, three = self.signs
         excess = one * _held(relaxed, i, j)[:, :, None] + two * _held(relaxed, j, k)
@@ -61,15 +64,6 @@ class _Triples:
         excess -= np.float32(self.most)
         self.price += np.float32(step) * excess
         np.maximum(self.price, 0, out=self.price)
-        # An expert with itself is no pair.
-        if i == j:
-            self.price[np.arange(len(self.price)), np.arange(len(self.price))] = 0
-        if j == k:
-            ends = np.arange(self.price.shape[2])
-            self.price[:, ends, ends] = 0
-        if i == k:
-            ends = np.arange(len(self.price))
-            self.price[ends, :, ends] = 0
 
     def pay(self, weight: Mapping[Block, FloatArray], unit: float) -> float:
         """Move ``weight`` by the prices, in units, and return what they are worth."""

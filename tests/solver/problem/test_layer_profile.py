@@ -56,12 +56,12 @@ def test_experts_that_nobody_uses_have_no_rows(merged: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "top_k"), [(1, 1), (60, 4), (128, 8), (256, 8), (257, 8)]
+    ("num_experts", "top_k"), [(1, 1), (60, 4), (128, 8), (256, 8), (257, 8), (8192, 5)]
 )
 def test_merged_rows_ascend_and_are_exact_up_to_any_number_of_experts(
     num_experts: int, top_k: int
 ) -> None:
-    """8 of 256 experts fill the 64 bits of a number; more are merged as rows."""
+    """8 of 256 experts fill the 64 bits of a number; what takes 65 is merged as rows."""
     rng = np.random.default_rng(0)
     few = np.sort(rng.permuted(np.tile(np.arange(num_experts), (40, 1)), axis=1)[:, :top_k])
     few[0] = np.arange(num_experts)[-top_k:]  # the largest row
