@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -74,11 +74,11 @@ class Affinity:
     model: ModelSpec
     num_tokens: int
     load: tuple[IntArray, ...]
-    transition: tuple[IntArray, ...]
-    coactivation: tuple[IntArray, ...]
-    token_expert: tuple[SparseCounts, ...] | None
-    sequence_expert: tuple[SparseCounts, ...] | None
-    provenance: Mapping[str, Any]
+    transition: tuple[IntArray, ...] = ()
+    coactivation: tuple[IntArray, ...] = ()
+    token_expert: tuple[SparseCounts, ...] | None = None
+    sequence_expert: tuple[SparseCounts, ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = self.model.num_experts

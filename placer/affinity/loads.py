@@ -108,10 +108,6 @@ def import_loads(
         model=spec,
         num_tokens=int(max(counts.sum() for counts in load)) // max(spec.top_k, 1),
         load=load,
-        transition=(),
-        coactivation=(),
-        token_expert=None,
-        sequence_expert=None,
         provenance={
             "placer": __version__,
             "source": source,

@@ -211,9 +211,6 @@ def test_loads_and_links_do_not_add_up(tmp_path: Path, model: Path) -> None:
         load=alone.load,
         transition=(np.zeros((4, 4), dtype=np.int64),),
         coactivation=(np.zeros((4, 4), dtype=np.int64),) * 2,
-        token_expert=None,
-        sequence_expert=None,
-        provenance={},
     )
     assert alone.add(alone).load[0].tolist() == [2, 4, 6, 8]
     with pytest.raises(PlacerError, match="the other only loads"):

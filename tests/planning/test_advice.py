@@ -362,10 +362,7 @@ def test_loads_alone_name_router_groups(
     """What keeping them whole costs, or that more nodes than groups must split them."""
     model = ModelSpec(num_experts=(12,), top_k=2, n_group=4, topk_group=1)
     loads = np.array([40, 40, 40, *[10] * 9]) * 100
-    counts = Affinity(
-        model=model, num_tokens=10_500, load=(loads,), coactivation=(), transition=(),
-        token_expert=None, sequence_expert=None, provenance={},
-    )  # fmt: skip
+    counts = Affinity(model=model, num_tokens=10_500, load=(loads,))
     counts.write(tmp_path / "grouped.aff")
     words = ["advise", str(tmp_path / "grouped.aff"), "--nodes", str(nodes)]
     assert run([*words, "--gpus-per-node", "2" if nodes == 2 else "1"]) == 0
@@ -381,10 +378,8 @@ def hot_loads(tmp_path: Path) -> Path:
     """Eight experts on eight ranks: without replicas all placements are as uneven."""
     loads = np.array([600, 560, 120, 120, 20, 10, 10, 10]) * 1000
     counts = Affinity(
-        model=ModelSpec(num_experts=(8,), top_k=2), num_tokens=725_000, load=(loads,),
-        coactivation=(), transition=(), token_expert=None, sequence_expert=None,
-        provenance={},
-    )  # fmt: skip
+        model=ModelSpec(num_experts=(8,), top_k=2), num_tokens=725_000, load=(loads,)
+    )
     counts.write(tmp_path / "hot.aff")
     return tmp_path / "hot.aff"
 

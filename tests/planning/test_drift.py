@@ -161,11 +161,6 @@ def counted(load: list[int]) -> Affinity:
         model=MODEL,
         num_tokens=sum(load) // 2,
         load=(np.asarray(load, dtype=np.int64),),
-        transition=(),
-        coactivation=(),
-        token_expert=None,
-        sequence_expert=None,
-        provenance={},
     )
 
 

@@ -75,9 +75,6 @@ def affinity_of(
         load=tuple(np.array(one, dtype=np.int64) for one in load),
         transition=tuple(np.array(one, dtype=np.int64) for one in transition),
         coactivation=tuple(np.array(one, dtype=np.int64) for one in coactivation),
-        token_expert=None,
-        sequence_expert=None,
-        provenance={},
     )
 
 

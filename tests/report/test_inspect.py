@@ -235,11 +235,6 @@ def test_the_busiest_rank_is_explained(
         model=model,
         num_tokens=60,
         load=(counts,) * model.num_layers,
-        transition=(),
-        coactivation=(),
-        token_expert=None,
-        sequence_expert=None,
-        provenance={},
     ).write(tmp_path / "counts")
     found = inspected(capsys, plan, tmp_path / "counts")
     assert inspected(capsys, plan, "--load", tmp_path / "counts") == found

@@ -105,11 +105,6 @@ def test_counts_for_ktransformers(model: Path, tmp_path: Path) -> None:
         model=ModelSpec.from_checkpoint(model),
         num_tokens=1,
         load=load,
-        transition=(),
-        coactivation=(),
-        token_expert=None,
-        sequence_expert=None,
-        provenance={},
     )
     counts.write(tmp_path / "counts")
     words = ["export", "ktransformers", str(tmp_path / "counts"), str(model), "--out"]

@@ -173,8 +173,6 @@ def _between_groups(
         load=tuple(counts.reshape(n_group, -1).sum(axis=1) for counts in affinity.load),
         transition=tuple(_by_group(counts, n_group) for counts in affinity.transition),
         coactivation=tuple(within),
-        token_expert=None,
-        sequence_expert=None,
         provenance={},
     )
     return placement_problem(grouped_affinity, policy, between_blocks, caps)

@@ -95,11 +95,6 @@ def loads_alone(load: list[int]) -> Affinity:
         model=ModelSpec(num_experts=(len(load),), top_k=1),
         num_tokens=sum(load),
         load=(np.asarray(load, dtype=np.int64),),
-        transition=(),
-        coactivation=(),
-        token_expert=None,
-        sequence_expert=None,
-        provenance={},
     )
 
 
