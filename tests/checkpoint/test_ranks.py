@@ -36,6 +36,17 @@ def plan(model: Path, write_plan: WritePlan) -> Path:
     return write_plan(ModelSpec.from_checkpoint(model), placement)
 
 
+@pytest.fixture
+def tiny_ranks(
+    tiny_model: Path, write_plan: WritePlan, tmp_path: Path
+) -> tuple[Path, Path]:
+    """The plan of one small model, and a directory for each of its four ranks."""
+    placement = Placement.from_json(ROWS, (8, 8), num_ranks=4, num_nodes=2)
+    plan = write_plan(ModelSpec.from_checkpoint(tiny_model), placement)
+    prepare_ranks(plan, tiny_model, experts_only=False).write(tmp_path / "out")
+    return plan, tmp_path / "out"
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors, found by the index, as any loader of sharded checkpoints finds them."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -201,12 +212,9 @@ def edits(value: object, name: str = "") -> Iterator[tuple[str, object]]:
 
 
 def test_verify_finds_every_change_of_placement_json(
-    tiny_model: Path, write_plan: WritePlan, tmp_path: Path
+    tiny_model: Path, tiny_ranks: tuple[Path, Path]
 ) -> None:
-    placement = Placement.from_json(ROWS, (8, 8), num_ranks=4, num_nodes=2)
-    plan = write_plan(ModelSpec.from_checkpoint(tiny_model), placement)
-    out = tmp_path / "out"
-    prepare_ranks(plan, tiny_model, experts_only=False).write(out)
+    plan, out = tiny_ranks
     path = out / "rank-00001" / "placement.json"
     text = path.read_text()
     accepted, tried = [], 0
@@ -225,13 +233,10 @@ def test_verify_finds_every_change_of_placement_json(
 
 
 def test_verify_finds_every_flipped_bit_of_a_rank(
-    tiny_model: Path, write_plan: WritePlan, tmp_path: Path
+    tiny_model: Path, tiny_ranks: tuple[Path, Path]
 ) -> None:
     """Of weights and their headers, the index, the config and the tokenizer alike."""
-    placement = Placement.from_json(ROWS, (8, 8), num_ranks=4, num_nodes=2)
-    plan = write_plan(ModelSpec.from_checkpoint(tiny_model), placement)
-    out = tmp_path / "out"
-    prepare_ranks(plan, tiny_model, experts_only=False).write(out)
+    plan, out = tiny_ranks
     rng = random.Random(0)
     accepted = []
     for path in sorted((out / "rank-00002").iterdir()):

@@ -1,4 +1,4 @@
-"""Random problems that are small enough to try every placement."""
+"""Random problems that are small enough to try every placement, and what links cost."""
 
 import functools
 import itertools
@@ -11,6 +11,18 @@ from placer.solver.problem.pairs import PlacementProblem
 
 ONE_NODE = {ranks: Topology(gpus_per_node=ranks) for ranks in (2, 3, 4)}
 TWO_NODES = Topology(num_nodes=2, gpus_per_node=2, inter_cost=5, intra_cost=2)
+
+
+def cost_between(topology: Topology, one: int, two: int) -> int:
+    """Return the cost of a copy from one rank to another; 0 to itself."""
+    if topology.cost is not None:
+        return topology.cost[one][two]
+    if one == two:
+        return 0
+    if topology.num_nodes == 1:
+        return 1
+    same = one // topology.gpus_per_node == two // topology.gpus_per_node
+    return topology.intra_cost if same else topology.inter_cost
 
 
 def random_problem(

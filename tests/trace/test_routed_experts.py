@@ -60,8 +60,15 @@ def write(path: Path, *responses: Any) -> Path:
     return path
 
 
-def check(trace: Path, expected: list[np.ndarray]) -> None:
-    tokens = Trace(trace).read()
+def told(read: Any, path: Path, model: Path) -> tuple[Chunk, list[str]]:
+    """Import, and return the tokens and what the user was told."""
+    remarks: list[str] = []
+    options = ImportOptions(model_directory=model, warn=remarks.append)
+    import_file(read, "x", path, path.with_suffix(".trace"), options)
+    return Trace(path.with_suffix(".trace")).read(), remarks
+
+
+def check(tokens: Chunk, expected: list[np.ndarray]) -> None:
     experts = np.concatenate(expected)
     assert [ids.tolist() for ids in tokens.experts] == [
         experts[:, layer].tolist() for layer in (1, 3)
@@ -76,14 +83,8 @@ def check(trace: Path, expected: list[np.ndarray]) -> None:
 def test_sglang_responses(tiny_model: Path, tmp_path: Path) -> None:
     given = [routed(0), routed(1)]
     path = write(tmp_path / "a.jsonl", *(sglang_response(one) for one in given))
-    import_file(
-        read_sglang_routed,
-        "sglang-routed",
-        path,
-        tmp_path / "t",
-        ImportOptions(model_directory=tiny_model),
-    )
-    check(tmp_path / "t", given)
+    tokens, _ = told(read_sglang_routed, path, tiny_model)
+    check(tokens, given)
 
 
 def test_sglang_openai_responses_without_ids(tiny_model: Path, tmp_path: Path) -> None:
@@ -91,14 +92,7 @@ def test_sglang_openai_responses_without_ids(tiny_model: Path, tmp_path: Path) -
     usage = {"prompt_tokens": 2, "completion_tokens": 3}
     response = {"sglext": {"routed_experts": raw}, "usage": usage}
     path = write(tmp_path / "a.jsonl", response)
-    import_file(
-        read_sglang_routed,
-        "sglang-routed",
-        path,
-        tmp_path / "t",
-        ImportOptions(model_directory=tiny_model),
-    )
-    tokens = Trace(tmp_path / "t").read()
+    tokens, _ = told(read_sglang_routed, path, tiny_model)
     assert tokens.token_ids is None
     assert tokens.phase.tolist() == [0, 0, 1, 1]
 
@@ -106,27 +100,14 @@ def test_sglang_openai_responses_without_ids(tiny_model: Path, tmp_path: Path) -
 def test_vllm_responses_with_two_choices(tiny_model: Path, tmp_path: Path) -> None:
     given = [routed(0), routed(1), routed(2)]
     path = write(tmp_path / "a.jsonl", vllm_response(*given[:2]), vllm_response(given[2]))
-    import_file(
-        read_vllm_routed,
-        "vllm-routed",
-        path,
-        tmp_path / "t",
-        ImportOptions(model_directory=tiny_model),
-    )
-    check(tmp_path / "t", given)
+    tokens, _ = told(read_vllm_routed, path, tiny_model)
+    check(tokens, given)
 
 
 def test_rows_missing_at_the_start_were_cached(tiny_model: Path, tmp_path: Path) -> None:
     """Prefix-cached tokens were never recomputed: positions go on after them."""
     path = write(tmp_path / "a.jsonl", vllm_response(routed(0)[2:]))
-    import_file(
-        read_vllm_routed,
-        "vllm-routed",
-        path,
-        tmp_path / "t",
-        ImportOptions(model_directory=tiny_model),
-    )
-    tokens = Trace(tmp_path / "t").read()
+    tokens, _ = told(read_vllm_routed, path, tiny_model)
     assert tokens.positions.tolist() == [2, 3]
     assert tokens.token_ids.tolist() == [7, 8]
     assert tokens.phase.tolist() == [0, 1]
@@ -142,16 +123,15 @@ def test_experts_of_the_prompt_may_be_kept_apart(
     response = vllm_response(*(one[3:] for one in given))
     whole = vllm_response(given[0][:3])["choices"][0]["routed_experts"]
     response["prompt_routed_experts"] = whole
-    options = ImportOptions(model_directory=tiny_model)
     path = write(tmp_path / "a.jsonl", response)
-    import_file(read_vllm_routed, "x", path, tmp_path / "t", options)
-    check(tmp_path / "t", given)
+    tokens, _ = told(read_vllm_routed, path, tiny_model)
+    check(tokens, given)
     response["prompt_routed_experts"] = vllm_response(routed(0)[:3, :3])["choices"][0][
         "routed_experts"
     ]
     path = write(tmp_path / "b.jsonl", response)
     with pytest.raises(PlacerError, match="prompt_routed_experts has shape"):
-        import_file(read_vllm_routed, "x", path, tmp_path / "u", options)
+        told(read_vllm_routed, path, tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +146,8 @@ def test_responses_are_found_under_any_key(
     wrapped: Any, tiny_model: Path, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a.jsonl", wrapped(sglang_response(routed(0))))
-    options = ImportOptions(model_directory=tiny_model)
-    import_file(read_sglang_routed, "x", path, tmp_path / "t", options)
-    check(tmp_path / "t", [routed(0)])
+    tokens, _ = told(read_sglang_routed, path, tiny_model)
+    check(tokens, [routed(0)])
 
 
 @pytest.mark.parametrize("read", [read_sglang_routed, read_vllm_routed])
@@ -183,17 +162,15 @@ def test_experts_may_be_bytes_with_type_and_shape(
     response["choices"][0]["routed_experts"] = written
     if read is read_sglang_routed:
         response = sglang_response(given, routed_experts=written)
-    options = ImportOptions(model_directory=tiny_model)
-    import_file(read, "x", write(tmp_path / "a.jsonl", response), tmp_path / "t", options)
-    check(tmp_path / "t", [given])
+    tokens, _ = told(read, write(tmp_path / "a.jsonl", response), tiny_model)
+    check(tokens, [given])
 
 
 def test_rows_of_an_output_are_never_missing(tiny_model: Path, tmp_path: Path) -> None:
     """Layers before tokens would else be taken for the last tokens of an output."""
     path = write(tmp_path / "a.jsonl", vllm_response(routed(0)[:0]))
-    options = ImportOptions(model_directory=tiny_model)
     with pytest.raises(PlacerError, match="0 rows of experts for 3 tokens of a prompt"):
-        import_file(read_vllm_routed, "x", path, tmp_path / "t", options)
+        told(read_vllm_routed, path, tiny_model)
 
 
 def test_several_documents_over_many_lines_are_answered_with_jq(
@@ -201,9 +178,8 @@ def test_several_documents_over_many_lines_are_answered_with_jq(
 ) -> None:
     text = json.dumps(vllm_response(routed(0)), indent=1)
     (tmp_path / "a.json").write_text(f"{text}\n{text}\n")
-    options = ImportOptions(model_directory=tiny_model)
     with pytest.raises(PlacerError, match="line 1 is not valid JSON") as caught:
-        import_file(read_vllm_routed, "x", tmp_path / "a.json", tmp_path / "t", options)
+        told(read_vllm_routed, tmp_path / "a.json", tiny_model)
     assert "jq -c ." in caught.value.hint
 
 
@@ -211,14 +187,6 @@ IDS = {
     "token_ids": [8, 9],
     "prompt_token_ids": [5, 6, 7],
 }
-
-
-def told(read: Any, path: Path, model: Path) -> tuple[Chunk, list[str]]:
-    """Import, and return the tokens and what the user was told."""
-    remarks: list[str] = []
-    options = ImportOptions(model_directory=model, warn=remarks.append)
-    import_file(read, "x", path, path.with_suffix(".trace"), options)
-    return Trace(path.with_suffix(".trace")).read(), remarks
 
 
 def vllm_batch(rows: list[int], prompts: list[int], output: int) -> Any:
@@ -339,8 +307,8 @@ def test_sglang_choices_with_experts_of_their_own(tiny_model: Path, tmp_path: Pa
         choices.append({"index": n, **IDS, "sgl_ext": {"routed_experts": raw}})
     usage = {"prompt_tokens": 3, "completion_tokens": 4}
     path = write(tmp_path / "a.jsonl", {"choices": choices, "usage": usage})
-    _, remarks = told(read_sglang_routed, path, tiny_model)
-    check(path.with_suffix(".trace"), [routed(0), routed(1)])
+    tokens, remarks = told(read_sglang_routed, path, tiny_model)
+    check(tokens, [routed(0), routed(1)])
     assert not remarks
 
 
@@ -353,8 +321,8 @@ def test_lists_of_responses(tiny_model: Path, tmp_path: Path, layout: str) -> No
     else:
         text = json.dumps(responses, indent=None if layout == "one list" else 2)
         path.write_text(f"\n{text}" if layout == "blank line" else text)
-    told(read_sglang_routed, path, tiny_model)
-    check(path.with_suffix(".trace"), [routed(0), routed(1)])
+    tokens, _ = told(read_sglang_routed, path, tiny_model)
+    check(tokens, [routed(0), routed(1)])
 
 
 @pytest.mark.parametrize(
@@ -424,15 +392,9 @@ def test_responses_that_lie_are_refused(
 ) -> None:
     path = write(tmp_path / "a.jsonl", response)
     with pytest.raises(PlacerError, match=match) as caught:
-        import_file(
-            read_vllm_routed,
-            "vllm-routed",
-            path,
-            tmp_path / "t",
-            ImportOptions(model_directory=tiny_model),
-        )
+        told(read_vllm_routed, path, tiny_model)
     assert caught.value.hint
-    assert not (tmp_path / "t").exists()
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_dense_layers_need_the_model(tmp_path: Path, tiny_model: Path) -> None:
@@ -448,13 +410,7 @@ def test_dense_layers_need_the_model(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(
         PlacerError, match="18 ids do not divide into rows of 4 hidden layers"
     ):
-        import_file(
-            read_sglang_routed,
-            "sglang-routed",
-            path,
-            tmp_path / "t",
-            ImportOptions(model_directory=tiny_model),
-        )
+        told(read_sglang_routed, path, tiny_model)
 
 
 def as_lists(response: dict[str, Any], experts: np.ndarray) -> dict[str, Any]:
@@ -489,8 +445,8 @@ def test_responses_that_somebody_wrote_down(
             del response["usage"]
     path = write(tmp_path / "x.jsonl", *responses)
     read = read_vllm_routed if engine == "vllm" else read_sglang_routed
-    import_file(read, "x", path, tmp_path / "t", ImportOptions(model_directory=tiny_model))
-    check(tmp_path / "t", experts)
+    tokens, _ = told(read, path, tiny_model)
+    check(tokens, experts)
 
 
 def as_stream(*chunks: dict[str, Any]) -> str:
@@ -535,9 +491,8 @@ def test_streams_are_put_together(
     else:
         text = "".join(as_stream(*chunks) for chunks in parts)
     (tmp_path / "log").write_text(text)
-    options = ImportOptions(model_directory=tiny_model)
-    import_file(read, "x", tmp_path / "log", tmp_path / "t", options)
-    check(tmp_path / "t", given)
+    tokens, _ = told(read, tmp_path / "log", tiny_model)
+    check(tokens, given)
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
@@ -556,12 +511,10 @@ def test_experts_of_sglangs_openai_stream(
     ]
     last = {"id": "x", "choices": [], "sglext": {"routed_experts": experts}}
     (tmp_path / "log").write_text(as_stream(*ids, last))
-    options = ImportOptions(model_directory=tiny_model)
-    import_file(read_sglang_routed, "x", tmp_path / "log", tmp_path / "t", options)
+    tokens, _ = told(read_sglang_routed, tmp_path / "log", tiny_model)
     if num_choices == 1:
-        check(tmp_path / "t", [routed(0)])
+        check(tokens, [routed(0)])
     else:
-        tokens = Trace(tmp_path / "t").read()
         assert len(tokens.positions) == 4
         assert (tokens.token_ids, tokens.phase) == (None, None)
 
@@ -571,10 +524,9 @@ def test_streams_that_are_cut_are_refused(
     line: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "log").write_text(as_stream(*vllm_chunks(routed(0), "x")) + line + "\n")
-    options = ImportOptions(model_directory=tiny_model)
     with pytest.raises(PlacerError, match=r"line \d+ is"):
-        import_file(read_vllm_routed, "x", tmp_path / "log", tmp_path / "t", options)
-    assert not (tmp_path / "t").exists()
+        told(read_vllm_routed, tmp_path / "log", tiny_model)
+    assert [*tmp_path.iterdir()] == [tmp_path / "log"]
 
 
 def test_lists_that_hold_no_numbers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -601,13 +553,7 @@ def test_pickles_inside_are_never_loaded(tiny_model: Path, tmp_path: Path) -> No
     text = base64.b64encode(content.getvalue()).decode()
     path = write(tmp_path / "a.jsonl", vllm_response(choices=[{"routed_experts": text}]))
     with pytest.raises(PlacerError, match="pickled objects, which placer never loads"):
-        import_file(
-            read_vllm_routed,
-            "vllm-routed",
-            path,
-            tmp_path / "t",
-            ImportOptions(model_directory=tiny_model),
-        )
+        told(read_vllm_routed, path, tiny_model)
 
 
 def test_exflow_arrays_become_blocks_of_top_1(tmp_path: Path) -> None:

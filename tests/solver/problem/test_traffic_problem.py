@@ -11,6 +11,7 @@ from placer.placement.topology import Topology
 from placer.solver.caps import Caps
 from placer.solver.problem.traffic import TrafficProblem, copy_prices, sample_sequences
 from placer.trace import Chunk
+from tests.solver.enumeration import cost_between
 
 LINKS = ((0, 1, 5, 6), (1, 0, 7, 8), (5, 7, 0, 2), (6, 8, 2, 0))
 TOPOLOGIES = [
@@ -19,17 +20,6 @@ TOPOLOGIES = [
     Topology(num_nodes=3, gpus_per_node=2, inter_cost=7, intra_cost=3),
     Topology(num_nodes=2, gpus_per_node=2, cost=LINKS),
 ]
-
-
-def cost_between(topology: Topology, one: int, two: int) -> int:
-    if topology.cost is not None:
-        return topology.cost[one][two]
-    if one == two:
-        return 0
-    if topology.num_nodes == 1:
-        return 1
-    same = one // topology.gpus_per_node == two // topology.gpus_per_node
-    return topology.intra_cost if same else topology.inter_cost
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,13 @@ from placer.solver.proof.copies import CopiesCertificate, token_sets
 from placer.solver.search.copies_cost import CopiesCost, ReceiveLimit
 from placer.solver.search.dynamic import solve_exactly
 from placer.trace import EVERYTHING, Chunk
-from tests.solver.enumeration import ONE_NODE, TWO_NODES, every_placement, least_max_load
+from tests.solver.enumeration import (
+    ONE_NODE,
+    TWO_NODES,
+    cost_between,
+    every_placement,
+    least_max_load,
+)
 
 
 def problem_of(chunk: Chunk, sizes: tuple[int, ...], topology: Topology, cap: float):
@@ -49,16 +56,8 @@ def follow_tokens(
     chunk: Chunk, placement: tuple[np.ndarray, ...], policy: Policy, topology: Topology
 ) -> float:
     """R times the cost of all copies; before the first layer, all homes are as likely."""
-
-    def cost(one: int, two: int) -> int:
-        if one == two:
-            return 0
-        if topology.num_nodes == 1:
-            return 1
-        same = one // topology.gpus_per_node == two // topology.gpus_per_node
-        return topology.intra_cost if same else topology.inter_cost
-
     num_ranks = topology.num_ranks
+    cost = partial(cost_between, topology)
     total = 0.0
     for token in range(chunk.num_tokens):
         homes = list(range(num_ranks))
