@@ -23,7 +23,7 @@ from placer.solver.goal import Goal
 from placer.solver.options import SolveOptions
 from placer.solver.partition.improved import improved
 from placer.solver.partition.layer import LayerProof
-from placer.solver.partition.layers import Wholes
+from placer.solver.partition.layers import PinsAndGroups
 from placer.solver.problem.layer_profile import layer_tokens
 from placer.solver.problem.pairs import placement_problem
 from placer.solver.problem.traffic import TrafficProblem
@@ -151,7 +151,7 @@ def prove_plan(
         raise UsageError(f"{trace.directory} has no token of {selection.options}")
     options = _options(plan, max_imbalance)
     found = _found(plan, trace, selection, options, session)
-    best, proofs = improved(found, tokens, _wholes(plan, found), options, session)
+    best, proofs = improved(found, tokens, _pins_and_groups(plan, found), options, session)
     reached, best_reached = found.evaluate(), best.evaluate()
     rounds = options.params.full_proof[1]
     deadline = session.deadline
@@ -231,10 +231,10 @@ def _found(
     )
 
 
-def _wholes(plan: Plan, found: Found) -> Wholes:
+def _pins_and_groups(plan: Plan, found: Found) -> PinsAndGroups:
     preserves = bool(plan.provenance.get("preserve_groups"))
     kind = found.traffic.kind
-    return Wholes(
+    return PinsAndGroups(
         n_group=plan.model.n_group if preserves else 1,
         pinned=None if kind is None else tuple(one < 0 for one in kind),
     )

@@ -16,7 +16,7 @@ from placer.placement.solver_report import SolverReport
 from placer.run.session import Session
 from placer.solver.balance.replicas import require_room
 from placer.solver.options import SolveOptions
-from placer.solver.partition.improved import improved, wholes_of
+from placer.solver.partition.improved import improved, pins_and_groups_of
 from placer.solver.proof.reports import content_report, copies_report, pair_report
 from placer.solver.search.first_placement import Profile, first_placement, profiled
 from placer.solver.search.minimise import minimised
@@ -136,8 +136,8 @@ def _by_copies(
 ) -> _Solved:
     """Minimise the copies of the judged tokens; refuse caps that are missed."""
     found, content = minimised(profile, judged, options, session)
-    wholes = wholes_of(found, profile.affinity.model.n_group, options)
-    found, proofs = improved(found, judged, wholes, options, session)
+    kept = pins_and_groups_of(found, profile.affinity.model.n_group, options)
+    found, proofs = improved(found, judged, kept, options, session)
     placement, stopped = found.placement, session.deadline.stopped
     reached = found.evaluate() if content is None else content
     above_eplb: dict[int, float] = {}

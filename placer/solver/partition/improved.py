@@ -12,7 +12,7 @@ from placer.solver.partition.layer import LayerProof
 from placer.solver.partition.layers import (
     FULL_COLUMNS,
     QUICK_COLUMNS,
-    Wholes,
+    PinsAndGroups,
     prove_layers,
     with_best_sets,
 )
@@ -24,7 +24,11 @@ from placer.trace import Chunk
 
 
 def improved(
-    found: Found, judged: Chunk, wholes: Wholes, options: SolveOptions, session: Session
+    found: Found,
+    judged: Chunk,
+    kept: PinsAndGroups,
+    options: SolveOptions,
+    session: Session,
 ) -> tuple[Found, list[LayerProof | None]]:
     """Return what was found with the best layers of the set partition, and its proofs.
 
@@ -38,8 +42,8 @@ def improved(
         Where the search ended.
     judged
         The tokens that judge it.
-    wholes
-        Pins and router groups (:func:`wholes_of`).
+    kept
+        Pins and router groups (:func:`pins_and_groups_of`).
     options, session
         What is solved for, and when to stop.
     """
@@ -56,7 +60,7 @@ def improved(
             found.placement,
             found.problem,
             found.traffic,
-            wholes,
+            kept,
             FULL_COLUMNS if full else QUICK_COLUMNS,
             lambda: not deadline.passed(),
         ):
@@ -66,7 +70,7 @@ def improved(
     proofs += [None] * (len(tokens) - len(proofs))
     if options.goal.policy != "fixed" or options.goal.counted != "per-rank":
         return found, proofs
-    best = with_best_sets(found.placement, proofs, wholes)
+    best = with_best_sets(found.placement, proofs, kept)
     takes = evaluate(found.traffic, best).better_layers(before)
     rows = zip(
         takes,
@@ -87,11 +91,11 @@ def _is_partition(found: Found, options: SolveOptions) -> bool:
     return counts and options.proof != "none" and not found.optimal
 
 
-def wholes_of(found: Found, n_group: int, options: SolveOptions) -> Wholes:
+def pins_and_groups_of(found: Found, n_group: int, options: SolveOptions) -> PinsAndGroups:
     """Return the pins and router groups that a solve keeps, of a model's ``n_group``."""
     kind = found.traffic.kind
     pinned = kind if options.start.pins and kind is not None else None
-    return Wholes(
+    return PinsAndGroups(
         n_group=n_group if options.start.preserve_groups else 1,
         pinned=None if pinned is None else tuple(one < 0 for one in pinned),
     )

@@ -28,7 +28,7 @@ _ROUNDING = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Wholes:
+class PinsAndGroups:
     """Experts that must stay together, or on their ranks.
 
     Attributes
@@ -89,7 +89,7 @@ def prove_layers(
     placement: Placement,
     problem: PlacementProblem,
     traffic: TrafficProblem,
-    wholes: Wholes,
+    kept: PinsAndGroups,
     most_columns: int,
     goes_on: Callable[[], bool],
 ) -> Iterator[LayerProof | None]:
@@ -103,7 +103,7 @@ def prove_layers(
         Where the search ended. What it holds is allowed, above a cap or not.
     problem, traffic
         The caps on load and on received copies.
-    wholes
+    kept
         Pins and router groups.
     most_columns
         Layers with more sets of experts are left out: ``None``.
@@ -117,7 +117,7 @@ def prove_layers(
         if size < 2 or problem.num_ranks < 2 or not few or not goes_on():
             yield None
             continue
-        one = _layer_of(layer, own, placement, problem, traffic, wholes)
+        one = _layer_of(layer, own, placement, problem, traffic, kept)
         yield prove_layer(one.columns(), one.sets, one.cost(), goes_on)
 
 
@@ -127,7 +127,7 @@ def _layer_of(
     placement: Placement,
     problem: PlacementProblem,
     traffic: TrafficProblem,
-    wholes: Wholes,
+    kept: PinsAndGroups,
 ) -> _Layer:
     num_ranks, size = problem.num_ranks, problem.slots_per_rank(layer)
     row = placement.physical_to_logical_map[layer]
@@ -140,8 +140,8 @@ def _layer_of(
         least_load=int(load.sum()) - (num_ranks - 1) * most_load,
         most_load=most_load,
         most_cost=max(_most_cost(traffic), int(cost.max())),
-        together=tuple(wholes.together(layer, ranks, size)),
-        apart=wholes.labels(layer, ranks, size),
+        together=tuple(kept.together(layer, ranks, size)),
+        apart=kept.labels(layer, ranks, size),
     )
     return _Layer(tokens=tokens, load=load, limits=limits, sets=sets)
 
@@ -156,7 +156,7 @@ def _most_cost(traffic: TrafficProblem) -> int:
 
 
 def with_best_sets(
-    placement: Placement, proofs: Sequence[LayerProof | None], wholes: Wholes
+    placement: Placement, proofs: Sequence[LayerProof | None], kept: PinsAndGroups
 ) -> Placement:
     """Return the placement of the best sets, each on the rank that holds most of it."""
     rows = []
@@ -167,7 +167,7 @@ def with_best_sets(
             rows.append(row)
             continue
         before = placement.expert_rank(layer)
-        labels = wholes.labels(layer, before, proof.sets.shape[1])
+        labels = kept.labels(layer, before, proof.sets.shape[1])
         order = _on_ranks(proof.sets, before, labels)
         rows.append(np.sort(proof.sets[order], axis=1).ravel())
     return replace(placement, physical_to_logical_map=tuple(rows))
