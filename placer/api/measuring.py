@@ -17,7 +17,7 @@ from placer.report.links import Links as TraceLinks
 from placer.report.links import links_of
 from placer.report.trace_verdicts import verdict_of_learning, verdict_of_links
 from placer.run.session import Session
-from placer.solver.caps import Caps
+from placer.solver.caps import MAX_IMBALANCE, Caps
 from placer.solver.goal import NOT_SOLVED, Goal
 from placer.solver.options import SolveOptions
 from placer.trace.doubts import UNORDERED
@@ -142,7 +142,7 @@ def learning(
     gpus_per_node: int,
     nodes: int = 1,
     policy: str = "fixed",
-    max_imbalance: float = 1.10,
+    max_imbalance: float = MAX_IMBALANCE,
     tokens: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -171,11 +171,11 @@ def learning(
         "gpus_per_node": gpus_per_node,
         "nodes": None if nodes == 1 else nodes,
         "policy": None if policy == "fixed" else policy,
-        "max_imbalance": None if max_imbalance == 1.10 else max_imbalance,
+        "max_imbalance": None if max_imbalance == MAX_IMBALANCE else max_imbalance,
         "seed": seed or None,
         **given,
         # A small part may put the cap out of reach, so the curve relaxes it too.
-        "relax_cap": max_imbalance != 1.10,
+        "relax_cap": max_imbalance != MAX_IMBALANCE,
         **half,
         "out": Path("plan.json"),
     }

@@ -25,6 +25,7 @@ from placer.model import ModelSpec
 from placer.run.devices import CPU
 from placer.run.parallel import BACKENDS, Backend
 from placer.run.verdict import Verdict
+from placer.solver.caps import MAX_IMBALANCE
 from placer.trace import Fold
 from placer.trace import Trace as TraceDirectory
 from placer.trace.dedup import KINDS, Repetition, dedup_trace
@@ -254,7 +255,7 @@ class Trace(Shown):
         gpus_per_node: int,
         nodes: int = 1,
         policy: str = "fixed",
-        max_imbalance: float = 1.10,
+        max_imbalance: float = MAX_IMBALANCE,
         tokens: Sequence[int] | None = None,
         seed: int = 0,
         progress: Callable[[str], None] | None = None,

@@ -17,7 +17,7 @@ from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import simulate
 from placer.table.build import DEFAULT_SHRINKAGE, build_table
-from placer.table.calibration import calibrated, fit_calibration
+from placer.table.calibration import Calibration, calibrated, fit_calibration
 from placer.table.embeddings import CheckpointEmbeddings
 from placer.table.hash_routing import TokenExperts, read_token_experts
 from placer.table.table import Table
@@ -131,26 +131,12 @@ def make_table(
         fold or own.fold, own.phase if phase is None else parse_phase(phase)
     )
     tokens = trace.read(profile)
-    model = trace.model if trace.model.bound else plan.model
-    token_experts: TokenExperts = {}
-    tokenizer, assumed = trace.tokenizer_sha256, None
-    if options.embeddings is not None:
-        checkpoint = ModelSpec.from_checkpoint(options.embeddings)
-        require_same_model(model, "the trace", checkpoint, str(options.embeddings))
-        token_experts = read_token_experts(options.embeddings, checkpoint)
-        own_tokenizer = tokenizer_of(options.embeddings)
-        assumed = require_same_tokenizer(
-            tokenizer, str(trace.directory), own_tokenizer, str(options.embeddings)
-        )
-        tokenizer = tokenizer or own_tokenizer
-        if not model.bound:
-            model = checkpoint
-    layer_ids = layer_ids_of(plan, model)
-    vocab_size = model.vocab_size or _largest_id(tokens) + 1
+    known = _known_of_tokens(plan, trace, options.embeddings)
+    layer_ids = layer_ids_of(plan, known.model)
     build = partial(
         build_table,
         plan.placement,
-        vocab_size=vocab_size,
+        vocab_size=known.model.vocab_size or _largest_id(tokens) + 1,
         lookback=options.lookback,
         shrinkage=options.shrinkage,
         with_combined=options.with_combined,
@@ -164,33 +150,25 @@ def make_table(
         embeddings=None
         if options.embeddings is None
         else CheckpointEmbeddings(options.embeddings),
-        token_experts=token_experts,
+        token_experts=known.token_experts,
     )
-    exact_layers = tuple(sorted(token_experts))
+    exact_layers = tuple(sorted(known.token_experts))
     # Without the embedding: what is measured is the error of counts.
     calibration = fit_calibration(plan.placement, tokens, build, choice, layer_ids)
     if calibration is not None:
         table = calibrated(table, calibration, exact_layers)
     table = dataclasses.replace(
         table,
-        model=model,
+        model=known.model,
         plan_sha256=plan_sha256(plan_path),
         trace_sha256=trace.sha256,
-        tokenizer_sha256=tokenizer,
-        provenance={
-            "placer": __version__,
-            **profile.to_json(),
-            "shrinkage": options.shrinkage,
-            "max_home_imbalance": options.max_home_imbalance,
-            "unseen_ids": "prior" if options.embeddings is None else "regression",
-            "exact_layers": list(exact_layers),
-            "calibration": None if calibration is None else dataclasses.asdict(calibration),
-        },
+        tokenizer_sha256=known.tokenizer_sha256,
+        provenance=_provenance(profile, options, exact_layers, calibration),
     )
     heldout = _heldout(trace, profile)
     warnings = (
         warning,
-        assumed,
+        known.warning,
         unknown_dense_layers(plan.placement, choice, layer_ids),
         _seen_by_plan(plan, trace, heldout),
     )
@@ -210,6 +188,65 @@ def make_table(
         ),
         warnings=tuple(one for one in warnings if one is not None),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KnownOfTokens:
+    """What is known of the model and its token ids.
+
+    Attributes
+    ----------
+    model
+        Of the trace, the plan or the checkpoint: the first that is bound.
+    token_experts
+        By hash-routed layer, the experts of every token id.
+    tokenizer_sha256
+        Of the trace, or else of the checkpoint.
+    warning
+        A warning where only one of the two says which tokenizer it has.
+    """
+
+    model: ModelSpec
+    token_experts: TokenExperts
+    tokenizer_sha256: str | None
+    warning: str | None
+
+
+def _known_of_tokens(plan: Plan, trace: Trace, embeddings: Path | None) -> _KnownOfTokens:
+    model = trace.model if trace.model.bound else plan.model
+    tokenizer = trace.tokenizer_sha256
+    if embeddings is None:
+        return _KnownOfTokens(
+            model=model, token_experts={}, tokenizer_sha256=tokenizer, warning=None
+        )
+    checkpoint = ModelSpec.from_checkpoint(embeddings)
+    require_same_model(model, "the trace", checkpoint, str(embeddings))
+    token_experts = read_token_experts(embeddings, checkpoint)
+    own = tokenizer_of(embeddings)
+    warning = require_same_tokenizer(tokenizer, str(trace.directory), own, str(embeddings))
+    return _KnownOfTokens(
+        model=model if model.bound else checkpoint,
+        token_experts=token_experts,
+        tokenizer_sha256=tokenizer or own,
+        warning=warning,
+    )
+
+
+def _provenance(
+    profile: Selection,
+    options: TableOptions,
+    exact_layers: tuple[int, ...],
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    return {
+        "placer": __version__,
+        **profile.to_json(),
+        "shrinkage": options.shrinkage,
+        "max_home_imbalance": options.max_home_imbalance,
+        "unseen_ids": "prior" if options.embeddings is None else "regression",
+        "exact_layers": list(exact_layers),
+        "calibration": None if calibration is None else dataclasses.asdict(calibration),
+    }
 
 
 def _heldout(trace: Trace, profile: Selection) -> Chunk | None:

@@ -1,5 +1,7 @@
 """Reports of a frontier, a simulation, a learning curve, an engine's map and a record."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from placer.checkpoint.record import ExportRecord
@@ -185,13 +187,6 @@ def _frontier_chart(frontier: Frontier) -> Chart:
 
 def _learning(learning: Learning) -> Summary:
     points = learning.points
-    last = points[-1]
-    near = next(
-        p
-        for p in points
-        if p.ratio <= last.ratio + _NEAR
-        and p.load_imbalance_mean <= last.load_imbalance_mean + _NEAR
-    )
     section = Section(
         title="plans from growing parts of the profile",
         columns=(
@@ -214,6 +209,47 @@ def _learning(learning: Learning) -> Summary:
             for p in points
         ),
     )
+    return Summary(
+        kind="learning curve",
+        headline=_learning_headline(points),
+        facts={"num_points": len(points)},
+        sections=(section,),
+        charts=(_learning_chart(points),),
+    )
+
+
+def _learning_headline(points: Sequence[LearningPoint]) -> Headline:
+    last = points[-1]
+    near = next(
+        p
+        for p in points
+        if p.ratio <= last.ratio + _NEAR
+        and p.load_imbalance_mean <= last.load_imbalance_mean + _NEAR
+    )
+    return Headline(
+        verdict=_learning_verdict(near, last),
+        tiles=(
+            Tile(
+                title="Tokens solved on" if near is last else "Tokens that suffice",
+                unit="tokens",
+                after=near.num_tokens,
+            ),
+            Tile(
+                title="Copies sent",
+                unit="of contiguous, held out",
+                before=1.0,
+                after=last.ratio,
+            ),
+            Tile(
+                title="Busiest rank",
+                unit="times the mean load, held out",
+                after=last.load_imbalance_mean,
+            ),
+        ),
+    )
+
+
+def _learning_chart(points: Sequence[LearningPoint]) -> Chart:
     panels = tuple(
         (
             title,
@@ -238,43 +274,15 @@ def _learning(learning: Learning) -> Summary:
             ("experts that the last plan puts elsewhere", "moved", None),
         )
     )
-    return Summary(
-        kind="learning curve",
-        headline=Headline(
-            verdict=_learning_verdict(near, last),
-            tiles=(
-                Tile(
-                    title="Tokens solved on" if near is last else "Tokens that suffice",
-                    unit="tokens",
-                    after=near.num_tokens,
-                ),
-                Tile(
-                    title="Copies sent",
-                    unit="of contiguous, held out",
-                    before=1.0,
-                    after=last.ratio,
-                ),
-                Tile(
-                    title="Busiest rank",
-                    unit="times the mean load, held out",
-                    after=last.load_imbalance_mean,
-                ),
-            ),
-        ),
-        facts={"num_points": len(points)},
-        sections=(section,),
-        charts=(
-            Chart(
-                name="learning",
-                title="Learning curve",
-                reading="Where a curve is flat, more tokens do not change the plan.",
-                unit="copies, times the contiguous placement's; load, times the mean; "
-                "share of the experts",
-                baseline="the contiguous placement on the same held-out sequences; the "
-                "plan from most tokens",
-                panels=panels,
-            ),
-        ),
+    return Chart(
+        name="learning",
+        title="Learning curve",
+        reading="Where a curve is flat, more tokens do not change the plan.",
+        unit="copies, times the contiguous placement's; load, times the mean; share of the "
+        "experts",
+        baseline="the contiguous placement on the same held-out sequences; the plan from "
+        "most tokens",
+        panels=panels,
     )
 
 

@@ -134,22 +134,12 @@ def build_table(
     _require_options(lookback, shrinkage, placement.num_ranks)
     ids = require_ids(tokens, vocab_size)
     token_experts = token_experts or {}
-    for table in token_experts.values():
-        if len(table) != vocab_size:
-            raise PlacerError(
-                f"the checkpoint has experts for {len(table)} token ids, but the "
-                f"vocabulary has {vocab_size}",
-                "give the checkpoint that the trace was recorded from: --embeddings MODEL",
-            )
+    _require_vocabulary(token_experts, vocab_size)
     require_same_routing(token_experts, tokens)
-    seen, row = np.unique(ids[ids >= 0], return_inverse=True)
-    token_row = np.full(len(ids), -1, dtype=np.int64)
-    token_row[ids >= 0] = row
-    vocab_row = np.full(vocab_size, len(seen), dtype=np.int64)
-    vocab_row[seen] = np.arange(len(seen))
+    seen, token_row, vocab_row = _rows_of_ids(ids, vocab_size)
     regression = None
     if embeddings is not None:
-        times = np.bincount(row)
+        times = np.bincount(token_row[token_row >= 0])
         weight = times / (times + shrinkage)
         regression = EmbeddingRegression.of(embeddings, vocab_size, seen, weight)
     builder = _Builder(
@@ -215,6 +205,29 @@ def build_table(
         else None,
         combined=combined.rule() if with_combined else None,
     )
+
+
+def _require_vocabulary(token_experts: TokenExperts, vocab_size: int) -> None:
+    for table in token_experts.values():
+        if len(table) != vocab_size:
+            raise PlacerError(
+                f"the checkpoint has experts for {len(table)} token ids, but the "
+                f"vocabulary has {vocab_size}",
+                "give the checkpoint that the trace was recorded from: --embeddings MODEL",
+            )
+
+
+def _rows_of_ids(ids: IntArray, vocab_size: int) -> tuple[IntArray, IntArray, IntArray]:
+    """Return the ids seen, and the row of each token and of each id of the vocabulary.
+
+    A token of unknown id has row -1, an id never seen the row after the last.
+    """
+    seen, row = np.unique(ids[ids >= 0], return_inverse=True)
+    token_row = np.full(len(ids), -1, dtype=np.int64)
+    token_row[ids >= 0] = row
+    vocab_row = np.full(vocab_size, len(seen), dtype=np.int64)
+    vocab_row[seen] = np.arange(len(seen))
+    return seen, token_row, vocab_row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
