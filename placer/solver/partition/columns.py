@@ -68,8 +68,8 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Prices:
-    """Prices of a layer's experts and cuts, in parts of ``SCALE`` of a copy.
+class DualPrices:
+    """Dual prices of a layer's experts and cuts, in parts of ``SCALE`` of a copy.
 
     A cut says of three experts that at most one chosen set has two of them (subset-row
     inequalities: Jepsen, Petersen, Spoorendonk and Pisinger 2008). Any prices prove
@@ -125,7 +125,7 @@ class Columns:
     num_experts: int
     limits: Limits
 
-    def reduced_costs(self, prices: Prices) -> IntArray:
+    def reduced_costs(self, prices: DualPrices) -> IntArray:
         """Return ``[K]``: SCALE x cost, less the prices of what a column holds."""
         reduced = np.empty(len(self.cost), dtype=np.int64)
         fill_reduced_costs(

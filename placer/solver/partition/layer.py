@@ -15,7 +15,7 @@ import numpy as np
 
 from placer.arrays import IntArray
 from placer.solver.kernels.columns import search_partitions
-from placer.solver.partition.columns import SCALE, Columns, Limits, Prices
+from placer.solver.partition.columns import SCALE, Columns, DualPrices, Limits
 from placer.solver.partition.master import Master
 
 METHOD = "set partition of the experts over the ranks"
@@ -55,7 +55,7 @@ class LayerProof:
     bound: int
     cost: int
     sets: IntArray
-    prices: Prices
+    prices: DualPrices
     limits: Limits
     num_columns: int
     searched: bool
@@ -73,11 +73,11 @@ class _Layer:
         self.columns = columns
         self.sets, self.cost = sets, int(cost.sum())
         self.num_ranks = len(sets)
-        self.prices = Prices(experts=np.zeros(columns.num_experts, dtype=np.int64))
+        self.prices = DualPrices(experts=np.zeros(columns.num_experts, dtype=np.int64))
         self.base = self._base(self.prices, columns.reduced_costs(self.prices))
         self.searched: int | None = None
 
-    def _base(self, prices: Prices, reduced: IntArray) -> int:
+    def _base(self, prices: DualPrices, reduced: IntArray) -> int:
         return prices.total + self.num_ranks * int(reduced.min())
 
     @property
@@ -86,7 +86,7 @@ class _Layer:
         by_prices = -(-self.base // SCALE)
         return max(by_prices, self.searched or 0)
 
-    def learn(self, prices: Prices, reduced: IntArray) -> None:
+    def learn(self, prices: DualPrices, reduced: IntArray) -> None:
         """Keep prices that prove more."""
         base = self._base(prices, reduced)
         if base > self.base:

@@ -7,7 +7,7 @@ import numpy as np
 
 from placer.arrays import FloatArray, Int16Array, IntArray
 from placer.solver.kernels.columns import fill_triples
-from placer.solver.partition.columns import SCALE, Prices
+from placer.solver.partition.columns import SCALE, DualPrices
 
 if TYPE_CHECKING:
     from ortools.linear_solver import pywraplp
@@ -33,7 +33,7 @@ class Solution:
         ``[K, C]`` columns that it uses, ``[K]`` their costs and how much of each.
     """
 
-    prices: Prices
+    prices: DualPrices
     experts: Int16Array
     cost: IntArray
     value: FloatArray
@@ -89,7 +89,7 @@ class Master:
             return None
         value = np.array([one.solution_value() for one in self._variables])
         used = np.flatnonzero(value > _NOTHING)
-        prices = Prices(
+        prices = DualPrices(
             experts=_rounded(self._rows),
             cuts=np.array(self._cuts, dtype=np.int64).reshape(-1, 3),
             cut_prices=np.minimum(_rounded(self._cut_rows), 0),

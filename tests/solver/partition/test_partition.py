@@ -10,8 +10,8 @@ from placer.solver.partition import layer as layer_module
 from placer.solver.partition.columns import (
     SCALE,
     Columns,
+    DualPrices,
     Limits,
-    Prices,
     all_columns,
     cost_of_sets,
 )
@@ -137,18 +137,18 @@ def test_router_groups_stay_whole() -> None:
     assert (alone.experts[:, 0] // 4 == alone.experts[:, 1] // 4).all()
 
 
-def random_prices(case: Case, rng: np.random.Generator) -> Prices:
+def random_prices(case: Case, rng: np.random.Generator) -> DualPrices:
     """Prices of experts of either sign, and of cuts that are not above 0."""
     num_experts = len(case.load)
     cuts = np.array([rng.permutation(num_experts)[:3] for _ in range(70)])
-    return Prices(
+    return DualPrices(
         experts=rng.integers(-5 * SCALE, 20 * SCALE, num_experts),
         cuts=cuts,
         cut_prices=-rng.integers(0, SCALE, len(cuts)),
     )
 
 
-def base_of(case: Case, columns: Columns, prices: Prices) -> int:
+def base_of(case: Case, columns: Columns, prices: DualPrices) -> int:
     least = int(columns.reduced_costs(prices).min())
     return prices.total + case.num_ranks * least
 
