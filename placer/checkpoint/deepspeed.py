@@ -21,7 +21,7 @@ import numpy as np
 
 from placer.arrays import IntArray
 from placer.checkpoint.deepspeed_record import DeepspeedRecord
-from placer.checkpoint.permuted_rows import rows_without_copies
+from placer.checkpoint.permuted_rows import rows_without_replicas
 from placer.checkpoint.source import (
     RECORD_NAME,
     FileState,
@@ -192,7 +192,7 @@ def export_deepspeed(plan_path: Path, directory: Path, out: Path) -> DeepspeedRe
             f"restore it first: placer export deepspeed {directory} --inverse "
             "--out ORIGINAL",
         )
-    rows = rows_without_copies(plan)
+    rows = rows_without_replicas(plan)
     with _written(source, rows, out) as (partial, num_gates):
         names = [source.name_of(path) for path in source.files]
         record = DeepspeedRecord.of(

@@ -12,7 +12,7 @@ from placer.runtime_map.engine_family import known_families, solve_again
 from placer.target.map_formats import MAPS
 
 
-def rows_without_copies(plan: Plan) -> tuple[IntArray, ...]:
+def rows_without_replicas(plan: Plan) -> tuple[IntArray, ...]:
     """Return the permutation of each layer: new expert p is old expert ``row[p]``.
 
     Raises
@@ -23,7 +23,7 @@ def rows_without_copies(plan: Plan) -> tuple[IntArray, ...]:
     try:
         return tuple(map(plan.placement.permutation, range(plan.placement.num_layers)))
     except PlacerError as error:
-        again = solve_again(plan, num_copies=0)
+        again = solve_again(plan, redundant_experts=0)
         raise PlacerError(error.message, f"solve again without them: {again}") from error
 
 
@@ -46,7 +46,7 @@ def permuted_rows(
         engine of the plan reads one of this model.
     """
     try:
-        rows = rows_without_copies(plan)
+        rows = rows_without_replicas(plan)
         require_whole_groups(model, rows)
     except PlacerError as error:
         hint = error.hint

@@ -15,7 +15,7 @@ def plan_of(
     """Return a plan with a row for every MoE layer of its model.
 
     Engines do not record all layers, so a trace may have only some, and a plan too. The
-    experts of the others stay in order, over and over where there are copies.
+    experts of the others stay in order, over and over where there are replicas.
 
     Parameters
     ----------
@@ -49,9 +49,9 @@ def plan_of(
 def _on_all_layers(plan: Plan, model: ModelSpec) -> Plan:
     placed = plan.placement.physical_to_logical_map
     own = dict(zip(plan.model.layer_ids or (), placed, strict=True))
-    copies = plan.placement.redundant_experts
+    redundant = plan.placement.redundant_experts
     rows = tuple(
-        own[layer] if layer in own else np.arange(size + copies) % size
+        own[layer] if layer in own else np.arange(size + redundant) % size
         for layer, size in zip(model.layer_ids or (), model.num_experts, strict=True)
     )
     placement = replace(

@@ -96,13 +96,13 @@ def _require_possible(placement: Placement, pins: Sequence[Pin]) -> None:
             )
         row = placement.physical_to_logical_map[pin.layer]
         same = {other for other in pins if other.layer == pin.layer}
-        copies = int((row == pin.expert).sum())
+        replicas = int((row == pin.expert).sum())
         wanted = sum(other.expert == pin.expert for other in same)
-        if wanted > copies:
+        if wanted > replicas:
             raise UsageError(
                 f"--pin {pin}: expert {pin.expert} is pinned to {wanted} ranks, but its "
-                f"number of slots is {copies}",
-                f"drop {wanted - copies} of its pins, or add --redundant-experts",
+                f"number of slots is {replicas}",
+                f"drop {wanted - replicas} of its pins, or add --redundant-experts",
             )
         width = len(row) // num_ranks
         if (on_rank := sum(other.rank == pin.rank for other in same)) > width:

@@ -100,7 +100,7 @@ class Placement:
     def filler_row(self) -> IntArray:
         """Return ``[P]``: the slots that a map gives to a layer that is not placed.
 
-        Experts in order, over and over: no rank has two copies of one.
+        Experts in order, over and over: no rank has two replicas of one.
         """
         num_slots = len(self.physical_to_logical_map[0])
         return np.arange(num_slots) % self.num_experts[0]

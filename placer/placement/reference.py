@@ -18,7 +18,7 @@ def contiguous(
 ) -> Placement:
     """Place expert e of a layer on rank ``e // (E / R)``: what engines do by default.
 
-    Without copies; but where the experts do not divide over the ranks, slot p of E + X
+    Without replicas; but where the experts do not divide over the ranks, slot p of E + X
     holds expert ``p % E``, as SGLang and vLLM begin with redundant experts
     (``srt/eplb/expert_location.py``, ``distributed/eplb/eplb_state.py``).
 

@@ -190,14 +190,14 @@ class _Layer:
         most_cost = max(most_cost, int(self.cost_of(self.sets).max()))
         if stated.most_load < most_load or stated.most_cost < most_cost:
             return "its limits are tighter than the caps of the plan"
-        together, apart = self._whole()
+        together, apart = self._pins_and_groups()
         if any(tuple(one) not in together for one in stated.together):
             return "it keeps experts together that the plan may part"
         if stated.apart and stated.apart != apart:
             return "it keeps experts apart that the plan may join"
         return None
 
-    def _whole(self) -> tuple[set[tuple[int, ...]], list[int] | None]:
+    def _pins_and_groups(self) -> tuple[set[tuple[int, ...]], list[int] | None]:
         """Return what pins and router groups keep together, and the labels kept apart."""
         num_experts, size = len(self.load), self.sets.shape[1]
         pins = [

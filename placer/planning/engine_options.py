@@ -11,7 +11,7 @@ from placer.errors import PlacerError, UsageError, one_of
 from placer.model import ModelSpec, read_config
 from placer.placement import Placement, Plan, SolverReport
 from placer.placement.topology import Topology
-from placer.runtime_map.engine_family import known_families, without_copies
+from placer.runtime_map.engine_family import known_families, without_replicas
 from placer.solver.balance.router_groups import are_whole, limits_nodes, most_nodes
 from placer.solver.goal import NOT_SOLVED, Objective
 from placer.target.engine import (
@@ -196,7 +196,7 @@ def require_loadable(
         )
     if redundant_experts != 0:
         raise UsageError(
-            f"{none}, so none could be served", without_copies(engine.name, *ranks)
+            f"{none}, so none could be served", without_replicas(engine.name, *ranks)
         )
     notes = []
     if engine.map_format != "checkpoint":
@@ -325,10 +325,10 @@ def _fitting_ways(engine: Engine, topology: Topology, redundant: int | None) -> 
 
     def command(name: str, nodes: int, ranks_per_node: int) -> str:
         number = "auto" if redundant is None else redundant
-        copies = "" if redundant == 0 else f" --redundant-experts {number}"
+        extra = "" if redundant == 0 else f" --redundant-experts {number}"
         return (
             f"placer solve TRACE --engine {name} --nodes {nodes} --gpus-per-node "
-            f"{ranks_per_node}{copies} --out PLAN"
+            f"{ranks_per_node}{extra} --out PLAN"
         )
 
     family = engines_named(engine.family)

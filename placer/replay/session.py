@@ -329,7 +329,7 @@ class _Seen:
 
 
 class _Slots:
-    """The slot that serves a logical expert, ``local-first`` where there are copies."""
+    """The slot that serves a logical expert, ``local-first`` where there are replicas."""
 
     def __init__(self, placement: Placement, layer: int) -> None:
         self.serving = LayerServing.of(placement, layer)

@@ -44,7 +44,7 @@ class Deployment:
         The runtime map, or ``None`` where the checkpoint itself is permuted.
     num_ranks, num_nodes
         Of the plan.
-    num_copies
+    redundant_experts
         Redundant experts per layer.
     exchange
         What the plan lowers, or ``None`` where it lowers nothing that is sent.
@@ -56,7 +56,7 @@ class Deployment:
     map: str | None = None
     num_ranks: int
     num_nodes: int
-    num_copies: int = 0
+    redundant_experts: int = 0
     exchange: Exchange | None = None
     replica_choice: ReplicaChoice | None = None
 
@@ -74,7 +74,7 @@ class Deployment:
             map=map_path,
             num_ranks=placement.num_ranks,
             num_nodes=placement.num_nodes,
-            num_copies=placement.redundant_experts,
+            redundant_experts=placement.redundant_experts,
             exchange=exchange,
             replica_choice=plan.recorded_choice if placement.has_replicas else None,
         )
@@ -96,7 +96,7 @@ class Deployment:
         holds = {
             "map": self.map is not None,
             "checkpoint": self.map is None,
-            "copies": self.num_copies > 0,
+            "redundant": self.redundant_experts > 0,
             "nodes": self.num_nodes > 1,
             "rack": self.num_ranks // self.num_nodes > _GPUS_OF_A_HOST,
         }
@@ -121,7 +121,7 @@ class Deployment:
             "ranks": self.num_ranks,
             "nodes": self.num_nodes,
             "ranks_per_node": self.num_ranks // self.num_nodes,
-            "copies": self.num_copies,
+            "redundant_experts": self.redundant_experts,
         }
         return _PLACE.sub(lambda found: str(values[found[1]]), text)
 
@@ -361,7 +361,7 @@ def other_choices(plan: "Plan", engines: Sequence[Engine | None]) -> Iterator[st
 
 
 def solve_again(
-    plan: "Plan", engine: str | None = None, *, num_copies: int | None = None
+    plan: "Plan", engine: str | None = None, *, redundant_experts: int | None = None
 ) -> str:
     """Return the command that solves a plan again, on its ranks and tokens.
 
@@ -371,7 +371,7 @@ def solve_again(
         The plan.
     engine
         Name of another engine; ``None`` for the plan's own.
-    num_copies
+    redundant_experts
         Redundant experts per layer; ``None`` for as many as the plan has.
     """
     placed, told = plan.placement, plan.provenance
@@ -379,15 +379,16 @@ def solve_again(
     name = engine or (None if plan.engine is None else plan.engine.name)
     served_by = "" if name is None else f" --engine {name}"
     tokens = "" if from_counts else Selection.from_json(told).options
-    copies = placed.redundant_experts if num_copies is None else num_copies
+    if redundant_experts is None:
+        redundant_experts = placed.redundant_experts
     return (
         f"placer solve {'AFFINITY' if from_counts else 'TRACE'}{served_by} --nodes "
         f"{placed.num_nodes} --gpus-per-node {placed.ranks_per_node} "
-        f"--redundant-experts {copies}{tokens and ' '}{tokens} --out NEW"
+        f"--redundant-experts {redundant_experts}{tokens and ' '}{tokens} --out NEW"
     )
 
 
-def without_copies(engine: str, num_nodes: int, ranks_per_node: int) -> str:
+def without_replicas(engine: str, num_nodes: int, ranks_per_node: int) -> str:
     """Return the command that solves without redundant experts, on these ranks."""
     return (
         f"placer solve TRACE --engine {engine} --redundant-experts 0 --nodes {num_nodes} "

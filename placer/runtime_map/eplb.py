@@ -1,10 +1,11 @@
 """EPLB: the three arrays that DeepSeek's ``rebalance_experts`` returns.
 
 ``phy2log`` [L, P], the expert in each slot; ``log2phy`` [L, E, X], the slots of each expert
-in ascending order, padded with -1 up to X, the most copies that any has; ``logcnt`` [L, E],
-how many copies it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``). The
-last two follow from ``phy2log``, so a file may hold only that one. Import reads any integer
-type. vLLM has other names for the same arrays (``vllm/distributed/eplb/eplb_state.py``).
+in ascending order, padded with -1 up to X, the most replicas that any has; ``logcnt`` [L,
+E], how many replicas it has. All int64 (https://github.com/deepseek-ai/EPLB, ``eplb.py``).
+The last two follow from ``phy2log``, so a file may hold only that one. Import reads any
+integer type. vLLM has other names for the same arrays
+(``vllm/distributed/eplb/eplb_state.py``).
 """
 
 from pathlib import Path

@@ -145,7 +145,7 @@ def _model_of(parsed: ParsedMap) -> ModelSpec:
 
 
 def _drawn(name: str) -> str | None:
-    """Return how the engine of a format draws copies, if that is known."""
+    """Return how the engine of a format draws replicas, if that is known."""
     family = known_families().get(RUNTIMES[name].family or "")
     if family is None or family.default is None:
         return None

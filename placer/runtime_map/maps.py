@@ -198,7 +198,7 @@ def _ignored(runtime: Runtime, source: MapSource) -> str | None:
     if not source.placement.has_replicas:
         return f"{reason}: serve a permuted checkpoint, {source.checkpoint_command()}"
     engine = family.default if source.plan.engine is None else source.plan.engine.name
-    again = solve_again(source.plan, engine, num_copies=0)
+    again = solve_again(source.plan, engine, redundant_experts=0)
     return f"{reason}: {again}, then serve a permuted checkpoint, " + (
         source.checkpoint_command("NEW")
     )

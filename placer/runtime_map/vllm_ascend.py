@@ -3,7 +3,7 @@
 Facts from ``vllm_ascend/eplb/core/eplb_utils.py`` and ``ascend_config.py``: layers and
 devices are read by their place in the lists, never by ``layer_id`` or ``device_id``; all
 devices of a layer list the same number of experts; the redundancy is what is listed beyond
-the experts. A second copy on one device would hide the first. Numbers may be the model's
+the experts. A second replica on one device would hide the first. Numbers may be the model's
 own, but must rise: where they contradict the places, what was meant is unknown.
 """
 

@@ -1,7 +1,7 @@
 """Which rank serves each (token, expert) pair of a layer.
 
 Without replicas there is nothing to choose. With replicas, the replica choice says which
-copies may serve a pair from a home; equal ones take turns. Here is ``local-first``, the
+replicas may serve a pair from a home; equal ones take turns. Here is ``local-first``, the
 other choices are in :mod:`placer.serving.replica_choice`.
 """
 
@@ -18,8 +18,8 @@ from placer.placement.placement import Placement
 # [k, T] of ranks, or [T] of ranks: the dtype of rank_dtype.
 RankArray = npt.NDArray[Any]
 
-# From a placement, [E, C] ranks of copies and whether there is such a copy, to [R, E, C]:
-# the copies that may serve a pair (home, expert).
+# From a placement, [E, C] ranks of replicas and whether there is such a replica, to
+# [R, E, C]: the replicas that may serve a pair (home, expert).
 Allow = Callable[[Placement, RankArray, BoolArray], BoolArray]
 
 
@@ -49,9 +49,9 @@ class LayerServing:
     ----------
     holds
         ``[E, R]``: whether a rank has a replica of an expert.
-    copy_rank
+    replica_rank
         ``[E, C]``: the ranks of an expert's replicas, ascending, the last one repeated.
-    num_copies
+    num_replicas
         ``[E]`` int64: replicas of each expert; C is the largest.
     choices
         ``[R, E, at most C]``: the ranks among which a pair (home, expert) takes turns,
@@ -61,8 +61,8 @@ class LayerServing:
     """
 
     holds: BoolArray
-    copy_rank: RankArray
-    num_copies: IntArray
+    replica_rank: RankArray
+    num_replicas: IntArray
     choices: RankArray
     num_choices: IntArray
 
@@ -70,20 +70,20 @@ class LayerServing:
     def of(cls, placement: Placement, layer: int, allow: Allow | None = None) -> Self:
         """Build the tables of one layer of a placement.
 
-        ``allow`` says which copies may serve; without it, ``local-first``.
+        ``allow`` says which replicas may serve; without it, ``local-first``.
         """
         holds = placement.holds(layer)
-        num_copies = holds.sum(axis=1)
+        num_replicas = holds.sum(axis=1)
         every = np.broadcast_to(np.arange(placement.num_ranks), holds.shape)
-        copy_rank = _listed(every, holds)
-        exists = np.arange(copy_rank.shape[1]) < num_copies[:, None]
-        allowed = (allow or local_first)(placement, copy_rank, exists)
-        choices = _listed(np.broadcast_to(copy_rank, allowed.shape), allowed)
+        replica_rank = _listed(every, holds)
+        exists = np.arange(replica_rank.shape[1]) < num_replicas[:, None]
+        allowed = (allow or local_first)(placement, replica_rank, exists)
+        choices = _listed(np.broadcast_to(replica_rank, allowed.shape), allowed)
         dtype = rank_dtype(placement.num_ranks - 1)
         return cls(
             holds=holds,
-            copy_rank=copy_rank.astype(dtype),
-            num_copies=num_copies,
+            replica_rank=replica_rank.astype(dtype),
+            num_replicas=num_replicas,
             choices=choices.astype(dtype),
             num_choices=allowed.sum(axis=2),
         )
@@ -91,7 +91,7 @@ class LayerServing:
     @property
     def has_replicas(self) -> bool:
         """Whether an expert has more than one replica."""
-        return bool(self.copy_rank.shape[1] > 1)
+        return bool(self.replica_rank.shape[1] > 1)
 
     def ranks(
         self, experts: npt.NDArray[Any], home: RankArray, turn: IntArray | None = None
@@ -114,14 +114,14 @@ class LayerServing:
             ``[k, T]`` ranks.
         """
         if not self.has_replicas:
-            only: RankArray = np.take(self.copy_rank[:, 0], experts)
+            only: RankArray = np.take(self.replica_rank[:, 0], experts)
             return only
-        num_experts, num_copies = self.choices.shape[1:]
+        num_experts, num_replicas = self.choices.shape[1:]
         turn = np.arange(experts.shape[1]) if turn is None else turn
         taken: RankArray = np.empty(experts.shape, dtype=self.choices.dtype)
         for part in blocks(experts.shape[1]):
             pair = home[part].astype(np.int64) * num_experts + experts[:, part]
-            place = pair * num_copies + turn[part] % np.take(self.num_choices, pair)
+            place = pair * num_replicas + turn[part] % np.take(self.num_choices, pair)
             taken[:, part] = np.take(self.choices, place)
         return taken
 
@@ -172,29 +172,31 @@ class LayerServing:
         Returns
         -------
         ndarray
-            ``[G, R]`` int64. With replicas, a pair counts for each rank with a copy.
+            ``[G, R]`` int64. With replicas, a pair counts for each rank with a replica.
         """
         num_ranks = self.holds.shape[1]
         counted = group >= 0
         base, chosen = group[counted] * num_ranks, experts[:, counted]
         total = np.zeros(num_groups * num_ranks, dtype=np.int64)
-        for copy in range(self.copy_rank.shape[1]):
-            cell = base + np.take(self.copy_rank[:, copy], chosen)
-            if copy:
-                cell = cell[np.take(self.num_copies, chosen) > copy]
+        for replica in range(self.replica_rank.shape[1]):
+            cell = base + np.take(self.replica_rank[:, replica], chosen)
+            if replica:
+                cell = cell[np.take(self.num_replicas, chosen) > replica]
             total += np.bincount(cell.ravel(), minlength=len(total))
         return total.reshape(num_groups, num_ranks)
 
 
-def local_first(placement: Placement, copy_rank: RankArray, exists: BoolArray) -> BoolArray:
+def local_first(
+    placement: Placement, replica_rank: RankArray, exists: BoolArray
+) -> BoolArray:
     """Allow the replica at home, else those on the home's node, else all.
 
     Parameters
     ----------
     placement
         The topology.
-    copy_rank, exists
-        ``[E, C]``: the rank of each copy, and whether there is one.
+    replica_rank, exists
+        ``[E, C]``: the rank of each replica, and whether there is one.
 
     Returns
     -------
@@ -202,9 +204,9 @@ def local_first(placement: Placement, copy_rank: RankArray, exists: BoolArray) -
         ``[R, E, C]`` bool.
     """
     home = np.arange(placement.num_ranks)[:, None, None]
-    node, home_node = (r // placement.ranks_per_node for r in (copy_rank, home))
+    node, home_node = (r // placement.ranks_per_node for r in (replica_rank, home))
     allowed = np.broadcast_to(exists, (placement.num_ranks, *exists.shape))
-    for nearer in (allowed & (node == home_node), allowed & (copy_rank == home)):
+    for nearer in (allowed & (node == home_node), allowed & (replica_rank == home)):
         allowed = np.where(nearer.any(axis=2, keepdims=True), nearer, allowed)
     return allowed
 

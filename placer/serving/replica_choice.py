@@ -1,18 +1,18 @@
 """Which replica of an expert serves a (token, expert) pair: the engine's replica choice.
 
-- ``local-first``: the copy at the token's home, else one on the home's node, else any.
-  Copies that are equally near take turns by the token's index. No engine does so.
-- ``sglang-static``: one copy for each home and expert. It is the copy at home. Else, where
-  the home's node has some of the copies but not all, it is the first of those on the node.
-  Else each home draws one, from a fixed seed. This is the table that SGLang 0.5.23 builds
-  for ``--ep-dispatch-algorithm static`` (``srt/eplb/expert_location.py``), from the map
-  that ``placer export sglang`` writes.
+- ``local-first``: the replica at the token's home, else one on the home's node, else any.
+  Replicas that are equally near take turns by the token's index. No engine does so.
+- ``sglang-static``: one replica for each home and expert. It is the replica at home. Else,
+  where the home's node has some of the replicas but not all, it is the first of those on
+  the node. Else each home draws one, from a fixed seed. This is the table that SGLang
+  0.5.23 builds for ``--ep-dispatch-algorithm static`` (``srt/eplb/expert_location.py``),
+  from the map that ``placer export sglang`` writes.
 - ``hash``: Knuth's multiplicative hash of the token's row in its home's batch, modulo the
-  number of copies. The home does not matter. vLLM 0.32.0 chooses so
+  number of replicas. The home does not matter. vLLM 0.32.0 chooses so
   (``model_executor/layers/fused_moe/router/base_router.py``). TensorRT-LLM's
   ``moeComputeRouteKernel`` and SGLang without an all-to-all let the replicas take turns,
-  which gives every copy the same share too.
-- ``cover``: a copy on a rank that the token visits anyway, else the one on the rank that
+  which gives every replica the same share too.
+- ``cover``: a replica on a rank that the token visits anyway, else the one on the rank that
   holds most of the experts that are not served yet. It needs a patch of the engine.
 
 Without replicas there is nothing to choose.
@@ -156,8 +156,8 @@ def serving_layers(
 
 def _allow(replica_choice: ReplicaChoice | None, fixed: IntArray | None) -> Allow:
     if fixed is not None:
-        return lambda _, copy_rank, exists: exists & (copy_rank == fixed[..., None])
-    return _any_copy if replica_choice == "hash" else local_first
+        return lambda _, replica_rank, exists: exists & (replica_rank == fixed[..., None])
+    return _any_replica if replica_choice == "hash" else local_first
 
 
 def hashed_row(row: IntArray) -> IntArray:
@@ -178,9 +178,9 @@ class SglangDraws:
     """SGLang's draws, layer by layer.
 
     Every rank draws for itself, all from the same seed: layer by layer, expert by expert,
-    for each expert that has no near copy. One draw gives a copy to every rank without a
-    near one, as evenly as possible; the rank keeps what it gave itself. Ranks draw for
-    different experts, so what they give each other differs, and the copies that they keep
+    for each expert that has no near replica. One draw gives a replica to every rank without
+    a near one, as evenly as possible; the rank keeps what it gave itself. Ranks draw for
+    different experts, so what they give each other differs, and the replicas that they keep
     need not be even.
 
     SGLang draws for every row of its map, and the map has a row for each hidden layer. So
@@ -217,7 +217,7 @@ class SglangDraws:
     def ranks(self, holds: BoolArray) -> IntArray:
         """Return ``[R, E]`` int64: who serves in the next MoE layer.
 
-        ``holds`` is ``[E, R]``: its copies.
+        ``holds`` is ``[E, R]``: its replicas.
         """
         for _ in range(self._num_fillers[self._layer]):
             self._draw(self._filler)
@@ -228,10 +228,10 @@ class SglangDraws:
         near = _sglang_nearest(holds, self._ranks_per_node)
         chosen = near.copy()
         for expert in np.flatnonzero((near < 0).any(axis=0)):
-            copies = np.flatnonzero(holds[expert]).tolist()
+            replicas = np.flatnonzero(holds[expert]).tolist()
             without = np.flatnonzero(near[:, expert] < 0).tolist()
             for place, home in enumerate(without):
-                shares = _fair_shares(copies, len(without), self._draws[home])
+                shares = _fair_shares(replicas, len(without), self._draws[home])
                 chosen[home, expert] = shares[place]
         return chosen
 
@@ -243,7 +243,7 @@ def _continued(draw: random.Random) -> random.Random:
 
 
 def _sglang_nearest(holds: BoolArray, ranks_per_node: int) -> IntArray:
-    """Return ``[R, E]`` int64: the rank of each expert's near copy from a home, or -1."""
+    """Return ``[R, E]`` int64: the rank of each expert's replica near a home, or -1."""
     num_experts, num_ranks = holds.shape
     node_holds = holds.reshape(num_experts, -1, ranks_per_node)
     in_node, total = node_holds.sum(axis=2), holds.sum(axis=1, keepdims=True)
@@ -256,10 +256,10 @@ def _sglang_nearest(holds: BoolArray, ranks_per_node: int) -> IntArray:
     return np.where(total == 1, holds.argmax(axis=1)[:, None], near).T
 
 
-def _fair_shares(copies: list[int], number: int, draw: random.Random) -> list[int]:
-    """Share copies out to ``number`` ranks, as evenly as can be, in random order."""
-    rounds, rest = divmod(number, len(copies))
-    shares = copies * rounds + draw.sample(copies, k=rest)
+def _fair_shares(replicas: list[int], number: int, draw: random.Random) -> list[int]:
+    """Share replicas out to ``number`` ranks, as evenly as can be, in random order."""
+    rounds, rest = divmod(number, len(replicas))
+    shares = replicas * rounds + draw.sample(replicas, k=rest)
     draw.shuffle(shares)
     return shares
 
@@ -269,7 +269,7 @@ def cover_ranks(
 ) -> RankArray:
     """Return ``[k, T]``: the ranks that serve, as few of them as a greedy cover finds.
 
-    The token visits its home, and the rank of each expert that has one copy. A pair goes
+    The token visits its home, and the rank of each expert that has one replica. A pair goes
     to a visited rank that holds its expert. While pairs are left, the token also visits the
     rank that holds most of them, on a node that it visits already if one there holds any.
     Among equal ranks the home comes first, then ranks of the home's node; others take turns
@@ -280,7 +280,7 @@ def cover_ranks(
         for begin in range(0, experts.shape[1], _COVER_TOKENS)
         for end in (begin + _COVER_TOKENS,)
     ]
-    return np.concatenate(parts, axis=1).astype(serving.copy_rank.dtype)
+    return np.concatenate(parts, axis=1).astype(serving.replica_rank.dtype)
 
 
 class _Cover:
@@ -301,8 +301,8 @@ class _Cover:
         self.turn = np.arange(self.num_tokens) + first_token
         self.at_home = np.arange(num_ranks) == home[:, None]
         self.near_home = self._on_nodes_of(self.at_home)
-        only = np.take(serving.num_copies, experts) == 1
-        first = np.take(serving.copy_rank[:, 0], experts).astype(np.int64)
+        only = np.take(serving.num_replicas, experts) == 1
+        first = np.take(serving.replica_rank[:, 0], experts).astype(np.int64)
         self.served = np.where(only, first, -1)
         self.visited = self.at_home | (self.held & only[..., None]).any(axis=0)
 
@@ -341,5 +341,5 @@ class _Cover:
         return np.repeat(nodes, self.ranks_per_node, axis=1)
 
 
-def _any_copy(placement: Placement, _: RankArray, exists: BoolArray) -> BoolArray:
+def _any_replica(placement: Placement, _: RankArray, exists: BoolArray) -> BoolArray:
     return np.broadcast_to(exists, (placement.num_ranks, *exists.shape))

@@ -82,7 +82,7 @@ class Wire:
     num_nodes
         Nodes that the ranks are on.
     has_replicas
-        Whether experts may have more than one copy.
+        Whether experts may have more than one replica.
     """
 
     dispatch: Transfer = _PER_RANK

@@ -35,7 +35,7 @@ class ServingOptions(TypedDict, total=False):
         and ``request``; ``None``.
     replica_choice
         Which replica of an expert serves (:mod:`placer.serving.replica_choice`);
-        ``None``, which will do where each expert has one copy.
+        ``None``, which will do where each expert has one replica.
     layer_ids
         The model's own layer number of each MoE layer, which ``sglang-static`` depends
         on; ``None``: no layer is dense.

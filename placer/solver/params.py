@@ -65,8 +65,8 @@ class SolverParams:
     num_hurried_tokens
         Tokens whose homes are found by tables once a time limit has passed.
     caution_of_tables
-        What a copy counts at first of the load that it might serve beyond its share, where
-        a table for ``token`` gives the homes.
+        What a replica counts at first of the load that it might serve beyond its share,
+        where a table for ``token`` gives the homes.
     least_caution
         The smallest caution of a layer that was above its cap under none.
     cautions_of_draws

@@ -326,7 +326,7 @@ class _Builder:
             return np.random.default_rng(0).random(shape)
         order = np.zeros(shape)
         for place in reversed(range(len(experts))):
-            listed = np.take(serving.copy_rank[:, 0], experts[place])
+            listed = np.take(serving.replica_rank[:, 0], experts[place])
             order[np.arange(len(listed)), listed] = 1 - place / len(experts)
         return order
 

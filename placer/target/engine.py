@@ -253,7 +253,7 @@ def placement_effect(
     replica_choice
         Which replica serves, where there are several.
     has_replicas
-        Whether experts may have more than one copy.
+        Whether experts may have more than one replica.
     """
     if exchange == "all-gather":
         return PlacementEffect(
@@ -352,7 +352,7 @@ def _per_expert_effect(
     """Return the effect under ``fixed`` and ``per-expert``.
 
     A home is on each of the R ranks with the same probability, so a pair is remote with
-    probability 1 - 1/R for every placement of its expert. With c copies and a choice that
+    probability 1 - 1/R for every placement of its expert. With c replicas and a choice that
     prefers the home it is 1 - c/R; a choice that ignores the home leaves 1 - 1/R.
     """
     if not has_replicas:

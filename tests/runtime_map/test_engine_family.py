@@ -32,33 +32,33 @@ OWN_FLAGS = tomllib.loads(
 OWN_FLAGS["vllm-ascend"] = OWN_FLAGS["vllm"]
 
 
-def started(family, target, *, num_nodes=2, num_copies=0, engine=None):
+def started(family, target, *, num_nodes=2, redundant_experts=0, engine=None):
     """The start of a family on 4 ranks per node."""
     served = Deployment(
         model="MODEL",
         map=None if target == "checkpoint" else "MAP",
         num_ranks=4 * num_nodes,
         num_nodes=num_nodes,
-        num_copies=num_copies,
+        redundant_experts=redundant_experts,
     )
     return FAMILIES[family].start(served, ENGINES[engine] if engine else None)
 
 
 def every_start():
-    """All families, targets and configurations, on one node and two, with copies or not."""
+    """All families, targets and configurations; one node and two; replicas and none."""
     for name, family in FAMILIES.items():
         own = [one.name for one in ENGINES.values() if one.family == name]
         for target in family.targets:
             for engine in (None, *own):
                 for num_nodes in (1, 2):
-                    for copies in (0, 8) if target in RUNTIMES else (0,):
+                    for redundant in (0, 8) if target in RUNTIMES else (0,):
                         yield (
                             name,
                             started(
                                 name,
                                 target,
                                 num_nodes=num_nodes,
-                                num_copies=copies,
+                                redundant_experts=redundant,
                                 engine=engine,
                             ),
                         )
@@ -122,7 +122,7 @@ def test_nothing_is_left_unfilled():
 )
 def test_sglang_is_started_as_the_plan_counts_on(engine, algorithm, backend):
     """2 nodes of 4, 8 redundant experts: homes are attention-DP ranks, copies are drawn."""
-    start = started("sglang", "sglang", num_copies=8, engine=engine)
+    start = started("sglang", "sglang", redundant_experts=8, engine=engine)
     for part in (
         "--model-path MODEL",
         "--tp-size 8 --ep-size 8 --attn-dp-size 8",
@@ -220,7 +220,7 @@ def test_engines_choose_by_architecture_whether_they_read_a_map(
 
 
 def test_needs_are_known():
-    known = {"map", "checkpoint", "copies", "nodes", "rack", *REPLICA_CHOICES, *ENGINES}
+    known = {"map", "checkpoint", "redundant", "nodes", "rack", *REPLICA_CHOICES, *ENGINES}
     assert known.isdisjoint(EXCHANGES)
     for family in FAMILIES.values():
         for one in (*family.flags, *family.options, *family.conditions, *family.stale):

@@ -447,9 +447,9 @@ def test_a_family_that_an_engine_ignores_is_told_with_the_way_out(
     assert f"placer export checkpoint NEW {model} --out DIR" in written.warnings[0]
 
 
-@pytest.mark.parametrize("num_copies", [0, 4])
+@pytest.mark.parametrize("redundant", [0, 4])
 def test_gpt_oss_is_called_unsafe_under_sglang(
-    num_copies: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    redundant: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A permuted checkpoint of a new plan is the way out; verify says so again."""
     config = {
@@ -461,7 +461,7 @@ def test_gpt_oss_is_called_unsafe_under_sglang(
         "vocab_size": 32,
     }
     (model / "config.json").write_text(json.dumps(config))
-    row = list(range(8)) if num_copies == 0 else [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
+    row = list(range(8)) if redundant == 0 else [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
     placement = Placement.from_json([row] * 2, (8, 8), NUM_RANKS, 2)
     spec = ModelSpec.from_checkpoint(model)
     plan = tmp_path / "plan.json"
@@ -473,8 +473,8 @@ def test_gpt_oss_is_called_unsafe_under_sglang(
         f"placer solve TRACE --engine sglang-deepep --nodes 2 --gpus-per-node "
         f"{NUM_RANKS // 2} --redundant-experts 0 --fold 0/2 --out NEW"
     )
-    assert (again in told) == (num_copies > 0)
-    permuted = "NEW" if num_copies else plan
+    assert (again in told) == (redundant > 0)
+    permuted = "NEW" if redundant else plan
     assert told.endswith(f"placer export checkpoint {permuted} {model} --out DIR")
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:

@@ -95,7 +95,7 @@ def test_a_byte_holds_256_ranks():
     assert (rank_dtype(255), rank_dtype(256)) == (np.uint8, np.uint16)
     for num_ranks, dtype in ((256, np.uint8), (257, np.uint16)):
         serving = LayerServing.of(contiguous((num_ranks,), num_ranks), 0)
-        assert serving.copy_rank.dtype == serving.choices.dtype == dtype
+        assert serving.replica_rank.dtype == serving.choices.dtype == dtype
         assert fixed_homes(np.array([0, 1]), num_ranks).dtype == dtype
         last = np.array([[num_ranks - 1]])
         assert serving.ranks(last, np.zeros(1, dtype)).tolist() == [[num_ranks - 1]]
@@ -114,7 +114,7 @@ def replicated():
 
 
 def test_tables_list_the_ranks_of_copies_and_repeat_the_last(replicated):
-    assert replicated.copy_rank.tolist() == [
+    assert replicated.replica_rank.tolist() == [
         [0, 1, 2],
         [0, 0, 0],
         [1, 1, 1],
@@ -122,7 +122,7 @@ def test_tables_list_the_ranks_of_copies_and_repeat_the_last(replicated):
         [3, 3, 3],
         [3, 3, 3],
     ]
-    assert replicated.num_copies.tolist() == [3, 1, 1, 1, 1, 1]
+    assert replicated.num_replicas.tolist() == [3, 1, 1, 1, 1, 1]
     assert replicated.num_choices.tolist() == [[1] * 6] * 4
     # At home on ranks 0 to 2, and on rank 3's node there is only rank 2.
     assert replicated.choices[:, 0].tolist() == [[0], [1], [2], [2]]

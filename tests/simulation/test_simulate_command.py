@@ -256,7 +256,7 @@ def test_each_engine_of_a_family_weighs_experts_as_if_asked_alone(files):
         assert found[name]["batches"] == alone["batches"]
 
 
-def test_a_plan_without_copies_needs_no_choice(files):
+def test_a_plan_without_replicas_needs_no_choice(files):
     plan, trace, _ = files
     found = json.loads(call("simulate", plan, trace, "--fold", "1/2", "--json").stdout)
     assert found["replica_choice"] is None

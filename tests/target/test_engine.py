@@ -265,8 +265,8 @@ def test_the_effect_under_fixed_and_per_expert_is_what_the_simulation_finds(seed
     ).changes_traffic
     load = np.bincount(tokens.experts[0].ravel(), minlength=8) / tokens.num_tokens
     for placement, found in zip(copies, near, strict=True):
-        num_copies = placement.holds(0).sum(axis=1)
-        assert found == pytest.approx(float((load * (1 - num_copies / 4)).sum()))
+        num_replicas = placement.holds(0).sum(axis=1)
+        assert found == pytest.approx(float((load * (1 - num_replicas / 4)).sum()))
 
 
 def test_a_choice_that_ignores_the_home_makes_replicas_useless_for_traffic():

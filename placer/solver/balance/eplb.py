@@ -21,10 +21,10 @@ def pack_loads(
     """Replicate the busiest experts and pack all replicas evenly, by load only.
 
     Where the nodes divide the model's router groups, hierarchically: groups are packed
-    into nodes, experts replicated inside their node, copies packed into its ranks. Else
-    globally, as if all ranks were one node. Packing takes copies by descending load, each
+    into nodes, experts replicated inside their node, replicas packed into its ranks. Else
+    globally, as if all ranks were one node. Packing takes replicas by descending load, each
     to the least loaded rank with a free slot; here also one without that expert, as
-    engines need no two copies on a rank.
+    engines need no two replicas on a rank.
 
     Parameters
     ----------

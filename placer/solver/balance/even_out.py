@@ -73,11 +73,11 @@ class EvenOut:
     def run(self, enough: float = 0.0, floor: float = 0.0) -> Self:
         """Move while it pays and a rank is above ``floor``.
 
-        Other copies are made only while one is above ``enough``.
+        Other replicas are made only while one is above ``enough``.
         """
         best, reached = self.row.copy(), self._value()
         while self.most_load > floor and (
-            self._swap() or (self.most_load > enough and self._copy())
+            self._swap() or (self.most_load > enough and self._replicate())
         ):
             if (value := self._value()) < reached:
                 best, reached = self.row.copy(), value
@@ -88,13 +88,13 @@ class EvenOut:
     def _count(self) -> None:
         """Count what the slots hold."""
         size = len(self._load)
-        self._copies = np.bincount(self.row, minlength=size)
+        self._num_replicas = np.bincount(self.row, minlength=size)
         self._holds = np.zeros((size, self._num_ranks), dtype=np.bool_)
         self._holds[self.row, self._rank] = True
         if self._served is None:
-            self._weight = (self._load / np.maximum(self._copies, 1))[self.row]
+            self._weight = (self._load / np.maximum(self._num_replicas, 1))[self.row]
         else:
-            alone = self._copies[self.row] == 1
+            alone = self._num_replicas[self.row] == 1
             served = self._served[self.row, self._rank]
             self._weight = np.where(alone, self._load[self.row], served)
         self._total = np.bincount(self._rank, self._weight, minlength=self._num_ranks)
@@ -126,11 +126,11 @@ class EvenOut:
         return self._cost.start[experts, ranks].astype(np.int64)
 
     def _swap(self) -> bool:
-        """Swap a copy of the busiest rank for another rank's; return whether one pays."""
+        """Swap a replica of the busiest rank for another's; return whether one pays."""
         busiest = int(self._total.argmax())
         free = np.ones(len(self.row), dtype=np.bool_)
         if self._served is not None:
-            free = self._copies[self.row] == 1
+            free = self._num_replicas[self.row] == 1
         mine = np.flatnonzero((self._rank == busiest) & free)
         others = np.flatnonzero((self._rank != busiest) & free)
         if not len(mine) or not len(others):
@@ -154,19 +154,19 @@ class EvenOut:
         self._count()
         return True
 
-    def _copy(self) -> bool:
+    def _replicate(self) -> bool:
         """Put one expert's replica in the place of another's; return whether one pays."""
         if self._served is not None:
             return False
         busiest = int(self._total.argmax())
-        spare = np.flatnonzero(self._copies[self.row] > 1)
+        spare = np.flatnonzero(self._num_replicas[self.row] > 1)
         at_busiest = self._rank[spare] == busiest
         tried = (
             (self.row[self._rank == busiest], spare[~at_busiest]),
             (np.flatnonzero(~self._holds[:, busiest]), spare[at_busiest]),
         )
         found = [
-            self._best_copy(experts, slots)
+            self._best_replica(experts, slots)
             for experts, slots in tried
             if len(experts) and len(slots)
         ]
@@ -179,17 +179,19 @@ class EvenOut:
         self._count()
         return True
 
-    def _best_copy(self, experts: IntArray, slots: IntArray) -> tuple[float, int, int]:
-        """Return the best copy: the most load of a rank that it changes, expert, slot."""
+    def _best_replica(self, experts: IntArray, slots: IntArray) -> tuple[float, int, int]:
+        """Return the best new replica: most load of a rank it changes, expert, slot."""
         ranks, gone = self._rank[slots], self.row[slots]
-        share = self._load[experts] / (self._copies[experts] + 1)
+        share = self._load[experts] / (self._num_replicas[experts] + 1)
         less = (
             self._holds[experts]
-            * (share - self._load[experts] / self._copies[experts])[:, None]
+            * (share - self._load[experts] / self._num_replicas[experts])[:, None]
         )
         more = (
             self._holds[gone]
-            * (self._load[gone] / (self._copies[gone] - 1) - self._weight[slots])[:, None]
+            * (self._load[gone] / (self._num_replicas[gone] - 1) - self._weight[slots])[
+                :, None
+            ]
         )
         more[np.arange(len(slots)), ranks] = -self._weight[slots]
         total = self._total + less[:, None, :] + more

@@ -1,11 +1,11 @@
 """The most even layer, proved: numbers of replicas and their ranks as one integer program.
 
 Two models. Of *columns*, where ranks hold one or two experts: a column is what a rank may
-hold, each expert with the number of copies that it has on all ranks, which says what load a
-copy takes. The program chooses a number of copies for every expert and a column for every
-rank; bisection over the loads of columns finds the least that can be reached. Ranks have no
-names in it, so no work goes into permutations of them. Of *ranks* else: which rank holds
-one of how many copies of which expert.
+hold, each expert with the number of replicas that it has on all ranks, which says what load
+a replica takes. The program chooses a number of replicas for every expert and a column for
+every rank; bisection over the loads of columns finds the least that can be reached. Ranks
+have no names in it, so no work goes into permutations of them. Of *ranks* else: which rank
+holds one of how many replicas of which expert.
 
 Legend of the shapes: E experts, R ranks, P slots, W slots per rank, C columns.
 """
@@ -41,7 +41,7 @@ class ExactBalance:
     row
         ``[P]``: the expert in each slot.
     proved_max_load
-        Pairs: the busiest rank of no content of these slots has less, where the copies of
+        Pairs: the busiest rank of no content of these slots has less, where the replicas of
         an expert share its load evenly.
     """
 
@@ -52,7 +52,7 @@ class ExactBalance:
 def is_small(num_experts: int, num_ranks: int, num_slots: int) -> bool:
     """Return whether a layer is small enough for :func:`exact_balance`."""
     return _has_few_columns(num_experts, num_ranks, num_slots) or (
-        num_experts * num_ranks * _most_copies(num_experts, num_ranks, num_slots)
+        num_experts * num_ranks * _most_replicas(num_experts, num_ranks, num_slots)
         <= _MOST_VARIABLES
     )
 
@@ -84,8 +84,8 @@ def exact_balance(
     return _by_ranks(load, best, num_ranks, deterministic_time, deadline)
 
 
-def _most_copies(num_experts: int, num_ranks: int, num_slots: int) -> int:
-    """Return how many copies an expert may have."""
+def _most_replicas(num_experts: int, num_ranks: int, num_slots: int) -> int:
+    """Return how many replicas an expert may have."""
     return min(num_ranks, num_slots - num_experts + 1)
 
 
@@ -93,7 +93,7 @@ def _has_few_columns(num_experts: int, num_ranks: int, num_slots: int) -> bool:
     """Return whether a rank has at most two slots, and few things to put into them."""
     width = num_slots // num_ranks
     contents = math.comb(num_experts, width)
-    contents *= _most_copies(num_experts, num_ranks, num_slots) ** width
+    contents *= _most_replicas(num_experts, num_ranks, num_slots) ** width
     return width <= 2 and contents <= _MOST_COLUMNS
 
 
@@ -104,8 +104,8 @@ def _by_columns(
     deterministic_time: float,
     deadline: Deadline,
 ) -> ExactBalance:
-    copies = np.bincount(best, minlength=len(load))
-    reached = float((load / copies)[best].reshape(num_ranks, -1).sum(axis=1).max())
+    replicas = np.bincount(best, minlength=len(load))
+    reached = float((load / replicas)[best].reshape(num_ranks, -1).sum(axis=1).max())
     columns = _Columns.of(load, num_ranks, len(best))
     loads = np.unique(columns.load)
     # Of `loads`, all before `low` are proved out of reach; `high` is reached.
@@ -129,26 +129,26 @@ def _by_columns(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Columns:
-    """All columns: ``[C, W]`` experts and their numbers of copies, ``[C]`` loads."""
+    """All columns: ``[C, W]`` experts and their numbers of replicas, ``[C]`` loads."""
 
     num_experts: int
     experts: IntArray
-    copies: IntArray
+    replicas: IntArray
     load: FloatArray
 
     @classmethod
     def of(cls, load: FloatArray, num_ranks: int, num_slots: int) -> "_Columns":
         width = num_slots // num_ranks
-        numbers = range(1, _most_copies(len(load), num_ranks, num_slots) + 1)
+        numbers = range(1, _most_replicas(len(load), num_ranks, num_slots) + 1)
         choices = np.array(list(product(numbers, repeat=width)), dtype=np.int64)
         held = np.array(list(combinations(range(len(load)), width)), dtype=np.int64)
         experts = np.repeat(held, len(choices), axis=0)
-        copies = np.tile(choices, (len(held), 1))
+        replicas = np.tile(choices, (len(held), 1))
         return cls(
             num_experts=len(load),
             experts=experts,
-            copies=copies,
-            load=(load[experts] / copies).sum(axis=1).round(9),
+            replicas=replicas,
+            load=(load[experts] / replicas).sum(axis=1).round(9),
         )
 
     def under(
@@ -171,13 +171,13 @@ class _Columns:
         model.add(sum(number) == num_ranks)
         having: dict[int, dict[int, list[cp_model.IntVar]]] = {}
         for variable, c in zip(number, allowed, strict=True):
-            for e, copies in zip(self.experts[c], self.copies[c], strict=True):
-                having.setdefault(int(e), {}).setdefault(int(copies), []).append(variable)
+            for e, replicas in zip(self.experts[c], self.replicas[c], strict=True):
+                having.setdefault(int(e), {}).setdefault(int(replicas), []).append(variable)
         for e in range(self.num_experts):
             has = []
-            for copies, columns in having.get(e, {}).items():
-                has.append(model.new_bool_var(f"expert_{e}_has_{copies}"))
-                model.add(sum(columns) == copies * has[-1])
+            for replicas, columns in having.get(e, {}).items():
+                has.append(model.new_bool_var(f"expert_{e}_has_{replicas}"))
+                model.add(sum(columns) == replicas * has[-1])
             model.add_exactly_one(has)
         solver = repeatable_solver(deterministic_time, deadline)
         status = solver.solve(model)
@@ -198,14 +198,14 @@ def _by_ranks(
     from ortools.sat.python import cp_model
 
     size, num_slots = len(load), len(best)
-    numbers = range(1, _most_copies(size, num_ranks, num_slots) + 1)
+    numbers = range(1, _most_replicas(size, num_ranks, num_slots) + 1)
     scale = min(math.lcm(*numbers), _LARGEST_SCALE)
     # Shares that are not whole are rounded down: what is proved of them is true of loads.
     shares = [[int(value) * scale // c for c in numbers] for value in load]
     hint = np.zeros((size, num_ranks), dtype=np.bool_)
     hint[best, np.arange(num_slots) // (num_slots // num_ranks)] = True
     model = cp_model.CpModel()
-    # on[e][r][c - 1]: rank r holds one of c copies of expert e.
+    # on[e][r][c - 1]: rank r holds one of c replicas of expert e.
     on = [
         [_hinted_choice(model, f"expert_{e}_rank_{r}", numbers, here * hint[e].sum())
          for r, here in enumerate(hint[e])]
@@ -238,7 +238,7 @@ def _by_ranks(
 def _hinted_choice(
     model: "cp_model.CpModel", name: str, numbers: Sequence[int], hint: int
 ) -> "list[cp_model.IntVar]":
-    """Return a variable for each number of copies, of which ``hint`` is to be tried."""
+    """Return a variable for each number of replicas, of which ``hint`` is to be tried."""
     choice = [model.new_bool_var(f"{name}_of_{c}") for c in numbers]
     for variable, c in zip(choice, numbers, strict=True):
         model.add_hint(variable, c == hint)

@@ -16,7 +16,7 @@ from placer.run.deadline import Deadline
 from placer.solver.balance.even_out import EvenOut, MoveCost
 from placer.solver.balance.exact_balance import exact_balance, is_small
 from placer.solver.balance.load_caps import balance_layer, least_max_load
-from placer.solver.balance.packing import num_copies, packed
+from placer.solver.balance.packing import num_replicas, packed
 from placer.solver.balance.served_load import ServedLoad
 from placer.solver.options import SolveOptions
 from placer.target.engine import ReplicaChoice
@@ -25,9 +25,9 @@ from placer.target.engine import ReplicaChoice
 _EXACT_VARIABLES = 4096
 # An imbalance this close to its bound is not worth an exact search.
 _CLOSE = 1.01
-# Copies are made by loads to these powers: below 1, fewer of hot experts and more of
+# Replicas are made by loads to these powers: below 1, fewer of hot experts and more of
 # others, which fit in next to them.
-# Who serves depends on the ranks that copies are on; so often they are all moved on by one.
+# Who serves depends on the ranks of the replicas; so often they are all moved on by one.
 _MOST_ROLLS = 16
 _POWERS = (1.0, 0.85, 0.7, 0.4)
 
@@ -109,7 +109,7 @@ class LayerBalance:
     start
         ``[P]``: the experts in the slots now, or ``None``.
     deterministic_time
-        Most work of CP-SAT on copies.
+        Most work of CP-SAT on replicas.
     deadline
         Stops CP-SAT.
 
@@ -270,10 +270,10 @@ class LayerBalance:
 def _least_load(load: FloatArray, num_ranks: int, num_slots: int) -> float:
     """Return a load that the busiest rank has, whoever serves.
 
-    One rank has at least the mean, and at least the heaviest copy. Copies made one by one
-    of whatever is heaviest make the heaviest copy as light as it can be.
+    One rank has at least the mean, and at least the heaviest replica. Replicas made one by
+    one of whatever is heaviest make the heaviest replica as light as it can be.
     """
     if num_slots == len(load):
         return least_max_load(load, num_ranks)
-    heaviest = float((load / num_copies(load, num_ranks, num_slots)).max())
+    heaviest = float((load / num_replicas(load, num_ranks, num_slots)).max())
     return max(heaviest, float(load.sum()) / num_ranks)

@@ -23,7 +23,7 @@ OBJECTIVE_OF_REPLICAS = (
     "imbalance with even homes (busiest rank's load over the mean, mean over MoE layers)"
 )
 METHOD = "an even share, the busiest expert's replicas, the busiest group, or CP-SAT"
-# Work of CP-SAT on copies, all layers together, in its deterministic seconds.
+# Work of CP-SAT on replicas, all layers together, in its deterministic seconds.
 _DETERMINISTIC_TIME = 4.0
 _SAME = 1e-12
 # How the largest of the ranks' loads is integrated: standard deviations, and points.
@@ -57,10 +57,11 @@ def balance_loads(
 ) -> LoadBalance:
     """Place experts and replicas for the most even load.
 
-    Without copies: longest first, swaps, and CP-SAT where it can gain. With copies: those
-    that EPLB makes and packs, evened out; where that is not close to the bound, copies made
-    by other rules, and CP-SAT where the layer is small. Copies that do not share evenly are
-    counted as they serve, and the experts with one replica swapped around them.
+    Without replicas: longest first, swaps, and CP-SAT where it can gain. With replicas:
+    those that EPLB makes and packs, evened out; where that is not close to the bound,
+    replicas made by other rules, and CP-SAT where the layer is small. Replicas that do not
+    share evenly are counted as they serve, and the experts with one replica swapped around
+    them.
 
     Parameters
     ----------

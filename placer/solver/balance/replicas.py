@@ -19,10 +19,10 @@ def with_replicas(
     """Give every rank further slots, filled with the experts that lower the load most.
 
     Of all experts that the least loaded rank does not hold yet, it takes the one with the
-    most load per copy: the replication rule of DeepSeek's EPLB, here on a placement that
+    most load per replica: the replication rule of DeepSeek's EPLB, here on a placement that
     is already there. The refinement then decides anew, by traffic too.
 
-    In a careful layer it takes the expert with the least load, each copy counted as if it
+    In a careful layer it takes the expert with the least load, a replica counted as if it
     served all of it: whoever serves, ranks hardly get more load than before.
 
     Parameters
@@ -34,7 +34,7 @@ def with_replicas(
     redundant_experts
         Further slots per layer.
     is_careful
-        ``[L]``: layers whose copies may serve more than an even share of their expert's
+        ``[L]``: layers whose replicas may serve more than an even share of their expert's
         load; none by default.
 
     Raises
@@ -79,7 +79,7 @@ def redundant_experts_that_fit(
     num_ranks
         R.
     num_blocks
-        Blocks of ranks that share out the experts; no rank may hold two copies of one.
+        Blocks of ranks that share out the experts; no rank may hold two replicas of one.
     """
     fewest = min(num_experts)
     most = fewest // num_blocks * num_ranks - fewest

@@ -13,9 +13,9 @@ from placer.target.engine import ReplicaChoice
 class ServedLoad:
     """The shares of replicas, MoE layer by MoE layer.
 
-    ``hash`` splits evenly. ``local-first`` counts for every home the copy there, else those
-    on its node, else all. ``sglang-static`` draws: what it draws in a layer depends on the
-    layers before, so layers are taken in order.
+    ``hash`` splits evenly. ``local-first`` counts for every home the replica there, else
+    those on its node, else all. ``sglang-static`` draws: what it draws in a layer depends
+    on the layers before, so layers are taken in order.
 
     Parameters
     ----------
@@ -39,24 +39,24 @@ class ServedLoad:
         self._draws = None
         if replica_choice == "sglang-static" and placement.has_replicas:
             self._draws = SglangDraws(placement, layer_ids)
-        # What was drawn last for this layer: for which copies, by whom, and draws to go on.
+        # What was drawn last for this layer: for which replicas, by whom; and later draws.
         self._drawn: tuple[bytes, IntArray, SglangDraws] | None = None
 
     def shares(self, holds: BoolArray) -> FloatArray:
         """Return ``[E, R]``: the share of each expert's load that a rank would serve.
 
-        ``holds`` is ``[E, R]``, the copies in the layer whose turn it is.
+        ``holds`` is ``[E, R]``, the replicas in the layer whose turn it is.
         """
         if self._draws is not None:
             return self._drawn_shares(holds, self._draws)
-        copies = holds.sum(axis=1, keepdims=True)
+        replicas = holds.sum(axis=1, keepdims=True)
         if self._choice != "local-first":
-            even: FloatArray = holds / copies
+            even: FloatArray = holds / replicas
             return even
         in_node = holds.reshape(len(holds), -1, self._ranks_per_node).sum(axis=2)
         without = (in_node == 0).sum(axis=1, keepdims=True)
         here = np.repeat(np.maximum(in_node, 1), self._ranks_per_node, axis=1)
-        homes = self._ranks_per_node * (1 / here + without / copies)
+        homes = self._ranks_per_node * (1 / here + without / replicas)
         local: FloatArray = holds * homes / self._num_ranks
         return local
 

@@ -7,7 +7,6 @@ shapes: see :mod:`placer.solver.kernels.layer`.
 import numpy as np
 
 from placer.solver.kernels.compiled import compiled
-from placer.solver.kernels.copies import copy_of
 from placer.solver.kernels.price import (
     majority_rank,
     receive_copies,
@@ -15,6 +14,7 @@ from placer.solver.kernels.price import (
     serve,
     token_price,
 )
+from placer.solver.kernels.replicas import serving_rank
 
 
 @compiled
@@ -30,11 +30,11 @@ def followed_change(
     next_received,
     next_homes,
 ):
-    """Change of the tokens' price when two experts are served by other copies.
+    """Change of the tokens' price when two experts are served by other replicas.
 
     ``changed`` ``[2]`` are the experts, ``choices`` ``[H, 2, C]`` and ``num_choices``
-    ``[H, 2]`` their new copies; ``received``, ``next_received`` and ``next_homes`` ``[R]``
-    take the change of the copies and of the homes.
+    ``[H, 2]`` their new replicas; ``received``, ``next_received`` and ``next_homes``
+    ``[R]`` take the change of the copies and of the homes.
     """
     # Fields are read once: each access to a tuple's array counts references.
     experts, homes = tokens.experts, tokens.home
@@ -60,11 +60,11 @@ def followed_change(
                 used = experts[token, i]
                 if used == one:
                     counted = side == 1
-                    after[i] = copy_of(choices, num_choices, row, 0, token)
+                    after[i] = serving_rank(choices, num_choices, row, 0, token)
                 elif used == two:
-                    after[i] = copy_of(choices, num_choices, row, 1, token)
+                    after[i] = serving_rank(choices, num_choices, row, 1, token)
                 else:
-                    after[i] = copy_of(old_choices, old_num_choices, row, used, token)
+                    after[i] = serving_rank(old_choices, old_num_choices, row, used, token)
             if counted:
                 continue
             weight = weights[token]

@@ -82,10 +82,10 @@ class Prices(NamedTuple):
     ranks_per_node
         Ranks that are near to each other where replicas of an expert are chosen among.
     caution
-        Of what a copy might serve beyond its share, the part that is counted as if it did;
-        0 where who serves is known.
+        Of what a replica might serve beyond its share, the part that is counted as if it
+        did; 0 where who serves is known.
     has_unknown_draws
-        Whether draws choose among copies, and it is not known yet how they fall.
+        Whether draws choose among replicas, and it is not known yet how they fall.
     """
 
     to_rank: AnyArray

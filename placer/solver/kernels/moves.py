@@ -7,8 +7,8 @@ tokens for the same answer. Legend of the shapes: see :mod:`placer.solver.kernel
 import numpy as np
 
 from placer.solver.kernels.compiled import compiled
-from placer.solver.kernels.copies import choose, counted_share_of
 from placer.solver.kernels.followed import follow, followed_change
+from placer.solver.kernels.replicas import choose, counted_share_of
 from placer.solver.kernels.served import change, served_by, shift
 
 

@@ -6,7 +6,7 @@ Costs are int64 and exact. Legend of the shapes: see :mod:`placer.solver.kernels
 import numpy as np
 
 from placer.solver.kernels.compiled import compiled
-from placer.solver.kernels.copies import copy_of
+from placer.solver.kernels.replicas import serving_rank
 
 
 @compiled
@@ -81,7 +81,7 @@ def _node_price(served, home, to_node, num_ranks):
 def serve(experts, row, token, choices, num_choices, served):
     """Fill ``[k]`` with the ranks that serve a token, ``row`` gives its home."""
     for i in range(served.shape[0]):
-        served[i] = copy_of(choices, num_choices, row, experts[token, i], token)
+        served[i] = serving_rank(choices, num_choices, row, experts[token, i], token)
 
 
 @compiled

@@ -12,8 +12,8 @@ import numpy as np
 
 from placer.arrays import AnyArray
 from placer.solver.kernels.compiled import compiled
-from placer.solver.kernels.copies import copy_of
 from placer.solver.kernels.price import serve, token_price
+from placer.solver.kernels.replicas import serving_rank
 
 
 class Served(NamedTuple):
@@ -114,10 +114,10 @@ def _receive_shift(ranks, token, old, new, home, amount, received):
 
 @compiled
 def change(tokens, prices, state, served, changed, choices, num_choices, received):
-    """Change of the tokens' price when two experts are served by other copies.
+    """Change of the tokens' price when two experts are served by other replicas.
 
     ``changed`` ``[2]`` are the experts, ``choices`` ``[H, 2, C]`` and ``num_choices``
-    ``[H, 2]`` their new copies; ``received`` ``[R]`` takes the change of the copies.
+    ``[H, 2]`` their new replicas; ``received`` ``[R]`` takes the change of the copies.
     """
     # Fields are read once: each access to a tuple's array counts references.
     homes, weights, users, starts = tokens.home, tokens.weight, tokens.users, tokens.starts
@@ -139,12 +139,12 @@ def change(tokens, prices, state, served, changed, choices, num_choices, receive
         old, new, other_old, other_new = 0, 0, 0, 0
         if one == token:
             at_one += 1
-            old = copy_of(old_choices, old_num_choices, row, changed[0], token)
-            new = copy_of(choices, num_choices, row, 0, token)
+            old = serving_rank(old_choices, old_num_choices, row, changed[0], token)
+            new = serving_rank(choices, num_choices, row, 0, token)
         if two == token:
             at_two += 1
-            other_old = copy_of(old_choices, old_num_choices, row, changed[1], token)
-            other_new = copy_of(choices, num_choices, row, 1, token)
+            other_old = serving_rank(old_choices, old_num_choices, row, changed[1], token)
+            other_new = serving_rank(choices, num_choices, row, 1, token)
         total += weight * _shift_price(
             ranks, nodes, token, old, new, home, to_rank, to_node
         )
@@ -166,7 +166,7 @@ def change(tokens, prices, state, served, changed, choices, num_choices, receive
 
 @compiled
 def shift(tokens, state, served, changed, choices, num_choices):
-    """Count the tokens of two experts for their new copies, before ``state`` knows them."""
+    """Count the tokens of two experts for new replicas, before ``state`` knows them."""
     homes, users, starts = tokens.home, tokens.users, tokens.starts
     old_choices, old_num_choices = state.choices, state.num_choices
     for side in range(2):
@@ -174,6 +174,6 @@ def shift(tokens, state, served, changed, choices, num_choices):
         for place in range(starts[expert], starts[expert + 1]):
             token = users[place]
             row = homes[token] if num_choices.shape[0] > 1 else 0
-            old = copy_of(old_choices, old_num_choices, row, expert, token)
-            new = copy_of(choices, num_choices, row, side, token)
+            old = serving_rank(old_choices, old_num_choices, row, expert, token)
+            new = serving_rank(choices, num_choices, row, side, token)
             _shift(served.ranks, served.nodes, token, old, new)

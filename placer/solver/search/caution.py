@@ -1,6 +1,6 @@
 """Meeting load caps if the serving replicas are known only after all experts are placed.
 
-The homes of tables depend on the placement: under new ones, copies serve otherwise than
+The homes of tables depend on the placement: under new ones, replicas serve otherwise than
 while experts moved, and so they do where SGLang draws. Copies are then counted as if they
 served more of their expert's load than their share; a layer that is under the cap with all
 of it counted is so under any home and any draw.

@@ -13,10 +13,10 @@ from placer.arrays import FloatArray, Int16Array, IntArray
 from placer.placement.imbalance import imbalance
 from placer.placement.placement import Placement
 from placer.serving.replica_choice import require_replica_choice, sglang_static_ranks
-from placer.solver.kernels.copies import rank_shares
 from placer.solver.kernels.layer import LayerState, LayerTokens
 from placer.solver.kernels.moves import above, busy
 from placer.solver.kernels.price import dispatch_prices, majority_ranks, price_layer
+from placer.solver.kernels.replicas import rank_shares
 from placer.solver.problem.layer_profile import LayerProfile
 from placer.solver.problem.traffic import TrafficProblem
 from placer.solver.search.evaluation import Evaluation
@@ -70,7 +70,7 @@ class Evaluator:
     def _profile(self, placement: Placement, layer: int) -> LayerProfile:
         num_experts = placement.num_experts[layer]
         has_replicas = placement.physical_to_logical_map[layer].size > num_experts
-        # Homes, and copies that take turns, tell tokens with the same experts apart.
+        # Homes, and replicas that take turns, tell tokens with the same experts apart.
         merged = self.problem.policy == "fixed" and not has_replicas
         return LayerProfile.of(self.problem.experts[layer], num_experts, merged=merged)
 

@@ -54,9 +54,9 @@ class Profile:
         L arrays ``[E]`` int64: ranks of the experts, a start under these caps; empty where
         the experts do not divide over the ranks.
     by_load
-        A placement by the same loads with the same slots, where copies may have to relieve
-        a rank, or no rank may be busier; else ``None``. It is EPLB's, or where router
-        groups stay whole, their most even one.
+        A placement by the same loads with the same slots, where replicas may have to
+        relieve a rank, or no rank may be busier; else ``None``. It is EPLB's, or where
+        router groups stay whole, their most even one.
     """
 
     affinity: Affinity

@@ -7,17 +7,17 @@ import numpy as np
 
 from placer.arrays import Int16Array, IntArray
 from placer.placement.placement import Placement
-from placer.solver.kernels import copies
+from placer.solver.kernels import replicas
 from placer.solver.kernels.layer import LayerState, LayerTokens
 from placer.solver.problem.layer_profile import LayerProfile
 from placer.solver.problem.traffic import TrafficProblem
 
 #: Which rule of the compiled loops each replica choice is.
 RULES = {
-    None: copies.LOCAL_FIRST,  # each expert has one copy: any rule does
-    "local-first": copies.LOCAL_FIRST,
-    "hash": copies.ANY_COPY,
-    "sglang-static": copies.SGLANG_STATIC,
+    None: replicas.LOCAL_FIRST,  # each expert has one replica: any rule does
+    "local-first": replicas.LOCAL_FIRST,
+    "hash": replicas.ANY_REPLICA,
+    "sglang-static": replicas.SGLANG_STATIC,
 }
 #: The layer after the last, or one that is not asked about: no tokens.
 NO_LAYER = (
@@ -49,8 +49,8 @@ def layer_state(
     num_ranks = placement.num_ranks
     slots = placement.physical_to_logical_map[layer].reshape(num_ranks, -1)
     holds = placement.holds(layer)
-    replicas = slots.size > len(holds)
-    by_home = replicas and problem.replica_choice != "hash"
+    has_replicas = slots.size > len(holds)
+    by_home = has_replicas and problem.replica_choice != "hash"
     num_homes = num_ranks if by_home else 1
     most = min(num_ranks, slots.size - len(holds) + 1)
     state = LayerState(
@@ -64,7 +64,7 @@ def layer_state(
         next_received=np.zeros(num_ranks),
         homes=np.zeros(num_ranks, dtype=np.int64),
     )
-    if drawn is not None and replicas:
+    if drawn is not None and has_replicas:
         state.choices[:, :, 0], state.num_choices[:] = drawn, 1
         return state
     rule, width = RULES[problem.replica_choice], placement.ranks_per_node
@@ -73,7 +73,7 @@ def layer_state(
             state.choices[:, expert].copy(),
             state.num_choices[:, expert].copy(),
         )
-        copies.choose(expert, held, width, rule, chosen, number)
+        replicas.choose(expert, held, width, rule, chosen, number)
         state.choices[:, expert], state.num_choices[:, expert] = chosen, number
     return state
 

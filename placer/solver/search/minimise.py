@@ -216,7 +216,7 @@ def _first_caution(
 ) -> FloatArray:
     """Return ``[L]``: caution to begin with where tables give the homes.
 
-    Tokens go where copies of their experts are, and take the load there with them;
+    Tokens go where replicas of their experts are, and take the load there with them;
     requests, which use most experts, hardly do, and ``hash`` does not look at homes.
     """
     is_moved = content == "token" and options.goal.replica_choice != "hash"

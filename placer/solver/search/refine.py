@@ -2,9 +2,9 @@
 
 Pairs of experts, which the search before minimises, stand in for traffic; here every
 proposal is priced exactly on the profile's tokens: distinct ranks and nodes, the way to the
-home and from it, whichever copy serves. Simulated annealing over swaps of two experts (and
-over which experts have replicas), then a descent until no move pays; where homes follow the
-copies that serve, what that left above a cap is repaired last.
+home and from it, whichever replica serves. Simulated annealing over swaps of two experts
+(and over which experts have replicas), then a descent until no move pays; where homes
+follow the replicas that serve, what that left above a cap is repaired last.
 
 Legend of the shapes: L MoE layers, T tokens, E logical experts.
 """

@@ -7,15 +7,15 @@ import numpy as np
 
 from placer.solver.kernels.compiled import compiled
 
-LOCAL_FIRST, ANY_COPY, SGLANG_STATIC = 0, 1, 2
+LOCAL_FIRST, ANY_REPLICA, SGLANG_STATIC = 0, 1, 2
 
 
 @compiled
 def choose(expert, holds, ranks_per_node, rule, choices, num_choices):
     """Fill ``[H, C]`` and ``[H]`` with the ranks that serve an expert, held by ``[R]``.
 
-    ``LOCAL_FIRST``: the copy at home, else those on the home's node, else all;
-    ``ANY_COPY``: all, wherever the home is; ``SGLANG_STATIC``: one for each home.
+    ``LOCAL_FIRST``: the replica at home, else those on the home's node, else all;
+    ``ANY_REPLICA``: all, wherever the home is; ``SGLANG_STATIC``: one for each home.
     """
     num_ranks = holds.shape[0]
     if rule == SGLANG_STATIC:
@@ -39,28 +39,28 @@ def choose(expert, holds, ranks_per_node, rule, choices, num_choices):
 
 @compiled
 def _choose_static(expert, holds, ranks_per_node, choices, num_choices):
-    """Fill the same with one copy per home: the near one, or any at random.
+    """Fill the same with one replica per home: the near one, or any at random.
 
     SGLang's own draws depend on those for all experts before; these on expert and home
     (SplitMix64: Steele, Lea and Flood, OOPSLA 2014).
     """
-    copies = np.flatnonzero(holds)
+    replicas = np.flatnonzero(holds)
     for home in range(num_choices.shape[0]):
-        near = _near_copy(holds, home, ranks_per_node)
+        near = _near_replica(holds, home, ranks_per_node)
         if near < 0:
             mixed = np.uint64(expert * num_choices.shape[0] + home + 1)
             mixed *= np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             mixed ^= mixed >> np.uint64(31)
-            near = copies[np.int64(mixed % np.uint64(len(copies)))]
+            near = replicas[np.int64(mixed % np.uint64(len(replicas)))]
         choices[home, 0] = near
         num_choices[home] = 1
 
 
 @compiled
-def _near_copy(holds, home, ranks_per_node):
-    """Rank of the copy that SGLang prefers from a home, or -1 where it draws."""
+def _near_replica(holds, home, ranks_per_node):
+    """Rank of the replica that SGLang prefers from a home, or -1 where it draws."""
     if holds[home]:
         return home
     node = home // ranks_per_node * ranks_per_node
@@ -69,9 +69,9 @@ def _near_copy(holds, home, ranks_per_node):
 
 
 @compiled
-def copy_of(choices, num_choices, row, expert, token):
+def serving_rank(choices, num_choices, row, expert, token):
     """Rank that serves a token: equal choices take turns."""
-    # A division costs as much as all the rest, and most experts have one copy.
+    # A division costs as much as all the rest, and most experts have one replica.
     number = num_choices[row, expert]
     turn = 0 if number == 1 else token % number
     return choices[row, expert, turn]
@@ -81,7 +81,7 @@ def copy_of(choices, num_choices, row, expert, token):
 def counted_share_of(tokens, prices, expert, held, choices, num_choices, index, share):
     """Fill ``[R]`` with the share of an expert's load that each rank counts.
 
-    Its copies ``held`` ``[R]`` are ``choices[:, index]``; each counts ``caution`` of what
+    Its replicas ``held`` ``[R]`` are ``choices[:, index]``; each counts ``caution`` of what
     it might serve beyond its share.
     """
     if prices.has_unknown_draws:
@@ -107,7 +107,7 @@ def _drawn_share_of(tokens, prices, expert, held, share):
     share[:] = 0.0
     drawn = 0.0
     for home in range(num_ranks):
-        near = _near_copy(held, home, prices.ranks_per_node)
+        near = _near_replica(held, home, prices.ranks_per_node)
         if near < 0:
             drawn += count[home]
         else:
@@ -132,15 +132,15 @@ def _share_of(tokens, expert, choices, num_choices, index, share):
         for turn in range(number):
             share[choices[home, index, turn]] += 1.0 / (number * num_homes)
     first, last = tokens.starts[expert], tokens.starts[expert + 1]
-    has_one_copy = share.max() > 1.0 - 1e-9
-    if tokens.has_even_homes or has_one_copy or first == last:
+    has_one_replica = share.max() > 1.0 - 1e-9
+    if tokens.has_even_homes or has_one_replica or first == last:
         return
     share[:] = 0.0
     homes, users = tokens.home, tokens.users
     for place in range(first, last):
         token = users[place]
         row = homes[token] if num_homes > 1 else 0
-        share[copy_of(choices, num_choices, row, index, token)] += 1.0
+        share[serving_rank(choices, num_choices, row, index, token)] += 1.0
     share /= last - first
 
 
