@@ -24,11 +24,13 @@ if TYPE_CHECKING:
         AdviseArguments,
         AffinityArguments,
         ExportArguments,
+        ReplayArguments,
         SelectArguments,
         SimulateArguments,
         SizeArguments,
         SolveArguments,
     )
+    from placer.api.calibrating import Calibrated, calibrate
     from placer.api.checking import Checked
     from placer.api.demo import Demo, run_demo
     from placer.api.exporting import Exported, restore
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from placer.api.opening import open
     from placer.api.plan import Plan
     from placer.api.recording import record
+    from placer.api.replaying import Replayed
     from placer.api.shown import Result
     from placer.api.simulation import Simulation, compare
     from placer.api.solving import Frontier, solve, solve_frontier
@@ -62,6 +65,7 @@ _MODULES = {
     "AdviseArguments": "api.arguments",
     "Affinity": "api.affinity",
     "AffinityArguments": "api.arguments",
+    "Calibrated": "api.calibrating",
     "Checked": "api.checking",
     "Checkpoint": "report.checkpoint",
     "Demo": "api.demo",
@@ -76,6 +80,8 @@ _MODULES = {
     "PlacerError": "errors",
     "PlacerWarning": "errors",
     "Plan": "api.plan",
+    "ReplayArguments": "api.arguments",
+    "Replayed": "api.replaying",
     "Result": "api.shown",
     "SelectArguments": "api.arguments",
     "SimulateArguments": "api.arguments",
@@ -89,6 +95,7 @@ _MODULES = {
     "VerificationError": "errors",
     "Verified": "api.verifying",
     "advise": "api.advising",
+    "calibrate": "api.calibrating",
     "compare": "api.simulation",
     "count_affinity": "api.trace",
     "import_file": "api.importing",
@@ -110,6 +117,7 @@ __all__ = [
     "AdviseArguments",
     "Affinity",
     "AffinityArguments",
+    "Calibrated",
     "Checked",
     "Checkpoint",
     "Demo",
@@ -124,6 +132,8 @@ __all__ = [
     "PlacerError",
     "PlacerWarning",
     "Plan",
+    "ReplayArguments",
+    "Replayed",
     "Result",
     "SelectArguments",
     "SimulateArguments",
@@ -137,6 +147,7 @@ __all__ = [
     "VerificationError",
     "Verified",
     "advise",
+    "calibrate",
     "compare",
     "count_affinity",
     "import_file",

@@ -43,6 +43,38 @@ class SelectArguments(TypedDict, total=False):
     phase: str
 
 
+class ReplayArguments(SelectArguments, total=False):
+    """Options of ``placer replay``; ``docs/cli.md`` describes each.
+
+    Attributes
+    ----------
+    table
+        The plan's table, for ``placer-shuffle``.
+    exchange
+        Names of exchanges; all that fit the plan where it is empty.
+    sequence_length, sequences_per_rank, passes
+        Tokens to run of each sequence, sequences of a rank in one forward pass, and
+        forward passes: 128, 2 and 4 by default.
+    repeats
+        How often each pass is timed, 3 by default; 0: not at all.
+    dtype, device
+        ``float32`` by default, and ``cpu`` or ``cuda``.
+    hardware, elsewhere
+        The links of this machine, and others on which the time is predicted.
+    """
+
+    table: AnyPath | None
+    exchange: Sequence[str]
+    sequence_length: int
+    sequences_per_rank: int
+    passes: int
+    repeats: int
+    dtype: str
+    device: str
+    hardware: str | None
+    elsewhere: Sequence[str]
+
+
 class AffinityArguments(SelectArguments, total=False):
     """Options of ``placer affinity``; ``docs/cli.md`` describes each.
 

@@ -13,6 +13,7 @@ from placer.report.verdicts import verdict_of_export
 from placer.target.map_formats import COUNTS, MAPS, TARGETS
 
 if TYPE_CHECKING:
+    from placer.api.plan import Plan
     from placer.checkpoint.export import ExportJob
     from placer.checkpoint.ranks import RanksJob
     from placer.checkpoint.writing import ExportOptions
@@ -64,6 +65,29 @@ class Exported(Result):
             *self.notes,
         ]
         return Shape(title=f"Export: {self.target}", facts=self.shown_facts, lines=lines)
+
+
+def export_plan(
+    plan: "Plan",
+    target: str,
+    model: AnyPath | None,
+    out: AnyPath,
+    **options: Unpack[ExportArguments],
+) -> Exported:
+    """Write a plan in the form that an engine loads: :meth:`placer.Plan.export`.
+
+    Raises
+    ------
+    PlacerError
+        As :meth:`placer.Plan.export`.
+    """
+    if target == COUNTS:
+        raise UsageError(
+            f"target {COUNTS} is written from an affinity file, not from a plan",
+            f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
+        )
+    with plan.as_file() as file:
+        return export_file(target, file, model, out, **options)
 
 
 def export_file(

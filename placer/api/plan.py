@@ -19,7 +19,6 @@ from placer.api.files import (
 from placer.api.how import How
 from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
 from placer.arrays import IntArray
-from placer.errors import UsageError
 from placer.model import ModelSpec
 from placer.placement import Plan as SolvedPlan
 from placer.placement.plan import plan_sha256
@@ -29,9 +28,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from placer.api.affinity import Affinity
-    from placer.api.arguments import ExportArguments, SelectArguments, SimulateArguments
+    from placer.api.arguments import (
+        ExportArguments,
+        ReplayArguments,
+        SelectArguments,
+        SimulateArguments,
+    )
     from placer.api.checking import Checked
     from placer.api.exporting import Exported
+    from placer.api.replaying import Replayed
     from placer.api.simulation import Simulation
     from placer.api.table import Table
     from placer.api.trace import Trace
@@ -275,16 +280,9 @@ class Plan(Shown):
         UsageError
             If the target is not known, or an option or a path is not for it.
         """
-        from placer.api.exporting import export_file
-        from placer.target.map_formats import COUNTS
+        from placer.api.exporting import export_plan
 
-        if target == COUNTS:
-            raise UsageError(
-                f"target {COUNTS} is written from an affinity file, not from a plan",
-                f"placer export {COUNTS} AFFINITY MODEL --out counts.pt",
-            )
-        with self.as_file() as file:
-            return export_file(target, file, model, out, **options)
+        return export_plan(self, target, model, out, **options)
 
     def verify(
         self,
@@ -324,6 +322,38 @@ class Plan(Shown):
                 corpus=[Path(one) for one in corpus],
                 max_tokens=max_tokens,
             )
+
+    def replay(
+        self, model: AnyPath, trace: "Trace", **options: Unpack["ReplayArguments"]
+    ) -> "Replayed | None":
+        """Run a model expert-parallel and count every byte, as ``placer replay`` does.
+
+        Every process of torchrun makes the call: one for each rank.
+
+        Parameters
+        ----------
+        model
+            The original model.
+        trace
+            The trace that contains the tokens to run.
+        **options
+            Those of ``placer replay``: :class:`placer.ReplayArguments`.
+
+        Returns
+        -------
+        Replayed or None
+            On the first process; ``None`` on the others.
+
+        Raises
+        ------
+        PlacerError
+            If plan, model, trace and table do not fit, or the model cannot be run so.
+        UsageError
+            If the processes are not as many as the ranks, or an option has no such value.
+        """
+        from placer.api.replaying import replay
+
+        return replay(self, model, trace, **options)
 
     def check(
         self,

@@ -1,28 +1,23 @@
 """``placer calibrate``: measure this cluster for the cost model."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli.inputs import WORDS
 from placer.cli.output import (
     ForceOption,
     JsonOption,
-    claim,
     note,
     print_json,
     print_line,
     print_next,
-    print_table,
+    print_tables,
     print_verdict,
     progress_line,
 )
-from placer.errors import one_of
-
-# Beyond it, latency and bandwidth do not say how long an exchange takes.
-_POOR_FIT = 0.25
 
 
 def calibrate(
@@ -52,82 +47,40 @@ def calibrate(
     replay takes it with --elsewhere. On several machines, start calibrate with torchrun on
     each of them. Rank 0 writes the file.
     """
-    from placer.errors import UsageError
-    from placer.report.verdicts import verdict_of_calibration
-    from placer.run.worker import Worker, start_workers
-    from placer.run.writing import require_target
-    from placer.target.calibrate import DEVICES, CalibrationOptions, require_devices
-    from placer.target.calibrate import calibrate as measure
-    from placer.target.hardware import require_hardware_path, write_hardware
+    from placer.api.calibrating import start_calibration
 
-    require_hardware_path(out)
-    worker = Worker.of_environment()
-    if worker.alone and ranks is None:
-        command = shlex.join([*context.command_path.split(), *context.meta[WORDS]])
-        raise UsageError(
-            "--ranks is missing",
-            f"start two on this machine: {command} --ranks 2",
-        )
-    options = CalibrationOptions(
-        num_ranks=worker.number if ranks is None else ranks,
-        num_nodes=nodes,
-        device=one_of("--device", device, DEVICES),
+    code = start_calibration(
+        context.meta[WORDS],
+        out,
+        ranks=ranks,
+        nodes=nodes,
+        device=device,
         repetitions=repetitions,
+        force=force,
     )
-    if worker.alone:
-        require_target(out, directory=False, force=force)
-        require_devices(options, options.num_ranks)
-        words = [
-            f"--{name}={value}"
-            for name, value in (
-                ("out", out),
-                ("ranks", ranks),
-                ("nodes", nodes),
-                ("device", device),
-                ("repetitions", repetitions),
-            )
-        ]
-        flags = [*["--json"] * as_json, *["--force"] * force]
-        raise typer.Exit(start_workers(options.num_ranks, ["calibrate", *words, *flags]))
-    if not worker.index:
-        claim(context, out, [], force=force, kinds=[])
-    require_devices(options, worker.local_index + 1)
-    if worker.index:
-        measure(options, worker)
-        return
+    if code is not None:
+        raise typer.Exit(code)
     with progress_line("measuring") as progress:
-        found = measure(options, worker, progress)
-    write_hardware(found.hardware(out.stem), out)
-    for name, fit in found.links.items():
-        if fit.worst > _POOR_FIT:
-            note(
-                f"{name} link: latency and bandwidth predict the time of an exchange with "
-                f"an error of up to {fit.worst:.0%}; the file also holds the measured "
-                "times, which the cost model uses"
-            )
-    for sentence in found.missing():
-        note(sentence)
-    verdict = verdict_of_calibration(found, out)
-    if as_json:
-        print_json({"verdict": verdict.to_json(), "out": str(out), **found.to_json()})
+        found = placer.calibrate(
+            out,
+            ranks=ranks,
+            nodes=nodes,
+            device=device,
+            repetitions=repetitions,
+            force=force,
+            progress=progress,
+        )
+    if found is None:
         return
-    print_verdict(verdict)
-    print_table(
-        ("link", "GB/s per rank", "latency us", "fit error (rms)", "fit error (max)"),
-        [
-            (
-                name,
-                fit.link.bandwidth / 1e9,
-                fit.link.latency * 1e6,
-                f"{fit.residual:.1%}",
-                f"{fit.worst:.1%}",
-            )
-            for name, fit in found.links.items()
-        ],
-    )
-    print_line(
-        f"bf16 {found.bf16_flops / 1e12:.3g} TFLOP/s, memory "
-        f"{found.memory_bandwidth / 1e9:.3g} GB/s"
-    )
+    for text in found.notes:
+        note(text)
+    if as_json:
+        print_json(found.to_json())
+        return
+    print_verdict(found.verdict)
+    tables, lines = found.tables()
+    print_tables(tables)
+    for line in lines:
+        print_line(line)
     print_line(f"wrote {out}")
-    print_next(verdict)
+    print_next(found.verdict)

@@ -22,7 +22,6 @@ from placer.cli.terminal import emphasised, table_lines, wrapped
 
 if TYPE_CHECKING:
     from placer.api.shown import Result
-    from placer.trace import Selection
 
 # Whether only errors and the path of the result are printed; each command sets it.
 _quiet = False
@@ -144,13 +143,6 @@ def claim(
     )
 
 
-def parse_selection(fold: str | None, not_fold: str | None, phase: str) -> "Selection":
-    """Return the tokens that ``--fold``, ``--not-fold`` and ``--phase`` ask for."""
-    from placer.trace.selection import Selection
-
-    return Selection.parse(fold, not_fold, phase)
-
-
 def is_first() -> bool:
     """Return whether this process speaks for all of torchrun's."""
     return os.environ.get("RANK", "0") == "0"
@@ -172,9 +164,9 @@ def progress_line(title: str) -> Iterator[Callable[[str], None]]:
     """Yield a function that takes each step and shows it on stderr.
 
     A terminal has one changing line; a log gets a line with the current step from time to
-    time.
+    time. Only the first of torchrun's processes shows any.
     """
-    if _quiet:
+    if _quiet or not is_first():
         yield lambda text: None
         return
     if not sys.stderr.isatty():

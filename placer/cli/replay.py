@@ -1,30 +1,28 @@
 """``placer replay``: a plan on a real expert-parallel run."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli import choices
+from placer.cli.inputs import WORDS
 from placer.cli.output import (
     FoldOption,
     JsonOption,
     NotFoldOption,
     PhaseOption,
-    note,
-    parse_selection,
     print_json,
     print_line,
-    print_table,
+    print_tables,
     print_verdict,
-    warn,
 )
 from placer.cli.terminal import wrapped
-from placer.errors import one_of
 
 
 def replay(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan.")],
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The original model.")],
     trace: Annotated[
@@ -93,53 +91,37 @@ def replay(
     Exit 5 if the bytes that leave a rank are not those that a simulation of the same
     routing predicts, or if the outputs are not those of the model on one rank.
     """
-    from placer.replay.replay import ReplayOptions, prepared
-    from placer.replay.replay import replay as replay_plan
-    from placer.report.replay import columns, facts, rows
-    from placer.report.verdicts import verdict_of_replay
-    from placer.run.worker import Worker, start_workers
-    from placer.target.hardware import Hardware
-    from placer.trace import Trace
-    from placer.trace.loading import DTYPES
+    from placer.api.arguments import ReplayArguments
+    from placer.api.replaying import start_replay
 
-    worker, read = Worker.of_environment(), Trace(trace)
-    selection = parse_selection(fold, not_fold, phase)
-    options = ReplayOptions(
-        exchanges=tuple(exchange or ()),
+    options = ReplayArguments(
+        table=table,
+        exchange=exchange or [],
         sequence_length=sequence_length,
         sequences_per_rank=sequences_per_rank,
-        num_passes=passes,
+        passes=passes,
         repeats=repeats,
-        dtype=one_of("--dtype", dtype, DTYPES),
+        dtype=dtype,
         device=device,
-        hardware=None if hardware is None else Hardware.named(hardware),
-        elsewhere=tuple(Hardware.named(name) for name in elsewhere or ()),
+        hardware=hardware,
+        elsewhere=elsewhere or [],
+        fold=fold,
+        not_fold=not_fold,
+        phase=phase,
     )
-    if worker.alone:
-        # Refuse here what every worker would refuse after it has started.
-        ready = prepared(plan, model, read, options, selection, table)
-        num_ranks = ready.plan.placement.num_ranks
-        raise typer.Exit(start_workers(num_ranks, sys.argv[1:]))
-    outcome = replay_plan(
-        plan,
-        model,
-        read,
-        options,
-        worker,
-        selection=selection,
-        table_path=table,
-        say=note,
-    )
-    if outcome is None:
+    solved, tokens = placer.Plan.read(plan), placer.Trace.read(trace)
+    code = start_replay(context.meta[WORDS], solved, model, tokens, **options)
+    if code is not None:
+        raise typer.Exit(code)
+    found = solved.replay(model, tokens, **options)
+    if found is None:
         return
-    for warning in outcome.warnings:
-        warn(warning)
-    verdict = verdict_of_replay(outcome)
     if as_json:
-        print_json({"verdict": verdict.to_json()} | outcome.to_json())
+        print_json(found.to_json())
     else:
-        print_verdict(verdict, always=True)
-        print_table(columns(outcome), rows(outcome))
-        for fact in facts(outcome):
-            print_line(wrapped(fact))
-    outcome.require_verified()
+        print_verdict(found.verdict, always=True)
+        tables, lines = found.tables()
+        print_tables(tables)
+        for line in lines:
+            print_line(wrapped(line))
+    found.require_verified()

@@ -9,7 +9,7 @@ from typing import get_type_hints
 import pytest
 
 import placer
-from placer.cli import advise, export, simulate, solve
+from placer.cli import advise, calibrate, export, replay, simulate, solve
 from placer.cli.main import main
 from placer.trace import Trace as TraceDirectory
 
@@ -70,6 +70,16 @@ def test_advise_takes_the_options_of_the_command() -> None:
     own = set(inspect.signature(placer.advise).parameters) - {"options", "progress"}
     own |= set(get_type_hints(placer.AdviseArguments))
     assert own == options_of(advise.advise)
+
+
+def test_replay_takes_the_options_of_the_command() -> None:
+    own = set(get_type_hints(placer.ReplayArguments))
+    assert own == options_of(replay.replay, "plan", "model", "trace")
+
+
+def test_calibrate_takes_the_options_of_the_command() -> None:
+    own = set(inspect.signature(placer.calibrate).parameters)
+    assert own - {"out", "force", "progress"} == options_of(calibrate.calibrate)
 
 
 def test_export_takes_the_options_of_the_command() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import placer
 from placer.cli.main import main
 from placer.errors import PlacerError, UsageError
 from placer.placement.reference import contiguous
@@ -182,10 +183,15 @@ def test_workers_must_be_as_many_as_the_ranks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    from placer.cli.calibrate import calibrate as command
-
     with pytest.raises(UsageError, match="--ranks is 4, but torchrun started 2 workers"):
-        command(context=None, out=tmp_path / "h.toml", ranks=4)
+        placer.calibrate(tmp_path / "h.toml", ranks=4)
+
+
+def test_one_process_alone_measures_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no links to measure") as refused:
+        placer.calibrate(tmp_path / "h.toml", ranks=2)
+    assert "torchrun --nproc-per-node 2" in str(refused.value.hint)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_rank_needs_a_gpu_of_its_own() -> None:
