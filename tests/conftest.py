@@ -6,9 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from placer.model import ModelSpec
 from placer.trace import Chunk, Trace, TraceWriter
+
+# A busy machine is slow. Speed is measured in benchmarks, never here.
+settings.register_profile(
+    "any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any speed")
 
 #: A real router trace, without token ids.
 GPT_OSS = Path(__file__).resolve().parents[1] / "traces" / "gpt-oss-20b"

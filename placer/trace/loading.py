@@ -14,6 +14,9 @@ from placer.run.files import open_regular
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
+# The oldest transformers with which the experts and ties of every family are right.
+_OLDEST = (5, 15)
+
 # Blocks of a weight file that are read to distinguish it from another: the first, the last
 # and some between.
 _SAMPLES = 16
@@ -47,16 +50,17 @@ def load_causal_model(
     Raises
     ------
     PlacerError
-        If transformers is missing, or cannot load the model.
+        If transformers is missing or too old, or cannot load the model.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, __version__
         from transformers.utils import logging
     except ImportError as error:
         raise PlacerError(
             "running a model needs transformers, which is not installed",
             "pip install 'placer[record]'",
         ) from error
+    _require_new_enough(__version__)
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise PlacerError(
             f"--device-map {device_map} needs accelerate, which is not installed",
@@ -77,6 +81,21 @@ def load_causal_model(
                 "name another device, or spread the model: --device-map auto",
             ) from error
     return model.eval()
+
+
+def _require_new_enough(version: str) -> None:
+    """Refuse a transformers whose routers return what placer would misread.
+
+    Before 5.15 routers of DeepSeek-V3, GLM-4 and others return scores alone, without the
+    choice, which also depends on biases and groups: ties would be wrong.
+    """
+    major, minor = map(int, version.split(".")[:2])
+    if (major, minor) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise PlacerError(
+            f"transformers {version} is too old: placer needs {oldest} or newer",
+            f"pip install --upgrade 'transformers>={oldest},<6'",
+        )
 
 
 @contextmanager
