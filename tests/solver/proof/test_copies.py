@@ -1,10 +1,13 @@
 """Certificates of distinct ranks against all placements, counted token by token."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from placer.placement.topology import Topology
 from placer.solver.proof import copies
 from placer.solver.proof.copies import CopiesCertificate, TokenSets, token_sets
 from placer.trace import Chunk
@@ -45,6 +48,200 @@ def least_ranks(sets: TokenSets, load: np.ndarray, max_load: float, num_ranks: i
         )
         totals.append(total)
     return min(totals)
+
+
+def test_a_bound_that_is_known_is_kept_and_counted() -> None:
+    """Three ranks: the cheapest to reach costs 1 + 0 + 2, and no link less than 1."""
+    sets = random_sets(6, 2, 40, np.random.default_rng(0))
+    load = load_of(sets, 6)
+    certificate = CopiesCertificate([sets] * 2, [load] * 2, [1e9] * 2, 3, [60.0, 70.0])
+    assert certificate.improve(3) == 130
+    assert certificate.bounds == [60, 70]
+    topology = Topology(gpus_per_node=3, cost=((0, 1, 4), (1, 0, 2), (4, 2, 0)))
+    assert certificate.cost_bound("fixed", topology) == 3 * 130
+    # From any home to layer 0; then 20 and 30 more ranks than tokens: two combines and
+    # the dispatch to layer 1, each scaled by three ranks.
+    assert certificate.cost_bound("follow", topology) == 3 * 60 + 3 * (20 + 30 + 30)
+    assert certificate.cost_bound("follow", Topology()) == 0
+
+
+def test_it_stops_after_the_layer_that_it_is_told(
+    make_chunk: Callable[..., Chunk],
+) -> None:
+    sets = token_sets([make_chunk(num_tokens=200)])
+    load = [load_of(one, 8) for one in sets]
+    certificate = CopiesCertificate(sets, load, [1e9] * 3, 4)
+    before, asked = certificate.bounds, []
+
+    def goes_on(done: int) -> bool:
+        asked.append(done)
+        return done < 2
+
+    certificate.improve(20, goes_on=goes_on)
+    assert asked == [1, 2]
+    better = [one > two for one, two in zip(certificate.bounds, before, strict=True)]
+    assert better == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("size", "num_ranks", "least"), [(1, 3, 1), (2, 3, 1), (3, 3, 2), (4, 3, 2), (5, 1, 1)]
+)
+def test_before_any_step_slots_alone_bound_the_ranks(
+    size: int, num_ranks: int, least: int
+) -> None:
+    sets = random_sets(6, size, 40, np.random.default_rng(0))
+    load = load_of(sets, 6)
+    certificate = CopiesCertificate([sets], [load], [1e9], num_ranks)
+    assert certificate.bounds == [40 * least]
+
+
+def test_splits_are_those_of_a_set_each_once() -> None:
+    """Bell numbers."""
+    for size, number in enumerate((1, 2, 5, 15, 52, 203), start=1):
+        splits = copies._splits(size)
+        parts = {
+            frozenset(frozenset(np.flatnonzero(row == one)) for one in row)
+            for row in splits
+        }
+        assert len(splits) == len(parts) == number
+
+
+def pair_totals(sets: TokenSets, price: np.ndarray, num_experts: int) -> np.ndarray:
+    """Return ``[E, E]``: prices ``[N, pairs]`` of pairs i < j, times tokens, negative."""
+    total = np.zeros((num_experts, num_experts))
+    for row, number, own in zip(sets.experts, sets.num_tokens, price, strict=True):
+        for (e, other), one in zip(itertools.combinations(row, 2), own, strict=True):
+            total[e, other] -= one * number
+            total[other, e] -= one * number
+    return total
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), [(2, 3), (3, 3), (2, 4), (6, 4)], ids=str)
+def test_splits_prove_exactly_their_minimum(num_ranks: int, size: int) -> None:
+    """Against all ranks of each set that leave no rank with more than its slots."""
+    rng = np.random.default_rng(num_ranks)
+    sets, slots = random_sets(6, size, 40, rng), 6 // num_ranks
+    envelope = copies._SplitEnvelope(sets, 6, num_ranks, slots)
+    units = rng.integers(-4000, 4000, envelope._price.shape)
+    envelope._price[...] = (units + rng.uniform(-0.4, 0.4, units.shape)) / 4096
+    pairs = list(itertools.combinations(range(size), 2))
+    constant, weight = envelope.linear()
+    expected = 0.0
+    for price, number in zip(units / 4096, sets.num_tokens, strict=True):
+        expected += number * min(
+            len(set(ranks))
+            - sum(
+                one
+                for one, (i, j) in zip(price, pairs, strict=True)
+                if ranks[i] == ranks[j]
+            )
+            for ranks in itertools.product(range(num_ranks), repeat=size)
+            if max(map(ranks.count, ranks)) <= slots
+        )
+    assert constant == expected
+    assert (weight == pair_totals(sets, units / 4096, 6)).all()
+
+
+def test_prices_of_splits_reach_the_convex_envelope() -> None:
+    """Mixtures of splits of three experts with pairs y, t of them all together.
+
+    Each pair alone is y - t of them, so t + 2 (sum y - 3 t) + 3 (1 - sum y + 2 t) ranks
+    are used, t + 3 - sum y. The least t is (sum y - 1) / 2, or 0.
+    """
+    sets = TokenSets(experts=np.array([[0, 2, 3], [1, 4, 5]]), num_tokens=np.array([3, 5]))
+    envelope = copies._SplitEnvelope(sets, 9, 3, 3)
+    shared = np.full((9, 9), 0.3)
+    for e, other, value in ((1, 4, 0.7), (1, 5, 0.6), (4, 5, 0.5)):
+        shared[e, other] = shared[other, e] = value
+    np.fill_diagonal(shared, 1.0)
+    expected = 3 * (3 - 0.9) + 5 * (3 - 1.8 + 0.4)
+    envelope.start(shared)
+    reached = []
+    for move in range(80):
+        envelope.move(shared, move)
+        constant, weight = envelope.linear()
+        reached.append(constant - (weight * shared)[np.triu_indices(9, 1)].sum())
+    assert max(reached) <= expected + 1e-6
+    assert reached[0] < reached[-1]
+    assert reached[-1] == pytest.approx(expected, rel=0.01)
+
+
+def test_chords_prove_exactly_their_minimum() -> None:
+    rng = np.random.default_rng(0)
+    sets = random_sets(8, 7, 20, rng)
+    envelope = copies._ChordEnvelope(sets, 8)
+    units = -rng.integers(2**19, size=sets.experts.shape)
+    envelope._slope = (units + rng.uniform(-0.4, 0.4, units.shape)) * 2.0**-20
+    value = [math.floor(2**20 / (1 + c)) for c in range(7)]
+    constant, weight = envelope.linear()
+    expected = sum(
+        int(number) * sum(min(value[c] - int(one) * c for c in range(7)) for one in row)
+        for row, number in zip(units, sets.num_tokens, strict=True)
+    )
+    assert constant == expected * 2.0**-20
+    one, two = np.triu_indices(7, 1)
+    price = (units[:, one] + units[:, two]) * 2.0**-20
+    assert (weight == pair_totals(sets, price, 8)).all()
+
+
+@pytest.mark.parametrize(
+    ("companions", "slope"),
+    [(0, -1 / 2), (0.5, -1 / 2), (1, -1 / 3), (1.25, -1 / 4), (1.5, -1 / 6), (2, -1 / 6)],
+)
+def test_chords_take_the_slopes_between_whole_companions(
+    companions: float, slope: float
+) -> None:
+    """Of 1, 1/2 and 1/3, at the middle of a chord its own, else between the nearest two."""
+    sets = TokenSets(experts=np.array([[0, 2, 3]]), num_tokens=np.array([1]))
+    envelope = copies._ChordEnvelope(sets, 4)
+    even = envelope.pair_slopes()
+    assert even[0].tolist() == pytest.approx([2 * -1 / 3] * 3, abs=1e-5)
+    shared = np.full((4, 4), companions / 2)
+    np.fill_diagonal(shared, 1.0)
+    shared[1, 0] = shared[0, 1] = 0.9  # expert 1 is none of the set
+    envelope.move(shared, 0)
+    first = envelope.pair_slopes()[0]
+    assert first == pytest.approx(even[0] + 0.1 * (2 * slope - even[0]), abs=1e-5)
+    envelope.start(shared)
+    assert envelope.pair_slopes()[0].tolist() == pytest.approx([2 * slope] * 3, abs=1e-5)
+
+
+def test_without_rounds_prices_are_those_of_chords() -> None:
+    sets = random_sets(6, 3, 40, np.random.default_rng(0))
+    certificate = CopiesCertificate([sets], [load_of(sets, 6)], [1e9], 2)
+    certificate.improve(0)
+    layer = certificate._layers[0]
+    assert isinstance(layer, copies._Layer)
+    chords = copies._ChordEnvelope(sets, 6)
+    chords.start(layer._relaxed.shared((0, 0)))
+    assert isinstance(layer._envelope, copies._SplitEnvelope)
+    assert (layer._envelope._price == chords.pair_slopes().astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_sets_of_more_than_six_experts_have_too_many_splits(size: int) -> None:
+    sets = random_sets(8, size, 20, np.random.default_rng(0))
+    certificate = CopiesCertificate([sets], [load_of(sets, 8)], [1e9], 2)
+    layer = certificate._layers[0]
+    assert isinstance(layer, copies._Layer)
+    assert isinstance(layer._envelope, copies._SplitEnvelope) == (size == 6)
+
+
+def test_blocks_of_sets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of five, the last of them shorter."""
+    sets = random_sets(8, 3, 60, np.random.default_rng(0))
+    shared = np.full((8, 8), 0.25)
+    found = []
+    for size in (copies._BLOCK_SETS, 5):
+        monkeypatch.setattr(copies, "_BLOCK_SETS", size)
+        envelope = copies._SplitEnvelope(sets, 8, 4, 2)
+        envelope.start(shared)
+        for move in range(3):
+            envelope.move(shared, move)
+        found.append((envelope._price, envelope.linear()[0]))
+    assert len(sets.experts) % 5
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
 SHAPES = [  # experts, ranks, top k
