@@ -5,6 +5,8 @@ import pytest
 
 from placer.placement.topology import Topology
 from placer.solver.problem.pairs import PlacementProblem
+from placer.solver.proof import certificate as certificate_module
+from placer.solver.proof.bounds import METHOD as MATCHING_METHOD
 from placer.solver.proof.bounds import pair_bound
 from placer.solver.proof.certificate import METHOD, PairCertificate, stable_floor
 from placer.solver.proof.grouping import GroupingProblem
@@ -155,6 +157,17 @@ def test_the_same_steps_give_the_same_bound() -> None:
     assert one.improve(60) == two.improve(60)
 
 
+def test_triangles_move_for_the_first_time_after_the_first_steps() -> None:
+    certificate = PairCertificate(random_problem((4, 4), ONE_NODE[2], 0))
+    ((_, grouping),) = certificate._groupings
+    every = certificate_module._STEPS_PER_MOVE
+    first = certificate_module._FIRST_STEPS // every * every + every
+    for num_steps, taken, moves in ((first - 1, first - 1, 0), (1, first, 1)):
+        certificate.improve(num_steps)
+        assert grouping._relaxed._num_steps == taken
+        assert grouping._triangles._num_moves == moves
+
+
 def test_stable_floor_is_at_most_a_millionth_below() -> None:
     for value in (0.0, 3.0, 12345678.9, -12345678.9, 0.3, 1e18):
         assert value - abs(value) * 2e-6 <= stable_floor(value) <= value
@@ -179,4 +192,6 @@ def test_one_rank_and_empty_counts_cost_nothing() -> None:
         max_load=(0.0, 0.0),
         topology=ONE_NODE[2],
     )
-    assert PairCertificate(empty).improve(5) == 0
+    certificate = PairCertificate(empty)
+    assert certificate.improve(5) == 0
+    assert certificate.method == MATCHING_METHOD  # which proved as much before
