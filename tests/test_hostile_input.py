@@ -24,6 +24,7 @@ import torch
 from placer.affinity import Affinity
 from placer.affinity.load_files import read_csv_loads, read_load_matrix
 from placer.checkpoint.deepspeed import load_states
+from placer.checkpoint.deepspeed_record import DeepspeedRecord
 from placer.checkpoint.record import ExportRecord
 from placer.checkpoint.shard import Shard
 from placer.checkpoint.source import CheckpointSource
@@ -32,6 +33,7 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.world import read_costs
+from placer.planning.certificate_file import read_certificate
 from placer.run.archives import load_arrays, load_torch
 from placer.runtime_map.maps import RUNTIMES
 from placer.solver.params import SolverParams
@@ -43,6 +45,7 @@ from placer.trace.csv_rows import read_csv
 from placer.trace.imported import import_file
 from placer.trace.json_lines import json_values
 from placer.trace.npz import read_exflow, read_npz
+from placer.trace.sglang_dump import read_sglang_dump
 
 SECONDS, MEGABYTES = 5, 700
 
@@ -80,6 +83,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "shard": Shard.open,
     "torch shard": lambda path: open_torch_shard(path, "x"),
     "deepspeed": load_states,
+    "deepspeed record": lambda path: DeepspeedRecord.read(path, (8,)),
+    "certificate": read_certificate,
+    "sglang dump": imported(read_sglang_dump),
     "topology": read_costs,
     "hardware": lambda path: Hardware.named(str(path)),
     "parameters": SolverParams.read,

@@ -23,6 +23,7 @@ from placer.planning.certificate_file import CertificateFile, LayerCertificate
 from placer.trace import Selection, Trace
 
 _BLOCK = 1 << 14  # columns that are priced at once
+_MOST_SETS = 12_000_000  # placer prove looks at no more in a layer
 _ROUNDING = 0.05  # copies, as a cap on them allows for rounding
 
 
@@ -157,6 +158,10 @@ class _Layer:
         ):
             return "it has not one price for every expert and cut"
         scale = certificate.scale
+        if scale < 1 or self._most_reduced(stated, scale) >= 2**62:
+            return "its prices are too large to add, or their scale is 0"
+        if math.comb(len(self.load), size) > _MOST_SETS:
+            return f"it has more than {_MOST_SETS:,} sets of experts to look at"
         columns, cost = self._columns(stated)
         if not len(cost):
             return "no set of experts is within its limits"
@@ -175,12 +180,23 @@ class _Layer:
             return f"its bound is {stated.bound}, what it says proves {proved}"
         return None
 
+    def _most_reduced(self, stated: LayerCertificate, scale: int) -> int:
+        """Return what no reduced cost of a column exceeds, in whole numbers of any size.
+
+        NumPy adds in 64 bits, where 4 times 2^62 is 0.
+        """
+        own = self.sets.shape[1] * max(map(abs, stated.prices), default=0)
+        most: int = scale * int(self.weight.sum()) + own - sum(stated.cut_prices)
+        return most
+
     def _fault_of_limits(
         self, stated: LayerCertificate, certificate: CertificateFile
     ) -> str | None:
         """Return how limits leave out a placement that the plan's own caps allow."""
         num_ranks = len(self.sets)
-        cap = math.floor(certificate.max_imbalance * self.load.sum() / num_ranks)
+        cap = math.floor(
+            min(certificate.max_imbalance, num_ranks) * self.load.sum() / num_ranks
+        )
         most_load = max(cap, int(self.load[self.sets].sum(axis=1).max()))
         num_tokens = int(self.weight.sum())
         received = self.plan.provenance.get("max_received_copies")

@@ -30,6 +30,8 @@ COMMANDS = {
     "simulate": "simulate PIPE TRACE",
     "simulate --table": "simulate PLAN TRACE --table PIPE",
     "check": "check PIPE TRACE",
+    "prove": "prove PIPE TRACE",
+    "prove --check": "prove PLAN TRACE --check PIPE",
     "verify": "verify MODEL PIPE.pt PLAN",
     "advise": "advise PIPE --gpus-per-node 2 --engine sglang",
 }

@@ -30,6 +30,7 @@ from placer.checkpoint.torch_shard import open_torch_shard
 from placer.model import ModelSpec
 from placer.placement import Plan
 from placer.placement.world import read_costs
+from placer.planning.certificate_file import read_certificate
 from placer.runtime_map.maps import RUNTIMES, export_map, verify_map
 from placer.shuffle import ShuffleTable
 from placer.solver.params import SolverParams
@@ -217,6 +218,17 @@ def _readers() -> dict[str, Target]:
     )
     expert_key = "m.deepspeed_moe.experts.deepspeed_experts.0.w"
     shard = (OLD / "model" / "model.safetensors").read_bytes()
+    layer = {
+        **{"bound": 9, "proved_by": "prices", "most_load": 8, "most_cost": 8},
+        **{"together": [[0, 1]], "apart": [0, 1], "prices": [3, -2]},
+        **{"cuts": [[0, 1, 2]], "cut_prices": [-1]},
+    }
+    certificate = {
+        **{"schema_version": 2, "kind": "certificate", "plan_sha256": "0" * 64},
+        **{"trace_sha256": "1" * 64, "fold": "0/2", "phase": None, "num_ranks": 2},
+        **{"num_tokens": 8, "max_imbalance": 1.1, "scale": 1024, "layers": [layer]},
+        "sha256": None,
+    }
     index = {"metadata": {}, "weight_map": dict.fromkeys(["a", "b"], "model.safetensors")}
 
     def named(name: str) -> bytes:
@@ -254,6 +266,9 @@ def _readers() -> dict[str, Target]:
             inside("placer.json", ExportRecord.read),
             (named("checkpoint/placer.json"),),
             "json",
+        ),
+        "certificate": Target(
+            file("c.json", read_certificate), (json.dumps(certificate).encode(),), "json"
         ),
         "config": Target(
             inside("config.json", ModelSpec.from_checkpoint),

@@ -14,6 +14,7 @@ from placer.errors import PlacerError, UsageError, VerificationError
 from placer.placement import Plan
 from placer.placement.reference import contiguous
 from placer.placement.reference import random as random_placement
+from placer.planning import certificate_check
 from placer.planning.certificate_check import check_certificate
 from placer.planning.certificate_file import read_certificate, write_certificate
 from placer.planning.proving import prove_plan
@@ -144,6 +145,65 @@ def test_a_certificate_that_is_wrong_is_seen(
     changed_layer(certificate, **broken_fields(certificate, part))
     with pytest.raises(VerificationError, match="MoE layer 0"):
         check_certificate(read_certificate(certificate), plan, trace)
+
+
+@pytest.fixture
+def of_two_ranks(
+    trace: Trace, write_plan: Callable[..., Path], tmp_path: Path
+) -> tuple[Path, Path]:
+    """A plan of four experts on each of two ranks, and its certificate."""
+    plan = write_plan(trace.model, random_placement(SIZES, 2, seed=1))
+    out = tmp_path / "certificate.json"
+    proved = prove_plan(plan, trace, EVERYTHING, 1.2, Session())
+    write_certificate(proved, plan, trace, EVERYTHING, out)
+    return plan, out
+
+
+def test_prices_that_64_bits_cannot_add_prove_nothing(
+    trace: Trace, of_two_ranks: tuple[Path, Path]
+) -> None:
+    """Four times 2^62 is 0 in 64 bits: with it any bound would seem proved."""
+    plan, out = of_two_ranks
+    fields = {"cuts": [], "cut_prices": [], "proved_by": "prices"}
+    for prices in (2**62, 2**60):
+        changed_layer(out, bound=10**6, prices=[prices] * 8, **fields)
+        with pytest.raises(VerificationError, match="prices are too large to add"):
+            check_certificate(read_certificate(out), plan, trace)
+    changed_layer(out, bound=1, prices=[2**50] * 8, **fields)
+    check_certificate(read_certificate(out), plan, trace)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fault"),
+    [
+        ("scale", 0, "scale is 0"),
+        ("scale", 2**63 - 1, "too large to add"),
+        ("max_imbalance", 1e308, "tighter than the caps"),
+    ],
+)
+def test_numbers_that_no_certificate_has_are_refused(
+    field: str,
+    value: float,
+    fault: str,
+    trace: Trace,
+    of_two_ranks: tuple[Path, Path],
+) -> None:
+    plan, out = of_two_ranks
+    whole = json.loads(out.read_text()) | {field: value, "sha256": None}
+    out.write_text(json.dumps(whole))
+    with pytest.raises(VerificationError, match=fault):
+        check_certificate(read_certificate(out), plan, trace)
+
+
+def test_a_certificate_of_more_sets_than_placer_proves_is_refused(
+    trace: Trace, of_two_ranks: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could ask for work without end."""
+    plan, out = of_two_ranks
+    assert certificate_check._MOST_SETS == layers_module.FULL_COLUMNS
+    monkeypatch.setattr(certificate_check, "_MOST_SETS", 69)  # of 8 experts: 70 sets of 4
+    with pytest.raises(VerificationError, match="more than 69 sets"):
+        check_certificate(read_certificate(out), plan, trace)
 
 
 def test_a_certificate_is_of_one_plan_and_one_trace(
