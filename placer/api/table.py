@@ -156,12 +156,13 @@ class Table(Shown):
 
     def _shape(self) -> Shape:
         table = self.contents
+        nodes = f"{table.num_nodes} node{'s' * (table.num_nodes > 1)}"
         return Shape(
             title=f"Table of {model_name(table.model)}",
             facts={
                 "path": self.path,
                 "routing": model_words(table.model),
-                "ranks": f"{table.num_ranks} on {table.num_nodes} nodes",
+                "ranks": f"{table.num_ranks} on {nodes}",
                 "token ids": f"{table.vocab_size:,}",
                 "lookback": table.lookback,
                 "plan": table.plan_sha256,

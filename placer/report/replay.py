@@ -53,13 +53,13 @@ def _row(run: ReplayedRun) -> tuple[object, ...]:
 def facts(outcome: ReplayOutcome) -> list[str]:
     """Return what the figures mean, and what they leave out."""
     tokens = outcome.num_passes * outcome.batch_size * outcome.sequence_length
+    nodes = f"{outcome.num_nodes} node{'s' * (outcome.num_nodes > 1)}"
     lines = [
         "bytes of hidden states per token and MoE layer, between ranks: fast inside a "
         "node, slow between nodes",
         f"{tokens:,} tokens in {outcome.num_passes} forward passes of "
         f"{outcome.batch_size} sequences x {outcome.sequence_length}, "
-        f"{outcome.num_ranks} ranks, {outcome.num_nodes} nodes, {outcome.dtype} on "
-        f"{outcome.device}",
+        f"{outcome.num_ranks} ranks, {nodes}, {outcome.dtype} on {outcome.device}",
     ]
     for run in outcome.runs:
         per_token = run.num_tokens * len(run.dispatch)

@@ -378,8 +378,9 @@ def verdict_of_import(what: str, facts: Mapping[str, Any], out: Path) -> Verdict
     file = quote(str(out))
     if what == "plan":
         ranks, nodes = facts["num_ranks"], facts["num_nodes"]
+        where = f"{ranks} ranks, {nodes} node{'s' * (nodes > 1)}"
         return Verdict(
-            answer=(f"Imported a map of {layers} on {ranks} ranks, {nodes} nodes.",),
+            answer=(f"Imported a map of {layers} on {where}.",),
             next=f"placer inspect {file}",
         )
     tokens = facts["num_tokens"]

@@ -161,8 +161,9 @@ class Calibration:
     def notes(self) -> Iterator[str]:
         """Yield how the figures were measured, and which ones were not."""
         options = self.options
+        nodes = f"{options.num_nodes} node{'s' * (options.num_nodes > 1)}"
         yield (
-            f"{options.num_ranks} ranks on {options.num_nodes} nodes, {options.device}, "
+            f"{options.num_ranks} ranks on {nodes}, {options.device}, "
             f"{BACKENDS[options.device]}, medians of {options.repetitions} repetitions."
         )
         for name, fit in self.links.items():
