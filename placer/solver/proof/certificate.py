@@ -102,8 +102,6 @@ class _Grouping:
 
 def stable_floor(value: float, num_bits: int = _STABLE_BITS) -> float:
     """Round down to this many leading bits, which every machine computes alike."""
-    if value == 0:
-        return 0.0
     step = 2.0 ** (math.frexp(value)[1] - num_bits)
     return math.floor(value / step) * step
 

@@ -196,6 +196,8 @@ def test_chords_take_the_slopes_between_whole_companions(
     envelope = copies._ChordEnvelope(sets, 4)
     even = envelope.pair_slopes()
     assert even[0].tolist() == pytest.approx([2 * -1 / 3] * 3, abs=1e-5)
+    of_two = TokenSets(experts=sets.experts[:, :2], num_tokens=sets.num_tokens)
+    assert copies._ChordEnvelope(of_two, 4).pair_slopes().tolist() == [[2 * -1 / 2]]
     shared = np.full((4, 4), companions / 2)
     np.fill_diagonal(shared, 1.0)
     shared[1, 0] = shared[0, 1] = 0.9  # expert 1 is none of the set
