@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SimulateArguments,
         SizeArguments,
         SolveArguments,
+        TableArguments,
     )
     from placer.api.calibrating import Calibrated, calibrate
     from placer.api.checking import Checked
@@ -89,6 +90,7 @@ _MODULES = {
     "SizeArguments": "api.arguments",
     "SolveArguments": "api.arguments",
     "Table": "api.table",
+    "TableArguments": "api.arguments",
     "Trace": "api.trace",
     "UsageError": "errors",
     "Verdict": "run.verdict",
@@ -141,6 +143,7 @@ __all__ = [
     "SizeArguments",
     "SolveArguments",
     "Table",
+    "TableArguments",
     "Trace",
     "UsageError",
     "Verdict",

@@ -19,6 +19,7 @@ from placer.errors import PlacerError
 from placer.model import ModelSpec
 from placer.run.devices import CPU, torch_device
 from placer.run.parallel import PROCESSES, Backend
+from placer.run.progress import Steps
 from placer.trace import Chunk, Selection, Trace
 
 ChunkSource = Callable[[], Iterable[Chunk]]
@@ -71,19 +72,24 @@ def count_sources(
     rows: Rows = "none",
     backend: Backend = PROCESSES,
     device: str = CPU,
+    num_workers: int | None = None,
+    steps: Steps | None = None,
 ) -> Affinity:
-    """Count several streams of chunks, each in its own process or Ray task.
+    """Count several streams of chunks, in processes or Ray tasks.
 
     Parameters
     ----------
     sources
         Functions that yield chunks; they are sent to the processes, so they must be
-        picklable, such as ``functools.partial`` of a module's function. A single one is
-        counted in this process.
+        picklable, such as ``functools.partial`` of a module's function.
     model, provenance, rows, device
         As for :func:`count_affinity`.
     backend
         Where to count.
+    num_workers
+        Number of processes, one for each source by default; 1: this process.
+    steps
+        Told of each source that is counted.
 
     Raises
     ------
@@ -94,7 +100,9 @@ def count_sources(
         _count_source, model=model, provenance=provenance, rows=rows, device=device
     )
     total = PairwiseSum[Affinity]()
-    for part in backend.map(task, sources):
+    for part in backend.map(task, sources, num_workers):
+        if steps is not None:
+            steps.begin()
         total.add(part)
     if (counted := total.result()) is None:
         raise _no_token()

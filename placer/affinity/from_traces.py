@@ -14,11 +14,14 @@ from placer.model import Combination, recorded_tokenizer
 from placer.run.devices import CPU
 from placer.run.files import sha256_file
 from placer.run.parallel import PROCESSES, Backend
+from placer.run.progress import Progress, Steps
 from placer.trace import Chunk, Selection, Trace
 from placer.version import __version__
 
 # Starting a process costs about as much as counting this many tokens.
 _WORTH_A_WORKER = 250_000
+# Enough to see progress, few enough for sums to cost little beside counting.
+_PARTS_OF_A_WORKER = 8
 
 
 def affinity_of_traces(
@@ -30,6 +33,7 @@ def affinity_of_traces(
     rows: Rows = "none",
     device: str = CPU,
     warn: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> Affinity:
     """Count the tokens selected in traces of one model.
 
@@ -39,7 +43,8 @@ def affinity_of_traces(
 
     ``rows`` is as for :func:`count_affinity`. Sequence ids of several traces name different
     sequences, so rows per sequence are for one trace only. ``warn`` takes a warning where
-    a trace does not say which model or tokenizer it is of.
+    a trace does not say which model or tokenizer it is of. ``progress`` gets a line for
+    each part that is counted.
 
     Raises
     ------
@@ -78,25 +83,38 @@ def affinity_of_traces(
         "tokenizer_sha256": both.tokenizer_sha256,
         **selection.to_json(),
     }
+    processes = [_num_processes(trace, num_workers) for trace in traces]
+    sources = [
+        _sources(trace, selection, number * _PARTS_OF_A_WORKER if device == CPU else 1)
+        for trace, number in zip(traces, processes, strict=True)
+    ]
+    steps = Steps(tell=progress, total=sum(map(len, sources)), unit="part")
     parts = (
         count_sources(
-            _sources(trace, selection, num_workers),
+            of_trace,
             both.model,
             provenance,
             rows=rows,
             backend=backend,
             device=device,
+            num_workers=number,
+            steps=steps,
         )
-        for trace in traces
+        for of_trace, number in zip(sources, processes, strict=True)
     )
     return reduce(Affinity.add, parts)
 
 
-def _sources(trace: Trace, selection: Selection, num_workers: int) -> list[ChunkSource]:
-    """Cut the list of chunks into one run for each process that is worth starting."""
-    chunks = trace.header.chunks
+def _num_processes(trace: Trace, num_workers: int) -> int:
+    """Return how many processes are worth starting."""
     worth = trace.header.num_tokens // _WORTH_A_WORKER
-    number = max(1, min(num_workers, len(chunks), worth))
+    return max(1, min(num_workers, len(trace.header.chunks), worth))
+
+
+def _sources(trace: Trace, selection: Selection, number: int) -> list[ChunkSource]:
+    """Cut the list of chunks into ``number`` runs, or as many as there are chunks."""
+    chunks = trace.header.chunks
+    number = max(1, min(number, len(chunks)))
     cuts = [len(chunks) * n // number for n in range(number + 1)]
     return [
         # A task of Ray may run in another directory.

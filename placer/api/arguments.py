@@ -75,6 +75,36 @@ class ReplayArguments(SelectArguments, total=False):
     elsewhere: Sequence[str]
 
 
+class TableArguments(TypedDict, total=False):
+    """Options of ``placer tables``; ``docs/cli.md`` describes each.
+
+    Attributes
+    ----------
+    fold, not_fold, phase
+        The tokens to build it from; by default those that the plan was solved on.
+    lookback
+        Length of a history, in layers; up to 4 by default, fewer for many ranks.
+    shrinkage
+        Tokens of the layer's average that are added to every row: 4 by default.
+    token_score, combined
+        Whether it also holds second-best homes, and the combined rule.
+    embeddings
+        Checkpoint whose embedding predicts rows for ids that are not in the trace.
+    max_home_imbalance
+        Cap on the tokens of the fullest home rank over the mean.
+    """
+
+    fold: str | None
+    not_fold: str | None
+    phase: str | None
+    lookback: int | None
+    shrinkage: float
+    token_score: bool
+    combined: bool
+    embeddings: AnyPath | None
+    max_home_imbalance: float | None
+
+
 class AffinityArguments(SelectArguments, total=False):
     """Options of ``placer affinity``; ``docs/cli.md`` describes each.
 

@@ -457,7 +457,8 @@ def _export_map(
     split = split_groups(Plan.read(plan))
     warnings = [*written.warnings, *([split] if split else [])]
     for text in warnings:
-        warn(text)
+        if text != written.ignored:  # the verdict says it
+            warn(text)
     for one in written.start:
         for line in one.lines():
             note(line)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from placer.api.files import AnyPath, writing
 from placer.api.shown import Result, TitledTable
@@ -106,10 +107,25 @@ def inspect(path: AnyPath, *others: AnyPath, load: AnyPath | None = None) -> Ins
     found = summarize(open_beside(first, beside))
     return Inspected(
         title=found.kind,
-        verdict=Verdict(answer=(found.headline.verdict,), next=found.headline.next),
+        verdict=Verdict(
+            answer=(found.headline.verdict,), next=_naming(first, found.headline.next)
+        ),
         facts=found.to_json(),
         contents=found,
         name=first.name,
         inputs=(first, *beside),
         shows_load=load is not None,
     )
+
+
+def _naming(path: Path, command: str | None) -> str | None:
+    """Name the inspected file in the next command, whose first placeholder it is.
+
+    Reports keep the placeholder: their bytes do not depend on where a file lies.
+    """
+    if command is None:
+        return None
+    words = command.split()
+    place = next(n for n, word in enumerate(words) if word.isupper())
+    words[place] = quote(str(path))
+    return " ".join(words)

@@ -91,7 +91,11 @@ class Learning(Result):
 
 
 def links(
-    traces: Sequence[Trace], *, seed: int = 0, **select: Unpack[SelectArguments]
+    traces: Sequence[Trace],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    **select: Unpack[SelectArguments],
 ) -> Links:
     """Measure how well experts predict those of later layers.
 
@@ -101,6 +105,8 @@ def links(
         Traces, such as those of several training steps.
     seed
         Of the controls, in which one kind of structure is shuffled away.
+    progress
+        Called with one line for each step.
     **select
         The tokens: :class:`placer.SelectArguments`.
 
@@ -121,7 +127,12 @@ def links(
     """
     require_known(select, SelectArguments)
     chosen = selected(select)
-    found = {str(one.path): links_of(one.contents, chosen, seed=seed) for one in traces}
+    found = {
+        str(one.path): links_of(
+            one.contents, chosen, seed=seed, progress=_of_trace(number, traces, progress)
+        )
+        for number, one in enumerate(traces, 1)
+    }
     for one in traces:
         if not one.contents.header.experts_by_weight:
             warn(f"{one.path}: {UNORDERED}: no figures of top-1 experts are shown")
@@ -134,6 +145,15 @@ def links(
         },
         by_trace=found,
     )
+
+
+def _of_trace(
+    number: int, traces: Sequence[Trace], progress: Callable[[str], None] | None
+) -> Callable[[str], None] | None:
+    """Return what tells the steps of one of several traces."""
+    if progress is None or len(traces) == 1:
+        return progress
+    return lambda step: progress(f"trace {number} of {len(traces)}, {step}")
 
 
 def learning(

@@ -1,6 +1,6 @@
 """A plan, as the API shows it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,6 @@ import numpy as np
 from placer.api.files import (
     AnyPath,
     UsedFile,
-    as_path,
     require_unchanged,
     temporary_file,
     writing,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
         ReplayArguments,
         SelectArguments,
         SimulateArguments,
+        TableArguments,
     )
     from placer.api.checking import Checked
     from placer.api.exporting import Exported
@@ -224,7 +224,11 @@ class Plan(Shown):
         )
 
     def simulate(
-        self, trace: "Trace", **options: Unpack["SimulateArguments"]
+        self,
+        trace: "Trace",
+        *,
+        progress: Callable[[str], None] | None = None,
+        **options: Unpack["SimulateArguments"],
     ) -> "Simulation":
         """Measure the plan and baselines on a trace, as ``placer simulate`` does.
 
@@ -235,6 +239,8 @@ class Plan(Shown):
         ----------
         trace
             What to measure on.
+        progress
+            Called with one line for each step.
         **options
             Those of ``placer simulate``: :class:`placer.SimulateArguments`.
 
@@ -248,7 +254,7 @@ class Plan(Shown):
         """
         from placer.api.simulation import simulate
 
-        return simulate(self, trace, **options)
+        return simulate(self, trace, progress=progress, **options)
 
     def export(
         self,
@@ -291,6 +297,7 @@ class Plan(Shown):
         *,
         corpus: Sequence[AnyPath] = (),
         max_tokens: int = 2048,
+        progress: Callable[[str], None] | None = None,
     ) -> "Verified":
         """Check that an export of this plan computes what the original computes.
 
@@ -304,6 +311,8 @@ class Plan(Shown):
             Text to run both models on; by default one that comes with placer.
         max_tokens
             Limit on the tokens to run; 0 compares tensors only.
+        progress
+            Called with one line for each tensor or text.
 
         Raises
         ------
@@ -321,6 +330,7 @@ class Plan(Shown):
                 file.path,
                 corpus=[Path(one) for one in corpus],
                 max_tokens=max_tokens,
+                progress=progress,
             )
 
     def replay(
@@ -388,15 +398,8 @@ class Plan(Shown):
         self,
         trace: "Trace",
         *,
-        fold: str | None = None,
-        not_fold: str | None = None,
-        phase: str | None = None,
-        lookback: int | None = None,
-        shrinkage: float = 4.0,
-        token_score: bool = False,
-        combined: bool = False,
-        embeddings: AnyPath | None = None,
-        max_home_imbalance: float | None = None,
+        progress: Callable[[str], None] | None = None,
+        **options: Unpack["TableArguments"],
     ) -> "Table":
         """Make the plan's token-shuffle table, as ``placer tables`` does.
 
@@ -404,18 +407,10 @@ class Plan(Shown):
         ----------
         trace
             A trace with token ids.
-        fold, not_fold, phase
-            The tokens to build it from; by default those that the plan was solved on.
-        lookback
-            Length of a history, in layers; up to 4 by default, fewer for many ranks.
-        shrinkage
-            Tokens of the layer's average that are added to every row.
-        token_score, combined
-            Whether it also holds second-best homes, and the combined rule.
-        embeddings
-            Checkpoint whose embedding predicts rows for ids that are not in the trace.
-        max_home_imbalance
-            Cap on the tokens of the fullest home rank over the mean.
+        progress
+            Called with one line for each step.
+        **options
+            Those of ``placer tables``: :class:`placer.TableArguments`.
 
         Raises
         ------
@@ -425,17 +420,8 @@ class Plan(Shown):
             If an option is out of range.
         """
         from placer.api.table import make_table
-        from placer.planning.tables import TableOptions
 
-        options = TableOptions(
-            lookback=lookback,
-            shrinkage=shrinkage,
-            with_token_score=token_score,
-            with_combined=combined,
-            embeddings=as_path(embeddings),
-            max_home_imbalance=max_home_imbalance,
-        )
-        return make_table(self, trace, options, fold=fold, not_fold=not_fold, phase=phase)
+        return make_table(self, trace, progress=progress, **options)
 
     def write(self, path: AnyPath, *, force: bool = False) -> Self:
         """Write ``plan.json``: the same plan gives the same bytes.

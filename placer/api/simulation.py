@@ -1,6 +1,6 @@
 """A plan and baselines, measured on the same tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -188,7 +188,13 @@ class Simulation(Shown):
         )
 
 
-def simulate(plan: Plan, trace: Trace, **options: Unpack[SimulateArguments]) -> Simulation:
+def simulate(
+    plan: Plan,
+    trace: Trace,
+    *,
+    progress: Callable[[str], None] | None = None,
+    **options: Unpack[SimulateArguments],
+) -> Simulation:
     """Measure a plan and baselines on a trace: :meth:`placer.Plan.simulate`."""
     require_known(options, SimulateArguments)
     path = plan.path or Path("PLAN")
@@ -198,7 +204,9 @@ def simulate(plan: Plan, trace: Trace, **options: Unpack[SimulateArguments]) -> 
     with plan.as_file() as file:
         judgements = tuple(
             replace(one, warnings=tuple(map(file.words, one.warnings)))
-            for one in _judged(plan.contents, file.path, trace.contents, command, options)
+            for one in _judged(
+                plan.contents, file.path, trace.contents, command, options, progress
+            )
         )
     verdict = verdict_of_simulation(judgements, plan.contents, path, command)
     found = Simulation(judgements, verdict)
@@ -213,6 +221,7 @@ def _judged(
     trace: TraceDirectory,
     command: str,
     options: SimulateArguments,
+    progress: Callable[[str], None] | None,
 ) -> tuple[Judgement, ...]:
     """Judge the plan of a file; errors suggest ``command`` with another option."""
     hardware = options.get("hardware")
@@ -257,6 +266,7 @@ def _judged(
             )
             for one in engines
         ],
+        progress=progress,
     )
 
 

@@ -1,12 +1,14 @@
 """A token-shuffle table, as the API shows it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
-from placer.api.files import AnyPath, note, warn, writing
+from placer.api.arguments import TableArguments, require_known
+from placer.api.files import AnyPath, as_path, note, warn, writing
 from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
 from placer.run.verdict import Verdict
 from placer.table import Table as TokenTable
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from placer.api.plan import Plan
     from placer.api.trace import Trace
-    from placer.planning.tables import TableOptions, TableResult
+    from placer.planning.tables import TableResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,13 +175,11 @@ class Table(Shown):
 def make_table(
     plan: "Plan",
     trace: "Trace",
-    options: "TableOptions",
     *,
-    fold: str | None = None,
-    not_fold: str | None = None,
-    phase: str | None = None,
+    progress: Callable[[str], None] | None = None,
+    **options: Unpack[TableArguments],
 ) -> Table:
-    """Make the table of a plan; :meth:`placer.Plan.table` says what the options are.
+    """Make the table of a plan: :meth:`placer.Plan.table`.
 
     Raises
     ------
@@ -188,12 +188,30 @@ def make_table(
     UsageError
         If an option is out of range.
     """
+    from placer.planning.tables import TableOptions
     from placer.planning.tables import make_table as made_of
+    from placer.table.build import DEFAULT_SHRINKAGE
     from placer.trace import Fold
 
-    chosen = Fold.chosen(fold, not_fold)
+    require_known(options, TableArguments)
+    chosen = Fold.chosen(options.get("fold"), options.get("not_fold"))
+    how = TableOptions(
+        lookback=options.get("lookback"),
+        shrinkage=options.get("shrinkage", DEFAULT_SHRINKAGE),
+        with_token_score=options.get("token_score", False),
+        with_combined=options.get("combined", False),
+        embeddings=as_path(options.get("embeddings")),
+        max_home_imbalance=options.get("max_home_imbalance"),
+    )
     with plan.as_file() as file:
-        made = made_of(file.path, trace.contents, fold=chosen, phase=phase, options=options)
+        made = made_of(
+            file.path,
+            trace.contents,
+            fold=chosen,
+            phase=options.get("phase"),
+            options=how,
+            progress=progress,
+        )
     warnings = tuple(map(file.words, made.warnings))
     for text in warnings:
         warn(text)
@@ -202,5 +220,5 @@ def make_table(
     elif chosen is None:
         note(f"built from the tokens that the plan was solved on: {made.profile.options}")
     result = replace(made, warnings=warnings)
-    how = Made(result=result, plan=plan.path or Path("PLAN"), trace=trace.path)
-    return Table(made.table, made=how)
+    origin = Made(result=result, plan=plan.path or Path("PLAN"), trace=trace.path)
+    return Table(made.table, made=origin)

@@ -109,11 +109,18 @@ class Trace(Shown):
         """Names of the domains; empty where none were recorded."""
         return self.contents.header.domains
 
-    def affinity(self, **options: Unpack[AffinityArguments]) -> Affinity:
+    def affinity(
+        self,
+        *,
+        progress: Callable[[str], None] | None = None,
+        **options: Unpack[AffinityArguments],
+    ) -> Affinity:
         """Count loads, and which experts are used together, as ``placer affinity`` does.
 
         Parameters
         ----------
+        progress
+            Called with one line for each part that is counted.
         **options
             Those of the command: :class:`placer.AffinityArguments`.
 
@@ -132,7 +139,7 @@ class Trace(Shown):
         >>> counts.load[0].sum() == counts.num_tokens * trace.top_k
         np.True_
         """
-        return count_affinity([self], **options)
+        return count_affinity([self], progress=progress, **options)
 
     def validate(self) -> Result:
         """Check every hash, tensor and id, as ``placer trace validate`` does.
@@ -370,7 +377,10 @@ class Trace(Shown):
 
 
 def count_affinity(
-    traces: Sequence[Trace], **options: Unpack[AffinityArguments]
+    traces: Sequence[Trace],
+    *,
+    progress: Callable[[str], None] | None = None,
+    **options: Unpack[AffinityArguments],
 ) -> Affinity:
     """Count several traces of one model, added up: :meth:`placer.Trace.affinity`.
 
@@ -394,6 +404,7 @@ def count_affinity(
         rows=one_of("--rows", options.get("rows", "none"), ROWS),
         device=device,
         warn=warn,
+        progress=progress,
     )
     return Affinity(counted)
 

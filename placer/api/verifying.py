@@ -1,6 +1,6 @@
 """Proving that an export computes what the original computes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def verify_export(
     *,
     corpus: Sequence[Path] = (),
     max_tokens: int = 2048,
+    progress: Callable[[str], None] | None = None,
 ) -> Verified:
     """Compare an export with its original under the plan of a file.
 
@@ -65,6 +66,8 @@ def verify_export(
         Text to run both models on; a text that comes with placer where it is empty.
     max_tokens
         Limit on the tokens to run; 0 compares tensors only.
+    progress
+        Called with one line for each tensor or text.
 
     Raises
     ------
@@ -80,18 +83,23 @@ def verify_export(
     from placer.checkpoint.verify_ranks import is_ranks
 
     if is_deepspeed(exported):
-        num_tensors = verify_deepspeed(original, exported, plan)
+        num_tensors = verify_deepspeed(original, exported, plan, progress)
         return _verified(
             f"verified: {num_tensors} tensors equal bit for bit under the plan",
             {"num_tensors": num_tensors},
         )
     if is_ranks(exported):
-        return _verify_ranks(original, exported, plan)
-    return _verify_checkpoint(original, exported, plan, corpus, max_tokens)
+        return _verify_ranks(original, exported, plan, progress)
+    return _verify_checkpoint(original, exported, plan, corpus, max_tokens, progress)
 
 
 def _verify_checkpoint(
-    original: Path, exported: Path, plan: Path, corpus: Sequence[Path], max_tokens: int
+    original: Path,
+    exported: Path,
+    plan: Path,
+    corpus: Sequence[Path],
+    max_tokens: int,
+    progress: Callable[[str], None] | None,
 ) -> Verified:
     from placer.checkpoint.verify import verify
     from placer.demo.text import documents
@@ -102,7 +110,7 @@ def _verify_checkpoint(
         texts = [text for text in found if isinstance(text, str)]
     else:
         texts = [one.text for one in documents("heldout")] if max_tokens else []
-    report = verify(original, exported, plan, texts, max_tokens)
+    report = verify(original, exported, plan, texts, max_tokens, progress)
     checks = [
         ("tensors", f"{report.num_tensors} equal bit for bit, {report.num_bytes} bytes")
     ]
@@ -147,10 +155,15 @@ def _verify_map(original: Path, exported: Path, plan: Path) -> Verified:
     )
 
 
-def _verify_ranks(original: Path, exported: Path, plan: Path) -> Verified:
+def _verify_ranks(
+    original: Path,
+    exported: Path,
+    plan: Path,
+    progress: Callable[[str], None] | None,
+) -> Verified:
     from placer.checkpoint.verify_ranks import verify_ranks
 
-    report = verify_ranks(original, exported, plan)
+    report = verify_ranks(original, exported, plan, progress)
     return _verified(
         "verified: every rank has its part of the original",
         report.to_json(),

@@ -28,6 +28,7 @@ from placer.model.tensor_layout import TensorKind, TensorLayout, has_columns, is
 from placer.placement import Placement, Plan
 from placer.placement.all_layers import plan_of
 from placer.run.files import read_bytes, read_text, sha256_file
+from placer.run.progress import Progress, Steps
 from placer.trace.capture import RouterCapture
 from placer.trace.loading import load_model
 
@@ -79,7 +80,12 @@ class VerificationReport:
 
 
 def verify(
-    original: Path, exported: Path, plan_path: Path, texts: Sequence[str], max_tokens: int
+    original: Path,
+    exported: Path,
+    plan_path: Path,
+    texts: Sequence[str],
+    max_tokens: int,
+    progress: Progress | None = None,
 ) -> VerificationReport:
     """Compare an exported checkpoint with its original.
 
@@ -93,6 +99,8 @@ def verify(
         Text to run both models on.
     max_tokens
         Most tokens to run; 0 compares tensors only.
+    progress
+        Gets a line for each tensor, and for each text that a model runs on.
 
     Raises
     ------
@@ -115,7 +123,7 @@ def verify(
     if max_tokens:
         architecture.require_recorded(original)
     num_tensors, num_bytes = _compare_tensors(
-        original, exported, architecture.require_layout(), model, plan.placement
+        original, exported, architecture.require_layout(), model, plan.placement, progress
     )
     _compare_named_experts(
         original, exported, architecture.require_layout(), model, plan.placement
@@ -123,7 +131,7 @@ def verify(
     _require_same_files(original, exported)
     comparison = _Comparison(plan.placement)
     if max_tokens:
-        runs = _Runs(architecture, model, texts, max_tokens)
+        runs = _Runs(architecture, model, texts, max_tokens, progress)
         before = runs.run(original, with_ties=True)
         comparison.compare(before, runs.run(exported, with_ties=False))
     return VerificationReport(
@@ -185,6 +193,7 @@ def _compare_tensors(
     layout: TensorLayout,
     model: ModelSpec,
     placement: Placement,
+    progress: Progress | None,
 ) -> tuple[int, int]:
     again = f"export it again: placer export checkpoint PLAN {original} --out NEW"
     where, unheld = tensor_files(exported, VerificationError)
@@ -202,7 +211,8 @@ def _compare_tensors(
         )
     }
     num_tensors, num_bytes = 0, 0
-    for name, path in files.items():
+    steps = Steps(tell=progress, total=len(files), unit="tensor")
+    for name, path in steps.each(files.items()):
         counterpart, kind, row = _counterpart(name, layout, rows)
         if counterpart not in where:
             raise VerificationError(
@@ -360,11 +370,11 @@ class _Runs:
         spec: ModelSpec,
         texts: Sequence[str],
         max_tokens: int,
+        progress: Progress | None,
     ) -> None:
-        self.architecture = architecture
-        self.spec = spec
-        self.texts = texts
-        self.max_tokens = max_tokens
+        self.architecture, self.spec = architecture, spec
+        self.texts, self.max_tokens = texts, max_tokens
+        self.progress = progress
         self.windows: list[list[int]] | None = None
 
     def run(self, directory: Path, *, with_ties: bool) -> list[_Output]:
@@ -375,13 +385,14 @@ class _Runs:
         if self.windows is None:
             self.windows = list(_token_windows(tokenizer, self.texts, self.max_tokens))
         outputs = []
+        steps = Steps(tell=self.progress, total=len(self.windows), unit="text")
         with (
             torch.inference_mode(),
             RouterCapture(
                 model, self.architecture, self.spec, with_ties=with_ties
             ) as routers,
         ):
-            for ids in self.windows:
+            for ids in steps.each(self.windows, lambda _: f"run {directory}"):
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
                 taken = routers.take()
                 outputs.append(

@@ -21,12 +21,17 @@ from placer.errors import VerificationError
 from placer.placement import Plan
 from placer.run.documents import shown
 from placer.run.files import sha256_file
+from placer.run.progress import Progress, Steps
 
 _AGAIN = "export it again: placer export deepspeed PLAN ORIGINAL --out NEW"
 
 
-def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
+def verify_deepspeed(
+    original: Path, exported: Path, plan_path: Path, progress: Progress | None = None
+) -> int:
     """Compare every tensor under the plan's permutation; return how many there are.
+
+    ``progress`` gets a line for each file.
 
     Then compare all files with the hashes that were recorded when they were written.
 
@@ -42,7 +47,9 @@ def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
     record = _record_of(new, plan, plan_path)
     _require_same_names(old, new)
     count = 0
-    for (layer, expert, rank), path in new.expert_files.items():
+    number = len(new.expert_files) + len(new.main_files)
+    steps = Steps(tell=progress, total=number, unit="file")
+    for (layer, expert, rank), path in steps.each(new.expert_files.items()):
         moved = int(plan.placement.permutation(layer)[expert])
         theirs = old.expert_files[layer, moved, rank]
         expected = {
@@ -51,7 +58,7 @@ def verify_deepspeed(original: Path, exported: Path, plan_path: Path) -> int:
         }
         count += _compare(path, load_states(path), expected)
     prefixes = {prefix: n for n, prefix in enumerate(moe_prefixes(old))}
-    for ours, theirs in zip(new.main_files, old.main_files, strict=True):
+    for ours, theirs in steps.each(zip(new.main_files, old.main_files, strict=True)):
         found, expected = load_states(ours), load_states(theirs)
         module = dict(expected.pop("module"))
         for prefix, layer in prefixes.items():

@@ -24,6 +24,7 @@ from placer.placement import Plan
 from placer.placement.all_layers import plan_of
 from placer.run.documents import read_json, shown
 from placer.run.files import open_regular, read_text, require_file, sha256_file
+from placer.run.progress import Progress, Steps
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +61,12 @@ def is_ranks(path: Path) -> bool:
     return (path / rank_folder(0) / RANK_NAME).is_file()
 
 
-def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerification:
+def verify_ranks(
+    original: Path, exported: Path, plan_path: Path, progress: Progress | None = None
+) -> RanksVerification:
     """Compare every byte of every rank with the original and the plan.
+
+    ``progress`` gets a line for each tensor.
 
     Raises
     ------
@@ -97,7 +102,9 @@ def verify_ranks(original: Path, exported: Path, plan_path: Path) -> RanksVerifi
         found = _tensors(folder)
         if other := min(set(found) ^ expected, default=None):
             raise _wrong(folder, f"{'lacks' if other in expected else 'has'} {other}")
-        for name in sorted(expected):
+        unit = f"rank {rank + 1} of {placement.num_ranks}, tensor"
+        steps = Steps(tell=progress, total=len(expected), unit=unit)
+        for name in steps.each(sorted(expected)):
             old, new = read_tensor(where[name], name), read_tensor(found[name], name)
             if name in routed.fused:
                 layer = routed.fused[name]

@@ -17,6 +17,7 @@ from placer.cli.output import (
     print_json,
     print_next,
     print_verdict,
+    progress_line,
 )
 
 
@@ -91,17 +92,19 @@ def affinity(
             )
         counted = placer.merge_affinities(traces)
     else:
-        counted = placer.count_affinity(
-            [placer.Trace.read(path) for path in traces],
-            fold=fold,
-            not_fold=not_fold,
-            phase=phase,
-            rows=rows,
-            workers=workers,
-            backend=backend,
-            ray_address=ray_address,
-            device=device,
-        )
+        with progress_line("affinity") as progress:
+            counted = placer.count_affinity(
+                [placer.Trace.read(path) for path in traces],
+                fold=fold,
+                not_fold=not_fold,
+                phase=phase,
+                rows=rows,
+                workers=workers,
+                backend=backend,
+                ray_address=ray_address,
+                device=device,
+                progress=progress,
+            )
     counted = counted.write(out, force=force)
     if as_json:
         print_json(counted.to_json())

@@ -16,6 +16,7 @@ from placer.cli.output import (
     print_next,
     print_table,
     print_verdict,
+    progress_line,
 )
 
 
@@ -36,13 +37,15 @@ def links(
     distance, in layers, experts still predict later ones, and how much domains differ.
     Several traces, such as those of several training steps, are shown one after another.
     """
-    found = placer.links(
-        [placer.Trace.read(path) for path in traces],
-        seed=seed,
-        fold=fold,
-        not_fold=not_fold,
-        phase=phase,
-    )
+    with progress_line("links") as progress:
+        found = placer.links(
+            [placer.Trace.read(path) for path in traces],
+            seed=seed,
+            progress=progress,
+            fold=fold,
+            not_fold=not_fold,
+            phase=phase,
+        )
     if as_json:
         print_json(found.to_json())
         return

@@ -200,26 +200,18 @@ def _logged(title: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def token_progress() -> Iterator[Callable[[int], None] | None]:
-    """Yield a function that shows finished tokens on stderr.
-
-    ``None`` off a terminal, and in all processes of torchrun but the first.
-    """
-    if _quiet or not sys.stderr.isatty() or not is_first():
-        yield None
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("loading the model")
-        began: list[tuple[int, float]] = []
+def token_progress() -> Iterator[Callable[[int], None]]:
+    """Yield a function that shows how many tokens are recorded, and how fast."""
+    first: tuple[int, float] | None = None
+    with progress_line("record") as tell:
+        tell("loading the model")
 
         def show(num_tokens: int) -> None:
-            began.append((num_tokens, bar.get_time()))
-            done, seconds = num_tokens - began[0][0], bar.get_time() - began[0][1]
+            nonlocal first
+            first = first or (num_tokens, time.monotonic())
+            done, seconds = num_tokens - first[0], time.monotonic() - first[1]
             rate = f", {done / seconds:,.0f} tokens/s" if done else ""
-            bar.update(task, description=f"recorded {num_tokens:,} tokens{rate}")
+            tell(f"{num_tokens:,} tokens{rate}")
 
         yield show
 

@@ -24,6 +24,7 @@ from placer.cli.output import (
     print_next,
     print_tables,
     print_verdict,
+    progress_line,
 )
 from placer.cli.terminal import wrapped
 
@@ -100,23 +101,25 @@ def simulate(
                       with --table: by the table's combined rule
       request         with --table: one home for each sequence
     """
-    found = placer.Plan.read(plan).simulate(
-        placer.Trace.read(trace),
-        table=table,
-        tokens_per_rank=tokens_per_rank,
-        batching=batching,
-        baseline=baseline,
-        engine=engine,
-        replica_choice=replica_choice,
-        hardware=hardware,
-        model=model,
-        hidden_size=hidden_size,
-        expert_size=expert_size,
-        weight_bytes=weight_bytes,
-        fold=fold,
-        not_fold=not_fold,
-        phase=phase,
-    )
+    with progress_line("simulate") as progress:
+        found = placer.Plan.read(plan).simulate(
+            placer.Trace.read(trace),
+            table=table,
+            tokens_per_rank=tokens_per_rank,
+            batching=batching,
+            baseline=baseline,
+            engine=engine,
+            replica_choice=replica_choice,
+            hardware=hardware,
+            model=model,
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            weight_bytes=weight_bytes,
+            fold=fold,
+            not_fold=not_fold,
+            phase=phase,
+            progress=progress,
+        )
     if as_json:
         print_json(found.to_json())
         return

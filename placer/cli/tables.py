@@ -17,6 +17,7 @@ from placer.cli.output import (
     print_next,
     print_tables,
     print_verdict,
+    progress_line,
 )
 
 
@@ -90,18 +91,20 @@ def tables(
     sequences.
     """
     claim(context, out, [plan, trace, embeddings], force=force, kinds=["table"])
-    made = placer.Plan.read(plan).table(
-        placer.Trace.read(trace),
-        fold=fold,
-        not_fold=not_fold,
-        phase=phase,
-        lookback=lookback,
-        shrinkage=shrinkage,
-        token_score=token_score,
-        combined=combined,
-        embeddings=embeddings,
-        max_home_imbalance=max_home_imbalance,
-    )
+    with progress_line("tables") as progress:
+        made = placer.Plan.read(plan).table(
+            placer.Trace.read(trace),
+            fold=fold,
+            not_fold=not_fold,
+            phase=phase,
+            lookback=lookback,
+            shrinkage=shrinkage,
+            token_score=token_score,
+            combined=combined,
+            embeddings=embeddings,
+            max_home_imbalance=max_home_imbalance,
+            progress=progress,
+        )
     made = made.write(out, force=force)
     if as_json:
         print_json(made.to_json())

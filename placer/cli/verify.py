@@ -51,9 +51,13 @@ def verify(
     A map: checked by the rules of its engine, then slot by slot against the plan. Ranks:
     every tensor is compared.
     """
-    with progress_line("verify"):
+    with progress_line("verify") as progress:
         found = placer.Plan.read(plan).verify(
-            original, exported, corpus=corpus or (), max_tokens=max_tokens
+            original,
+            exported,
+            corpus=corpus or (),
+            max_tokens=max_tokens,
+            progress=progress,
         )
     if as_json:
         print_json(found.to_json())

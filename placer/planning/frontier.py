@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from placer.affinity.count import expert_load
 from placer.errors import NoSolutionError, UsageError
 from placer.placement import Plan
 from placer.planning.planner import plan_for, plan_from_trace
@@ -15,6 +16,7 @@ from placer.planning.request import Tell
 from placer.run.session import Session
 from placer.run.writing import atomic_directory
 from placer.simulation.sent import RANK_COPIES, Sent, Wire
+from placer.solver.balance.load_caps import require_within_reach
 from placer.solver.options import SolveOptions
 from placer.trace import Selection, Trace
 
@@ -113,6 +115,14 @@ def write_frontier(
     points: list[FrontierPoint] = []
     placed: list[Any] = []
     session = session or Session()
+    if not options.goal.caps.relax and not options.goal.redundant_experts:
+        require_within_reach(
+            expert_load(trace, selection),
+            options.topology.num_ranks,
+            caps[0],
+            f"--frontier {caps[0]:g}",
+            "use the best reached with --relax-cap, or leave out caps below",
+        )
     with atomic_directory(out) as directory:
         for number, cap in enumerate(caps):
             if points and session.deadline.passed():

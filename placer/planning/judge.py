@@ -1,7 +1,7 @@
 """Simulating a plan file and baselines on a trace."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from placer.planning.profile import (
     profile_of,
 )
 from placer.planning.tables import read_table_of
+from placer.run.progress import Progress, Steps
 from placer.serving.homes import BatchShape, batch_shapes
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.batch_figures import (
@@ -201,8 +202,11 @@ def judge_plan(
     shapes: Sequence[BatchShape] | None = None,
     baselines: Sequence[str] | None = None,
     servings: Sequence[Serving] = (Serving(),),
+    progress: Progress | None = None,
 ) -> tuple[Judgement, ...]:
     """Simulate a plan and baselines on the tokens selected, served in each way.
+
+    ``progress`` gets a line for each step.
 
     Baselines see the plan's own profile where it is of this trace, else all tokens of
     the phase that is judged. An engine that is run for none of the batches gets no
@@ -226,10 +230,14 @@ def judge_plan(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
     table, assumed = read_table_of(table_path, plan_path, trace)
+    if progress is not None:
+        progress("read the tokens and place the baselines")
     tokens = StoredTokens.of(trace, selection)
     compared, missing = baseline_placements(plan, trace, selection, baselines)
     placements = {**compared, PLAN: plan.placement}
-    judge = _Judge(plan, trace, tokens, placements, table, keep=len(asked) > 1)
+    passes = sum(1 + len(answered(one.engine, shapes)) for one in asked)
+    steps = Steps(tell=progress, total=passes * len(placements))
+    judge = _Judge(plan, trace, tokens, placements, table, steps, keep=len(asked) > 1)
     served = {shape for one in asked for shape in answered(one.engine, shapes)}
     warnings = (
         matched,
@@ -299,6 +307,7 @@ class _Judge:
         tokens: StoredTokens,
         placements: Mapping[str, Placement],
         table: Table | None,
+        steps: Steps,
         *,
         keep: bool,
     ) -> None:
@@ -307,6 +316,7 @@ class _Judge:
         self.tokens = tokens
         self.placements = placements
         self.table = table
+        self.steps = steps
         self.layer_ids = layer_ids_of(plan, trace.model)
         self._run_starts = _run_starts(tokens)
         self._tallies: dict[tuple[str, ReplicaChoice | None], _Counted] = {}
@@ -331,12 +341,13 @@ class _Judge:
         batches = {
             name: tuple(
                 self._batches.figures(name, placement, shape, options, cost)
-                for shape in shapes
+                for shape in self.steps.each(shapes, _in_batches(name))
             )
             for name, placement in self.placements.items()
         }
         tallies = {
-            name: self._counted(name, serving.replica_choice) for name in self.placements
+            name: self._counted(name, serving.replica_choice)
+            for name in self.steps.each(self.placements, str)
         }
         placed = plan.placement
         shape = placed.num_nodes, placed.ranks_per_node
@@ -434,6 +445,10 @@ class _Counted:
                 for sent in (PAIRS, RANK_COPIES, NODE_COPIES)
             },
         )
+
+
+def _in_batches(name: str) -> Callable[[BatchShape], str]:
+    return lambda shape: f"{name}, {shape.tokens_per_rank:,} tokens per rank"
 
 
 def _run_starts(tokens: StoredTokens) -> IntArray:

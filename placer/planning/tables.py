@@ -13,6 +13,7 @@ from placer.model import ModelSpec, require_same_model, require_same_tokenizer, 
 from placer.placement import Plan
 from placer.placement.plan import plan_sha256
 from placer.planning.profile import layer_ids_of, num_seen_sequences, profile_of
+from placer.run.progress import Progress, Steps
 from placer.serving.replica_choice import unknown_dense_layers
 from placer.simulation.metrics import PolicyMetrics
 from placer.simulation.simulate import simulate
@@ -106,11 +107,12 @@ def make_table(
     fold: Fold | None = None,
     phase: str | None = None,
     options: TableOptions,
+    progress: Progress | None = None,
 ) -> TableResult:
     """Build a plan's table and try it on the held-out sequences.
 
     Without a ``fold`` or a ``phase``, that of the tokens that the plan was solved on is
-    taken, where they are of this trace.
+    taken, where they are of this trace. ``progress`` gets a line for each step.
 
     Raises
     ------
@@ -122,7 +124,7 @@ def make_table(
         and checkpoint have different tokenizers.
     """
     plan = Plan.read(plan_path)
-    choice = plan.replica_choice
+    choice, steps = plan.replica_choice, Steps(tell=progress, total=4)
     warning = require_same_model(
         plan.model, str(plan_path), trace.model, str(trace.directory)
     )
@@ -130,6 +132,7 @@ def make_table(
     profile = Selection(
         fold or own.fold, own.phase if phase is None else parse_phase(phase)
     )
+    steps.begin("read the tokens")
     tokens = trace.read(profile)
     known = _known_of_tokens(plan, trace, options.embeddings)
     layer_ids = layer_ids_of(plan, known.model)
@@ -144,6 +147,7 @@ def make_table(
         replica_choice=choice,
         layer_ids=layer_ids,
     )
+    steps.begin("count homes by token id and history")
     table = build(
         tokens,
         with_token_score=options.with_token_score,
@@ -153,6 +157,7 @@ def make_table(
         token_experts=known.token_experts,
     )
     exact_layers = tuple(sorted(known.token_experts))
+    steps.begin("measure the error of the counts")
     # Without the embedding: what is measured is the error of counts.
     calibration = fit_calibration(plan.placement, tokens, build, choice, layer_ids)
     if calibration is not None:
@@ -165,6 +170,7 @@ def make_table(
         tokenizer_sha256=known.tokenizer_sha256,
         provenance=_provenance(profile, options, exact_layers, calibration),
     )
+    steps.begin("try it on held-out sequences")
     heldout = _heldout(trace, profile)
     warnings = (
         warning,

@@ -20,6 +20,7 @@ from placer.affinity.information import (
 from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
 from placer.model import ModelSpec
+from placer.run.progress import Progress, Steps
 from placer.trace import EVERYTHING, Chunk, Selection, Trace
 
 # Controls shuffle inside a block of this many tokens, which bounds memory.
@@ -107,8 +108,9 @@ def links_of(
     *,
     distances: Sequence[int] = DEFAULT_DISTANCES,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Links:
-    """Measure the links of a trace.
+    """Measure the links of a trace. ``progress`` gets a line for each step.
 
     Distances that the model does not have are left out, and all figures of top-1
     experts where the trace does not list experts by weight.
@@ -136,15 +138,23 @@ def links_of(
     by_weight = trace.header.experts_by_weight
     kinds: dict[str, Control | None] = {"observed": None, **CONTROLS}
     near = [d for d in distances if d < model.num_layers]
+    near = near if by_weight else []
+    steps = Steps(tell=progress, total=1 + len(kinds) + len(near))
+    steps.begin("domains")
     names, distance = _domains(trace, selection)
     return Links(
         num_tokens=sum(chunk.num_tokens for chunk in tokens()),
         information=tuple(
             # The control that redraws experts has no router's order left.
-            _information(name, tokens, one, model, by_weight and name != "skew-only")
-            for name, one in kinds.items()
+            _information(
+                name, tokens, kinds[name], model, by_weight and name != "skew-only"
+            )
+            for name in steps.each(kinds, str)
         ),
-        reach=tuple(_reach(tokens(), model, d) for d in near if by_weight),
+        reach=tuple(
+            _reach(tokens(), model, apart)
+            for apart in steps.each(near, lambda d: f"layers {d} apart")
+        ),
         domains=names,
         domain_distance=distance,
     )

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -46,8 +46,16 @@ class Backend:
                 "add --backend ray",
             )
 
-    def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Return ``task(item)`` for every item, in order; a single one runs here.
+    def map(
+        self,
+        task: Callable[[Item], Result],
+        items: Sequence[Item],
+        num_workers: int | None = None,
+    ) -> Iterator[Result]:
+        """Yield ``task(item)`` for every item, in order.
+
+        ``num_workers`` processes run them, as many as there are items by default; a single
+        one is this process.
 
         Task and items are sent to other processes, so they must be picklable; files that
         they name must be there for all of them.
@@ -58,9 +66,11 @@ class Backend:
             If a task raises it, a process was killed, or Ray is not installed.
         """
         if self.name == "ray":
-            results = dict(self.as_completed(task, items))
-            return [results[n] for n in range(len(items))]
-        return [task(items[0])] if len(items) == 1 else _map_processes(task, items)
+            yield from _in_order(self.as_completed(task, items))
+        elif len(items) == 1 or num_workers == 1:
+            yield from map(task, items)
+        else:
+            yield from _map_processes(task, items, num_workers or len(items))
 
     def as_completed(
         self, task: Callable[[Item], Result], items: Sequence[Item]
@@ -75,12 +85,25 @@ class Backend:
         return _on_ray(task, items, self.address)
 
 
-def _map_processes(task: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def _in_order(found: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Yield results by their index, each as soon as those before it are there."""
+    early: dict[int, Result] = {}
+    wanted = 0
+    for number, result in found:
+        early[number] = result
+        while wanted in early:
+            yield early.pop(wanted)
+            wanted += 1
+
+
+def _map_processes(
+    task: Callable[[Item], Result], items: Sequence[Item], num_workers: int
+) -> Iterator[Result]:
     # A fork would copy the threads' locks of libraries that are already loaded.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(len(items), mp_context=context) as pool:
-            return list(pool.map(task, items))
+        with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+            yield from pool.map(task, items)
     except BrokenProcessPool as error:
         raise PlacerError(
             "a counting process was killed, perhaps because memory ran out",

@@ -1,10 +1,47 @@
-"""Progress of a search: its objective, the best known bound, and the gap."""
+"""Progress: which step of how many, and the gap of a search."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
-#: Called with one line per step of a search.
+#: Called with one line per step.
 Progress = Callable[[str], None]
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True, kw_only=True)
+class Steps:
+    """Reports which step of how many begins, such as "step 2 of 5: eplb".
+
+    Attributes
+    ----------
+    tell
+        Receives the lines, or ``None``.
+    total
+        Number of steps.
+    unit
+        What one step is called.
+    """
+
+    tell: Progress | None
+    total: int
+    unit: str = "step"
+    _begun: int = 0
+
+    def begin(self, what: str = "") -> None:
+        """Report that the next step begins; ``what`` says what it does."""
+        self._begun += 1
+        if self.tell is not None:
+            line = f"{self.unit} {self._begun:,} of {self.total:,}"
+            self.tell(f"{line}: {what}" if what else line)
+
+    def each(
+        self, items: Iterable[Item], what: Callable[[Item], str] = lambda _: ""
+    ) -> Iterator[Item]:
+        """Yield the items; each is a step, in the words of ``what``."""
+        for item in items:
+            self.begin(what(item))
+            yield item
 
 
 @dataclass(slots=True, kw_only=True)

@@ -211,23 +211,43 @@ def _record_chunks(
     options = runner.options
     sequences = _sequences(corpora, runner.encode, options)
     skipped, first_sequence = writer.num_chunks, 0
-    if progress is not None:
-        progress(writer.num_tokens)
+    recorded = _Recorded(progress)
+    recorded.keep(writer.num_tokens)
     with runner.capture:
         for number, group in enumerate(_chunks_of(sequences, options.chunk_tokens)):
             if worker.takes(number):
                 if skipped:
                     skipped -= 1
                 else:
-                    writer.append(runner.run(group, first_sequence))
-                    if progress is not None:
-                        progress(writer.num_tokens)
+                    writer.append(runner.run(group, first_sequence, recorded))
+                    recorded.keep(writer.num_tokens)
             first_sequence += len(group)
     if skipped:
         raise PlacerError(
             f"{partial_path(writer.directory)} holds {skipped} more chunks than the text",
             "move it away to start again",
         )
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """How many tokens were recorded; tells it before each batch and after each chunk."""
+
+    progress: Progress | None
+    num_kept: int = 0
+    num_new: int = 0
+
+    def batch(self, num_tokens: int) -> None:
+        """Tell that a batch begins; it has ``num_tokens`` when it is done."""
+        if self.progress is not None and self.num_new:
+            self.progress(self.num_kept + self.num_new)
+        self.num_new += num_tokens
+
+    def keep(self, num_tokens: int) -> None:
+        """Tell that this many are in finished files."""
+        self.num_kept, self.num_new = num_tokens, 0
+        if self.progress is not None:
+            self.progress(num_tokens)
 
 
 class _Runner:
@@ -257,15 +277,18 @@ class _Runner:
         # The template has put the special tokens where they belong.
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def run(self, group: Sequence[_Sequence], first_sequence: int) -> Chunk:
+    def run(
+        self, group: Sequence[_Sequence], first_sequence: int, recorded: _Recorded
+    ) -> Chunk:
         """Run the sequences of one chunk, ``batch_size`` at a time."""
         size = self.options.batch_size
         if self.options.generate:
-            return self._generate(group, first_sequence)
-        parts = [
-            self._run_batch(group[start : start + size], first_sequence + start)
-            for start in range(0, len(group), size)
-        ]
+            return self._generate(group, first_sequence, recorded)
+        parts = []
+        for start in range(0, len(group), size):
+            batch = group[start : start + size]
+            recorded.batch(sum(len(one.ids) for one in batch))
+            parts.append(self._run_batch(batch, first_sequence + start))
         return Chunk.concatenate(parts)
 
     def _run_batch(self, batch: Sequence[_Sequence], first_sequence: int) -> Chunk:
@@ -306,11 +329,15 @@ class _Runner:
             phase=np.full(int(lengths.sum()), _PREFILL, dtype=np.uint8),
         )
 
-    def _generate(self, group: Sequence[_Sequence], first_sequence: int) -> Chunk:
+    def _generate(
+        self, group: Sequence[_Sequence], first_sequence: int, recorded: _Recorded
+    ) -> Chunk:
         """Run the sequences of one chunk as prompts, and generate after them."""
         parts: dict[int, Chunk] = {}
         for places in _of_equal_length(group, self.options.batch_size):
             numbers = [first_sequence + place for place in places]
+            lengths = (len(group[place].ids) for place in places)
+            recorded.batch(sum(lengths) + len(places) * self.options.generate)
             batch = decode_batch(
                 self.model,
                 self.capture,

@@ -77,7 +77,7 @@ def test_runs_of_chunks_cover_the_trace_once(trace: Trace, num_workers: int) -> 
 
 
 def test_small_traces_are_not_shared(make_trace: Callable[..., Trace]) -> None:
-    assert len(from_traces._sources(make_trace(), EVERYTHING, 2)) == 1
+    assert from_traces._num_processes(make_trace(), 2) == 1
 
 
 def test_a_sequence_cut_by_a_run_is_found(

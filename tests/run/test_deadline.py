@@ -77,7 +77,7 @@ def test_a_limit_that_is_not_reached_changes_nothing(chunk: Chunk) -> None:
     assert limited.to_json() == free.to_json()
 
 
-@pytest.mark.parametrize("where", ["pairs, round 0", "copies, sweep 0"])
+@pytest.mark.parametrize("where", ["pairs, round 1", "copies, sweep 1"])
 def test_an_interrupt_keeps_what_was_reached(chunk: Chunk, where: str) -> None:
     def interrupt(line: str) -> None:
         if line.startswith(where):
@@ -202,7 +202,7 @@ def test_tokens_too_many_for_one_rating_are_searched_by_a_few(
         affinity, options, Session(progress=told.append, deadline=deadline), many
     )
     assert "on a sample of" in report.objective_name
-    assert any(line.startswith("homes and placement, round 3") for line in told)
+    assert any(line.startswith("homes and placement, round 4") for line in told)
     assert not report.reproducible
 
 

@@ -75,7 +75,7 @@ def die(number: int) -> int:
 
 def test_workers_that_are_always_lost_are_told(ray_cluster: None) -> None:
     with pytest.raises(PlacerError, match="a Ray worker was lost 4 times") as caught:
-        RAY.map(die, [1])
+        list(RAY.map(die, [1]))
     assert "--backend processes" in caught.value.hint
 
 
@@ -93,7 +93,7 @@ def test_a_failure_waits_for_what_runs_and_begins_nothing_more(
 ) -> None:
     """What a task has begun to write is whole before the error is told."""
     with pytest.raises(PlacerError, match="the first task failed"):
-        RAY.map(partial(fail_first, directory=tmp_path), range(40))
+        list(RAY.map(partial(fail_first, directory=tmp_path), range(40)))
     began = len(list(tmp_path.glob("began-*")))
     assert began == len(list(tmp_path.glob("ended-*")))
     assert 0 < began < 20
@@ -119,7 +119,7 @@ def test_an_address_where_no_cluster_is_is_told_at_once() -> None:
     ray.shutdown()
     nowhere = Backend(name="ray", address="127.0.0.1:9")
     with pytest.raises(PlacerError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
-        nowhere.map(str, [1])
+        list(nowhere.map(str, [1]))
 
 
 def test_a_cluster_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,5 +131,5 @@ def test_a_cluster_of_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(PlacerError, match="joined: Version mismatch: The cluster Ray") as e:
-        RAY.map(str, [1])
+        list(RAY.map(str, [1]))
     assert "--backend processes" in e.value.hint

@@ -144,12 +144,14 @@ def test_the_gap_is_that_of_the_copies_and_its_bound_never_falls(chunk: Chunk) -
     bounds = [float(found["bound"]) for found in copies]
     assert bounds == sorted(bounds)
     sweeps = [found["what"] for found in copies if "sweep" in found["what"]]
-    assert sweeps == [f"copies, sweep {n}" for n in range(len(sweeps))]
+    assert sweeps == [
+        f"copies, sweep {n} of {len(sweeps)}" for n in range(1, len(sweeps) + 1)
+    ]
 
 
 @pytest.mark.parametrize(
     "where",
-    ["copies, sweep 0", "integer program", "proof of the pairs", "proof of the copies"],
+    ["copies, sweep 1", "integer program", "proof of the pairs", "proof of the copies"],
 )
 def test_what_is_stopped_keeps_the_bound_that_was_told(chunk: Chunk, where: str) -> None:
     def interrupt(line: str) -> None:

@@ -360,7 +360,7 @@ def test_a_map_is_inspected_as_it_is(
     shown = json.loads(capsys.readouterr().out)
     assert shown["kind"] == f"{name} map"
     assert shown["facts"] == {"num_layers": 1, "num_slots": 10, "redundant_experts": 2}
-    following = f"placer import {name}-map FILE --gpus-per-node M --out PLAN"
+    following = f"placer import {name}-map {path} --gpus-per-node M --out PLAN"
     assert shown["verdict"]["next"] == following
     assert run("inspect", path) == 0
     assert f"next: {following}\n" in capsys.readouterr().out

@@ -88,6 +88,19 @@ def test_text_is_recorded_whole_and_in_order(
     assert not tokens.phase.any()
 
 
+@pytest.mark.parametrize("generate", [0, 3])
+def test_each_batch_is_told_while_a_file_is_recorded(
+    tiny_model: Path, corpora: list[Corpus], tmp_path: Path, generate: int
+) -> None:
+    told: list[int] = []
+    options = RecordOptions(sequence_length=16, batch_size=4, generate=generate)
+    header = record(tiny_model, corpora, tmp_path / "t", options, told.append)
+    assert len(header.chunks) == 1
+    assert len(told) > 3
+    assert told[:-1] == sorted(set(told[:-1]))
+    assert (told[0], told[-1]) == (0, header.num_tokens)
+
+
 def test_killed_and_started_again_the_bytes_are_the_same(
     tiny_model: Path, corpora: list[Corpus], tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placer.arrays import FloatArray, IntArray
+from placer.arrays import AnyArray, FloatArray, IntArray
 from placer.errors import NoSolutionError
 from placer.placement.placement import Placement, require_divisible_slots
 from placer.placement.reference import Load
@@ -144,7 +144,13 @@ def load_caps(
     max_imbalance = goal.caps.load_cap
     relax_cap = goal.caps.relaxes_load_cap or goal.redundant_experts > 0
     if not relax_cap:
-        _require_within_reach(loads, num_ranks, max_imbalance)
+        require_within_reach(
+            loads,
+            num_ranks,
+            max_imbalance,
+            f"--max-imbalance {max_imbalance}",
+            "use the best reachable per layer with --relax-cap, or give --max-imbalance",
+        )
     caps, start, relaxed = [], [], {}
     for layer, load in enumerate(loads):
         if relax_cap and len(load) % num_ranks:
@@ -177,12 +183,12 @@ def load_caps(
     return caps, start, relaxed
 
 
-def _require_within_reach(
-    loads: Sequence[FloatArray], num_ranks: int, max_imbalance: float
+def require_within_reach(
+    loads: Sequence[AnyArray], num_ranks: int, load_cap: float, given: str, remedy: str
 ) -> None:
     """Refuse at once a cap that arithmetic shows to be out of reach.
 
-    The cap that is named instead is one that swaps reach.
+    ``given`` is the option that gave it, and a cap that swaps reach ends the ``remedy``.
 
     Raises
     ------
@@ -199,7 +205,7 @@ def _require_within_reach(
         for layer, (load, mean) in enumerate(zip(loads, means, strict=True))
         if mean
     }
-    missed = {n: one for n, one in least.items() if one > max_imbalance * (1 + 1e-9)}
+    missed = {n: one for n, one in least.items() if one > load_cap * (1 + 1e-9)}
     if not missed:
         return
     reached = max(
@@ -212,10 +218,9 @@ def _require_within_reach(
     )
     listed = ", ".join(f"{layer}: {one:.4f}" for layer, one in missed.items())
     raise NoSolutionError(
-        f"--max-imbalance {max_imbalance} is out of reach in {len(missed)} of {len(loads)} "
-        f"MoE layers; no placement has less than (layer: imbalance) {listed}",
-        "use the best reachable per layer with --relax-cap, or give --max-imbalance "
-        f"{np.ceil(reached * 1000) / 1000:g}",
+        f"{given} is out of reach in {len(missed)} of {len(loads)} MoE layers; "
+        f"no placement has less than (layer: imbalance) {listed}",
+        f"{remedy} {np.ceil(reached * 1000) / 1000:g}",
     )
 
 

@@ -215,7 +215,9 @@ def _place_pairs(
     if session.progress is not None:
         line.raise_bound(early_pair_bound(problem))
     search.run(
-        lambda number, objective: line(f"pairs, round {number}", objective),
+        lambda number, objective: line(
+            f"pairs, round {number + 1} of {options.params.num_rounds + 1}", objective
+        ),
         session.deadline,
     )
     return _placed(search.expert_rank, options.topology), False

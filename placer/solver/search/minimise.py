@@ -395,7 +395,7 @@ def _refine(
         seed=session.seed,
         progress=None
         if line.tell is None
-        else lambda sweep, copies: line(f"copies, sweep {sweep}", copies),
+        else lambda sweep, total, copies: line(f"copies, sweep {sweep} of {total}", copies),
         deadline=session.deadline,
     )
 
@@ -404,7 +404,8 @@ def _alternate(placement: Placement, content: Alternation, session: Session) -> 
     return content.run(
         placement,
         lambda number, price: session.tell(
-            f"homes and placement, round {number}: objective {price:.4f}"
+            f"homes and placement, round {number + 1} of "
+            f"{content.params.num_alternations}: objective {price:.4f}"
         ),
         session.deadline,
     )

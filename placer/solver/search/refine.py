@@ -30,7 +30,7 @@ from placer.solver.search.layer_state import RULES
 _NUM_CORES = os.cpu_count() or 1
 
 #: Told the sweep and the copies after it.
-TellSweep = Callable[[int, float], None]
+TellSweep = Callable[[int, int, float], None]
 
 
 def refined(
@@ -63,7 +63,7 @@ def refined(
         Layers that do not touch each other are worked on at once, by default on all cores;
         the result does not depend on it.
     progress
-        Told every sweep.
+        Told every sweep: its number from 1, how many there are, and the copies.
     deadline
         When to stop.
     """
@@ -169,7 +169,8 @@ class _Refinement:
             self._sweep(share, first + sweep, deadline)
             if progress is not None:
                 copies = self.at.per_token(sum(self.at.price_copies()))
-                progress(num_sweeps * start + sweep, copies)
+                total = num_sweeps * self.num_starts()
+                progress(num_sweeps * start + sweep + 1, total, copies)
         for number in range(first + num_sweeps, first + 2 * num_sweeps):
             if deadline.passed() or self._sweep(None, number, deadline) == 0:
                 return

@@ -224,7 +224,7 @@ WHOLE = follow_with_replicas(num_ranks=8, max_imbalance=1.1).quick()
 
 @pytest.mark.parametrize(
     ("options", "last"),
-    [(changed(WHOLE, max_received_copies=3.2), "no line"), (CUT, "copies, sweep 6")],
+    [(changed(WHOLE, max_received_copies=3.2), "no line"), (CUT, "copies, sweep 7")],
     ids=["whole", "cut"],
 )
 def test_what_moves_break_further_on_is_repaired(
