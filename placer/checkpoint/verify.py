@@ -30,7 +30,7 @@ from placer.placement.all_layers import plan_of
 from placer.run.files import read_bytes, read_text, sha256_file
 from placer.run.progress import Progress, Steps
 from placer.trace.capture import RouterCapture
-from placer.trace.loading import load_model
+from placer.trace.loading import load_model, require_embedded
 
 if TYPE_CHECKING:
     import torch
@@ -393,6 +393,7 @@ class _Runs:
             ) as routers,
         ):
             for ids in steps.each(self.windows, lambda _: f"run {directory}"):
+                require_embedded(ids, model, directory)
                 logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
                 taken = routers.take()
                 outputs.append(

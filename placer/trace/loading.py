@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -111,6 +111,23 @@ def _loading(directory: Path) -> Iterator[None]:
             f"transformers cannot load {directory}: {reason[0] if reason else error!r}",
             f"check the directory: placer inspect {directory}",
         ) from error
+
+
+def require_embedded(ids: Sequence[int], model: Any, directory: Path) -> None:
+    """Refuse token ids of a tokenizer that the model has no embedding of.
+
+    Raises
+    ------
+    PlacerError
+        If there is one.
+    """
+    num_embedded, highest = len(model.get_input_embeddings().weight), max(ids, default=0)
+    if highest >= num_embedded:
+        raise PlacerError(
+            f"the tokenizer of {directory} gives token id {highest}, but the model embeds "
+            f"only {num_embedded} ids",
+            "put the tokenizer that the model was trained with into the directory",
+        )
 
 
 def weights_sample_sha256(directory: Path) -> str:

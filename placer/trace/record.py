@@ -20,7 +20,13 @@ from placer.trace.chunk import Chunk, expert_dtype
 from placer.trace.corpus import STANDARD_INPUT, Corpus, Document, Encode, token_sequences
 from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
-from placer.trace.loading import DTYPES, Dtype, load_model, weights_sample_sha256
+from placer.trace.loading import (
+    DTYPES,
+    Dtype,
+    load_model,
+    require_embedded,
+    weights_sample_sha256,
+)
 from placer.trace.parts import assemble, part_of
 from placer.trace.writer import TraceWriter
 from placer.version import __version__
@@ -254,6 +260,7 @@ class _Runner:
     """A loaded model with hooks on its routers."""
 
     def __init__(self, directory: Path, spec: ModelSpec, options: RecordOptions) -> None:
+        self.directory = directory
         self.spec = spec
         self.options = options
         self.model, self.tokenizer = load_model(
@@ -265,6 +272,11 @@ class _Runner:
         self.capture = RouterCapture(self.model, _architecture(directory), spec)
 
     def encode(self, document: Document) -> list[int]:
+        ids = self._tokenized(document)
+        require_embedded(ids, self.model, self.directory)
+        return ids
+
+    def _tokenized(self, document: Document) -> list[int]:
         if isinstance(document, str):
             return list(self.tokenizer(document, verbose=False)["input_ids"])
         try:
