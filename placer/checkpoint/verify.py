@@ -8,7 +8,7 @@ choices do not depend on those rules. A fourth one finds changes of all other by
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from placer.placement.all_layers import plan_of
 from placer.run.files import read_bytes, read_text, sha256_file
 from placer.run.progress import Progress, Steps
 from placer.trace.capture import RouterCapture
+from placer.trace.corpus import token_windows
 from placer.trace.loading import load_model, require_embedded
 
 if TYPE_CHECKING:
@@ -383,7 +384,9 @@ class _Runs:
 
         model, tokenizer = load_model(directory, dtype="float32", device="cpu")
         if self.windows is None:
-            self.windows = list(_token_windows(tokenizer, self.texts, self.max_tokens))
+            self.windows = list(
+                token_windows(tokenizer, self.texts, self.max_tokens, SEQUENCE_LENGTH)
+            )
         outputs = []
         steps = Steps(tell=self.progress, total=len(self.windows), unit="text")
         with (
@@ -486,16 +489,3 @@ def _tied(shares: Float32Array, old: IntArray, new: IntArray) -> BoolArray:
     taken_wrongly = in_new & ~in_old & ~(shares > 0)
     tied: BoolArray = ~np.any(left_out_wrongly | taken_wrongly, axis=1)
     return tied
-
-
-def _token_windows(
-    tokenizer: Any, texts: Sequence[str], max_tokens: int
-) -> Iterator[list[int]]:
-    left = max_tokens
-    for text in texts:
-        ids = list(tokenizer(text, verbose=False)["input_ids"])[:left]
-        for start in range(0, len(ids), SEQUENCE_LENGTH):
-            yield ids[start : start + SEQUENCE_LENGTH]
-        left -= len(ids)
-        if left <= 0:
-            return

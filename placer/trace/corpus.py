@@ -222,6 +222,41 @@ def token_sequences(
                 return
 
 
+def tokenized(tokenizer: Any, document: Document) -> list[int]:
+    """Return the token ids of a text, or of a chat in the tokenizer's template.
+
+    Raises
+    ------
+    PlacerError
+        If the template cannot be applied.
+    """
+    if isinstance(document, str):
+        return list(tokenizer(document, verbose=False)["input_ids"])
+    try:
+        text = tokenizer.apply_chat_template(document, tokenize=False)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise PlacerError(
+            f"the tokenizer cannot apply a chat template: {error}",
+            "give a field that holds plain text: --field NAME",
+        ) from error
+    # The template has put the special tokens where they belong.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def token_windows(
+    tokenizer: Any, texts: Sequence[str], max_tokens: int, length: int
+) -> Iterator[list[int]]:
+    """Yield the first ``max_tokens`` tokens of some texts, at most ``length`` at once."""
+    left = max_tokens
+    for text in texts:
+        ids = tokenized(tokenizer, text)[:left]
+        for start in range(0, len(ids), length):
+            yield ids[start : start + length]
+        left -= len(ids)
+        if left <= 0:
+            return
+
+
 def _corpus(domain: str | None, path: Path, field: str | None) -> Corpus:
     if path == STANDARD_INPUT:
         content = sys.stdin.buffer.read().decode("utf-8", errors="replace")

@@ -17,7 +17,14 @@ from placer.run.resumable import partial_path
 from placer.run.worker import ALONE, Worker, together
 from placer.trace.capture import RouterCapture, to_host
 from placer.trace.chunk import Chunk, expert_dtype
-from placer.trace.corpus import STANDARD_INPUT, Corpus, Document, Encode, token_sequences
+from placer.trace.corpus import (
+    STANDARD_INPUT,
+    Corpus,
+    Document,
+    Encode,
+    token_sequences,
+    tokenized,
+)
 from placer.trace.generate import DecodedBatch, Decoding, decode_batch
 from placer.trace.header import TraceHeader
 from placer.trace.loading import (
@@ -272,22 +279,9 @@ class _Runner:
         self.capture = RouterCapture(self.model, _architecture(directory), spec)
 
     def encode(self, document: Document) -> list[int]:
-        ids = self._tokenized(document)
+        ids = tokenized(self.tokenizer, document)
         require_embedded(ids, self.model, self.directory)
         return ids
-
-    def _tokenized(self, document: Document) -> list[int]:
-        if isinstance(document, str):
-            return list(self.tokenizer(document, verbose=False)["input_ids"])
-        try:
-            text = self.tokenizer.apply_chat_template(document, tokenize=False)
-        except Exception as error:  # templates are programs, and raise what they like
-            raise PlacerError(
-                f"the tokenizer cannot apply a chat template: {error}",
-                "give a field that holds plain text: --field NAME",
-            ) from error
-        # The template has put the special tokens where they belong.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def run(
         self, group: Sequence[_Sequence], first_sequence: int, recorded: _Recorded
