@@ -128,6 +128,9 @@ class SolverReport(Document, frozen=True, kw_only=True):
         R x the copies that the busiest rank receives per token of the profile (or of its
         sample, ``SolverParams.num_tokens``), in the worst layer, homes of ``fixed`` being
         even; ``None`` where copies are not what was minimised.
+    layer_gaps
+        ``[L]``: of the ranks that serve a layer's tokens, the share above the fewest that
+        is proved; only where homes are ``fixed`` and one copy is sent to each rank.
     pairs
         Certificate of the pair objective, which stands in for traffic; ``None`` where it
         is the objective itself, or replicas void it.
@@ -158,6 +161,7 @@ class SolverReport(Document, frozen=True, kw_only=True):
     eplb_caps: tuple[_Positive, ...] | None = None
     above_eplb_layers: _ByLayer = msgspec.field(default_factory=dict)
     most_received_copies: _Positive | None = None
+    layer_gaps: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
     pairs: Certificate | None = None
     inner_cap: InnerCap | None = None
     predicted_imbalance: float | None = None

@@ -163,10 +163,10 @@ def prove_plan(
 
     with deadline.interruptible():
         known = [None if one is None else float(one.bound) for one in proofs]
-        bound = copies_bound(
+        proved = copies_bound(
             found.problem, tokens, options, rounds=rounds, known=known, told=told
         )
-        found.line.raise_bound(bound)
+        found.line.raise_bound(None if proved is None else proved.copies)
     return ProvedPlan(
         plan=plan,
         options=options,

@@ -6,6 +6,7 @@ Legend of the shapes: L MoE layers, E logical experts of a layer, R ranks.
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from msgspec import UNSET
 
 from placer.arrays import FloatArray, IntArray
 from placer.errors import UsageError
@@ -61,7 +62,46 @@ def charts_of_plan(beside: Beside) -> tuple[Chart, ...]:
         )
     if beside.plan.placement.has_replicas:
         charts.append(_replicas(beside.plan.placement))
+    if beside.plan.solver.layer_gaps is not UNSET:
+        charts.append(_proof(beside.plan.solver.layer_gaps))
     return tuple(charts)
+
+
+def _proof(gaps: Sequence[float]) -> Chart:
+    """Draw the gap of every layer to what is proved."""
+    proved = sum(one == 0 for one in gaps)
+    layers = range(len(gaps))
+    return Chart(
+        name="proof",
+        title="Proof by layer",
+        reading=f"No placement under the same limits saves more than this. {proved} of "
+        f"{len(gaps)} layers are proved optimal.",
+        unit="% of the ranks that serve a layer's tokens, on the profile",
+        baseline="the proved bound of each layer",
+        panels=(
+            (
+                "",
+                Lines(
+                    x_title="MoE layer",
+                    y_title="",
+                    from_zero=True,
+                    lines=(
+                        Line(
+                            label=title_of(PLACER),
+                            kind=PLACER,
+                            x=tuple(map(float, layers)),
+                            y=tuple(100 * one for one in gaps),
+                        ),
+                    ),
+                ),
+            ),
+        ),
+        table=Section(
+            title="gap to the proved bound, by layer",
+            columns=("layer", "gap"),
+            rows=tuple(zip(layers, gaps, strict=True)),
+        ),
+    )
 
 
 def _contiguous(placed: Placement) -> Placement | None:

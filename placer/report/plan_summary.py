@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 
 from placer.arrays import IntArray
 from placer.model import ModelSpec
@@ -106,8 +107,15 @@ def _proof_sections(plan: Plan) -> list[Section]:
             (n, cap, missed.get(str(n)), received.get(str(n))) for n, cap in enumerate(caps)
         ),
     )
+    title = "proof, on the profile"
+    if (
+        solver.layer_gaps is UNSET
+        and solver.bound is not None
+        and solver.status != "optimal"
+    ):
+        title += ". The plan holds no gap of each layer: placer prove PLAN TRACE --details"
     proof = Section(
-        title="proof, on the profile",
+        title=title,
         columns=("objective", "reached", "bound", "gap", "how"),
         rows=tuple(
             (one.objective_name, one.objective, one.bound, one.gap, one.bound_method)

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -372,6 +373,21 @@ def test_a_plan_is_compared_on_its_profile_where_nothing_was_held_out() -> None:
     assert sent == {"this plan": 0.0}
     (first, *_) = summarize(plan).headline.misleading
     assert first.startswith("Not held out")
+
+
+def test_the_gap_of_each_layer_is_drawn_where_it_is_known() -> None:
+    plan = plan_of([[1, 0], [0, 1]], num_ranks=2)
+    assert "proof" not in drawn(plan)
+    bounded = msgspec.structs.replace(plan.solver, objective=1.0, bound=0.75, gap=0.25)
+    told = [one.title for one in summarize(replace(plan, solver=bounded)).sections]
+    assert any("placer prove PLAN TRACE --details" in title for title in told)
+    solver = msgspec.structs.replace(bounded, layer_gaps=(0.0, 0.25))
+    known = replace(plan, solver=solver)
+    chart = drawn(known)["proof"]
+    assert lines(chart) == {"this plan": [(0.0, 0.0), (1.0, 25.0)]}
+    assert "1 of 2 layers are proved optimal" in chart.reading
+    told = [one.title for one in summarize(known).sections]
+    assert not any("placer prove" in title for title in told)
 
 
 def test_placements_have_the_same_colour_in_every_report() -> None:

@@ -1,7 +1,11 @@
 """The objective of a placement, and bounds that prove how far it is from the best."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from placer.arrays import IntArray
 from placer.placement.placement import Placement
@@ -106,9 +110,12 @@ def copies_report(
     known = [None if one is None else float(one.bound) for one in proofs]
     with deadline.interruptible():
         if (rounds or None not in known) and not deadline.passed():
-            bound = copies_bound(
+            found = copies_bound(
                 problem, judged, options, rounds=rounds, known=known, told=told
             )
+            bound = None if found is None else found.copies
+            if found is not None and found.ranks is not None:
+                report["layer_gaps"] = _layer_gaps(placement, judged, found.ranks)
     if rounds and deadline.stopped:
         bound = line.bound
     if bound is None:
@@ -174,7 +181,40 @@ def early_copies_bound(
     goal = options.goal
     if large or goal.redundant_experts or goal.content_policy or options.start.constrains:
         return None
-    return copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
+    found = copies_bound(problem, judged, options, rounds=0, first_steps=_EARLY_STEPS)
+    return None if found is None else found.copies
+
+
+def _layer_gaps(
+    placement: Placement, judged: Chunk, bounds: Sequence[float]
+) -> tuple[float, ...]:
+    """Return ``[L]``: the share of the (token, rank) pairs above ``bounds``, rounded up.
+
+    Each pair counts once. Only a layer that reaches its bound has 0.
+    """
+    served = []
+    for layer, ids in enumerate(judged.experts):
+        ranks = np.sort(placement.expert_rank(layer)[ids], axis=1)
+        served.append(len(ranks) + int((np.diff(ranks, axis=1) != 0).sum()))
+    gaps = (gap(number, bound) for number, bound in zip(served, bounds, strict=True))
+    return tuple(math.ceil(one * 10**6) / 10**6 for one in gaps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesBound:
+    """What no placement under the same limits is below.
+
+    Attributes
+    ----------
+    copies
+        Price of the copies, per token and layer.
+    ranks
+        L: ranks that serve a layer's tokens, over all tokens; ``None`` where homes are not
+        fixed, or not one copy is sent to each rank.
+    """
+
+    copies: float
+    ranks: Sequence[float] | None
 
 
 def _pair_certificate(
@@ -216,8 +256,8 @@ def copies_bound(
     first_steps: int = FIRST_STEPS,
     known: Sequence[float | None] | None = None,
     told: Callable[[str, float], bool] | None = None,
-) -> float | None:
-    """Return a bound of the price of copies, per token and layer, if there is one.
+) -> CopiesBound | None:
+    """Return a bound of the price of copies, if there is one.
 
     ``known`` are bounds of the ranks that serve a layer's tokens, which are proved
     already. ``told`` takes what was done and the bound so far, and says whether to go on.
@@ -257,7 +297,8 @@ def copies_bound(
             return told is None or told(step, bound())
 
         certificate.improve(rounds, first_steps, goes_on)
-    return bound()
+    by_layer = policy == "fixed" and exchange == "per-rank"
+    return CopiesBound(copies=bound(), ranks=ranks.bounds if by_layer else None)
 
 
 def _has_copies_bound(options: SolveOptions) -> bool:
