@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         AdviseArguments,
         AffinityArguments,
         ExportArguments,
+        ProveArguments,
         ReplayArguments,
         SelectArguments,
         SimulateArguments,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from placer.api.measuring import Learning, Links, links
     from placer.api.opening import open
     from placer.api.plan import Plan
+    from placer.api.proving import Proved
     from placer.api.recording import record
     from placer.api.replaying import Replayed
     from placer.api.shown import Result
@@ -81,6 +83,8 @@ _MODULES = {
     "PlacerError": "errors",
     "PlacerWarning": "errors",
     "Plan": "api.plan",
+    "ProveArguments": "api.arguments",
+    "Proved": "api.proving",
     "ReplayArguments": "api.arguments",
     "Replayed": "api.replaying",
     "Result": "api.shown",
@@ -134,6 +138,8 @@ __all__ = [
     "PlacerError",
     "PlacerWarning",
     "Plan",
+    "ProveArguments",
+    "Proved",
     "ReplayArguments",
     "Replayed",
     "Result",

@@ -75,6 +75,33 @@ class ReplayArguments(SelectArguments, total=False):
     elsewhere: Sequence[str]
 
 
+class ProveArguments(SelectArguments, total=False):
+    """Options of ``placer prove``; ``docs/cli.md`` describes each.
+
+    Attributes
+    ----------
+    max_imbalance
+        The load cap; the plan's own by default.
+    out
+        Where to write the best placement found, as a plan.
+    certificate
+        Where to write what proves the bound.
+    force
+        Whether earlier files at both are replaced.
+    check
+        A certificate: only what it says is proved, without the solver.
+    time_limit
+        Seconds; any stop leaves a valid bound.
+    """
+
+    max_imbalance: float | None
+    out: AnyPath | None
+    certificate: AnyPath | None
+    force: bool
+    check: AnyPath | None
+    time_limit: float | None
+
+
 class TableArguments(TypedDict, total=False):
     """Options of ``placer tables``; ``docs/cli.md`` describes each.
 

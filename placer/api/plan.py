@@ -16,7 +16,7 @@ from placer.api.files import (
     writing,
 )
 from placer.api.how import How
-from placer.api.shown import Shape, Shown, TitledTable, model_name, model_words
+from placer.api.shown import Shape, Shown, TitledTable
 from placer.arrays import IntArray
 from placer.model import ModelSpec
 from placer.placement import Plan as SolvedPlan
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from placer.api.affinity import Affinity
     from placer.api.arguments import (
         ExportArguments,
+        ProveArguments,
         ReplayArguments,
         SelectArguments,
         SimulateArguments,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     )
     from placer.api.checking import Checked
     from placer.api.exporting import Exported
+    from placer.api.proving import Proved
     from placer.api.replaying import Replayed
     from placer.api.simulation import Simulation
     from placer.api.table import Table
@@ -333,6 +335,37 @@ class Plan(Shown):
                 progress=progress,
             )
 
+    def prove(
+        self,
+        trace: "Trace",
+        *,
+        progress: Callable[[str], None] | None = None,
+        **options: Unpack["ProveArguments"],
+    ) -> "Proved":
+        """Say how far the plan is from the best placement, as ``placer prove`` does.
+
+        Parameters
+        ----------
+        trace
+            The trace that judges it.
+        progress
+            Called with one line for each step.
+        **options
+            Those of ``placer prove``: :class:`placer.ProveArguments`.
+
+        Raises
+        ------
+        PlacerError
+            If a file is damaged or exists, or the plan has redundant experts.
+        UsageError
+            If plan and trace are of different models, or options do not fit together.
+        VerificationError
+            If the certificate to check does not hold.
+        """
+        from placer.api.proving import prove
+
+        return prove(self, trace, progress=progress, **options)
+
     def replay(
         self, model: AnyPath, trace: "Trace", **options: Unpack["ReplayArguments"]
     ) -> "Replayed | None":
@@ -458,26 +491,6 @@ class Plan(Shown):
             yield file
 
     def _shape(self) -> Shape:
-        from placer.report.comparison import plan_table, plan_table_title
+        from placer.api.plan_shape import shape_of_plan
 
-        plan, solver = self.contents, self.contents.solver
-        is_solved = solver.status != "imported"
-        columns, rows = plan_table(plan)
-        title = plan_table_title(plan).removesuffix(":")
-        ranks = f"{self.num_ranks} on {self.num_nodes} node{'s' * (self.num_nodes > 1)}"
-        return Shape(
-            title=f"Plan for {model_name(self.model)}",
-            facts={
-                "path": self.path,
-                "routing": model_words(self.model),
-                "ranks": ranks,
-                "redundant experts": self.redundant_experts or None,
-                "engine": self.engine,
-                "policy": self.policy if is_solved else None,
-                "solver": solver.status,
-                "gap to the bound": None if solver.gap is None else f"{solver.gap:.1%}",
-                "figures": title if rows else None,
-            },
-            columns=columns,
-            rows=rows,
-        )
+        return shape_of_plan(self.contents, self.path)

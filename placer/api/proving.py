@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
+from placer.api.arguments import ProveArguments, require_known, selected
+from placer.api.files import as_path, warn, writing
+from placer.api.plan import Plan
 from placer.api.shown import Shape, Shown
+from placer.api.trace import Trace
 from placer.errors import require_left_out
 from placer.run.session import Session
 from placer.run.verdict import Verdict
-from placer.trace import Selection, Trace
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
 class Proved(Shown):
-    """What is proved of a plan.
+    """What is proved of a plan: :meth:`placer.Plan.prove` makes one.
 
     Attributes
     ----------
@@ -35,92 +39,88 @@ class Proved(Shown):
     facts: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of ``placer prove --json``."""
+        return {"verdict": self.verdict.to_json()} | dict(self.facts)
+
     def _shape(self) -> Shape:
         lines = [f"warning: {one}" for one in self.warnings]
         return Shape(title=self.verdict.answer[0], facts={}, lines=lines)
 
 
 def prove(
-    plan: Path,
-    trace: Path,
+    plan: Plan,
+    trace: Trace,
     *,
-    max_imbalance: float | None = None,
-    out: Path | None = None,
-    certificate: Path | None = None,
-    check: Path | None = None,
-    time_limit: float | None = None,
-    fold: str | None = None,
-    not_fold: str | None = None,
-    phase: str = "all",
     progress: Callable[[str], None] | None = None,
+    **options: Unpack[ProveArguments],
 ) -> Proved:
-    """Bound a plan on the tokens of a trace; write a better plan and the certificate.
+    """Bound a plan on the tokens of a trace: :meth:`placer.Plan.prove`."""
+    require_known(options, ProveArguments)
+    called, force = plan.path or Path("PLAN"), options.get("force", False)
+    out, certificate = as_path(options.get("out")), as_path(options.get("certificate"))
+    with ExitStack() as stack:
+        file = stack.enter_context(plan.as_file())
+        inputs = [plan.path, trace.path, as_path(options.get("check"))]
+        for path, kinds in ((out, ["plan"]), (certificate, list[str]())):
+            if path is not None:
+                stack.enter_context(writing(path, inputs, force=force, kinds=kinds))
+                inputs.append(path)
+        if options.get("check") is not None:
+            return _checked(file.path, called, trace, options)
+        found = _proved(file.path, called, trace, out, certificate, progress, options)
+        found = replace(found, warnings=tuple(map(file.words, found.warnings)))
+    for text in found.warnings:
+        warn(text)
+    return found
 
-    Parameters
-    ----------
-    plan, trace
-        The plan, and the trace that judges it.
-    max_imbalance
-        The load cap; the plan's own by default.
-    out
-        Where to write the best placement found, as a plan.
-    certificate
-        Where to write what proves the bound.
-    check
-        A certificate: only what it says is proved, without the solver.
-    time_limit
-        Seconds; any stop leaves a valid bound.
-    fold, not_fold, phase
-        The tokens that judge it, as in :meth:`placer.Trace.affinity`.
-    progress
-        Called with one line for each step.
 
-    Raises
-    ------
-    PlacerError
-        If a file is damaged, or the plan has redundant experts.
-    UsageError
-        If plan and trace are of different models, or options do not fit ``check``.
-    VerificationError
-        If the certificate does not hold.
-    """
-    if check is not None:
-        given = {
-            "--out": out,
-            "--certificate": certificate,
-            "--max-imbalance": max_imbalance,
-            "--time-limit": time_limit,
-            "--fold": fold,
-            "--not-fold": not_fold,
-            "--phase": None if phase == "all" else phase,
-        }
-        require_left_out(given, "a proof without --check: a certificate names its own")
-        return _checked(plan, trace, check)
+def _proved(
+    plan: Path,
+    called: Path,
+    trace: Trace,
+    out: Path | None,
+    certificate: Path | None,
+    progress: Callable[[str], None] | None,
+    options: ProveArguments,
+) -> Proved:
+    """Prove the plan of a file, which is ``called`` so in messages."""
     from placer.planning.certificate_file import write_certificate
     from placer.planning.proving import better_plan, prove_plan
     from placer.report.proof import layer_rows, verdict_of_proof
 
-    read, chosen = Trace(trace), Selection.parse(fold, not_fold, phase)
-    began = time.monotonic()
-    session = Session.begun(time_limit=time_limit, began=began, progress=progress)
-    found = prove_plan(plan, read, chosen, max_imbalance, session)
+    read, chosen, limit = trace.contents, selected(options), options.get("time_limit")
+    session = Session.begun(time_limit=limit, began=time.monotonic(), progress=progress)
+    found = prove_plan(plan, read, chosen, options.get("max_imbalance"), session)
     if out is not None:
         better_plan(found, plan, read, chosen, session).write(out)
     if certificate is not None:
         write_certificate(found, plan, read, chosen, certificate)
     return Proved(
-        verdict=verdict_of_proof(found, plan, trace, chosen, out),
+        verdict=verdict_of_proof(found, called, trace.path, chosen, out),
         layers=tuple(layer_rows(found)),
         facts=found.to_json(),
         warnings=found.warnings,
     )
 
 
-def _checked(plan: Path, trace: Path, certificate: Path) -> Proved:
+def _checked(plan: Path, called: Path, trace: Trace, options: ProveArguments) -> Proved:
     """Prove again, without the solver, what a certificate says of a plan."""
     from placer.planning.certificate_check import check_certificate
     from placer.planning.certificate_file import read_certificate
     from placer.report.proof import verdict_of_check
 
-    found = check_certificate(read_certificate(certificate), plan, Trace(trace))
-    return Proved(verdict=verdict_of_check(found, plan, certificate), facts=asdict(found))
+    phase = options.get("phase", "all")
+    given = {
+        "--out": options.get("out"),
+        "--certificate": options.get("certificate"),
+        "--max-imbalance": options.get("max_imbalance"),
+        "--time-limit": options.get("time_limit"),
+        "--fold": options.get("fold"),
+        "--not-fold": options.get("not_fold"),
+        "--phase": None if phase == "all" else phase,
+    }
+    require_left_out(given, "a proof without --check: a certificate names its own")
+    certificate = Path(options["check"] or "")
+    found = check_certificate(read_certificate(certificate), plan, trace.contents)
+    return Proved(verdict=verdict_of_check(found, called, certificate), facts=asdict(found))

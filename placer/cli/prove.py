@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import placer
 from placer.cli.output import (
     DetailsOption,
     FoldOption,
@@ -12,18 +13,15 @@ from placer.cli.output import (
     JsonOption,
     NotFoldOption,
     PhaseOption,
-    claim,
     print_json,
     print_next,
     print_table,
     print_verdict,
     progress_line,
-    warn,
 )
 
 
 def prove(
-    context: typer.Context,
     plan: Annotated[
         Path,
         typer.Argument(metavar="PLAN", help="The plan, or a map read by placer import."),
@@ -76,19 +74,13 @@ def prove(
     engine's map is judged too: placer import makes a plan of it. --out writes the best
     placement that was found.
     """
-    from placer.api.proving import prove as prove_plan
-
-    if out is not None:
-        claim(context, out, [plan, trace], force=force, kinds=["plan"])
-    if certificate is not None:
-        claim(context, certificate, [plan, trace, out], force=force, kinds=[])
     with progress_line("prove") as progress:
-        found = prove_plan(
-            plan,
-            trace,
+        found = placer.Plan.read(plan).prove(
+            placer.Trace.read(trace),
             max_imbalance=max_imbalance,
             out=out,
             certificate=certificate,
+            force=force,
             check=check,
             time_limit=time_limit,
             fold=fold,
@@ -96,10 +88,8 @@ def prove(
             phase=phase,
             progress=progress,
         )
-    for warning in found.warnings:
-        warn(warning)
     if as_json:
-        print_json({"verdict": found.verdict.to_json()} | dict(found.facts))
+        print_json(found.to_json())
         return
     print_verdict(found.verdict, always=True)
     if details and found.layers:

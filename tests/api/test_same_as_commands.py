@@ -9,7 +9,7 @@ from typing import get_type_hints
 import pytest
 
 import placer
-from placer.cli import advise, calibrate, export, replay, simulate, solve
+from placer.cli import advise, calibrate, export, prove, replay, simulate, solve
 from placer.cli.main import main
 from placer.trace import Trace as TraceDirectory
 
@@ -70,6 +70,11 @@ def test_advise_takes_the_options_of_the_command() -> None:
     own = set(inspect.signature(placer.advise).parameters) - {"options", "progress"}
     own |= set(get_type_hints(placer.AdviseArguments))
     assert own == options_of(advise.advise)
+
+
+def test_prove_takes_the_options_of_the_command() -> None:
+    own = set(get_type_hints(placer.ProveArguments)) - {"force", "out"}
+    assert own == options_of(prove.prove, "plan", "trace")
 
 
 def test_replay_takes_the_options_of_the_command() -> None:

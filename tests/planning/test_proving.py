@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import placer
 from placer.cli.main import app, main
 from placer.errors import PlacerError, UsageError, VerificationError
 from placer.placement import Plan
@@ -270,3 +271,17 @@ def test_the_map_of_an_engine_is_proved(trace: Trace, plan: Path, tmp_path: Path
     told = json.loads(run("prove", imported, trace.directory, "--json"))
     own = json.loads(run("prove", plan, trace.directory, "--json"))
     assert told["bound"] == own["bound"] < told["objective"] == own["objective"]
+
+
+def test_the_api_proves_what_the_command_does(
+    trace: Trace, plan: Path, tmp_path: Path
+) -> None:
+    told = json.loads(run("prove", plan, trace.directory, "--json"))
+    mine, judged = placer.open(plan), placer.open(trace.directory)
+    assert mine.prove(judged).to_json() == told
+    unwritten = placer.Plan(mine.contents)
+    found = unwritten.prove(judged, out=tmp_path / "better.json")
+    assert found.facts == {name: told[name] for name in told if name != "verdict"}
+    assert "than PLAN" in found.verdict.answer[0]
+    with pytest.raises(PlacerError, match="already exists"):
+        unwritten.prove(judged, out=tmp_path / "better.json")

@@ -207,7 +207,8 @@ def test_plan_from_counts_alone_has_no_figures(
     plan_for(make_trace(), nothing).write(tmp_path / "plan.json")
     tables = inspected(capsys, tmp_path / "plan.json")["tables"]
     assert list(tables) == [
-        "proof, on the profile",
+        "proof, on the profile. The plan holds no gap of each layer: placer prove PLAN "
+        "TRACE --details",
         "load cap per MoE layer, on the profile",
     ]
 
