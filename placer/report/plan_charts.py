@@ -98,8 +98,8 @@ def _proof(gaps: Sequence[float]) -> Chart:
         ),
         table=Section(
             title="gap to the proved bound, by layer",
-            columns=("layer", "gap"),
-            rows=tuple(zip(layers, gaps, strict=True)),
+            columns=("layer", "gap, %"),
+            rows=tuple((layer, 100 * one) for layer, one in enumerate(gaps)),
         ),
     )
 

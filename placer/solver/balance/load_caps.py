@@ -216,10 +216,10 @@ def require_within_reach(
         for load, mean in zip(loads, means, strict=True)
         if mean
     )
-    listed = ", ".join(f"{layer}: {one:.4f}" for layer, one in missed.items())
+    worst = max(missed, key=lambda layer: missed[layer])
     raise NoSolutionError(
         f"{given} is out of reach in {len(missed)} of {len(loads)} MoE layers; "
-        f"no placement has less than (layer: imbalance) {listed}",
+        f"no placement has less than {missed[worst]:.7g} in layer {worst}",
         f"{remedy} {np.ceil(reached * 1000) / 1000:g}",
     )
 
