@@ -122,7 +122,7 @@ def test_splits_prove_exactly_their_minimum(num_ranks: int, size: int) -> None:
     rng = np.random.default_rng(num_ranks)
     sets, slots = random_sets(6, size, 40, rng), 6 // num_ranks
     envelope = copies._SplitEnvelope(sets, 6, num_ranks, slots)
-    units = rng.integers(-4000, 4000, envelope._price.shape)
+    units = rng.integers(-9000, 9000, envelope._price.shape)
     envelope._price[...] = (units + rng.uniform(-0.4, 0.4, units.shape)) / 4096
     pairs = list(itertools.combinations(range(size), 2))
     constant, weight = envelope.linear()
@@ -206,6 +206,17 @@ def test_chords_take_the_slopes_between_whole_companions(
     assert first == pytest.approx(even[0] + 0.1 * (2 * slope - even[0]), abs=1e-5)
     envelope.start(shared)
     assert envelope.pair_slopes()[0].tolist() == pytest.approx([2 * slope] * 3, abs=1e-5)
+
+
+def test_chords_of_four_experts_blend_all_three_slopes() -> None:
+    """1, 1/2, 1/3, 1/4: two companions are between slopes of -1/6 and -1/12."""
+    sets = TokenSets(experts=np.array([[0, 1, 2, 3]]), num_tokens=np.array([1]))
+    envelope = copies._ChordEnvelope(sets, 4)
+    for companions, slope in ((1, -1 / 3), (1.5, -1 / 6), (2, -1 / 8), (2.5, -1 / 12)):
+        shared = np.full((4, 4), companions / 3)
+        np.fill_diagonal(shared, 1.0)
+        envelope.start(shared)
+        assert envelope.pair_slopes()[0] == pytest.approx([2 * slope] * 6, abs=1e-5)
 
 
 def test_without_rounds_prices_are_those_of_chords() -> None:
