@@ -100,7 +100,8 @@ def prove_layers(
     tokens
         L: the sets of experts that tokens use.
     placement
-        Where the search ended. What it holds is allowed, above a cap or not.
+        Where the search ended. Where no placement under a cap is found, what it holds is
+        allowed.
     problem, traffic
         The caps on load and on received copies.
     kept
@@ -118,7 +119,29 @@ def prove_layers(
             yield None
             continue
         one = _layer_of(layer, own, placement, problem, traffic, kept)
-        yield prove_layer(one.columns(), one.sets, one.cost(), goes_on)
+        yield _under_cap(one, _most_cost(traffic), goes_on) or prove_layer(
+            one.columns(), one.sets, one.cost(), goes_on
+        )
+
+
+def _under_cap(
+    layer: _Layer, most_cost: int, goes_on: Callable[[], bool]
+) -> LayerProof | None:
+    """Prove a layer under a cap on received copies that its placement is above.
+
+    Each of its sets takes part at a cost that no partition under the cap has. ``None``
+    where it is under the cap, or no partition under the cap was found.
+    """
+    if layer.limits.most_cost <= most_cost:
+        return None
+    num_ranks = len(layer.sets)
+    too_much = np.full(num_ranks, num_ranks * most_cost + 1)
+    limits = replace(layer.limits, most_cost=most_cost)
+    columns = replace(layer, limits=limits).columns()
+    if len(columns.cost) < num_ranks:
+        return None
+    found = prove_layer(columns, layer.sets, too_much, goes_on)
+    return found if found.cost < too_much[0] else None
 
 
 def _layer_of(

@@ -223,8 +223,11 @@ WHOLE = follow_with_replicas(num_ranks=8, max_imbalance=1.1).quick()
 
 
 @pytest.mark.parametrize(
-    ("options", "last"),
-    [(changed(WHOLE, max_received_copies=3.2), "no line"), (CUT, "copies, sweep 7")],
+    ("options", "last", "seed"),
+    [
+        (changed(WHOLE, max_received_copies=3.2), "no line", 0),
+        (CUT, "copies, sweep 7", 2),
+    ],
     ids=["whole", "cut"],
 )
 def test_what_moves_break_further_on_is_repaired(
@@ -232,9 +235,10 @@ def test_what_moves_break_further_on_is_repaired(
     monkeypatch: pytest.MonkeyPatch,
     options: SolveOptions,
     last: str,
+    seed: int,
 ) -> None:
     sizes = (16,) * 8
-    chunk = make_chunk(num_tokens=1500, num_experts=sizes, top_k=4)
+    chunk = make_chunk(num_tokens=1500, num_experts=sizes, top_k=4, seed=seed)
     affinity = count_affinity([chunk], ModelSpec(num_experts=sizes, top_k=4), {})
 
     def solved() -> tuple[Placement, SolverReport]:
