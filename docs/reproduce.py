@@ -42,7 +42,7 @@ class Case:
     def commands(self, out: Path) -> tuple[str, str]:
         """Return how the plan is made and how it is judged."""
         plan = out / f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}.json"
-        asked = f"--fold 0/2 --proof none {self.options}"
+        asked = f"--fold 0/2 {self.options}"
         return (
             f"placer solve {TRACE} {asked} --out {shlex.quote(str(plan))} --force",
             f"placer simulate {shlex.quote(str(plan))} {TRACE} --fold 1/2 --json",

@@ -38,7 +38,7 @@ def prove(
         typer.Option(
             help="Cap on the load of the busiest rank over the mean, in every layer. In a "
             "layer where the plan exceeds it, the plan's own load is used instead. "
-            "Default: the plan's cap."
+            "Default: the plan's cap, or 1.1 where that is EPLB's load in each layer."
         ),
     ] = None,
     certificate: Annotated[

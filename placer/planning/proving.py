@@ -176,7 +176,11 @@ def prove_plan(
         bound=found.line.bound or 0.0,
         proofs=proofs,
         num_tokens=tokens.num_tokens,
-        warnings=tuple(one for one in (matched, _other(plan)) if one is not None),
+        warnings=tuple(
+            one
+            for one in (matched, _other(plan), _looser(plan, max_imbalance))
+            if one is not None
+        ),
     )
 
 
@@ -187,6 +191,18 @@ def _other(plan: Plan) -> str | None:
     return (
         f"the plan is for policy {plan.policy} and exchange {plan.exchange}: the answer is "
         "for fixed and per-rank"
+    )
+
+
+def _looser(plan: Plan, max_imbalance: float | None) -> str | None:
+    """Say that the plan was solved under lower caps, one for each layer."""
+    caps = plan.solver.eplb_caps
+    if caps is None or max_imbalance is not None:
+        return None
+    return (
+        f"the plan's own load cap is EPLB's load in each layer ({min(caps):.3f} to "
+        f"{max(caps):.3f} times the mean). The answer is for the looser cap "
+        f"{plan.max_imbalance:g}: a placement that sends less may have a busier rank"
     )
 
 

@@ -144,6 +144,15 @@ class SolveOptions:
         }
 
     @property
+    def pays_for_ranks(self) -> bool:
+        """Whether a token costs by the ranks that serve it, wherever its home is.
+
+        On one node both exchanges count the same copies.
+        """
+        is_by_rank = self.goal.counted == "per-rank" or self.topology.num_nodes == 1
+        return self.goal.policy == "fixed" and is_by_rank
+
+    @property
     def only_for_traffic(self) -> str | None:
         """The first given option that balancing cannot serve, or ``None``."""
         asked = self._asked_of_tokens

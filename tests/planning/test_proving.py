@@ -71,6 +71,25 @@ def test_no_placement_beats_the_bound_and_one_reaches_it(
     assert proved.gap == pytest.approx(1 - best / proved.reached.copies)
 
 
+def test_caps_of_eplb_are_said_to_be_lower(trace: Trace, tmp_path: Path) -> None:
+    """A plan that is solved as an engine needs it has EPLB's load of each layer as cap."""
+    words = ("--gpus-per-node", "4", "--engine", "sglang-deepep", "--num-sweeps", "1")
+    path = tmp_path / "plan.json"
+    assert main_code("solve", str(trace.directory), *words, "--out", str(path)) == 0
+    caps = Plan.read(path).solver.eplb_caps
+    assert caps is not None
+    told = prove_plan(path, trace, EVERYTHING, None, Session()).warnings
+    assert any(f"{min(caps):.3f} to {max(caps):.3f}" in one for one in told)
+    told = prove_plan(path, trace, EVERYTHING, 1.05, Session()).warnings
+    assert not any("EPLB" in one for one in told)
+
+
+def main_code(*words: str) -> object:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    return stopped.value.code
+
+
 def test_a_relaxation_bounds_layers_of_too_many_columns(
     trace: Trace, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,7 @@ def improved(
             if one is not None:
                 _tell(found, proofs, tokens, before.copies, options)
     proofs += [None] * (len(tokens) - len(proofs))
-    if options.goal.policy != "fixed" or options.goal.counted != "per-rank":
+    if not options.pays_for_ranks:
         return found, proofs
     best = with_best_sets(found.placement, proofs, kept)
     takes = evaluate(found.traffic, best).better_layers(before)
@@ -109,7 +109,7 @@ def _tell(
     options: SolveOptions,
 ) -> None:
     """Tell the bound so far, where the ranks of a token are all that it pays for."""
-    if options.goal.policy == "fixed" and options.goal.counted == "per-rank":
+    if options.pays_for_ranks:
         bounds = [_least(found, layer, own) for layer, own in enumerate(tokens)]
         for layer, proof in enumerate(proofs):
             if proof is not None:

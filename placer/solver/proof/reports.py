@@ -297,8 +297,8 @@ def copies_bound(
             return told is None or told(step, bound())
 
         certificate.improve(rounds, first_steps, goes_on)
-    by_layer = policy == "fixed" and exchange == "per-rank"
-    return CopiesBound(copies=bound(), ranks=ranks.bounds if by_layer else None)
+    by_layer = ranks.bounds if options.pays_for_ranks else None
+    return CopiesBound(copies=bound(), ranks=by_layer)
 
 
 def _has_copies_bound(options: SolveOptions) -> bool:

@@ -58,6 +58,19 @@ def solved(
     return solve(count_affinity([chunk], model, {}), options, session, chunk)
 
 
+def test_one_node_is_solved_as_ranks_are(make_chunk: Callable[..., Chunk]) -> None:
+    """Engines that send one copy per node send one per rank there."""
+    chunk = make_chunk(num_tokens=60, num_experts=(8, 8), top_k=3, seed=1)
+    caps = Caps(max_imbalance=1.4, relax=True)
+    ends = [
+        solved(chunk, (8, 8), Goal(caps=caps, exchange=one))
+        for one in ("per-rank", "per-node")
+    ]
+    assert [report.status for _, report in ends] == ["optimal", "optimal"]
+    assert ends[0][1].objective == ends[1][1].objective
+    assert ends[0][1].layer_gaps == ends[1][1].layer_gaps == (0.0, 0.0)
+
+
 def under_cap(chunk: Chunk, layer: int, size: int, cap: float) -> Iterator[np.ndarray]:
     load = np.bincount(chunk.experts[layer].ravel(), minlength=size)
     for ranks in every_layer(size, 4):
