@@ -82,7 +82,7 @@ docs: $(INSTALLED)  ## Run the commands that the documentation shows, build buil
 	@$(COG) -r $(GENERATED)
 	@$(SITE)
 
-reproduce: $(INSTALLED)  ## Solve and judge what the README's table says (3 minutes)
+reproduce: $(INSTALLED)  ## Solve and judge what the README's table says (5 minutes)
 	@$(BIN)/python docs/reproduce.py
 
 notebooks: $(INSTALLED)  ## Execute the notebooks into build/notebooks
