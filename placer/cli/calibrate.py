@@ -26,7 +26,8 @@ def calibrate(
     ranks: Annotated[
         int | None,
         typer.Option(
-            help="Number of ranks to start on this machine. Leave it out under torchrun."
+            help="Number of ranks to start on this machine. Required, except under "
+            "torchrun."
         ),
     ] = None,
     nodes: Annotated[
@@ -44,7 +45,8 @@ def calibrate(
     """Measure the links and processors of this cluster.
 
     Give the file to --hardware of simulate, advise or solve, which then predict time.
-    replay takes it with --elsewhere. On several machines, start calibrate with torchrun on
+    For replay, give the file of the machine that you run on to --hardware, and the file of
+    another cluster to --elsewhere. On several machines, start calibrate with torchrun on
     each of them. Rank 0 writes the file.
     """
     from placer.api.calibrating import start_calibration

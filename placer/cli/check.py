@@ -24,14 +24,15 @@ def check(
         typer.Argument(
             metavar="TRACE|AFFINITY",
             help="Today's traffic: a trace, or an affinity file (then only balance is "
-            "judged). Not the trace that the plan was solved on.",
+            "judged). Give sequences that the plan was not solved on."
+            "",
         ),
     ],
     tolerance: Annotated[
         float,
         typer.Option(
-            help="How far a figure may always rise: 0.02 allows 1.12 where the plan "
-            "records 1.10."
+            help="Drift is a rise of more than this. 0.02: a figure of 1.10 has drifted "
+            "above 1.12, if chance does not explain it."
         ),
     ] = 0.02,
     fold: FoldOption = None,

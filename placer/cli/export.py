@@ -101,7 +101,8 @@ def export(
 ) -> None:
     """Write a plan as a checkpoint, or as a map for an engine.
 
-    Checkpoints. No weight changes, and an interrupted export continues if you run it again:
+    Checkpoints. No weight changes. An interrupted export of checkpoint or ranks continues
+    if you run it again. checkpoint and deepspeed take no redundant experts:
 
       checkpoint    the model with its experts renumbered, for any engine that
                     splits experts contiguously
@@ -116,7 +117,7 @@ def export(
       vllm-pr49572  .json as proposed to vLLM; no release reads it
       vllm-das      .json for the plugin vllm-plugin-das
 
-    Other formats. The first three need no MODEL:
+    Other formats. The first three, and vllm-pr49572, need no MODEL:
 
       eplb          .safetensors or .npz with phy2log, log2phy, logcnt
       csv           one line for each slot

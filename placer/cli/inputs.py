@@ -130,7 +130,8 @@ def _shared_options(
         bool,
         typer.Option(
             *("-q", "--quiet"),
-            help="Print only errors, and the path of the result.",
+            help="Print only errors, the path of what is written, and the answer of a "
+            "command that judges.",
             callback=set_quiet,
             expose_value=False,
         ),

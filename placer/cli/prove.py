@@ -24,7 +24,10 @@ from placer.cli.output import (
 def prove(
     plan: Annotated[
         Path,
-        typer.Argument(metavar="PLAN", help="The plan, or a map read by placer import."),
+        typer.Argument(
+            metavar="PLAN",
+            help="The plan, or a map read by placer import, without redundant experts.",
+        ),
     ],
     trace: Annotated[
         Path, typer.Argument(metavar="TRACE", help="The trace to judge the plan on.")

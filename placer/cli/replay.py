@@ -44,7 +44,7 @@ def replay(
             autocompletion=choices.names("replayed_exchanges"),
             help="Exchange to run: all_to_all (transformers' own), padded "
             "(DeepSpeed-MoE's), placer-dedup, placer-per-node, placer-shuffle or "
-            "placer-follow. Repeatable. Default: all that fit the plan.",
+            "placer-follow (docs/replay.md). Repeatable. Default: all that fit the plan.",
         ),
     ] = None,
     sequence_length: Annotated[
@@ -74,7 +74,8 @@ def replay(
         list[str] | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Also predict the time of a pass on these links. Repeatable.",
+            help="Also predict the time of a pass on these links. Needs --hardware. "
+            "Repeatable.",
         ),
     ] = None,
     fold: FoldOption = None,

@@ -89,14 +89,15 @@ def simulate(
 ) -> None:
     """Measure a plan on a trace, in decode and prefill batches.
 
-    Judge a plan on sequences that it was not solved on: use --fold or --not-fold. Each row
-    of the table has a policy, which says how the home rank of a token is chosen:
+    Judge a plan on sequences that it was not solved on: use --fold or --not-fold. A row's
+    policy says how the home rank of a token is chosen. Shown are fixed, the policy of the
+    plan, and those of --table. --json has all:
 
       fixed           the data-parallel rank of the sequence
       follow          the rank that served most of its experts in the layer before
       oracle          the best home in every layer: an upper limit, not a policy
       token           with --table: by token id and history
-      token_equal     with --table: like token, with equally many on every rank
+      token_equal     with --table: like token, with as many tokens on every rank
       token_combined, token_equal_combined
                       with --table: by the table's combined rule
       request         with --table: one home for each sequence

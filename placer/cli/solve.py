@@ -39,7 +39,9 @@ def solve(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="TRACE|AFFINITY", help="A trace directory or an affinity file."
+            metavar="TRACE|AFFINITY",
+            help="A trace directory or an affinity file. An affinity file has no "
+            "sequences: --fold and --phase are refused, and nothing is held out.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The plan to write (.json).")],
@@ -59,8 +61,9 @@ def solve(
             autocompletion=choices.names("hardware"),
             metavar="NAME|FILE",
             help="Predict time on h100, h200, b200, a100, or on the hardware of a .toml "
-            "file (placer calibrate). Used by --objective time, and to choose the "
-            "load cap when --max-imbalance is not given.",
+            "file (placer calibrate). Needs --model, or --hidden-size and "
+            "--expert-size. --objective time needs it. Otherwise it chooses between the "
+            "load caps 1.10 and EPLB's load. Do not combine it with --max-imbalance then.",
         ),
     ] = None,
     model: SizedByOption = None,
@@ -97,10 +100,13 @@ def solve(
     max_imbalance: Annotated[
         float | None,
         typer.Option(
-            help="Cap on the load of the busiest rank over the mean, in every layer. If "
-            "you give a cap that no placement can meet, the command fails (exit 3), unless "
-            "you give --relax-cap too.",
-            show_default="1.10, or EPLB's load if lower; relaxed if no plan can meet it",
+            help="Cap on the load of the busiest rank over the mean, in every layer, on "
+            "the tokens that are solved on. If placer finds no placement under a cap that "
+            "you give, the command fails (exit 3), unless you give --relax-cap too. "
+            "Default: 1.10, relaxed where placer finds no placement under it. For traffic "
+            "on one node with equal links, it is EPLB's load in layers where that is "
+            "lower. But not with --start, --robust, --preserve-groups or "
+            "--max-received-copies.",
         ),
     ] = None,
     max_home_imbalance: Annotated[
@@ -133,7 +139,8 @@ def solve(
         bool,
         typer.Option(
             "--relax-cap",
-            help="If a layer cannot meet a cap, use the lowest value that it can reach.",
+            help="If placer finds no placement under a cap, use the lowest value that it "
+            "finds.",
         ),
     ] = False,
     inter_cost: Annotated[
@@ -179,8 +186,9 @@ def solve(
         str,
         typer.Option(
             metavar="X|auto",
-            help="Extra slots in each layer, for replicas of experts. auto tries 0, R, 2R, "
-            "4R, ... for R ranks. It takes the next step as long as that "
+            help="Extra slots in each layer, all ranks together, for replicas of experts. "
+            "Experts and X together must divide evenly over the ranks. auto tries 0, R, "
+            "2R, 4R, ... for R ranks. It takes the next step as long as that "
             "lowers the objective by the share of --redundant-gain, and the replicas fit "
             "into --redundant-memory.",
         ),
@@ -217,9 +225,11 @@ def solve(
         typer.Option(
             autocompletion=choices.among("none", "bootstrap", "domains"),
             help="Also keep unseen sequences under --max-imbalance: none, bootstrap (by "
-            "resampled loads) or domains (by the loads of each domain). A tighter load cap "
-            "is then chosen: placer solves on half of the sequences and judges on the "
-            "other half. --overflow-price, if not given, is chosen in the same way.",
+            "resampled loads) or domains (by the loads of each domain). placer tries load "
+            "caps up to --max-imbalance (1.10 if not given) on half of the sequences and "
+            "judges them on the other half. It takes the loosest that is expected to hold. "
+            "EPLB's load is then no cap. --overflow-price, if not given, is chosen in the "
+            "same way.",
         ),
     ] = "none",
     overflow_price: Annotated[
@@ -233,7 +243,7 @@ def solve(
     receive_price: Annotated[
         float,
         typer.Option(
-            help="Extra penalty, in copies, for each copy sent to the busiest rank."
+            help="Extra price, in copies, of each copy to the rank that receives most."
         ),
     ] = 0.0,
     start: Annotated[
@@ -263,8 +273,9 @@ def solve(
         bool,
         typer.Option(
             "--preserve-groups",
-            help="Keep each router group whole: on separate ranks, or with other groups "
-            "on one rank. For models with router groups, a permuted checkpoint needs this.",
+            help="Keep each router group whole: it has ranks of its own, or shares one "
+            "rank with other groups. For models with router groups, a permuted checkpoint "
+            "needs this.",
         ),
     ] = False,
     ignore_groups: Annotated[
@@ -286,8 +297,9 @@ def solve(
         int | None,
         typer.Option(
             min=0,
-            help="Passes of the second search, which counts copies exactly. 0: only the "
-            "first search, which counts pairs of experts.",
+            help="Passes of one start of the second search, which counts copies exactly. "
+            "Policy fixed makes up to four starts. 0: only the first search, which counts "
+            "pairs of experts.",
             show_default="16",
         ),
     ] = None,
@@ -295,7 +307,8 @@ def solve(
         int | None,
         typer.Option(
             min=0,
-            help="Rounds of the first search, each from a changed placement.",
+            help="Rounds of the first search after its first descent, each from a changed "
+            "placement.",
             show_default="30",
         ),
     ] = None,
@@ -333,10 +346,10 @@ def solve(
 ) -> None:
     """Make a plan: place experts on ranks for the least traffic.
 
-    Every rank gets the same number of slots, and the load of the busiest rank is kept under
-    a cap. The plan is solved on the sequences of --fold and judged on all others. Without
-    --fold and --not-fold it is solved on all, and nothing is held out. The same input and
-    seed give the same plan.
+    Every rank gets the same number of slots. On the tokens that are solved on, the load of
+    the busiest rank is kept under a cap. The plan is solved on the sequences of --fold and
+    judged on all others. Without --fold and --not-fold it is solved on all, and nothing is
+    held out. The same input and seed give the same plan.
     """
     began = time.monotonic()  # the limit on time counts what is imported below
     # Matrices are small here: more threads of NumPy's BLAS mostly wait for each other. It

@@ -306,13 +306,14 @@ def _minimise_max_load(
     solver = repeatable_solver(_DETERMINISTIC_TIME, deadline)
     status = solver.solve(model)
     deadline.passed()
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        ranks = hint
-    else:
-        ranks = np.asarray(
-            [next(r for r, v in enumerate(row) if solver.boolean_value(v)) for row in on],
-            dtype=np.int64,
-        )
+    tried = [hint]
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        found = [
+            next(r for r, v in enumerate(row) if solver.boolean_value(v)) for row in on
+        ]
+        tried.append(np.asarray(found, dtype=np.int64))
+    # The solver does not have to begin at the hint, and may end above it.
+    ranks = min(tried, key=lambda one: float(rank_load(one, load, num_ranks).max()))
     return BalancedLayer(
         expert_rank=ranks,
         max_load=float(rank_load(ranks, load, num_ranks).max()),

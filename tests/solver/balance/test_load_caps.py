@@ -111,3 +111,27 @@ def test_no_time_is_left_for_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NoSolutionError, match="when the search was stopped"):
         load_caps([load], options, late)
     assert late.stopped
+
+
+def test_a_search_that_ends_above_its_start_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CP-SAT need not begin at the hint: here it knows only the heaviest four together."""
+
+    class Stopped:
+        best_objective_bound = 0.0
+
+        def solve(self, model: object) -> int:
+            from ortools.sat.python import cp_model
+
+            return cp_model.FEASIBLE
+
+        def boolean_value(self, variable: object) -> bool:
+            _, expert, _, rank = str(variable).split("_")
+            return int(expert) // 4 == int(rank)
+
+    load = np.asarray([97, 89, 83, 79, 43, 41, 37, 29], float)
+    monkeypatch.setattr(balance, "repeatable_solver", lambda *_: Stopped())
+    found = balance_layer(load, 2, max_load=0.0)
+    splits = itertools.combinations(load, 4)
+    assert found.max_load == min(max(sum(one), load.sum() - sum(one)) for one in splits)
