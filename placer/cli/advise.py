@@ -85,7 +85,7 @@ def advise(
 
     A quick plan is made on half of the sequences and judged on the other half. An affinity
     file, such as the loads that an engine counted, can only judge balance. Nothing is
-    written. After next: stands the command to run next, if there is one.
+    written. A line that begins with next: is the command to run next.
     """
     from placer.api.opening import read_source
 

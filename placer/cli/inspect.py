@@ -60,7 +60,7 @@ def inspect(
     details: DetailsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a file or folder holds: a summary, and with --details all tables."""
+    """Show what a file or folder holds. With --details: all tables."""
     beside = [*(others or []), *([] if load is None else [load])]
     if html is not None:
         claim(context, html, [path, *beside], force=force, kinds=["report"])

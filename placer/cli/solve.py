@@ -273,9 +273,9 @@ def solve(
         bool,
         typer.Option(
             "--preserve-groups",
-            help="Keep each router group whole: it has ranks of its own, or shares one "
-            "rank with other groups. For models with router groups, a permuted checkpoint "
-            "needs this.",
+            help="Keep each router group whole: on ranks that no other group uses, or on "
+            "one rank with other groups. For models with router groups, a permuted "
+            "checkpoint needs this.",
         ),
     ] = False,
     ignore_groups: Annotated[
